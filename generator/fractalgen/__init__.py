@@ -1,0 +1,1 @@
+"""Samples IFS codes, renders images, builds datasets. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The shard contract: format, manifest, reading, verifying. Imports neither numba nor torch."""

@@ -1,0 +1,74 @@
+"""Files that are visible only when they are whole (law 2): write beside, fsync, rename, fsync the folder."""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_PREFIX = ".tmp~"
+_STALE_SECONDS = 3600.0
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` for writing; on success it becomes ``path``, on failure it is removed.
+
+    The temporary name holds host and process, so writers never share one and leftovers can be told apart.
+
+    Raises:
+        OSError: as the file system does (full disk, no permission).
+    """
+    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+    temporary = path.with_name(f"{_PREFIX}{writer}~{path.name}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+def write_json(path: Path, data: Mapping[str, object], indent: int | None = None) -> None:
+    """Write a mapping as JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=indent).encode() + b"\n")
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove temporary files whose writer is gone; return how many.
+
+    A writer on this host is gone when its process is; of other hosts only files untouched for an hour are taken.
+    """
+    removed = 0
+    for path in folder.glob(f"{_PREFIX}*"):
+        if _abandoned(path):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _abandoned(path: Path) -> bool:
+    host, process, *_ = [*path.name.removeprefix(_PREFIX).split("~"), ""]
+    if host == socket.gethostname():
+        return not Path(f"/proc/{process}").exists()
+    try:
+        return time.time() - path.stat().st_mtime > _STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

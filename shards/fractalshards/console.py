@@ -1,0 +1,148 @@
+"""What all three commands share at the terminal: one-line errors, exit codes, progress on a terminal or in a log."""
+
+import errno
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fractalshards.errors import FractalError
+
+_LOG_SECONDS = 10.0
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder, then run the same command again",
+    errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
+    errno.EACCES: "choose a folder you may read and write",
+    errno.EPERM: "choose a folder you may read and write",
+    errno.EROFS: "choose a folder you may write",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "choose a path that is not a file",
+    errno.EEXIST: "choose a path that is not a file",
+    errno.EIO: "check the disk or the network file system, then run the same command again",
+}
+
+
+class Commands(click.Group):
+    """A group of commands whose errors are one line: exit 2 for wrong usage, 1 for failure, 130 for Ctrl-C."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run the command line; see ``click.BaseCommand.main``."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.UsageError as error:
+            hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
+            _fail(error.format_message() + hint, 2)
+        except click.ClickException as error:
+            _fail(error.format_message(), 1)
+        except FractalError as error:
+            _fail(str(error), 1)
+        except BrokenPipeError:
+            sys.exit(1)
+        except OSError as error:
+            _fail(describe_os_error(error), 1)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("stopped; run the same command to continue", 130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An operating system's error as one line: which file, what, and what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    advice = _ADVICE.get(error.errno or 0, "")
+    return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show progress of ``total`` units of long work on stderr; yields a function that advances it by so many.
+
+    On a terminal a bar; elsewhere a line every ten seconds, without carriage returns.
+    """
+    if sys.stderr.isatty():
+        with _bar(unit) as bar:
+            task = bar.add_task(label, total=total, rate="")
+            meter = _Meter(total)
+
+            def advance(count: int) -> None:
+                meter.done += count
+                bar.update(task, advance=count, rate=f"{meter.rate():,.0f} {unit}/s")
+
+            yield advance
+    else:
+        meter = _Meter(total)
+
+        def advance(count: int) -> None:
+            meter.done += count
+            if meter.due() or meter.done == total:
+                click.echo(f"{label}: {meter.line(unit)}", err=True)
+
+        yield advance
+
+
+def human_bytes(count: float) -> str:
+    """A size in decimal units with three digits, e.g. ``72.4 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration as ``H:MM:SS``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class _Meter:
+    """Counts work done and how fast."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self._start = time.monotonic()
+        self._shown = self._start
+
+    def rate(self) -> float:
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._shown < _LOG_SECONDS:
+            return False
+        self._shown = now
+        return True
+
+    def line(self, unit: str) -> str:
+        rate = self.rate()
+        left = human_seconds((self.total - self.done) / rate) if rate else "?"
+        return f"{self.done:,} / {self.total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
+
+
+def _bar(unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=Console(stderr=True),
+    )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    click.echo(f"error: {line}", err=True)
+    sys.exit(code)

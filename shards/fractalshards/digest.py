@@ -1,0 +1,58 @@
+"""Digests: sha256 identifies one copy of a file, the content digest identifies the samples in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+_CHUNK = 1 << 20
+
+
+class ContentDigest:
+    """Running xxh3-128 over (key, raw pixels, label) of samples, in order.
+
+    Per sample the hashed bytes are ``KEY NUL HEIGHTxWIDTH NUL``, the RGB pixels row by row, then
+    ``NUL LABEL NUL`` with the bytes of the label file. PNG and tar encoding do not enter.
+    """
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def add(self, key: str, pixels: npt.NDArray[np.uint8], label: bytes) -> None:
+        """Add one sample: ``pixels`` (H, W, 3) uint8, ``label`` as stored in the label file."""
+        height, width, _ = pixels.shape
+        self._state.update(f"{key}\0{height}x{width}\0".encode())
+        self._state.update(np.ascontiguousarray(pixels).data)
+        self._state.update(b"\0" + label + b"\0")
+
+    def hexdigest(self) -> str:
+        """The digest so far, 32 hexadecimal digits."""
+        return self._state.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hexadecimal digits, in constant memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def systems_digest(systems: Sequence[npt.NDArray[np.float64]]) -> str:
+    """xxh3-128 over the shapes and values of all systems, independent of how a file stores them."""
+    state = xxhash.xxh3_128()
+    for system in systems:
+        state.update("x".join(map(str, system.shape)).encode() + b"\0")
+        state.update(np.ascontiguousarray(system, dtype="<f8").data)
+    return state.hexdigest()
+
+
+def mapping_digest(canonical: Mapping[str, object]) -> str:
+    """xxh3-128 of a JSON-like mapping, independent of the order of its keys."""
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return xxhash.xxh3_128(text.encode()).hexdigest()

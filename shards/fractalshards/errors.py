@@ -1,0 +1,5 @@
+"""The one exception that users see: its message is a single line saying what, where and what to do."""
+
+
+class FractalError(Exception):
+    """Something failed in a way the user can act on; commands print it as one line and exit with 1."""

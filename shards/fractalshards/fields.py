@@ -1,0 +1,74 @@
+"""Reads fields of JSON that came from outside: every access checks presence and type, every error names the file."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fractalshards.errors import FractalError
+
+_MAX_BYTES = 64 << 20
+_T = TypeVar("_T")
+
+
+class Fields:
+    """A JSON object and the place it was read from."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            raise FractalError(f"{where}: expected a JSON object, found {type(data).__name__}")
+        self._data: dict[str, Any] = data
+        self._where = where
+
+    @classmethod
+    def read(cls, path: Path) -> "Fields":
+        """Read a JSON object from a file of at most 64 MiB.
+
+        Raises:
+            FractalError: if it is larger, not JSON, or not an object.
+            OSError: if it cannot be read.
+        """
+        if path.stat().st_size > _MAX_BYTES:
+            raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of this format")
+        try:
+            return cls(json.loads(path.read_bytes()), str(path))
+        except (ValueError, RecursionError) as error:
+            raise FractalError(f"{path}: not valid JSON ({error})") from error
+
+    def text(self, name: str) -> str:
+        """A string field."""
+        return self._get(name, str, "text")
+
+    def count(self, name: str) -> int:
+        """A field that counts something: an integer, not negative."""
+        return _check_count(self._get(name, int, "an integer"), f"{self._where}: {name}")
+
+    def counts(self, name: str) -> tuple[int, ...]:
+        """A list of counts."""
+        return tuple(_check_count(value, f"{self._where}: {name}") for value in self._get(name, list, "a list"))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings."""
+        values = self._get(name, list, "a list")
+        if not all(isinstance(value, str) for value in values):
+            raise FractalError(f"{self._where}: {name} is not a list of texts")
+        return tuple(values)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A JSON object as it is."""
+        return self._get(name, dict, "an object")
+
+    def inner(self, name: str) -> "Fields":
+        """A JSON object whose fields are checked in turn."""
+        return Fields(self._data.get(name), f"{self._where}: {name}")
+
+    def _get(self, name: str, kind: type[_T], called: str) -> _T:
+        value = self._data.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise FractalError(f"{self._where}: {name} is missing or not {called}")
+        return value
+
+
+def _check_count(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise FractalError(f"{where} is not a count: {value!r}")
+    return value

@@ -1,0 +1,190 @@
+"""What a dataset folder says of itself: a sidecar record per shard, and the manifest assembled from them."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fractalshards.atomic import write_json
+from fractalshards.errors import FractalError
+from fractalshards.fields import Fields
+from fractalshards.names import INFO, check_plain, sidecar_name
+
+FORMAT_VERSION = 1
+_SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard's sidecar. ``offsets`` has samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    content_digest: str
+    label_counts: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The sidecar's fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as the manifest lists it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    content_digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``_info.json`` of a finished dataset; ``splits`` maps ``train`` (and ``val``) to their shards in order."""
+
+    folder: Path
+    format_version: int
+    recipe: Mapping[str, Any]
+    recipe_digest: str
+    label_type: str
+    classes: int
+    image_size: int
+    splits: Mapping[str, tuple[Shard, ...]]
+    software: Mapping[str, Any]
+
+
+def read_record(folder: Path, shard: str) -> ShardRecord:
+    """Read and check a shard's sidecar.
+
+    Raises:
+        FractalError: if it is not a valid record of this shard.
+        OSError: if it cannot be read.
+    """
+    path = folder / sidecar_name(shard)
+    fields = Fields.read(path)
+    record = ShardRecord(
+        name=fields.text("name"),
+        samples=fields.count("samples"),
+        bytes=fields.count("bytes"),
+        sha256=fields.text("sha256"),
+        content_digest=fields.text("content_digest"),
+        label_counts=fields.counts("label_counts"),
+        offsets=fields.counts("offsets"),
+    )
+    ordered = all(a < b for a, b in zip(record.offsets, record.offsets[1:], strict=False))
+    if len(record.offsets) != record.samples + 1 or not ordered or record.offsets[-1] > record.bytes:
+        raise FractalError(f"{path}: the offsets do not fit {record.samples} samples in {record.bytes} bytes")
+    if record.name != shard or sum(record.label_counts) != record.samples:
+        raise FractalError(f"{path}: does not describe {shard}")
+    return record
+
+
+def finished_record(folder: Path, shard: str) -> ShardRecord | None:
+    """The record of a shard that is whole: valid sidecar, and a tar of the size it says; else None."""
+    try:
+        record = read_record(folder, shard)
+        return record if (folder / shard).stat().st_size == record.bytes else None
+    except (FractalError, OSError):
+        return None
+
+
+def write_manifest(
+    folder: Path,
+    splits: Mapping[str, Sequence[ShardRecord]],
+    *,
+    recipe: Mapping[str, Any],
+    recipe_digest: str,
+    classes: int,
+    image_size: int,
+) -> None:
+    """Assemble ``_info.json`` from the records of all shards: timm's keys, and ours beside them."""
+    info = {
+        "format_version": FORMAT_VERSION,
+        "recipe": dict(recipe),
+        "recipe_digest": recipe_digest,
+        "label_type": "single",
+        "classes": classes,
+        "image_size": image_size,
+        "software": _software(),
+        "splits": {name: _split_json(name, records) for name, records in splits.items()},
+    }
+    write_json(folder / INFO, info, indent=1)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check ``folder/_info.json``.
+
+    Raises:
+        FractalError: if folder or manifest is missing, or a field is not what the format says.
+    """
+    path = folder / INFO
+    if not folder.is_dir():
+        raise FractalError(f"{folder}: no such folder; build it with 'fractalgen build --out {folder}' or fix the path")
+    if not path.is_file():
+        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run its 'fractalgen build' to the end")
+    fields = Fields.read(path)
+    if (found := fields.count("format_version")) != FORMAT_VERSION:
+        raise FractalError(f"{path}: format version {found}, this software reads {FORMAT_VERSION}")
+    if (label_type := fields.text("label_type")) != "single":
+        raise FractalError(f"{path}: label_type {label_type!r} is not known")
+    splits = fields.inner("splits")
+    return Manifest(
+        folder=folder,
+        format_version=found,
+        recipe=fields.mapping("recipe"),
+        recipe_digest=fields.text("recipe_digest"),
+        label_type=label_type,
+        classes=fields.count("classes"),
+        image_size=fields.count("image_size"),
+        splits={name: _read_split(splits.inner(name), str(path)) for name in fields.mapping("splits")},
+        software=fields.mapping("software"),
+    )
+
+
+def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
+    """The shards of a split.
+
+    Raises:
+        FractalError: if the dataset has no such split.
+    """
+    if split not in manifest.splits:
+        raise FractalError(f"{manifest.folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
+    return manifest.splits[split]
+
+
+def _split_json(name: str, records: Sequence[ShardRecord]) -> dict[str, object]:
+    return {
+        "name": name,
+        "num_samples": sum(record.samples for record in records),
+        "filenames": [record.name for record in records],
+        "shard_lengths": [record.samples for record in records],
+        "bytes": [record.bytes for record in records],
+        "sha256": [record.sha256 for record in records],
+        "content_digests": [record.content_digest for record in records],
+    }
+
+
+def _read_split(fields: Fields, where: str) -> tuple[Shard, ...]:
+    names = tuple(check_plain(name, where) for name in fields.texts("filenames"))
+    columns = (
+        fields.counts("shard_lengths"),
+        fields.counts("bytes"),
+        fields.texts("sha256"),
+        fields.texts("content_digests"),
+    )
+    if any(len(column) != len(names) for column in columns) or len(set(names)) != len(names):
+        raise FractalError(f"{where}: the lists of a split differ in length, or a shard is named twice")
+    shards = tuple(Shard(*row) for row in zip(names, *columns, strict=True))
+    if sum(shard.samples for shard in shards) != fields.count("num_samples"):
+        raise FractalError(f"{where}: num_samples is not the sum of shard_lengths")
+    return shards
+
+
+def _software() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}}

@@ -1,0 +1,70 @@
+"""Random access to the samples of a dataset: where each lies comes from the sidecars, reading is one pread."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fractalshards.errors import FractalError
+from fractalshards.manifest import Manifest, read_record, split_shards
+from fractalshards.tarball import Sample, parse_sample
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of a shard lie: sample i is the bytes ``offsets[i]:offsets[i + 1]`` of ``path``.
+
+    ``offsets`` is (samples + 1,) int64.
+    """
+
+    path: Path
+    offsets: npt.NDArray[np.int64]
+
+
+def index_split(manifest: Manifest, split: str) -> tuple[ShardIndex, ...]:
+    """Index all shards of a split from their sidecars, checked against the manifest and the files' sizes.
+
+    Raises:
+        FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
+    """
+    return tuple(_index_shard(manifest.folder, shard.name, shard.sha256) for shard in split_shards(manifest, split))
+
+
+def read_sample(descriptor: int, start: int, end: int) -> Sample:
+    """Read one sample from an open shard; safe from many processes and threads at once.
+
+    Raises:
+        FractalError: if the file ends early or the members are damaged.
+    """
+    data = os.pread(descriptor, end - start, start)
+    if len(data) != end - start:
+        raise FractalError(f"file ends at byte {start + len(data)}, sample should reach {end}")
+    return parse_sample(data)
+
+
+def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
+    """All samples of a shard in order.
+
+    Raises:
+        FractalError: at the first sample that cannot be read.
+    """
+    with index.path.open("rb") as file:
+        for start, end in zip(index.offsets[:-1].tolist(), index.offsets[1:].tolist(), strict=True):
+            yield read_sample(file.fileno(), start, end)
+
+
+def _index_shard(folder: Path, name: str, sha256: str) -> ShardIndex:
+    path = folder / name
+    try:
+        record = read_record(folder, name)
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise FractalError(f"{error.filename}: missing; fetch or build it again") from error
+    if record.sha256 != sha256:
+        raise FractalError(f"{path}: its sidecar and the manifest disagree; fetch or build it again")
+    if size != record.bytes:
+        raise FractalError(f"{path}: {size} bytes instead of {record.bytes}; fetch or build it again")
+    return ShardIndex(path, np.asarray(record.offsets, np.int64))

@@ -1,0 +1,71 @@
+"""Samples as tar members: POSIX ustar, mtime 0, uid and gid 0, the members of one sample adjacent."""
+
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fractalshards.errors import FractalError
+
+BLOCK = 512
+END_OF_TAR = bytes(2 * BLOCK)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as stored: its key and its files by extension, e.g. ``{"png": ..., "cls": ...}``."""
+
+    key: str
+    files: Mapping[str, bytes]
+
+
+def pack_sample(sample: Sample) -> bytes:
+    """The tar blocks of one sample: a header and padded data per file, in the order of ``files``."""
+    return b"".join(_pack_member(f"{sample.key}.{ext}", data) for ext, data in sample.files.items())
+
+
+def parse_sample(data: bytes) -> Sample:
+    """Read the members of one sample back from its tar blocks.
+
+    Raises:
+        FractalError: if a header is damaged, a member is not a regular file or is cut off, or the members do not
+            share one key.
+    """
+    files: dict[str, bytes] = {}
+    keys: set[str] = set()
+    at = 0
+    while at < len(data):
+        member = _parse_header(data[at : at + BLOCK])
+        start, end = at + BLOCK, at + BLOCK + member.size
+        if end > len(data):
+            raise FractalError(f"{member.name}: cut off, {member.size} bytes promised")
+        key, _, extension = member.name.partition(".")
+        keys.add(key)
+        if extension in files:
+            raise FractalError(f"{member.name}: stands twice in one sample")
+        files[extension] = data[start:end]
+        at = start + padded(member.size)
+    if len(keys) != 1:
+        raise FractalError(f"expected the members of one sample, found {sorted(keys) or 'nothing'}")
+    return Sample(keys.pop(), files)
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to whole tar blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def _pack_member(name: str, data: bytes) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    padding = bytes(padded(len(data)) - len(data))
+    return member.tobuf(tarfile.USTAR_FORMAT) + data + padding
+
+
+def _parse_header(block: bytes) -> tarfile.TarInfo:
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        raise FractalError(f"damaged tar header: {error}") from error
+    if not member.isreg() or member.size < 0:
+        raise FractalError(f"{member.name}: not a regular file")
+    return member

@@ -1,0 +1,123 @@
+"""Checks a finished dataset to the last pixel: hashes, counts, names, every image, every label."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from fractalshards.digest import ContentDigest, mapping_digest, sha256_file, systems_digest
+from fractalshards.errors import FractalError
+from fractalshards.fields import Fields
+from fractalshards.labels import SINGLE, decode_label
+from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
+from fractalshards.names import RECIPE, SYSTEMS
+from fractalshards.png import decode_png
+from fractalshards.reader import read_sample
+from fractalshards.systems import read_systems
+from fractalshards.tarball import END_OF_TAR
+from fractalshards.workers import worker_pool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a dataset: the file, the key of the sample (empty if it is the file as a whole), what."""
+
+    file: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key + ': ' if self.key else ''}{self.what}"
+
+
+def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], None]) -> list[Problem]:
+    """Verify every file of a dataset; ``advance`` is called with the samples of each shard as it is done.
+
+    Returns:
+        All problems found, ordered by file; empty for a sound dataset.
+    """
+    problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
+    shards = [shard for split in manifest.splits.values() for shard in split]
+    with worker_pool(min(workers, max(len(shards), 1))) as pool:
+        tasks = {pool.submit(verify_shard, manifest.folder, shard, manifest.classes): shard for shard in shards}
+        for task in as_completed(tasks):
+            problems.extend(task.result())
+            advance(tasks[task].samples)
+    return sorted(problems, key=lambda problem: (problem.file, problem.key))
+
+
+def verify_shard(folder: Path, shard: Shard, classes: int) -> list[Problem]:
+    """Verify one shard against its sidecar and its line in the manifest."""
+    try:
+        record = read_record(folder, shard.name)
+        size = (folder / shard.name).stat().st_size
+    except (FractalError, OSError) as error:
+        return [Problem(shard.name, "", str(error))]
+    listed = ("samples", "bytes", "sha256", "content_digest")
+    problems = [
+        Problem(shard.name, "", f"manifest and sidecar disagree on {name}")
+        for name in listed
+        if getattr(record, name) != getattr(shard, name)
+    ]
+    if size != shard.bytes:
+        return [*problems, Problem(shard.name, "", f"{size} bytes instead of {shard.bytes}")]
+    if sha256_file(folder / shard.name) != shard.sha256:
+        problems.append(Problem(shard.name, "", "sha256 differs: the file was changed"))
+    return [*problems, *_verify_samples(folder / shard.name, record, classes)]
+
+
+def _verify_samples(path: Path, record: ShardRecord, classes: int) -> Iterator[Problem]:
+    content = ContentDigest()
+    counts = [0] * classes
+    sound = True
+    with path.open("rb") as file:
+        for start, end in zip(record.offsets, record.offsets[1:], strict=False):
+            key = _key_at(file.fileno(), start)
+            try:
+                sample = read_sample(file.fileno(), start, end)
+                label = decode_label(sample.files)
+                if label >= classes:
+                    raise FractalError(f"label {label}, but there are {classes} classes")
+                images = [name for name in sample.files if name != SINGLE]
+                if len(images) != 1:
+                    raise FractalError(f"expected one image, found {images or 'none'}")
+                content.add(sample.key, decode_png(sample.files[images[0]]), sample.files[SINGLE])
+                counts[label] += 1
+            except FractalError as error:
+                sound = False
+                yield Problem(path.name, key, str(error))
+        file.seek(record.offsets[-1])
+        if file.read() != END_OF_TAR:
+            yield Problem(path.name, "", "the tar does not end after its last sample")
+    if sound and content.hexdigest() != record.content_digest:
+        yield Problem(path.name, "", "content digest differs: the samples are not those that were built")
+    if sound and tuple(counts) != record.label_counts:
+        yield Problem(path.name, "", "the labels are not those that the sidecar counts")
+
+
+def _key_at(descriptor: int, start: int) -> str:
+    """The key in the tar header at ``start``, as far as it can be read, to name a damaged sample."""
+    name = os.pread(descriptor, tarfile.LENGTH_NAME, start).split(b"\0")[0].decode("ascii", "replace")
+    return name.partition(".")[0] or f"byte {start}"
+
+
+def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
+    try:
+        recipe = Fields.read(manifest.folder / RECIPE)
+        if recipe.mapping("recipe") != manifest.recipe or recipe.text("recipe_digest") != manifest.recipe_digest:
+            yield Problem(RECIPE, "", "recipe and manifest disagree")
+        if mapping_digest(manifest.recipe) != manifest.recipe_digest:
+            yield Problem(RECIPE, "", "recipe digest differs: the recipe was changed")
+        if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe.get("systems_digest"):
+            yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
+    except (FractalError, OSError) as error:
+        yield Problem(RECIPE, "", str(error))
+
+
+def _verify_folder(manifest: Manifest) -> Iterator[Problem]:
+    listed = {shard.name for split in manifest.splits.values() for shard in split}
+    for path in sorted(manifest.folder.glob("*.tar")):
+        if path.name not in listed:
+            yield Problem(path.name, "", "not in the manifest; remove it or build the dataset again")
