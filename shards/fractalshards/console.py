@@ -3,7 +3,7 @@
 import errno
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import human_seconds
 
 _LOG_SECONDS = 10.0
 _ADVICE = {
@@ -30,12 +31,19 @@ _ADVICE = {
 class Commands(click.Group):
     """A group of commands whose errors are one line: exit 2 for wrong usage, 1 for failure, 130 for Ctrl-C."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """Run the command line; see ``click.BaseCommand.main``."""
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line; see ``click.Command.main``."""
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(2)
@@ -45,7 +53,7 @@ class Commands(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), 1)
         except FractalError as error:
-            _fail(str(error), 1)
+            _fail(str(error), 2 if isinstance(error, UsageError) else 1)
         except BrokenPipeError:
             sys.exit(1)
         except OSError as error:
@@ -87,21 +95,6 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
                 click.echo(f"{label}: {meter.line(unit)}", err=True)
 
         yield advance
-
-
-def human_bytes(count: float) -> str:
-    """A size in decimal units with three digits, e.g. ``72.4 GB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def human_seconds(seconds: float) -> str:
-    """A duration as ``H:MM:SS``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 class _Meter:

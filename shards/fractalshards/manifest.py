@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fractalshards.atomic import write_json
+from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
+from fractalshards.human import human_bytes
 from fractalshards.names import INFO, check_plain, sidecar_name
 
 FORMAT_VERSION = 1
@@ -57,6 +59,26 @@ class Manifest:
     image_size: int
     splits: Mapping[str, tuple[Shard, ...]]
     software: Mapping[str, Any]
+
+    def samples(self, split: str) -> int:
+        """Number of samples in a split."""
+        return sum(shard.samples for shard in self.splits[split])
+
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shards in self.splits.values() for shard in shards)
+
+    def content_digest(self) -> str:
+        """32 hexadecimal digits that identify the dataset: over the content digests of its shards in order."""
+        digests = {name: [shard.content_digest for shard in shards] for name, shards in self.splits.items()}
+        return mapping_digest(digests)
+
+    def summary(self) -> str:
+        """The dataset in one line."""
+        counts = ", ".join(f"{self.samples(name):,} {name}" for name in self.splits)
+        shards = sum(map(len, self.splits.values()))
+        size = human_bytes(self.bytes())
+        return f"{self.folder}: {counts} images in {shards:,} shards, {size}, content {self.content_digest()}"
 
 
 def read_record(folder: Path, shard: str) -> ShardRecord:

@@ -66,7 +66,7 @@ def _decode_own(data: bytes) -> Pixels | None:
     size = height * (1 + width * 3)
     try:
         inflated = isal_zlib.decompressobj().decompress(body, size + 1)
-    except igzip_lib.IsalError:
+    except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares the class as an instance
         return None
     if len(inflated) != size:
         return None

@@ -1,0 +1,72 @@
+"""Colour: HSV to RGB as OpenCV does it for 8 bits, and the palette of a fractal."""
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def hsv_to_rgb(array: Pixels) -> Pixels:
+    """Convert 8-bit HSV to RGB as OpenCV's ``COLOR_HSV2RGB``: hue in units of 2 degrees, wrapping past 180.
+
+    Args:
+        array: (..., 3) uint8 of hue, saturation, value, each 0..255.
+
+    Returns:
+        The same shape, uint8.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1, 3)
+    rgb = np.empty_like(flat)
+    _convert(flat, rgb)
+    return rgb.reshape(array.shape)
+
+
+def fractal_palette(hue_shift: float, saturation: int, value: int) -> Pixels:
+    """The colours of a fractal by hue step: (256, 3) uint8 RGB, hue running from the shift once around 0..255.
+
+    Args:
+        hue_shift: in [0, 255); entry k has hue (k + shift) mod 256, truncated (Anderson & Farrell's ``colorize``).
+        saturation, value: 0..255.
+    """
+    hues = (np.arange(256) + int(hue_shift)) % 256
+    return hsv_to_rgb(np.stack(np.broadcast_arrays(hues, saturation, value), 1).astype(np.uint8))
+
+
+@njit(inline="always")
+def hsv_pixel(hue, saturation, value):  # type: ignore[no-untyped-def]
+    """One pixel: float32 hue, saturation, value in 0..255 to float32 r, g, b in 0..255, not yet rounded."""
+    one = np.float32(1)
+    sextant = hue * np.float32(6 / 180)
+    sextant = sextant - np.float32(6) if sextant >= np.float32(6) else sextant
+    sector = np.int32(sextant)
+    fraction = sextant - np.float32(sector)
+    s = saturation * np.float32(1 / 255)
+    v = value * np.float32(1 / 255)
+    p = v * (one - s)
+    q = v * (one - s * fraction)
+    t = v * (one - s * (one - fraction))
+    red = v if sector == 0 else q if sector == 1 else p if sector <= 3 else t if sector == 4 else v
+    green = t if sector == 0 else v if sector <= 2 else q if sector == 3 else p
+    blue = p if sector <= 1 else t if sector == 2 else v if sector <= 4 else q
+    scale = np.float32(255)
+    return red * scale, green * scale, blue * scale
+
+
+@njit(inline="always")
+def to_byte(level):  # type: ignore[no-untyped-def]
+    """Round a float32 in 0..255 to the nearest integer, ties to even, as OpenCV's ``cvRound``.
+
+    Adding 1.5 * 2**23 leaves exactly the rounded integer in the low bits of a float32: no libm call, any CPU.
+    """
+    magic = np.float32(12582912.0)
+    return np.uint8(np.int32((level + magic) - magic))
+
+
+@njit(cache=True)
+def _convert(hsv, rgb):  # type: ignore[no-untyped-def]
+    for i in range(len(hsv)):
+        red, green, blue = hsv_pixel(np.float32(hsv[i, 0]), np.float32(hsv[i, 1]), np.float32(hsv[i, 2]))
+        rgb[i, 0] = to_byte(red)
+        rgb[i, 1] = to_byte(green)
+        rgb[i, 2] = to_byte(blue)

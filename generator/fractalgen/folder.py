@@ -1,0 +1,69 @@
+"""The folder of a dataset under construction: recipe and systems come first and fix what the folder is (law 3)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fractalshards.atomic import write_json
+from fractalshards.digest import systems_digest
+from fractalshards.errors import FractalError
+from fractalshards.fields import Fields
+from fractalshards.names import RECIPE, SYSTEMS
+from fractalshards.systems import Systems, read_systems, write_systems
+
+from fractalgen.recipe import Recipe
+from fractalgen.render import draw_systems
+
+
+def settle(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
+    """The recipe bound to its systems: those the folder stores, or newly drawn ones if it is new. Writes nothing.
+
+    Raises:
+        FractalError: if the folder holds another recipe, damaged systems, or something that is no dataset.
+        OSError: if it cannot be read.
+    """
+    if (folder / RECIPE).exists():
+        return _settled(folder, recipe)
+    present = [path.name for path in folder.iterdir()] if folder.exists() else []
+    strangers = [name for name in present if name != SYSTEMS and not name.startswith(".")]
+    if strangers:
+        raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
+    systems = draw_systems(recipe)
+    return recipe.with_systems(systems), systems
+
+
+def describe_folder(folder: Path, recipe: Recipe, systems: Systems) -> None:
+    """Write systems and then recipe into a new folder; one that has them is left as it is.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECIPE).exists():
+        write_systems(folder / SYSTEMS, systems)
+        write_json(folder / RECIPE, {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}, indent=1)
+
+
+def _settled(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
+    found = Fields.read(folder / RECIPE).mapping("recipe")
+    bound = replace(recipe, systems_digest=str(found.get("systems_digest")))
+    if other := _differences(found, bound):
+        raise FractalError(f"{folder}: holds another dataset ({other}); choose another --out or the same options")
+    systems = read_systems(folder / SYSTEMS)
+    if systems_digest(systems) != bound.systems_digest:
+        raise FractalError(f"{folder / SYSTEMS}: not the systems that {RECIPE} names; restore it or start a new folder")
+    return bound, systems
+
+
+def _differences(found: dict[str, object], recipe: Recipe) -> str:
+    """What two recipes do not agree on, e.g. ``seed 0 there, 1 here``."""
+    there, here = _flatten(found), _flatten(recipe.to_json())
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+
+
+def _flatten(recipe: dict[str, object]) -> dict[str, object]:
+    """Parameters beside the other fields; tuples as the lists that JSON makes of them."""
+    params = recipe.get("params")
+    flat = {**recipe, **(params if isinstance(params, dict) else {})}
+    flat.pop("params", None)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

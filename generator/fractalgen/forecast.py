@@ -1,0 +1,66 @@
+"""How large a dataset will be and how long it takes: measured on a few of its own samples before any is written."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fractalshards.errors import FractalError
+from fractalshards.human import human_bytes, human_seconds
+from fractalshards.labels import SINGLE, encode_label
+from fractalshards.png import encode_png
+from fractalshards.systems import Systems
+from fractalshards.tarball import Sample, pack_sample
+
+from fractalgen.recipe import Recipe
+from fractalgen.render import render_range
+
+_PROBES = 32
+_MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected cost of ``samples`` samples: bytes on disk, and seconds with the workers that were named."""
+
+    samples: int
+    bytes: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"about {human_bytes(self.bytes)}, about {human_seconds(self.seconds)}"
+
+
+def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Forecast:
+    """Measure a few samples, spread over the dataset, and extrapolate to ``samples`` of them.
+
+    The first sample pays for compilation, once after an install, and is not measured.
+    """
+    total = recipe.n + recipe.val
+    probes = sorted({probe * total // _PROBES for probe in range(_PROBES)})
+    _stored_bytes(recipe, systems, probes[0])
+    start = time.perf_counter()
+    stored = sum(_stored_bytes(recipe, systems, probe) for probe in probes)
+    seconds = time.perf_counter() - start
+    return Forecast(samples, stored / len(probes) * samples, seconds / len(probes) * samples / workers)
+
+
+def check_space(folder: Path, expected: Forecast) -> None:
+    """Refuse a build that the disk cannot hold.
+
+    Raises:
+        FractalError: if the expected bytes, with 5 % to spare, exceed what is free where the folder is or will be.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if expected.bytes * _MARGIN > free:
+        raise FractalError(
+            f"{folder}: needs about {human_bytes(expected.bytes)}, the disk has {human_bytes(free)} free; "
+            "free some space, choose another --out, or ask for fewer or smaller images"
+        )
+
+
+def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> int:
+    """Bytes that a sample takes in its shard."""
+    ((key, image, label),) = render_range(recipe, systems, index, index + 1)
+    return len(pack_sample(Sample(key, {"png": encode_png(image), SINGLE: encode_label(label)})))

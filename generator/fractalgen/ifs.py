@@ -1,0 +1,92 @@
+"""Iterated function systems: drawing one as Anderson & Farrell do, and rendering points as their rasteriser does."""
+
+import numpy as np
+import numpy.typing as npt
+
+from fractalgen.raster import POINT, bounding_box, splat
+
+Floats = npt.NDArray[np.float64]
+
+SIGMA_FACTOR = (5.0, 6.0)
+
+
+def sample_system(
+    n: int | tuple[int, int],
+    rng: np.random.Generator,
+    sigma_factor: tuple[float, float] = SIGMA_FACTOR,
+) -> Floats:
+    """Draw a contractive IFS (Anderson & Farrell 2022, section 3.2).
+
+    Every map is A = U diag(s) V with U and V random rotations times random signs on the axes, and singular values
+    that sum to the sigma factor alpha = sum(s1 + 2 s2); the draws come in the published order, so that the same
+    generator gives the same system.
+
+    Args:
+        n: number of maps, or a half-open range (low, high) to draw it from first.
+        rng: a numpy generator.
+        sigma_factor: (low, high); alpha is uniform in ((low + n) / 2, (high + n) / 2).
+
+    Returns:
+        (n, 2, 3) float64: the linear part in [..., :2], with singular values in [0, 1], and the translation, uniform
+        in [-1, 1), in [..., 2].
+    """
+    maps = n if isinstance(n, int) else int(rng.integers(*n))
+    signs = np.sign(rng.random((2 * maps, 2, 1)) - 0.5) * np.eye(2)
+    angles = rng.uniform(-np.pi, np.pi, 2 * maps)
+    sine, cosine = np.sin(angles), np.cos(angles)
+    rotations = np.stack([np.stack([cosine, -sine], 1), np.stack([sine, cosine], 1)], 1)
+    frames = rotations @ signs
+    alpha = rng.uniform((sigma_factor[0] + maps) / 2, (sigma_factor[1] + maps) / 2)
+    values = _sample_singular_values(maps, alpha, rng)
+    system = np.empty((maps, 2, 3))
+    system[:, :, :2] = frames[:maps] * values[:, None, :] @ frames[maps:]
+    system[:, :, 2] = rng.uniform(-1, 1, (maps, 2))
+    return system
+
+
+def rasterize(
+    points: Floats,
+    size: int,
+    window: npt.ArrayLike | None = None,
+    patch: npt.NDArray[np.int64] | None = None,
+    graded: bool = True,
+) -> npt.NDArray[np.float64] | npt.NDArray[np.uint8]:
+    """Render points as the published rasteriser does, through the same splat that builds datasets.
+
+    Args:
+        points: (n, 2) float64; x selects the row, y the column.
+        size: side length in pixels.
+        window: [xmin, ymin, xmax, ymax]; the bounding box of the points if None.
+        patch: (k, 2) cells of a 3 x 3 patch drawn at each point; a single pixel if None.
+        graded: counts divided by their maximum, rather than hit or not.
+
+    Returns:
+        (size, size) float64 in [0, 1] when graded, else uint8, 0 or 1.
+    """
+    xs, ys = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
+    edges = np.asarray(bounding_box(xs, ys) if window is None else window, np.float64)
+    xmin, ymin, xmax, ymax = edges.tolist()
+    counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), POINT if patch is None else np.asarray(patch))
+    return normalize(counts) if graded else (counts > 0).astype(np.uint8)
+
+
+def normalize(counts: npt.NDArray[np.uint32]) -> Floats:
+    """Counts divided by their maximum: float64 in [0, 1]; zero where nothing was hit."""
+    return counts / max(int(counts.max()), 1)
+
+
+def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> Floats:
+    """Draw n pairs s1 >= s2 in [0, 1] with sum(s1 + 2 s2) = alpha (Anderson & Farrell 2022, algorithm 1)."""
+    values = np.empty((n, 2))
+    above, below = alpha, alpha - 3 * n + 3
+    for i in range(n - 1):
+        first = rng.uniform(max(0, below / 3), min(1, above))
+        below -= first
+        above -= first
+        second = rng.uniform(max(0, below / 2), min(first, above / 2))
+        below += 3 - 2 * second
+        above -= 2 * second
+        values[i] = first, second
+    second = rng.uniform(max(0, (above - 1) / 2), above / 3)
+    values[-1] = above - 2 * second, second
+    return values

@@ -1,0 +1,81 @@
+"""The chaos game: random orbits of an iterated function system, sixteen interleaved, in float32."""
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fractalgen.rng import hash32
+
+Floats = npt.NDArray[np.float32]
+
+_LANES = 16  # independent orbits; one alone waits for the latency of its own multiplications
+_BURN_IN = 16  # steps before the first kept point: sixteen starts in one place must not show
+
+
+def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint32, np.uint32]) -> tuple[Floats, Floats]:
+    """Points of the attractor of an IFS by random iteration (Barnsley 1988).
+
+    Starts at the fixed point of map 0, which lies on the attractor. At every step a map is drawn with probability
+    proportional to |det A|; where all determinants are zero, all maps are equally likely.
+
+    Args:
+        system: (n, 2, 3) float64, n in 1..255; row i of map k is (a, b, e) with x_i' = a x + b y + e.
+        points: how many points, at least 1.
+        key: of ``rng.hash32``; the choice at step t depends on (key, t) alone.
+
+    Returns:
+        x and y, each (points,) float32. Systems that are not contractive may run to infinity or NaN.
+    """
+    total = _BURN_IN * _LANES + points
+    choices = np.empty(total, np.uint8)
+    _choose_maps(_thresholds(system), *key, choices)
+    xs, ys = np.empty(total, np.float32), np.empty(total, np.float32)
+    xs[:_LANES], ys[:_LANES] = fixed_point(system[0])
+    _iterate(system.reshape(-1, 6).astype(np.float32), choices, xs, ys)
+    return xs[-points:], ys[-points:]
+
+
+def fixed_point(affine: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The point that an affine map (2, 3) leaves in place; the origin if there is none or it is not unique."""
+    (a, b, e), (c, d, f) = affine.tolist()
+    determinant = (1 - a) * (1 - d) - b * c
+    if determinant == 0:
+        return 0.0, 0.0
+    return ((1 - d) * e + b * f) / determinant, ((1 - a) * f + c * e) / determinant
+
+
+def determinants(system: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """|det A| of every map of a system (n, 2, 3), as (n,) float64."""
+    return np.abs(system[:, 0, 0] * system[:, 1, 1] - system[:, 0, 1] * system[:, 1, 0])
+
+
+def _thresholds(system: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
+    """Cumulative probabilities of all maps but the last, in units of 2**-32."""
+    weights = determinants(system)
+    if not weights.sum() > 0:
+        weights = np.ones(len(system))
+    shares: npt.NDArray[np.float64] = np.cumsum(weights[:-1]) / weights.sum()
+    return np.minimum(shares * 2.0**32, 2.0**32 - 1).astype(np.uint32)
+
+
+@njit(cache=True)
+def _choose_maps(thresholds, key0, key1, choices):  # type: ignore[no-untyped-def]
+    """choices[i] = the map whose share of [0, 2**32) the i-th random word falls into.
+
+    One pass per threshold that computes the words anew: each vectorises, one with an inner loop would not.
+    """
+    choices[:] = 0
+    for k in range(len(thresholds)):
+        threshold = thresholds[k]
+        for i in range(len(choices)):
+            choices[i] += np.uint8(hash32(np.uint32(i), key0, key1) >= threshold)
+
+
+@njit(cache=True)
+def _iterate(maps, choices, xs, ys):  # type: ignore[no-untyped-def]
+    """Continue every lane, given its start in the first row of lanes: point i follows point i - _LANES."""
+    for i in range(_LANES, len(xs)):
+        k = choices[i]
+        x, y = xs[i - _LANES], ys[i - _LANES]
+        xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]
+        ys[i] = maps[k, 3] * x + maps[k, 4] * y + maps[k, 5]

@@ -1,0 +1,114 @@
+"""The recipe: the frozen, hashable description of a dataset, checked when it is made."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fractalshards.digest import mapping_digest, systems_digest
+from fractalshards.errors import UsageError
+from fractalshards.systems import Systems
+
+from fractalgen.kinds import KindParams, find_kind
+from fractalgen.parameters import parse_overrides
+
+RECIPE_VERSION = 1  # raised whenever the pixels or labels that a recipe stands for change
+_MAX_SAMPLES = 10**9  # keys have nine digits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a dataset is. Equal recipes with equal systems give equal samples, everywhere and always (law 1).
+
+    Samples are numbered 0..n-1 in the ``train`` split and n..n+val-1 in ``val``.
+
+    Attributes:
+        kind: name of a kind, see ``fractalgen kinds``.
+        n, val: samples to train on and to evaluate on.
+        classes: number of classes, each with one system; at most n.
+        size: side length of the square images in pixels.
+        points: points of a chaos game.
+        seed: of everything random.
+        shard_size: samples per shard.
+        params: the parameters of the kind.
+        systems_digest: of the drawn systems; empty until they are.
+    """
+
+    kind: str
+    n: int
+    val: int
+    classes: int
+    size: int
+    points: int
+    seed: int
+    shard_size: int
+    params: KindParams
+    systems_digest: str = ""
+    version: int = RECIPE_VERSION
+
+    def __post_init__(self) -> None:
+        kind = find_kind(self.kind)
+        if not isinstance(self.params, kind.params):
+            raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
+        _require(self.n >= 1, f"n is {self.n}: ask for at least 1 image")
+        _require(self.val >= 0, f"val is {self.val}: it cannot be negative")
+        _require(self.classes >= 1, f"classes is {self.classes}: ask for at least 1 class")
+        _require(
+            self.n >= self.classes,
+            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
+        )
+        _require(self.n + self.val <= _MAX_SAMPLES, f"n + val is over {_MAX_SAMPLES:,}: build several datasets")
+        _require(16 <= self.size <= 4096, f"size is {self.size}: images may be 16 to 4096 pixels wide")
+        _require(1 <= self.points <= 10**8, f"points is {self.points}: a chaos game has 1 to 100,000,000 points")
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it may be 0 to 2**63 - 1")
+        _require(self.shard_size >= 1, f"shard_size is {self.shard_size}: a shard has at least 1 sample")
+        _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON-like data."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """32 hexadecimal digits that identify the recipe, systems included."""
+        return mapping_digest(self.to_json())
+
+    def with_systems(self, systems: Systems) -> "Recipe":
+        """This recipe with the digest of its systems filled in."""
+        return replace(self, systems_digest=systems_digest(systems))
+
+
+def make_recipe(
+    kind: str,
+    n: int,
+    *,
+    val: int = 0,
+    classes: int | None = None,
+    size: int | None = None,
+    points: int | None = None,
+    seed: int = 0,
+    shard_size: int = 1000,
+    overrides: dict[str, str] | None = None,
+) -> Recipe:
+    """A recipe with the kind's defaults for what is not given.
+
+    Args:
+        overrides: parameters of the kind by name, as text: ``{"blur_probability": "0", "maps": "2,4"}``.
+
+    Raises:
+        UsageError: if a value is unknown, malformed or out of range.
+    """
+    chosen = find_kind(kind)
+    return Recipe(
+        kind=kind,
+        n=n,
+        val=val,
+        classes=chosen.classes if classes is None else classes,
+        size=chosen.size if size is None else size,
+        points=chosen.points if points is None else points,
+        seed=seed,
+        shard_size=shard_size,
+        params=parse_overrides(chosen.params, overrides or {}),
+    )
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise UsageError(otherwise)

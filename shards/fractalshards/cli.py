@@ -1,0 +1,92 @@
+"""The command ``fractalshards``: parses options, calls one function per command, prints what came of it."""
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fractalshards.atomic import atomic_file
+from fractalshards.console import Commands, progress
+from fractalshards.human import human_bytes
+from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.sheet import contact_sheet, sample_rows
+from fractalshards.verify import verify_dataset
+from fractalshards.workers import available_cores
+
+_FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="fractalpretrain", prog_name="fractalshards")
+def main() -> None:
+    """Look at datasets of shards, and check them."""
+
+
+@main.command()
+@_FOLDER
+def info(folder: Path) -> None:
+    """Show what a dataset is.
+
+    Example: fractalshards info shards/single
+    """
+    table = Table(show_header=False, box=None)
+    for name, value in _describe(load_manifest(folder)):
+        table.add_row(name, value)
+    Console(soft_wrap=True).print(table)
+
+
+@main.command()
+@_FOLDER
+@click.option("--workers", type=click.IntRange(1), help="Processes that check.  [default: all cores]")
+def verify(folder: Path, workers: int | None) -> None:
+    """Check hashes and counts and decode every image; name what is wrong, and exit with 1 if anything is.
+
+    Example: fractalshards verify shards/single
+    """
+    manifest = load_manifest(folder)
+    samples = sum(map(manifest.samples, manifest.splits))
+    with progress("verifying", samples, "images") as advance:
+        problems = verify_dataset(manifest, workers or available_cores(), advance)
+    for problem in problems:
+        click.echo(f"bad: {folder / problem.file}{': ' + problem.key if problem.key else ''}: {problem.what}")
+    if problems:
+        sys.exit(1)
+    click.echo(f"sound: {manifest.summary()}")
+
+
+@main.command()
+@_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
+@click.option("--split", default="train", show_default=True)
+@click.option("--classes", default=16, show_default=True, type=click.IntRange(1), help="Rows.")
+@click.option("--per-class", default=8, show_default=True, type=click.IntRange(1), help="Images in a row.")
+@click.option("--tile", default=96, show_default=True, type=click.IntRange(8), help="Pixels of an image.")
+def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, tile: int) -> None:
+    """Draw a contact sheet of a dataset, a row per class.
+
+    Example: fractalshards sheet shards/single --out single.png
+    """
+    image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class), tile)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        image.save(file, "PNG", optimize=True)
+    click.echo(f"{out}: {image.width} x {image.height}")
+
+
+def _describe(manifest: Manifest) -> list[tuple[str, str]]:
+    recipe = dict(manifest.recipe)
+    params = recipe.pop("params", {})
+    rows = [("folder", str(manifest.folder))]
+    for name, shards in manifest.splits.items():
+        rows.append((name, f"{manifest.samples(name):,} images in {len(shards):,} shards"))
+    rows += [
+        ("size", human_bytes(manifest.bytes())),
+        ("image", f"{manifest.image_size} x {manifest.image_size}"),
+        ("classes", f"{manifest.classes:,}"),
+        ("content digest", manifest.content_digest()),
+        ("recipe digest", manifest.recipe_digest),
+    ]
+    rows += [(f"recipe: {name}", str(value)) for name, value in {**recipe, **params}.items()]
+    return rows + [(f"made with: {name}", str(value)) for name, value in manifest.software.items()]

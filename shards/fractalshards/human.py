@@ -1,0 +1,16 @@
+"""Sizes and durations as people read them."""
+
+
+def human_bytes(count: float) -> str:
+    """A size in decimal units with three digits, e.g. ``72.4 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration as ``H:MM:SS``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
