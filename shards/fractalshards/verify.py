@@ -53,6 +53,8 @@ def verify_shard(folder: Path, shard: Shard, classes: int) -> list[Problem]:
     try:
         record = read_record(folder, shard.name)
         size = (folder / shard.name).stat().st_size
+    except FileNotFoundError as error:
+        return [Problem(shard.name, "", f"missing: {error.filename}")]
     except (FractalError, OSError) as error:
         return [Problem(shard.name, "", str(error))]
     listed = ("samples", "bytes", "sha256", "content_digest")
@@ -110,10 +112,13 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(RECIPE, "", "recipe and manifest disagree")
         if mapping_digest(manifest.recipe) != manifest.recipe_digest:
             yield Problem(RECIPE, "", "recipe digest differs: the recipe was changed")
+    except (FractalError, OSError) as error:
+        yield Problem(RECIPE, "", str(error))
+    try:
         if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe.get("systems_digest"):
             yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
     except (FractalError, OSError) as error:
-        yield Problem(RECIPE, "", str(error))
+        yield Problem(SYSTEMS, "", str(error))
 
 
 def _verify_folder(manifest: Manifest) -> Iterator[Problem]:

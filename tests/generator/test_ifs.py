@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fractalgen.ifs import rasterize, sample_system
 
 

@@ -1,0 +1,127 @@
+"""Colour, background, paint and blur against OpenCV and against slow, plain renderings of their definitions."""
+
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from fractalgen.background import BLACK, HeightColors, diamond_square, draw_height_colors
+from fractalgen.color import hsv_to_rgb
+from fractalgen.paint import FractalColors, gaussian_blur, paint
+from fractalgen.rng import Stream, hash32
+from numba import njit
+
+
+def test_hsv_equals_the_published_conversion(reference: Path) -> None:
+    with np.load(reference / "published_single" / "hsv2rgb.npz") as arrays:
+        assert np.array_equal(hsv_to_rgb(arrays["hsv"]), arrays["rgb"])
+
+
+def test_hsv_equals_opencv_but_for_one_step_of_rounding() -> None:
+    hues, saturations, values = np.meshgrid(np.arange(256), np.arange(0, 256, 5), np.arange(0, 256, 3), indexing="ij")
+    hsv = np.stack([hues, saturations, values], -1).astype(np.uint8).reshape(-1, 1, 3)
+    theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
+    assert np.abs(hsv_to_rgb(hsv).astype(int) - theirs).max() <= 1
+
+
+def heights_of(size: int, seed: int) -> np.ndarray:
+    return diamond_square(size, 0.6, Stream.of("heights", seed).key())
+
+
+def test_painting_follows_its_definition_pixel_by_pixel() -> None:
+    rng = np.random.default_rng(0)
+    counts = (rng.integers(0, 50, (40, 40)) * rng.integers(0, 2, (40, 40))).astype(np.uint32)
+    heights = heights_of(40, 0) * 3 - 1
+    fractal = FractalColors(200.7, 180, 220)
+    background = HeightColors((240.5, 100.1), (70.2, 120.4), (150.3, 130.6))
+    hit = counts > 0
+    hue = np.where(
+        hit,
+        counts.astype(np.float32) / np.float32(counts.max()) * np.float32(255) + np.float32(200.7),
+        heights * np.float32(240.5) + np.float32(100.1),
+    )
+    saturation = np.where(hit, 180, np.clip(heights * np.float32(70.2) + np.float32(120.4), 0, 255))
+    value = np.where(hit, 220, np.clip(heights * np.float32(150.3) + np.float32(130.6), 0, 255))
+    hsv = np.stack([np.trunc(hue).astype(int) & 255, np.trunc(saturation), np.trunc(value)], -1)
+    assert np.any(hue > 256)
+    assert np.any(hue < 0)
+    assert np.array_equal(paint(counts, fractal, heights, background), hsv_to_rgb(hsv.astype(np.uint8)))
+
+
+def test_without_background_or_colour_the_rest_is_black_and_hits_are_grey() -> None:
+    counts = np.array([[0, 1], [7, 0]], np.uint32)
+    image = paint(counts, FractalColors(0.0, 0, 127), heights_of(2, 0), BLACK)
+    assert image.tolist() == [[[0] * 3, [127] * 3], [[127] * 3, [0] * 3]]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 5), (31, 30), (224, 224)])
+@pytest.mark.parametrize("sigma", [0.5, 0.61, 0.77, 0.9, 1.0])
+def test_blur_equals_opencv(shape: tuple[int, int], sigma: float) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    assert np.array_equal(gaussian_blur(image, sigma), cv2.GaussianBlur(image, (3, 3), sigma))
+
+
+def plain_diamond_square(levels: int, decay: float, noise: np.ndarray) -> np.ndarray:
+    """The published algorithm with given noise in [-1, 1), in float64."""
+    side = 2**levels + 1
+    grid = np.zeros((side, side))
+    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        grid[corner] = 0.5 + 0.5 * noise[corner]
+    for level in range(1, levels + 1):
+        amplitude, step = 0.5 * math.exp(decay * (1 - level)), 2 ** (levels - level)
+        odd, every = range(step, side, 2 * step), range(0, side, step)
+        for r in odd:
+            for c in odd:
+                corners = [grid[r + i * step, c + j * step] for i in (-1, 1) for j in (-1, 1)]
+                grid[r, c] = sum(corners) / 4 + amplitude * noise[r, c]
+        for r in every:
+            for c in every:
+                if (r // step + c // step) % 2 == 1:
+                    around = [
+                        grid[
+                            (r + i * step) if 0 <= r + i * step < side else (side - 1 - step if r == 0 else step),
+                            (c + j * step) if 0 <= c + j * step < side else (side - 1 - step if c == 0 else step),
+                        ]
+                        for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))
+                    ]
+                    grid[r, c] = sum(around) / 4 + amplitude * noise[r, c]
+    return grid
+
+
+@pytest.mark.parametrize("size", [16, 17, 33])
+def test_background_is_the_published_algorithm(size: int) -> None:
+    levels = math.ceil(math.log2(size))
+    key = Stream.of("ds", size).key()
+    heights = diamond_square(size, 0.6, key)
+    assert heights.shape == (size, size)
+    noise = cell_noise(levels, key)
+    np.testing.assert_allclose(heights, plain_diamond_square(levels, 0.6, noise)[:size, :size], atol=1e-6)
+
+
+def cell_noise(levels: int, key: tuple[np.uint32, np.uint32]) -> np.ndarray:
+    """The noise of every cell, from its definition: hash32 of the cell's number in the grid."""
+    side = 2**levels + 1
+    words = np.empty(side * side, np.uint32)
+
+    @njit
+    def fill(words, key0, key1):  # type: ignore[no-untyped-def]
+        for i in range(len(words)):
+            words[i] = hash32(np.uint32(i), key0, key1)
+
+    fill(words, *key)
+    return ((words >> 8) * 2.0**-23 - 1).reshape(side, side)
+
+
+def test_background_colours_have_the_published_ranges() -> None:
+    drawn = [draw_height_colors(Stream.of("colours", i)) for i in range(2000)]
+    for name, ranges in {
+        "hue": ((0.25, 1), (0, 1)),
+        "saturation": ((0.1, 0.3), (0.4, 0.6)),
+        "value": ((0.3, 0.6), (0.4, 0.6)),
+    }.items():
+        values = np.array([getattr(colors, name) for colors in drawn]) / 255
+        for column, (low, high) in zip(values.T, ranges, strict=True):
+            assert low <= column.min() < low + 0.01 * (high - low)
+            assert high - 0.01 * (high - low) < column.max() <= high
+            assert abs(column.mean() - (low + high) / 2) < 0.03 * (high - low)

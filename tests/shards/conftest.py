@@ -1,0 +1,42 @@
+"""A small dataset of random images, made with the writer alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fractalshards.atomic import write_json
+from fractalshards.digest import mapping_digest, systems_digest
+from fractalshards.manifest import write_manifest
+from fractalshards.names import RECIPE, SYSTEMS, sample_key, shard_name
+from fractalshards.systems import write_systems
+from fractalshards.writer import write_shard
+
+CLASSES = 3
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Two shards of five samples, three classes, 16 x 16 pixels."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    systems = [rng.random((2, 2, 3)) for _ in range(CLASSES)]
+    recipe = {"kind": "random", "n": 10, "systems_digest": systems_digest(systems)}
+    write_systems(folder / SYSTEMS, systems)
+    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
+    records = []
+    for shard in range(2):
+        samples = [
+            (sample_key(5 * shard + i), rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), i % CLASSES)
+            for i in range(5)
+        ]
+        records.append(write_shard(folder, shard_name("train", shard), CLASSES, samples))
+    write_manifest(
+        folder,
+        {"train": records},
+        recipe=recipe,
+        recipe_digest=mapping_digest(recipe),
+        classes=CLASSES,
+        image_size=16,
+    )
+    return folder

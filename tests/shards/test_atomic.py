@@ -1,0 +1,67 @@
+"""Files appear whole or not at all, and what killed writers leave behind is told from what living ones still write."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fractalshards.atomic import atomic_file, remove_leftovers
+
+
+def leftover(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
+    path = folder / f".tmp~{host}~{process}~abcdef01~train-000000.tar"
+    path.write_bytes(b"half")
+    os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
+    return path
+
+
+def test_the_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    with atomic_file(target) as file:
+        file.write(b"whole")
+        file.flush()
+        assert not target.exists()
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.name.startswith(f".tmp~{socket.gethostname()}~{os.getpid()}~")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert target.read_bytes() == b"whole"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "a") as one, atomic_file(tmp_path / "a") as two:
+        one.write(b"one")
+        two.write(b"two")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"one")]
+
+
+def test_leftovers_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    here = socket.gethostname()
+    dead = leftover(tmp_path, here, process.pid)
+    living = leftover(tmp_path, here, os.getpid())
+    old_elsewhere = leftover(tmp_path, "other-host", 1, age=7200)
+    new_elsewhere = leftover(tmp_path, "other~host", 1)
+    (tmp_path / "train-000000.tar").write_bytes(b"whole")
+    assert remove_leftovers(tmp_path) == 2
+    assert not dead.exists()
+    assert not old_elsewhere.exists()
+    assert living.exists()
+    assert new_elsewhere.exists()
+    assert (tmp_path / "train-000000.tar").exists()
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        with pytest.raises(OSError, match="No space left") as caught, atomic_file(disk / "a.tar") as file:
+            file.write(bytes(1 << 20))
+        assert caught.value.filename == str(disk / "a.tar")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

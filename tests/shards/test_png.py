@@ -1,0 +1,69 @@
+"""PNG: what any decoder reads is what was encoded; damage is an error, never a wrong image."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from fractalshards.errors import FractalError
+from fractalshards.png import decode_png, encode_png
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_every_decoder_reads_what_was_encoded(height: int, width: int, seed: int) -> None:
+    image = picture(height, width, seed)
+    data = encode_png(image)
+    assert np.array_equal(decode_png(data), image)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], image)
+
+
+@pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "JPEG", "quality": 95}])
+def test_images_of_others_are_decoded_as_pillow_does(options: dict[str, object]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(20, 30)).save(buffer, **options)
+    assert np.array_equal(decode_png(buffer.getvalue()), np.asarray(Image.open(buffer)))
+
+
+def test_palette_images_become_rgb() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(20, 30)).quantize(7).save(buffer, "PNG")
+    assert np.array_equal(decode_png(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB")))
+
+
+@given(st.data())
+def test_a_changed_byte_is_noticed(data: st.DataObject) -> None:
+    image = picture(9, 11)
+    encoded = bytearray(encode_png(image))
+    position = data.draw(st.integers(0, len(encoded) - 13))  # the closing IEND chunk carries no pixels
+    encoded[position] ^= data.draw(st.integers(1, 255))
+    try:
+        decoded = decode_png(bytes(encoded))
+    except FractalError:
+        return
+    assert np.array_equal(decoded, image)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 30, 56, 200])
+def test_truncation_is_an_error(length: int) -> None:
+    with pytest.raises(FractalError, match="cannot be decoded"):
+        decode_png(encode_png(picture(20, 20))[:length])
+
+
+def test_a_lying_size_costs_no_memory() -> None:
+    header = struct.pack(">II5B", 100_000, 100_000, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in ((b"IHDR", header), (b"IDAT", body), (b"IEND", b"")):
+        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]
+    with pytest.raises(FractalError, match="cannot be decoded"):
+        decode_png(b"".join(parts))

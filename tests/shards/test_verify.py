@@ -1,0 +1,133 @@
+"""``fractalshards verify`` names the shard and the key of whatever is wrong, and exits with 1."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from fractalshards.cli import main
+from fractalshards.manifest import read_record
+from fractalshards.names import INFO, RECIPE, SYSTEMS
+from fractalshards.systems import write_systems
+
+SHARD = "train-000001.tar"
+
+
+def verify(dataset: Path) -> Result:
+    return CliRunner().invoke(main, ["verify", str(dataset), "--workers", "1"])
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), data, offset)
+
+
+def test_a_sound_dataset_passes(dataset: Path) -> None:
+    result = verify(dataset)
+    assert result.exit_code == 0, result.output
+    assert "sound" in result.stdout
+    assert "10 train images in 2 shards" in result.stdout
+
+
+def test_a_flipped_byte_in_an_image_is_named(dataset: Path) -> None:
+    offset = read_record(dataset, SHARD).offsets[2]
+    overwrite(dataset / SHARD, offset + 512 + 300, b"\xaa\xbb\xcc")
+    result = verify(dataset)
+    assert result.exit_code == 1
+    assert f"{SHARD}: sha256 differs" in result.stdout
+    assert f"{SHARD}: 000000007: image cannot be decoded" in result.stdout
+    assert "000000006" not in result.stdout
+
+
+def test_a_changed_label_is_noticed(dataset: Path) -> None:
+    end = read_record(dataset, SHARD).offsets[1]
+    overwrite(dataset / SHARD, end - 512, b"2")
+    result = verify(dataset)
+    assert result.exit_code == 1
+    assert f"{SHARD}: content digest differs" in result.stdout
+    overwrite(dataset / SHARD, end - 512, b"7")
+    assert f"{SHARD}: 000000005: label 7, but there are 3 classes" in verify(dataset).stdout
+    overwrite(dataset / SHARD, end - 512, b"-")
+    assert f"{SHARD}: 000000005: label b'-' is not a class index" in verify(dataset).stdout
+
+
+def test_a_truncated_tar_is_named(dataset: Path) -> None:
+    os.truncate(dataset / SHARD, 3000)
+    result = verify(dataset)
+    assert result.exit_code == 1
+    assert f"{SHARD}: 3000 bytes instead of" in result.stdout
+
+
+def test_a_damaged_header_is_named_and_the_rest_still_checked(dataset: Path) -> None:
+    offset = read_record(dataset, SHARD).offsets[3]
+    overwrite(dataset / SHARD, offset + 150, b"999")
+    result = verify(dataset)
+    assert f"{SHARD}: 000000008: damaged tar header" in result.stdout
+    assert "000000009" not in result.stdout
+
+
+def test_garbage_after_the_end_is_noticed_even_when_hashes_agree(dataset: Path) -> None:
+    path = dataset / SHARD
+    data = path.read_bytes()
+    path.write_bytes(data[:-512] + b"garbage".ljust(512, b"\0"))
+    result = verify(dataset)
+    assert f"{SHARD}: the tar does not end after its last sample" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["samples", "sha256", "content_digest"])
+def test_manifest_and_sidecar_must_agree(dataset: Path, name: str) -> None:
+    sidecar = dataset / "train-000001.json"
+    fields = json.loads(sidecar.read_text())
+    if name == "samples":
+        fields |= {"samples": 4, "label_counts": [2, 1, 1], "offsets": fields["offsets"][:-1]}
+    else:
+        fields[name] = "0" * len(fields[name])
+    sidecar.write_text(json.dumps(fields))
+    result = verify(dataset)
+    assert result.exit_code == 1
+    assert f"{SHARD}: manifest and sidecar disagree on {name}" in result.stdout
+
+
+def test_a_missing_shard_and_an_unlisted_one_are_named(dataset: Path) -> None:
+    (dataset / SHARD).rename(dataset / "train-000009.tar")
+    result = verify(dataset)
+    assert f"{SHARD}: missing" in result.stdout
+    assert "train-000009.tar: not in the manifest" in result.stdout
+
+
+def test_recipe_and_systems_are_checked(dataset: Path) -> None:
+    write_systems(dataset / SYSTEMS, [np.zeros((2, 2, 3))] * 3)
+    assert f"{SYSTEMS}: systems digest differs" in verify(dataset).stdout
+    (dataset / SYSTEMS).write_bytes(b"PK\x03\x04 not a zip file")
+    assert f"{SYSTEMS}: damaged" in verify(dataset).stdout
+    recipe = json.loads((dataset / RECIPE).read_text())
+    recipe["recipe"]["n"] = 11
+    (dataset / RECIPE).write_text(json.dumps(recipe))
+    assert f"{RECIPE}: recipe and manifest disagree" in verify(dataset).stdout
+
+
+def test_commands_fail_in_one_line(tmp_path: Path, dataset: Path) -> None:
+    for arguments, code, words in (
+        (["verify", str(tmp_path / "nowhere")], 1, "no such folder"),
+        (["info", str(tmp_path)], 1, f"no {INFO}"),
+        (["info"], 2, "Missing argument 'DIR'"),
+        (["verify", str(dataset), "--workers", "0"], 2, "--workers"),
+        (["sheet", str(dataset), "--out", str(dataset / INFO / "x.png")], 1, "choose a path that is not a file"),
+        (["sheet", str(dataset), "--out", str(tmp_path / "x.png"), "--split", "val"], 1, "no split 'val'"),
+    ):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == code, (arguments, result.output)
+        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert words in result.stderr
+
+
+def test_info_and_sheet_show_the_dataset(dataset: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["info", str(dataset)])
+    assert result.exit_code == 0
+    assert "10 images in 2 shards" in result.stdout
+    assert "16 x 16" in result.stdout
+    result = CliRunner().invoke(main, ["sheet", str(dataset), "--out", str(tmp_path / "new" / "sheet.png")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
