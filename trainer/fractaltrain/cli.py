@@ -1,0 +1,166 @@
+"""The command ``fractaltrain``: reads what is asked for and hands it on. torch is imported when it is needed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+from fractalshards.console import Commands
+from fractalshards.errors import FractalError, UsageError
+
+from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
+from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractaltrain.recipes.recipe import Recipe, override, scale_lr
+from fractaltrain.settings import (
+    Amp,
+    Finetuning,
+    Pretraining,
+    Running,
+    finetuning_folder,
+    pretraining_folder,
+)
+
+_DEFAULT_MODEL = "deit_small_patch16_224"
+_SCRATCH = "none"
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Pre-train vision models on fractals, fine-tune them on real images."""
+
+
+def _running_options(command: _Command) -> _Command:
+    options = [
+        click.option("--epochs", metavar="E", help="Epochs  [default: the recipe's]"),
+        click.option("--batch-size", metavar="B", help="Batch of all processes together  [default: the recipe's]"),
+        click.option("--lr", metavar="LR", help="Peak learning rate  [default: the recipe's, for any batch]"),
+        click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
+        click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
+        click.option("--image-size", type=click.IntRange(8), metavar="PX", help="Side of the images the model sees."),
+        click.option("--out", type=click.Path(path_type=Path), help="The run's folder  [default: runs/...]"),
+        click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes  [default: one per GPU, or 1]"),
+        click.option("--workers", type=click.IntRange(0), metavar="W", help="Loader processes of each process."),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+        click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
+                     help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
+        click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
+        click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
+                     help="Checkpoint inside long epochs, too."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--shards", type=click.Path(path_type=Path), required=True, help="Folder of a dataset.")
+@click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
+@click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
+@click.option("--window", type=click.IntRange(1), default=16, show_default=True, help="Shards shuffled together.")
+@_running_options
+def pt(
+    shards: Path, model: str, recipe: str, window: int, image_size: int | None, nproc: int | None, **options: Any
+) -> None:
+    """Pre-train on a dataset of shards. The same command continues a run that was stopped."""
+    figures = _resolve(PRETRAINING[recipe], options)
+    running = _running(figures, options, default_out=pretraining_folder(shards, model, figures))
+    choice = Pretraining(running=running, shards=shards, model=model, image_size=image_size, window=window)
+    with _needs_training_extra():
+        from fractaltrain.launch import launch
+        from fractaltrain.pretrain import pretrain
+    launch(pretrain, choice, nproc)
+
+
+def _check_data(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    if name in NAMES or (name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX):
+        return name
+    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH")
+
+
+@main.command()
+@click.option("--weights", required=True, metavar="RUN|none", help="Folder of a pre-training run; none: from scratch.")
+@click.option("--data", required=True, callback=_check_data, metavar="DATA",
+              help="digits, cifar10, cifar100, or imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS).")  # fmt: skip
+@click.option("--model", help=f"With --weights none only  [default: {_DEFAULT_MODEL}]")
+@click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
+              help="[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
+@click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
+@click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+              help="Where CIFAR's archives are, or go.")  # fmt: skip
+@_running_options
+def ft(
+    weights: str,
+    data: str,
+    model: str | None,
+    recipe: str | None,
+    per_class: int | None,
+    subset_seed: int,
+    data_dir: Path,
+    image_size: int | None,
+    nproc: int | None,
+    **options: Any,
+) -> None:
+    """Fine-tune a pre-trained model on real images, or train one from scratch to compare with.
+
+    The accuracy on held-out images after the last epoch is the figure; result.json in the run's folder has it.
+    """
+    run = None if weights == _SCRATCH else Path(weights)
+    if run is not None and model is not None:
+        raise UsageError("--model goes with --weights none only; a run knows its model")
+    figures = _resolve(FINETUNING[recipe or ("anderson" if run else "anderson-scratch")], options)
+    choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
+    folder = finetuning_folder(run, model or _DEFAULT_MODEL, choice, figures)
+    finetuning = Finetuning(
+        running=_running(figures, options, default_out=folder),
+        weights=run,
+        model=model or _DEFAULT_MODEL,
+        data=choice,
+        image_size=image_size,
+    )
+    with _needs_training_extra():
+        from fractaltrain.finetune import finetune
+        from fractaltrain.launch import launch
+    launch(finetune, finetuning, nproc)
+
+
+def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
+    """The recipe with ``--set`` and then the options of its own applied."""
+    changes = {}
+    for change in options["changes"]:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise UsageError(f"--set {change}: write it as NAME=VALUE")
+        changes[name] = value
+    changes |= {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
+    recipe = override(published, changes)
+    return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
+
+
+def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Running:
+    return Running(
+        recipe=recipe,
+        out=options["out"] or default_out,
+        seed=options["seed"],
+        pad=options["pad"],
+        amp=options["amp"],
+        workers=options["workers"],
+        save_every_minutes=options["save_every_minutes"],
+    )
+
+
+@contextmanager
+def _needs_training_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise FractalError(
+            f"training needs {error.name}, which is not installed; run: pip install 'fractalpretrain[train]'"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Folders of images: ``PATH/train/CLASS/*`` for training and ``PATH/val/CLASS/*`` held out, as ImageNet is kept."""
+
+from pathlib import Path
+
+import numpy as np
+from fractalshards.errors import FractalError
+from fractalshards.png import decode_png
+from torchvision.datasets import ImageFolder
+
+from fractaltrain.data.source import Example, Indices
+
+_LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"
+
+
+class FolderSource:
+    """The images of one folder per class, listed once and read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """List the images.
+
+        Raises:
+            FractalError: if the folder, its class folders or the images in one of them are missing.
+        """
+        if not folder.is_dir():
+            raise FractalError(f"{folder}: no such folder; {_LAYOUT}")
+        try:
+            listing = ImageFolder(folder)
+        except FileNotFoundError as error:
+            raise FractalError(f"{folder}: {str(error).split('. Supported')[0]}; {_LAYOUT}") from error
+        self._folder = folder
+        self._paths = [Path(path) for path, _ in listing.samples]
+        self._labels = np.asarray(listing.targets, np.int64)
+        self.class_names = tuple(listing.classes)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """All samples, as one shard."""
+        return (len(self._paths),)
+
+    @property
+    def classes(self) -> int:
+        """One per class folder."""
+        return len(self.class_names)
+
+    @property
+    def labels(self) -> Indices:
+        """(n,) int64: class folders are numbered in alphabetical order."""
+        return self._labels
+
+    def read(self, index: int) -> Example:
+        """Read and decode an image; its key is its path below the folder.
+
+        Raises:
+            FractalError: naming the file, if it cannot be read or decoded.
+        """
+        path = self._paths[index]
+        try:
+            image = decode_png(path.read_bytes())
+        except (FractalError, OSError) as error:
+            raise FractalError(f"{path}: {error}; replace or remove it") from error
+        return Example(str(path.relative_to(self._folder)), image, int(self._labels[index]))
+
+
+def load_folders(path: Path) -> tuple[FolderSource, FolderSource]:
+    """The images for training and the held-out ones.
+
+    Raises:
+        FractalError: if either part is missing or empty, or they have other classes.
+    """
+    train, held_out = FolderSource(path / "train"), FolderSource(path / "val")
+    if train.class_names != held_out.class_names:
+        odd = sorted(set(train.class_names) ^ set(held_out.class_names))
+        raise FractalError(
+            f"{path}: train and val differ in their class folders ({', '.join(odd[:5])}); make them equal"
+        )
+    return train, held_out

@@ -1,0 +1,115 @@
+"""What the stream reads from: numbered samples, of which any can be read at any time, and parts of such."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from fractalshards.errors import FractalError
+
+from fractaltrain.stream.bits import Purpose, mix, permutation
+
+Images = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    """One sample: its key, its image (H, W, 3) uint8 RGB, its class index."""
+
+    key: str
+    image: Images
+    label: int
+
+
+class Source(Protocol):
+    """Samples 0..n-1 of known classes. Reading must be safe in forked loader workers."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Samples per shard, in order of index; a single entry where there are no shards."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; labels are in [0, classes)."""
+
+    def read(self, index: int) -> Example:
+        """Read a sample.
+
+        Raises:
+            FractalError: if it is damaged, naming file and key.
+        """
+
+
+class LabelledSource(Source, Protocol):
+    """A source whose labels are known without reading it, so that it can be split by class."""
+
+    @property
+    def labels(self) -> Indices:
+        """(n,) int64 class indices."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory: ``images`` (n, H, W, 3) uint8, ``labels`` (n,) int64; keys are ``name/index``."""
+
+    name: str
+    images: Images
+    labels: Indices
+    classes: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """All samples, as one shard."""
+        return (len(self.images),)
+
+    def read(self, index: int) -> Example:
+        """Read a sample."""
+        return Example(f"{self.name}/{index:06d}", self.images[index], int(self.labels[index]))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a source, in the order of ``indices`` (m,) int64; keys stay those of the source."""
+
+    source: Source
+    indices: Indices
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """All samples, as one shard."""
+        return (len(self.indices),)
+
+    @property
+    def classes(self) -> int:
+        """As the source."""
+        return self.source.classes
+
+    def read(self, index: int) -> Example:
+        """Read a sample."""
+        return self.source.read(int(self.indices[index]))
+
+
+def split_per_class(source: LabelledSource, per_class: int, seed: int) -> tuple[Subset, Subset]:
+    """``per_class`` samples of every class, and all the others.
+
+    Raises:
+        FractalError: if a class has fewer samples than that.
+    """
+    return _split(source, [per_class] * source.classes, seed)
+
+
+def split_share(source: LabelledSource, share: float, seed: int) -> tuple[Subset, Subset]:
+    """A share in (0, 1) of the samples of every class, rounded, and all the others."""
+    counts = np.bincount(source.labels, minlength=source.classes)
+    return _split(source, [round(share * int(count)) for count in counts], seed)
+
+
+def _split(source: LabelledSource, wanted: Sequence[int], seed: int) -> tuple[Subset, Subset]:
+    chosen = np.zeros(len(source.labels), np.bool_)
+    for label, count in enumerate(wanted):
+        members = np.flatnonzero(source.labels == label)
+        if count > len(members):
+            raise FractalError(f"class {label} has {len(members)} training samples, not {count}; lower --per-class")
+        chosen[members[permutation(len(members), mix(seed, Purpose.SUBSET, label))[:count]]] = True
+    return Subset(source, np.flatnonzero(chosen)), Subset(source, np.flatnonzero(~chosen))

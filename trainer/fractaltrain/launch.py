@@ -1,0 +1,71 @@
+"""Starts one training process per GPU, or as many as asked for, on this machine."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from fractalshards.errors import FractalError
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+_Choice = TypeVar("_Choice")
+
+
+def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None) -> None:
+    """Run ``entry(choice)`` in every process of a new world, or in this one if torchrun started it.
+
+    Without ``nproc`` there is a process per GPU, or one on a machine without. ``entry`` must be importable and
+    ``choice`` picklable.
+
+    Raises:
+        FractalError: of the process that failed first; by then all are down.
+    """
+    nproc = nproc or max(torch.cuda.device_count(), 1)
+    if nproc == 1 or "RANK" in os.environ:
+        entry(choice)
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of processes that were stopped
+    logging.disable(logging.ERROR)  # the launcher reports each failure, with tracebacks; we say it in one line
+    try:
+        with tempfile.TemporaryDirectory() as log_dir:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=nproc,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                local_addr="localhost",
+                max_restarts=0,
+                logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            )
+            elastic_launch(config, entry)(choice)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise _explain(rank, failure) from error
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        raise FractalError(f"stopped by {error.sigval.name}; run the same command to continue") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _explain(rank: int, failure: ProcessFailure) -> FractalError:
+    """The error of a process as this one's own. What is no FractalError is a bug of ours: show where."""
+    message = failure.message
+    if not isinstance(message, dict):
+        return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")
+    kind, _, text = message["message"].partition(": ")
+    if kind == FractalError.__name__:
+        return FractalError(text)
+    sys.stderr.write(message["extraInfo"]["py_callstack"])
+    return FractalError(f"rank {rank} failed: {message['message']}; please report this")

@@ -1,0 +1,73 @@
+"""Models by name: one entry, ``create_model``."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+import torchvision
+from fractalshards.errors import FractalError
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+
+def _resnet50(classes: int, image_size: int) -> nn.Module:
+    """torchvision's, as in the published code; it sees any size."""
+    model: nn.Module = torchvision.models.resnet50(num_classes=classes)
+    return model
+
+
+def _deit_small_patch32(classes: int, image_size: int) -> nn.Module:
+    """DeiT-S (Touvron et al. 2021) with patches of 32 x 32, which timm does not list."""
+    return VisionTransformer(
+        img_size=image_size, patch_size=32, embed_dim=384, depth=12, num_heads=6, num_classes=classes
+    )
+
+
+_OURS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet50": _resnet50,
+    "deit_small_patch32_224": _deit_small_patch32,
+}
+
+
+def create_model(name: str, classes: int, image_size: int) -> nn.Module:
+    """A model with random weights, drawn from torch's generator.
+
+    Args:
+        name: ``resnet50`` (torchvision), ``deit_small_patch32_224``, or any name timm knows.
+        classes: outputs of its classifier.
+        image_size: side in pixels of the square images it will see.
+
+    Raises:
+        FractalError: if there is no such model, or it cannot be built for that size.
+    """
+    if name not in _OURS and not timm.is_model(name):
+        close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
+        raise FractalError(f"no model {name!r}; {hint}")
+    try:
+        return _OURS[name](classes, image_size) if name in _OURS else _from_timm(name, classes, image_size)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise FractalError(f"{name} cannot be built for {image_size} x {image_size} images: {error}") from error
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier's modules, e.g. ``("fc",)``; two for models with a distillation head."""
+    if not hasattr(model, "get_classifier"):  # torchvision's ResNet
+        return ("fc",)
+    classifier: Any = model.get_classifier
+    found = classifier()
+    heads = found if isinstance(found, tuple | list) else (found,)
+    return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def is_head(name: str, heads: tuple[str, ...]) -> bool:
+    """Whether the parameter or module ``name`` belongs to one of the modules ``heads``."""
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
+def _from_timm(name: str, classes: int, image_size: int) -> nn.Module:
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:  # the weights depend on it (position embeddings)
+        return timm.create_model(name, num_classes=classes, img_size=image_size)
+    return timm.create_model(name, num_classes=classes)

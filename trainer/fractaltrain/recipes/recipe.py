@@ -1,0 +1,125 @@
+"""What a recipe is: every figure of a training, in one frozen record, overridable by name."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_type_hints
+
+from fractalshards.errors import UsageError
+
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Figures of one training. ``lr`` is meant for ``batch_size``, the global batch.
+
+    Attributes:
+        name: as ``--recipe`` calls it.
+        epochs: passes over the training samples.
+        batch_size: global batch, shared equally by all processes.
+        lr: peak learning rate of the one-cycle schedule (SGD).
+        weight_decay: of everything but norms and biases, which have none.
+        head_lr_factor: the classifier learns so much faster.
+        head_weight_decay: of the classifier's weight; None: as everything else.
+        pct_start: share of all steps in which the learning rate rises.
+        div_factor: it starts at ``lr / div_factor`` ...
+        final_div_factor: ... and ends at ``lr / div_factor / final_div_factor``.
+        base_momentum: momentum where the learning rate is highest.
+        max_momentum: momentum where it is lowest.
+        augment: ``none``, or ``affine``: reflect padding by an eighth, small rotation, shift and zoom, centre crop.
+        hflip: probability of a horizontal flip of a training image.
+        mean: subtracted per channel from images in [0, 1].
+        std: divided by per channel afterwards.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    head_lr_factor: float = 1.0
+    head_weight_decay: float | None = None
+    pct_start: float = 0.3
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+    base_momentum: float = 0.85
+    max_momentum: float = 0.95
+    augment: Literal["none", "affine"] = "none"
+    hflip: float = 0.0
+    mean: Channels = (0.0, 0.0, 0.0)
+    std: Channels = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Check every figure.
+
+        Raises:
+            UsageError: naming the field and what it may be.
+        """
+        at_least_one = ("epochs", "batch_size")
+        positive = ("lr", "head_lr_factor", "div_factor", "final_div_factor")
+        not_negative = ("weight_decay", "head_weight_decay")
+        shares = ("pct_start", "base_momentum", "max_momentum", "hflip")
+        for name in at_least_one:
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in positive:
+            _check(self, name, getattr(self, name) > 0, "above 0")
+        for name in not_negative:
+            _check(self, name, (getattr(self, name) or 0) >= 0, "at least 0")
+        for name in shares:
+            _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        _check(self, "std", min(self.std) > 0, "above 0")
+
+
+def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+    """The recipe with other figures, given as text: ``{"lr": "0.05", "mean": "0.5"}``.
+
+    A single number stands for all three channels; ``none`` unsets what may be unset.
+
+    Raises:
+        UsageError: if there is no such field, or the text is not a value of it.
+    """
+    types = get_type_hints(Recipe)
+    names = [field.name for field in fields(Recipe) if field.name != "name"]
+    values: dict[str, Any] = {}
+    for name, text in changes.items():
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+            raise UsageError(f"the recipe has no field {name!r}; {hint}")
+        values[name] = _parse(name, text, types[name])
+    return replace(recipe, **values)
+
+
+def scale_lr(recipe: Recipe, published_batch_size: int) -> Recipe:
+    """The recipe with its learning rate scaled linearly from the batch it was published for to its own."""
+    return replace(recipe, lr=recipe.lr * recipe.batch_size / published_batch_size)
+
+
+def _check(recipe: Recipe, name: str, good: bool, wanted: str) -> None:
+    value = getattr(recipe, name)
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not good or not all(number is None or math.isfinite(number) for number in numbers):
+        raise UsageError(f"{name} is {value}, but must be {wanted}")
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if kind == Channels:
+            numbers = tuple(float(part) for part in text.split(","))
+            if len(numbers) not in (1, 3):
+                raise ValueError
+            return numbers * (3 // len(numbers))
+        if type(None) in get_args(kind):
+            return None if text.lower() == "none" else float(text)
+    except ValueError:
+        wanted = {int: "an integer", float: "a number", Channels: "one number or three"}
+        raise UsageError(f"{name}={text!r} is not {wanted.get(kind, 'a number or none')}") from None
+    if text not in get_args(kind):
+        raise UsageError(f"{name}={text!r} is none of {', '.join(get_args(kind))}")
+    return text

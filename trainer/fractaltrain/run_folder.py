@@ -1,0 +1,89 @@
+"""A run's folder: ``run.json`` says what it is, ``metrics.jsonl`` how it went, ``result.json`` how it ended."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fractalshards.atomic import atomic_file, remove_leftovers, write_json
+from fractalshards.errors import FractalError
+from fractalshards.fields import Fields
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+
+
+def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Make the folder and its ``run.json``, or find the same run there.
+
+    Args:
+        settings: JSON-like; all that decides what the run computes, and nothing else.
+        environment: JSON-like; written for the record.
+
+    Raises:
+        FractalError: if the folder holds a run with other settings.
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if not (folder / RUN).exists():
+        write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
+        return
+    found, wanted = _flatten(read_settings(folder)), _flatten(json.loads(json.dumps(settings)))
+    differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if differing:
+        name = differing[0]
+        others = f" and {len(differing) - 1} more settings" if differing[1:] else ""
+        raise FractalError(
+            f"{folder}: holds a run with {name} {found.get(name)}{others}, not {wanted.get(name)}; "
+            "choose another folder with --out, or remove this one"
+        )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in ``run.json``.
+
+    Raises:
+        FractalError: if the folder holds no run, or its ``run.json`` is damaged.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise FractalError(f"{folder}: no {RUN}, so not the folder of a run; check the path")
+    return Fields.read(path).mapping("settings")
+
+
+def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to ``metrics.jsonl``; ``line`` has ``global_step``, the optimiser steps done since the start."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines of ``metrics.jsonl``; one that was cut off by a kill is left out."""
+    path = folder / METRICS
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def rewind_metrics(folder: Path, global_step: int) -> None:
+    """Remove the lines after ``global_step``, which a resumed run will write again."""
+    kept = [line for line in read_metrics(folder) if line["global_step"] <= global_step]
+    with atomic_file(folder / METRICS) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json``."""
+    write_json(folder / RESULT, result, indent=1)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"recipe": {"lr": 1}}`` to ``{"recipe.lr": 1}``."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,55 @@
+"""Random bits that are a pure function of integers, the same with every numpy and torch.
+
+numpy's and torch's own distributions may change between versions; an epoch order must not. The generator is
+splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+Bits = npt.NDArray[np.uint64]
+
+
+class Purpose(IntEnum):
+    """What random bits are for; the first word after the seed, so that no two uses share their bits."""
+
+    SHARDS = 0
+    WINDOW = 1
+    AUGMENT = 2
+    STEP = 3
+    SUBSET = 4
+
+
+def mix(*words: int) -> int:
+    """A 64-bit key from integers in [0, 2^64); another order of the words gives another key."""
+    key = 0
+    for word in words:
+        key = _scramble((key ^ word) + _GOLDEN & _MASK)
+    return key
+
+
+def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
+    """A permutation of 0..n-1 as an (n,) int64 array: the order that sorts n outputs of splitmix64.
+
+    >>> permutation(5, mix(0, 1)).tolist()
+    [0, 4, 3, 2, 1]
+    """
+    counters = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    return np.argsort(_scramble_all(counters), kind="stable").astype(np.int64, copy=False)
+
+
+def _scramble(z: int) -> int:
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
+    return z ^ z >> 31
+
+
+def _scramble_all(z: Bits) -> Bits:
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> np.uint64(31)

@@ -1,0 +1,96 @@
+"""The order of an epoch, as pure functions (law 4).
+
+Permute the shards by (seed, epoch); cut the sequence into windows of W shards; permute the samples inside each
+window: that is the global order. Global batch b is its positions [bB, (b + 1)B), and rank r of R takes the r-th of
+R equal parts of them. An example with three shards of 4, 2 and 3 samples, windows of two shards, two ranks, B = 4:
+
+>>> order = epoch_order([4, 2, 3], seed=0, epoch=0, window=2)
+>>> order.tolist()  # shards 0 (samples 0-3) and 1 (4-5) make the first window, shard 2 (6-8) the second
+[0, 2, 3, 5, 1, 4, 8, 7, 6]
+>>> steps_per_epoch(9, batch=4, pad=False)
+2
+>>> order[training_positions(9, batch=4, rank=0, world=2, pad=False)].tolist()  # a row per step
+[[0, 2], [1, 4]]
+>>> order[training_positions(9, batch=4, rank=1, world=2, pad=False)].tolist()
+[[3, 5], [8, 7]]
+
+Nothing is buffered and nothing depends on workers, so a run that stopped at (epoch, step) continues by computing
+the same arrays and leaving out the first ``step`` rows, with any number of workers and any number of ranks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from fractalshards.errors import FractalError
+
+from fractaltrain.stream.bits import Purpose, mix, permutation
+
+Indices = npt.NDArray[np.int64]
+
+
+def epoch_order(lengths: Sequence[int], seed: int, epoch: int, window: int) -> Indices:
+    """The global order of an epoch: a permutation of all sample indices, (n,) int64.
+
+    Args:
+        lengths: samples per shard; the samples of shard k have the indices after those of shards 0..k-1.
+        seed: of the run, in [0, 2^64).
+        epoch: counted from 0.
+        window: shards that are shuffled together, at least 1.
+    """
+    starts = np.cumsum([0, *lengths])
+    shards = permutation(len(lengths), mix(seed, Purpose.SHARDS, epoch))
+    order = [np.empty(0, np.int64)]
+    for number, first in enumerate(range(0, len(lengths), window)):
+        members = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window]]
+        samples = np.concatenate(members)
+        order.append(samples[permutation(len(samples), mix(seed, Purpose.WINDOW, epoch, number))])
+    return np.concatenate(order)
+
+
+def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:
+    """Optimiser steps of an epoch: floor(samples / batch), or the ceiling where ``pad`` fills the last batch.
+
+    Raises:
+        FractalError: if one global batch is larger than the dataset.
+    """
+    if batch > samples:
+        raise FractalError(f"a batch of {batch} is larger than the {samples} training samples; lower --batch-size")
+    return -(-samples // batch) if pad else samples // batch
+
+
+def rank_batch(batch: int, world: int) -> int:
+    """Samples of a global batch that each rank takes.
+
+    Raises:
+        FractalError: if the world size does not divide the batch.
+    """
+    if batch % world:
+        raise FractalError(
+            f"{world} processes cannot share a batch of {batch} equally; "
+            f"choose --batch-size {batch // world * world or world} or another --nproc"
+        )
+    return batch // world
+
+
+def training_positions(samples: int, batch: int, rank: int, world: int, pad: bool) -> Indices:
+    """Positions in the epoch's order that a rank trains on: (steps, batch / world) int64, the same shape on all ranks.
+
+    With ``pad`` the last positions run past the end of the order and mean its beginning (take them modulo
+    ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
+
+    Raises:
+        FractalError: as ``steps_per_epoch`` and ``rank_batch`` do.
+    """
+    steps = steps_per_epoch(samples, batch, pad)
+    return np.arange(steps * batch, dtype=np.int64).reshape(steps, world, rank_batch(batch, world))[:, rank]
+
+
+def evaluation_positions(samples: int, batch: int, rank: int, world: int) -> list[Indices]:
+    """Sample indices that a rank evaluates, in batches of at most ceil(batch / world); every sample on one rank once.
+
+    Ranks may differ by one sample and so by one batch: there is nothing collective inside an evaluation.
+    """
+    mine = np.arange(rank, samples, world, dtype=np.int64)
+    size = -(-batch // world)
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
