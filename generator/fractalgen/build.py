@@ -103,5 +103,5 @@ def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> d
                 "run the same command to continue"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
     return written

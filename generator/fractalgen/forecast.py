@@ -16,6 +16,7 @@ from fractalgen.recipe import Recipe
 from fractalgen.render import render_range
 
 _PROBES = 32
+_PROBE_SECONDS = 3.0
 _MARGIN = 1.05
 
 
@@ -37,12 +38,16 @@ def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Fo
     The first sample pays for compilation, once after an install, and is not measured.
     """
     total = recipe.n + recipe.val
-    probes = sorted({probe * total // _PROBES for probe in range(_PROBES)})
-    _stored_bytes(recipe, systems, probes[0])
+    _stored_bytes(recipe, systems, 0)
+    probes: list[int] = []
     start = time.perf_counter()
-    stored = sum(_stored_bytes(recipe, systems, probe) for probe in probes)
+    for probe in range(min(_PROBES, total)):
+        probes.append(_stored_bytes(recipe, systems, probe * total // min(_PROBES, total)))
+        if time.perf_counter() - start > _PROBE_SECONDS:
+            break
     seconds = time.perf_counter() - start
-    return Forecast(samples, stored / len(probes) * samples, seconds / len(probes) * samples / workers)
+    scale = samples / len(probes)
+    return Forecast(samples, sum(probes) * scale, seconds * scale / workers)
 
 
 def check_space(folder: Path, expected: Forecast) -> None:

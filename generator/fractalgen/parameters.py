@@ -24,7 +24,7 @@ def parse_overrides(params: type[_T], overrides: dict[str, str]) -> _T:
     values: dict[str, Any] = {}
     for name, text in overrides.items():
         if name not in types:
-            near = get_close_matches(name, types, 1)
+            near = get_close_matches(name, types, 1, cutoff=0.5)
             raise UsageError(
                 f"unknown parameter {name!r}"
                 + (f", did you mean {near[0]!r}?" if near else "")

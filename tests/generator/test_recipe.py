@@ -1,0 +1,83 @@
+"""Recipes refuse what makes no sense, in one line, and their digest sees every field."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fractalgen import Recipe, draw_systems, make_recipe
+from fractalgen.parameters import describe_parameters
+from fractalshards.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "singel"}, "did you mean 'single'"),
+        ({"n": 0}, "at least 1 image"),
+        ({"n": -5}, "at least 1 image"),
+        ({"n": 999}, "fewer images than the 1000 classes"),
+        ({"n": 2 * 10**9}, "over 1,000,000,000"),
+        ({"val": -1}, "cannot be negative"),
+        ({"classes": 0}, "at least 1 class"),
+        ({"size": 15}, "16 to 4096"),
+        ({"size": 4097}, "16 to 4096"),
+        ({"points": 0}, "points is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"shard_size": 0}, "at least 1 sample"),
+        ({"overrides": {"blur": "1"}}, "unknown parameter 'blur', did you mean 'blur_"),
+        ({"overrides": {"blur_probability": "often"}}, "expected float"),
+        ({"overrides": {"blur_probability": "1.5"}}, "blur_probability is 1.5"),
+        ({"overrides": {"blur_probability": "nan"}}, "finite"),
+        ({"overrides": {"maps": "3"}}, "expected 2 values"),
+        ({"overrides": {"maps": "4,2"}}, "maps is 4,2"),
+        ({"overrides": {"maps": "1,2"}}, "maps is 1,2"),
+        ({"overrides": {"background": "maybe"}}, "expected bool"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        make_recipe(**{"kind": "single", "n": 1000, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    recipe = make_recipe("single", 1_000_000)
+    assert (recipe.classes, recipe.size, recipe.points, recipe.shard_size) == (1000, 224, 100_000, 1000)
+    assert {name: default for name, default, _ in describe_parameters(type(recipe.params))} == {
+        "maps": "2,4",
+        "sigma_factor": "5.0,6.0",
+        "jitter": "0.8,1.1",
+        "window_shift": "0.2",
+        "window_scale": "0.5,2.0",
+        "patch": "true",
+        "flips": "true",
+        "color": "true",
+        "saturation": "0.3,1.0",
+        "value": "0.5,1.0",
+        "background": "true",
+        "decay": "0.4,0.8",
+        "blur_probability": "0.5",
+        "blur_sigma": "0.5,1.0",
+    }
+
+
+def test_every_field_changes_the_digest() -> None:
+    recipe = make_recipe("single", 100, classes=5)
+    variants = [
+        recipe,
+        *(replace(recipe, **{name: getattr(recipe, name) + 1}) for name in ("n", "val", "classes", "size", "points")),
+        *(replace(recipe, **{name: getattr(recipe, name) + 1}) for name in ("seed", "shard_size")),
+        make_recipe("single", 100, classes=5, overrides={"blur_probability": "0.25"}),
+        make_recipe("single", 100, classes=5, overrides={"maps": "2,5"}),
+        recipe.with_systems(draw_systems(recipe)),
+        recipe.with_systems(draw_systems(replace(recipe, seed=1))),
+    ]
+    assert len({variant.digest() for variant in variants}) == len(variants)
+    assert len(set(variants)) == len(variants)
+    assert make_recipe("single", 100, classes=5).digest() == recipe.digest()
+
+
+def test_a_recipe_takes_its_own_kinds_parameters() -> None:
+    with pytest.raises(UsageError, match="takes SingleParams, not str"):
+        Recipe("single", 10, 0, 2, 32, 100, 0, 10, params="x")  # type: ignore[arg-type]

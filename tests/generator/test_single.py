@@ -1,0 +1,107 @@
+"""Kind ``single``: the same sample always and everywhere, with the published distributions."""
+
+import numpy as np
+import pytest
+import xxhash
+from fractalgen import draw_systems, make_recipe, render_sample
+from fractalgen.ifs import sample_system
+from fractalgen.kinds.single import SingleParams, jitter, render
+from fractalgen.rng import Stream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def test_pixels_are_pinned() -> None:
+    """A change of any pixel needs a new recipe version; the systems are pinned beside it, for numpy draws them."""
+    rng = np.random.default_rng(0)
+    system = np.round(sample_system(3, rng) * 2**24) / 2**24
+    images = [render(SingleParams(), 64, 5000, (0, "train", 1, replica), system) for replica in range(3)]
+    images.append(render(SingleParams(background=False, color=False), 50, 777, (0, "val", 2, 0), system))
+    digests = [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images]
+    assert digests == ["c64bd8503733d2dd", "5a82b3cfdf8168ef", "144740e80f4ac84e", "525a0bf4a0ef6b63"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_sample_of_any_recipe_renders_and_is_deterministic(data: st.DataObject) -> None:
+    classes = data.draw(st.integers(1, 6))
+    recipe = make_recipe(
+        "single",
+        data.draw(st.integers(classes, 50)),
+        val=data.draw(st.integers(0, 5)),
+        classes=classes,
+        size=data.draw(st.integers(16, 70)),
+        points=data.draw(st.integers(1, 3000)),
+        seed=data.draw(st.integers(0, 2**63 - 1)),
+        overrides={"blur_probability": data.draw(st.sampled_from(["0", "0.5", "1"]))},
+    )
+    systems = draw_systems(recipe)
+    index = data.draw(st.integers(0, recipe.n + recipe.val - 1))
+    image, label = render_sample(recipe, systems, index)
+    assert image.shape == (recipe.size, recipe.size, 3)
+    assert image.dtype == np.uint8
+    assert 0 <= label < classes
+    again, same_label = render_sample(recipe, systems, index)
+    assert np.array_equal(image, again)
+    assert label == same_label
+
+
+def test_samples_differ_between_replicas_seeds_and_splits() -> None:
+    system = sample_system(3, np.random.default_rng(0))
+    identities = [(0, "train", 1, 0), (0, "train", 1, 1), (0, "val", 1, 0), (1, "train", 1, 0), (0, "train", 2, 0)]
+    images = {render(SingleParams(), 32, 2000, identity, system).tobytes() for identity in identities}
+    assert len(images) == len(identities)
+
+
+def test_a_class_looks_the_same_in_a_larger_dataset() -> None:
+    small, large = (make_recipe("single", n, classes=4, size=32, points=500) for n in (40, 80))
+    systems = draw_systems(small)
+    images = {render_sample(small, systems, index)[0].tobytes() for index in range(40)}
+    assert images < {render_sample(large, systems, index)[0].tobytes() for index in range(80)}
+
+
+def test_systems_do_not_depend_on_the_number_of_classes_and_are_exact_in_24_bits() -> None:
+    few, many = (draw_systems(make_recipe("single", 50, classes=classes, seed=3)) for classes in (5, 50))
+    assert all(np.array_equal(a, b) for a, b in zip(few, many, strict=False))
+    assert all(np.array_equal(system * 2**24, np.round(system * 2**24)) for system in many)
+    assert {len(system) for system in many} == {2, 3, 4}
+
+
+def test_jitter_scales_one_map_and_never_beyond_singular_value_1() -> None:
+    system = sample_system(3, np.random.default_rng(0))
+    system[1, :, :2] *= 0.999 / np.linalg.svd(system[1, :, :2], compute_uv=False).max()
+    rng = Stream.of("jitter")
+    factors = []
+    for _ in range(300):
+        jittered = jitter(system, (0.8, 1.1), rng)
+        assert np.linalg.svd(jittered[:, :, :2], compute_uv=False).max() <= 1 + 1e-12
+        ratio = (jittered / system).reshape(3, 6)
+        assert np.allclose(ratio, ratio[:, :1])
+        assert np.sum(ratio[:, 0] != 1) <= 1
+        factors.append((int(np.argmax(ratio[:, 0] != 1)), ratio[ratio[:, 0] != 1, 0]))
+    assert all(0.8 <= factor <= 1.1 for _, values in factors for factor in values)
+    assert max(values[0] for k, values in factors if k == 0 and len(values)) > 1.05
+
+
+def test_jitter_gives_up_after_four_tries() -> None:
+    system = np.zeros((1, 2, 3))
+    system[0, :, :2] = np.eye(2)
+    assert np.array_equal(jitter(system, (1.01, 1.1), Stream.of("never")), system)
+
+
+@pytest.mark.parametrize(("name", "value"), [("background", "false"), ("color", "false")])
+def test_without_background_or_colour(name: str, value: str) -> None:
+    recipe = make_recipe("single", 10, classes=2, size=48, overrides={name: value, "blur_probability": "0"})
+    image, _ = render_sample(recipe, draw_systems(recipe), 0)
+    if name == "background":
+        assert (image == 0).all(-1).mean() > 0.05
+    else:
+        assert (image == 127).all(-1).mean() > 0.01
+
+
+def test_every_image_shows_its_fractal() -> None:
+    recipe = make_recipe("single", 200, classes=50, size=64, points=20_000, overrides={"background": "false"})
+    systems = draw_systems(recipe)
+    shares = [render_sample(recipe, systems, index)[0].any(-1).mean() for index in range(200)]
+    assert min(shares) > 0
+    assert 0.1 < np.mean(shares) < 0.6
