@@ -5,19 +5,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from fractalshards.atomic import remove_leftovers
-from fractalshards.console import progress
-from fractalshards.errors import FractalError
-from fractalshards.manifest import ShardRecord, finished_record, write_manifest
-from fractalshards.systems import Systems
-from fractalshards.workers import worker_pool
-from fractalshards.writer import write_shard
-
 from fractalgen.folder import describe_folder, settle
 from fractalgen.forecast import Forecast, check_space, forecast
 from fractalgen.plan import ShardTask, shard_tasks
 from fractalgen.recipe import Recipe
 from fractalgen.render import render_range
+from fractalshards.atomic import remove_leftovers
+from fractalshards.console import progress
+from fractalshards.errors import FractalError
+from fractalshards.manifest import ShardRecord, finished_record, write_manifest
+from fractalshards.png import encode_png
+from fractalshards.systems import Systems
+from fractalshards.workers import worker_pool
+from fractalshards.writer import write_shard
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def run_build(plan: Plan, workers: int) -> None:
 def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> ShardRecord:
     """Render and write one shard; a pure function of its arguments but for the file it writes."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    return write_shard(folder, task.name, recipe.classes, samples)
+    return write_shard(folder, task.name, recipe.classes, samples, encode_png)
 
 
 def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> dict[str, ShardRecord]:

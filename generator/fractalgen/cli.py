@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import click
-from fractalshards.console import Commands
-from fractalshards.errors import UsageError
-from fractalshards.manifest import load_manifest
-from fractalshards.workers import available_cores
 
 from fractalgen.build import plan_build, run_build
 from fractalgen.kinds import KINDS
 from fractalgen.recipe import make_recipe
+from fractalshards.console import Commands
+from fractalshards.errors import UsageError
+from fractalshards.manifest import load_manifest
+from fractalshards.workers import available_cores
 
 
 @click.group(cls=Commands)

@@ -3,15 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+from fractalgen.recipe import Recipe
+from fractalgen.render import draw_systems
 from fractalshards.atomic import write_json
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.names import RECIPE, SYSTEMS
 from fractalshards.systems import Systems, read_systems, write_systems
-
-from fractalgen.recipe import Recipe
-from fractalgen.render import draw_systems
 
 
 def settle(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:

@@ -5,15 +5,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fractalgen.recipe import Recipe
+from fractalgen.render import render_range
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_seconds
 from fractalshards.labels import SINGLE, encode_label
 from fractalshards.png import encode_png
 from fractalshards.systems import Systems
 from fractalshards.tarball import Sample, pack_sample
-
-from fractalgen.recipe import Recipe
-from fractalgen.render import render_range
 
 _PROBES = 32
 _PROBE_SECONDS = 3.0

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from fractalshards.names import shard_name
-
 from fractalgen.recipe import Recipe
 from fractalgen.rng import Stream, mix64
+from fractalshards.names import shard_name
 
 _ROUNDS = 6
 

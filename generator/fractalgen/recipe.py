@@ -3,12 +3,11 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fractalgen.kinds import KindParams, find_kind
+from fractalgen.parameters import parse_overrides
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import UsageError
 from fractalshards.systems import Systems
-
-from fractalgen.kinds import KindParams, find_kind
-from fractalgen.parameters import parse_overrides
 
 RECIPE_VERSION = 1  # raised whenever the pixels or labels that a recipe stands for change
 _MAX_SAMPLES = 10**9  # keys have nine digits

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from fractalshards.names import sample_key
-from fractalshards.systems import Systems
 
 from fractalgen.color import Pixels
 from fractalgen.kinds import find_kind
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
+from fractalshards.names import sample_key
+from fractalshards.systems import Systems
 
 
 def draw_systems(recipe: Recipe) -> tuple[npt.NDArray[np.float64], ...]:

@@ -9,12 +9,14 @@ from rich.table import Table
 
 from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, progress
+from fractalshards.errors import UsageError
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.sheet import contact_sheet, sample_rows
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores
 
+_PICTURES = {".png": "PNG", ".jpg": "JPEG"}
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
@@ -58,7 +60,7 @@ def verify(folder: Path, workers: int | None) -> None:
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write: .png or .jpg.")
 @click.option("--split", default="train", show_default=True)
 @click.option("--classes", default=16, show_default=True, type=click.IntRange(1), help="Rows.")
 @click.option("--per-class", default=8, show_default=True, type=click.IntRange(1), help="Images in a row.")
@@ -68,11 +70,14 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
     Example: fractalshards sheet shards/single --out single.png
     """
+    picture_format = _PICTURES.get(out.suffix.lower())
+    if picture_format is None:
+        raise UsageError(f"--out is {out}: expected a name that ends in {' or '.join(_PICTURES)}")
     image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class), tile)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as file:
-        image.save(file, "PNG", optimize=True)
-    click.echo(f"{out}: {image.width} x {image.height}")
+        image.save(file, picture_format, optimize=True, quality=85)
+    click.echo(f"{out}: {image.width} x {image.height} pixels")
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from fractalshards.digest import ContentDigest
 from fractalshards.labels import SINGLE, encode_label
 from fractalshards.manifest import ShardRecord
 from fractalshards.names import sidecar_name
-from fractalshards.png import Pixels, encode_png
+from fractalshards.png import Pixels
 from fractalshards.tarball import END_OF_TAR, Sample, pack_sample
 
 
@@ -18,7 +18,7 @@ def write_shard(
     name: str,
     classes: int,
     samples: Iterable[tuple[str, Pixels, int]],
-    encode: Callable[[Pixels], bytes] = encode_png,
+    encode: Callable[[Pixels], bytes],
 ) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from (key, pixels (H, W, 3) uint8, class index) samples.
 
@@ -27,7 +27,7 @@ def write_shard(
     Args:
         name: plain file name, see ``names.shard_name``.
         classes: number of classes of the dataset; labels are in [0, classes).
-        encode: turns pixels into a PNG that decodes to the same pixels.
+        encode: turns pixels into a PNG that decodes to the same pixels, e.g. ``png.encode_png``.
 
     Raises:
         OSError: as the file system does; then neither tar nor sidecar is there.

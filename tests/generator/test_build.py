@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.build import plan_build, run_build
 from fractalgen.cli import main

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fractalgen.ifs import rasterize, sample_system
 from fractalgen.orbit import chaos_game, determinants, fixed_point
 from fractalgen.raster import Orientation, bounding_box, splat

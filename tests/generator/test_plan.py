@@ -5,10 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fractalgen import make_recipe
-from fractalgen.plan import locate, permute, shard_tasks
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fractalgen import make_recipe
+from fractalgen.plan import locate, permute, shard_tasks
 
 
 @given(st.integers(1, 600), st.integers(0, 2**64 - 1))

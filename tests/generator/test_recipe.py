@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from fractalgen import Recipe, draw_systems, make_recipe
 from fractalgen.parameters import describe_parameters
 from fractalshards.errors import UsageError

@@ -1,8 +1,9 @@
 """Random numbers: uniform, independent, and pinned, for a change of any would change every dataset."""
 
 import numpy as np
-from fractalgen.rng import Stream, hash32
 from numba import njit
+
+from fractalgen.rng import Stream, hash32
 
 
 @njit

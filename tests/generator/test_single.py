@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.ifs import sample_system
 from fractalgen.kinds.single import SingleParams, jitter, render
 from fractalgen.rng import Stream
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def test_pixels_are_pinned() -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.manifest import write_manifest
 from fractalshards.names import RECIPE, SYSTEMS, sample_key, shard_name
+from fractalshards.png import encode_png
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
 
@@ -30,7 +32,7 @@ def dataset(tmp_path: Path) -> Path:
             (sample_key(5 * shard + i), rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), i % CLASSES)
             for i in range(5)
         ]
-        records.append(write_shard(folder, shard_name("train", shard), CLASSES, samples))
+        records.append(write_shard(folder, shard_name("train", shard), CLASSES, samples, encode_png))
     write_manifest(
         folder,
         {"train": records},

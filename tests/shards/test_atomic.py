@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fractalshards.atomic import atomic_file, remove_leftovers
 
 

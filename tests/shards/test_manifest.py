@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.names import INFO

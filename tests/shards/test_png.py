@@ -7,11 +7,12 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from fractalshards.errors import FractalError
-from fractalshards.png import decode_png, encode_png
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
+from fractalshards.errors import FractalError
+from fractalshards.png import decode_png, encode_png
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
+
 from fractalshards.cli import main
-from fractalshards.manifest import read_record
+from fractalshards.manifest import load_manifest, read_record
 from fractalshards.names import INFO, RECIPE, SYSTEMS
+from fractalshards.png import decode_png
+from fractalshards.reader import index_split, iterate_shard
 from fractalshards.systems import write_systems
 
 SHARD = "train-000001.tar"
@@ -116,6 +120,7 @@ def test_commands_fail_in_one_line(tmp_path: Path, dataset: Path) -> None:
         (["verify", str(dataset), "--workers", "0"], 2, "--workers"),
         (["sheet", str(dataset), "--out", str(dataset / INFO / "x.png")], 1, "choose a path that is not a file"),
         (["sheet", str(dataset), "--out", str(tmp_path / "x.png"), "--split", "val"], 1, "no split 'val'"),
+        (["sheet", str(dataset), "--out", str(tmp_path / "x.tiff")], 2, "ends in .png or .jpg"),
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == code, (arguments, result.output)
@@ -128,6 +133,16 @@ def test_info_and_sheet_show_the_dataset(dataset: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "10 images in 2 shards" in result.stdout
     assert "16 x 16" in result.stdout
-    result = CliRunner().invoke(main, ["sheet", str(dataset), "--out", str(tmp_path / "new" / "sheet.png")])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_sheet_shows_images_of_every_class_in_its_row(dataset: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / "new" / f"sheet.{suffix}"
+    result = CliRunner().invoke(main, ["sheet", str(dataset), "--out", str(out), "--per-class", "2", "--tile", "16"])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(out) as sheet:
+        assert sheet.size == (44 + 2 * 20, 3 * 20 + 4)
+        tile = np.asarray(sheet.convert("RGB"))[4:20, 44:60]
+    if suffix == "png":
+        first = next(iterate_shard(index_split(load_manifest(dataset), "train")[0]))
+        assert np.array_equal(tile, decode_png(first.files["png"]))

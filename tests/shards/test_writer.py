@@ -3,19 +3,23 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
+
 from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import finished_record, load_manifest, read_record
-from fractalshards.png import decode_png
+from fractalshards.png import decode_png, encode_png
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.tarball import Sample, pack_sample, parse_sample
 from fractalshards.writer import write_shard
-from PIL import Image
+
+Encode = Callable[[np.ndarray], bytes]
 
 
 def test_members_are_ustar_without_time_or_owner(dataset: Path) -> None:
@@ -49,8 +53,8 @@ def test_the_record_tells_where_samples_lie(dataset: Path) -> None:
 def test_the_content_digest_sees_samples_and_not_their_encoding(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
-    def digest(name: str, key: str, pixels: np.ndarray, label: int, **options: object) -> tuple[str, str]:
-        record = write_shard(tmp_path, name, 3, [(key, pixels, label)], **options)  # type: ignore[arg-type]
+    def digest(name: str, key: str, pixels: np.ndarray, label: int, encode: Encode = encode_png) -> tuple[str, str]:
+        record = write_shard(tmp_path, name, 3, [(key, pixels, label)], encode)
         return record.content_digest, record.sha256
 
     def encode_with_pillow(pixels: np.ndarray) -> bytes:
@@ -73,7 +77,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left") as caught:
-        write_shard(tmp_path, "train-000000.tar", 1, samples())
+        write_shard(tmp_path, "train-000000.tar", 1, samples(), encode_png)
     assert list(tmp_path.iterdir()) == []
     assert caught.value.filename == str(tmp_path / "train-000000.tar")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fractalshards.errors import UsageError
 
 from fractalgen.color import Pixels
 from fractalgen.kinds import single
+from fractalshards.errors import UsageError
 
 KindParams = single.SingleParams
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fractalshards.errors import UsageError
 
 from fractalgen.background import BLACK, HeightColors, Heights, diamond_square, draw_height_colors
 from fractalgen.color import Pixels
@@ -18,6 +17,7 @@ from fractalgen.orbit import chaos_game
 from fractalgen.paint import FractalColors, gaussian_blur, paint
 from fractalgen.raster import POINT, Orientation, Window, bounding_box, splat
 from fractalgen.rng import Stream
+from fractalshards.errors import UsageError
 
 _GRID = 2.0**24  # systems are rounded to multiples of 1 / _GRID, so that every machine stores the same
 _JITTER_TRIES = 4

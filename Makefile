@@ -1,0 +1,44 @@
+# One target per habit. `make demo` and `make test` set themselves up in .venv; nothing else is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint types bench clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: .venv/demo.stamp  ## Generate, stream, pre-train and fine-tune, end to end, in some minutes
+	$(BIN)/python tools/demo.py
+
+test: .venv/test.stamp lint types  ## Everything that CI checks
+	$(BIN)/pytest
+
+lint: .venv/test.stamp  ## Style and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/test.stamp  ## Static types
+	$(BIN)/mypy
+
+bench: .venv/demo.stamp  ## Speed of the generator, stage by stage
+	$(BIN)/python tools/bench_generator.py
+
+clean:  ## Remove the environment and caches; datasets and runs stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "error: $(PYTHON) is not Python 3.11 to 3.13; run 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	@echo "installing into .venv, PyTorch included (about 6 GB, a few minutes)"
+	$(BIN)/python -m pip install --quiet -e '.[train]'
+	touch $@
+
+.venv/test.stamp: pyproject.toml | .venv/bin/python
+	@echo "installing into .venv, PyTorch included (about 6 GB, a few minutes)"
+	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,dev]'
+	touch $@

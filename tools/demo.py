@@ -1,0 +1,82 @@
+"""The whole job in some minutes on two cores: generate, look, pre-train, fine-tune, compare. ``make demo`` runs it.
+
+    python tools/demo.py
+
+Every step is a command that is printed before it runs, so that it can be copied and changed. Steps that are done
+are skipped when the demo is run again, as the commands themselves do.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from fractalshards.human import human_seconds
+
+SHARDS = Path("shards/demo-single")
+RUNS = Path("runs/demo")
+SHEET = RUNS / "contact-sheet.png"
+PRETRAINED, FINETUNED, SCRATCH = RUNS / "pretrained", RUNS / "finetuned", RUNS / "scratch"
+
+BUILD = f"fractalgen build --kind single --n 4000 --classes 20 --size 64 --shard-size 500 --out {SHARDS}"
+LOOK = f"fractalshards sheet {SHARDS} --classes 10 --out {SHEET}"
+PRETRAIN = f"fractaltrain pt --shards {SHARDS} --model resnet18 --epochs 4 --nproc 2 --out {PRETRAINED}"
+FINETUNE = (
+    "fractaltrain ft --weights {weights} --data digits --per-class 10 --image-size 64 --epochs 30 --batch-size 25"
+    " --set hflip=0 --out {out}"
+)
+
+
+@click.command(help=__doc__.split("\n")[0] if __doc__ else None)
+def main() -> None:
+    """Run all steps and compare."""
+    start = time.monotonic()
+    for title, command in (
+        ("Render 4,000 images of 20 fractals", BUILD),
+        ("Draw some of them", LOOK),
+        ("Pre-train on them, in two processes", PRETRAIN),
+        ("Fine-tune on 10 handwritten digits per class", FINETUNE.format(weights=PRETRAINED, out=FINETUNED)),
+        (
+            "The same without pre-training",
+            FINETUNE.format(weights="none --model resnet18", out=SCRATCH),
+        ),
+    ):
+        _run(title, command)
+    _report(time.monotonic() - start)
+
+
+def _run(title: str, command: str) -> None:
+    click.secho(f"\n{title}", bold=True)
+    click.echo(f"$ {command}")
+    program, *arguments = shlex.split(command)
+    code = subprocess.run([Path(sys.executable).with_name(program), *arguments]).returncode
+    if code:
+        sys.exit(code)
+
+
+def _report(seconds: float) -> None:
+    pretrained, scratch = (json.loads((run / "result.json").read_text()) for run in (FINETUNED, SCRATCH))
+    click.secho(f"\nDone in {human_seconds(seconds)}.", bold=True)
+    click.echo(f"top-1 on {pretrained['samples']:,} digits that were not trained on, after 10 per class:")
+    click.echo(f"  pre-trained on fractals  {pretrained['top1']:6.1%}")
+    click.echo(f"  from scratch             {scratch['top1']:6.1%}")
+    click.echo("written:")
+    for path, what in (
+        (SHARDS, "the dataset: shards, sidecars, manifest"),
+        (SHEET, "a contact sheet of it"),
+        (PRETRAINED, "checkpoint, metrics and settings of the pre-training"),
+        (FINETUNED, "the fine-tuning; result.json has its figures"),
+        (SCRATCH, "the same from scratch"),
+    ):
+        click.echo(f"  {path!s:<28}{what}")
+    click.echo("next, for real (put .venv/bin on the PATH: source .venv/bin/activate):")
+    click.echo("  fractalgen build --kind single --n 1000000")
+    click.echo("  fractaltrain pt --shards shards/single")
+
+
+if __name__ == "__main__":
+    main()
