@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
 
@@ -51,6 +52,6 @@ def load_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]] | None:
         if state.pop("format") != _FORMAT:
             raise FractalError(f"{path}: written by another version; choose another folder with --out")
         return Position(**state.pop("position")), state
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FractalError(f"{path}: damaged ({reason}); remove it to start again") from error

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+
 from fractalshards.console import Commands
 from fractalshards.errors import FractalError, UsageError
-
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, override, scale_lr

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fractalshards.digest import sha256_file
-from fractalshards.errors import FractalError
 from torch import nn
 
+from fractalshards.digest import sha256_file
+from fractalshards.errors import FractalError
 from fractaltrain.checkpoint import FILE, load_checkpoint
 from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import create_model

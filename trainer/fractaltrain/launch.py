@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from fractalshards.errors import FractalError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fractalshards.errors import FractalError
 
 _Choice = TypeVar("_Choice")
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import timm
 import torchvision
-from fractalshards.errors import FractalError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from fractalshards.errors import FractalError
 
 
 def _resnet50(classes: int, image_size: int) -> nn.Module:

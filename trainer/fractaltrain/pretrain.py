@@ -1,8 +1,8 @@
 """``fractaltrain pt``: shards, model and recipe meet in the loop."""
 
 import torch
-from fractalshards.manifest import load_manifest
 
+from fractalshards.manifest import load_manifest
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.models import create_model
 from fractaltrain.settings import Pretraining

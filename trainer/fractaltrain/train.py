@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from fractalshards.errors import FractalError
-from fractalshards.workers import available_cores
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from fractalshards.errors import FractalError
+from fractalshards.workers import available_cores
 from fractaltrain.checkpoint import Position, load_checkpoint, save_checkpoint
 from fractaltrain.data.source import Source
 from fractaltrain.evaluation import evaluate
-from fractaltrain.inputs import evaluation_transform, to_input, training_transform
+from fractaltrain.inputs import evaluation_geometry, to_input, training_geometry
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.progress import ProgressLine
 from fractaltrain.run_folder import append_metrics, open_run, rewind_metrics, write_result
@@ -99,7 +99,7 @@ def train(job: Job, world: World) -> None:
     while position.epoch < recipe.epochs:
         epoch = position.epoch
         order = epoch_order(job.training.lengths, seed, epoch, job.window)
-        transform = training_transform(recipe, job.image_size)
+        transform = training_geometry(recipe, job.image_size)
         batches = Batches(job.training, transform, positions, order, seed, epoch)
         loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=device)
         network.train()
@@ -143,7 +143,7 @@ def train(job: Job, world: World) -> None:
             held_out = sum(job.held_out.lengths)
             shares = evaluation_positions(held_out, batch_size, world.rank, world.size)
             batches = Batches(
-                job.held_out, evaluation_transform(job.image_size), shares, np.arange(held_out), seed, epoch
+                job.held_out, evaluation_geometry(job.image_size), shares, np.arange(held_out), seed, epoch
             )
             scores = evaluate(model, iterate(batches, 0, loading), recipe, dtype, world)
             summary |= asdict(scores)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from fractalshards.errors import FractalError
 from torch import nn
 
+from fractalshards.errors import FractalError
 from fractaltrain.models import head_names, is_head
 
 _SHOWN = 3

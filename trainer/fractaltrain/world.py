@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
 from fractalshards.workers import available_cores

@@ -4,9 +4,9 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
-from fractalshards.errors import FractalError
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from fractalshards.errors import FractalError
 from fractaltrain.data.source import ArraySource
 
 DATASETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -33,6 +33,8 @@ def _load(name: str, folder: Path, train: bool) -> ArraySource:
     try:
         dataset = kind(folder, train=train, download=True)
     except URLError as error:
+        if (folder / kind.filename).is_file():
+            raise FractalError(f"{folder / kind.filename}: not the published archive; fetch it again") from error
         raise FractalError(
             f"{kind.url}: cannot be downloaded ({error.reason}); fetch it elsewhere, put {kind.filename} into "
             f"{folder} (another folder: --data-dir) and run again"

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from fractalshards.errors import FractalError
-from fractalshards.png import decode_png
 from torchvision.datasets import ImageFolder
 
+from fractalshards.errors import FractalError
+from fractalshards.png import decode_png
 from fractaltrain.data.source import Example, Indices
 
 _LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"

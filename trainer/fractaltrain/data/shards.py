@@ -5,6 +5,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
 from fractalshards.labels import SINGLE, decode_label
@@ -12,7 +13,6 @@ from fractalshards.manifest import Manifest
 from fractalshards.png import decode_png
 from fractalshards.reader import index_split, read_sample
 from fractalshards.tarball import Sample
-
 from fractaltrain.data.source import Example
 
 _OPEN_FILES = 64

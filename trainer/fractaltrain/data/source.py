@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from fractalshards.errors import FractalError
 
+from fractalshards.errors import FractalError
 from fractaltrain.stream.bits import Purpose, mix, permutation
 
 Images = npt.NDArray[np.uint8]

@@ -5,19 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from fractalshards.errors import FractalError
 from torch.utils.data import DataLoader, Dataset
 
+from fractalshards.errors import FractalError
 from fractaltrain.data.source import Images, Source
 from fractaltrain.stream.bits import Purpose, mix
 from fractaltrain.stream.order import Indices
 
 _PREFETCH = 4
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
-"""Turns an image (3, H, W) uint8 into one of (3, S, S) uint8; any randomness comes from torch's CPU generator."""
+Transform = Callable[[Images], torch.Tensor]
+"""Turns an image (H, W, 3) uint8 into a tensor (3, S, S) uint8; any randomness comes from torch's CPU generator."""
 
 
 class Batch(NamedTuple):
@@ -73,7 +72,7 @@ class Batches(Dataset[Batch | FractalError]):
             for position in self._positions[step].tolist():
                 example = self._source.read(int(self._order[position % len(self._order)]))
                 with seeded(mix(self._seed, Purpose.AUGMENT, self._epoch, position)):
-                    images.append(self._transform(_to_tensor(example.image)))
+                    images.append(self._transform(example.image))
                 labels.append(example.label)
                 keys.append(example.key)
         except FractalError as error:
@@ -117,11 +116,6 @@ def seeded(key: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
-
-
-def _to_tensor(image: Images) -> torch.Tensor:
-    writeable = image if image.flags.writeable else np.array(image)  # torch warns of memory it might write to
-    return torch.from_numpy(writeable).permute(2, 0, 1)
 
 
 def _as_it_is(item: Any) -> Any:

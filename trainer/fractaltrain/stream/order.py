@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from fractalshards.errors import FractalError
 
+from fractalshards.errors import FractalError
 from fractaltrain.stream.bits import Purpose, mix, permutation
 
 Indices = npt.NDArray[np.int64]

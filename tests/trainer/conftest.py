@@ -1,0 +1,79 @@
+"""What the trainer's tests share: small datasets made with the real writer, and the command run in this process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fractalshards.manifest import write_manifest
+from fractalshards.names import sample_key, shard_name
+from fractalshards.png import encode_png
+from fractalshards.writer import write_shard
+from fractaltrain.cli import main
+
+CLASSES = 5
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def write_dataset(folder: Path, train: Sequence[int], val: int = 0) -> Path:
+    """Shards of ``train[k]`` samples each, and a val shard: noise that is brighter for higher classes."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    records: dict[str, list] = {"train": [], "val": []}
+    index = 0
+    for split, lengths in (("train", train), ("val", [val] if val else [])):
+        for number, length in enumerate(lengths):
+            samples = []
+            for _ in range(length):
+                pixels = generator.integers(0, 100, (SIZE, SIZE, 3), np.uint8) + np.uint8(30 * (index % CLASSES))
+                samples.append((sample_key(index), pixels, index % CLASSES))
+                index += 1
+            records[split].append(write_shard(folder, shard_name(split, number), CLASSES, samples, encode_png))
+    write_manifest(
+        folder,
+        {split: shards for split, shards in records.items() if shards},
+        recipe={"kind": "test"},
+        recipe_digest="test",
+        classes=CLASSES,
+        image_size=SIZE,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 training images in three unequal shards and 13 to validate, 32 x 32, five classes."""
+    return write_dataset(tmp_path_factory.mktemp("shards") / "small", train=(20, 13, 17), val=13)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more threads, and lose much to them where other tests are running."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fractaltrain.world.available_cores", lambda: 1)
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture
+def fractaltrain(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Outcome(int(end.value.code or 0), out, err)
+
+    return run

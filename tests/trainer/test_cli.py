@@ -1,0 +1,129 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fractaltrain import cli
+
+NO_TORCH = "import sys; sys.modules['torch'] = None; from fractaltrain.cli import main; main({arguments!r})"
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = "import sys; from fractaltrain import cli; assert not {'torch', 'timm', 'sklearn'} & set(sys.modules)"
+    assert python(code, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["pt", "--shards", "x"], ["ft", "--weights", "none", "--data", "digits"]])
+def test_without_torch_the_extra_is_named(tmp_path, arguments):
+    done = python(NO_TORCH.format(arguments=arguments), tmp_path)
+    assert done.returncode == 1
+    expected = "error: training needs torch, which is not installed; run: pip install 'fractalpretrain[train]'\n"
+    assert (done.stdout, done.stderr) == ("", expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pt", "Missing option '--shards'"),
+        ("pt --shards x --recipe deit", "'deit' is not 'anderson'"),
+        ("pt --shards x --set lr", "--set lr: write it as NAME=VALUE"),
+        ("pt --shards x --set lerning=1", "the recipe has no field 'lerning'; it has epochs"),
+        ("pt --shards x --batch-size many", "batch_size='many' is not an integer"),
+        ("pt --shards x --epochs 0", "epochs is 0, but must be at least 1"),
+        ("pt --shards x --nproc 0", "--nproc"),
+        ("ft --data digits", "Missing option '--weights'"),
+        ("ft --weights none --data mnist", "'mnist' is none of digits, cifar10, cifar100, imagefolder:PATH"),
+        ("ft --weights none --data imagefolder:", "is none of digits"),
+        ("ft --weights runs/x --model resnet50 --data digits", "--model goes with --weights none only"),
+    ],
+)
+def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    outcome = fractaltrain(*arguments.split())
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pt --shards nowhere", "nowhere: no such folder; build it with"),
+        ("pt --shards DATASET --model resnet51", "no model 'resnet51'; did you mean resnet5"),
+        ("pt --shards DATASET --model resnet10t --batch-size 51", "larger than the 50 training samples"),
+        ("pt --shards DATASET --model resnet10t --batch-size 5 --amp fp16", "--amp fp16 needs a GPU"),
+        ("ft --weights nowhere --data digits", "nowhere: no run.json, so not the folder of a run"),
+        ("ft --weights none --model resnet10t --data imagefolder:nowhere", "nowhere/train: no such folder"),
+        ("ft --weights none --model resnet10t --data digits --per-class 180", "lower --per-class"),
+        ("ft --weights none --model resnet10t --data digits --per-class 5", "larger than the 50 training samples"),
+        ("pt --shards DATASET --model resnet10t --batch-size 5 --out /proc/nowhere", "/proc/nowhere: "),
+    ],
+)
+def test_failures_are_one_line(fractaltrain, tmp_path, monkeypatch, dataset, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    outcome = fractaltrain(*arguments.replace("DATASET", str(dataset)).split())
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
+    """The two commands of the README in small, with everything the user will look at."""
+    monkeypatch.chdir(tmp_path)
+    common = ("--batch-size", 25, "--image-size", 16)
+    done = fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *common, "--epochs", 2)
+    assert (done.code, done.err) == (0, "")
+    run = Path("runs/small-resnet10t-anderson")
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    assert settings["recipe"] | {"epochs": 2, "batch_size": 25, "lr": 0.1} == settings["recipe"]
+    assert (settings["model"], settings["classes"], settings["image_size"]) == ("resnet10t", 5, 16)
+    assert json.loads((run / "result.json").read_text())["samples"] == 13  # the val split
+
+    digits = ("--data", "digits", "--per-class", 3, "--batch-size", 25, "--epochs", 1)
+    done = fractaltrain("ft", "--weights", run, *digits)
+    assert (done.code, done.err) == (0, "")
+    assert f"weights of {run} after 2 epochs: " in done.out
+    assert "not loaded: fc.weight, fc.bias; new: fc.weight, fc.bias" in done.out
+    run = Path("runs/digits-3-per-class-0-from-small-resnet10t-anderson-anderson")
+    result = json.loads((run / "result.json").read_text())
+    assert result["samples"] == 1767
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    assert (settings["image_size"], settings["classes"]) == (16, 10)
+    assert "top-1" in done.out
+
+    done = fractaltrain("ft", "--weights", "none", "--model", "resnet10t", *digits, "--image-size", 16)
+    assert (done.code, done.err) == (0, "")
+    settings = json.loads(Path("runs/digits-3-per-class-0-resnet10t-anderson-scratch/run.json").read_text())["settings"]
+    assert (settings["recipe"]["lr"], settings["weights"]) == (0.15, None)
+
+
+def test_finetuning_notices_that_the_weights_have_changed(fractaltrain, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    common = ("--batch-size", 20, "--image-size", 16, "--epochs", 1)
+    for seed in (0, 1):
+        fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *common, "--seed", seed, "--out", f"pt{seed}")
+    finetune = ("--data", "digits", "--per-class", 2, *common, "--out", "ft")
+    assert fractaltrain("ft", "--weights", "pt0", *finetune).code == 0
+    outcome = fractaltrain("ft", "--weights", "pt1", *finetune)
+    assert outcome.code == 1
+    assert "ft: holds a run with weights" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "lr"), [({}, 0.1), ({"scale_lr": True}, 0.2), ({"lr": "0.3", "scale_lr": True}, 0.6)]
+)
+def test_learning_rate_follows_the_batch_only_when_told_to(options, lr):
+    defaults = {"changes": ("epochs=3",), "epochs": None, "batch_size": "128", "lr": None, "scale_lr": False}
+    recipe = cli._resolve(cli.PRETRAINING["anderson"], {**defaults, **options})
+    assert (recipe.lr, recipe.batch_size, recipe.epochs) == (pytest.approx(lr), 128, 3)

@@ -1,0 +1,136 @@
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fractalshards.errors import FractalError
+from fractalshards.manifest import load_manifest, read_record
+from fractaltrain.data.shards import ShardSource
+from fractaltrain.data.source import ArraySource, Example
+from fractaltrain.inputs import evaluation_geometry, training_geometry
+from fractaltrain.recipes import anderson_ft
+from fractaltrain.stream.loader import Batches, Loading, iterate
+from fractaltrain.stream.order import epoch_order, training_positions
+
+AFFINE = training_geometry(anderson_ft.RECIPE, 32)
+
+
+def shard_batches(folder: Path, epoch: int = 0, seed: int = 0, transform=AFFINE) -> Batches:
+    source = ShardSource(load_manifest(folder), "train")
+    order = epoch_order(source.lengths, seed, epoch, window=2)
+    return Batches(source, transform, training_positions(50, 10, 0, 1, pad=False), order, seed, epoch)
+
+
+def read(batches: Batches, start: int = 0, workers: int = 0) -> list:
+    return list(iterate(batches, start, Loading(workers, pin_memory=False)))
+
+
+def same(first: list, second: list) -> bool:
+    return len(first) == len(second) and all(
+        a.keys == b.keys and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_batches_are_the_samples_of_the_shards(dataset):
+    batches = read(shard_batches(dataset, transform=evaluation_geometry(32)))
+    assert [batch.images.shape for batch in batches] == [(10, 3, 32, 32)] * 5
+    assert batches[0].images.dtype == torch.uint8
+    assert sorted(key for batch in batches for key in batch.keys) == [f"{index:09d}" for index in range(50)]
+    source = ShardSource(load_manifest(dataset), "train")
+    for batch in batches:
+        for image, label, key in zip(batch.images, batch.labels, batch.keys, strict=True):
+            assert int(label) == int(key) % 5
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), source.read(int(key)).image)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_bits(dataset, workers):
+    assert same(read(shard_batches(dataset)), read(shard_batches(dataset), workers=workers))
+
+
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 2), (5, 0)])
+def test_resuming_gives_the_rest_of_the_epoch(dataset, start, workers):
+    assert same(read(shard_batches(dataset))[start:], read(shard_batches(dataset), start, workers))
+
+
+def test_augmentation_differs_between_epochs_seeds_and_samples():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    source = ArraySource("one", np.stack([image] * 4), np.zeros(4, np.int64), 1)
+
+    def batch(seed: int, epoch: int) -> torch.Tensor:
+        batches = Batches(source, AFFINE, np.arange(4)[None], np.arange(4), seed, epoch)
+        return read(batches)[0].images
+
+    images = torch.cat([batch(0, 0), batch(0, 1), batch(1, 0)])
+    assert len(torch.unique(images, dim=0)) == 12
+    assert torch.equal(batch(0, 1), images[4:8])
+
+
+def test_augmentation_leaves_the_global_generator_alone(dataset):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    read(shard_batches(dataset))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_sample_is_named(dataset, tmp_path, workers):
+    folder = tmp_path / "bad"
+    shutil.copytree(dataset, folder)
+    start = read_record(folder, "train-000001.tar").offsets[4]  # sample 4 of the second shard is number 24
+    with (folder / "train-000001.tar").open("r+b") as file:
+        file.seek(start + 512 + 60)
+        file.write(b"garbage" * 20)
+    with pytest.raises(FractalError) as error:
+        read(shard_batches(folder), workers=workers)
+    assert str(error.value).startswith(f"{folder}/train-000001.tar: 000000024: image cannot be decoded")
+    assert "\n" not in str(error.value)
+
+
+def test_label_outside_the_classes_is_named(tmp_path, dataset):
+    folder = tmp_path / "bad"
+    shutil.copytree(dataset, folder)
+    info = (folder / "_info.json").read_text()
+    (folder / "_info.json").write_text(info.replace('"classes": 5', '"classes": 3'))
+    with pytest.raises(FractalError, match=r"train-00000\d\.tar: \d+: label [34], but there are 3 classes"):
+        read(shard_batches(folder))
+
+
+def test_vanished_shard_is_named(tmp_path, dataset):
+    folder = tmp_path / "gone"
+    shutil.copytree(dataset, folder)
+    batches = shard_batches(folder)
+    (folder / "train-000002.tar").unlink()
+    with pytest.raises(FractalError, match=r"train-000002\.tar: .*No such file"):
+        read(batches)
+
+
+class Deadly(ArraySource):
+    def read(self, index: int) -> Example:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+def test_killed_worker_is_one_line():
+    source = Deadly("deadly", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, np.int64), 1)
+    batches = Batches(source, evaluation_geometry(32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0)
+    with pytest.raises(FractalError, match=r"^a loader worker died .*lower --workers$"):
+        read(batches, workers=1)
+
+
+def test_open_files_stay_few_and_are_closed(dataset, monkeypatch):
+    monkeypatch.setattr("fractaltrain.data.shards._OPEN_FILES", 2)
+    before = set(os.listdir("/proc/self/fd"))
+    source = ShardSource(load_manifest(dataset), "train")
+    for index in (0, 20, 33, 1, 21, 34):  # one sample of each shard, twice
+        source.read(index)
+        assert len(set(os.listdir("/proc/self/fd")) - before) <= 2
+    del source
+    assert set(os.listdir("/proc/self/fd")) <= before

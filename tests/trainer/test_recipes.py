@@ -1,0 +1,65 @@
+import pytest
+
+from fractalshards.errors import UsageError
+from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractaltrain.recipes.recipe import Recipe, override, scale_lr
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def test_published_figures():
+    """DESIGN.md, Recipes of training, in full: nothing is left to a default that could drift."""
+    cycle = {"div_factor": 25, "base_momentum": 0.85, "max_momentum": 0.95}
+    finetuning = {
+        **cycle, "epochs": 150, "batch_size": 64, "pct_start": 0.1, "final_div_factor": 1e4,
+        "augment": "affine", "hflip": 0.5, "mean": HALF, "std": HALF,
+    }  # fmt: skip
+    assert PRETRAINING["anderson"] == Recipe(
+        **cycle, name="anderson", epochs=90, batch_size=64, lr=0.1, weight_decay=1e-4, head_lr_factor=1,
+        head_weight_decay=None, pct_start=0, final_div_factor=1e3, augment="none", hflip=0, mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )  # fmt: skip
+    assert FINETUNING["anderson"] == Recipe(
+        **finetuning, name="anderson", lr=0.015, weight_decay=5e-5, head_lr_factor=10, head_weight_decay=1e-4
+    )
+    assert FINETUNING["anderson-scratch"] == Recipe(
+        **finetuning, name="anderson-scratch", lr=0.15, weight_decay=1e-4, head_lr_factor=1, head_weight_decay=None
+    )
+
+
+def test_override():
+    changes = {"epochs": "3", "lr": "1e-2", "mean": "0.2", "std": "0.1,0.2,0.3", "augment": "none"}
+    recipe = override(FINETUNING["anderson"], {**changes, "head_weight_decay": "none"})
+    assert (recipe.epochs, recipe.lr, recipe.augment, recipe.head_weight_decay) == (3, 0.01, "none", None)
+    assert (recipe.mean, recipe.std) == ((0.2, 0.2, 0.2), (0.1, 0.2, 0.3))
+    assert recipe.hflip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("epoch", "3", "no field 'epoch'; did you mean epochs?"),
+        ("quux", "3", "no field 'quux'; it has epochs, batch_size, lr"),
+        ("name", "x", "no field 'name'"),
+        ("epochs", "1.5", "epochs='1.5' is not an integer"),
+        ("epochs", "0", "epochs is 0, but must be at least 1"),
+        ("lr", "fast", "lr='fast' is not a number"),
+        ("lr", "-1", "lr is -1.0, but must be above 0"),
+        ("lr", "nan", "lr is nan"),
+        ("weight_decay", "inf", "weight_decay is inf"),
+        ("head_weight_decay", "few", "head_weight_decay='few' is not a number or none"),
+        ("hflip", "2", "hflip is 2.0, but must be from 0 to 1"),
+        ("mean", "1,2", "mean='1,2' is not one number or three"),
+        ("std", "0", "std is .*, but must be above 0"),
+        ("augment", "mixup", "augment='mixup' is none of none, affine"),
+    ],
+)
+def test_override_with_nonsense(name, text, message):
+    with pytest.raises(UsageError, match=message):
+        override(FINETUNING["anderson"], {name: text})
+
+
+def test_scaling_the_learning_rate():
+    recipe = override(PRETRAINING["anderson"], {"batch_size": "512"})
+    assert recipe.lr == 0.1
+    assert scale_lr(recipe, published_batch_size=64).lr == pytest.approx(0.8)
