@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_seconds
@@ -76,63 +76,51 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
     On a terminal a bar; elsewhere a line every ten seconds, without carriage returns.
     """
-    if sys.stderr.isatty():
-        with _bar(unit) as bar:
-            task = bar.add_task(label, total=total, rate="")
-            meter = _Meter(total)
+    meter = _Meter(total, unit)
+    if not sys.stderr.isatty():
 
-            def advance(count: int) -> None:
-                meter.done += count
-                bar.update(task, advance=count, rate=f"{meter.rate():,.0f} {unit}/s")
-
-            yield advance
-    else:
-        meter = _Meter(total)
-
-        def advance(count: int) -> None:
+        def log(count: int) -> None:
             meter.done += count
             if meter.due() or meter.done == total:
-                click.echo(f"{label}: {meter.line(unit)}", err=True)
+                click.echo(f"{label}: {meter.done:,} / {total:,} {unit}, {meter.pace()}", err=True)
 
-        yield advance
+        yield log
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, pace=unit)
+
+        def draw(count: int) -> None:
+            meter.done += count
+            bar.update(task, completed=meter.done, pace=meter.pace())
+
+        yield draw
 
 
 class _Meter:
-    """Counts work done and how fast."""
+    """Counts work done, and says how fast it goes."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, unit: str) -> None:
         self.done = 0
+        self._total = total
+        self._unit = unit
         self._start = time.monotonic()
         self._shown = self._start
 
-    def rate(self) -> float:
-        return self.done / max(time.monotonic() - self._start, 1e-9)
-
     def due(self) -> bool:
+        """Whether it is time for another line of a log."""
         now = time.monotonic()
         if now - self._shown < _LOG_SECONDS:
             return False
         self._shown = now
         return True
 
-    def line(self, unit: str) -> str:
-        rate = self.rate()
-        left = human_seconds((self.total - self.done) / rate) if rate else "?"
-        return f"{self.done:,} / {self.total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
-
-
-def _bar(unit: str) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(stderr=True),
-    )
+    def pace(self) -> str:
+        """Rate so far and time left."""
+        rate = self.done / max(time.monotonic() - self._start, 1e-9)
+        left = human_seconds((self._total - self.done) / rate) if rate else "?"
+        return f"{rate:,.0f} {self._unit}/s, {left} left"
 
 
 def _fail(message: str, code: int) -> NoReturn:

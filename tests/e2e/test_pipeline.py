@@ -1,0 +1,77 @@
+"""The three commands together: build, verify, read with other software, pre-train, fine-tune."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm.data
+
+from fractalshards.manifest import load_manifest
+
+BIN = Path(sys.executable).parent
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    program, *arguments = command.split()
+    result = subprocess.run([BIN / program, *arguments], cwd=folder, text=True, capture_output=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset in the default place, as the README makes it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    result = run("fractalgen build --kind single --n 60 --val 20 --classes 5 --size 32 --shard-size 25", folder)
+    assert "next: fractaltrain pt --shards shards/single" in result.stdout
+    return folder
+
+
+def test_the_dataset_is_sound(workspace: Path) -> None:
+    result = run("fractalshards verify shards/single", workspace)
+    assert "sound: shards/single: 60 train, 20 val images in 4 shards" in result.stdout
+
+
+def test_timm_reads_it_unchanged(workspace: Path) -> None:
+    for split, samples in (("train", 60), ("val", 20)):
+        dataset = timm.data.create_dataset("wds/single", root=str(workspace / "shards/single"), split=split)
+        labels = [label for _, label in dataset]
+        assert len(labels) == samples == load_manifest(workspace / "shards/single").samples(split)
+        assert {labels.count(label) for label in range(5)} == {samples // 5}
+
+
+def test_from_fractals_to_digits(workspace: Path) -> None:
+    pretrain = "fractaltrain pt --shards shards/single --model resnet10t --epochs 1 --batch-size 20 --nproc 2"
+    run(pretrain, workspace)
+    run_folder = workspace / "runs/single-resnet10t-anderson"
+    again = run(pretrain, workspace)
+    assert "epochs done" in again.stdout + again.stderr
+    result = run(
+        "fractaltrain ft --weights runs/single-resnet10t-anderson --data digits --per-class 2 --epochs 1"
+        " --batch-size 10 --out runs/ft",
+        workspace,
+    )
+    assert "top-1" in result.stdout + result.stderr
+    figures = json.loads((workspace / "runs/ft/result.json").read_text())
+    assert figures["samples"] == 1797 - 20
+    assert 0 <= figures["top1"] <= figures["top5"] <= 1
+    assert (run_folder / "metrics.jsonl").exists()
+
+
+def test_a_truncated_tar_stops_training_in_one_line(workspace: Path) -> None:
+    shard = workspace / "shards/single/train-000001.tar"
+    whole = shard.read_bytes()
+    os.truncate(shard, 4000)
+    command = "fractaltrain pt --shards shards/single --model resnet10t --epochs 1 --batch-size 20 --out runs/truncated"
+    result = subprocess.run(
+        [BIN / "fractaltrain", *command.split()[1:]], cwd=workspace, text=True, capture_output=True, timeout=120
+    )
+    shard.write_bytes(whole)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "train-000001.tar: 4000 bytes instead of" in line
+    assert not (workspace / "runs/truncated/result.json").exists()
