@@ -10,6 +10,7 @@ from fractalgen.recipe import make_recipe
 from fractalshards.console import Commands
 from fractalshards.errors import UsageError
 from fractalshards.manifest import load_manifest
+from fractalshards.overrides import parse_settings
 from fractalshards.workers import available_cores
 
 
@@ -57,7 +58,7 @@ def build(
         points=points,
         seed=seed,
         shard_size=shard_size,
-        overrides=_parse_settings(settings),
+        overrides=parse_settings(settings),
     )
     folder = out if out is not None else Path("shards") / kind
     count = _parse_workers(workers)
@@ -83,11 +84,3 @@ def _parse_workers(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     return int(text)
-
-
-def _parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
-    pairs = [setting.partition("=") for setting in settings]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise UsageError(f"--set {name!r}: expected NAME=VALUE")
-    return {name: value for name, _, value in pairs}

@@ -1,12 +1,13 @@
 """The recipe: the frozen, hashable description of a dataset, checked when it is made."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fractalgen.kinds import KindParams, find_kind
-from fractalgen.parameters import parse_overrides
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import UsageError
+from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
 RECIPE_VERSION = 1  # raised whenever the pixels or labels that a recipe stands for change
@@ -84,7 +85,7 @@ def make_recipe(
     points: int | None = None,
     seed: int = 0,
     shard_size: int = 1000,
-    overrides: dict[str, str] | None = None,
+    overrides: Mapping[str, str] | None = None,
 ) -> Recipe:
     """A recipe with the kind's defaults for what is not given.
 
@@ -104,7 +105,7 @@ def make_recipe(
         points=chosen.points if points is None else points,
         seed=seed,
         shard_size=shard_size,
-        params=parse_overrides(chosen.params, overrides or {}),
+        params=override(chosen.params(), overrides or {}),
     )
 
 

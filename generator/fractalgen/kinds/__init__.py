@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from fractalgen.color import Pixels
 from fractalgen.kinds import single
 from fractalshards.errors import UsageError
+from fractalshards.overrides import nearest
 
 KindParams = single.SingleParams
 
@@ -57,7 +57,5 @@ def find_kind(name: str) -> Kind:
         UsageError: if there is none; the nearest name is suggested.
     """
     if name not in KINDS:
-        near = get_close_matches(name, KINDS, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"unknown kind {name!r}{hint} (there is {', '.join(KINDS)})")
+        raise UsageError(f"unknown kind {name!r}{nearest(name, KINDS)}")
     return KINDS[name]

@@ -1,0 +1,76 @@
+"""``NAME=VALUE`` on the command line, onto the fields of a frozen dataclass: kind parameters and training recipes."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from fractalshards.errors import UsageError
+
+_T = TypeVar("_T")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_WANTED = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["a=1", "b=2,3"]`` as ``{"a": "1", "b": "2,3"}``; of two settings of a name the last counts.
+
+    Raises:
+        UsageError: if one is not of the form NAME=VALUE.
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise UsageError(f"--set {name}: expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def override(record: _T, changes: Mapping[str, str], fixed: Collection[str] = ()) -> _T:
+    """A frozen dataclass with other values in the named fields, given as text.
+
+    Fields are int, float, bool, a ``Literal`` of texts, any of these or None (``none``), or tuples of them
+    (``low,high``; a single value stands for all).
+
+    Args:
+        fixed: fields that cannot be changed.
+
+    Raises:
+        UsageError: if there is no such field (the nearest is suggested), the text does not fit its type, or the
+            dataclass refuses the value.
+    """
+    types = {name: kind for name, kind in get_type_hints(type(record)).items() if name not in fixed}
+    for name in changes:
+        if name not in types:
+            raise UsageError(f"unknown parameter {name!r}{nearest(name, types)}")
+    values = {name: _parse(text, types[name], name) for name, text in changes.items()}
+    return replace(record, **values)  # type: ignore[type-var]
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """Words for the end of an error: the name that was probably meant, and all there are."""
+    close = get_close_matches(name, names, 1, cutoff=0.5)
+    return (f", did you mean {close[0]!r}?" if close else "") + f" (there is {', '.join(names)})"
+
+
+def _parse(text: str, kind: Any, name: str) -> Any:
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        parts = text.split(",")
+        if len(parts) not in (1, len(inner)):
+            raise UsageError(f"{name}={text}: expected one value, or {len(inner)} with commas between them")
+        parts = parts * (len(inner) // len(parts))
+        return tuple(_parse(part.strip(), kind, name) for part, kind in zip(parts, inner, strict=True))
+    if get_origin(kind) is Literal:
+        if text not in inner:
+            raise UsageError(f"{name}={text}: expected {' or '.join(inner)}")
+        return text
+    if type(None) in inner:
+        return None if text.lower() == "none" else _parse(text, inner[0], name)
+    try:
+        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{name}={text}: expected {_WANTED[kind]}") from error
+    if not math.isfinite(value):
+        raise UsageError(f"{name}={text}: expected a finite number")
+    return value
