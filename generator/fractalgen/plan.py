@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from fractalgen.recipe import Recipe
-from fractalgen.rng import Stream, mix64
+from fractalgen.rng import Stream
 from fractalshards.names import shard_name
+from fractalshards.splitmix import MASK64, mix64
 
 _ROUNDS = 6
 
@@ -64,7 +65,7 @@ def permute(index: int, count: int, key: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for turn in range(_ROUNDS):
-            left, right = right, left ^ mix64((key + (turn << 56) + right) & (2**64 - 1)) & mask
+            left, right = right, left ^ mix64((key + (turn << 56) + right) & MASK64) & mask
         index = left << half | right
         if index < count:
             return index

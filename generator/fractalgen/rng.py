@@ -10,15 +10,7 @@ import numpy as np
 import xxhash
 from numba import njit, uint32
 
-_MASK64 = (1 << 64) - 1
-_GOLDEN64 = 0x9E3779B97F4A7C15
-
-
-def mix64(word: int) -> int:
-    """Finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words that spreads every bit."""
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return word ^ (word >> 31)
+from fractalshards.splitmix import GOLDEN64, MASK64, mix64
 
 
 @dataclass
@@ -34,7 +26,7 @@ class Stream:
 
     def bits64(self) -> int:
         """A uniform integer in [0, 2**64)."""
-        self.state = (self.state + _GOLDEN64) & _MASK64
+        self.state = (self.state + GOLDEN64) & MASK64
         return mix64(self.state)
 
     def uniform(self, low: float, high: float) -> float:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fractalshards.splitmix import GOLDEN64, mix64
 from fractaltrain.stream import bits
 from fractaltrain.stream.bits import mix, permutation
 
@@ -18,10 +19,10 @@ def test_docstring_examples():
 
 def test_splitmix64_gives_the_published_numbers():
     """The first outputs for seed 1234567, as the reference implementation (Vigna) prints them."""
-    counters = np.arange(1, 4, dtype=np.uint64) * np.uint64(bits._GOLDEN) + np.uint64(1234567)
+    counters = np.arange(1, 4, dtype=np.uint64) * np.uint64(GOLDEN64) + np.uint64(1234567)
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert bits._scramble_all(counters).tolist() == published
-    assert [bits._scramble(int(counter)) for counter in counters] == published
+    assert bits._mix64_all(counters).tolist() == published
+    assert [mix64(int(counter)) for counter in counters] == published
 
 
 @given(st.integers(0, 300), st.integers(0, 2**64 - 1))

@@ -32,9 +32,9 @@ def test_without_torch_the_extra_is_named(tmp_path, arguments):
     [
         ("pt", "Missing option '--shards'"),
         ("pt --shards x --recipe deit", "'deit' is not 'anderson'"),
-        ("pt --shards x --set lr", "--set lr: write it as NAME=VALUE"),
-        ("pt --shards x --set lerning=1", "the recipe has no field 'lerning'; it has epochs"),
-        ("pt --shards x --batch-size many", "batch_size='many' is not an integer"),
+        ("pt --shards x --set lr", "--set lr: expected NAME=VALUE"),
+        ("pt --shards x --set lerning=1", "unknown parameter 'lerning'"),
+        ("pt --shards x --batch-size many", "batch_size=many: expected an integer"),
         ("pt --shards x --epochs 0", "epochs is 0, but must be at least 1"),
         ("pt --shards x --nproc 0", "--nproc"),
         ("ft --data digits", "Missing option '--weights'"),

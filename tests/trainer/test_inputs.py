@@ -4,7 +4,7 @@ import torch
 
 from fractaltrain.inputs import evaluation_geometry, to_input, training_geometry
 from fractaltrain.recipes import FINETUNING, PRETRAINING
-from fractaltrain.recipes.recipe import override
+from fractaltrain.recipes.recipe import change
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)
 SQUARE = IMAGE[:24]
@@ -25,7 +25,7 @@ def test_pretraining_and_evaluation_leave_images_of_the_right_size_as_they_are()
 
 
 def test_flip_alone():
-    flips = training_geometry(override(FINETUNING["anderson"], {"augment": "none"}), 24)
+    flips = training_geometry(change(FINETUNING["anderson"], {"augment": "none"}), 24)
     torch.manual_seed(0)
     seen = [flips(SQUARE) for _ in range(200)]
     flipped = sum(torch.equal(image, AS_TENSOR.flip(2)) for image in seen)
@@ -35,7 +35,7 @@ def test_flip_alone():
 
 def test_finetuning_shifts_along_y_only_and_zooms_in():
     """Published: translate (0, 1/8), zoom 1 to 1.2."""
-    transform = training_geometry(override(FINETUNING["anderson"], {"hflip": "0"}), 64)
+    transform = training_geometry(change(FINETUNING["anderson"], {"hflip": "0"}), 64)
     dot = np.zeros((64, 64, 3), np.uint8)
     dot[30:34, 30:34] = 255
     torch.manual_seed(0)
@@ -51,5 +51,5 @@ def test_numbers_the_model_sees():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     assert to_input(images, PRETRAINING["anderson"]).flatten().tolist() == pytest.approx([0, 0.2, 1])
     assert to_input(images, FINETUNING["anderson"]).flatten().tolist() == pytest.approx([-1, -0.6, 1])
-    odd = override(PRETRAINING["anderson"], {"mean": "0.1,0.2,0.3", "std": "1,2,0.5"})
+    odd = change(PRETRAINING["anderson"], {"mean": "0.1,0.2,0.3", "std": "1,2,0.5"})
     assert to_input(images, odd).flatten().tolist() == pytest.approx([-0.1, 0, 1.4])

@@ -2,7 +2,7 @@ import pytest
 
 from fractalshards.errors import UsageError
 from fractaltrain.recipes import FINETUNING, PRETRAINING
-from fractaltrain.recipes.recipe import Recipe, override, scale_lr
+from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -27,9 +27,9 @@ def test_published_figures():
     )
 
 
-def test_override():
+def test_change():
     changes = {"epochs": "3", "lr": "1e-2", "mean": "0.2", "std": "0.1,0.2,0.3", "augment": "none"}
-    recipe = override(FINETUNING["anderson"], {**changes, "head_weight_decay": "none"})
+    recipe = change(FINETUNING["anderson"], {**changes, "head_weight_decay": "none"})
     assert (recipe.epochs, recipe.lr, recipe.augment, recipe.head_weight_decay) == (3, 0.01, "none", None)
     assert (recipe.mean, recipe.std) == ((0.2, 0.2, 0.2), (0.1, 0.2, 0.3))
     assert recipe.hflip == 0.5
@@ -38,28 +38,28 @@ def test_override():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("epoch", "3", "no field 'epoch'; did you mean epochs?"),
-        ("quux", "3", "no field 'quux'; it has epochs, batch_size, lr"),
-        ("name", "x", "no field 'name'"),
-        ("epochs", "1.5", "epochs='1.5' is not an integer"),
+        ("epoch", "3", "unknown parameter 'epoch', did you mean 'epochs'"),
+        ("quux", "3", "there is epochs, batch_size, lr"),
+        ("name", "x", "unknown parameter 'name'"),
+        ("epochs", "1.5", "epochs=1.5: expected an integer"),
         ("epochs", "0", "epochs is 0, but must be at least 1"),
-        ("lr", "fast", "lr='fast' is not a number"),
+        ("lr", "fast", "lr=fast: expected a number"),
         ("lr", "-1", "lr is -1.0, but must be above 0"),
-        ("lr", "nan", "lr is nan"),
-        ("weight_decay", "inf", "weight_decay is inf"),
-        ("head_weight_decay", "few", "head_weight_decay='few' is not a number or none"),
+        ("lr", "nan", "lr=nan: expected a finite number"),
+        ("weight_decay", "inf", "weight_decay=inf: expected a finite"),
+        ("head_weight_decay", "few", "head_weight_decay=few: expected a number"),
         ("hflip", "2", "hflip is 2.0, but must be from 0 to 1"),
-        ("mean", "1,2", "mean='1,2' is not one number or three"),
+        ("mean", "1,2", "expected one value, or 3"),
         ("std", "0", "std is .*, but must be above 0"),
-        ("augment", "mixup", "augment='mixup' is none of none, affine"),
+        ("augment", "mixup", "augment=mixup: expected none or affine"),
     ],
 )
-def test_override_with_nonsense(name, text, message):
+def test_change_with_nonsense(name, text, message):
     with pytest.raises(UsageError, match=message):
-        override(FINETUNING["anderson"], {name: text})
+        change(FINETUNING["anderson"], {name: text})
 
 
 def test_scaling_the_learning_rate():
-    recipe = override(PRETRAINING["anderson"], {"batch_size": "512"})
+    recipe = change(PRETRAINING["anderson"], {"batch_size": "512"})
     assert recipe.lr == 0.1
     assert scale_lr(recipe, published_batch_size=64).lr == pytest.approx(0.8)

@@ -9,9 +9,10 @@ import click
 
 from fractalshards.console import Commands
 from fractalshards.errors import FractalError, UsageError
+from fractalshards.overrides import parse_settings
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
-from fractaltrain.recipes.recipe import Recipe, override, scale_lr
+from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.settings import (
     Amp,
     Finetuning,
@@ -129,14 +130,9 @@ def ft(
 
 def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
     """The recipe with ``--set`` and then the options of its own applied."""
-    changes = {}
-    for change in options["changes"]:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise UsageError(f"--set {change}: write it as NAME=VALUE")
-        changes[name] = value
+    changes = parse_settings(options["changes"])
     changes |= {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
-    recipe = override(published, changes)
+    recipe = change(published, changes)
     return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
 
 

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fractalshards.errors import UsageError
+from fractalshards.overrides import override
 
 Channels = tuple[float, float, float]
 
@@ -72,24 +72,13 @@ class Recipe:
         _check(self, "std", min(self.std) > 0, "above 0")
 
 
-def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+def change(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
     """The recipe with other figures, given as text: ``{"lr": "0.05", "mean": "0.5"}``.
-
-    A single number stands for all three channels; ``none`` unsets what may be unset.
 
     Raises:
         UsageError: if there is no such field, or the text is not a value of it.
     """
-    types = get_type_hints(Recipe)
-    names = [field.name for field in fields(Recipe) if field.name != "name"]
-    values: dict[str, Any] = {}
-    for name, text in changes.items():
-        if name not in names:
-            close = get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
-            raise UsageError(f"the recipe has no field {name!r}; {hint}")
-        values[name] = _parse(name, text, types[name])
-    return replace(recipe, **values)
+    return override(recipe, changes, fixed=("name",))
 
 
 def scale_lr(recipe: Recipe, published_batch_size: int) -> Recipe:
@@ -102,24 +91,3 @@ def _check(recipe: Recipe, name: str, good: bool, wanted: str) -> None:
     numbers = value if isinstance(value, tuple) else (value,)
     if not good or not all(number is None or math.isfinite(number) for number in numbers):
         raise UsageError(f"{name} is {value}, but must be {wanted}")
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    try:
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
-        if kind == Channels:
-            numbers = tuple(float(part) for part in text.split(","))
-            if len(numbers) not in (1, 3):
-                raise ValueError
-            return numbers * (3 // len(numbers))
-        if type(None) in get_args(kind):
-            return None if text.lower() == "none" else float(text)
-    except ValueError:
-        wanted = {int: "an integer", float: "a number", Channels: "one number or three"}
-        raise UsageError(f"{name}={text!r} is not {wanted.get(kind, 'a number or none')}") from None
-    if text not in get_args(kind):
-        raise UsageError(f"{name}={text!r} is none of {', '.join(get_args(kind))}")
-    return text

@@ -9,8 +9,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = 0xFFFFFFFFFFFFFFFF
+from fractalshards.splitmix import GOLDEN64, MASK64, mix64
 
 Bits = npt.NDArray[np.uint64]
 
@@ -29,7 +28,7 @@ def mix(*words: int) -> int:
     """A 64-bit key from integers in [0, 2^64); another order of the words gives another key."""
     key = 0
     for word in words:
-        key = _scramble((key ^ word) + _GOLDEN & _MASK)
+        key = mix64((key ^ word) + GOLDEN64 & MASK64)
     return key
 
 
@@ -39,17 +38,11 @@ def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
     >>> permutation(5, mix(0, 1)).tolist()
     [0, 4, 3, 2, 1]
     """
-    counters = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
-    return np.argsort(_scramble_all(counters), kind="stable").astype(np.int64, copy=False)
+    counters = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN64) + np.uint64(key)
+    return np.argsort(_mix64_all(counters), kind="stable").astype(np.int64, copy=False)
 
 
-def _scramble(z: int) -> int:
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
-    return z ^ z >> 31
-
-
-def _scramble_all(z: Bits) -> Bits:
+def _mix64_all(z: Bits) -> Bits:
     z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return z ^ z >> np.uint64(31)
