@@ -9,6 +9,7 @@ from fractalgen.kinds import KINDS
 from fractalgen.recipe import make_recipe
 from fractalshards.console import Commands
 from fractalshards.errors import UsageError
+from fractalshards.human import human_count
 from fractalshards.manifest import load_manifest
 from fractalshards.overrides import parse_settings
 from fractalshards.workers import available_cores
@@ -62,15 +63,16 @@ def build(
     )
     folder = out if out is not None else Path("shards") / kind
     count = _parse_workers(workers)
-    click.echo(f"{folder}: preparing (the first run after an install compiles for about ten seconds)", err=True)
+    click.echo(f"{folder}: preparing; after an install this compiles for some seconds", err=True)
     plan = plan_build(folder, recipe, count)
     if plan.cost is None:
-        click.echo(f"{folder}: all {len(plan.tasks):,} shards are there already", err=True)
+        click.echo(f"{folder}: nothing to render, {human_count(len(plan.tasks), 'shard')} there already", err=True)
     else:
         done = f", {len(plan.finished):,} of them done" if plan.finished else ""
         click.echo(
-            f"{folder}: {n + val:,} images of {recipe.size} x {recipe.size} in {len(plan.tasks):,} shards{done}; "
-            f"to render: {plan.cost.samples:,} images, {plan.cost} with {count} workers",
+            f"{folder}: {n + val:,} images of {recipe.size} x {recipe.size} in "
+            f"{human_count(len(plan.tasks), 'shard')}{done}; to render: {plan.cost.samples:,} images, {plan.cost} "
+            f"with {human_count(count, 'worker')}",
             err=True,
         )
     run_build(plan, count)

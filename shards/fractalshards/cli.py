@@ -10,7 +10,7 @@ from rich.table import Table
 from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, progress
 from fractalshards.errors import UsageError
-from fractalshards.human import human_bytes
+from fractalshards.human import human_bytes, human_count
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.sheet import contact_sheet, sample_rows
 from fractalshards.verify import verify_dataset
@@ -85,7 +85,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
     params = recipe.pop("params", {})
     rows = [("folder", str(manifest.folder))]
     for name, shards in manifest.splits.items():
-        rows.append((name, f"{manifest.samples(name):,} images in {len(shards):,} shards"))
+        rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
     rows += [
         ("size", human_bytes(manifest.bytes())),
         ("image", f"{manifest.image_size} x {manifest.image_size}"),

@@ -14,3 +14,8 @@ def human_seconds(seconds: float) -> str:
     """A duration as ``H:MM:SS``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def human_count(count: int, noun: str) -> str:
+    """A number and what it counts, e.g. ``1 shard`` or ``1,000 shards``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

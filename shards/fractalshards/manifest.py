@@ -11,7 +11,7 @@ from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.human import human_bytes
+from fractalshards.human import human_bytes, human_count
 from fractalshards.names import INFO, check_plain, sidecar_name
 
 FORMAT_VERSION = 1
@@ -76,9 +76,9 @@ class Manifest:
     def summary(self) -> str:
         """The dataset in one line."""
         counts = ", ".join(f"{self.samples(name):,} {name}" for name in self.splits)
-        shards = sum(map(len, self.splits.values()))
+        shards = human_count(sum(map(len, self.splits.values())), "shard")
         size = human_bytes(self.bytes())
-        return f"{self.folder}: {counts} images in {shards:,} shards, {size}, content {self.content_digest()}"
+        return f"{self.folder}: {counts} images in {shards}, {size}, content {self.content_digest()}"
 
 
 def read_record(folder: Path, shard: str) -> ShardRecord:
