@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,9 @@ Systems = Sequence[npt.NDArray[np.float64]]
 
 def write_systems(path: Path, systems: Systems) -> None:
     """Write all systems, atomically."""
+    arrays: dict[str, Any] = {f"{index:05d}": system for index, system in enumerate(systems)}
     with atomic_file(path) as file:
-        np.savez(file, allow_pickle=False, **{f"{index:05d}": system for index, system in enumerate(systems)})
+        np.savez(file, **arrays)
 
 
 def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
