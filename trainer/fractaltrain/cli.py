@@ -13,14 +13,7 @@ from fractalshards.overrides import parse_settings
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
-from fractaltrain.settings import (
-    Amp,
-    Finetuning,
-    Pretraining,
-    Running,
-    finetuning_folder,
-    pretraining_folder,
-)
+from fractaltrain.settings import Amp, Finetuning, Pretraining, Running, finetuning_folder, pretraining_folder
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -40,10 +33,10 @@ def _running_options(command: _Command) -> _Command:
         click.option("--lr", metavar="LR", help="Peak learning rate  [default: the recipe's, for any batch]"),
         click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
         click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
-        click.option("--image-size", type=click.IntRange(8), metavar="PX", help="Side of the images the model sees."),
         click.option("--out", type=click.Path(path_type=Path), help="The run's folder  [default: runs/...]"),
         click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes  [default: one per GPU, or 1]"),
-        click.option("--workers", type=click.IntRange(0), metavar="W", help="Loader processes of each process."),
+        click.option("--workers", type=click.IntRange(0), metavar="W",
+                     help="Loader processes of each process  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
         click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
                      help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
@@ -60,6 +53,7 @@ def _running_options(command: _Command) -> _Command:
 @click.option("--shards", type=click.Path(path_type=Path), required=True, help="Folder of a dataset.")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
 @click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
+@click.option("--image-size", type=click.IntRange(8), metavar="PX", help="What the model sees  [default: as stored]")
 @click.option("--window", type=click.IntRange(1), default=16, show_default=True, help="Shards shuffled together.")
 @_running_options
 def pt(
@@ -88,6 +82,8 @@ def _check_data(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option("--model", help=f"With --weights none only  [default: {_DEFAULT_MODEL}]")
 @click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
               help="[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
+@click.option("--image-size", type=click.IntRange(8), metavar="PX",
+              help="What the model sees  [default: the pre-training's; 224 from scratch]")  # fmt: skip
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
 @click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,

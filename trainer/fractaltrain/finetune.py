@@ -1,83 +1,86 @@
 """``fractaltrain ft``: weights of a pre-training (or none), real images and recipe meet in the loop."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractaltrain.checkpoint import FILE, load_checkpoint
 from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import create_model
-from fractaltrain.run_folder import read_settings
+from fractaltrain.run_folder import trained_model
 from fractaltrain.settings import Finetuning
 from fractaltrain.train import Job, train
 from fractaltrain.weights import load_backbone
-from fractaltrain.world import World, join_world
+from fractaltrain.world import join_world
 
 _WINDOW = 1  # the images are not in shards
+_IMAGE_SIZE = 224  # without a pre-training that says otherwise
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A run to start from: how far it came, its model's state dict, and the sha256 of the checkpoint they are from."""
+
+    model: str
+    image_size: int
+    epochs: int
+    weights: Mapping[str, torch.Tensor]
+    sha256: str
 
 
 def finetune(choice: Finetuning) -> None:
     """Fine-tune in each process of the world, with a new classifier; evaluate on the held-out images.
 
+    What was loaded and what was not is printed.
+
     Raises:
         FractalError: as ``train`` does, or if weights or images are missing, damaged or do not fit.
     """
     with join_world() as world:
-        start = starting_point(choice)
+        pretrained = None if choice.weights is None else load_pretrained(choice.weights)
+        name = pretrained.model if pretrained else choice.model
+        image_size = choice.image_size or (pretrained.image_size if pretrained else _IMAGE_SIZE)
         with world.main_first():  # it may download
             training, held_out = open_data(choice.data)
         torch.manual_seed(choice.running.seed)
-        model = create_model(start["model"], training.classes, start["image_size"])
-        if choice.weights is not None:
-            load_weights(model, choice.weights, world)
+        model = create_model(name, training.classes, image_size)
+        if pretrained:
+            report = load_backbone(model, pretrained.weights, str(choice.weights))
+            if world.main:
+                print(f"weights of {choice.weights} after {pretrained.epochs} epochs: {report}", flush=True)
         job = Job(
             running=choice.running,
             model=model,
             training=training,
             window=_WINDOW,
             held_out=held_out,
-            image_size=start["image_size"],
+            image_size=image_size,
             settings={
                 "task": "ft",
                 "data": choice.data.name,
                 "per_class": choice.data.per_class,
                 "subset_seed": choice.data.subset_seed,
-                "model": start["model"],
+                "model": name,
                 "classes": training.classes,
-                "weights": start["weights"],
+                "weights": pretrained.sha256 if pretrained else None,
             },
         )
         train(job, world)
 
 
-def starting_point(choice: Finetuning) -> dict[str, Any]:
-    """Model, image size and the digest of the weights (None without) that a fine-tuning starts from.
+def load_pretrained(run: Path) -> Pretrained:
+    """Read the checkpoint of a run.
 
     Raises:
-        FractalError: if the weights are not the folder of a run with a checkpoint.
+        FractalError: if the folder holds no run, or none with a sound checkpoint.
     """
-    if choice.weights is None:
-        assert choice.model is not None
-        return {"model": choice.model, "image_size": choice.image_size or 224, "weights": None}
-    settings = read_settings(choice.weights)
-    if not (choice.weights / FILE).is_file():
-        raise FractalError(f"{choice.weights}: no {FILE}; let its training finish an epoch first")
-    return {
-        "model": settings["model"],
-        "image_size": choice.image_size or settings["image_size"],
-        "weights": sha256_file(choice.weights / FILE),
-    }
-
-
-def load_weights(model: nn.Module, run: Path, world: World) -> None:
-    """Load a run's weights, all but the classifier, and print what was loaded and what was not."""
+    model, image_size = trained_model(run)
     saved = load_checkpoint(run)
-    assert saved is not None
+    if saved is None:
+        raise FractalError(f"{run}: no {FILE} yet; let its training finish an epoch first")
     position, state = saved
-    report = load_backbone(model, state["model"], str(run))
-    if world.main:
-        print(f"weights of {run} after {position.epoch} epochs: {report}", flush=True)
+    return Pretrained(model, image_size, position.epoch, state["model"], sha256_file(run / FILE))

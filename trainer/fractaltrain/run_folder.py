@@ -30,7 +30,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str
     if not (folder / RUN).exists():
         write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
         return
-    found, wanted = _flatten(read_settings(folder)), _flatten(json.loads(json.dumps(settings)))
+    found, wanted = _flatten(Fields.read(folder / RUN).mapping("settings")), _flatten(json.loads(json.dumps(settings)))
     differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differing:
         name = differing[0]
@@ -41,8 +41,8 @@ def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str
         )
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings in ``run.json``.
+def trained_model(folder: Path) -> tuple[str, int]:
+    """Name of the model that a run trains, and the side in pixels of the images it sees.
 
     Raises:
         FractalError: if the folder holds no run, or its ``run.json`` is damaged.
@@ -50,7 +50,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / RUN
     if not path.is_file():
         raise FractalError(f"{folder}: no {RUN}, so not the folder of a run; check the path")
-    return Fields.read(path).mapping("settings")
+    settings = Fields.read(path).inner("settings")
+    return settings.text("model"), settings.count("image_size")
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:

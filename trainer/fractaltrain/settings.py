@@ -46,14 +46,14 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """``fractaltrain ft``. ``weights`` None means random weights; then ``model`` names what to train.
+    """``fractaltrain ft``. ``weights`` is the folder of a run; None means random weights of ``model``.
 
-    ``image_size`` None means that of the pre-training.
+    ``image_size`` None means that of the pre-training, or 224 without.
     """
 
     running: Running
     weights: Path | None
-    model: str | None
+    model: str
     data: DataChoice
     image_size: int | None
 

@@ -76,7 +76,10 @@ def join_world() -> Iterator[World]:
         torch.set_num_threads(max(available_cores() // world.local_size, 1))
     try:
         if world.size > 1:
-            dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+            if world.device.type == "cuda":
+                dist.init_process_group("nccl", device_id=world.device)
+            else:
+                dist.init_process_group("gloo")
         yield world
         world.barrier()
     except torch.OutOfMemoryError as error:

@@ -28,7 +28,7 @@ class FolderSource:
         except FileNotFoundError as error:
             raise FractalError(f"{folder}: {str(error).split('. Supported')[0]}; {_LAYOUT}") from error
         self._folder = folder
-        self._paths = [Path(path) for path, _ in listing.samples]
+        self._paths = [path for path, _ in listing.samples]
         self._labels = np.asarray(listing.targets, np.int64)
         self.class_names = tuple(listing.classes)
 
@@ -53,7 +53,7 @@ class FolderSource:
         Raises:
             FractalError: naming the file, if it cannot be read or decoded.
         """
-        path = self._paths[index]
+        path = Path(self._paths[index])
         try:
             image = decode_png(path.read_bytes())
         except (FractalError, OSError) as error:

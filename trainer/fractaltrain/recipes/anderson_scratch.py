@@ -3,6 +3,8 @@
     fractaltrain ft --weights none --model resnet50 --data cifar100
 
 As their fine-tuning, but from random weights: a higher learning rate, and the classifier learns like the rest.
+
+Not run at full size yet: the time it takes and the result to expect are still to be measured on a GPU.
 """
 
 from dataclasses import replace

@@ -1,0 +1,77 @@
+"""How failures reach the user; real ones of two processes are in test_processes.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from fractalshards.errors import FractalError
+from fractaltrain import world as world_module
+from fractaltrain.launch import _explain, launch
+from fractaltrain.world import World, join_world
+
+
+def failure(folder: Path, exitcode: int, message: str | None) -> ProcessFailure:
+    path = folder / "error.json"
+    if message is not None:
+        extra = {"py_callstack": "Traceback: the place\n", "timestamp": "1"}
+        path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    return ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file=str(path))
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "message", "expected", "shown"),
+    [
+        (1, "FractalError: x.tar: bad; fetch it again", "x.tar: bad; fetch it again", ""),
+        (1, "TypeError: oops", "rank 3 failed: TypeError: oops; please report this", "Traceback: the place\n"),
+        (-9, None, "rank 3 was killed (Signal 9 (SIGKILL) received by PID 7); if memory ran out, lower", ""),
+    ],
+)
+def test_failure_of_a_process_is_told_as_this_ones(tmp_path, capfd, exitcode, message, expected, shown):
+    error = _explain(3, failure(tmp_path, exitcode, message))
+    assert str(error).startswith(expected)
+    assert capfd.readouterr().err == shown
+
+
+def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
+    seen: list[str] = []
+    launch(seen.append, "alone", 1)
+    monkeypatch.setenv("RANK", "1")
+    launch(seen.append, "under torchrun", 2)
+    assert seen == ["alone", "under torchrun"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer\nmore"),
+            r"^rank 1 lost the other processes \(\[gloo.*Connection closed by peer\); see their messages$",
+        ),
+        (OSError(28, "No space left on device", "runs/x"), r"^runs/x: No space left on device; free some space"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"^cpu: out of memory; lower --batch-size"),
+        (FractalError("ours"), r"^ours$"),
+    ],
+)
+def test_errors_inside_a_world(monkeypatch, error, message):
+    two = World(rank=1, size=2, local_rank=1, local_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(world_module, "_read_environment", lambda: two)
+    monkeypatch.setattr(world_module, "_ECHO_SECONDS", 0.0)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: None)
+    with pytest.raises(FractalError, match=message), join_world():
+        raise error
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"), join_world():
+        raise RuntimeError("a bug")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(FractalError, match="4 processes on a machine with 2 GPUs; lower --nproc to 2"), join_world():
+        pass
