@@ -1,6 +1,7 @@
 """The loop itself, in this process, with a model that has everything a resume could get wrong: batch norm, dropout."""
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,21 @@ def test_damaged_checkpoint_is_one_line(undisturbed, tmp_path):
         with pytest.raises(FractalError, match=rf"{FILE}: damaged \(.*\); remove it to start again") as error:
             train(job(folder, replace(RECIPE, epochs=1)), ALONE)
         assert "\n" not in str(error.value)
+
+
+def test_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, fractaltrain, dataset):
+    """A limit on the size of files stands in for a full disk: the write fails in the same place."""
+    arguments = ("pt", "--shards", dataset, "--model", "resnet10t", "--batch-size", 25, "--out", tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        outcome = fractaltrain(*arguments, "--epochs", 1, "--image-size", 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome.code == 1
+    assert outcome.err == f"error: {tmp_path / 'run' / FILE}: File too large\n"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "metrics.jsonl"}
+    assert fractaltrain(*arguments, "--epochs", 1, "--image-size", 16).code == 0
 
 
 def test_checkpoint_cannot_run_code(tmp_path):

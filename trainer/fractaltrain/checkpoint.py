@@ -33,9 +33,19 @@ def save_checkpoint(folder: Path, position: Position, state: dict[str, Any]) -> 
 
     Args:
         state: state dicts by name: ``model``, ``optimizer``, ``schedule``, ``scaler``.
+
+    Raises:
+        OSError: as the file system does (full disk); then the old one is still there.
     """
-    with atomic_file(folder / FILE) as file:
-        torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
+    path = folder / FILE
+    with atomic_file(path) as file:
+        try:
+            torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
+        except RuntimeError as error:  # torch hides what the file system said
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise
 
 
 def load_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]] | None:
