@@ -24,9 +24,11 @@ PRETRAINED, FINETUNED, SCRATCH = RUNS / "pretrained", RUNS / "finetuned", RUNS /
 
 BUILD = f"fractalgen build --kind single --n 4000 --classes 20 --size 64 --shard-size 500 --out {SHARDS}"
 LOOK = f"fractalshards sheet {SHARDS} --classes 10 --out {SHEET}"
-PRETRAIN = f"fractaltrain pt --shards {SHARDS} --model resnet18 --epochs 8 --nproc 2 --out {PRETRAINED}"
+PRETRAIN = (
+    f"fractaltrain pt --shards {SHARDS} --model resnet18 --image-size 32 --epochs 12 --nproc 2 --out {PRETRAINED}"
+)
 FINETUNE = (
-    "fractaltrain ft --weights {weights} --data digits --per-class 10 --image-size 64 --epochs 10 --batch-size 25"
+    "fractaltrain ft --weights {weights} --data digits --per-class 10 --image-size 32 --epochs 10 --batch-size 25"
     " --set hflip=0 --out {out}"
 )
 
