@@ -30,7 +30,7 @@ clean:  ## Remove the environment and caches; datasets and runs stay
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "error: $(PYTHON) is not Python 3.11 to 3.13; run 'make PYTHON=python3.12 ...'" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
@@ -41,4 +41,4 @@ clean:  ## Remove the environment and caches; datasets and runs stay
 .venv/test.stamp: pyproject.toml | .venv/bin/python
 	@echo "installing into .venv, PyTorch included (about 6 GB, a few minutes)"
 	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,dev]'
-	touch $@
+	touch $@ .venv/demo.stamp

@@ -1,8 +1,14 @@
-"""What tests share: the folder of reference data, which lies beside the project and is never copied into it."""
+"""What tests share: processors only, no deadlines, and where the reference data lies (never copied in here)."""
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

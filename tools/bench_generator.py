@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +57,7 @@ _STAGES: dict[str, list[tuple[ModuleType, str]]] = {
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def main(kind: str, size: int | None, shard_size: int, rounds: int, workers: str, json_path: Path | None) -> None:
     """Measure the generator on this machine."""
-    counts = [int(count) for count in workers.split(",")]
+    counts = [int(count) for count in workers.split(",") if count.isdigit()] or [1]
     recipe = make_recipe(kind, max(1000, shard_size * max(counts)), size=size, shard_size=shard_size)
     systems = draw_systems(recipe)
     recipe = recipe.with_systems(systems)
@@ -84,17 +84,14 @@ def _measure_workers(
     folder: Path, recipe: Recipe, systems: Systems, counts: list[int], rounds: int
 ) -> dict[int, float]:
     """Images per second for each number of workers, the median of the rounds."""
-    pools = {count: worker_pool(count) for count in counts}
-    try:
+    with ExitStack() as stack:
+        pools = {count: stack.enter_context(worker_pool(count)) for count in counts}
         for count, pool in pools.items():
             _time_round(pool, folder, recipe, systems, count)
         seconds: dict[int, list[float]] = defaultdict(list)
         for _ in range(rounds):
             for count, pool in pools.items():
                 seconds[count].append(_time_round(pool, folder, recipe, systems, count))
-    finally:
-        for pool in pools.values():
-            pool.shutdown()
     return {count: count * recipe.shard_size / statistics.median(times) for count, times in seconds.items()}
 
 

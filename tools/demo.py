@@ -7,6 +7,7 @@ are skipped when the demo is run again, as the commands themselves do.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def _run(title: str, command: str) -> None:
     click.secho(f"\n{title}", bold=True)
     click.echo(f"$ {command}")
     program, *arguments = shlex.split(command)
-    code = subprocess.run([Path(sys.executable).with_name(program), *arguments]).returncode
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two processes with gloo, on any machine
+    code = subprocess.run([Path(sys.executable).with_name(program), *arguments], env=environment).returncode
     if code:
         sys.exit(code)
 

@@ -51,7 +51,7 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
     Returns:
         The top left (size, size) float32 of the grid.
     """
-    levels = math.ceil(math.log2(size))
+    levels = (size - 1).bit_length()
     amplitudes = np.array([0.5 * math.exp(decay * (1 - j)) for j in range(1, levels + 1)], np.float32)
     grid = np.empty((2**levels + 1, 2**levels + 1), np.float32)
     _fill(grid, amplitudes, *key)

@@ -1,11 +1,10 @@
 """Builds a dataset: recipe -> systems -> shard tasks -> worker processes -> tars and sidecars -> manifest."""
 
-from concurrent.futures import Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from fractalgen.folder import describe_folder, settle
+from fractalgen.folder import claim, settle
 from fractalgen.forecast import Forecast, check_space, forecast
 from fractalgen.plan import ShardTask, shard_tasks
 from fractalgen.recipe import Recipe
@@ -13,7 +12,7 @@ from fractalgen.render import render_range
 from fractalshards.atomic import remove_leftovers
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
-from fractalshards.manifest import ShardRecord, finished_record, write_manifest
+from fractalshards.manifest import Shard, finished_record, load_manifest, write_manifest
 from fractalshards.png import encode_png
 from fractalshards.systems import Systems
 from fractalshards.workers import worker_pool
@@ -28,7 +27,7 @@ class Plan:
     recipe: Recipe
     systems: Systems
     tasks: tuple[ShardTask, ...]
-    finished: dict[str, ShardRecord]
+    finished: dict[str, Shard]
     cost: Forecast | None
 
     def missing(self) -> tuple[ShardTask, ...]:
@@ -37,16 +36,18 @@ class Plan:
 
 
 def plan_build(folder: Path, recipe: Recipe, workers: int) -> Plan:
-    """Look at the folder and find out what is to be done; nothing is written.
+    """Look at the folder and find out what is to be done; leftovers of killed builds are removed, nothing is written.
 
     Raises:
         FractalError: if the folder holds something else, or the disk cannot hold the dataset.
         OSError: if the folder cannot be read.
     """
     bound, systems = settle(folder, recipe)
+    if folder.exists():
+        remove_leftovers(folder)
     tasks = shard_tasks(bound)
-    records = {task.name: finished_record(folder, task.name) for task in tasks}
-    finished = {name: record for name, record in records.items() if record is not None}
+    shards = {task.name: _finished(folder, bound, task) for task in tasks}
+    finished = {name: shard for name, shard in shards.items() if shard is not None}
     left = sum(task.stop - task.first for task in tasks if task.name not in finished)
     cost = forecast(bound, systems, left, workers) if left else None
     if cost is not None:
@@ -55,53 +56,57 @@ def plan_build(folder: Path, recipe: Recipe, workers: int) -> Plan:
 
 
 def run_build(plan: Plan, workers: int) -> None:
-    """Write the missing shards, then the manifest, and remove what killed builds left behind.
+    """Write the missing shards, then the manifest unless it is there, and remove what killed builds left behind.
 
     Raises:
-        FractalError: if a worker process was killed.
+        FractalError: if a worker process was killed, or another build has claimed the folder since it was looked at.
         OSError: as the file system does; shards that are finished stay.
     """
-    describe_folder(plan.folder, plan.recipe, plan.systems)
+    claim(plan.folder, plan.recipe, plan.systems)
     missing = plan.missing()
-    written = _write_shards(plan, missing, workers) if missing else {}
-    records = {**plan.finished, **written}
-    splits: dict[str, list[ShardRecord]] = {}
-    for task in plan.tasks:
-        splits.setdefault(task.split, []).append(records[task.name])
-    write_manifest(
-        plan.folder,
-        splits,
-        recipe=plan.recipe.to_json(),
-        recipe_digest=plan.recipe.digest(),
-        classes=plan.recipe.classes,
-        image_size=plan.recipe.size,
-    )
+    shards = {**plan.finished, **(_write_shards(plan, missing, workers) if missing else {})}
+    names = dict.fromkeys(task.split for task in plan.tasks)
+    splits = {name: tuple(shards[task.name] for task in plan.tasks if task.split == name) for name in names}
+    if missing or not _listed(plan.folder, splits):
+        write_manifest(
+            plan.folder,
+            splits,
+            recipe=plan.recipe.to_json(),
+            recipe_digest=plan.recipe.digest(),
+            classes=plan.recipe.classes,
+            image_size=plan.recipe.size,
+        )
     remove_leftovers(plan.folder)
 
 
-def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> ShardRecord:
-    """Render and write one shard; a pure function of its arguments but for the file it writes."""
+def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> Shard:
+    """Render and write one shard; a pure function of its arguments but for the files it writes."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    return write_shard(folder, task.name, recipe.classes, samples, encode_png)
+    return write_shard(folder, task.name, recipe.classes, samples, encode_png).shard()
 
 
-def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> dict[str, ShardRecord]:
-    written: dict[str, ShardRecord] = {}
+def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> dict[str, Shard]:
+    written: dict[str, Shard] = {}
     samples = sum(task.stop - task.first for task in missing)
-    with worker_pool(min(workers, len(missing))) as pool, progress("rendering", samples, "images") as advance:
-        tasks: dict[Future[ShardRecord], ShardTask] = {
-            pool.submit(build_shard, plan.folder, plan.recipe, plan.systems, task): task for task in missing
-        }
-        try:
-            for future in as_completed(tasks):
-                record = future.result()
-                written[record.name] = record
-                advance(record.samples)
-        except BrokenProcessPool as error:
-            raise FractalError(
-                f"{plan.folder}: a worker was killed, perhaps for lack of memory; finished shards are kept, "
-                "run the same command to continue"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with progress("rendering", samples, "images") as advance, worker_pool(min(workers, len(missing))) as pool:
+        futures = [pool.submit(build_shard, plan.folder, plan.recipe, plan.systems, task) for task in missing]
+        for future in as_completed(futures):
+            shard = future.result()
+            written[shard.name] = shard
+            advance(shard.samples)
     return written
+
+
+def _finished(folder: Path, recipe: Recipe, task: ShardTask) -> Shard | None:
+    """The shard of a task if it is whole and what the task would write, else None."""
+    record = finished_record(folder, task.name)
+    fits = record and record.samples == task.stop - task.first and len(record.label_counts) == recipe.classes
+    return record.shard() if record and fits else None
+
+
+def _listed(folder: Path, splits: dict[str, tuple[Shard, ...]]) -> bool:
+    """Whether there is a manifest that lists just these shards."""
+    try:
+        return load_manifest(folder).splits == splits
+    except FractalError:
+        return False

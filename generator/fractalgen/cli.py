@@ -1,8 +1,11 @@
 """The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import click
+from rich.console import Console
+from rich.table import Table
 
 from fractalgen.build import plan_build, run_build
 from fractalgen.kinds import KINDS
@@ -11,7 +14,7 @@ from fractalshards.console import Commands
 from fractalshards.errors import UsageError
 from fractalshards.human import human_count
 from fractalshards.manifest import load_manifest
-from fractalshards.overrides import parse_settings
+from fractalshards.overrides import parse_settings, show_value
 from fractalshards.workers import available_cores
 
 
@@ -78,6 +81,22 @@ def build(
     run_build(plan, count)
     click.echo(load_manifest(folder).summary())
     click.echo(f"next: fractaltrain pt --shards {folder}")
+
+
+@main.command()
+def kinds() -> None:
+    """List the kinds of images with their parameters and defaults, to be changed with --set.
+
+    Example: fractalgen kinds
+    """
+    console = Console(soft_wrap=True)
+    for name, kind in KINDS.items():
+        console.print(f"[bold]{name}[/bold]  {kind.summary}")
+        console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px, {kind.points:,} points")
+        table = Table("--set", "default", "what it is", box=None, padding=(0, 2))
+        for field in fields(kind.params):
+            table.add_row(field.name, show_value(field.default), field.metadata["help"])
+        console.print(table)
 
 
 def _parse_workers(text: str) -> int:

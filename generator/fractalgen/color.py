@@ -1,4 +1,4 @@
-"""Colour: HSV to RGB as OpenCV does it for 8 bits, and the palette of a fractal."""
+"""Colour: HSV to RGB as OpenCV does it for 8 bits."""
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,6 @@ def hsv_to_rgb(array: Pixels) -> Pixels:
     rgb = np.empty_like(flat)
     _convert(flat, rgb)
     return rgb.reshape(array.shape)
-
-
-def fractal_palette(hue_shift: float, saturation: int, value: int) -> Pixels:
-    """The colours of a fractal by hue step: (256, 3) uint8 RGB, hue running from the shift once around 0..255.
-
-    Args:
-        hue_shift: in [0, 255); entry k has hue (k + shift) mod 256, truncated (Anderson & Farrell's ``colorize``).
-        saturation, value: 0..255.
-    """
-    hues = (np.arange(256) + int(hue_shift)) % 256
-    return hsv_to_rgb(np.stack(np.broadcast_arrays(hues, saturation, value), 1).astype(np.uint8))
 
 
 @njit(inline="always")

@@ -1,5 +1,6 @@
 """The folder of a dataset under construction: recipe and systems come first and fix what the folder is (law 3)."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fractalshards.systems import Systems, read_systems, write_systems
 
 
 def settle(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
-    """The recipe bound to its systems: those the folder stores, or newly drawn ones if it is new. Writes nothing.
+    """The recipe bound to its systems: those the folder stores, or newly drawn ones if it has none. Writes nothing.
 
     Raises:
         FractalError: if the folder holds another recipe, damaged systems, or something that is no dataset.
@@ -23,23 +24,29 @@ def settle(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
     if (folder / RECIPE).exists():
         return _settled(folder, recipe)
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
-    strangers = [name for name in present if name != SYSTEMS and not name.startswith(".")]
+    strangers = [name for name in present if not name.startswith(".")]
     if strangers:
         raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
     systems = draw_systems(recipe)
     return recipe.with_systems(systems), systems
 
 
-def describe_folder(folder: Path, recipe: Recipe, systems: Systems) -> None:
-    """Write systems and then recipe into a new folder; one that has them is left as it is.
+def claim(folder: Path, recipe: Recipe, systems: Systems) -> None:
+    """Write the recipe and then its systems into a new folder; one that has them is left as it is.
+
+    Of two builds that begin at once in one folder, one publishes its recipe; the other finds it there.
 
     Raises:
+        FractalError: if the folder holds another recipe by now.
         OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / RECIPE).exists():
+    with suppress(FileExistsError):
+        description = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}
+        write_json(folder / RECIPE, description, indent=1, exclusive=True)
+    _settled(folder, recipe)
+    if not (folder / SYSTEMS).exists():
         write_systems(folder / SYSTEMS, systems)
-        write_json(folder / RECIPE, {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}, indent=1)
 
 
 def _settled(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
@@ -47,9 +54,10 @@ def _settled(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
     bound = replace(recipe, systems_digest=str(found.get("systems_digest")))
     if other := _differences(found, bound):
         raise FractalError(f"{folder}: holds another dataset ({other}); choose another --out or the same options")
-    systems = read_systems(folder / SYSTEMS)
+    stored = folder / SYSTEMS
+    systems = read_systems(stored) if stored.exists() else draw_systems(recipe)
     if systems_digest(systems) != bound.systems_digest:
-        raise FractalError(f"{folder / SYSTEMS}: not the systems that {RECIPE} names; restore it or start a new folder")
+        raise FractalError(f"{stored}: not the systems that {RECIPE} names, or missing; restore it or use a new folder")
     return bound, systems
 
 

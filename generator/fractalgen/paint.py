@@ -31,10 +31,10 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
         (size, size, 3) uint8 RGB.
     """
     image = np.empty((*counts.shape, 3), np.uint8)
-    columns = np.empty((3, counts.shape[1]), np.uint8)
+    planes = np.empty((3, counts.shape[1]), np.uint8)
     maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)
     own = np.array([fractal.hue_shift, fractal.saturation, fractal.value], np.float32)
-    _paint(counts, max(int(counts.max()), 1), own, heights, maps, columns, image)
+    _paint(counts, max(int(counts.max()), 1), own, heights, maps, planes, image)
     return image
 
 
@@ -55,16 +55,16 @@ def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
 @njit(cache=True)
 def _paint(counts, peak, own, heights, maps, planes, image):  # type: ignore[no-untyped-def]
     """Row by row: a loop over planes that vectorises, then one that interleaves them."""
-    top, zero, white = np.float32(255), np.float32(0), np.float32(255)
+    zero, full = np.float32(0), np.float32(255)
     divisor = np.float32(peak)
     for row in range(len(counts)):
         for column in range(counts.shape[1]):
             count = counts[row, column]
             height = heights[row, column]
             hit = count > 0
-            turn = np.float32(np.int32(count)) / divisor * top + own[0] if hit else height * maps[0] + maps[1]
-            saturation = own[1] if hit else min(max(height * maps[2] + maps[3], zero), white)
-            value = own[2] if hit else min(max(height * maps[4] + maps[5], zero), white)
+            turn = np.float32(np.int32(count)) / divisor * full + own[0] if hit else height * maps[0] + maps[1]
+            saturation = own[1] if hit else min(max(height * maps[2] + maps[3], zero), full)
+            value = own[2] if hit else min(max(height * maps[4] + maps[5], zero), full)
             red, green, blue = hsv_pixel(
                 np.float32(np.int32(turn) & 255), np.float32(np.int32(saturation)), np.float32(np.int32(value))
             )

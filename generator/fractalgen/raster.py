@@ -23,7 +23,7 @@ class Orientation:
 
 
 def bounding_box(xs: npt.NDArray[Any], ys: npt.NDArray[Any]) -> Window:
-    """The smallest window (xmin, ymin, xmax, ymax) that holds all points; NaN is passed over."""
+    """The smallest window (xmin, ymin, xmax, ymax) that holds all points; NaN is passed over, infinity is not."""
     (xmin, xmax), (ymin, ymax) = _extremes(xs), _extremes(ys)
     return float(xmin), float(ymin), float(xmax), float(ymax)
 

@@ -7,6 +7,7 @@ from typing import Any
 from fractalgen.kinds import KindParams, find_kind
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import UsageError
+from fractalshards.manifest import MAX_CLASSES
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
@@ -50,7 +51,7 @@ class Recipe:
             raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
         _require(self.n >= 1, f"n is {self.n}: ask for at least 1 image")
         _require(self.val >= 0, f"val is {self.val}: it cannot be negative")
-        _require(self.classes >= 1, f"classes is {self.classes}: ask for at least 1 class")
+        _require(1 <= self.classes <= MAX_CLASSES, f"classes is {self.classes}: ask for 1 to {MAX_CLASSES:,} classes")
         _require(
             self.n >= self.classes,
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
@@ -59,7 +60,9 @@ class Recipe:
         _require(16 <= self.size <= 4096, f"size is {self.size}: images may be 16 to 4096 pixels wide")
         _require(1 <= self.points <= 10**8, f"points is {self.points}: a chaos game has 1 to 100,000,000 points")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it may be 0 to 2**63 - 1")
-        _require(self.shard_size >= 1, f"shard_size is {self.shard_size}: a shard has at least 1 sample")
+        _require(1 <= self.shard_size <= 100_000, f"shard_size is {self.shard_size}: a shard has 1 to 100,000 samples")
+        shards = (self.n + self.val) // self.shard_size
+        _require(shards <= 100_000, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
 
     def to_json(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,12 +15,13 @@ _STALE_SECONDS = 3600.0
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing; on success it becomes ``path``, on failure it is removed.
 
     The temporary name holds host and process, so writers never share one and leftovers can be told apart.
 
     Raises:
+        FileExistsError: if ``exclusive`` and ``path`` is there already, perhaps since a moment ago.
         OSError: as the file system does (full disk, no permission).
     """
     writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
@@ -30,18 +31,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if exclusive:
+            os.link(temporary, path)
+            temporary.unlink()
+        else:
+            temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here is the one to tell
+            temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # a full disk names no file, and the temporary one tells the user nothing
         raise
     _fsync_folder(path.parent)
 
 
-def write_json(path: Path, data: Mapping[str, object], indent: int | None = None) -> None:
-    """Write a mapping as JSON, atomically."""
-    with atomic_file(path) as file:
+def write_json(path: Path, data: Mapping[str, object], indent: int | None = None, exclusive: bool = False) -> None:
+    """Write a mapping as JSON, atomically; see ``atomic_file``."""
+    with atomic_file(path, exclusive) as file:
         file.write(json.dumps(data, indent=indent).encode() + b"\n")
 
 

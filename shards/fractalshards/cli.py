@@ -1,16 +1,16 @@
 """The command ``fractalshards``: parses options, calls one function per command, prints what came of it."""
 
-import sys
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, progress
-from fractalshards.errors import UsageError
-from fractalshards.human import human_bytes, human_count
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.sheet import contact_sheet, sample_rows
 from fractalshards.verify import verify_dataset
@@ -35,8 +35,8 @@ def info(folder: Path) -> None:
     """
     table = Table(show_header=False, box=None)
     for name, value in _describe(load_manifest(folder)):
-        table.add_row(name, value)
-    Console(soft_wrap=True).print(table)
+        table.add_row(Text(one_line(name)), Text(one_line(value)))
+    Console(soft_wrap=True, markup=False, highlight=False).print(table)
 
 
 @main.command()
@@ -52,9 +52,12 @@ def verify(folder: Path, workers: int | None) -> None:
     with progress("verifying", samples, "images") as advance:
         problems = verify_dataset(manifest, workers or available_cores(), advance)
     for problem in problems:
-        click.echo(f"bad: {folder / problem.file}{': ' + problem.key if problem.key else ''}: {problem.what}")
+        click.echo(one_line(f"bad: {folder}/{problem}"))
     if problems:
-        sys.exit(1)
+        raise FractalError(
+            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or remove them and run "
+            "the 'fractalgen build' that made them again"
+        )
     click.echo(f"sound: {manifest.summary()}")
 
 
@@ -82,7 +85,8 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:
     recipe = dict(manifest.recipe)
-    params = recipe.pop("params", {})
+    inner = recipe.pop("params", {})
+    params = inner if isinstance(inner, dict) else {"params": inner}
     rows = [("folder", str(manifest.folder))]
     for name, shards in manifest.splits.items():
         rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))

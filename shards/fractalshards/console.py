@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.human import human_seconds
+from fractalshards.human import human_seconds, one_line
 
 _LOG_SECONDS = 10.0
 _ADVICE = {
@@ -54,12 +54,10 @@ class Commands(click.Group):
             _fail(error.format_message(), 1)
         except FractalError as error:
             _fail(str(error), 2 if isinstance(error, UsageError) else 1)
-        except BrokenPipeError:
-            sys.exit(1)
         except OSError as error:
             _fail(describe_os_error(error), 1)
         except (click.Abort, KeyboardInterrupt):
-            _fail("stopped; run the same command to continue", 130)
+            _fail("stopped; what is finished is kept, run the same command again to go on", 130)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -124,6 +122,5 @@ class _Meter:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
-    click.echo(f"error: {line}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)

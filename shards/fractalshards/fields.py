@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from fractalshards.errors import FractalError
 
 _MAX_BYTES = 64 << 20
+_ADVICE = "; the file is damaged or not of this format, fetch or build it again"
 _T = TypeVar("_T")
 
 
@@ -15,7 +16,7 @@ class Fields:
 
     def __init__(self, data: object, where: str) -> None:
         if not isinstance(data, dict):
-            raise FractalError(f"{where}: expected a JSON object, found {type(data).__name__}")
+            raise FractalError(f"{where}: expected a JSON object, found {type(data).__name__}{_ADVICE}")
         self._data: dict[str, Any] = data
         self._where = where
 
@@ -28,11 +29,11 @@ class Fields:
             OSError: if it cannot be read.
         """
         if path.stat().st_size > _MAX_BYTES:
-            raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of this format")
+            raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of this format{_ADVICE}")
         try:
-            return cls(json.loads(path.read_bytes()), str(path))
+            return cls(json.loads(path.read_bytes(), parse_constant=_refuse_constant), str(path))
         except (ValueError, RecursionError) as error:
-            raise FractalError(f"{path}: not valid JSON ({error})") from error
+            raise FractalError(f"{path}: not valid JSON ({error}){_ADVICE}") from error
 
     def text(self, name: str) -> str:
         """A string field."""
@@ -50,7 +51,7 @@ class Fields:
         """A list of strings."""
         values = self._get(name, list, "a list")
         if not all(isinstance(value, str) for value in values):
-            raise FractalError(f"{self._where}: {name} is not a list of texts")
+            raise FractalError(f"{self._where}: {name} is not a list of texts{_ADVICE}")
         return tuple(values)
 
     def mapping(self, name: str) -> dict[str, Any]:
@@ -64,11 +65,15 @@ class Fields:
     def _get(self, name: str, kind: type[_T], called: str) -> _T:
         value = self._data.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise FractalError(f"{self._where}: {name} is missing or not {called}")
+            raise FractalError(f"{self._where}: {name} is missing or not {called}{_ADVICE}")
         return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _check_count(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise FractalError(f"{where} is not a count: {value!r}")
+        raise FractalError(f"{where} is not a count: {str(value)[:40]!r}{_ADVICE}")
     return value

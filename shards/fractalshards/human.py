@@ -1,4 +1,4 @@
-"""Sizes and durations as people read them."""
+"""Sizes, durations, counts and foreign text as people read them."""
 
 
 def human_bytes(count: float) -> str:
@@ -19,3 +19,8 @@ def human_seconds(seconds: float) -> str:
 def human_count(count: int, noun: str) -> str:
     """A number and what it counts, e.g. ``1 shard`` or ``1,000 shards``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def one_line(text: str) -> str:
+    """Text on a single line, without what a terminal would obey: names and keys may come from hostile files."""
+    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))

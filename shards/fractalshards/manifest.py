@@ -1,7 +1,7 @@
 """What a dataset folder says of itself: a sidecar record per shard, and the manifest assembled from them."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,8 @@ from fractalshards.human import human_bytes, human_count
 from fractalshards.names import INFO, check_plain, sidecar_name
 
 FORMAT_VERSION = 1
+MAX_CLASSES = 100_000  # systems have names of five digits
+MAX_IMAGE_SIZE = 100_000
 _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
 
 
@@ -33,6 +35,10 @@ class ShardRecord:
     def to_json(self) -> dict[str, object]:
         """The sidecar's fields."""
         return asdict(self)
+
+    def shard(self) -> "Shard":
+        """What the manifest lists of it."""
+        return Shard(self.name, self.samples, self.bytes, self.sha256, self.content_digest)
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,16 @@ def read_record(folder: Path, shard: str) -> ShardRecord:
         label_counts=fields.counts("label_counts"),
         offsets=fields.counts("offsets"),
     )
-    ordered = all(a < b for a, b in zip(record.offsets, record.offsets[1:], strict=False))
+    ordered = record.offsets[:1] == (0,) and all(
+        a < b for a, b in zip(record.offsets, record.offsets[1:], strict=False)
+    )
     if len(record.offsets) != record.samples + 1 or not ordered or record.offsets[-1] > record.bytes:
-        raise FractalError(f"{path}: the offsets do not fit {record.samples} samples in {record.bytes} bytes")
+        raise FractalError(
+            f"{path}: the offsets do not fit {record.samples} samples in {record.bytes} bytes; "
+            f"fetch or build {shard} again"
+        )
     if record.name != shard or sum(record.label_counts) != record.samples:
-        raise FractalError(f"{path}: does not describe {shard}")
+        raise FractalError(f"{path}: does not describe {shard}; fetch or build both again")
     return record
 
 
@@ -118,14 +129,14 @@ def finished_record(folder: Path, shard: str) -> ShardRecord | None:
 
 def write_manifest(
     folder: Path,
-    splits: Mapping[str, Sequence[ShardRecord]],
+    splits: Mapping[str, Sequence[Shard]],
     *,
     recipe: Mapping[str, Any],
     recipe_digest: str,
     classes: int,
     image_size: int,
 ) -> None:
-    """Assemble ``_info.json`` from the records of all shards: timm's keys, and ours beside them."""
+    """Assemble ``_info.json`` from its shards: timm's keys, and ours beside them."""
     info = {
         "format_version": FORMAT_VERSION,
         "recipe": dict(recipe),
@@ -134,7 +145,7 @@ def write_manifest(
         "classes": classes,
         "image_size": image_size,
         "software": _software(),
-        "splits": {name: _split_json(name, records) for name, records in splits.items()},
+        "splits": {name: _split_json(name, shards) for name, shards in splits.items()},
     }
     write_json(folder / INFO, info, indent=1)
 
@@ -152,19 +163,18 @@ def load_manifest(folder: Path) -> Manifest:
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run its 'fractalgen build' to the end")
     fields = Fields.read(path)
     if (found := fields.count("format_version")) != FORMAT_VERSION:
-        raise FractalError(f"{path}: format version {found}, this software reads {FORMAT_VERSION}")
+        raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
     if (label_type := fields.text("label_type")) != "single":
-        raise FractalError(f"{path}: label_type {label_type!r} is not known")
-    splits = fields.inner("splits")
+        raise FractalError(f"{path}: label_type {label_type!r} is not known; upgrade fractalpretrain")
     return Manifest(
         folder=folder,
         format_version=found,
         recipe=fields.mapping("recipe"),
         recipe_digest=fields.text("recipe_digest"),
         label_type=label_type,
-        classes=fields.count("classes"),
-        image_size=fields.count("image_size"),
-        splits={name: _read_split(splits.inner(name), str(path)) for name in fields.mapping("splits")},
+        classes=_bounded(fields, "classes", MAX_CLASSES, path),
+        image_size=_bounded(fields, "image_size", MAX_IMAGE_SIZE, path),
+        splits=_read_splits(fields.inner("splits"), fields.mapping("splits"), path),
         software=fields.mapping("software"),
     )
 
@@ -180,16 +190,30 @@ def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
     return manifest.splits[split]
 
 
-def _split_json(name: str, records: Sequence[ShardRecord]) -> dict[str, object]:
+def _split_json(name: str, shards: Sequence[Shard]) -> dict[str, object]:
     return {
         "name": name,
-        "num_samples": sum(record.samples for record in records),
-        "filenames": [record.name for record in records],
-        "shard_lengths": [record.samples for record in records],
-        "bytes": [record.bytes for record in records],
-        "sha256": [record.sha256 for record in records],
-        "content_digests": [record.content_digest for record in records],
+        "num_samples": sum(shard.samples for shard in shards),
+        "filenames": [shard.name for shard in shards],
+        "shard_lengths": [shard.samples for shard in shards],
+        "bytes": [shard.bytes for shard in shards],
+        "sha256": [shard.sha256 for shard in shards],
+        "content_digests": [shard.content_digest for shard in shards],
     }
+
+
+def _bounded(fields: Fields, name: str, most: int, path: Path) -> int:
+    if not 1 <= (value := fields.count(name)) <= most:
+        raise FractalError(f"{path}: {name} is {value}, but may be 1 to {most:,}; fetch or build it again")
+    return value
+
+
+def _read_splits(fields: Fields, names: Iterable[str], path: Path) -> dict[str, tuple[Shard, ...]]:
+    splits = {name: _read_split(fields.inner(name), str(path)) for name in names}
+    listed = [shard.name for shards in splits.values() for shard in shards]
+    if len(set(listed)) != len(listed):
+        raise FractalError(f"{path}: a shard is named twice; do not use this dataset")
+    return splits
 
 
 def _read_split(fields: Fields, where: str) -> tuple[Shard, ...]:
@@ -200,11 +224,11 @@ def _read_split(fields: Fields, where: str) -> tuple[Shard, ...]:
         fields.texts("sha256"),
         fields.texts("content_digests"),
     )
-    if any(len(column) != len(names) for column in columns) or len(set(names)) != len(names):
-        raise FractalError(f"{where}: the lists of a split differ in length, or a shard is named twice")
+    if any(len(column) != len(names) for column in columns):
+        raise FractalError(f"{where}: the lists of a split differ in length; fetch or build it again")
     shards = tuple(Shard(*row) for row in zip(names, *columns, strict=True))
     if sum(shard.samples for shard in shards) != fields.count("num_samples"):
-        raise FractalError(f"{where}: num_samples is not the sum of shard_lengths")
+        raise FractalError(f"{where}: num_samples is not the sum of shard_lengths; fetch or build it again")
     return shards
 
 

@@ -74,3 +74,10 @@ def _parse(text: str, kind: Any, name: str) -> Any:
     if not math.isfinite(value):
         raise UsageError(f"{name}={text}: expected a finite number")
     return value
+
+
+def show_value(value: object) -> str:
+    """A value as one would type it after ``NAME=``."""
+    if isinstance(value, tuple):
+        return ",".join(map(show_value, value))
+    return str(value).lower() if isinstance(value, bool | None) else str(value)

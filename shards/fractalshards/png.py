@@ -15,8 +15,9 @@ from fractalshards.errors import FractalError
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _SUB = 1
 _RGB8 = (8, 2, 0, 0, 0)  # bit depth, colour type, compression, filter, interlace
-_LEVEL = 1  # of ISA-L's 0..3; docs/performance.md compares them
+_LEVEL = 1  # of ISA-L's 0..3: the others are slower or larger, see docs/performance.md
 _MAX_PIXELS = 64_000_000
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # others may run programs: EPS starts Ghostscript
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -38,7 +39,7 @@ def encode_png(pixels: Pixels) -> bytes:
     return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
-def decode_png(data: bytes) -> Pixels:
+def decode_image(data: bytes) -> Pixels:
     """Decode an image to (H, W, 3) uint8 RGB: our own PNGs fast, any other image through Pillow.
 
     Raises:
@@ -79,10 +80,10 @@ def _decode_own(data: bytes) -> Pixels | None:
 def _decode_any(data: bytes) -> Pixels:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")  # of Pillow, about files that are odd but readable; sizes are checked here
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise FractalError(f"image claims {image.width} x {image.height} pixels")
                 return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FractalError(f"image cannot be decoded: {error}") from error

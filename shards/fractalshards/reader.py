@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import FractalError
+from fractalshards.labels import SINGLE, decode_label
 from fractalshards.manifest import Manifest, read_record, split_shards
+from fractalshards.png import Pixels, decode_image
 from fractalshards.tarball import Sample, parse_sample
 
 
@@ -45,15 +47,33 @@ def read_sample(descriptor: int, start: int, end: int) -> Sample:
     return parse_sample(data)
 
 
+def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, int]:
+    """Image (H, W, 3) uint8 and class index of a sample.
+
+    Raises:
+        FractalError: if there is not one image and one label, the image is damaged or the label out of range.
+    """
+    label = decode_label(sample.files)
+    if label >= classes:
+        raise FractalError(f"label {label}, but there are {classes} classes")
+    images = [name for name in sample.files if name != SINGLE]
+    if len(images) != 1:
+        raise FractalError(f"expected one image, found {images or 'none'}")
+    return decode_image(sample.files[images[0]]), label
+
+
 def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
     """All samples of a shard in order.
 
     Raises:
-        FractalError: at the first sample that cannot be read.
+        FractalError: at the first sample that cannot be read, naming the shard.
     """
     with index.path.open("rb") as file:
         for start, end in zip(index.offsets[:-1].tolist(), index.offsets[1:].tolist(), strict=True):
-            yield read_sample(file.fileno(), start, end)
+            try:
+                yield read_sample(file.fileno(), start, end)
+            except FractalError as error:
+                raise FractalError(f"{index.path}: {error}; fetch or build it again") from error
 
 
 def _index_shard(folder: Path, name: str, sha256: str) -> ShardIndex:

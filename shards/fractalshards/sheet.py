@@ -6,10 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fractalshards.errors import FractalError
-from fractalshards.labels import decode_label
 from fractalshards.manifest import Manifest
-from fractalshards.png import Pixels, decode_png
-from fractalshards.reader import index_split, iterate_shard
+from fractalshards.png import Pixels
+from fractalshards.reader import decode_sample, index_split, iterate_shard
 
 _GAP = 4
 _LABEL_WIDTH = 44
@@ -48,9 +47,9 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int) ->
     rows: dict[int, list[Pixels]] = {label: [] for label in chosen}
     for index in index_split(manifest, split):
         for sample in iterate_shard(index):
-            label = decode_label(sample.files)
+            image, label = decode_sample(sample, manifest.classes)
             if label in rows and len(rows[label]) < per_class:
-                rows[label].append(decode_png(sample.files["png"]))
+                rows[label].append(image)
         if all(len(images) == per_class for images in rows.values()):
             break
     filled = {str(label): images for label, images in rows.items() if images}

@@ -1,6 +1,7 @@
 """``systems.npz``: the systems of a dataset's classes, one float64 array per class named by its five digits."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
+
+_MAX_BYTES = 256 << 20
 
 Systems = Sequence[npt.NDArray[np.float64]]
 
@@ -28,8 +31,10 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
         FractalError: if the file is damaged or not a file of systems.
         OSError: if it cannot be read.
     """
+    if path.stat().st_size > _MAX_BYTES:
+        raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of systems; fetch it again")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return tuple(np.asarray(arrays[f"{index:05d}"], np.float64) for index in range(len(arrays.files)))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error

@@ -2,19 +2,20 @@
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from fractalshards.digest import ContentDigest, mapping_digest, sha256_file, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.labels import SINGLE, decode_label
+from fractalshards.labels import SINGLE
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
-from fractalshards.names import RECIPE, SYSTEMS
-from fractalshards.png import decode_png
-from fractalshards.reader import read_sample
+from fractalshards.names import RECIPE, SYSTEMS, sample_key
+from fractalshards.reader import decode_sample, read_sample
 from fractalshards.systems import read_systems
 from fractalshards.tarball import END_OF_TAR
 from fractalshards.workers import worker_pool
@@ -37,65 +38,70 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
 
     Returns:
         All problems found, ordered by file; empty for a sound dataset.
+
+    Raises:
+        FractalError: if a worker process was killed.
     """
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
     shards = [shard for split in manifest.splits.values() for shard in split]
+    firsts = accumulate((shard.samples for shard in shards), initial=0)
     with worker_pool(min(workers, max(len(shards), 1))) as pool:
-        tasks = {pool.submit(verify_shard, manifest.folder, shard, manifest.classes): shard for shard in shards}
+        tasks = {
+            pool.submit(verify_shard, manifest.folder, shard, first, manifest.classes, manifest.image_size): shard
+            for shard, first in zip(shards, firsts, strict=False)
+        }
         for task in as_completed(tasks):
             problems.extend(task.result())
             advance(tasks[task].samples)
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
 
 
-def verify_shard(folder: Path, shard: Shard, classes: int) -> list[Problem]:
-    """Verify one shard against its sidecar and its line in the manifest."""
+def verify_shard(folder: Path, shard: Shard, first: int, classes: int, image_size: int) -> list[Problem]:
+    """Verify one shard, whose first sample has index ``first``, against its sidecar and its line in the manifest."""
     try:
         record = read_record(folder, shard.name)
+        problems = [
+            Problem(shard.name, "", f"manifest and sidecar disagree on {name}")
+            for name, listed in asdict(shard).items()
+            if getattr(record, name) != listed
+        ]
         size = (folder / shard.name).stat().st_size
+        if size != shard.bytes:
+            return [*problems, Problem(shard.name, "", f"{size} bytes instead of {shard.bytes}")]
+        if sha256_file(folder / shard.name) != shard.sha256:
+            problems.append(Problem(shard.name, "", "sha256 differs: the file was changed"))
+        return [*problems, *_verify_samples(folder / shard.name, record, first, classes, image_size)]
     except FileNotFoundError as error:
         return [Problem(shard.name, "", f"missing: {error.filename}")]
     except (FractalError, OSError) as error:
         return [Problem(shard.name, "", str(error))]
-    listed = ("samples", "bytes", "sha256", "content_digest")
-    problems = [
-        Problem(shard.name, "", f"manifest and sidecar disagree on {name}")
-        for name in listed
-        if getattr(record, name) != getattr(shard, name)
-    ]
-    if size != shard.bytes:
-        return [*problems, Problem(shard.name, "", f"{size} bytes instead of {shard.bytes}")]
-    if sha256_file(folder / shard.name) != shard.sha256:
-        problems.append(Problem(shard.name, "", "sha256 differs: the file was changed"))
-    return [*problems, *_verify_samples(folder / shard.name, record, classes)]
 
 
-def _verify_samples(path: Path, record: ShardRecord, classes: int) -> Iterator[Problem]:
+def _verify_samples(path: Path, record: ShardRecord, first: int, classes: int, image_size: int) -> Iterator[Problem]:
     content = ContentDigest()
-    counts = [0] * classes
+    counts: Counter[int] = Counter()
     sound = True
     with path.open("rb") as file:
-        for start, end in zip(record.offsets, record.offsets[1:], strict=False):
+        for index, (start, end) in enumerate(pairwise(record.offsets), first):
             key = _key_at(file.fileno(), start)
             try:
                 sample = read_sample(file.fileno(), start, end)
-                label = decode_label(sample.files)
-                if label >= classes:
-                    raise FractalError(f"label {label}, but there are {classes} classes")
-                images = [name for name in sample.files if name != SINGLE]
-                if len(images) != 1:
-                    raise FractalError(f"expected one image, found {images or 'none'}")
-                content.add(sample.key, decode_png(sample.files[images[0]]), sample.files[SINGLE])
+                image, label = decode_sample(sample, classes)
+                if sample.key != sample_key(index):
+                    raise FractalError(f"expected sample {sample_key(index)} here")
+                if image.shape[:2] != (image_size, image_size):
+                    raise FractalError(f"{image.shape[1]} x {image.shape[0]} pixels, not {image_size} x {image_size}")
+                content.add(sample.key, image, sample.files[SINGLE])
                 counts[label] += 1
             except FractalError as error:
                 sound = False
                 yield Problem(path.name, key, str(error))
         file.seek(record.offsets[-1])
-        if file.read() != END_OF_TAR:
+        if file.read(len(END_OF_TAR) + 1) != END_OF_TAR:
             yield Problem(path.name, "", "the tar does not end after its last sample")
     if sound and content.hexdigest() != record.content_digest:
         yield Problem(path.name, "", "content digest differs: the samples are not those that were built")
-    if sound and tuple(counts) != record.label_counts:
+    if sound and tuple(counts[label] for label in range(classes)) != record.label_counts:
         yield Problem(path.name, "", "the labels are not those that the sidecar counts")
 
 

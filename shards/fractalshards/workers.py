@@ -5,16 +5,35 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+from fractalshards.errors import FractalError
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """A process pool as ``concurrent.futures`` has it.
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A process pool as ``concurrent.futures`` has it; what has not begun when the block ends is given up.
 
     Workers are spawned, not forked: only then does the end of the parent, even by SIGKILL, reach every one of them.
+
+    Raises:
+        FractalError: if a worker was killed.
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read by the workers: they are as many as the cores already
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise FractalError(
+            "a worker process was killed, perhaps for lack of memory; what is finished is kept: "
+            "lower --workers and run the same command again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def available_cores() -> int:

@@ -30,7 +30,7 @@ def write_shard(
         encode: turns pixels into a PNG that decodes to the same pixels, e.g. ``png.encode_png``.
 
     Raises:
-        OSError: as the file system does; then neither tar nor sidecar is there.
+        OSError: as the file system does; then there is no sidecar, and so no shard that counts as finished.
     """
     sha256 = hashlib.sha256()
     content = ContentDigest()

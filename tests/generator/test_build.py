@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.build import plan_build, run_build
 from fractalgen.cli import main
+from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import index_split, iterate_shard
@@ -105,11 +106,11 @@ def test_a_machine_with_fewer_instructions_builds_the_same(built: Path, tmp_path
 
 def test_running_again_does_nothing(built: Path, tmp_path: Path) -> None:
     out = shutil.copytree(built, tmp_path / "again")
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     result = build(out)
     assert result.returncode == 0
     assert "nothing to render, 6 shards there already" in result.stderr
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_only_what_is_missing_or_damaged_is_rendered(built: Path, tmp_path: Path) -> None:
@@ -149,10 +150,12 @@ def running_in(group: int) -> list[str]:
     return [line for line in listing.splitlines() if "Z" not in line.split()[1]]
 
 
-def test_killed_half_way_it_continues_to_the_same_dataset(built: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    slow = [FRACTALGEN, "build", *SMALL, "--out", out, "--workers", "2"]
-    process = subprocess.Popen(slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def test_killed_half_way_it_continues_to_the_same_dataset(tmp_path: Path) -> None:
+    slow = ["--n", "240", "--points", "1000000"]
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
+    assert build(undisturbed, *slow, workers=2).returncode == 0
+    command = [FRACTALGEN, "build", *SMALL, *slow, "--out", out, "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for(lambda: len(list(out.glob("train-*.json"))) >= 1, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -162,12 +165,31 @@ def test_killed_half_way_it_continues_to_the_same_dataset(built: Path, tmp_path:
         time.sleep(0.02)
     assert not (out / "_info.json").exists()
     done = len(list(out.glob("*-*.json")))
-    assert 1 <= done < 6
+    assert 1 <= done < 11
     (out / f".tmp~{os.uname().nodename}~{process.pid}~00000000~train-000004.tar").write_bytes(b"half")
-    result = build(out)
+    result = build(out, *slow)
     assert result.returncode == 0, result.stderr
     assert "of them done" in result.stderr
-    assert names(out) == names(built)
+    assert names(out) == names(undisturbed)
+    assert content(out) == content(undisturbed)
+
+
+def test_of_two_recipes_in_one_new_folder_one_wins(tmp_path: Path) -> None:
+    out = tmp_path / "contested"
+    slow, fast = (make_recipe("single", 40, classes=20, size=32, points=100, seed=seed) for seed in (0, 1))
+    plan = plan_build(out, slow, 1)
+    run_build(plan_build(out, fast, 1), 1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(FractalError, match="seed 1 there, 0 here"):
+        run_build(plan, 1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_systems_lost_between_recipe_and_systems_are_drawn_again(built: Path, tmp_path: Path) -> None:
+    out = tmp_path / "early"
+    out.mkdir()
+    shutil.copy(built / "recipe.json", out)
+    assert build(out).returncode == 0
     assert content(out) == content(built)
 
 
@@ -185,7 +207,7 @@ def test_killed_half_way_it_continues_to_the_same_dataset(built: Path, tmp_path:
         (["--sead", "1"], 2, "No such option '--sead'"),
         (["--out", "/proc/nowhere"], 1, "/proc/nowhere"),
         (["--out", __file__], 1, "not a file"),
-        (["--size", "2048", "--n", "99999999", "--shard-size", "999999"], 1, "free some space"),
+        (["--size", "2048", "--n", "99999999", "--shard-size", "99999"], 1, "free some space"),
     ],
     ids=str,
 )

@@ -57,9 +57,11 @@ def test_points_do_not_depend_on_how_many_are_asked_for() -> None:
         assert np.array_equal(fewer_ys, ys[:count])
 
 
-def test_the_start_is_the_fixed_point_of_map_0() -> None:
+def test_fixed_points_stay_in_place() -> None:
     system = sample_system(3, np.random.default_rng(5))
     x, y = fixed_point(system[0])
+    alone = chaos_game(system[:1], 100, KEY)
+    np.testing.assert_allclose(alone, np.array([[x] * 100, [y] * 100]), rtol=1e-5)
     np.testing.assert_allclose(system[0, :, :2] @ [x, y] + system[0, :, 2], [x, y], atol=1e-12)
     assert fixed_point(np.array([[1.0, 0, 1], [0, 1, 1]])) == (0.0, 0.0)
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.ifs import sample_system
+from fractalgen.kinds import single
 from fractalgen.kinds.single import SingleParams, jitter, render
+from fractalgen.raster import Orientation
 from fractalgen.rng import Stream
 
 
@@ -106,3 +108,51 @@ def test_every_image_shows_its_fractal() -> None:
     shares = [render_sample(recipe, systems, index)[0].any(-1).mean() for index in range(200)]
     assert min(shares) > 0
     assert 0.1 < np.mean(shares) < 0.6
+
+
+def uniform(values: np.ndarray, low: float, high: float) -> bool:
+    """Whether values look uniform in [low, high): ends reached, mean and spread right."""
+    width = high - low
+    reached = low <= values.min() < low + 0.02 * width and high - 0.02 * width < values.max() <= high
+    return bool(
+        reached and abs(values.mean() - (low + high) / 2) < 0.03 * width and abs(values.std() / width - 0.2887) < 0.02
+    )
+
+
+def test_windows_have_the_published_distribution_on_each_axis() -> None:
+    rng = Stream.of("windows")
+    windows = np.array([single._draw_window((10.0, -4.0, 14.0, 4.0), SingleParams(), rng) for _ in range(4000)])
+    for low, high, extent, middle in ((windows[:, 0], windows[:, 2], 4, 12), (windows[:, 1], windows[:, 3], 8, 0)):
+        assert uniform(((low + high) / 2 - middle) / extent, -0.2, 0.2)
+        assert uniform((high - low) / extent, 0.5, 2.0)
+    assert abs(np.corrcoef(windows[:, 2] - windows[:, 0], windows[:, 3] - windows[:, 1])[0, 1]) < 0.05
+
+
+def test_patches_are_all_but_the_empty_one_equally_often() -> None:
+    rng = Stream.of("patches")
+    masks = [sum(1 << (3 * i + j) for i, j in single._draw_patch(rng).tolist()) for _ in range(51_100)]
+    counts = np.bincount(masks, minlength=512)
+    assert counts[0] == 0
+    assert 380 < ((counts[1:] - 100) ** 2 / 100).sum() < 640  # chi-square with 510 degrees of freedom
+
+
+def test_colours_have_the_published_ranges() -> None:
+    rng = Stream.of("colours")
+    drawn = [single._draw_fractal_colors(SingleParams(), rng) for _ in range(4000)]
+    assert uniform(np.array([colors.hue_shift for colors in drawn]), 0, 255)
+    assert uniform(np.array([colors.saturation for colors in drawn]), 0.3 * 255, 255)
+    assert uniform(np.array([colors.value for colors in drawn]), 0.5 * 255, 255)
+
+
+def test_half_of_the_images_are_transposed_mirrored_and_blurred(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = sample_system(3, np.random.default_rng(0))
+    orientations, sigmas = [], []
+    monkeypatch.setattr(single, "Orientation", lambda *flips: orientations.append(flips) or Orientation(*flips))
+    monkeypatch.setattr(single, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
+    for replica in range(2000):
+        render(SingleParams(), 16, 16, (0, "train", 0, replica), system)
+    flips = np.array(orientations)
+    assert np.abs(flips.mean(0) - 0.5).max() < 0.04
+    assert np.abs(np.corrcoef(flips.T) - np.eye(3)).max() < 0.08
+    assert abs(len(sigmas) / 2000 - 0.5) < 0.04
+    assert uniform(np.array(sigmas), 0.5, 1.0)

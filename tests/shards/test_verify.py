@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from fractalshards.cli import main
 from fractalshards.manifest import load_manifest, read_record
 from fractalshards.names import INFO, RECIPE, SYSTEMS
-from fractalshards.png import decode_png
+from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.systems import write_systems
 
@@ -40,6 +41,7 @@ def test_a_flipped_byte_in_an_image_is_named(dataset: Path) -> None:
     overwrite(dataset / SHARD, offset + 512 + 300, b"\xaa\xbb\xcc")
     result = verify(dataset)
     assert result.exit_code == 1
+    assert "2 problems; fetch the named files again, or remove them" in result.stderr
     assert f"{SHARD}: sha256 differs" in result.stdout
     assert f"{SHARD}: 000000007: image cannot be decoded" in result.stdout
     assert "000000006" not in result.stdout
@@ -101,6 +103,37 @@ def test_a_missing_shard_and_an_unlisted_one_are_named(dataset: Path) -> None:
     assert "train-000009.tar: not in the manifest" in result.stdout
 
 
+def test_a_sample_in_the_wrong_place_is_named(dataset: Path) -> None:
+    for end in ("tar", "json"):
+        shutil.copy(dataset / f"train-000000.{end}", dataset / f"train-000001.{end}")
+    sidecar = dataset / "train-000001.json"
+    fields = json.loads(sidecar.read_text()) | {"name": SHARD}
+    sidecar.write_text(json.dumps(fields))
+    info = json.loads((dataset / INFO).read_text())
+    split = info["splits"]["train"]
+    for name in ("bytes", "sha256", "content_digests"):
+        split[name][1] = split[name][0]
+    (dataset / INFO).write_text(json.dumps(info))
+    result = verify(dataset)
+    assert result.exit_code == 1
+    assert f"{SHARD}: 000000000: expected sample 000000005 here" in result.stdout
+
+
+def test_hostile_names_do_not_reach_the_terminal(dataset: Path) -> None:
+    change = json.loads((dataset / INFO).read_text())
+    change["recipe"] = {"[/red]": "\x1b[31m", "params": 5}
+    (dataset / INFO).write_text(json.dumps(change))
+    result = CliRunner().invoke(main, ["info", str(dataset)])
+    assert result.exit_code == 0, result.output
+    assert "[/red]" in result.stdout
+    assert "\x1b" not in result.stdout
+    offset = read_record(dataset, SHARD).offsets[2]
+    overwrite(dataset / SHARD, offset, b"\x1b[2J\n")
+    result = verify(dataset)
+    assert result.exit_code == 1
+    assert "\x1b" not in result.stdout
+
+
 def test_recipe_and_systems_are_checked(dataset: Path) -> None:
     write_systems(dataset / SYSTEMS, [np.zeros((2, 2, 3))] * 3)
     assert f"{SYSTEMS}: systems digest differs" in verify(dataset).stdout
@@ -128,7 +161,7 @@ def test_commands_fail_in_one_line(tmp_path: Path, dataset: Path) -> None:
         assert words in result.stderr
 
 
-def test_info_and_sheet_show_the_dataset(dataset: Path, tmp_path: Path) -> None:
+def test_info_shows_the_dataset(dataset: Path) -> None:
     result = CliRunner().invoke(main, ["info", str(dataset)])
     assert result.exit_code == 0
     assert "10 images in 2 shards" in result.stdout
@@ -145,4 +178,4 @@ def test_a_sheet_shows_images_of_every_class_in_its_row(dataset: Path, tmp_path:
         tile = np.asarray(sheet.convert("RGB"))[4:20, 44:60]
     if suffix == "png":
         first = next(iterate_shard(index_split(load_manifest(dataset), "train")[0]))
-        assert np.array_equal(tile, decode_png(first.files["png"]))
+        assert np.array_equal(tile, decode_image(first.files["png"]))

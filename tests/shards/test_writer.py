@@ -14,7 +14,7 @@ from PIL import Image
 from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import finished_record, load_manifest, read_record
-from fractalshards.png import decode_png, encode_png
+from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.tarball import Sample, pack_sample, parse_sample
 from fractalshards.writer import write_shard
@@ -38,7 +38,7 @@ def test_the_webdataset_library_reads_the_same_samples(dataset: Path) -> None:
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in theirs] == [sample.key for sample in ours]
     for a, b in zip(ours, theirs, strict=True):
-        assert np.array_equal(decode_png(a.files["png"]), b["png"])
+        assert np.array_equal(decode_image(a.files["png"]), b["png"])
         assert decode_label(a.files) == b["cls"]
 
 

@@ -53,6 +53,7 @@ def load_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]] | None:
 
     Raises:
         FractalError: if the file is damaged or of another format.
+        OSError: if it cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
@@ -62,6 +63,6 @@ def load_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]] | None:
         if state.pop("format") != _FORMAT:
             raise FractalError(f"{path}: written by another version; choose another folder with --out")
         return Position(**state.pop("position")), state
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FractalError(f"{path}: damaged ({reason}); remove it to start again") from error

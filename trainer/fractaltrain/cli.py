@@ -22,6 +22,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 @click.group(cls=Commands)
+@click.version_option(package_name="fractalpretrain", prog_name="fractaltrain")
 def main() -> None:
     """Pre-train vision models on fractals, fine-tune them on real images."""
 

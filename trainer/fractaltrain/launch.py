@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 
 _Choice = TypeVar("_Choice")
 
@@ -66,7 +66,7 @@ def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     if not isinstance(message, dict):
         return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")
     kind, _, text = message["message"].partition(": ")
-    if kind == FractalError.__name__:
+    if kind in (FractalError.__name__, UsageError.__name__):
         return FractalError(text)
     sys.stderr.write(message["extraInfo"]["py_callstack"])
     return FractalError(f"rank {rank} failed: {message['message']}; please report this")

@@ -65,7 +65,7 @@ def pretraining_folder(shards: Path, model: str, recipe: Recipe) -> Path:
 
 def finetuning_folder(weights: Path | None, model: str, data: DataChoice, recipe: Recipe) -> Path:
     """``runs/<data>-<what it starts from>-<recipe>``, with the subset in the name where there is one."""
-    name = Path(data.name.removeprefix(FOLDER_PREFIX)).name
+    name = Path(data.name.removeprefix(FOLDER_PREFIX)).resolve().name
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
     start = model if weights is None else f"from-{weights.resolve().name}"
     return Path("runs") / f"{name}{subset}-{start}-{recipe.name}"

@@ -52,12 +52,12 @@ class SingleParams:
         _check_range("maps", self.maps, 2, 255)
         _check_range("sigma_factor", self.sigma_factor, 0.0, 6.0)
         _check_range("jitter", self.jitter, 0.0, 10.0)
-        _check_range("window_shift", (self.window_shift, self.window_shift), 0.0, 10.0)
+        _check_number("window_shift", self.window_shift, 0.0, 10.0)
         _check_range("window_scale", self.window_scale, 0.01, 100.0)
         _check_range("saturation", self.saturation, 0.0, 1.0)
         _check_range("value", self.value, 0.0, 1.0)
         _check_range("decay", self.decay, 0.0, 10.0)
-        _check_range("blur_probability", (self.blur_probability, self.blur_probability), 0.0, 1.0)
+        _check_number("blur_probability", self.blur_probability, 0.0, 1.0)
         _check_range("blur_sigma", self.blur_sigma, 0.05, 10.0)
 
 
@@ -144,3 +144,8 @@ def _draw_background(params: SingleParams, size: int, rng: Stream) -> tuple[Heig
 def _check_range(name: str, pair: tuple[float, float], low: float, high: float) -> None:
     if not low <= pair[0] <= pair[1] <= high:
         raise UsageError(f"{name} is {pair[0]},{pair[1]}: expected {low} <= low <= high <= {high}")
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name} is {value}: expected {low} to {high}")

@@ -6,7 +6,7 @@ import numpy as np
 from torchvision.datasets import ImageFolder
 
 from fractalshards.errors import FractalError
-from fractalshards.png import decode_png
+from fractalshards.png import decode_image
 from fractaltrain.data.source import Example, Indices
 
 _LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"
@@ -55,7 +55,7 @@ class FolderSource:
         """
         path = Path(self._paths[index])
         try:
-            image = decode_png(path.read_bytes())
+            image = decode_image(path.read_bytes())
         except (FractalError, OSError) as error:
             raise FractalError(f"{path}: {error}; replace or remove it") from error
         return Example(str(path.relative_to(self._folder)), image, int(self._labels[index]))

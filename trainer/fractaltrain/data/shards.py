@@ -8,11 +8,8 @@ import numpy as np
 
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
-from fractalshards.labels import SINGLE, decode_label
 from fractalshards.manifest import Manifest
-from fractalshards.png import decode_png
-from fractalshards.reader import index_split, read_sample
-from fractalshards.tarball import Sample
+from fractalshards.reader import decode_sample, index_split, read_sample
 from fractaltrain.data.source import Example
 
 _OPEN_FILES = 64
@@ -56,21 +53,12 @@ class ShardSource:
         try:
             sample = read_sample(self._files.descriptor(shard.path), start, end)
             key = sample.key
-            return self._decode(sample)
+            return Example(sample.key, *decode_sample(sample, self._classes))
         except FractalError as error:
             advice = f"check the copy with 'fractalshards verify {shard.path.parent}'"
             raise FractalError(f"{shard.path}: {key}: {error}; {advice}") from error
         except OSError as error:
             raise FractalError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
-
-    def _decode(self, sample: Sample) -> Example:
-        label = decode_label(sample.files)
-        if label >= self._classes:
-            raise FractalError(f"label {label}, but there are {self._classes} classes")
-        images = [name for name in sample.files if name != SINGLE]
-        if len(images) != 1:
-            raise FractalError(f"expected one image, found {images or 'none'}")
-        return Example(sample.key, decode_png(sample.files[images[0]]), label)
 
 
 class _OpenFiles:
