@@ -1,5 +1,6 @@
 """Checkpoints: everything a run needs to continue, written atomically, read without running code."""
 
+import errno
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from fractalshards.errors import FractalError
 
 FILE = "checkpoint.pt"
 _FORMAT = 1
+_FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def load_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]] | None:
         if state.pop("format") != _FORMAT:
             raise FractalError(f"{path}: written by another version; choose another folder with --out")
         return Position(**state.pop("position")), state
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
+            raise  # the file may be sound
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FractalError(f"{path}: damaged ({reason}); remove it to start again") from error
