@@ -53,6 +53,13 @@ def test_any_number_of_workers_gives_the_same_bits(dataset, workers):
     assert same(read(shard_batches(dataset)), read(shard_batches(dataset), workers=workers))
 
 
+def test_one_shard_and_eight_workers_give_an_exact_epoch(one_shard):
+    batches = read(shard_batches(one_shard), workers=8)
+    assert len(batches) == 5
+    assert sorted(key for batch in batches for key in batch.keys) == [f"{index:09d}" for index in range(50)]
+    assert same(batches, read(shard_batches(one_shard)))
+
+
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 2), (5, 0)])
 def test_resuming_gives_the_rest_of_the_epoch(dataset, start, workers):
     assert same(read(shard_batches(dataset))[start:], read(shard_batches(dataset), start, workers))
