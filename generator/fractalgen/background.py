@@ -59,14 +59,14 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
 
 
 @njit(inline="always")
-def _signed_unit(cell, key0, key1):  # type: ignore[no-untyped-def]
+def _signed_unit(cell: int, key0: np.uint32, key1: np.uint32) -> np.float32:
     """A uniform float32 in [-1, 1), of 24 random bits."""
     bits = hash32(np.uint32(cell), key0, key1) >> np.uint32(8)
     return np.float32(np.int32(bits)) * np.float32(2.0**-23) - np.float32(1)
 
 
 @njit(cache=True)
-def _fill(grid, amplitudes, key0, key1):  # type: ignore[no-untyped-def]
+def _fill(grid: Heights, amplitudes: Heights, key0: np.uint32, key1: np.uint32) -> None:
     side = len(grid)
     last = side - 1
     half, quarter = np.float32(0.5), np.float32(0.25)

@@ -23,7 +23,7 @@ def hsv_to_rgb(array: Pixels) -> Pixels:
 
 
 @njit(inline="always")
-def hsv_pixel(hue, saturation, value):  # type: ignore[no-untyped-def]
+def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tuple[np.float32, np.float32, np.float32]:
     """One pixel: float32 hue, saturation, value in 0..255 to float32 r, g, b in 0..255, not yet rounded."""
     one = np.float32(1)
     sextant = hue * np.float32(6 / 180)
@@ -43,7 +43,7 @@ def hsv_pixel(hue, saturation, value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def to_byte(level):  # type: ignore[no-untyped-def]
+def to_byte(level: np.float32) -> np.uint8:
     """Round a float32 in 0..255 to the nearest integer, ties to even, as OpenCV's ``cvRound``.
 
     Adding 1.5 * 2**23 leaves exactly the rounded integer in the low bits of a float32: no libm call, any CPU.
@@ -53,7 +53,7 @@ def to_byte(level):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _convert(hsv, rgb):  # type: ignore[no-untyped-def]
+def _convert(hsv: Pixels, rgb: Pixels) -> None:
     for i in range(len(hsv)):
         red, green, blue = hsv_pixel(np.float32(hsv[i, 0]), np.float32(hsv[i, 1]), np.float32(hsv[i, 2]))
         rgb[i, 0] = to_byte(red)

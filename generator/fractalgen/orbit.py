@@ -59,7 +59,9 @@ def _thresholds(system: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
 
 
 @njit(cache=True)
-def _choose_maps(thresholds, key0, key1, choices):  # type: ignore[no-untyped-def]
+def _choose_maps(
+    thresholds: npt.NDArray[np.uint32], key0: np.uint32, key1: np.uint32, choices: npt.NDArray[np.uint8]
+) -> None:
     """choices[i] = the map whose share of [0, 2**32) the i-th random word falls into.
 
     One pass per threshold that computes the words anew: each vectorises, one with an inner loop would not.
@@ -72,7 +74,7 @@ def _choose_maps(thresholds, key0, key1, choices):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True)
-def _iterate(maps, choices, xs, ys):  # type: ignore[no-untyped-def]
+def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Floats) -> None:
     """Continue every lane, given its start in the first row of lanes: point i follows point i - _LANES."""
     for i in range(_LANES, len(xs)):
         k = choices[i]

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from fractalgen.background import HeightColors, Heights
 from fractalgen.color import Pixels, hsv_pixel, to_byte
 from fractalgen.raster import Counts
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
 
 
 @njit(cache=True)
-def _paint(counts, peak, own, heights, maps, planes, image):  # type: ignore[no-untyped-def]
+def _paint(
+    counts: Counts, peak: int, own: Floats, heights: Heights, maps: Floats, planes: Pixels, image: Pixels
+) -> None:
     """Row by row: a loop over planes that vectorises, then one that interleaves them."""
     zero, full = np.float32(0), np.float32(255)
     divisor = np.float32(peak)
@@ -78,7 +83,7 @@ def _paint(counts, peak, own, heights, maps, planes, image):  # type: ignore[no-
 
 
 @njit(cache=True)
-def _blur(image, side, centre, blurred):  # type: ignore[no-untyped-def]
+def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) -> None:
     """Separable: sums of weights in 1/256 along rows, then along columns, rounded once at the end."""
     height, width, _ = image.shape
     last = 3 * (width - 1)

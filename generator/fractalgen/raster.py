@@ -73,7 +73,7 @@ def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
 
 
 @njit(cache=True)
-def _extremes(values):  # type: ignore[no-untyped-def]
+def _extremes(values: npt.NDArray[Any]) -> tuple[Any, Any]:
     """Minimum and maximum, over sixteen lanes: a single running minimum cannot be vectorised without fastmath."""
     lanes = 16
     low = np.full(lanes, np.inf, values.dtype)
@@ -91,7 +91,19 @@ def _extremes(values):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _count(xs, ys, xmin, ymin, x_scale, y_scale, size, start, row_step, column_step, hits):  # type: ignore[no-untyped-def]
+def _count(
+    xs: npt.NDArray[Any],
+    ys: npt.NDArray[Any],
+    xmin: Any,
+    ymin: Any,
+    x_scale: Any,
+    y_scale: Any,
+    size: int,
+    start: Any,
+    row_step: Any,
+    column_step: Any,
+    hits: Counts,
+) -> None:
     """Count the points in each cell of the flat grid; the last element of ``hits`` takes those outside.
 
     The cells are computed in a first loop that vectorises, the counts are raised in a second that cannot. A float
@@ -115,7 +127,7 @@ def _count(xs, ys, xmin, ymin, x_scale, y_scale, size, start, row_step, column_s
 
 
 @njit(cache=True)
-def _spread(hits, patch, counts):  # type: ignore[no-untyped-def]
+def _spread(hits: Counts, patch: npt.NDArray[np.int64], counts: Counts) -> None:
     """Add the grid of hits to ``counts`` once for each cell of the patch, shifted by it."""
     size = len(counts)
     for k in range(len(patch)):

@@ -139,7 +139,7 @@ def test_another_recipe_is_refused_and_named(built: Path, tmp_path: Path) -> Non
 
 def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert process.poll() is None, "the build ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -106,7 +106,7 @@ def cell_noise(levels: int, key: tuple[np.uint32, np.uint32]) -> np.ndarray:
     words = np.empty(side * side, np.uint32)
 
     @njit
-    def fill(words, key0, key1):  # type: ignore[no-untyped-def]
+    def fill(words, key0, key1):
         for i in range(len(words)):
             words[i] = hash32(np.uint32(i), key0, key1)
 

@@ -81,4 +81,4 @@ def test_every_field_changes_the_digest() -> None:
 
 def test_a_recipe_takes_its_own_kinds_parameters() -> None:
     with pytest.raises(UsageError, match="takes SingleParams, not str"):
-        Recipe("single", 10, 0, 2, 32, 100, 0, 10, params="x")  # type: ignore[arg-type]
+        Recipe("single", 10, 0, 2, 32, 100, 0, 10, params="x")

@@ -7,7 +7,7 @@ from fractalgen.rng import Stream, hash32
 
 
 @njit
-def words(count, key0, key1):  # type: ignore[no-untyped-def]
+def words(count, key0, key1):
     out = np.empty(count, np.uint32)
     for i in range(count):
         out[i] = hash32(np.uint32(i), key0, key1)

@@ -72,7 +72,7 @@ def test_the_content_digest_sees_samples_and_not_their_encoding(tmp_path: Path) 
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def samples():  # type: ignore[no-untyped-def]
+    def samples():
         yield "000000000", np.zeros((4, 4, 3), np.uint8), 0
         raise OSError(28, "No space left on device")
 
