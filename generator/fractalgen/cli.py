@@ -1,5 +1,6 @@
 """The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -66,7 +67,6 @@ def build(
     )
     folder = out if out is not None else Path("shards") / kind
     count = _parse_workers(workers)
-    click.echo(f"{folder}: preparing; after an install this compiles for some seconds", err=True)
     plan = plan_build(folder, recipe, count)
     if plan.cost is None:
         click.echo(f"{folder}: nothing to render, {human_count(len(plan.tasks), 'shard')} there already", err=True)
@@ -80,7 +80,7 @@ def build(
         )
     run_build(plan, count)
     click.echo(load_manifest(folder).summary())
-    click.echo(f"next: fractaltrain pt --shards {folder}")
+    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
 
 
 @main.command()

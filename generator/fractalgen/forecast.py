@@ -1,9 +1,14 @@
 """How large a dataset will be and how long it takes: measured on a few of its own samples before any is written."""
 
+import errno
+import os
 import shutil
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import click
 
 from fractalgen.recipe import Recipe
 from fractalgen.render import render_range
@@ -37,7 +42,7 @@ def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Fo
     The first sample pays for compilation, once after an install, and is not measured.
     """
     total = recipe.n + recipe.val
-    _stored_bytes(recipe, systems, 0)
+    _compile(recipe, systems)
     probes: list[int] = []
     start = time.perf_counter()
     for probe in range(min(_PROBES, total)):
@@ -53,15 +58,28 @@ def check_space(folder: Path, expected: Forecast) -> None:
     """Refuse a build that the disk cannot hold.
 
     Raises:
+        PermissionError: if nothing can be written there at all.
         FractalError: if the expected bytes, with 5 % to spare, exceed what is free where the folder is or will be.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if expected.bytes * _MARGIN > free:
+    if not os.access(existing, os.W_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+    total, _, free = shutil.disk_usage(existing)
+    if total and expected.bytes * _MARGIN > free:
         raise FractalError(
             f"{folder}: needs about {human_bytes(expected.bytes)}, the disk has {human_bytes(free)} free; "
             "free some space, choose another --out, or ask for fewer or smaller images"
         )
+
+
+def _compile(recipe: Recipe, systems: Systems) -> None:
+    """Render one sample, and say what is going on if that takes more than a second."""
+    notice = threading.Timer(1.0, click.echo, ["compiling, once after an install ..."], {"err": True})
+    notice.start()
+    try:
+        _stored_bytes(recipe, systems, 0)
+    finally:
+        notice.cancel()
 
 
 def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> int:

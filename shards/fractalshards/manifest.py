@@ -158,7 +158,10 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / INFO
     if not folder.is_dir():
-        raise FractalError(f"{folder}: no such folder; build it with 'fractalgen build --out {folder}' or fix the path")
+        raise FractalError(
+            f"{folder}: no such folder; fix the path, or build a dataset there with "
+            f"'fractalgen build --kind KIND --n N --out {folder}'"
+        )
     if not path.is_file():
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run its 'fractalgen build' to the end")
     fields = Fields.read(path)

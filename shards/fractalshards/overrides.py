@@ -49,7 +49,7 @@ def override(record: _T, changes: Mapping[str, str], fixed: Collection[str] = ()
 
 def nearest(name: str, names: Collection[str]) -> str:
     """Words for the end of an error: the name that was probably meant, and all there are."""
-    close = get_close_matches(name, names, 1, cutoff=0.5)
+    close = get_close_matches(name, names, 1, cutoff=0.55)
     return (f", did you mean {close[0]!r}?" if close else "") + f" (there is {', '.join(names)})"
 
 

@@ -72,7 +72,7 @@ def verify_shard(folder: Path, shard: Shard, first: int, classes: int, image_siz
             problems.append(Problem(shard.name, "", "sha256 differs: the file was changed"))
         return [*problems, *_verify_samples(folder / shard.name, record, first, classes, image_size)]
     except FileNotFoundError as error:
-        return [Problem(shard.name, "", f"missing: {error.filename}")]
+        return [Problem(shard.name, "", f"{Path(error.filename).name} is missing")]
     except (FractalError, OSError) as error:
         return [Problem(shard.name, "", str(error))]
 

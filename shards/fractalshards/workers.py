@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from fractalshards.errors import FractalError
 
@@ -16,6 +18,8 @@ from fractalshards.errors import FractalError
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A process pool as ``concurrent.futures`` has it; what has not begun when the block ends is given up.
+
+    SIGTERM, which batch systems send, ends the block as Ctrl-C does.
 
     Workers are spawned, not forked: only then does the end of the parent, even by SIGKILL, reach every one of them.
 
@@ -25,6 +29,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read by the workers: they are as many as the cores already
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -34,11 +39,16 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _prepare_worker() -> None:

@@ -48,7 +48,7 @@ def test_from_fractals_to_digits(workspace: Path) -> None:
     run(pretrain, workspace)
     run_folder = workspace / "runs/single-resnet10t-anderson"
     again = run(pretrain, workspace)
-    assert "epochs done" in again.stdout + again.stderr
+    assert "1 epoch done" in again.stdout + again.stderr
     result = run(
         "fractaltrain ft --weights runs/single-resnet10t-anderson --data digits --per-class 2 --epochs 1"
         " --batch-size 10 --out runs/ft",

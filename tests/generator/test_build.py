@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -137,7 +138,7 @@ def test_another_recipe_is_refused_and_named(built: Path, tmp_path: Path) -> Non
     assert names(out) == before
 
 
-def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(condition: object, process: subprocess.Popen[Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the build ended too early"
@@ -172,6 +173,19 @@ def test_killed_half_way_it_continues_to_the_same_dataset(tmp_path: Path) -> Non
     assert "of them done" in result.stderr
     assert names(out) == names(undisturbed)
     assert content(out) == content(undisturbed)
+
+
+def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    command = [FRACTALGEN, "build", *SMALL, "--points", "1000000", "--n", "240", "--out", out, "--workers", "1"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: len(list(out.glob("train-*.json"))) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "error: stopped; what is finished is kept, run the same command again to go on"
+    assert not (out / "_info.json").exists()
+    assert not [name for name in names(out) if name.startswith(".")]
 
 
 def test_of_two_recipes_in_one_new_folder_one_wins(tmp_path: Path) -> None:
@@ -258,7 +272,7 @@ def test_without_write_permission(nobody: None) -> None:
     result = CliRunner().invoke(main, ["build", *SMALL, "--out", "/usr/share/fractals", "--workers", "1"])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
-        "error: /usr/share/fractals: Permission denied; choose a folder you may read and write"
+        "error: /usr/share: Permission denied; choose a folder you may read and write"
     )
 
 

@@ -99,7 +99,7 @@ def test_manifest_and_sidecar_must_agree(dataset: Path, name: str) -> None:
 def test_a_missing_shard_and_an_unlisted_one_are_named(dataset: Path) -> None:
     (dataset / SHARD).rename(dataset / "train-000009.tar")
     result = verify(dataset)
-    assert f"{SHARD}: missing" in result.stdout
+    assert f"{SHARD}: {SHARD} is missing" in result.stdout
     assert "train-000009.tar: not in the manifest" in result.stdout
 
 

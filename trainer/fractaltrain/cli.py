@@ -151,7 +151,7 @@ def _needs_training_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise FractalError(
-            f"training needs {error.name}, which is not installed; run: pip install 'fractalpretrain[train]'"
+            f"training needs {error.name}, which is not installed; run pip install '.[train]' in a clone of the project"
         ) from error
 
 

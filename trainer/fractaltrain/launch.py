@@ -66,7 +66,7 @@ def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     if not isinstance(message, dict):
         return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")
     kind, _, text = message["message"].partition(": ")
-    if kind in (FractalError.__name__, UsageError.__name__):
-        return FractalError(text)
+    if known := {"FractalError": FractalError, "UsageError": UsageError}.get(kind):
+        return known(text)
     sys.stderr.write(message["extraInfo"]["py_callstack"])
     return FractalError(f"rank {rank} failed: {message['message']}; please report this")

@@ -9,7 +9,7 @@ import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 
 
 def _resnet50(classes: int, image_size: int) -> nn.Module:
@@ -40,16 +40,19 @@ def create_model(name: str, classes: int, image_size: int) -> nn.Module:
         image_size: side in pixels of the square images it will see.
 
     Raises:
-        FractalError: if there is no such model, or it cannot be built for that size.
+        UsageError: if there is no such model.
+        FractalError: if it cannot be built for that size.
     """
     if name not in _OURS and not timm.is_model(name):
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
-        raise FractalError(f"no model {name!r}; {hint}")
+        raise UsageError(f"no model {name!r}; {hint}")
     try:
         return _OURS[name](classes, image_size) if name in _OURS else _from_timm(name, classes, image_size)
     except (TypeError, ValueError, AssertionError) as error:
-        raise FractalError(f"{name} cannot be built for {image_size} x {image_size} images: {error}") from error
+        raise FractalError(
+            f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
+        ) from error
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import human_count
 from fractalshards.workers import available_cores
 from fractaltrain.checkpoint import Position, load_checkpoint, save_checkpoint
 from fractaltrain.data.source import Source
@@ -161,7 +162,7 @@ def train(job: Job, world: World) -> None:
     result = final_result(position)
     if world.main:
         write_result(folder, result)
-    progress.say(f"{folder}: {result['epochs']} epochs done, training loss {result['train_loss']:.4f}")
+    progress.say(f"{folder}: {human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}")
     if "top1" in result:
         progress.say(
             f"{folder}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} on {result['samples']:,} held-out "
@@ -173,12 +174,12 @@ def autocast_dtype(amp: Amp, device: torch.device) -> torch.dtype:
     """The precision of the forward pass; float32 means no autocast.
 
     Raises:
-        FractalError: for float16 on a CPU, whose loss scaling nobody needs.
+        UsageError: for float16 on a CPU, whose loss scaling nobody needs.
     """
     if amp == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if amp == "fp16" and device.type == "cpu":
-        raise FractalError("--amp fp16 needs a GPU; choose bf16 or fp32")
+        raise UsageError("--amp fp16 needs a GPU; choose bf16 or fp32")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import UsageError
 from fractaltrain.stream.bits import Purpose, mix, permutation
 
 Indices = npt.NDArray[np.int64]
@@ -52,10 +52,10 @@ def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:
     """Optimiser steps of an epoch: floor(samples / batch), or the ceiling where ``pad`` fills the last batch.
 
     Raises:
-        FractalError: if one global batch is larger than the dataset.
+        UsageError: if one global batch is larger than the dataset.
     """
     if batch > samples:
-        raise FractalError(f"a batch of {batch} is larger than the {samples} training samples; lower --batch-size")
+        raise UsageError(f"a batch of {batch} is larger than the {samples} training samples; lower --batch-size")
     return -(-samples // batch) if pad else samples // batch
 
 
@@ -63,10 +63,10 @@ def rank_batch(batch: int, world: int) -> int:
     """Samples of a global batch that each rank takes.
 
     Raises:
-        FractalError: if the world size does not divide the batch.
+        UsageError: if the world size does not divide the batch.
     """
     if batch % world:
-        raise FractalError(
+        raise UsageError(
             f"{world} processes cannot share a batch of {batch} equally; "
             f"choose --batch-size {batch // world * world or world} or another --nproc"
         )
@@ -80,7 +80,7 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
     ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
 
     Raises:
-        FractalError: as ``steps_per_epoch`` and ``rank_batch`` do.
+        UsageError: as ``steps_per_epoch`` and ``rank_batch`` do.
     """
     steps = steps_per_epoch(samples, batch, pad)
     return np.arange(steps * batch, dtype=np.int64).reshape(steps, world, rank_batch(batch, world))[:, rank]
