@@ -4,11 +4,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_T = TypeVar("_T", bound="DataclassInstance")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
@@ -44,7 +47,7 @@ def override(record: _T, changes: Mapping[str, str], fixed: Collection[str] = ()
         if name not in types:
             raise UsageError(f"unknown parameter {name!r}{nearest(name, types)}")
     values = {name: _parse(text, types[name], name) for name, text in changes.items()}
-    return replace(record, **values)  # type: ignore[type-var]
+    return replace(record, **values)
 
 
 def nearest(name: str, names: Collection[str]) -> str:

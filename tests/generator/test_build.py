@@ -276,17 +276,6 @@ def test_without_write_permission(nobody: None) -> None:
     )
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_disk: Path) -> None:
     result = build(small_disk / "out", "--n", "1000")
     assert result.returncode == 1

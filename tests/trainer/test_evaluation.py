@@ -11,7 +11,7 @@ from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import evaluation_positions
 from fractaltrain.world import World
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
 class Remembers(nn.Module):

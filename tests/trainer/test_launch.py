@@ -57,7 +57,7 @@ def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
     ],
 )
 def test_errors_inside_a_world(monkeypatch, error, message):
-    two = World(rank=1, size=2, local_rank=1, local_size=2, device=torch.device("cpu"))
+    two = World(rank=1, size=2, local_size=2, device=torch.device("cpu"))
     monkeypatch.setattr(world_module, "_read_environment", lambda: two)
     monkeypatch.setattr(world_module, "_ECHO_SECONDS", 0.0)
     monkeypatch.setattr(dist, "init_process_group", lambda *_: None)

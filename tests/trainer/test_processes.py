@@ -26,7 +26,7 @@ from fractaltrain.world import World
 
 SCRIPT = Path(__file__).with_name("recorded_run.py")
 EPOCHS, BATCH, STEPS = 2, 4, 12  # of 50 samples
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ from fractaltrain.settings import Running
 from fractaltrain.train import Job, train
 from fractaltrain.world import World
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 RECIPE = replace(FINETUNING["anderson"], epochs=2, batch_size=4)
 SAMPLES, STEPS = 102, 25
 

@@ -112,7 +112,7 @@ def train(job: Job, world: World) -> None:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
             scaler.step(optimizer)
             scaler.update()
             lr = optimizer.param_groups[0]["lr"]

@@ -24,7 +24,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     local_size: int
     device: torch.device
 
@@ -106,7 +105,6 @@ def _read_environment() -> World:
     return World(
         rank=int(os.environ.get("RANK", 0)),
         size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=local_rank,
         local_size=local_size,
         device=torch.device("cuda", local_rank) if gpus else torch.device("cpu"),
     )
