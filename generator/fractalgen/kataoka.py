@@ -65,7 +65,13 @@ def palette(draw: Draw) -> Indices:
 
 @lru_cache(maxsize=1)
 def random_numbers(points: int) -> Floats:
-    """The random numbers that choose the maps, the same for every image: (points,) float64, read-only."""
+    """The random numbers that choose the maps, the same for every image: (points,) float64 in [0, 1), read-only.
+
+    Raises:
+        UsageError: if there are no points, or too many.
+    """
+    if not 1 <= points <= MAX_POINTS:
+        raise UsageError(f"points is {points}: an orbit has 1 to {MAX_POINTS:,} points")
     numbers: Floats = np.random.RandomState(_NUMBERS_SEED).random_sample(points)
     numbers.flags.writeable = False
     return numbers
@@ -151,7 +157,7 @@ def orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
         x and y, each (at most points,) float64 without NaN, but perhaps infinite.
 
     Raises:
-        UsageError: if there are no maps or points, or too many.
+        UsageError: if there are no maps, too many, or no points.
     """
     with np.errstate(all="ignore"):
         xs, ys = _orbit(category, numbers)
@@ -161,10 +167,8 @@ def orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
 def _orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
     """See ``orbit``; the next call on this thread overwrites the points."""
     points = len(numbers)
-    if not 1 <= len(category) <= MAX_MAPS:
-        raise UsageError(f"a category has 1 to {MAX_MAPS} maps, not {len(category)}")
-    if not 1 <= points <= MAX_POINTS:
-        raise UsageError(f"points is {points}: an orbit has 1 to {MAX_POINTS:,} points")
+    if not (1 <= len(category) <= MAX_MAPS and points):
+        raise UsageError(f"{len(category)} maps and {points} points: expected 1 to {MAX_MAPS} maps and some points")
     choices = _scratch("choices", points, np.uint8)
     _choose_maps(np.cumsum(category[:, 6]), numbers, choices)
     xs, ys = _scratch("xs", points, np.float64), _scratch("ys", points, np.float64)
@@ -307,7 +311,7 @@ def _guess(maps: Floats, choices: npt.NDArray[np.uint8], length: int, xs: Floats
             xs[i], ys[i] = _step(maps, choices[before], xs[before], ys[before])
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception
 def _rescale(
     xs: Floats,
     ys: Floats,

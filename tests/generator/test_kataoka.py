@@ -1,0 +1,289 @@
+"""FractalDB's renderer: the published pixels, those of a slow rendering by the book, and no crash whatever comes in."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fractalgen import kataoka
+from fractalgen.categories import shipped_categories
+from fractalgen.kataoka import (
+    DRAWS,
+    Draw,
+    flip,
+    is_patch,
+    masks,
+    orbit,
+    palette,
+    published_masks,
+    random_numbers,
+    render,
+    weight_rows,
+)
+from fractalgen.rng import Stream
+from fractalshards.errors import UsageError
+
+KEY = Stream.of("kataoka").key()
+ONES = np.ones(6)
+LEAF = np.array(
+    [
+        [0.5, 0.25, -0.25, 0.5, 0.0, 0.0, 0.3],
+        [0.5, -0.375, 0.125, 0.625, 1.0, 0.5, 0.4],
+        [-0.25, 0.5, 0.75, 0.125, -0.5, 1.0, 0.3],
+    ]
+)
+DIVERGING = LEAF * [2.5, 2.5, 2.5, 2.5, 1.0, 1.0, 1.0]
+
+TAME = st.floats(-1.2, 1.2)
+WILD = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, -1e308, math.inf, -math.inf, math.nan])
+
+
+def slow_points(category: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[float, float]]:
+    """The chaos game in plain Python, one step after the other."""
+    maps = category.tolist()
+    x = y = 0.0
+    yield x, y
+    for number in numbers[:-1].tolist():
+        total = 0.0
+        for a, b, c, d, e, f, p in maps:
+            total += p
+            if number <= total:
+                x, y = x * a + y * b + e, x * c + y * d + f
+                break
+        yield x, y
+
+
+@np.errstate(all="ignore")
+def slow_render(
+    category: np.ndarray, weights: np.ndarray, size: int, points: int, draw: Draw, patch_masks: np.ndarray
+) -> np.ndarray:
+    """The rendering that DESIGN.md describes, point by point."""
+    scaled = category.copy()
+    scaled[:, :6] *= weights
+    kept = np.array(list(slow_points(scaled, np.random.RandomState(100).random_sample(points))))
+    for axis in (0, 1):
+        lost = np.isnan(kept[:, axis])
+        if lost.any():
+            first = int(np.argmax(lost))
+            lost[max(0, first - 100) : first] = True
+        kept = kept[~lost]
+    image = np.zeros((size, size), np.uint8)
+    if len(kept):
+        shifted = kept - np.minimum(kept.min(0), 0)
+        places = shifted / (shifted.max(0) - shifted.min(0)) * (size - 12) + 6
+        columns, rows = np.where(np.isfinite(places), places, 0).astype(int).T.tolist()
+        for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+            color = 1 + i % 128 if draw.endswith("color") else 1
+            if is_patch(draw):
+                bits = np.array([int(bit) for bit in f"{patch_masks[i]:09b}"]).reshape(3, 3)
+                image[row + 1 : row + 4, column + 1 : column + 4] = bits * color
+            else:
+                image[row, column] = color
+    return image[::-1]
+
+
+def test_every_pixel_is_that_of_the_published_code(reference: Path) -> None:
+    cases = json.loads((reference / "fractaldb_images" / "index.json").read_text())
+    assert {case["draw"].replace("_", "-") for case in cases} == set(DRAWS)
+    for case in cases:
+        category = np.loadtxt(reference / "fractaldb_csv" / f"{case['category']}.csv", delimiter=",", ndmin=2)
+        draw = case["draw"].replace("_", "-")
+        seed = case.get("python_random_seed")
+        drawn = None if seed is None else published_masks(seed, case["iterations"])
+        weights = weight_rows()[case["weight_row"]]
+        indices = flip(render(category, weights, case["size"], case["iterations"], draw, drawn), case["flip"])
+        with Image.open(reference / "fractaldb_images" / case["file"]) as theirs:
+            assert np.array_equal(palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
+
+
+def test_weight_rows_are_the_published_ones(reference: Path) -> None:
+    published = np.loadtxt(reference / "fractaldb_weights_0.4.csv", delimiter=",")
+    assert np.array_equal(weight_rows(), published)
+
+
+def test_weight_rows_change_one_coefficient_each() -> None:
+    rows = weight_rows(0.1)
+    assert rows[:5, 0].tolist() == [0.8, 0.9, 1.0, 1.1, 1.2]
+    assert (rows != 1).sum(1).tolist() == [1, 1, 0] + [1] * 22
+    assert (rows != 1).sum(0).tolist() == [4] * 6
+
+
+def test_pixels_are_pinned() -> None:
+    """A change of any pixel would change every dataset."""
+    drawn = masks(KEY, 5000)
+    images = [render(LEAF, row, 64, 5000, draw, drawn) for draw in DRAWS for row in weight_rows()[[2, 7]]]
+    images += [render(DIVERGING, ONES, 48, 5000, draw, drawn) for draw in DRAWS]
+    assert all(image.any() for image in images)
+    assert [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images] == [
+        "a1624a00d44b7953",
+        "76217e26207fde37",
+        "c7b2a3aaa14a6d92",
+        "92c81a61a454aad3",
+        "c6fdc5e80d813c4f",
+        "ef175cf39113262b",
+        "29bbe5a65c4b3a6a",
+        "b78d0f7a1025c151",
+        "33ff8273f5da7826",
+        "65c2129c7d7911cb",
+        "4028331232ff201d",
+        "939f3904de8280da",
+    ]
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_any_category_renders_as_the_slow_way(data: st.DataObject) -> None:
+    maps = data.draw(st.integers(1, 4))
+    values = data.draw(st.sampled_from([TAME, st.one_of(TAME, TAME, WILD)]))
+    category = np.array(data.draw(st.lists(st.lists(values, min_size=7, max_size=7), min_size=maps, max_size=maps)))
+    if data.draw(st.booleans()):
+        category[:, 6] = 1 / maps
+    weights = weight_rows()[data.draw(st.integers(0, 24))]
+    size, points = data.draw(st.integers(16, 40)), data.draw(st.one_of(st.integers(1, 300), st.integers(2000, 3000)))
+    draw = data.draw(st.sampled_from(DRAWS))
+    drawn = masks(KEY, points)
+    expected = slow_render(category, weights, size, points, draw, drawn)
+    assert np.array_equal(render(category, weights, size, points, draw, drawn), expected)
+
+
+@pytest.mark.parametrize("label", [0, 6, 42, 123, 500, 999])
+def test_long_orbits_are_those_of_one_step_after_the_other(label: int) -> None:
+    """Published categories with every sixth weight row: contracting, slowly contracting and diverging."""
+    for row in weight_rows()[label % 6 :: 6]:
+        category = shipped_categories()[label] * [*row, 1]
+        expected = np.array(list(slow_points(category, random_numbers(12_345))))
+        end = int(np.argmax(np.isnan(expected[:, 0]))) - 100 if np.isnan(expected).any() else None
+        assert np.array_equal(np.stack(orbit(category, random_numbers(12_345)), 1), expected[:end])
+
+
+@pytest.mark.parametrize("points", [1, 2, 7, 8, 9, 2047, 2048, 2055, 2056, 2057, 2063, 2064, 4999])
+@pytest.mark.parametrize("turn", [0.5, 1.0], ids=["contracts", "only turns"])
+def test_orbits_of_any_length(points: int, turn: float) -> None:
+    """A map that only turns never leads two orbits together; nor do maps that are not always chosen."""
+    cosine, sine = turn * math.cos(1), turn * math.sin(1)
+    category = np.array([[cosine, -sine, sine, cosine, 1, 0, 0.5], [cosine, sine, -sine, cosine, 0, 1, 0.4]])
+    expected = np.array(list(slow_points(category, random_numbers(points))))
+    assert np.array_equal(np.stack(orbit(category, random_numbers(points)), 1), expected)
+
+
+def test_points_stay_when_another_orbit_is_followed() -> None:
+    xs, ys = orbit(LEAF, random_numbers(100))
+    before = xs.copy(), ys.copy()
+    orbit(DIVERGING, random_numbers(100))
+    assert np.array_equal(before, (xs, ys))
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("p", [0.0, math.nan, -1.0])
+def test_where_no_map_is_chosen_only_the_origin_is_drawn(p: float, draw: Draw) -> None:
+    category = np.array([[0.5, 0, 0, 0.5, 1, 1, p]])
+    image = render(category, ONES, 16, 50, draw, np.full(50, 0b100_000_000, np.uint16))
+    assert np.argwhere(image).tolist() == ([[14, 1]] if is_patch(draw) else [[15, 0]])
+
+
+@pytest.mark.parametrize("size", [16, 4096])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_smallest_and_largest_images(draw: Draw, size: int) -> None:
+    image = render(LEAF, ONES, size, 3000, draw, masks(KEY, 3000))
+    rows, columns = np.nonzero(image)
+    assert image.shape == (size, size)
+    low, high = (7, size - 3) if is_patch(draw) else (6, size - 6)
+    assert low <= columns.min() <= low + 2
+    assert high - 2 <= columns.max() <= high
+    assert low <= size - 1 - rows.max() <= low + 2
+    assert high - 2 <= size - 1 - rows.min() <= high
+
+
+def test_what_diverges_at_once_is_black() -> None:
+    for coefficient in (math.nan, math.inf):
+        category = np.array([[coefficient] * 6 + [0.5]] * 2)
+        for points in (2, 50, 5000):
+            image = render(category, ONES, 32, points, "patch-color", masks(KEY, points))
+            assert image.shape == (32, 32)
+            assert not image.any()
+
+
+def test_many_points_are_drawn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = masks(KEY, 5000)
+    whole = [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS]
+    monkeypatch.setattr(kataoka, "_CHUNK", 256)
+    assert np.array_equal(whole, [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS])
+
+
+def test_255_maps_are_told_apart() -> None:
+    category = np.zeros((255, 7))
+    category[:, 4] = np.arange(255)
+    category[:, 6] = 1 / 255
+    xs, _ = orbit(category, random_numbers(20_000))
+    assert np.unique(xs).tolist() == list(range(255))
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    drawn = masks(KEY, 10)
+    for size, points, draw, given_masks in (
+        (15, 10, "point-gray", None),
+        (4097, 10, "point-gray", None),
+        (32, 0, "point-gray", None),
+        (32, 10**8 + 1, "point-gray", None),
+        (32, 10, "patch-gray", None),
+        (32, 11, "patch-color", drawn),
+        (32, 10, "line-gray", drawn),
+    ):
+        with pytest.raises(UsageError):
+            render(LEAF, ONES, size, points, draw, given_masks)
+    for maps in (0, 256):
+        with pytest.raises(UsageError, match=f"{maps} maps"):
+            render(np.zeros((maps, 7)), ONES, 32, 10, "point-gray")
+
+
+def test_flips() -> None:
+    image = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    flipped = [flip(image, number) for number in range(4)]
+    assert [view.tolist() for view in flipped] == [
+        [[0, 1], [2, 3]],
+        [[2, 3], [0, 1]],
+        [[1, 0], [3, 2]],
+        [[3, 2], [1, 0]],
+    ]
+    assert all(view.flags.c_contiguous for view in flipped)
+
+
+def test_palettes() -> None:
+    assert palette("patch-gray").tolist() == palette("point-gray").tolist() == [[0, 0, 0], [127, 127, 127]]
+    colors = palette("point-color")
+    assert colors.shape == (129, 3)
+    assert colors.dtype == np.uint8
+    assert len(np.unique(colors, axis=0)) > 120
+    assert colors[:2].tolist() == [[0, 0, 0], [47, 47, 191]]
+
+
+def test_masks_are_all_but_the_empty_one_equally_often() -> None:
+    for stream in range(5):
+        drawn = masks(Stream.of("masks", stream).key(), 511_000)
+        counts = np.bincount(drawn, minlength=512)
+        assert counts[0] == 0
+        assert len(counts) == 512
+        assert 380 < ((counts[1:] - 1000) ** 2 / 1000).sum() < 640  # chi-square with 510 degrees of freedom
+
+
+def test_masks_are_pinned_and_do_not_depend_on_how_many_are_asked_for() -> None:
+    assert masks(KEY, 6).tolist() == masks(KEY, 1000)[:6].tolist() == [468, 423, 91, 16, 309, 66]
+
+
+def test_published_masks_are_those_of_python() -> None:
+    random.seed(3)
+    assert published_masks(3, 100).tolist() == [random.randrange(1, 512) for _ in range(100)]
+
+
+def test_random_numbers_are_shared_and_cannot_be_changed() -> None:
+    assert random_numbers(1000) is random_numbers(1000)
+    with pytest.raises(ValueError, match="read-only"):
+        random_numbers(1000)[0] = 0
