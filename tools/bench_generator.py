@@ -1,6 +1,6 @@
 """Measures the generator: every stage in ms per image and core, the whole pipeline, and how it scales with workers.
 
-    python tools/bench_generator.py --kind single --json bench.json
+    python tools/bench_generator.py --kind all --json bench.json
 
 The stages are timed inside the real pipeline, by wrapping the functions that it calls; the totals are measured
 without those wrappers, over whole shards in worker processes as ``fractalgen build`` runs them: rendering, PNG, tar,
@@ -15,41 +15,40 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen import build, draw_systems, make_recipe
+from fractalgen import anderson, build, draw_systems, kataoka, make_recipe
 from fractalgen.build import build_shard
-from fractalgen.kinds import single
+from fractalgen.kinds import KINDS, multi, single
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
 from fractalshards import writer
+from fractalshards.digest import ContentDigest
 from fractalshards.human import human_seconds
+from fractalshards.png import Indexed, encode_png
 from fractalshards.systems import Systems
 from fractalshards.workers import worker_pool
 
-_STAGES: dict[str, list[tuple[ModuleType, str]]] = {
-    "single": [
-        (single, "jitter"),
-        (single, "chaos_game"),
-        (single, "bounding_box"),
-        (single, "splat"),
-        (single, "diamond_square"),
-        (single, "paint"),
-        (single, "gaussian_blur"),
-        (build, "encode_png"),
-        (writer, "pack_sample"),
-    ]
+Stage = tuple[Any, str]  # where a function is looked up when it is called, and its name there
+
+_BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
+_STORED: list[Stage] = [(Indexed, "rgb"), (ContentDigest, "add"), (writer, "pack_sample")]
+_STAGES: dict[str, list[Stage]] = {
+    "fractaldb": [(kataoka, name) for name in ("masks", "_orbit", "_cells", "_mark_last", "_draw_patches", "flip")],
+    "single": [(single, name) for name in ("jitter", "chaos_game", "bounding_box", "splat", "paint")] + _BLURRED,
+    "multi": [(multi, name) for name in ("chaos_game", "bounding_box", "splat", "paint", "resize")] + _BLURRED,
 }
 
 
 @click.command()
-@click.option("--kind", default="single", show_default=True)
+@click.option("--kind", default="all", show_default=True, metavar="|".join((*KINDS, "all")))
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
 @click.option("--shard-size", default=200, show_default=True, help="Images of one shard; a worker renders one a round.")
 @click.option("--rounds", default=5, show_default=True, help="Measurements of which the median is given.")
@@ -58,26 +57,40 @@ _STAGES: dict[str, list[tuple[ModuleType, str]]] = {
 def main(kind: str, size: int | None, shard_size: int, rounds: int, workers: str, json_path: Path | None) -> None:
     """Measure the generator on this machine."""
     counts = [int(count) for count in workers.split(",") if count.isdigit()] or [1]
-    recipe = make_recipe(kind, max(1000, shard_size * max(counts)), size=size, shard_size=shard_size)
+    kinds = list(KINDS) if kind == "all" else [kind]
+    reports = []
+    for name in kinds:
+        recipe = make_recipe(name, max(1000, shard_size * max(counts)), size=size, shard_size=shard_size)
+        report = _measure(recipe, counts, rounds)
+        _print(report)
+        reports.append(report)
+    if json_path:
+        json_path.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of a kind: ms per image of each stage in one process, images/s by number of workers."""
+
+    recipe: Recipe
+    stages_ms: dict[str, float]
+    images_per_second: dict[int, float]
+    bytes_in_shard: float
+    bytes_of_png: float
+
+    def seconds_per_million(self) -> dict[int, float]:
+        """Extrapolated time of a million images by number of workers."""
+        return {count: 1e6 / rate for count, rate in self.images_per_second.items()}
+
+
+def _measure(recipe: Recipe, counts: list[int], rounds: int) -> Report:
     systems = draw_systems(recipe)
     recipe = recipe.with_systems(systems)
     with tempfile.TemporaryDirectory() as folder:
-        totals = _measure_workers(Path(folder), recipe, systems, counts, rounds)
-        stages = _measure_stages(Path(folder), recipe, systems)
-        bytes_per_image = next(Path(folder).glob("*.tar")).stat().st_size / shard_size
-    _print(recipe, stages, totals, bytes_per_image)
-    if json_path:
-        json_path.write_text(
-            json.dumps(
-                {
-                    "recipe": recipe.to_json(),
-                    "stages_ms_per_image": stages,
-                    "images_per_second_by_workers": totals,
-                    "bytes_per_image": bytes_per_image,
-                },
-                indent=1,
-            )
-        )
+        rates = _measure_workers(Path(folder), recipe, systems, counts, rounds)
+        stages, png = _measure_stages(Path(folder), recipe, systems)
+        stored = [shard.stat().st_size for shard in Path(folder).glob("*.tar")]
+    return Report(recipe, stages, rates, sum(stored) / len(stored) / recipe.shard_size, png)
 
 
 def _measure_workers(
@@ -106,57 +119,75 @@ def _time_round(pool: ProcessPoolExecutor, folder: Path, recipe: Recipe, systems
     return seconds
 
 
-def _measure_stages(folder: Path, recipe: Recipe, systems: Systems) -> dict[str, float]:
-    """ms per image of every stage in this process, and of the rest."""
+def _measure_stages(folder: Path, recipe: Recipe, systems: Systems) -> tuple[dict[str, float], float]:
+    """ms per image of every stage in this process, and of the rest; and the mean size of a PNG."""
     task = shard_tasks(recipe)[0]
     build_shard(folder, recipe, systems, task)
     spent: dict[str, float] = defaultdict(float)
-    with _timed(_STAGES[recipe.kind], spent):
+    sizes: list[int] = []
+
+    def encode(image: Any) -> bytes:
+        start = time.perf_counter()
+        data = encode_png(image)
+        spent["encode_png"] += time.perf_counter() - start
+        sizes.append(len(data))
+        return data
+
+    with (
+        _replaced([(build, "write_shard")], lambda _, write: partial(write, encode=encode)),
+        _replaced(_STAGES[recipe.kind] + _STORED, partial(_timed, spent)),
+    ):
         start = time.perf_counter()
         build_shard(folder, recipe, systems, task)
         total = time.perf_counter() - start
-    spent["hashing, writing, the rest"] = total - sum(spent.values())
-    return {name: 1000 * seconds / (task.stop - task.first) for name, seconds in spent.items()}
+    spent["writing, sha256, the rest"] = total - sum(spent.values())
+    samples = task.stop - task.first
+    return {name: 1000 * seconds / samples for name, seconds in spent.items()}, sum(sizes) / len(sizes)
+
+
+def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that adds its time to what was spent under its name."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[name] += time.perf_counter() - start
+        return result
+
+    return timed
 
 
 @contextmanager
-def _timed(stages: list[tuple[ModuleType, str]], spent: dict[str, float]) -> Iterator[None]:
-    """Replace functions where they are called by ones that add up their time."""
-
-    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return timed
-
-    originals = [(module, name, getattr(module, name)) for module, name in stages]
-    for module, name, function in originals:
-        setattr(module, name, wrap(name, function))
+def _replaced(stages: list[Stage], replace: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Functions replaced where they are looked up, for a while."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name in stages]
+    for owner, name, function in originals:
+        setattr(owner, name, replace(name, function))
     try:
         yield
     finally:
-        for module, name, function in originals:
-            setattr(module, name, function)
+        for owner, name, function in originals:
+            setattr(owner, name, function)
 
 
-def _print(recipe: Recipe, stages: dict[str, float], totals: dict[int, float], bytes_per_image: float) -> None:
+def _print(report: Report) -> None:
+    recipe = report.recipe
     table = Table(
         "stage", "ms per image", title=f"{recipe.kind} {recipe.size} x {recipe.size}, {recipe.points:,} points"
     )
-    for name, milliseconds in stages.items():
+    for name, milliseconds in sorted(report.stages_ms.items(), key=lambda stage: -stage[1]):
         table.add_row(name, f"{milliseconds:.3f}")
-    table.add_row("sum of the stages, one process", f"{sum(stages.values()):.3f}", style="bold")
-    for count, rate in totals.items():
-        core = 1000 * count / rate
-        million = human_seconds(1e6 / rate)
-        table.add_row(f"{count} workers: {rate:,.0f} images/s, a million in {million}", f"{core:.3f} per core")
-    first, *others = totals
+    table.add_row("sum of the stages, one process", f"{sum(report.stages_ms.values()):.3f}", style="bold")
+    rates = report.images_per_second
+    for count, seconds in report.seconds_per_million().items():
+        text = f"{count} workers: {rates[count]:,.0f} images/s, a million in {human_seconds(seconds)}"
+        table.add_row(text, f"{1000 * count / rates[count]:.3f} per core")
+    first, *others = rates
     for count in others:
-        table.add_row(f"{count} workers against {first}", f"{totals[count] / totals[first]:.2f} times")
-    table.add_row("bytes in the shard per image", f"{bytes_per_image:,.0f}")
+        table.add_row(f"{count} workers against {first}", f"{rates[count] / rates[first]:.2f} times")
+    table.add_row(
+        "bytes of a PNG, of an image in the shard", f"{report.bytes_of_png:,.0f}, {report.bytes_in_shard:,.0f}"
+    )
     Console().print(table)
 
 

@@ -54,41 +54,62 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
     levels = (size - 1).bit_length()
     amplitudes = np.array([0.5 * math.exp(decay * (1 - j)) for j in range(1, levels + 1)], np.float32)
     grid = np.empty((2**levels + 1, 2**levels + 1), np.float32)
-    _fill(grid, amplitudes, *key)
-    return grid[:size, :size]
-
-
-@njit(inline="always")
-def _signed_unit(cell: int, key0: np.uint32, key1: np.uint32) -> np.float32:
-    """A uniform float32 in [-1, 1), of 24 random bits."""
-    bits = hash32(np.uint32(cell), key0, key1) >> np.uint32(8)
-    return np.float32(np.int32(bits)) * np.float32(2.0**-23) - np.float32(1)
+    _fill_noise(grid.reshape(-1), *key)
+    _displace(grid, amplitudes)
+    return np.ascontiguousarray(grid[:size, :size])
 
 
 @njit(cache=True)
-def _fill(grid: Heights, amplitudes: Heights, key0: np.uint32, key1: np.uint32) -> None:
-    side = len(grid)
-    last = side - 1
-    half, quarter = np.float32(0.5), np.float32(0.25)
+def _fill_noise(cells: Heights, key0: np.uint32, key1: np.uint32) -> None:
+    """cells[i] = a uniform float32 in [-1, 1), of 24 random bits."""
+    for i in range(len(cells)):
+        bits = hash32(np.uint32(i), key0, key1) >> np.uint32(8)
+        cells[i] = np.float32(np.int32(bits)) * np.float32(2.0**-23) - np.float32(1)
+
+
+@njit(cache=True)
+def _displace(grid: Heights, amplitudes: Heights) -> None:
+    """Turn noise in [-1, 1) into heights, in place and level by level; a cell holds its noise until its level comes."""
+    last = len(grid) - 1
+    half = np.float32(0.5)
     for row in (0, last):
         for column in (0, last):
-            grid[row, column] = half + half * _signed_unit(row * side + column, key0, key1)
+            grid[row, column] = half + half * grid[row, column]
     step = last
     for level in range(len(amplitudes)):
-        amplitude = amplitudes[level]
         step //= 2
-        for row in range(step, side, 2 * step):
-            for column in range(step, side, 2 * step):
-                above = grid[row - step, column - step] + grid[row - step, column + step]
-                below = grid[row + step, column - step] + grid[row + step, column + step]
-                noise = _signed_unit(row * side + column, key0, key1)
-                grid[row, column] = quarter * (above + below) + amplitude * noise
-        for row in range(0, side, step):
-            up = row - step if row > 0 else last - step
-            down = row + step if row < last else step
-            for column in range(step if (row // step) % 2 == 0 else 0, side, 2 * step):
-                left = column - step if column > 0 else last - step
-                right = column + step if column < last else step
-                around = grid[up, column] + grid[row, left] + grid[row, right] + grid[down, column]
-                noise = _signed_unit(row * side + column, key0, key1)
-                grid[row, column] = quarter * around + amplitude * noise
+        for row in range(step, last, 2 * step):
+            _diamonds(grid[row - step], grid[row], grid[row + step], step, amplitudes[level])
+        for row in range(0, last + 1, step):
+            above = grid[row - step if row > 0 else last - step]
+            below = grid[row + step if row < last else step]
+            _squares(above, grid[row], below, step, (row // step) % 2 == 0, amplitudes[level])
+
+
+@njit(inline="always")
+def _diamonds(above: Heights, here: Heights, below: Heights, step: int, amplitude: np.float32) -> None:
+    """The centres of squares: every second column from the first."""
+    quarter = np.float32(0.25)
+    for k in range(len(here) // (2 * step)):
+        # unsigned, for numba checks signed indices for being negative, in every loop of a kernel
+        left = np.uint64(2 * step) * np.uint64(k)
+        centre, right = left + np.uint64(step), left + np.uint64(2 * step)
+        corners = (above[left] + above[right]) + (below[left] + below[right])
+        here[centre] = quarter * corners + amplitude * here[centre]
+
+
+@njit(inline="always")
+def _squares(above: Heights, here: Heights, below: Heights, step: int, odd: bool, amplitude: np.float32) -> None:
+    """The centres of edges: every second column, the odd ones or the even ones, whose ends have a neighbour missing."""
+    quarter = np.float32(0.25)
+    last = len(here) - 1
+    if not odd:
+        for end in (0, last):
+            around = above[end] + here[last - step] + here[step] + below[end]
+            here[end] = quarter * around + amplitude * here[end]
+    first = step if odd else 2 * step
+    for k in range((last - first + step) // (2 * step)):
+        column = np.uint64(first) + np.uint64(2 * step) * np.uint64(k)
+        left, right = column - np.uint64(step), column + np.uint64(step)
+        around = above[column] + here[left] + here[right] + below[column]
+        here[column] = quarter * around + amplitude * here[column]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fractalgen.folder import claim, settle
 from fractalgen.forecast import Forecast, check_space, forecast
+from fractalgen.kinds import find_kind
 from fractalgen.plan import ShardTask, shard_tasks
 from fractalgen.recipe import Recipe
 from fractalgen.render import render_range
@@ -13,7 +14,6 @@ from fractalshards.atomic import remove_leftovers
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Shard, finished_record, load_manifest, write_manifest
-from fractalshards.png import encode_png
 from fractalshards.systems import Systems
 from fractalshards.workers import worker_pool
 from fractalshards.writer import write_shard
@@ -35,14 +35,17 @@ class Plan:
         return tuple(task for task in self.tasks if task.name not in self.finished)
 
 
-def plan_build(folder: Path, recipe: Recipe, workers: int) -> Plan:
+def plan_build(folder: Path, recipe: Recipe, workers: int, systems: Systems | None = None) -> Plan:
     """Look at the folder and find out what is to be done; leftovers of killed builds are removed, nothing is written.
+
+    Args:
+        systems: to render instead of those that the recipe's kind draws.
 
     Raises:
         FractalError: if the folder holds something else, or the disk cannot hold the dataset.
         OSError: if the folder cannot be read.
     """
-    bound, systems = settle(folder, recipe)
+    bound, systems = settle(folder, recipe, systems)
     if folder.exists():
         remove_leftovers(folder)
     tasks = shard_tasks(bound)
@@ -73,6 +76,7 @@ def run_build(plan: Plan, workers: int) -> None:
             splits,
             recipe=plan.recipe.to_json(),
             recipe_digest=plan.recipe.digest(),
+            label_type=find_kind(plan.recipe.kind).label_type,
             classes=plan.recipe.classes,
             image_size=plan.recipe.size,
         )
@@ -82,7 +86,7 @@ def run_build(plan: Plan, workers: int) -> None:
 def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> Shard:
     """Render and write one shard; a pure function of its arguments but for the files it writes."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    return write_shard(folder, task.name, recipe.classes, samples, encode_png).shard()
+    return write_shard(folder, task.name, recipe.classes, samples).shard()
 
 
 def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> dict[str, Shard]:
@@ -99,7 +103,7 @@ def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> d
 
 def _finished(folder: Path, recipe: Recipe, task: ShardTask) -> Shard | None:
     """The shard of a task if it is whole and what the task would write, else None."""
-    record = finished_record(folder, task.name)
+    record = finished_record(folder, task.name, find_kind(recipe.kind).label_type)
     fits = record and record.samples == task.stop - task.first and len(record.label_counts) == recipe.classes
     return record.shard() if record and fits else None
 

@@ -8,15 +8,29 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from fractalgen import kataoka
 from fractalgen.build import plan_build, run_build
+from fractalgen.categories import read_categories, read_csv, read_csv_folder, write_categories
 from fractalgen.kinds import KINDS
+from fractalgen.preview import preview as draw_preview
 from fractalgen.recipe import make_recipe
-from fractalshards.console import Commands
+from fractalgen.search import search_categories
+from fractalshards.atomic import atomic_file
+from fractalshards.console import Commands, progress
 from fractalshards.errors import UsageError
 from fractalshards.human import human_count
 from fractalshards.manifest import load_manifest
 from fractalshards.overrides import parse_settings, show_value
+from fractalshards.png import Indexed, encode_png
+from fractalshards.sheet import picture_format, save_picture, side_by_side
+from fractalshards.systems import Systems
 from fractalshards.workers import available_cores
+
+_WORKERS = click.option("--workers", default="all", show_default=True, metavar="all|N", help="Processes that work.")
+_SET = click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
+)
+_PATH = click.Path(path_type=Path)
 
 
 @click.group(cls=Commands)
@@ -30,13 +44,15 @@ def main() -> None:
 @click.option("--n", required=True, type=int, help="Images to train on.")
 @click.option("--val", default=0, show_default=True, help="Further images of the same classes, for evaluation.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
-@click.option("--size", type=int, help="Side length in pixels.  [default: by kind; single: 224]")
-@click.option("--points", type=int, help="Points of a chaos game.  [default: by kind; single: 100000]")
+@click.option("--size", type=int, help="Side length in pixels.  [default: by kind, see 'fractalgen kinds']")
+@click.option("--points", type=int, help="Points of a chaos game.  [default: by kind]")
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 @click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the dataset.  [default: shards/KIND]")
-@click.option("--workers", default="all", show_default=True, metavar="all|N", help="Processes that render.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable.")
+@click.option("--categories", type=_PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
+@click.option("--from-csv", type=_PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
+@click.option("--out", type=_PATH, help="Folder of the dataset.  [default: shards/KIND]")
+@_WORKERS
+@_SET
 def build(
     kind: str,
     n: int,
@@ -46,6 +62,8 @@ def build(
     points: int | None,
     seed: int,
     shard_size: int,
+    categories: Path | None,
+    from_csv: Path | None,
     out: Path | None,
     workers: str,
     settings: tuple[str, ...],
@@ -54,11 +72,12 @@ def build(
 
     Example: fractalgen build --kind single --n 1000000
     """
+    given = _read_given(kind, classes, categories, from_csv)
     recipe = make_recipe(
         kind,
         n,
         val=val,
-        classes=classes,
+        classes=classes if given is None else len(given),
         size=size,
         points=points,
         seed=seed,
@@ -67,7 +86,7 @@ def build(
     )
     folder = out if out is not None else Path("shards") / kind
     count = _parse_workers(workers)
-    plan = plan_build(folder, recipe, count)
+    plan = plan_build(folder, recipe, count, given)
     if plan.cost is None:
         click.echo(f"{folder}: nothing to render, {human_count(len(plan.tasks), 'shard')} there already", err=True)
     else:
@@ -97,6 +116,95 @@ def kinds() -> None:
         for field in fields(kind.params):
             table.add_row(field.name, show_value(field.default), field.metadata["help"])
         console.print(table)
+
+
+@main.command()
+@click.option("--kind", required=True, metavar="|".join((*KINDS, "all")), help="Family of images.")
+@click.option("--classes", default=16, show_default=True, type=click.IntRange(1, 1000), help="Rows.")
+@click.option("--per-class", default=8, show_default=True, type=click.IntRange(1, 100), help="Images in a row.")
+@click.option("--out", required=True, type=_PATH, help="Picture to write: .png or .jpg.")
+@_SET
+def preview(kind: str, classes: int, per_class: int, out: Path, settings: tuple[str, ...]) -> None:
+    """Draw a contact sheet of what a build would hold; all kinds side by side with --kind all.
+
+    Example: fractalgen preview --kind single --set blur_probability=0 --out sheet.png
+    """
+    picture_format(out)
+    overrides = parse_settings(settings)
+    if kind == "all" and overrides:
+        raise UsageError("--set changes one kind, but --kind is 'all'")
+    sheets = [draw_preview(name, classes, per_class, overrides) for name in (KINDS if kind == "all" else (kind,))]
+    picture = side_by_side(sheets)
+    save_picture(picture, out)
+    click.echo(f"{out}: {picture.width} x {picture.height} pixels")
+
+
+@main.command()
+@click.option("--params", required=True, type=_PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
+@click.option("--weight-row", default=2, show_default=True, type=click.IntRange(0, 24), help="2 changes nothing.")
+@click.option("--draw", default="patch-gray", show_default=True, type=click.Choice(kataoka.DRAWS), help="How to draw.")
+@click.option("--size", default=362, show_default=True, type=click.IntRange(16, 4096), help="Side length in pixels.")
+@click.option("--points", default=200_000, show_default=True, type=click.IntRange(1, 10**8), help="Points to draw.")
+@click.option("--flip", default=0, show_default=True, type=click.IntRange(0, 3), help="1 top-bottom, 2 sides, 3 both.")
+@click.option("--mask-seed", default=0, show_default=True, type=int, help="Of Python's random, for patches.")
+@click.option("--out", required=True, type=_PATH, metavar="IMG.png", help="Picture to write.")
+def render(
+    params: Path, weight_row: int, draw: kataoka.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
+) -> None:
+    """Render one FractalDB image, to the pixel as the published code does.
+
+    Example: fractalgen render --params 00000.csv --weight-row 4 --draw point-gray --out image.png
+    """
+    if picture_format(out) != "PNG":
+        raise UsageError(f"--out is {out}: expected a name that ends in .png")
+    masks = kataoka.published_masks(mask_seed, points) if kataoka.is_patch(draw) else None
+    indices = kataoka.render(read_csv(params), kataoka.weight_rows()[weight_row], size, points, draw, masks)
+    data = encode_png(Indexed(kataoka.flip(indices, flip), kataoka.palette(draw)).rgb())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(data)
+    click.echo(f"{out}: {size} x {size} pixels")
+
+
+@main.command()
+@click.option("--classes", default=1000, show_default=True, help="Categories to find.")
+@click.option("--seed", default=1, show_default=True, help="Of the search; the published one is 1.")
+@click.option("--fill-rate", default=0.2, show_default=True, help="Share of pixels that a category must hit.")
+@click.option("--from-csv", type=_PATH, metavar="DIR", help="Read published CSV files instead of searching.")
+@click.option("--out", required=True, type=_PATH, metavar="FILE.npz", help="File to write.")
+@_WORKERS
+def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out: Path, workers: str) -> None:
+    """Find FractalDB's categories, bit for bit those of the published search for the same seed.
+
+    Example: fractalgen search --classes 2000 --out categories.npz
+    """
+    count = _parse_workers(workers)
+    if from_csv is not None:
+        categories = read_csv_folder(from_csv)
+    else:
+        with progress("searching", classes, "categories") as advance:
+            found = search_categories(classes, seed, fill_rate, count, lambda new, _: advance(new))
+        categories = tuple(one.category for one in found)
+        click.echo(f"tried {found[-1].candidate:,} candidates", err=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_categories(out, categories)
+    click.echo(f"{out}: {len(categories):,} categories")
+    click.echo(f"next: fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
+
+
+def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
+    """The categories that a build was given, as many as it has classes; None if it takes those of its kind."""
+    path = categories or from_csv
+    if path is None:
+        return None
+    if categories and from_csv:
+        raise UsageError("--categories and --from-csv: give one of them")
+    if kind != "fractaldb":
+        raise UsageError(f"{path}: holds categories of FractalDB, but --kind is {kind!r}")
+    given = read_categories(path) if categories else read_csv_folder(path)
+    if classes is not None and classes > len(given):
+        raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most those")
+    return given[:classes]
 
 
 def _parse_workers(text: str) -> int:

@@ -14,20 +14,20 @@ from fractalshards.names import RECIPE, SYSTEMS
 from fractalshards.systems import Systems, read_systems, write_systems
 
 
-def settle(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
-    """The recipe bound to its systems: those the folder stores, or newly drawn ones if it has none. Writes nothing.
+def settle(folder: Path, recipe: Recipe, given: Systems | None = None) -> tuple[Recipe, Systems]:
+    """The recipe bound to its systems: those given, those the folder stores, or newly drawn ones. Writes nothing.
 
     Raises:
         FractalError: if the folder holds another recipe, damaged systems, or something that is no dataset.
         OSError: if it cannot be read.
     """
     if (folder / RECIPE).exists():
-        return _settled(folder, recipe)
+        return _settled(folder, recipe, given)
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
     strangers = [name for name in present if not name.startswith(".")]
     if strangers:
         raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
-    systems = draw_systems(recipe)
+    systems = draw_systems(recipe) if given is None else given
     return recipe.with_systems(systems), systems
 
 
@@ -44,18 +44,18 @@ def claim(folder: Path, recipe: Recipe, systems: Systems) -> None:
     with suppress(FileExistsError):
         description = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}
         write_json(folder / RECIPE, description, indent=1, exclusive=True)
-    _settled(folder, recipe)
+    _settled(folder, recipe, systems)
     if not (folder / SYSTEMS).exists():
         write_systems(folder / SYSTEMS, systems)
 
 
-def _settled(folder: Path, recipe: Recipe) -> tuple[Recipe, Systems]:
+def _settled(folder: Path, recipe: Recipe, given: Systems | None) -> tuple[Recipe, Systems]:
     found = Fields.read(folder / RECIPE).mapping("recipe")
-    bound = replace(recipe, systems_digest=str(found.get("systems_digest")))
+    bound = recipe.with_systems(given) if given else replace(recipe, systems_digest=str(found.get("systems_digest")))
     if other := _differences(found, bound):
         raise FractalError(f"{folder}: holds another dataset ({other}); choose another --out or the same options")
     stored = folder / SYSTEMS
-    systems = read_systems(stored) if stored.exists() else draw_systems(recipe)
+    systems = read_systems(stored) if stored.exists() else given or draw_systems(recipe)
     if systems_digest(systems) != bound.systems_digest:
         raise FractalError(f"{stored}: not the systems that {RECIPE} names, or missing; restore it or use a new folder")
     return bound, systems

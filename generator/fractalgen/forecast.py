@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
+from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
-from fractalgen.render import render_range
+from fractalgen.render import render_unit
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_seconds
-from fractalshards.labels import SINGLE, encode_label
-from fractalshards.png import encode_png
+from fractalshards.names import sample_key
 from fractalshards.systems import Systems
-from fractalshards.tarball import Sample, pack_sample
+from fractalshards.writer import pack_rendered
 
 _PROBES = 32
 _PROBE_SECONDS = 3.0
@@ -37,16 +37,16 @@ class Forecast:
 
 
 def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Forecast:
-    """Measure a few samples, spread over the dataset, and extrapolate to ``samples`` of them.
+    """Measure a few units, spread over the dataset, and extrapolate to ``samples`` samples.
 
-    The first sample pays for compilation, once after an install, and is not measured.
+    The first one pays for compilation, once after an install, and is not measured.
     """
     total = recipe.n + recipe.val
     _compile(recipe, systems)
     probes: list[int] = []
     start = time.perf_counter()
     for probe in range(min(_PROBES, total)):
-        probes.append(_stored_bytes(recipe, systems, probe * total // min(_PROBES, total)))
+        probes += _stored_bytes(recipe, systems, probe * total // min(_PROBES, total))
         if time.perf_counter() - start > _PROBE_SECONDS:
             break
     seconds = time.perf_counter() - start
@@ -73,7 +73,7 @@ def check_space(folder: Path, expected: Forecast) -> None:
 
 
 def _compile(recipe: Recipe, systems: Systems) -> None:
-    """Render one sample, and say what is going on if that takes more than a second."""
+    """Render one unit, and say what is going on if that takes more than a second."""
     notice = threading.Timer(1.0, click.echo, ["compiling, once after an install ..."], {"err": True})
     notice.start()
     try:
@@ -82,7 +82,7 @@ def _compile(recipe: Recipe, systems: Systems) -> None:
         notice.cancel()
 
 
-def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> int:
-    """Bytes that a sample takes in its shard."""
-    ((key, image, label),) = render_range(recipe, systems, index, index + 1)
-    return len(pack_sample(Sample(key, {"png": encode_png(image), SINGLE: encode_label(label)})))
+def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> list[int]:
+    """Bytes that each sample of a sample's unit takes in its shard."""
+    images = render_unit(recipe, systems, locate(recipe, index).unit)
+    return [len(pack_rendered(sample_key(index), rendered)) for rendered in images]

@@ -9,6 +9,7 @@ from fractalgen.rng import hash32
 Floats = npt.NDArray[np.float32]
 
 _LANES = 16  # independent orbits; one alone waits for the latency of its own multiplications
+_FEW = 4  # maps whose coefficients fit into registers; the published systems have no more
 _BURN_IN = 16  # steps before the first kept point: sixteen starts in one place must not show
 
 
@@ -26,13 +27,18 @@ def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint3
     Returns:
         x and y, each (points,) float32. Systems that are not contractive may run to infinity or NaN.
     """
-    total = _BURN_IN * _LANES + points
+    burn_in = _BURN_IN * _LANES
+    total = burn_in + -(-points // _LANES) * _LANES
     choices = np.empty(total, np.uint8)
     _choose_maps(_thresholds(system), *key, choices)
     xs, ys = np.empty(total, np.float32), np.empty(total, np.float32)
     xs[:_LANES], ys[:_LANES] = fixed_point(system[0])
-    _iterate(system.reshape(-1, 6).astype(np.float32), choices, xs, ys)
-    return xs[-points:], ys[-points:]
+    if len(system) <= _FEW:
+        _iterate_few(np.resize(system, (_FEW, 6)).astype(np.float32), choices, xs, ys)
+    else:
+        _iterate(system.reshape(-1, 6).astype(np.float32), choices, xs, ys)
+    kept = slice(burn_in, burn_in + points)
+    return xs[kept], ys[kept]
 
 
 def fixed_point(affine: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -81,3 +87,34 @@ def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Float
         x, y = xs[i - _LANES], ys[i - _LANES]
         xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]
         ys[i] = maps[k, 3] * x + maps[k, 4] * y + maps[k, 5]
+
+
+@njit(cache=True)
+def _iterate_few(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Floats) -> None:
+    """``_iterate`` for four maps: coefficients are selected instead of looked up, so that the lanes vectorise.
+
+    Indices are unsigned, for numba checks signed ones for being negative.
+    """
+    a, b, e = _column(maps, 0), _column(maps, 1), _column(maps, 2)
+    c, d, f = _column(maps, 3), _column(maps, 4), _column(maps, 5)
+    lanes = np.uint64(_LANES)
+    for step in range(1, len(xs) // _LANES):
+        first = np.uint64(step) * lanes
+        before = first - lanes
+        for lane in range(_LANES):
+            i, j = first + np.uint64(lane), before + np.uint64(lane)
+            k, x, y = choices[i], xs[j], ys[j]
+            xs[i] = _pick(a, k) * x + _pick(b, k) * y + _pick(e, k)
+            ys[i] = _pick(c, k) * x + _pick(d, k) * y + _pick(f, k)
+
+
+@njit(inline="always")
+def _column(maps: Floats, column: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    return maps[0, column], maps[1, column], maps[2, column], maps[3, column]
+
+
+@njit(inline="always")
+def _pick(column: tuple[np.float32, np.float32, np.float32, np.float32], k: np.uint8) -> np.float32:
+    value = column[1] if k == np.uint8(1) else column[0]
+    value = column[2] if k == np.uint8(2) else value
+    return column[3] if k == np.uint8(3) else value

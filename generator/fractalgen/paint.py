@@ -34,10 +34,9 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
         (size, size, 3) uint8 RGB.
     """
     image = np.empty((*counts.shape, 3), np.uint8)
-    planes = np.empty((3, counts.shape[1]), np.uint8)
     maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)
     own = np.array([fractal.hue_shift, fractal.saturation, fractal.value], np.float32)
-    _paint(counts, max(int(counts.max()), 1), own, heights, maps, planes, image)
+    _paint(counts, max(int(counts.max()), 1), own, heights, maps, image)
     return image
 
 
@@ -56,51 +55,91 @@ def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
 
 
 @njit(cache=True)
-def _paint(
-    counts: Counts, peak: int, own: Floats, heights: Heights, maps: Floats, planes: Pixels, image: Pixels
-) -> None:
-    """Row by row: a loop over planes that vectorises, then one that interleaves them."""
-    zero, full = np.float32(0), np.float32(255)
-    divisor = np.float32(peak)
+def _paint(counts: Counts, peak: int, own: Floats, heights: Heights, maps: Floats, image: Pixels) -> None:
+    """Row by row in three loops that each vectorise, as one loop of all would not."""
+    width = counts.shape[1]
+    hsv = np.empty((3, width), np.uint8)
+    rgb = np.empty((3, width), np.uint8)
     for row in range(len(counts)):
-        for column in range(counts.shape[1]):
-            count = counts[row, column]
-            height = heights[row, column]
-            hit = count > 0
-            turn = np.float32(np.int32(count)) / divisor * full + own[0] if hit else height * maps[0] + maps[1]
-            saturation = own[1] if hit else min(max(height * maps[2] + maps[3], zero), full)
-            value = own[2] if hit else min(max(height * maps[4] + maps[5], zero), full)
-            red, green, blue = hsv_pixel(
-                np.float32(np.int32(turn) & 255), np.float32(np.int32(saturation)), np.float32(np.int32(value))
-            )
-            planes[0, column] = to_byte(red)
-            planes[1, column] = to_byte(green)
-            planes[2, column] = to_byte(blue)
-        for column in range(counts.shape[1]):
-            image[row, column, 0] = planes[0, column]
-            image[row, column, 1] = planes[1, column]
-            image[row, column, 2] = planes[2, column]
+        _color_row(counts[row], np.float32(peak), own, heights[row], maps, hsv[0], hsv[1], hsv[2])
+        _convert_row(hsv[0], hsv[1], hsv[2], rgb[0], rgb[1], rgb[2])
+        for column in range(width):
+            image[row, column, 0] = rgb[0, column]
+            image[row, column, 1] = rgb[1, column]
+            image[row, column, 2] = rgb[2, column]
+
+
+@njit(inline="always")
+def _color_row(
+    counts: npt.NDArray[np.uint32],
+    peak: np.float32,
+    own: Floats,
+    heights: Floats,
+    maps: Floats,
+    hue: Pixels,
+    saturation: Pixels,
+    value: Pixels,
+) -> None:
+    """Hue, saturation and value of each pixel: both colourings are computed, and one is taken, without a branch."""
+    full = np.float32(255)
+    own_hue, own_saturation, own_value = own[0], own[1], own[2]
+    hue_scale, hue_shift = maps[0], maps[1]
+    saturation_scale, saturation_shift = maps[2], maps[3]
+    value_scale, value_shift = maps[4], maps[5]
+    for i in range(len(counts)):
+        hit = counts[i] > np.uint32(0)
+        height = heights[i]
+        own_turn = np.float32(np.int32(counts[i])) / peak * full + own_hue
+        turn = own_turn if hit else height * hue_scale + hue_shift
+        hue[i] = np.uint8(np.int32(turn) & np.int32(255))
+        level = _clamp(height * saturation_scale + saturation_shift)
+        saturation[i] = np.uint8(np.int32(own_saturation if hit else level))
+        level = _clamp(height * value_scale + value_shift)
+        value[i] = np.uint8(np.int32(own_value if hit else level))
+
+
+@njit(inline="always")
+def _clamp(level: np.float32) -> np.float32:
+    """To 0..255; written out because ``min`` and ``max`` of floats do not vectorise."""
+    level = level if level > np.float32(0) else np.float32(0)
+    return level if level < np.float32(255) else np.float32(255)
+
+
+@njit(inline="always")
+def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, green: Pixels, blue: Pixels) -> None:
+    for i in range(len(hue)):
+        r, g, b = hsv_pixel(np.float32(hue[i]), np.float32(saturation[i]), np.float32(value[i]))
+        red[i], green[i], blue[i] = to_byte(r), to_byte(g), to_byte(b)
 
 
 @njit(cache=True)
 def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) -> None:
-    """Separable: sums of weights in 1/256 along rows, then along columns, rounded once at the end."""
+    """Separable: sums of weights in 1/256 along rows, then along columns, rounded once at the end.
+
+    Shifted views instead of shifted indices, which numba would have to check for being negative.
+    """
     height, width, _ = image.shape
-    last = 3 * (width - 1)
     sums = np.empty((height, 3 * width), np.uint32)
+    padded = np.empty(3 * width + 6, np.uint8)
     for row in range(height):
-        flat = image[row].reshape(-1)
-        for i in range(3, last):
-            sums[row, i] = side * (np.uint32(flat[i - 3]) + np.uint32(flat[i + 3])) + centre * np.uint32(flat[i])
-        for i in range(3):
-            sums[row, i] = np.uint32(2) * side * np.uint32(flat[i + 3]) + centre * np.uint32(flat[i])
-            j = last + i
-            sums[row, j] = np.uint32(2) * side * np.uint32(flat[j - 3]) + centre * np.uint32(flat[j])
+        padded[3:-3] = image[row].reshape(-1)
+        padded[:3] = image[row, 1]
+        padded[-3:] = image[row, width - 2]
+        _mix(padded[:-6], padded[3:-3], padded[6:], side, centre, sums[row])
     for row in range(height):
-        up = sums[row - 1 if row > 0 else 1]
-        down = sums[row + 1 if row < height - 1 else height - 2]
-        here = sums[row]
+        above = sums[row - 1 if row > 0 else 1]
+        below = sums[row + 1 if row < height - 1 else height - 2]
         out = blurred[row].reshape(-1)
+        here = sums[row]
         for i in range(3 * width):
-            total = side * (up[i] + down[i]) + centre * here[i]
-            out[i] = np.uint8((total + np.uint32(1 << 15)) >> np.uint32(16))
+            total = np.uint32(side * np.uint32(above[i] + below[i])) + np.uint32(centre * here[i])
+            out[i] = np.uint8(np.uint32(total + np.uint32(1 << 15)) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _mix(
+    before: Pixels, here: Pixels, after: Pixels, side: np.uint32, centre: np.uint32, sums: npt.NDArray[np.uint32]
+) -> None:
+    for i in range(len(sums)):
+        ends = np.uint32(np.uint32(before[i]) + np.uint32(after[i]))
+        sums[i] = np.uint32(side * ends) + np.uint32(centre * np.uint32(here[i]))

@@ -24,8 +24,8 @@ class Orientation:
 
 def bounding_box(xs: npt.NDArray[Any], ys: npt.NDArray[Any]) -> Window:
     """The smallest window (xmin, ymin, xmax, ymax) that holds all points; NaN is passed over, infinity is not."""
-    (xmin, xmax), (ymin, ymax) = _extremes(xs), _extremes(ys)
-    return float(xmin), float(ymin), float(xmax), float(ymax)
+    low, high = np.fmin.reduce, np.fmax.reduce
+    return float(low(xs)), float(low(ys)), float(high(xs)), float(high(ys))
 
 
 def splat(
@@ -73,24 +73,6 @@ def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
 
 
 @njit(cache=True)
-def _extremes(values: npt.NDArray[Any]) -> tuple[Any, Any]:
-    """Minimum and maximum, over sixteen lanes: a single running minimum cannot be vectorised without fastmath."""
-    lanes = 16
-    low = np.full(lanes, np.inf, values.dtype)
-    high = np.full(lanes, -np.inf, values.dtype)
-    whole = len(values) - len(values) % lanes
-    for first in range(0, whole, lanes):
-        for lane in range(lanes):
-            value = values[first + lane]
-            low[lane] = value if value < low[lane] else low[lane]
-            high[lane] = value if value > high[lane] else high[lane]
-    for i in range(whole, len(values)):
-        low[0] = min(low[0], values[i]) if values[i] == values[i] else low[0]
-        high[0] = max(high[0], values[i]) if values[i] == values[i] else high[0]
-    return low.min(), high.max()
-
-
-@njit(cache=True)
 def _count(
     xs: npt.NDArray[Any],
     ys: npt.NDArray[Any],
@@ -130,8 +112,10 @@ def _count(
 def _spread(hits: Counts, patch: npt.NDArray[np.int64], counts: Counts) -> None:
     """Add the grid of hits to ``counts`` once for each cell of the patch, shifted by it."""
     size = len(counts)
-    for k in range(len(patch)):
-        down, right = 2 - patch[k, 0], 2 - patch[k, 1]
-        for row in range(size):
+    for row in range(size):
+        out = counts[row]
+        for k in range(len(patch)):
+            right = 2 - patch[k, 1]
+            shifted = hits[row + 2 - patch[k, 0], right : right + size]
             for column in range(size):
-                counts[row, column] += hits[row + down, column + right]
+                out[column] += shifted[column]

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fractalgen.kinds import KindParams, find_kind
+from fractalgen.kinds import Kind, KindParams, find_kind
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import UsageError
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
-RECIPE_VERSION = 1  # raised whenever the pixels or labels that a recipe stands for change
+RECIPE_VERSION = 2  # raised whenever the pixels or labels that a recipe stands for change
 _MAX_SAMPLES = 10**9  # keys have nine digits
 
 
@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         kind: name of a kind, see ``fractalgen kinds``.
         n, val: samples to train on and to evaluate on.
-        classes: number of classes, each with one system; at most n.
+        classes: number of classes, each with one system; at most n for kinds whose images show one class.
         size: side length of the square images in pixels.
         points: points of a chaos game.
         seed: of everything random.
@@ -53,17 +53,34 @@ class Recipe:
         _require(self.val >= 0, f"val is {self.val}: it cannot be negative")
         _require(1 <= self.classes <= MAX_CLASSES, f"classes is {self.classes}: ask for 1 to {MAX_CLASSES:,} classes")
         _require(
-            self.n >= self.classes,
+            self.n >= self.classes or kind.label_type == "multi",
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
         )
+        self._check_units(kind)
         _require(self.n + self.val <= _MAX_SAMPLES, f"n + val is over {_MAX_SAMPLES:,}: build several datasets")
         _require(16 <= self.size <= 4096, f"size is {self.size}: images may be 16 to 4096 pixels wide")
         _require(1 <= self.points <= 10**8, f"points is {self.points}: a chaos game has 1 to 100,000,000 points")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it may be 0 to 2**63 - 1")
-        _require(1 <= self.shard_size <= 100_000, f"shard_size is {self.shard_size}: a shard has 1 to 100,000 samples")
+        least = kind.images_per_unit
+        _require(
+            least <= self.shard_size <= 100_000,
+            f"shard_size is {self.shard_size}: a shard of kind {self.kind} has {least} to 100,000 samples",
+        )
         shards = (self.n + self.val) // self.shard_size
         _require(shards <= 100_000, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
+
+    def _check_units(self, kind: Kind) -> None:
+        """Refuse more images than the kind can give without repeating a render."""
+        limit = kind.units_per_class(self.params)
+        if limit is None:
+            return
+        units = sum(-(-count // (self.classes * kind.images_per_unit)) for count in (self.n, self.val))
+        _require(
+            units <= limit,
+            f"n and val ask for {units * kind.images_per_unit} images of a class, but kind {self.kind} with these "
+            f"parameters has {limit * kind.images_per_unit}: lower them or raise classes",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-like data."""

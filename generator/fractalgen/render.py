@@ -1,50 +1,66 @@
 """A sample from its index: the pure function that a dataset is made of (law 1)."""
 
-from collections.abc import Iterator
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterator, Sequence
 
 from fractalgen.color import Pixels
 from fractalgen.kinds import find_kind
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
+from fractalgen.unit import Unit
+from fractalshards.labels import Label
 from fractalshards.names import sample_key
+from fractalshards.png import Indexed
 from fractalshards.systems import Systems
+from fractalshards.writer import Rendered
 
 
-def draw_systems(recipe: Recipe) -> tuple[npt.NDArray[np.float64], ...]:
-    """Draw the system of every class of a recipe, each (maps, 2, 3) float64.
+def draw_systems(recipe: Recipe) -> Systems:
+    """The system of every class of a recipe: (maps, 2, 3) float64, or (maps, 7) for the categories of FractalDB.
 
     Numpy may change its distributions between versions, so a build draws once and stores what it drew.
+
+    Raises:
+        UsageError: if the kind has not that many.
     """
-    kind = find_kind(recipe.kind)
-    return tuple(kind.draw_system(recipe.params, recipe.seed, label) for label in range(recipe.classes))
+    return find_kind(recipe.kind).draw_systems(recipe.params, recipe.seed, recipe.classes)
 
 
-def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels, int]:
+def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels, Label]:
     """Render sample ``index`` of a dataset.
 
     Args:
         recipe: what the dataset is.
-        systems: one (maps, 2, 3) float64 array per class.
+        systems: one float64 array per class, as ``draw_systems`` gives them.
         index: in [0, n + val).
 
     Returns:
-        The image, (size, size, 3) uint8 RGB, and its class index.
+        The image, (size, size, 3) uint8 RGB, and its label: a class index, or for kind ``multi`` a
+        ``fractalshards.labels.MultiLabel`` of the classes and objects that are visible.
 
     Raises:
         IndexError: if the index is out of range.
     """
     place = locate(recipe, index)
-    identity = (recipe.seed, place.split, place.label, place.replica)
-    kind = find_kind(recipe.kind)
-    image = kind.render(recipe.params, recipe.size, recipe.points, identity, systems[place.label])
-    return image, place.label
+    image, label = render_unit(recipe, systems, place.unit)[place.part]
+    return image.rgb() if isinstance(image, Indexed) else image, label
 
 
-def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Iterator[tuple[str, Pixels, int]]:
-    """(key, image, class index) of the samples ``first`` to ``stop - 1``, as a shard takes them."""
+def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Rendered]:
+    """Render all images of a unit with their labels."""
+    return find_kind(recipe.kind).render(recipe.params, recipe.size, recipe.points, unit, systems)
+
+
+def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Iterator[tuple[str, Rendered]]:
+    """(key, (image, label)) of the samples ``first`` to ``stop - 1``, as a shard takes them.
+
+    A unit is rendered once, when its first image is due, and kept until the last one is.
+    """
+    waiting: dict[Unit, tuple[Sequence[Rendered], int]] = {}
     for index in range(first, stop):
-        image, label = render_sample(recipe, systems, index)
-        yield sample_key(index), image, label
+        place = locate(recipe, index)
+        if place.unit not in waiting:
+            waiting[place.unit] = render_unit(recipe, systems, place.unit), place.parts
+        images, left = waiting.pop(place.unit)
+        if left > 1:
+            waiting[place.unit] = images, left - 1
+        yield sample_key(index), images[place.part]

@@ -7,16 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, progress
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
-from fractalshards.sheet import contact_sheet, sample_rows
+from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores
 
-_PICTURES = {".png": "PNG", ".jpg": "JPEG"}
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
@@ -73,13 +71,9 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
     Example: fractalshards sheet shards/single --out single.png
     """
-    picture_format = _PICTURES.get(out.suffix.lower())
-    if picture_format is None:
-        raise UsageError(f"--out is {out}: expected a name that ends in {' or '.join(_PICTURES)}")
+    picture_format(out)
     image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class), tile)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        image.save(file, picture_format, optimize=True, quality=85)
+    save_picture(image, out)
     click.echo(f"{out}: {image.width} x {image.height} pixels")
 
 
@@ -93,7 +87,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
     rows += [
         ("size", human_bytes(manifest.bytes())),
         ("image", f"{manifest.image_size} x {manifest.image_size}"),
-        ("classes", f"{manifest.classes:,}"),
+        ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one and more'} per image"),
         ("content digest", manifest.content_digest()),
         ("recipe digest", manifest.recipe_digest),
     ]

@@ -30,10 +30,19 @@ class Fields:
         """
         if path.stat().st_size > _MAX_BYTES:
             raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of this format{_ADVICE}")
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, where: str) -> "Fields":
+        """Parse a JSON object that came from ``where``.
+
+        Raises:
+            FractalError: if it is not JSON, or not an object.
+        """
         try:
-            return cls(json.loads(path.read_bytes(), parse_constant=_refuse_constant), str(path))
+            return cls(json.loads(text, parse_constant=_refuse_constant), where)
         except (ValueError, RecursionError) as error:
-            raise FractalError(f"{path}: not valid JSON ({error}){_ADVICE}") from error
+            raise FractalError(f"{where}: not valid JSON ({error}){_ADVICE}") from error
 
     def text(self, name: str) -> str:
         """A string field."""
@@ -61,6 +70,10 @@ class Fields:
     def inner(self, name: str) -> "Fields":
         """A JSON object whose fields are checked in turn."""
         return Fields(self._data.get(name), f"{self._where}: {name}")
+
+    def inners(self, name: str) -> "tuple[Fields, ...]":
+        """A list of JSON objects whose fields are checked in turn."""
+        return tuple(Fields(value, f"{self._where}: {name}") for value in self._get(name, list, "a list"))
 
     def _get(self, name: str, kind: type[_T], called: str) -> _T:
         value = self._data.get(name)

@@ -12,6 +12,7 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.human import human_bytes, human_count
+from fractalshards.labels import LABEL_TYPES, LabelType
 from fractalshards.names import INFO, check_plain, sidecar_name
 
 FORMAT_VERSION = 1
@@ -22,7 +23,11 @@ _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's sidecar. ``offsets`` has samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``."""
+    """A shard's sidecar.
+
+    ``offsets`` has samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``. ``label_counts`` has for
+    every class the number of samples that show it.
+    """
 
     name: str
     samples: int
@@ -60,7 +65,7 @@ class Manifest:
     format_version: int
     recipe: Mapping[str, Any]
     recipe_digest: str
-    label_type: str
+    label_type: LabelType
     classes: int
     image_size: int
     splits: Mapping[str, tuple[Shard, ...]]
@@ -87,7 +92,7 @@ class Manifest:
         return f"{self.folder}: {counts} images in {shards}, {size}, content {self.content_digest()}"
 
 
-def read_record(folder: Path, shard: str) -> ShardRecord:
+def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
     """Read and check a shard's sidecar.
 
     Raises:
@@ -113,15 +118,15 @@ def read_record(folder: Path, shard: str) -> ShardRecord:
             f"{path}: the offsets do not fit {record.samples} samples in {record.bytes} bytes; "
             f"fetch or build {shard} again"
         )
-    if record.name != shard or sum(record.label_counts) != record.samples:
+    if record.name != shard or not _counts_fit(record, label_type):
         raise FractalError(f"{path}: does not describe {shard}; fetch or build both again")
     return record
 
 
-def finished_record(folder: Path, shard: str) -> ShardRecord | None:
+def finished_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord | None:
     """The record of a shard that is whole: valid sidecar, and a tar of the size it says; else None."""
     try:
-        record = read_record(folder, shard)
+        record = read_record(folder, shard, label_type)
         return record if (folder / shard).stat().st_size == record.bytes else None
     except (FractalError, OSError):
         return None
@@ -133,6 +138,7 @@ def write_manifest(
     *,
     recipe: Mapping[str, Any],
     recipe_digest: str,
+    label_type: LabelType,
     classes: int,
     image_size: int,
 ) -> None:
@@ -141,7 +147,7 @@ def write_manifest(
         "format_version": FORMAT_VERSION,
         "recipe": dict(recipe),
         "recipe_digest": recipe_digest,
-        "label_type": "single",
+        "label_type": label_type,
         "classes": classes,
         "image_size": image_size,
         "software": _software(),
@@ -167,8 +173,9 @@ def load_manifest(folder: Path) -> Manifest:
     fields = Fields.read(path)
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
-    if (label_type := fields.text("label_type")) != "single":
-        raise FractalError(f"{path}: label_type {label_type!r} is not known; upgrade fractalpretrain")
+    label_type = next((known for known in LABEL_TYPES if known == fields.text("label_type")), None)
+    if label_type is None:
+        raise FractalError(f"{path}: label_type {fields.text('label_type')!r} is not known; upgrade fractalpretrain")
     return Manifest(
         folder=folder,
         format_version=found,
@@ -191,6 +198,14 @@ def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
     if split not in manifest.splits:
         raise FractalError(f"{manifest.folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
     return manifest.splits[split]
+
+
+def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
+    """Whether the counts of classes can be those of the samples: one class each, or one and more."""
+    total = sum(record.label_counts)
+    if label_type == "single":
+        return total == record.samples
+    return total >= record.samples and all(count <= record.samples for count in record.label_counts)
 
 
 def _split_json(name: str, shards: Sequence[Shard]) -> dict[str, object]:

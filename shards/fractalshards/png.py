@@ -1,9 +1,11 @@
-"""PNG in and out: a fast path for 8-bit RGB images filtered with Sub, as this project writes them; Pillow else."""
+"""PNG in and out: a fast path for the two layouts that this project writes, RGB and palette; Pillow for all others."""
 
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,9 @@ from PIL import Image
 from fractalshards.errors import FractalError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_SUB = 1
-_RGB8 = (8, 2, 0, 0, 0)  # bit depth, colour type, compression, filter, interlace
+_NONE, _SUB = 0, 1  # filters of a row
+_RGB, _PALETTE = 2, 3  # colour types
+_HEADER = struct.Struct(">II5B")  # width, height, bit depth, colour type, compression, filter, interlace
 _LEVEL = 1  # of ISA-L's 0..3: the others are slower or larger, see docs/performance.md
 _MAX_PIXELS = 64_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # others may run programs: EPS starts Ghostscript
@@ -22,21 +25,39 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # others may ru
 Pixels = npt.NDArray[np.uint8]
 
 
-def encode_png(pixels: Pixels) -> bytes:
-    """Encode an image (H, W, 3) uint8 as an 8-bit RGB PNG, every row filtered with Sub, deflated by ISA-L.
+@dataclass(frozen=True)
+class Indexed:
+    """An image of few colours: ``indices`` (H, W) uint8 into ``palette`` (k, 3) uint8, k in 1..256."""
+
+    indices: Pixels
+    palette: Pixels
+
+    def rgb(self) -> Pixels:
+        """The image as (H, W, 3) uint8."""
+        height, width = self.indices.shape
+        picture = Image.frombytes("P", (width, height), self.indices.tobytes())
+        picture.putpalette(self.palette.tobytes())
+        return np.asarray(picture.convert("RGB"))
+
+
+def encode_png(image: Pixels | Indexed) -> bytes:
+    """Encode an image as PNG, deflated by ISA-L.
+
+    (H, W, 3) uint8 becomes 8-bit RGB, every row filtered with Sub. An indexed image becomes a palette image without
+    filter, of 1 bit per pixel for up to two colours, else of 8.
 
     The pixels that any decoder gives back are exactly these; the bytes may differ between CPUs, because ISA-L
     chooses its code by CPU.
     """
-    height, width, _ = pixels.shape
-    flat = pixels.reshape(height, width * 3)
+    if isinstance(image, Indexed):
+        return _encode_indexed(image)
+    height, width, _ = image.shape
+    flat = image.reshape(height, width * 3)
     rows = np.empty((height, 1 + width * 3), np.uint8)
     rows[:, 0] = _SUB
     rows[:, 1:4] = flat[:, :3]
     np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
-    header = struct.pack(">II5B", width, height, *_RGB8)
-    data = isal_zlib.compress(rows, _LEVEL)
-    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+    return _assemble((width, height, 8, _RGB, 0, 0, 0), b"", rows)
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -45,36 +66,88 @@ def decode_image(data: bytes) -> Pixels:
     Raises:
         FractalError: if the data is damaged, truncated, not an image, or claims more than 64 million pixels.
     """
-    pixels = _decode_own(data)
+    if not data.startswith(_SIGNATURE):
+        return _decode_any(data)
+    pixels = _decode_own(dict(chunks := _png_chunks(data)), [kind for kind, _ in chunks])
     return _decode_any(data) if pixels is None else pixels
+
+
+def _encode_indexed(image: Indexed) -> bytes:
+    height, width = image.indices.shape
+    depth = 1 if len(image.palette) <= 2 else 8
+    indices = np.ascontiguousarray(image.indices)
+    body = np.packbits(indices, axis=1) if depth == 1 else indices
+    rows = np.empty((height, 1 + body.shape[1]), np.uint8)
+    rows[:, 0] = _NONE
+    rows[:, 1:] = body
+    return _assemble((width, height, depth, _PALETTE, 0, 0, 0), _chunk(b"PLTE", image.palette.tobytes()), rows)
+
+
+def _assemble(header: tuple[int, ...], extra: bytes, rows: Pixels) -> bytes:
+    """A PNG from its header, the chunks between header and data, and its filtered rows."""
+    data = isal_zlib.compress(rows, _LEVEL)
+    parts = (_SIGNATURE, _chunk(b"IHDR", _HEADER.pack(*header)), extra, _chunk(b"IDAT", data), _chunk(b"IEND", b""))
+    return b"".join(parts)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(data, zlib.crc32(kind)))
 
 
-def _decode_own(data: bytes) -> Pixels | None:
-    """Decode the exact layout of ``encode_png``: IHDR, one IDAT, IEND; None for anything else."""
-    if len(data) < 57 or data[:8] != _SIGNATURE or data[12:16] != b"IHDR" or data[37:41] != b"IDAT":
+def _png_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
+    """Kind and body of every chunk of a PNG. Pillow does not check the image data's sums, so it is done here.
+
+    Raises:
+        FractalError: if a chunk that an image needs is damaged, or the last one is cut off.
+    """
+    chunks: list[tuple[bytes, memoryview]] = []
+    view = memoryview(data)
+    at = len(_SIGNATURE)
+    while at < len(data):
+        length = int.from_bytes(view[at : at + 4])
+        kind, body, check = bytes(view[at + 4 : at + 8]), view[at + 8 : at + 8 + length], view[at + 8 + length :][:4]
+        at += 12 + length
+        needed = kind[:1].isupper() or at > len(data)
+        if needed and int.from_bytes(check) != isal_zlib.crc32(body, zlib.crc32(kind)):
+            raise FractalError(f"image cannot be decoded: chunk {kind!r} of the PNG is damaged")
+        chunks.append((kind, body))
+    return chunks
+
+
+def _decode_own(chunks: Mapping[bytes, memoryview], order: list[bytes]) -> Pixels | None:
+    """Decode exactly what ``encode_png`` writes: IHDR, PLTE for a palette, one IDAT, IEND; None for anything else."""
+    if order not in ([b"IHDR", b"IDAT", b"IEND"], [b"IHDR", b"PLTE", b"IDAT", b"IEND"]):
         return None
-    width, height, *form = struct.unpack(">II5B", data[16:29])
-    (length,) = struct.unpack(">I", data[33:37])
-    if tuple(form) != _RGB8 or len(data) != 57 + length or not 0 < width * height <= _MAX_PIXELS:
+    if len(chunks[b"IHDR"]) != _HEADER.size:
         return None
-    body = memoryview(data)[41 : 41 + length]
-    if data[41 + length : 45 + length] != struct.pack(">I", isal_zlib.crc32(body, zlib.crc32(b"IDAT"))):
+    width, height, depth, color, *rest = _HEADER.unpack(chunks[b"IHDR"])
+    if any(rest) or not 0 < width * height <= _MAX_PIXELS:
         return None
-    size = height * (1 + width * 3)
+    if (depth, color) == (8, _RGB):
+        rows = _inflate_rows(chunks[b"IDAT"], height, width * 3, _SUB)
+        return None if rows is None else np.add.accumulate(rows.reshape(height, width, 3), axis=1, dtype=np.uint8)
+    palette = chunks.get(b"PLTE", b"")
+    if color != _PALETTE or depth not in (1, 8) or len(palette) == 0 or len(palette) % 3:
+        return None
+    rows = _inflate_rows(chunks[b"IDAT"], height, -(-width * depth // 8), _NONE)
+    if rows is None:
+        return None
+    indices = np.unpackbits(rows, axis=1, count=width) if depth == 1 else rows
+    colors = np.frombuffer(palette, np.uint8).reshape(-1, 3)
+    return Indexed(indices, colors).rgb() if int(indices.max()) < len(colors) else None
+
+
+def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) -> Pixels | None:
+    """Inflate rows of ``width`` bytes, all with the given filter, as (height, width); None if they are not that."""
+    size = height * (1 + width)
     try:
         inflated = isal_zlib.decompressobj().decompress(body, size + 1)
     except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares the class as an instance
         return None
     if len(inflated) != size:
         return None
-    rows = np.frombuffer(inflated, np.uint8).reshape(height, 1 + width * 3)
-    if not (rows[:, 0] == _SUB).all():
-        return None
-    return np.add.accumulate(rows[:, 1:].reshape(height, width, 3), axis=1, dtype=np.uint8)
+    rows = np.frombuffer(inflated, np.uint8).reshape(height, 1 + width)
+    return rows[:, 1:] if (rows[:, 0] == row_filter).all() else None
 
 
 def _decode_any(data: bytes) -> Pixels:

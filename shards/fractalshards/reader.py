@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import FractalError
-from fractalshards.labels import SINGLE, decode_label
+from fractalshards.labels import Label, LabelType, classes_of, decode_label, label_extension
 from fractalshards.manifest import Manifest, read_record, split_shards
 from fractalshards.png import Pixels, decode_image
 from fractalshards.tarball import Sample, parse_sample
@@ -32,7 +32,8 @@ def index_split(manifest: Manifest, split: str) -> tuple[ShardIndex, ...]:
     Raises:
         FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
     """
-    return tuple(_index_shard(manifest.folder, shard.name, shard.sha256) for shard in split_shards(manifest, split))
+    shards = split_shards(manifest, split)
+    return tuple(_index_shard(manifest.folder, shard.name, shard.sha256, manifest.label_type) for shard in shards)
 
 
 def read_sample(descriptor: int, start: int, end: int) -> Sample:
@@ -47,16 +48,16 @@ def read_sample(descriptor: int, start: int, end: int) -> Sample:
     return parse_sample(data)
 
 
-def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, int]:
-    """Image (H, W, 3) uint8 and class index of a sample.
+def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
+    """Image (H, W, 3) uint8 and label of a sample.
 
     Raises:
-        FractalError: if there is not one image and one label, the image is damaged or the label out of range.
+        FractalError: if there is not one image and one label, the image is damaged or a class out of range.
     """
     label = decode_label(sample.files)
-    if label >= classes:
-        raise FractalError(f"label {label}, but there are {classes} classes")
-    images = [name for name in sample.files if name != SINGLE]
+    if (largest := max(classes_of(label), default=0)) >= classes:
+        raise FractalError(f"label {largest}, but there are {classes} classes")
+    images = [name for name in sample.files if name != label_extension(sample.files)]
     if len(images) != 1:
         raise FractalError(f"expected one image, found {images or 'none'}")
     return decode_image(sample.files[images[0]]), label
@@ -76,10 +77,10 @@ def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
                 raise FractalError(f"{index.path}: {error}; fetch or build it again") from error
 
 
-def _index_shard(folder: Path, name: str, sha256: str) -> ShardIndex:
+def _index_shard(folder: Path, name: str, sha256: str, label_type: LabelType) -> ShardIndex:
     path = folder / name
     try:
-        record = read_record(folder, name)
+        record = read_record(folder, name, label_type)
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise FractalError(f"{error.filename}: missing; fetch or build it again") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from fractalshards.digest import ContentDigest, mapping_digest, sha256_file, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.labels import SINGLE
+from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label_extension
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
 from fractalshards.names import RECIPE, SYSTEMS, sample_key
 from fractalshards.reader import decode_sample, read_sample
@@ -33,6 +33,15 @@ class Problem:
         return f"{self.file}: {self.key + ': ' if self.key else ''}{self.what}"
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What the manifest says of every sample."""
+
+    classes: int
+    image_size: int
+    label_type: LabelType
+
+
 def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], None]) -> list[Problem]:
     """Verify every file of a dataset; ``advance`` is called with the samples of each shard as it is done.
 
@@ -44,10 +53,11 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
     """
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
     shards = [shard for split in manifest.splits.values() for shard in split]
+    promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
     firsts = accumulate((shard.samples for shard in shards), initial=0)
     with worker_pool(min(workers, max(len(shards), 1))) as pool:
         tasks = {
-            pool.submit(verify_shard, manifest.folder, shard, first, manifest.classes, manifest.image_size): shard
+            pool.submit(verify_shard, manifest.folder, shard, first, promise): shard
             for shard, first in zip(shards, firsts, strict=False)
         }
         for task in as_completed(tasks):
@@ -56,10 +66,10 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
 
 
-def verify_shard(folder: Path, shard: Shard, first: int, classes: int, image_size: int) -> list[Problem]:
+def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> list[Problem]:
     """Verify one shard, whose first sample has index ``first``, against its sidecar and its line in the manifest."""
     try:
-        record = read_record(folder, shard.name)
+        record = read_record(folder, shard.name, promise.label_type)
         problems = [
             Problem(shard.name, "", f"manifest and sidecar disagree on {name}")
             for name, listed in asdict(shard).items()
@@ -70,14 +80,14 @@ def verify_shard(folder: Path, shard: Shard, first: int, classes: int, image_siz
             return [*problems, Problem(shard.name, "", f"{size} bytes instead of {shard.bytes}")]
         if sha256_file(folder / shard.name) != shard.sha256:
             problems.append(Problem(shard.name, "", "sha256 differs: the file was changed"))
-        return [*problems, *_verify_samples(folder / shard.name, record, first, classes, image_size)]
+        return [*problems, *_verify_samples(folder / shard.name, record, first, promise)]
     except FileNotFoundError as error:
         return [Problem(shard.name, "", f"{Path(error.filename).name} is missing")]
     except (FractalError, OSError) as error:
         return [Problem(shard.name, "", str(error))]
 
 
-def _verify_samples(path: Path, record: ShardRecord, first: int, classes: int, image_size: int) -> Iterator[Problem]:
+def _verify_samples(path: Path, record: ShardRecord, first: int, promise: Promise) -> Iterator[Problem]:
     content = ContentDigest()
     counts: Counter[int] = Counter()
     sound = True
@@ -86,13 +96,12 @@ def _verify_samples(path: Path, record: ShardRecord, first: int, classes: int, i
             key = _key_at(file.fileno(), start)
             try:
                 sample = read_sample(file.fileno(), start, end)
-                image, label = decode_sample(sample, classes)
+                image, label = decode_sample(sample, promise.classes)
                 if sample.key != sample_key(index):
                     raise FractalError(f"expected sample {sample_key(index)} here")
-                if image.shape[:2] != (image_size, image_size):
-                    raise FractalError(f"{image.shape[1]} x {image.shape[0]} pixels, not {image_size} x {image_size}")
-                content.add(sample.key, image, sample.files[SINGLE])
-                counts[label] += 1
+                _check_promise(image.shape, label, promise)
+                content.add(sample.key, image, sample.files[label_extension(sample.files)])
+                counts.update(classes_of(label))
             except FractalError as error:
                 sound = False
                 yield Problem(path.name, key, str(error))
@@ -101,8 +110,22 @@ def _verify_samples(path: Path, record: ShardRecord, first: int, classes: int, i
             yield Problem(path.name, "", "the tar does not end after its last sample")
     if sound and content.hexdigest() != record.content_digest:
         yield Problem(path.name, "", "content digest differs: the samples are not those that were built")
-    if sound and tuple(counts[label] for label in range(classes)) != record.label_counts:
+    if sound and tuple(counts[label] for label in range(promise.classes)) != record.label_counts:
         yield Problem(path.name, "", "the labels are not those that the sidecar counts")
+
+
+def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
+    """Raise unless an image of this shape with this label is what the manifest says."""
+    height, width, _ = shape
+    side = promise.image_size
+    if (height, width) != (side, side):
+        raise FractalError(f"{width} x {height} pixels, not {side} x {side}")
+    if isinstance(label, MultiLabel) != (promise.label_type == "multi"):
+        raise FractalError(f"not a label of type {promise.label_type!r}")
+    for thing in label.objects if isinstance(label, MultiLabel) else ():
+        x, y, box_width, box_height = thing.bbox
+        if x + box_width > side or y + box_height > side:
+            raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {side} x {side}")
 
 
 def _key_at(descriptor: int, start: int) -> str:

@@ -6,28 +6,31 @@ from pathlib import Path
 
 from fractalshards.atomic import atomic_file, write_json
 from fractalshards.digest import ContentDigest
-from fractalshards.labels import SINGLE, encode_label
+from fractalshards.labels import Label, classes_of, encode_label
 from fractalshards.manifest import ShardRecord
 from fractalshards.names import sidecar_name
-from fractalshards.png import Pixels
+from fractalshards.png import Indexed, Pixels, encode_png
 from fractalshards.tarball import END_OF_TAR, Sample, pack_sample
+
+Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
+Encode = Callable[[Pixels | Indexed], bytes]
 
 
 def write_shard(
     folder: Path,
     name: str,
     classes: int,
-    samples: Iterable[tuple[str, Pixels, int]],
-    encode: Callable[[Pixels], bytes],
+    samples: Iterable[tuple[str, Rendered]],
+    encode: Encode = encode_png,
 ) -> ShardRecord:
-    """Write ``folder/name`` and its sidecar from (key, pixels (H, W, 3) uint8, class index) samples.
+    """Write ``folder/name`` and its sidecar from (key, (image, label)) samples.
 
     Samples are streamed: memory does not grow with their number.
 
     Args:
         name: plain file name, see ``names.shard_name``.
         classes: number of classes of the dataset; labels are in [0, classes).
-        encode: turns pixels into a PNG that decodes to the same pixels, e.g. ``png.encode_png``.
+        encode: turns an image into a PNG that decodes to the same pixels.
 
     Raises:
         OSError: as the file system does; then there is no sidecar, and so no shard that counts as finished.
@@ -37,13 +40,13 @@ def write_shard(
     counts = [0] * classes
     offsets = [0]
     with atomic_file(folder / name) as file:
-        for key, pixels, label in samples:
-            text = encode_label(label)
-            blocks = pack_sample(Sample(key, {"png": encode(pixels), SINGLE: text}))
+        for key, (image, label) in samples:
+            blocks = pack_rendered(key, (image, label), encode)
             file.write(blocks)
             sha256.update(blocks)
-            content.add(key, pixels, text)
-            counts[label] += 1
+            content.add(key, image.rgb() if isinstance(image, Indexed) else image, encode_label(label)[1])
+            for index in classes_of(label):
+                counts[index] += 1
             offsets.append(offsets[-1] + len(blocks))
         file.write(END_OF_TAR)
         sha256.update(END_OF_TAR)
@@ -58,3 +61,10 @@ def write_shard(
     )
     write_json(folder / sidecar_name(name), record.to_json())
     return record
+
+
+def pack_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -> bytes:
+    """The tar blocks of one sample: its PNG, then its label."""
+    image, label = rendered
+    extension, text = encode_label(label)
+    return pack_sample(Sample(key, {"png": encode(image), extension: text}))

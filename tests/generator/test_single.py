@@ -6,20 +6,31 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractalgen import draw_systems, make_recipe, render_sample
+from fractalgen import anderson, draw_systems, make_recipe, render_sample
 from fractalgen.ifs import sample_system
 from fractalgen.kinds import single
 from fractalgen.kinds.single import SingleParams, jitter, render
 from fractalgen.raster import Orientation
 from fractalgen.rng import Stream
+from fractalgen.unit import Unit
+
+Identity = tuple[int, str, int, int]  # seed, split, label, number
+
+
+def draw(params: SingleParams, size: int, points: int, identity: Identity, system: np.ndarray) -> np.ndarray:
+    """One image of a class."""
+    unit = Unit(*identity)
+    ((image, label),) = render(params, size, points, unit, [system] * (unit.label + 1))
+    assert label == unit.label
+    return image
 
 
 def test_pixels_are_pinned() -> None:
     """A change of any pixel needs a new recipe version; the systems are pinned beside it, for numpy draws them."""
     rng = np.random.default_rng(0)
     system = np.round(sample_system(3, rng) * 2**24) / 2**24
-    images = [render(SingleParams(), 64, 5000, (0, "train", 1, replica), system) for replica in range(3)]
-    images.append(render(SingleParams(background=False, color=False), 50, 777, (0, "val", 2, 0), system))
+    images = [draw(SingleParams(), 64, 5000, (0, "train", 1, replica), system) for replica in range(3)]
+    images.append(draw(SingleParams(background=False, color=False), 50, 777, (0, "val", 2, 0), system))
     digests = [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images]
     assert digests == ["c64bd8503733d2dd", "5a82b3cfdf8168ef", "144740e80f4ac84e", "525a0bf4a0ef6b63"]
 
@@ -52,7 +63,7 @@ def test_any_sample_of_any_recipe_renders_and_is_deterministic(data: st.DataObje
 def test_samples_differ_between_replicas_seeds_and_splits() -> None:
     system = sample_system(3, np.random.default_rng(0))
     identities = [(0, "train", 1, 0), (0, "train", 1, 1), (0, "val", 1, 0), (1, "train", 1, 0), (0, "train", 2, 0)]
-    images = {render(SingleParams(), 32, 2000, identity, system).tobytes() for identity in identities}
+    images = {draw(SingleParams(), 32, 2000, identity, system).tobytes() for identity in identities}
     assert len(images) == len(identities)
 
 
@@ -129,7 +140,7 @@ def test_windows_have_the_published_distribution_on_each_axis() -> None:
 
 def test_patches_are_all_but_the_empty_one_equally_often() -> None:
     rng = Stream.of("patches")
-    masks = [sum(1 << (3 * i + j) for i, j in single._draw_patch(rng).tolist()) for _ in range(51_100)]
+    masks = [sum(1 << (3 * i + j) for i, j in anderson.draw_patch(SingleParams(), rng).tolist()) for _ in range(51_100)]
     counts = np.bincount(masks, minlength=512)
     assert counts[0] == 0
     assert 380 < ((counts[1:] - 100) ** 2 / 100).sum() < 640  # chi-square with 510 degrees of freedom
@@ -137,7 +148,7 @@ def test_patches_are_all_but_the_empty_one_equally_often() -> None:
 
 def test_colours_have_the_published_ranges() -> None:
     rng = Stream.of("colours")
-    drawn = [single._draw_fractal_colors(SingleParams(), rng) for _ in range(4000)]
+    drawn = [anderson.draw_fractal_colors(SingleParams(), rng) for _ in range(4000)]
     assert uniform(np.array([colors.hue_shift for colors in drawn]), 0, 255)
     assert uniform(np.array([colors.saturation + 0.5 for colors in drawn]), 0.3 * 255, 255)
     assert uniform(np.array([colors.value + 0.5 for colors in drawn]), 0.5 * 255, 255)
@@ -146,10 +157,10 @@ def test_colours_have_the_published_ranges() -> None:
 def test_half_of_the_images_are_transposed_mirrored_and_blurred(monkeypatch: pytest.MonkeyPatch) -> None:
     system = sample_system(3, np.random.default_rng(0))
     orientations, sigmas = [], []
-    monkeypatch.setattr(single, "Orientation", lambda *flips: orientations.append(flips) or Orientation(*flips))
-    monkeypatch.setattr(single, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
+    monkeypatch.setattr(anderson, "Orientation", lambda *flips: orientations.append(flips) or Orientation(*flips))
+    monkeypatch.setattr(anderson, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
     for replica in range(2000):
-        render(SingleParams(), 16, 16, (0, "train", 0, replica), system)
+        draw(SingleParams(), 16, 16, (0, "train", 0, replica), system)
     flips = np.array(orientations)
     assert np.abs(flips.mean(0) - 0.5).max() < 0.04
     assert np.abs(np.corrcoef(flips.T) - np.eye(3)).max() < 0.08

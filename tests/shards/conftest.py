@@ -9,7 +9,6 @@ from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.manifest import write_manifest
 from fractalshards.names import RECIPE, SYSTEMS, sample_key, shard_name
-from fractalshards.png import encode_png
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
 
@@ -29,15 +28,16 @@ def dataset(tmp_path: Path) -> Path:
     records = []
     for shard in range(2):
         samples = [
-            (sample_key(5 * shard + i), rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), i % CLASSES)
+            (sample_key(5 * shard + i), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), i % CLASSES))
             for i in range(5)
         ]
-        records.append(write_shard(folder, shard_name("train", shard), CLASSES, samples, encode_png))
+        records.append(write_shard(folder, shard_name("train", shard), CLASSES, samples))
     write_manifest(
         folder,
         {"train": records},
         recipe=recipe,
         recipe_digest=mapping_digest(recipe),
+        label_type="single",
         classes=CLASSES,
         image_size=16,
     )

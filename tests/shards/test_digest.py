@@ -19,11 +19,11 @@ def test_content_of_a_shard(dataset: Path) -> None:
         pixels = decode_image(sample.files["png"])
         hashed += sample.key.encode() + b"\x00" + b"16x16" + b"\x00" + pixels.tobytes() + b"\x00"
         hashed += sample.files["cls"] + b"\x00"
-    assert read_record(dataset, "train-000001.tar").content_digest == xxhash.xxh3_128_hexdigest(hashed)
+    assert read_record(dataset, "train-000001.tar", "single").content_digest == xxhash.xxh3_128_hexdigest(hashed)
 
 
 def test_content_of_a_dataset(dataset: Path) -> None:
-    digests = [read_record(dataset, f"train-00000{shard}.tar").content_digest for shard in range(2)]
+    digests = [read_record(dataset, f"train-00000{shard}.tar", "single").content_digest for shard in range(2)]
     text = json.dumps({"train": digests}, separators=(",", ":"))
     assert load_manifest(dataset).content_digest() == xxhash.xxh3_128_hexdigest(text.encode())
 

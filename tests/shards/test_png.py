@@ -9,16 +9,23 @@ from contextlib import suppress
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_png
 
 from fractalshards.errors import FractalError
-from fractalshards.png import decode_image, encode_png
+from fractalshards.png import Indexed, decode_image, encode_png
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def read_with_torchvision(data: bytes) -> np.ndarray:
+    tensor = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    return tensor.permute(1, 2, 0).numpy()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
@@ -28,6 +35,36 @@ def test_every_decoder_reads_what_was_encoded(height: int, width: int, seed: int
     assert np.array_equal(decode_image(data), image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
     assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], image)
+    assert np.array_equal(read_with_torchvision(data), image)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 3, 129, 256]), st.integers(0, 9))
+def test_every_decoder_reads_the_colours_of_an_indexed_image(height: int, width: int, colors: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    palette = rng.integers(0, 256, (colors, 3), dtype=np.uint8)
+    image = Indexed(rng.integers(0, colors, (height, width), dtype=np.uint8), palette)
+    pixels = palette[image.indices]
+    assert np.array_equal(image.rgb(), pixels)
+    data = encode_png(image)
+    assert np.array_equal(decode_image(data), pixels)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == "P"
+        assert np.array_equal(np.asarray(opened.convert("RGB")), pixels)
+    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], pixels)
+    assert np.array_equal(read_with_torchvision(data), pixels)
+
+
+def test_two_colours_take_one_bit_per_pixel() -> None:
+    indices = np.random.default_rng(0).integers(0, 2, (362, 362), dtype=np.uint8)
+    data = encode_png(Indexed(indices, np.array([[0, 0, 0], [127, 127, 127]], np.uint8)))
+    assert data[24:26] == bytes([1, 3])  # bit depth, colour type
+    assert len(data) < 362 * 47 + 200
+
+
+def test_an_index_outside_the_palette_is_left_to_pillow() -> None:
+    image = Indexed(np.full((3, 3), 5, np.uint8), np.zeros((4, 3), np.uint8))
+    data = encode_png(image)
+    assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "JPEG", "quality": 95}])
@@ -45,8 +82,11 @@ def test_palette_images_become_rgb() -> None:
 
 @given(st.data())
 def test_a_changed_byte_is_noticed(data: st.DataObject) -> None:
-    image = picture(9, 11)
-    encoded = bytearray(encode_png(image))
+    rng = np.random.default_rng(0)
+    indexed = Indexed(rng.integers(0, 3, (9, 11), dtype=np.uint8), rng.integers(0, 256, (3, 3), dtype=np.uint8))
+    original = data.draw(st.sampled_from([picture(9, 11), indexed]))
+    image = original.rgb() if isinstance(original, Indexed) else original
+    encoded = bytearray(encode_png(original))
     position = data.draw(st.integers(0, len(encoded) - 13))  # the closing IEND chunk carries no pixels
     encoded[position] ^= data.draw(st.integers(1, 255))
     try:
@@ -60,6 +100,15 @@ def test_a_changed_byte_is_noticed(data: st.DataObject) -> None:
 def test_truncation_is_an_error(length: int) -> None:
     with pytest.raises(FractalError, match="cannot be decoded"):
         decode_image(encode_png(picture(20, 20))[:length])
+
+
+def test_damage_that_pillow_does_not_see_is_an_error() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(20, 20)).quantize(7).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[data.index(b"IDAT") + 4 + 20] ^= 1
+    with pytest.raises(FractalError, match="b'IDAT' of the PNG is damaged"):
+        decode_image(bytes(data))
 
 
 @pytest.mark.parametrize(("side", "inflated"), [(100_000, 1000), (8, 300_000_000)])

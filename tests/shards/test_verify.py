@@ -37,7 +37,7 @@ def test_a_sound_dataset_passes(dataset: Path) -> None:
 
 
 def test_a_flipped_byte_in_an_image_is_named(dataset: Path) -> None:
-    offset = read_record(dataset, SHARD).offsets[2]
+    offset = read_record(dataset, SHARD, "single").offsets[2]
     overwrite(dataset / SHARD, offset + 512 + 300, b"\xaa\xbb\xcc")
     result = verify(dataset)
     assert result.exit_code == 1
@@ -48,7 +48,7 @@ def test_a_flipped_byte_in_an_image_is_named(dataset: Path) -> None:
 
 
 def test_a_changed_label_is_noticed(dataset: Path) -> None:
-    end = read_record(dataset, SHARD).offsets[1]
+    end = read_record(dataset, SHARD, "single").offsets[1]
     overwrite(dataset / SHARD, end - 512, b"2")
     result = verify(dataset)
     assert result.exit_code == 1
@@ -67,7 +67,7 @@ def test_a_truncated_tar_is_named(dataset: Path) -> None:
 
 
 def test_a_damaged_header_is_named_and_the_rest_still_checked(dataset: Path) -> None:
-    offset = read_record(dataset, SHARD).offsets[3]
+    offset = read_record(dataset, SHARD, "single").offsets[3]
     overwrite(dataset / SHARD, offset + 150, b"999")
     result = verify(dataset)
     assert f"{SHARD}: 000000008: damaged tar header" in result.stdout
@@ -127,7 +127,7 @@ def test_hostile_names_do_not_reach_the_terminal(dataset: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "[/red]" in result.stdout
     assert "\x1b" not in result.stdout
-    offset = read_record(dataset, SHARD).offsets[2]
+    offset = read_record(dataset, SHARD, "single").offsets[2]
     overwrite(dataset / SHARD, offset, b"\x1b[2J\n")
     result = verify(dataset)
     assert result.exit_code == 1

@@ -43,7 +43,7 @@ def test_the_webdataset_library_reads_the_same_samples(dataset: Path) -> None:
 
 
 def test_the_record_tells_where_samples_lie(dataset: Path) -> None:
-    record = read_record(dataset, "train-000000.tar")
+    record = read_record(dataset, "train-000000.tar", "single")
     data = (dataset / record.name).read_bytes()
     keys = [parse_sample(data[a:b]).key for a, b in zip(record.offsets, record.offsets[1:], strict=False)]
     assert keys == [f"{key:09d}" for key in range(5)]
@@ -54,7 +54,7 @@ def test_the_content_digest_sees_samples_and_not_their_encoding(tmp_path: Path) 
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
     def digest(name: str, key: str, pixels: np.ndarray, label: int, encode: Encode = encode_png) -> tuple[str, str]:
-        record = write_shard(tmp_path, name, 3, [(key, pixels, label)], encode)
+        record = write_shard(tmp_path, name, 3, [(key, (pixels, label))], encode)
         return record.content_digest, record.sha256
 
     def encode_with_pillow(pixels: np.ndarray) -> bytes:
@@ -73,11 +73,11 @@ def test_the_content_digest_sees_samples_and_not_their_encoding(tmp_path: Path) 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def samples():
-        yield "000000000", np.zeros((4, 4, 3), np.uint8), 0
+        yield "000000000", (np.zeros((4, 4, 3), np.uint8), 0)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left") as caught:
-        write_shard(tmp_path, "train-000000.tar", 1, samples(), encode_png)
+        write_shard(tmp_path, "train-000000.tar", 1, samples())
     assert list(tmp_path.iterdir()) == []
     assert caught.value.filename == str(tmp_path / "train-000000.tar")
 
@@ -87,7 +87,7 @@ def test_a_tar_without_a_valid_sidecar_is_unfinished(dataset: Path, damage: str)
     name = "train-000000.tar"
     sidecar = dataset / "train-000000.json"
     fields = json.loads(sidecar.read_text())
-    assert finished_record(dataset, name) is not None
+    assert finished_record(dataset, name, "single") is not None
     if damage == "no sidecar":
         sidecar.unlink()
     elif damage == "other size":
@@ -100,7 +100,7 @@ def test_a_tar_without_a_valid_sidecar_is_unfinished(dataset: Path, damage: str)
     else:
         fields["offsets"][1:3] = fields["offsets"][2:0:-1]
         sidecar.write_text(json.dumps(fields))
-    assert finished_record(dataset, name) is None
+    assert finished_record(dataset, name, "single") is None
 
 
 def test_a_sample_is_its_members_and_nothing_else() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from fractalshards.manifest import write_manifest
 from fractalshards.names import sample_key, shard_name
-from fractalshards.png import encode_png
 from fractalshards.writer import write_shard
 from fractaltrain.cli import main
 
@@ -36,14 +35,15 @@ def write_dataset(folder: Path, train: Sequence[int], val: int = 0) -> Path:
             samples = []
             for _ in range(length):
                 pixels = generator.integers(0, 100, (SIZE, SIZE, 3), np.uint8) + np.uint8(30 * (index % CLASSES))
-                samples.append((sample_key(index), pixels, index % CLASSES))
+                samples.append((sample_key(index), (pixels, index % CLASSES)))
                 index += 1
-            records[split].append(write_shard(folder, shard_name(split, number), CLASSES, samples, encode_png))
+            records[split].append(write_shard(folder, shard_name(split, number), CLASSES, samples))
     write_manifest(
         folder,
         {split: shards for split, shards in records.items() if shards},
         recipe={"kind": "test"},
         recipe_digest="test",
+        label_type="single",
         classes=CLASSES,
         image_size=SIZE,
     )

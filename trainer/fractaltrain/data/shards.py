@@ -22,8 +22,14 @@ class ShardSource:
         """Index the split.
 
         Raises:
-            FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
+            FractalError: if the split, a shard or a sidecar is missing, they contradict each other, or images have
+                labels of several classes.
         """
+        if manifest.label_type != "single":
+            raise FractalError(
+                f"{manifest.folder}: its images show several classes each, which cannot be trained on yet; "
+                "choose a dataset of kind fractaldb or single"
+            )
         self._shards = index_split(manifest, split)
         self._starts = np.cumsum([0, *self.lengths])
         self._files = _OpenFiles()
@@ -53,7 +59,10 @@ class ShardSource:
         try:
             sample = read_sample(self._files.descriptor(shard.path), start, end)
             key = sample.key
-            return Example(sample.key, *decode_sample(sample, self._classes))
+            image, label = decode_sample(sample, self._classes)
+            if not isinstance(label, int):
+                raise FractalError("not a label of one class")
+            return Example(sample.key, image, label)
         except FractalError as error:
             advice = f"check the copy with 'fractalshards verify {shard.path.parent}'"
             raise FractalError(f"{shard.path}: {key}: {error}; {advice}") from error

@@ -1,0 +1,83 @@
+"""Kind ``fractaldb``: one category of FractalDB, grey or coloured, on black (Kataoka et al., ACCV 2020).
+
+fractalgen build --kind fractaldb --n 1000000
+"""
+
+from dataclasses import dataclass
+
+from fractalgen import kataoka
+from fractalgen.categories import shipped_categories
+from fractalgen.params import check_number, check_range, parameter
+from fractalgen.rng import Stream
+from fractalgen.unit import Unit
+from fractalshards.errors import UsageError
+from fractalshards.png import Indexed
+from fractalshards.systems import Systems
+from fractalshards.writer import Rendered
+
+FLIPS = 4
+
+
+@dataclass(frozen=True)
+class FractaldbParams:
+    """What the paper varies, with its values as defaults."""
+
+    draw: kataoka.Draw = parameter("patch-gray", "patch-gray, point-gray, patch-color or point-color")
+    weight_step: float = parameter(0.4, "s: one of a..f is multiplied by 1-2s, 1-s, 1+s or 1+2s, in 24 weight rows")
+    weight_rows: tuple[int, int] = parameter((0, 24), "first and last weight row that is used; row 2 changes nothing")
+
+    def __post_init__(self) -> None:
+        check_number("weight_step", self.weight_step, 0.0, 1.0)
+        check_range("weight_rows", self.weight_rows, 0, 24)
+
+    @property
+    def rows(self) -> int:
+        """How many weight rows are used."""
+        return self.weight_rows[1] - self.weight_rows[0] + 1
+
+
+def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
+    """The first categories of the published search, each (maps, 7) float64: a b c d e f p.
+
+    Raises:
+        UsageError: if there are not that many.
+    """
+    categories = shipped_categories()
+    if classes > len(categories):
+        raise UsageError(
+            f"classes is {classes}, but {len(categories)} categories come with this software: find more with "
+            f"'fractalgen search --classes {classes} --out categories.npz' and build with '--categories categories.npz'"
+        )
+    return categories[:classes]
+
+
+def units_per_class(params: FractaldbParams) -> int | None:
+    """Renders of a category: one per weight row for points; patches are drawn anew without end."""
+    return None if kataoka.is_patch(params.draw) else params.rows
+
+
+def render(
+    params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems
+) -> tuple[Rendered, Rendered, Rendered, Rendered]:
+    """One render of a category and its three flips, each (size, size) indexed.
+
+    The weight rows are used up before patches are drawn again. Evaluation goes on where training stops: with other
+    draws of the patches, or for points with other weight rows.
+    """
+    number = unit.number + _first_number(params, unit.before)
+    draw, row = divmod(number, params.rows)
+    weights = kataoka.weight_rows(params.weight_step)[params.weight_rows[0] + row]
+    category = systems[unit.label]
+    masks = None
+    if kataoka.is_patch(params.draw):
+        masks = kataoka.masks(Stream.of("fractaldb", unit.seed, unit.label, row, draw).key(), points)
+    indices = kataoka.render(category, weights, size, points, params.draw, masks)
+    palette = kataoka.palette(params.draw)
+    images = (Indexed(kataoka.flip(indices, flip), palette) for flip in range(FLIPS))
+    none, top_bottom, left_right, both = ((image, unit.label) for image in images)
+    return none, top_bottom, left_right, both
+
+
+def _first_number(params: FractaldbParams, before: int) -> int:
+    """Where a split counts on after ``before`` renders per class: patches with a new draw of all weight rows."""
+    return -(-before // params.rows) * params.rows if kataoka.is_patch(params.draw) else before

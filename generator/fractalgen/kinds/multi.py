@@ -1,0 +1,89 @@
+"""Kind ``multi``: several coloured fractals of several classes on one background (Anderson & Farrell, WACV 2022).
+
+fractalgen build --kind multi --n 1000000
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fractalgen.anderson import (
+    AndersonParams,
+    blur_at_random,
+    draw_background,
+    draw_fractal_colors,
+    draw_orientation,
+    draw_patch,
+)
+from fractalgen.background import BLACK
+from fractalgen.color import Pixels
+from fractalgen.orbit import chaos_game
+from fractalgen.paint import paint
+from fractalgen.params import check_range, parameter
+from fractalgen.paste import Canvas
+from fractalgen.raster import bounding_box, splat
+from fractalgen.resize import resize
+from fractalgen.rng import Stream
+from fractalgen.unit import Unit
+from fractalshards.errors import FractalError
+from fractalshards.labels import MultiLabel, Object
+from fractalshards.systems import Systems
+from fractalshards.writer import Rendered
+
+_TRIES = 100  # images drawn until one shows an object; with the published parameters the first one does
+
+
+@dataclass(frozen=True)
+class MultiParams(AndersonParams):
+    """What the paper varies, with its values as defaults; pairs are (low, high) of a uniform distribution."""
+
+    objects: tuple[int, int] = parameter((1, 5), "objects of an image, both ends included")
+    object_size: tuple[float, float] = parameter((0.15, 0.6), "side of an object as a share of the image's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("objects", self.objects, 1, 255)
+        check_range("object_size", self.object_size, 0.01, 4.0)
+
+
+def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
+    """Render one image, (size, size, 3) uint8, and the objects that are visible in it.
+
+    An image that shows none is drawn again from the next counter.
+
+    Raises:
+        FractalError: if a hundred images in a row show none.
+    """
+    for attempt in range(_TRIES):
+        rng = Stream.of("multi", *unit.identity(), attempt)
+        image, objects = _draw_image(params, size, points, systems, rng)
+        if objects:
+            return ((blur_at_random(image, params, rng), MultiLabel.of(objects)),)
+    raise FractalError(
+        f"no object is visible in any of {_TRIES} images drawn for one sample; raise --size, or 'object_size' and "
+        "'value' of the kind"
+    )
+
+
+def _draw_image(
+    params: MultiParams, size: int, points: int, systems: Systems, rng: Stream
+) -> tuple[Pixels, tuple[Object, ...]]:
+    """An image before blur, and its visible objects in paint order."""
+    nothing = np.zeros((size, size), np.uint32)
+    canvas = Canvas.of(paint(nothing, draw_fractal_colors(params, rng), *draw_background(params, size, rng)))
+    labels = []
+    for _ in range(rng.integer(params.objects[0], params.objects[1] + 1)):
+        labels.append(rng.integer(0, len(systems)))
+        side = max(int(rng.uniform(*params.object_size) * size), 1)
+        x, y = (rng.integer(-(side // 2), size - side // 2) for _ in range(2))
+        canvas.paste(resize(_draw_object(params, size // 2, points, systems[labels[-1]], rng), side), x, y)
+    boxes = canvas.visible_boxes()
+    return canvas.image, tuple(Object(label, box) for label, box in zip(labels, boxes, strict=True) if box)
+
+
+def _draw_object(params: MultiParams, size: int, points: int, system: np.ndarray, rng: Stream) -> Pixels:
+    """One fractal on black, (size, size, 3) uint8, that fills its bounding box."""
+    xs, ys = chaos_game(system, points, rng.key())
+    patch = draw_patch(params, rng)
+    counts = splat(xs, ys, size, bounding_box(xs, ys), patch, draw_orientation(params, rng))
+    return paint(counts, draw_fractal_colors(params, rng), np.zeros((size, size), np.float32), BLACK)

@@ -1,0 +1,42 @@
+"""A contact sheet of what a recipe would build, without building it."""
+
+from collections.abc import Iterator, Mapping
+
+from PIL import Image
+
+from fractalgen.color import Pixels
+from fractalgen.kinds import find_kind
+from fractalgen.recipe import Recipe, make_recipe
+from fractalgen.render import draw_systems, render_unit
+from fractalgen.unit import Unit
+from fractalshards.labels import Label
+from fractalshards.png import Indexed
+from fractalshards.sheet import class_rows, contact_sheet
+
+_TILE = 96
+_PATIENCE = 8  # images per image shown, until rows of a multi-label kind may stay short
+
+
+def preview(kind: str, classes: int, per_class: int, overrides: Mapping[str, str]) -> Image.Image:
+    """Draw a labelled sheet of a kind, a row per class; images of several classes stand in the row of one of them.
+
+    Args:
+        overrides: parameters of the kind by name, as text.
+
+    Raises:
+        UsageError: if a value is unknown, malformed or out of range.
+    """
+    recipe = make_recipe(kind, classes, classes=classes, overrides=overrides)
+    return contact_sheet(class_rows(_samples(recipe, per_class), range(classes), per_class), _TILE, title=kind)
+
+
+def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:
+    """Images of different units, class after class."""
+    kind = find_kind(recipe.kind)
+    systems = draw_systems(recipe)
+    end = kind.units_per_class(recipe.params) or per_class * _PATIENCE
+    for number in range(end):
+        for label in range(recipe.classes):
+            images = render_unit(recipe, systems, Unit(recipe.seed, "train", label, number))
+            image, shown = images[number % len(images)]
+            yield image.rgb() if isinstance(image, Indexed) else image, shown
