@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,16 @@ from fractalgen.recipe import Recipe
 from fractalshards import writer
 from fractalshards.digest import ContentDigest
 from fractalshards.human import human_seconds
-from fractalshards.png import Indexed, encode_png
 from fractalshards.systems import Systems
 from fractalshards.workers import worker_pool
 
 Stage = tuple[Any, str]  # where a function is looked up when it is called, and its name there
 
+_MILLION = 1_000_000
 _BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
-_STORED: list[Stage] = [(Indexed, "rgb"), (ContentDigest, "add"), (writer, "pack_sample")]
+_STORED: list[Stage] = [(build, "encode_image"), (build, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
 _STAGES: dict[str, list[Stage]] = {
-    "fractaldb": [(kataoka, name) for name in ("masks", "_orbit", "_cells", "_mark_last", "_draw_patches", "flip")],
+    "fractaldb": [(kataoka, name) for name in ("masks", "orbit", "_draw_patches", "flip")],
     "single": [(single, name) for name in ("jitter", "chaos_game", "bounding_box", "splat", "paint")] + _BLURRED,
     "multi": [(multi, name) for name in ("chaos_game", "bounding_box", "splat", "paint", "resize")] + _BLURRED,
 }
@@ -50,7 +49,7 @@ _STAGES: dict[str, list[Stage]] = {
 @click.command()
 @click.option("--kind", default="all", show_default=True, metavar="|".join((*KINDS, "all")))
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
-@click.option("--shard-size", default=200, show_default=True, help="Images of one shard; a worker renders one a round.")
+@click.option("--shard-size", default=400, show_default=True, help="Images of one shard; a worker renders one a round.")
 @click.option("--rounds", default=5, show_default=True, help="Measurements of which the median is given.")
 @click.option("--workers", default="1,2", show_default=True, help="Worker counts to compare.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
@@ -60,7 +59,7 @@ def main(kind: str, size: int | None, shard_size: int, rounds: int, workers: str
     kinds = list(KINDS) if kind == "all" else [kind]
     reports = []
     for name in kinds:
-        recipe = make_recipe(name, max(1000, shard_size * max(counts)), size=size, shard_size=shard_size)
+        recipe = make_recipe(name, _MILLION, size=size, shard_size=shard_size)
         report = _measure(recipe, counts, rounds)
         _print(report)
         reports.append(report)
@@ -80,7 +79,7 @@ class Report:
 
     def seconds_per_million(self) -> dict[int, float]:
         """Extrapolated time of a million images by number of workers."""
-        return {count: 1e6 / rate for count, rate in self.images_per_second.items()}
+        return {count: _MILLION / rate for count, rate in self.images_per_second.items()}
 
 
 def _measure(recipe: Recipe, counts: list[int], rounds: int) -> Report:
@@ -126,23 +125,27 @@ def _measure_stages(folder: Path, recipe: Recipe, systems: Systems) -> tuple[dic
     spent: dict[str, float] = defaultdict(float)
     sizes: list[int] = []
 
-    def encode(image: Any) -> bytes:
-        start = time.perf_counter()
-        data = encode_png(image)
-        spent["encode_png"] += time.perf_counter() - start
-        sizes.append(len(data))
-        return data
+    def measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _timed(spent, name, _sized(sizes, function) if name == "encode_image" else function)
 
-    with (
-        _replaced([(build, "write_shard")], lambda _, write: partial(write, encode=encode)),
-        _replaced(_STAGES[recipe.kind] + _STORED, partial(_timed, spent)),
-    ):
+    with _replaced(_STAGES[recipe.kind] + _STORED, measured):
         start = time.perf_counter()
         build_shard(folder, recipe, systems, task)
         total = time.perf_counter() - start
     spent["writing, sha256, the rest"] = total - sum(spent.values())
     samples = task.stop - task.first
     return {name: 1000 * seconds / samples for name, seconds in spent.items()}, sum(sizes) / len(sizes)
+
+
+def _sized(sizes: list[int], encode: Callable[..., bytes]) -> Callable[..., bytes]:
+    """An encoder that notes how long its results are."""
+
+    def sized(image: Any) -> bytes:
+        data = encode(image)
+        sizes.append(len(data))
+        return data
+
+    return sized
 
 
 def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,8 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from fractalgen.color import pixels_of
+from fractalgen.deflate import encode_image
 from fractalgen.folder import claim, settle
 from fractalgen.forecast import Forecast, check_space, forecast
 from fractalgen.kinds import find_kind
@@ -86,7 +88,7 @@ def run_build(plan: Plan, workers: int) -> None:
 def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> Shard:
     """Render and write one shard; a pure function of its arguments but for the files it writes."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    return write_shard(folder, task.name, recipe.classes, samples).shard()
+    return write_shard(folder, task.name, recipe.classes, samples, encode_image, pixels_of).shard()
 
 
 def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> dict[str, Shard]:

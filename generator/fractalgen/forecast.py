@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from fractalgen.deflate import encode_image
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
 from fractalgen.render import render_unit
@@ -85,4 +86,4 @@ def _compile(recipe: Recipe, systems: Systems) -> None:
 def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> list[int]:
     """Bytes that each sample of a sample's unit takes in its shard."""
     images = render_unit(recipe, systems, locate(recipe, index).unit)
-    return [len(pack_rendered(sample_key(index), rendered)) for rendered in images]
+    return [len(pack_rendered(sample_key(index), rendered, encode_image)) for rendered in images]

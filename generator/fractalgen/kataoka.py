@@ -6,9 +6,8 @@ x' = a x + b y + e and y' = c x + d y + f.
 
 import math
 import random
-import threading
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +35,6 @@ _BEFORE_NAN = 100  # this many points before the first NaN are given up with it
 
 _LANES = 8  # segments of an orbit that are followed side by side
 _WARM_UP = 256  # steps by which a segment starts early, to have joined the orbit when it begins
-
-_arrays = threading.local()
 
 
 def weight_rows(step: float = 0.4) -> Floats:
@@ -119,7 +116,7 @@ def render(
     if is_patch(draw) and (patch_masks is None or len(patch_masks) < points):
         raise UsageError(f"{draw} needs masks for {points} points")
     with np.errstate(all="ignore"):
-        xs, ys = _orbit(np.hstack([category[:, :6] * weights, category[:, 6:]]), random_numbers(points))
+        xs, ys = orbit(np.hstack([category[:, :6] * weights, category[:, 6:]]), random_numbers(points))
     period = np.uint32(_COLORS - 1 if _in_color(draw) else 0)
     image = np.zeros((size, size), np.uint8)
     if patch_masks is not None and is_patch(draw):
@@ -139,7 +136,7 @@ def fill_rate(category: Floats, numbers: Floats, size: int) -> float:
     """The share of the pixels of a (size, size) image that the points of a category hit."""
     image = np.zeros(size * size, np.uint8)
     with np.errstate(all="ignore"):
-        _draw_points(_cells(*_orbit(category, numbers), size, size), np.uint32(0), image)
+        _draw_points(_cells(*orbit(category, numbers), size, size), np.uint32(0), image)
     return int(np.count_nonzero(image.view(np.bool_))) / (size * size)
 
 
@@ -159,34 +156,15 @@ def orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
     Raises:
         UsageError: if there are no maps, too many, or no points.
     """
-    with np.errstate(all="ignore"):
-        xs, ys = _orbit(category, numbers)
-    return xs.copy(), ys.copy()
-
-
-def _orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
-    """See ``orbit``; the next call on this thread overwrites the points."""
     points = len(numbers)
     if not (1 <= len(category) <= MAX_MAPS and points):
         raise UsageError(f"{len(category)} maps and {points} points: expected 1 to {MAX_MAPS} maps and some points")
-    choices = _scratch("choices", points, np.uint8)
+    choices = np.empty(points, np.uint8)
     _choose_maps(np.cumsum(category[:, 6]), numbers, choices)
-    xs, ys = _scratch("xs", points, np.float64), _scratch("ys", points, np.float64)
+    xs, ys = np.empty(points), np.empty(points)
     _iterate(category[:, :6].reshape(-1), choices, xs, ys)
     kept = _before_nan(ys[: _before_nan(xs)])
     return xs[:kept], ys[:kept]
-
-
-def _scratch(name: str, length: int, dtype: Any) -> npt.NDArray[Any]:
-    """An array that every call on this thread gets again, grown when it must be.
-
-    New arrays of this size come from the system page by page, which takes longer than the rendering.
-    """
-    array: npt.NDArray[Any] | None = getattr(_arrays, name, None)
-    if array is None or len(array) < length:
-        array = np.empty(length, dtype)
-        setattr(_arrays, name, array)
-    return array[:length]
 
 
 def _before_nan(values: Floats) -> int:
@@ -198,7 +176,7 @@ def _before_nan(values: Floats) -> int:
 
 def _cells(xs: Floats, ys: Floats, size: int, pitch: int) -> npt.NDArray[np.uint32]:
     """Number ``row * pitch + column`` of the pixel of each point; see ``_rescale``."""
-    cells = _scratch("cells", len(xs), np.uint32)
+    cells = np.empty(len(xs), np.uint32)
     if len(xs):
         left, bottom = float(xs.min()), float(ys.min())
         width, height = float(xs.max()) - left, float(ys.max()) - bottom
@@ -210,11 +188,10 @@ def _draw_patches(xs: Floats, ys: Floats, patch_masks: Masks, period: np.uint32,
     """Paste the patch of each point, the top left pixel one below and one right of the point."""
     size = len(image)
     pitch = size + 2  # a margin of three cells above and left: pixel (row, column) is reached from row - 3..row - 1
-    last = _scratch("last", pitch * pitch, np.uint32)
     cells = _cells(xs, ys, size, pitch)
     for first in range(0, len(cells), _CHUNK):
         chunk = slice(first, first + _CHUNK)
-        last.fill(0)
+        last = np.zeros(pitch * pitch, np.uint32)
         _mark_last(cells[chunk], patch_masks[chunk], last[3 * pitch + 3 :])
         _paste_last(last.reshape(pitch, pitch), period, image)
 

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping
 
 from PIL import Image
 
-from fractalgen.color import Pixels
+from fractalgen.color import Pixels, pixels_of
 from fractalgen.kinds import find_kind
 from fractalgen.recipe import Recipe, make_recipe
 from fractalgen.render import draw_systems, render_unit
 from fractalgen.unit import Unit
 from fractalshards.labels import Label
-from fractalshards.png import Indexed
 from fractalshards.sheet import class_rows, contact_sheet
 
 _TILE = 96
@@ -39,4 +38,4 @@ def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:
         for label in range(recipe.classes):
             images = render_unit(recipe, systems, Unit(recipe.seed, "train", label, number))
             image, shown = images[number % len(images)]
-            yield image.rgb() if isinstance(image, Indexed) else image, shown
+            yield pixels_of(image), shown

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from fractalgen.color import Pixels
+from fractalgen.color import Pixels, pixels_of
 from fractalgen.kinds import find_kind
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
 from fractalgen.unit import Unit
 from fractalshards.labels import Label
 from fractalshards.names import sample_key
-from fractalshards.png import Indexed
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
 
@@ -42,7 +41,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     """
     place = locate(recipe, index)
     image, label = render_unit(recipe, systems, place.unit)[place.part]
-    return image.rgb() if isinstance(image, Indexed) else image, label
+    return pixels_of(image), label
 
 
 def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Rendered]:

@@ -4,7 +4,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,24 +40,29 @@ class Indexed:
         return np.asarray(picture.convert("RGB"))
 
 
-def encode_png(image: Pixels | Indexed) -> bytes:
-    """Encode an image as PNG, deflated by ISA-L.
+def isal_compress(rows: Pixels) -> bytes:
+    """Compress an array to a zlib stream; its bytes may differ between CPUs, for ISA-L chooses its code by CPU."""
+    return isal_zlib.compress(rows, _LEVEL)
+
+
+def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = isal_compress) -> bytes:
+    """Encode an image as PNG; the pixels that any decoder gives back are exactly these.
 
     (H, W, 3) uint8 becomes 8-bit RGB, every row filtered with Sub. An indexed image becomes a palette image without
     filter, of 1 bit per pixel for up to two colours, else of 8.
 
-    The pixels that any decoder gives back are exactly these; the bytes may differ between CPUs, because ISA-L
-    chooses its code by CPU.
+    Args:
+        compress: filtered rows, (H, 1 + bytes of a row) uint8, to a zlib stream.
     """
     if isinstance(image, Indexed):
-        return _encode_indexed(image)
+        return _encode_indexed(image, compress)
     height, width, _ = image.shape
     flat = image.reshape(height, width * 3)
     rows = np.empty((height, 1 + width * 3), np.uint8)
     rows[:, 0] = _SUB
     rows[:, 1:4] = flat[:, :3]
     np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
-    return _assemble((width, height, 8, _RGB, 0, 0, 0), b"", rows)
+    return _assemble((width, height, 8, _RGB, 0, 0, 0), b"", compress(rows))
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -72,7 +77,7 @@ def decode_image(data: bytes) -> Pixels:
     return _decode_any(data) if pixels is None else pixels
 
 
-def _encode_indexed(image: Indexed) -> bytes:
+def _encode_indexed(image: Indexed, compress: Callable[[Pixels], bytes]) -> bytes:
     height, width = image.indices.shape
     depth = 1 if len(image.palette) <= 2 else 8
     indices = np.ascontiguousarray(image.indices)
@@ -80,12 +85,13 @@ def _encode_indexed(image: Indexed) -> bytes:
     rows = np.empty((height, 1 + body.shape[1]), np.uint8)
     rows[:, 0] = _NONE
     rows[:, 1:] = body
-    return _assemble((width, height, depth, _PALETTE, 0, 0, 0), _chunk(b"PLTE", image.palette.tobytes()), rows)
+    return _assemble(
+        (width, height, depth, _PALETTE, 0, 0, 0), _chunk(b"PLTE", image.palette.tobytes()), compress(rows)
+    )
 
 
-def _assemble(header: tuple[int, ...], extra: bytes, rows: Pixels) -> bytes:
-    """A PNG from its header, the chunks between header and data, and its filtered rows."""
-    data = isal_zlib.compress(rows, _LEVEL)
+def _assemble(header: tuple[int, ...], extra: bytes, data: bytes) -> bytes:
+    """A PNG from its header, the chunks between header and data, and its compressed rows."""
     parts = (_SIGNATURE, _chunk(b"IHDR", _HEADER.pack(*header)), extra, _chunk(b"IDAT", data), _chunk(b"IEND", b""))
     return b"".join(parts)
 

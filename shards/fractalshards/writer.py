@@ -16,12 +16,18 @@ Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexe
 Encode = Callable[[Pixels | Indexed], bytes]
 
 
+def pixels_of(image: Pixels | Indexed) -> Pixels:
+    """The pixels of an image, (H, W, 3) uint8."""
+    return image.rgb() if isinstance(image, Indexed) else image
+
+
 def write_shard(
     folder: Path,
     name: str,
     classes: int,
     samples: Iterable[tuple[str, Rendered]],
     encode: Encode = encode_png,
+    expand: Callable[[Pixels | Indexed], Pixels] = pixels_of,
 ) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from (key, (image, label)) samples.
 
@@ -31,6 +37,7 @@ def write_shard(
         name: plain file name, see ``names.shard_name``.
         classes: number of classes of the dataset; labels are in [0, classes).
         encode: turns an image into a PNG that decodes to the same pixels.
+        expand: turns an image into its pixels, which are hashed.
 
     Raises:
         OSError: as the file system does; then there is no sidecar, and so no shard that counts as finished.
@@ -44,7 +51,7 @@ def write_shard(
             blocks = pack_rendered(key, (image, label), encode)
             file.write(blocks)
             sha256.update(blocks)
-            content.add(key, image.rgb() if isinstance(image, Indexed) else image, encode_label(label)[1])
+            content.add(key, expand(image), encode_label(label)[1])
             for index in classes_of(label):
                 counts[index] += 1
             offsets.append(offsets[-1] + len(blocks))

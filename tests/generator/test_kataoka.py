@@ -174,13 +174,6 @@ def test_orbits_of_any_length(points: int, turn: float) -> None:
     assert np.array_equal(np.stack(orbit(category, random_numbers(points)), 1), expected)
 
 
-def test_points_stay_when_another_orbit_is_followed() -> None:
-    xs, ys = orbit(LEAF, random_numbers(100))
-    before = xs.copy(), ys.copy()
-    orbit(DIVERGING, random_numbers(100))
-    assert np.array_equal(before, (xs, ys))
-
-
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("p", [0.0, math.nan, -1.0])
 def test_where_no_map_is_chosen_only_the_origin_is_drawn(p: float, draw: Draw) -> None:

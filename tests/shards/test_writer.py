@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from fractalshards.errors import FractalError
@@ -16,7 +18,7 @@ from fractalshards.labels import decode_label
 from fractalshards.manifest import finished_record, load_manifest, read_record
 from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
-from fractalshards.tarball import Sample, pack_sample, parse_sample
+from fractalshards.tarball import Sample, _pack_header, pack_sample, parse_sample
 from fractalshards.writer import write_shard
 
 Encode = Callable[[np.ndarray], bytes]
@@ -101,6 +103,19 @@ def test_a_tar_without_a_valid_sidecar_is_unfinished(dataset: Path, damage: str)
         fields["offsets"][1:3] = fields["offsets"][2:0:-1]
         sidecar.write_text(json.dumps(fields))
     assert finished_record(dataset, name, "single") is None
+
+
+@given(st.text("0123456789.abc", max_size=100), st.integers(0, 8**11 - 1))
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert _pack_header(name.encode(), size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_what_does_not_fit_into_a_header_is_refused() -> None:
+    for name, size in ((b"a" * 101, 1), (b"a", 8**11)):
+        with pytest.raises(ValueError, match="does not fit"):
+            _pack_header(name, size)
 
 
 def test_a_sample_is_its_members_and_nothing_else() -> None:
