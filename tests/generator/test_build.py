@@ -86,25 +86,6 @@ def test_two_workers_build_the_same(built: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "two") == content(built)
 
 
-def test_a_machine_with_fewer_instructions_builds_the_same(built: Path, tmp_path: Path) -> None:
-    """From the same systems: numpy's matmul may differ by CPU, which is why systems are stored."""
-    out = tmp_path / "generic"
-    out.mkdir()
-    for name in ("recipe.json", "systems.npz"):
-        shutil.copy(built / name, out / name)
-    environment = {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
-        "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
-        "OPENBLAS_CORETYPE": "Prescott",
-        "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA",
-    }
-    result = build(out, environment=environment)
-    assert result.returncode == 0, result.stderr
-    assert list((tmp_path / "cache").rglob("*.nbc")), "the kernels were not compiled anew"
-    assert content(out) == content(built)
-
-
 def test_running_again_does_nothing(built: Path, tmp_path: Path) -> None:
     out = shutil.copytree(built, tmp_path / "again")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}

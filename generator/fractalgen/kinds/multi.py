@@ -61,7 +61,7 @@ def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Sys
             return ((blur_at_random(image, params, rng), MultiLabel.of(objects)),)
     raise FractalError(
         f"no object is visible in any of {_TRIES} images drawn for one sample; raise --size, or 'object_size' and "
-        "'value' of the kind"
+        "'value' of the kind, or leave out systems that diverge"
     )
 
 

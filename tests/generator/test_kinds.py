@@ -1,0 +1,125 @@
+"""What holds for every kind: the same pixels on any CPU, extremes that render, systems that are degenerate."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fractalgen import draw_systems, kataoka, make_recipe, render_sample
+from fractalgen.categories import shipped_categories
+from fractalgen.kinds import KINDS
+from fractalgen.plan import locate
+from fractalgen.rng import Stream
+from fractalshards.errors import FractalError
+from fractalshards.labels import MultiLabel
+from fractalshards.manifest import load_manifest
+from fractalshards.reader import decode_sample, index_split, iterate_shard
+
+FRACTALGEN = Path(sys.executable).with_name("fractalgen")
+FEWER_INSTRUCTIONS = {
+    "NUMBA_CPU_NAME": "generic",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
+    "OPENBLAS_CORETYPE": "Prescott",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA",
+}
+VARIANTS = [(kind, ()) for kind in KINDS] + [("fractaldb", ("draw=patch-color",)), ("single", ("maps=6,9",))]
+
+
+def build(kind: str, out: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    command = [FRACTALGEN, "build", "--kind", kind, "--n", "60", "--val", "8", "--classes", "12", "--size", "96"]
+    command += ["--points", "20000", "--shard-size", "40", "--workers", "1", *options, "--out", str(out)]
+    result = subprocess.run(command, text=True, capture_output=True, env={**os.environ, **(environment or {})})
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS, ids=str)
+def test_fewer_instructions_build_the_same(kind: str, settings: tuple[str, ...], tmp_path: Path) -> None:
+    """From the same systems: numpy's matmul may differ by CPU, which is why systems are stored.
+
+    The files of single and multi are equal to the byte, for their PNGs are not made by ISA-L.
+    """
+    options = [word for setting in settings for word in ("--set", setting)]
+    native, generic = tmp_path / "native", tmp_path / "generic"
+    build(kind, native, *options)
+    generic.mkdir()
+    for name in ("recipe.json", "systems.npz"):
+        shutil.copy(native / name, generic / name)
+    cache = tmp_path / "cache"
+    build(kind, generic, *options, environment={**FEWER_INSTRUCTIONS, "NUMBA_CACHE_DIR": str(cache)})
+    assert list(cache.rglob("*.nbc")), "the kernels were not compiled anew"
+    ours, theirs = load_manifest(native), load_manifest(generic)
+    assert ours.content_digest() == theirs.content_digest()
+    if kind != "fractaldb":
+        assert ours.splits == theirs.splits
+
+
+def test_a_built_fractaldb_holds_the_pixels_that_render_gives(tmp_path: Path) -> None:
+    build("fractaldb", tmp_path / "built", "--n", "612", "--classes", "6")
+    recipe = make_recipe("fractaldb", 612, val=8, classes=6, size=96, points=20_000, shard_size=40)
+    manifest = load_manifest(tmp_path / "built")
+    seen = set()
+    for split in manifest.splits:
+        for shard in index_split(manifest, split):
+            for sample in iterate_shard(shard):
+                image, label = decode_sample(sample, 6)
+                place = locate(recipe, int(sample.key))
+                number = place.unit.number + (50 if split == "val" else 0)  # training has used two draws of 25 rows
+                draw, row = divmod(number, 25)
+                masks = kataoka.masks(Stream.of("fractaldb", 0, label, row, draw).key(), 20_000)
+                weights = kataoka.weight_rows()[row]
+                indices = kataoka.render(shipped_categories()[label], weights, 96, 20_000, "patch-gray", masks)
+                assert np.array_equal(image, kataoka.palette("patch-gray")[kataoka.flip(indices, place.part)])
+                seen.add((label, row, draw, place.part))
+    assert len(seen) == 620
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "points"), [(16, 1), (16, 3000), (4096, 1), (4096, 3000)])
+def test_extremes_render(kind: str, size: int, points: int) -> None:
+    recipe = make_recipe(kind, 5, classes=5, size=size, points=points)
+    image, label = render_sample(recipe, draw_systems(recipe), 3)
+    assert image.shape == (size, size, 3)
+    assert image.any()
+    if isinstance(label, MultiLabel):
+        assert all(0 <= x < x + w <= size and 0 <= y < y + h <= size for x, y, w, h in (o.bbox for o in label.objects))
+
+
+DEGENERATE = {
+    "one map": np.array([[[0.5, 0.0, 1.0], [0.0, 0.5, 0.0]]]),
+    "all determinants zero": np.array([[[0.5, 0.5, 0.1], [0.5, 0.5, 0.2]], [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]]),
+    "no fixed point": np.array([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]], [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]]),
+}
+DIVERGING = {
+    "expanding": np.array([[[9.0, 0.0, 1.0], [0.0, 9.0, 1.0]], [[-9.0, 1.0, 1.0], [0.0, 9.0, 1.0]]]),
+    "huge": np.full((3, 2, 3), 1e300),
+    "NaN": np.full((2, 2, 3), np.nan),
+}
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_degenerate_systems_render(kind: str, name: str) -> None:
+    """A build draws none of these; who passes them to the API gets what there is to see of them."""
+    recipe = make_recipe(kind, 4, classes=1, size=48, points=2000, overrides={"background": "false"})
+    for index in range(4):
+        image, label = render_sample(recipe, [DEGENERATE[name]], index)
+        assert image.any()
+        assert label == 0 or (isinstance(label, MultiLabel) and label.labels == (0,))
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_systems_that_diverge_show_a_background_or_are_refused(name: str) -> None:
+    recipe = make_recipe("single", 4, classes=1, size=48, points=2000)
+    for index in range(4):
+        assert render_sample(recipe, [DIVERGING[name]], index)[0].any()
+    recipe = make_recipe("multi", 4, classes=1, size=48, points=2000)
+    with pytest.raises(FractalError, match="no object is visible") as caught:
+        render_sample(recipe, [DIVERGING[name]], 0)
+    assert "\n" not in str(caught.value)
