@@ -12,6 +12,9 @@ Pixels = npt.NDArray[np.uint8]
 def hsv_to_rgb(array: Pixels) -> Pixels:
     """Convert 8-bit HSV to RGB as OpenCV's ``COLOR_HSV2RGB``: hue in units of 2 degrees, wrapping past 180.
 
+    This rounds, as OpenCV's scalar code. Its vector code, which converts whole images, truncates instead and so gives
+    a third of the bytes one less; ``paint`` does as that.
+
     Args:
         array: (..., 3) uint8 of hue, saturation, value, each 0..255.
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fractalgen.background import HeightColors, Heights
-from fractalgen.color import Pixels, hsv_pixel, to_byte
+from fractalgen.color import Pixels, hsv_pixel
 from fractalgen.raster import Counts
 
 Floats = npt.NDArray[np.float32]
@@ -107,9 +107,10 @@ def _clamp(level: np.float32) -> np.float32:
 
 @njit(inline="always")
 def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, green: Pixels, blue: Pixels) -> None:
+    """HSV to RGB, truncated as OpenCV's vector code does, so that images are those of the published generator."""
     for i in range(len(hue)):
         r, g, b = hsv_pixel(np.float32(hue[i]), np.float32(saturation[i]), np.float32(value[i]))
-        red[i], green[i], blue[i] = to_byte(r), to_byte(g), to_byte(b)
+        red[i], green[i], blue[i] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
 
 
 @njit(cache=True)
