@@ -62,6 +62,8 @@ def _find_boxes(owner: npt.NDArray[np.uint8], low: npt.NDArray[np.int64], high: 
     for row in range(len(owner)):
         for column in range(owner.shape[1]):
             number = owner[row, column]
+            if number == 0:
+                continue
             low[number, 0] = min(low[number, 0], column)
             low[number, 1] = min(low[number, 1], row)
             high[number, 0] = max(high[number, 0], column)
