@@ -98,8 +98,10 @@ def build(
             err=True,
         )
     run_build(plan, count)
-    click.echo(load_manifest(folder).summary())
-    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
+    manifest = load_manifest(folder)
+    click.echo(manifest.summary())
+    if manifest.label_type == "single":  # others cannot be trained on yet
+        click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
 
 
 @main.command()

@@ -127,9 +127,9 @@ def render(
 
 
 def flip(image: Indices, number: int) -> Indices:
-    """One of the four views of an image: 0 as it is, 1 top-bottom, 2 left-right, 3 both; contiguous."""
+    """One of the four views of an image, which share its memory: 0 as it is, 1 top-bottom, 2 left-right, 3 both."""
     rows, columns = (-1 if number & 1 else 1), (-1 if number & 2 else 1)
-    return np.ascontiguousarray(image[::rows, ::columns])
+    return image[::rows, ::columns]
 
 
 def fill_rate(category: Floats, numbers: Floats, size: int) -> float:
