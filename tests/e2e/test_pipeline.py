@@ -75,3 +75,16 @@ def test_a_truncated_tar_stops_training_in_one_line(workspace: Path) -> None:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "train-000001.tar: 4000 bytes instead of" in line
     assert not (workspace / "runs/truncated/result.json").exists()
+
+
+def test_a_fractaldb_trains_and_a_multi_label_dataset_says_that_it_cannot_yet(workspace: Path) -> None:
+    run("fractalgen build --kind fractaldb --n 40 --classes 5 --size 32 --points 2000", workspace)
+    result = run("fractaltrain pt --shards shards/fractaldb --model resnet10t --epochs 1 --batch-size 20", workspace)
+    assert "1 epoch done" in result.stdout
+    built = run("fractalgen build --kind multi --n 10 --classes 5 --size 32 --points 2000", workspace)
+    assert "next:" not in built.stdout
+    command = [BIN / "fractaltrain", "pt", "--shards", "shards/multi", "--model", "resnet10t"]
+    refused = subprocess.run(command, cwd=workspace, text=True, capture_output=True, timeout=120)
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: shards/multi: its images show several classes each")
