@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from fractalgen.raster import POINT, bounding_box, splat
+from fractalgen.raster import POINT, bounding_box, peak_of, splat
 
 Floats = npt.NDArray[np.float64]
 
@@ -67,12 +67,7 @@ def rasterize(
     edges = np.asarray(bounding_box(xs, ys) if window is None else window, np.float64)
     xmin, ymin, xmax, ymax = edges.tolist()
     counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), POINT if patch is None else np.asarray(patch))
-    return normalize(counts) if graded else (counts > 0).astype(np.uint8)
-
-
-def normalize(counts: npt.NDArray[np.uint32]) -> Floats:
-    """Counts divided by their maximum: float64 in [0, 1]; zero where nothing was hit."""
-    return counts / max(int(counts.max()), 1)
+    return counts / peak_of(counts) if graded else (counts > 0).astype(np.uint8)
 
 
 def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> Floats:

@@ -9,7 +9,7 @@ from numba import njit
 
 from fractalgen.background import HeightColors, Heights
 from fractalgen.color import Pixels, hsv_pixel
-from fractalgen.raster import Counts
+from fractalgen.raster import Counts, peak_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,7 +36,7 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
     image = np.empty((*counts.shape, 3), np.uint8)
     maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)
     own = np.array([fractal.hue_shift, fractal.saturation, fractal.value], np.float32)
-    _paint(counts, max(int(counts.max()), 1), own, heights, maps, image)
+    _paint(counts, peak_of(counts), own, heights, maps, image)
     return image
 
 

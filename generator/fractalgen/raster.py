@@ -60,6 +60,11 @@ def splat(
     return counts
 
 
+def peak_of(counts: Counts) -> int:
+    """What counts are divided by to lie in [0, 1]: their maximum, or 1 where nothing was hit."""
+    return max(int(counts.max()), 1)
+
+
 def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
     """(start, row step, column step) of a point's cell in the flat (size + 2) x (size + 2) grid of hits.
 

@@ -1,5 +1,8 @@
 """Kind ``single``: the same sample always and everywhere, with the published distributions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import xxhash
@@ -7,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractalgen import anderson, draw_systems, make_recipe, render_sample
-from fractalgen.ifs import sample_system
+from fractalgen.color import hsv_to_rgb
+from fractalgen.ifs import rasterize, sample_system
 from fractalgen.kinds import single
 from fractalgen.kinds.single import SingleParams, jitter, render
 from fractalgen.raster import Orientation
@@ -152,6 +156,36 @@ def test_colours_have_the_published_ranges() -> None:
     assert uniform(np.array([colors.hue_shift for colors in drawn]), 0, 255)
     assert uniform(np.array([colors.saturation + 0.5 for colors in drawn]), 0.3 * 255, 255)
     assert uniform(np.array([colors.value + 0.5 for colors in drawn]), 0.5 * 255, 255)
+
+
+def test_the_rasteriser_that_is_checked_is_the_one_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an image is painted from is what ``rasterize`` gives for its points, window and patch."""
+    seen = {}
+
+    def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            seen[name] = args, function(*args)
+            return seen[name][1]
+
+        return call
+
+    for name in ("splat", "paint"):
+        monkeypatch.setattr(single, name, recording(name, getattr(single, name)))
+    params = SingleParams(flips=False, blur_probability=0, background=False)
+    for number in range(8):
+        image = draw(params, 64, 5000, (0, "train", 0, number), sample_system((2, 5), np.random.default_rng(number)))
+        (xs, ys, size, window, patch, _), counts = seen["splat"]
+        assert np.shares_memory(seen["paint"][0][0], counts)
+        graded = rasterize(np.stack([xs, ys], 1), size, window, patch)
+        assert np.array_equal(graded, counts / max(counts.max(), 1))
+        colors = seen["paint"][0][1]
+        hue = (np.float32(graded) * np.float32(255) + np.float32(colors.hue_shift)).astype(int) & 255
+        hit = rasterize(np.stack([xs, ys], 1), size, window, patch, graded=False).astype(bool)
+        hsv = (
+            np.stack([hue, np.full_like(hue, colors.saturation), np.full_like(hue, colors.value)], -1) * hit[..., None]
+        )
+        rounded = hsv_to_rgb(hsv.astype(np.uint8)).astype(int) - image
+        assert np.isin(rounded, (0, 1)).all(-1).mean() > 0.999
 
 
 def test_half_of_the_images_are_transposed_mirrored_and_blurred(monkeypatch: pytest.MonkeyPatch) -> None:
