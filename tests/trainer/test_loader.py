@@ -90,7 +90,7 @@ def test_augmentation_leaves_the_global_generator_alone(dataset):
 def test_damaged_sample_is_named(dataset, tmp_path, workers):
     folder = tmp_path / "bad"
     shutil.copytree(dataset, folder)
-    start = read_record(folder, "train-000001.tar").offsets[4]  # sample 4 of the second shard is number 24
+    start = read_record(folder, "train-000001.tar", "single").offsets[4]  # sample 4 of the second shard is number 24
     with (folder / "train-000001.tar").open("r+b") as file:
         file.seek(start + 512 + 60)
         file.write(b"garbage" * 20)

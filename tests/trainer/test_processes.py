@@ -112,7 +112,7 @@ def test_killed_in_mid_epoch_and_continued_bit_for_bit(undisturbed, dataset, tmp
 def test_damaged_sample_brings_all_down_with_one_line(dataset, tmp_path):
     folder = tmp_path / "bad"
     shutil.copytree(dataset, folder)
-    start = read_record(folder, "train-000000.tar").offsets[3]
+    start = read_record(folder, "train-000000.tar", "single").offsets[3]
     with (folder / "train-000000.tar").open("r+b") as file:
         file.seek(start + 512 + 60)
         file.write(b"garbage" * 20)
