@@ -47,10 +47,10 @@ _STAGES: dict[str, list[Stage]] = {
 
 
 @click.command()
-@click.option("--kind", default="all", show_default=True, metavar="|".join((*KINDS, "all")))
+@click.option("--kind", default="all", show_default=True, type=click.Choice([*KINDS, "all"]))
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
 @click.option("--shard-size", default=400, show_default=True, help="Images of one shard; a worker renders one a round.")
-@click.option("--rounds", default=5, show_default=True, help="Measurements of which the median is given.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="The median of so many counts.")
 @click.option("--workers", default="1,2", show_default=True, help="Worker counts to compare.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def main(kind: str, size: int | None, shard_size: int, rounds: int, workers: str, json_path: Path | None) -> None:
@@ -64,7 +64,7 @@ def main(kind: str, size: int | None, shard_size: int, rounds: int, workers: str
         _print(report)
         reports.append(report)
     if json_path:
-        json_path.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+        json_path.write_text(json.dumps([report.to_json() for report in reports], indent=1))
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Report:
     images_per_second: dict[int, float]
     bytes_in_shard: float
     bytes_of_png: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was measured, with the sums and extrapolations."""
+        totals = {"total_ms": sum(self.stages_ms.values()), "seconds_per_million": self.seconds_per_million()}
+        return {**asdict(self), **totals}
 
     def seconds_per_million(self) -> dict[int, float]:
         """Extrapolated time of a million images by number of workers."""

@@ -181,14 +181,14 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     Example: fractalgen search --classes 2000 --out categories.npz
     """
     count = _parse_workers(workers)
+    out.parent.mkdir(parents=True, exist_ok=True)  # before a long search, not after it
     if from_csv is not None:
-        categories = read_csv_folder(from_csv)
+        categories = read_csv_folder(from_csv)[:classes]
     else:
         with progress("searching", classes, "categories") as advance:
             found = search_categories(classes, seed, fill_rate, count, lambda new, _: advance(new))
         categories = tuple(one.category for one in found)
         click.echo(f"tried {found[-1].candidate:,} candidates", err=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_categories(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
     click.echo(f"next: fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")

@@ -1,7 +1,8 @@
 """Deflate (RFC 1951) for noise: one dynamic Huffman block of literals, without a search for matches.
 
 Rendered images have a background of noise, in which a search finds next to nothing: on their filtered rows this takes
-less than half the time of the fastest level of ISA-L, gives fewer bytes, and gives the same bytes on every CPU.
+half the time of the fastest level of ISA-L, gives fewer bytes, and gives the same bytes on every CPU. Images that are
+mostly of one colour, such as those without a background, are left to ISA-L.
 """
 
 import struct

@@ -57,7 +57,10 @@ def _settled(folder: Path, recipe: Recipe, given: Systems | None) -> tuple[Recip
     stored = folder / SYSTEMS
     systems = read_systems(stored) if stored.exists() else given or draw_systems(recipe)
     if systems_digest(systems) != bound.systems_digest:
-        raise FractalError(f"{stored}: not the systems that {RECIPE} names, or missing; restore it or use a new folder")
+        raise FractalError(
+            f"{stored}: not the systems that {RECIPE} names, or missing; restore it, give --categories or --from-csv "
+            "as in the first build, or use a new folder"
+        )
     return bound, systems
 
 

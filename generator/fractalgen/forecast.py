@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import statistics
 import threading
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from fractalgen.color import pixels_of
 from fractalgen.deflate import encode_image
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
@@ -40,19 +42,18 @@ class Forecast:
 def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Forecast:
     """Measure a few units, spread over the dataset, and extrapolate to ``samples`` samples.
 
-    The first one pays for compilation, once after an install, and is not measured.
+    The median of their times counts, for some may pay for compilation, once after an install.
     """
     total = recipe.n + recipe.val
     _compile(recipe, systems)
-    probes: list[int] = []
-    start = time.perf_counter()
-    for probe in range(min(_PROBES, total)):
-        probes += _stored_bytes(recipe, systems, probe * total // min(_PROBES, total))
-        if time.perf_counter() - start > _PROBE_SECONDS:
-            break
-    seconds = time.perf_counter() - start
-    scale = samples / len(probes)
-    return Forecast(samples, sum(probes) * scale, seconds * scale / workers)
+    sizes: list[int] = []
+    seconds: list[float] = []
+    while len(seconds) < min(_PROBES, total) and sum(seconds) < _PROBE_SECONDS:
+        start = time.perf_counter()
+        unit = _stored_bytes(recipe, systems, len(seconds) * total // min(_PROBES, total))
+        seconds.append((time.perf_counter() - start) / len(unit))
+        sizes += unit
+    return Forecast(samples, samples * statistics.mean(sizes), samples * statistics.median(seconds) / workers)
 
 
 def check_space(folder: Path, expected: Forecast) -> None:
@@ -84,6 +85,8 @@ def _compile(recipe: Recipe, systems: Systems) -> None:
 
 
 def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> list[int]:
-    """Bytes that each sample of a sample's unit takes in its shard."""
+    """Bytes that each sample of a sample's unit takes in its shard, all work done that a build does on them."""
     images = render_unit(recipe, systems, locate(recipe, index).unit)
+    for image, _ in images:
+        pixels_of(image)
     return [len(pack_rendered(sample_key(index), rendered, encode_image)) for rendered in images]

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalgen.raster import POINT, bounding_box, peak_of, splat
+from fractalshards.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,8 +30,13 @@ def sample_system(
     Returns:
         (n, 2, 3) float64: the linear part in [..., :2], with singular values in [0, 1], and the translation, uniform
         in [-1, 1), in [..., 2].
+
+    Raises:
+        UsageError: if n is or may be less than 2, for which the sigma factor cannot be reached.
     """
-    maps = n if isinstance(n, int) else int(rng.integers(*n))
+    maps = int(n) if isinstance(n, int | np.integer) else int(rng.integers(*n))
+    if maps < 2:
+        raise UsageError(f"{maps} maps: the singular values of a system are drawn for at least 2")
     signs = np.sign(rng.random((2 * maps, 2, 1)) - 0.5) * np.eye(2)
     angles = rng.uniform(-np.pi, np.pi, 2 * maps)
     sine, cosine = np.sin(angles), np.cos(angles)
@@ -54,19 +60,29 @@ def rasterize(
     """Render points as the published rasteriser does, through the same splat that builds datasets.
 
     Args:
-        points: (n, 2) float64; x selects the row, y the column.
+        points: (n, 2), at least one; x selects the row, y the column. Computed with in float64, or float32 if they are.
         size: side length in pixels.
         window: [xmin, ymin, xmax, ymax]; the bounding box of the points if None.
         patch: (k, 2) cells of a 3 x 3 patch drawn at each point; a single pixel if None.
         graded: counts divided by their maximum, rather than hit or not.
 
     Returns:
-        (size, size) float64 in [0, 1] when graded, else uint8, 0 or 1.
+        (size, size) float64 in [0, 1] when graded, else uint8, 0 or 1. All zero if the patch is empty.
+
+    Raises:
+        UsageError: if points, size, window or patch are not of these shapes and ranges.
     """
+    points = np.asarray(points)
+    points = points if points.dtype == np.float32 else points.astype(np.float64)
+    cells = POINT if patch is None else np.asarray(patch).astype(np.int64).reshape(-1, 2)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or size < 1:
+        raise UsageError(f"points of shape {points.shape} and size {size}: expected (n, 2), n and size at least 1")
+    if ((cells < 0) | (cells > 2)).any():
+        raise UsageError("patch: expected cells (row, column), each 0 to 2")
     xs, ys = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
     edges = np.asarray(bounding_box(xs, ys) if window is None else window, np.float64)
     xmin, ymin, xmax, ymax = edges.tolist()
-    counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), POINT if patch is None else np.asarray(patch))
+    counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), cells)
     return counts / peak_of(counts) if graded else (counts > 0).astype(np.uint8)
 
 

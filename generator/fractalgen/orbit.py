@@ -5,6 +5,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fractalgen.rng import hash32
+from fractalshards.errors import UsageError
 
 Floats = npt.NDArray[np.float32]
 
@@ -26,7 +27,12 @@ def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint3
 
     Returns:
         x and y, each (points,) float32. Systems that are not contractive may run to infinity or NaN.
+
+    Raises:
+        UsageError: if there are no maps, or more than 255.
     """
+    if not 1 <= len(system) <= 255:
+        raise UsageError(f"{len(system)} maps: a system has 1 to 255")
     burn_in = _BURN_IN * _LANES
     total = burn_in + -(-points // _LANES) * _LANES
     choices = np.empty(total, np.uint8)
@@ -58,7 +64,7 @@ def determinants(system: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _thresholds(system: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
     """Cumulative probabilities of all maps but the last, in units of 2**-32."""
     weights = determinants(system)
-    if not weights.sum() > 0:
+    if not 0 < weights.sum() < np.inf:
         weights = np.ones(len(system))
     shares: npt.NDArray[np.float64] = np.cumsum(weights[:-1]) / weights.sum()
     return np.minimum(shares * 2.0**32, 2.0**32 - 1).astype(np.uint32)

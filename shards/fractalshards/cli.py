@@ -87,7 +87,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
     rows += [
         ("size", human_bytes(manifest.bytes())),
         ("image", f"{manifest.image_size} x {manifest.image_size}"),
-        ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one and more'} per image"),
+        ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one or more'} per image"),
         ("content digest", manifest.content_digest()),
         ("recipe digest", manifest.recipe_digest),
     ]

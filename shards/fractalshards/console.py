@@ -22,6 +22,7 @@ _ADVICE = {
     errno.EPERM: "choose a folder you may read and write",
     errno.EROFS: "choose a folder you may write",
     errno.ENOENT: "check the path",
+    errno.EISDIR: "choose a file, not a folder",
     errno.ENOTDIR: "choose a path that is not a file",
     errno.EEXIST: "choose a path that is not a file",
     errno.EIO: "check the disk or the network file system, then run the same command again",

@@ -27,7 +27,7 @@ class Object:
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """What is visible in an image: the class indices, sorted and unique, and the objects in paint order."""
+    """What is visible in an image: its classes, sorted and unique, and its objects in paint order, one or more."""
 
     labels: tuple[int, ...]
     objects: tuple[Object, ...]
@@ -90,6 +90,8 @@ def _decode_objects(text: bytes) -> MultiLabel:
         raise FractalError(f"label of {len(text):,} bytes is too long")
     fields = Fields.parse(text, "label")
     label = MultiLabel.of(tuple(Object(thing.count("class"), _box(thing)) for thing in fields.inners("objects")))
+    if not label.objects:
+        raise FractalError("no object in the label")
     if fields.counts("labels") != label.labels:
         raise FractalError("labels are not the classes of the objects, sorted and unique")
     return label

@@ -133,7 +133,7 @@ def _decode_own(chunks: Mapping[bytes, memoryview], order: list[bytes]) -> Pixel
         rows = _inflate_rows(chunks[b"IDAT"], height, width * 3, _SUB)
         return None if rows is None else np.add.accumulate(rows.reshape(height, width, 3), axis=1, dtype=np.uint8)
     palette = chunks.get(b"PLTE", b"")
-    if color != _PALETTE or depth not in (1, 8) or len(palette) == 0 or len(palette) % 3:
+    if color != _PALETTE or depth not in (1, 8) or len(palette) % 3 or not 0 < len(palette) <= 3 * 256:
         return None
     rows = _inflate_rows(chunks[b"IDAT"], height, -(-width * depth // 8), _NONE)
     if rows is None:

@@ -13,6 +13,8 @@ from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
 
 _MAX_BYTES = 256 << 20
+# the last by a header that lies
+_DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError)
 
 Systems = Sequence[npt.NDArray[np.float64]]
 
@@ -36,5 +38,5 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return tuple(np.asarray(arrays[f"{index:05d}"], np.float64) for index in range(len(arrays.files)))
-    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+    except (*_DAMAGE, zlib.error, zipfile.BadZipFile) as error:
         raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error

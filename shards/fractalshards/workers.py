@@ -19,7 +19,7 @@ from fractalshards.errors import FractalError
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most that older versions take
 }
 
 
@@ -34,8 +34,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     Raises:
         FractalError: if a worker was killed.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -48,6 +48,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        for name in added:
+            os.environ.pop(name, None)
         signal.signal(signal.SIGTERM, before)
 
 

@@ -1,11 +1,14 @@
 """Categories of FractalDB: the published ones come along, files of both kinds are read, and errors say what to do."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, shipped_categories, write_categories
+from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 
 ROW = "0.5,0,0,0.5,0.25,-1e-3,1"
@@ -140,3 +143,19 @@ def test_damaged_files(tmp_path: Path) -> None:
             read_categories(path)
     with pytest.raises(OSError, match="No such file"):
         read_categories(tmp_path / "none.npz")
+
+
+def test_the_shipped_categories_are_pinned() -> None:
+    """All 1000 as a search found them; the reference holds the first 150."""
+    assert systems_digest(shipped_categories()) == "201aa5bc24bccf68a212dbe432eb7f53"
+
+
+def test_a_header_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "huge.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 7)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("00000.npy", header.getvalue())
+    with pytest.raises(FractalError, match="damaged") as caught:
+        read_categories(path)
+    assert "\n" not in str(caught.value)

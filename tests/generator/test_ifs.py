@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fractalgen.ifs import rasterize, sample_system
+from fractalshards.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,38 @@ def test_points_just_outside_reach_in_with_their_patch() -> None:
     corner_cells = np.array([[2, 1], [1, 0]])
     counts = rasterize(points, 8, window=[0, 0, 7, 7], patch=corner_cells, graded=False)
     assert np.argwhere(counts).tolist() == [[0, 3], [3, 7]]
+
+
+def test_one_map_is_refused_and_numpy_integers_are_numbers() -> None:
+    for n in (1, 0, (1, 2)):
+        with pytest.raises(UsageError, match="at least 2"):
+            sample_system(n, np.random.default_rng(0))
+    assert sample_system(np.int64(3), np.random.default_rng(0)).shape == (3, 2, 3)
+
+
+def test_points_of_any_number_type_and_an_empty_patch() -> None:
+    points = [[0, 0], [1, 2], [3, 4]]
+    assert np.argwhere(rasterize(points, 16)).tolist() == [[0, 0], [5, 7], [15, 15]]
+    for patch in ([], np.zeros((0, 2))):
+        assert not rasterize(points, 16, patch=patch).any()
+        assert not rasterize(points, 16, patch=patch, graded=False).any()
+
+
+@pytest.mark.parametrize(
+    ("points", "size", "patch"),
+    [
+        (np.zeros((0, 2)), 16, None),
+        (np.zeros((3, 3)), 16, None),
+        (np.zeros(4), 16, None),
+        (np.zeros((3, 2)), 0, None),
+        (np.zeros((3, 2)), 16, [[3, 3]]),
+        (np.zeros((3, 2)), 16, [[-900, 1]]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_rasterised_is_refused(points: np.ndarray, size: int, patch: object) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        rasterize(points, size, patch=patch)
 
 
 def test_degenerate_points_give_one_pixel() -> None:

@@ -61,6 +61,16 @@ def test_two_colours_take_one_bit_per_pixel() -> None:
     assert len(data) < 362 * 47 + 200
 
 
+def test_a_palette_of_too_many_colours_is_an_error_or_left_to_pillow() -> None:
+    rows = np.zeros((3, 4), np.uint8)
+    header = struct.pack(">II5B", 3, 3, 8, 3, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in ((b"IHDR", header), (b"PLTE", bytes(3 * 257)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]
+    with suppress(FractalError):
+        assert decode_image(b"".join(parts)).shape == (3, 3, 3)
+
+
 def test_an_index_outside_the_palette_is_left_to_pillow() -> None:
     image = Indexed(np.full((3, 3), 5, np.uint8), np.zeros((4, 3), np.uint8))
     data = encode_png(image)
