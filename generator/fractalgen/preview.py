@@ -26,7 +26,7 @@ def preview(kind: str, classes: int, per_class: int, overrides: Mapping[str, str
         UsageError: if a value is unknown, malformed or out of range.
     """
     recipe = make_recipe(kind, classes, classes=classes, overrides=overrides)
-    return contact_sheet(class_rows(_samples(recipe, per_class), range(classes), per_class), _TILE, title=kind)
+    return contact_sheet(class_rows(_samples(recipe, per_class), range(classes), per_class, _TILE), _TILE, title=kind)
 
 
 def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:

@@ -72,7 +72,7 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
     Example: fractalshards sheet shards/single --out single.png
     """
     picture_format(out)
-    image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class), tile)
+    image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class, tile), tile)
     save_picture(image, out)
     click.echo(f"{out}: {image.width} x {image.height} pixels")
 

@@ -38,8 +38,7 @@ def contact_sheet(rows: Mapping[str, Sequence[Pixels]], tile: int, title: str = 
         top = head + _GAP + row * step
         draw.text((_LABEL_WIDTH - _GAP, top + tile // 2), label, _INK, ImageFont.load_default(13), anchor="rm")
         for column, pixels in enumerate(images):
-            shown = Image.fromarray(pixels).resize((tile, tile), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (_LABEL_WIDTH + column * step, top))
+            sheet.paste(Image.fromarray(_shrink(pixels, tile)), (_LABEL_WIDTH + column * step, top))
     return sheet
 
 
@@ -54,23 +53,24 @@ def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def class_rows(
-    samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], per_class: int
+    samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], per_class: int, tile: int
 ) -> dict[str, list[Pixels]]:
     """The first images that show each of some classes, as rows for ``contact_sheet``; empty rows are left out.
 
-    An image stands in one row: of the rows of its classes the one with the fewest images so far.
+    An image stands in one row: of the rows of its classes the one with the fewest images so far. Images are kept as
+    tiles, (tile, tile, 3) uint8, for there may be many.
     """
     rows: dict[int, list[Pixels]] = {label: [] for label in classes}
     for image, label in samples:
         shown = [rows[one] for one in classes_of(label) if one in rows]
         if shown and len(shortest := min(shown, key=len)) < per_class:
-            shortest.append(image)
+            shortest.append(_shrink(image, tile))
         if all(len(images) == per_class for images in rows.values()):
             break
     return {str(label): images for label, images in rows.items() if images}
 
 
-def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int) -> dict[str, list[Pixels]]:
+def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, tile: int) -> dict[str, list[Pixels]]:
     """The rows of some classes of a dataset, spread evenly over all of them.
 
     Raises:
@@ -82,10 +82,16 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int) ->
         for index in index_split(manifest, split)
         for sample in iterate_shard(index)
     )
-    rows = class_rows(samples, chosen, per_class)
+    rows = class_rows(samples, chosen, per_class, tile)
     if not rows:
         raise FractalError(f"{manifest.folder}: no image to show in split {split!r}")
     return rows
+
+
+def _shrink(image: Pixels, tile: int) -> Pixels:
+    if image.shape[:2] == (tile, tile):
+        return image
+    return np.asarray(Image.fromarray(image).resize((tile, tile), Image.Resampling.LANCZOS))
 
 
 def picture_format(path: Path) -> str:
