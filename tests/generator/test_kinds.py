@@ -5,10 +5,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fractalgen import draw_systems, kataoka, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
@@ -16,7 +19,7 @@ from fractalgen.kinds import KINDS
 from fractalgen.plan import locate
 from fractalgen.rng import Stream
 from fractalshards.errors import FractalError
-from fractalshards.labels import MultiLabel
+from fractalshards.labels import MultiLabel, classes_of
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
 
@@ -87,6 +90,43 @@ def test_extremes_render(kind: str, size: int, points: int) -> None:
     assert image.any()
     if isinstance(label, MultiLabel):
         assert all(0 <= x < x + w <= size and 0 <= y < y + h <= size for x, y, w, h in (o.bbox for o in label.objects))
+
+
+SETTINGS = {
+    "maps": ["2", "5,9"],
+    "sigma_factor": ["0", "3,4", "6"],
+    "patch": ["false"],
+    "flips": ["false"],
+    "color": ["false"],
+    "saturation": ["0", "1"],
+    "value": ["0.2", "1"],
+    "background": ["false"],
+    "decay": ["0", "10"],
+    "blur_probability": ["0", "1"],
+    "blur_sigma": ["0.05", "10"],
+    "jitter": ["0", "1", "10"],
+    "window_shift": ["0", "10"],
+    "window_scale": ["0.01", "100"],
+    "objects": ["1", "30"],
+    "object_size": ["0.3", "1"],
+    "draw": list(kataoka.DRAWS),
+    "weight_step": ["0", "1"],
+    "weight_rows": ["0", "3,20"],
+}
+
+
+@given(st.data())
+def test_any_setting_of_any_parameter_renders(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(KINDS)))
+    names = [field.name for field in fields(KINDS[kind].params)]
+    assert set(names) <= set(SETTINGS)
+    chosen = data.draw(st.lists(st.sampled_from(names), unique=True))
+    overrides = {name: data.draw(st.sampled_from(SETTINGS[name])) for name in chosen}
+    recipe = make_recipe(kind, 6, classes=6, size=32, points=2000, overrides=overrides)
+    image, label = render_sample(recipe, draw_systems(recipe), data.draw(st.integers(0, 5)))
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
+    assert max(classes_of(label)) < 6
 
 
 DEGENERATE = {
