@@ -47,9 +47,13 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             "lower --workers and run the same command again"
         ) from error
     finally:
+        # a second Ctrl-C in the middle of shutting down would leave locks held, and the process would never end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool.shutdown(cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, before)
 
 
