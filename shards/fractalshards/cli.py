@@ -86,7 +86,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
         rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
     rows += [
         ("size", human_bytes(manifest.bytes())),
-        ("image", f"{manifest.image_size} x {manifest.image_size}"),
+        ("image", f"{side} x {side}" if (side := manifest.image_size) else "of several sizes"),
         ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one or more'} per image"),
         ("content digest", manifest.content_digest()),
         ("recipe digest", manifest.recipe_digest),

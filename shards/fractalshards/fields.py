@@ -44,6 +44,13 @@ class Fields:
         except (ValueError, RecursionError) as error:
             raise FractalError(f"{where}: not valid JSON ({error}){_ADVICE}") from error
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._data
+
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and says nothing."""
+        return name in self._data and self._data[name] is None
+
     def text(self, name: str) -> str:
         """A string field."""
         return self._get(name, str, "text")

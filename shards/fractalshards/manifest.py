@@ -59,7 +59,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``_info.json`` of a finished dataset; ``splits`` maps ``train`` (and ``val``) to their shards in order."""
+    """``_info.json`` of a finished dataset.
+
+    ``splits`` maps ``train`` (and ``val``) to their shards in order. ``image_size`` is the side of its square images
+    in pixels, None where they differ. ``class_names``, and the ``class_ids`` of a public vocabulary (WordNet synsets),
+    are by class index, or empty where classes have none.
+    """
 
     folder: Path
     format_version: int
@@ -67,7 +72,9 @@ class Manifest:
     recipe_digest: str
     label_type: LabelType
     classes: int
-    image_size: int
+    image_size: int | None
+    class_names: tuple[str, ...]
+    class_ids: tuple[str, ...]
     splits: Mapping[str, tuple[Shard, ...]]
     software: Mapping[str, Any]
 
@@ -140,9 +147,12 @@ def write_manifest(
     recipe_digest: str,
     label_type: LabelType,
     classes: int,
-    image_size: int,
+    image_size: int | None,
+    class_names: Sequence[str] = (),
+    class_ids: Sequence[str] = (),
 ) -> None:
-    """Assemble ``_info.json`` from its shards: timm's keys, and ours beside them."""
+    """Assemble ``_info.json`` from its shards: timm's keys, and ours beside them; see ``Manifest``."""
+    names = {"class_names": list(class_names), "class_ids": list(class_ids)}
     info = {
         "format_version": FORMAT_VERSION,
         "recipe": dict(recipe),
@@ -150,6 +160,7 @@ def write_manifest(
         "label_type": label_type,
         "classes": classes,
         "image_size": image_size,
+        **{name: values for name, values in names.items() if values},
         "software": _software(),
         "splits": {name: _split_json(name, shards) for name, shards in splits.items()},
     }
@@ -176,14 +187,17 @@ def load_manifest(folder: Path) -> Manifest:
     label_type = next((known for known in LABEL_TYPES if known == fields.text("label_type")), None)
     if label_type is None:
         raise FractalError(f"{path}: label_type {fields.text('label_type')!r} is not known; upgrade fractalpretrain")
+    classes = _bounded(fields, "classes", MAX_CLASSES, path)
     return Manifest(
         folder=folder,
         format_version=found,
         recipe=fields.mapping("recipe"),
         recipe_digest=fields.text("recipe_digest"),
         label_type=label_type,
-        classes=_bounded(fields, "classes", MAX_CLASSES, path),
-        image_size=_bounded(fields, "image_size", MAX_IMAGE_SIZE, path),
+        classes=classes,
+        image_size=None if fields.is_null("image_size") else _bounded(fields, "image_size", MAX_IMAGE_SIZE, path),
+        class_names=_names(fields, "class_names", classes, path),
+        class_ids=_names(fields, "class_ids", classes, path),
         splits=_read_splits(fields.inner("splits"), fields.mapping("splits"), path),
         software=fields.mapping("software"),
     )
@@ -224,6 +238,14 @@ def _bounded(fields: Fields, name: str, most: int, path: Path) -> int:
     if not 1 <= (value := fields.count(name)) <= most:
         raise FractalError(f"{path}: {name} is {value}, but may be 1 to {most:,}; fetch or build it again")
     return value
+
+
+def _names(fields: Fields, name: str, classes: int, path: Path) -> tuple[str, ...]:
+    """A name for every class, or none for any."""
+    names = fields.texts(name) if name in fields else ()
+    if len(names) not in (0, classes):
+        raise FractalError(f"{path}: {len(names)} {name} for {classes} classes; fetch or build it again")
+    return names
 
 
 def _read_splits(fields: Fields, names: Iterable[str], path: Path) -> dict[str, tuple[Shard, ...]]:

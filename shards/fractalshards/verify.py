@@ -38,7 +38,7 @@ class Promise:
     """What the manifest says of every sample."""
 
     classes: int
-    image_size: int
+    image_size: int | None
     label_type: LabelType
 
 
@@ -117,15 +117,14 @@ def _verify_samples(path: Path, record: ShardRecord, first: int, promise: Promis
 def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
     """Raise unless an image of this shape with this label is what the manifest says."""
     height, width, _ = shape
-    side = promise.image_size
-    if (height, width) != (side, side):
+    if (side := promise.image_size) and (height, width) != (side, side):
         raise FractalError(f"{width} x {height} pixels, not {side} x {side}")
     if isinstance(label, MultiLabel) != (promise.label_type == "multi"):
         raise FractalError(f"not a label of type {promise.label_type!r}")
     for thing in label.objects if isinstance(label, MultiLabel) else ():
         x, y, box_width, box_height = thing.bbox
-        if x + box_width > side or y + box_height > side:
-            raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {side} x {side}")
+        if x + box_width > width or y + box_height > height:
+            raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {width} x {height}")
 
 
 def _key_at(descriptor: int, start: int) -> str:

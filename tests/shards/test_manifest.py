@@ -36,6 +36,14 @@ def test_what_is_written_is_read(dataset: Path) -> None:
     assert str(dataset) in manifest.summary()
 
 
+def test_classes_may_have_names_and_images_several_sizes(dataset: Path) -> None:
+    info = json.loads((dataset / INFO).read_text())
+    info |= {"image_size": None, "class_names": ["cat", "dog", "fish"]}
+    (dataset / INFO).write_text(json.dumps(info))
+    manifest = load_manifest(dataset)
+    assert (manifest.image_size, manifest.class_names, manifest.class_ids) == (None, ("cat", "dog", "fish"), ())
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -72,6 +80,9 @@ def test_names_that_lead_elsewhere_are_refused(dataset: Path, name: str) -> None
         {"classes": 0},
         {"classes": 10**15},
         {"image_size": 0},
+        {"class_names": ["one", "two"]},
+        {"class_names": [1, 2, 3]},
+        {"class_ids": "abc"},
         {"format_version": 99},
         {"label_type": "other"},
     ],

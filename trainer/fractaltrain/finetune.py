@@ -10,7 +10,7 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractaltrain.checkpoint import FILE, load_checkpoint
 from fractaltrain.data.finetuning import open_data
-from fractaltrain.models import create_model
+from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.run_folder import trained_model
 from fractaltrain.settings import Finetuning
 from fractaltrain.train import Job, train
@@ -18,7 +18,6 @@ from fractaltrain.weights import load_backbone
 from fractaltrain.world import join_world
 
 _WINDOW = 1  # the images are not in shards
-_IMAGE_SIZE = 224  # without a pre-training that says otherwise
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def finetune(choice: Finetuning) -> None:
     with join_world() as world:
         pretrained = None if choice.weights is None else load_pretrained(choice.weights)
         name = pretrained.model if pretrained else choice.model
-        image_size = choice.image_size or (pretrained.image_size if pretrained else _IMAGE_SIZE)
+        image_size = choice.image_size or (pretrained.image_size if pretrained else IMAGE_SIZE)
         with world.main_first():  # it may download
             training, held_out = open_data(choice.data)
         torch.manual_seed(choice.running.seed)

@@ -11,6 +11,8 @@ from torch import nn
 
 from fractalshards.errors import FractalError, UsageError
 
+IMAGE_SIZE = 224  # of square images, where neither data nor pre-training say otherwise
+
 
 def _resnet50(classes: int, image_size: int) -> nn.Module:
     """torchvision's, as in the published code; it sees any size."""

@@ -4,7 +4,7 @@ import torch
 
 from fractalshards.manifest import load_manifest
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.models import create_model
+from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.settings import Pretraining
 from fractaltrain.train import Job, train
 from fractaltrain.world import join_world
@@ -18,7 +18,7 @@ def pretrain(choice: Pretraining) -> None:
     """
     with join_world() as world:
         manifest = load_manifest(choice.shards)
-        image_size = choice.image_size or manifest.image_size
+        image_size = choice.image_size or manifest.image_size or IMAGE_SIZE
         torch.manual_seed(choice.running.seed)
         job = Job(
             running=choice.running,
