@@ -15,8 +15,8 @@ from fractalshards.reader import index_split
 def change(dataset: Path, **changes: Any) -> None:
     info = json.loads((dataset / INFO).read_text())
     for name, value in changes.items():
-        target = info if name in info else info["splits"]["train"]
-        target[name] = value
+        split = info["splits"]["train"]
+        (split if name in split else info)[name] = value
     (dataset / INFO).write_text(json.dumps(info))
 
 
