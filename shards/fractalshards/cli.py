@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fractalshards.console import Commands, progress
-from fractalshards.errors import FractalError
+from fractalshards.dali import write_dali_indices
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
@@ -75,6 +76,22 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
     image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class, tile), tile)
     save_picture(image, out)
     click.echo(f"{out}: {image.width} x {image.height} pixels")
+
+
+@main.command()
+@_FOLDER
+@click.option("--dali", is_flag=True, help="For the WebDataset reader of NVIDIA DALI: an .idx file beside every shard.")
+def index(folder: Path, dali: bool) -> None:
+    """Write the index files that other software wants.
+
+    Example: fractalshards index --dali shards/single
+    """
+    if not dali:
+        raise UsageError("say for what software: --dali")
+    manifest = load_manifest(folder)
+    with progress("indexing", sum(map(manifest.samples, manifest.splits)), "images") as advance:
+        written = write_dali_indices(manifest, advance)
+    click.echo(f"{folder}: {human_count(written, 'index file')} for DALI")
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fractalshards.names import INFO, check_plain, sidecar_name
 FORMAT_VERSION = 1
 MAX_CLASSES = 100_000  # systems have names of five digits
 MAX_IMAGE_SIZE = 100_000
+MAX_SAMPLE_BYTES = 64 << 20  # a reader holds a sample in memory
 _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
 
 
@@ -117,12 +119,15 @@ def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
         label_counts=fields.counts("label_counts"),
         offsets=fields.counts("offsets"),
     )
-    ordered = record.offsets[:1] == (0,) and all(
-        a < b for a, b in zip(record.offsets, record.offsets[1:], strict=False)
-    )
+    ordered = record.offsets[:1] == (0,) and all(start < end for start, end in pairwise(record.offsets))
     if len(record.offsets) != record.samples + 1 or not ordered or record.offsets[-1] > record.bytes:
         raise FractalError(
             f"{path}: the offsets do not fit {record.samples} samples in {record.bytes} bytes; "
+            f"fetch or build {shard} again"
+        )
+    if (largest := max((end - start for start, end in pairwise(record.offsets)), default=0)) > MAX_SAMPLE_BYTES:
+        raise FractalError(
+            f"{path}: a sample of {largest:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most; "
             f"fetch or build {shard} again"
         )
     if record.name != shard or not _counts_fit(record, label_type):
@@ -162,7 +167,7 @@ def write_manifest(
         "image_size": image_size,
         **{name: values for name, values in names.items() if values},
         "software": _software(),
-        "splits": {name: _split_json(name, shards) for name, shards in splits.items()},
+        "splits": {name: _split_json(name, shards, label_type) for name, shards in splits.items()},
     }
     write_json(folder / INFO, info, indent=1)
 
@@ -182,6 +187,11 @@ def load_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run its 'fractalgen build' to the end")
     fields = Fields.read(path)
+    if "format_version" not in fields:
+        raise FractalError(
+            f"{path}: no format_version, so the info file of a WebDataset by other software; "
+            "read it with timm or webdataset, or build a dataset with 'fractalgen build'"
+        )
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
     label_type = next((known for known in LABEL_TYPES if known == fields.text("label_type")), None)
@@ -222,9 +232,10 @@ def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
     return total >= record.samples and all(count <= record.samples for count in record.label_counts)
 
 
-def _split_json(name: str, shards: Sequence[Shard]) -> dict[str, object]:
+def _split_json(name: str, shards: Sequence[Shard], label_type: LabelType) -> dict[str, object]:
     return {
         "name": name,
+        **({"alt_label": "labels"} if label_type == "multi" else {}),  # the field of KEY.json that timm shall read
         "num_samples": sum(shard.samples for shard in shards),
         "filenames": [shard.name for shard in shards],
         "shard_lengths": [shard.samples for shard in shards],

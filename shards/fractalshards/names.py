@@ -22,6 +22,11 @@ def sidecar_name(shard: str) -> str:
     return Path(shard).with_suffix(".json").name
 
 
+def dali_index_name(shard: str) -> str:
+    """File name of a shard's index for NVIDIA DALI, e.g. ``train-000007.idx``."""
+    return Path(shard).with_suffix(".idx").name
+
+
 def sample_key(index: int) -> str:
     """Key of a sample: its index in the dataset, nine digits."""
     return f"{index:09d}"

@@ -1,7 +1,7 @@
 """Samples as tar members: POSIX ustar, mtime 0, uid and gid 0, the members of one sample adjacent."""
 
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fractalshards.errors import FractalError
@@ -30,30 +30,56 @@ def pack_sample(sample: Sample) -> bytes:
     return b"".join(_pack_member(f"{sample.key}.{ext}", data) for ext, data in sample.files.items())
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file in a tar: ``size`` bytes at ``start``; of the sample ``key``, and called ``extension`` in it."""
+
+    key: str
+    extension: str
+    start: int
+    size: int
+
+
 def parse_sample(data: bytes) -> Sample:
     """Read the members of one sample back from its tar blocks.
+
+    Raises:
+        FractalError: as ``sample_members`` does.
+    """
+    members = sample_members(lambda at: data[at : at + BLOCK], 0, len(data))
+    return Sample(
+        members[0].key, {member.extension: data[member.start : member.start + member.size] for member in members}
+    )
+
+
+def sample_members(read_block: Callable[[int], bytes], start: int, end: int) -> tuple[Member, ...]:
+    """The members of the one sample in the bytes ``start:end`` of a tar, of which only the headers are read.
+
+    Args:
+        read_block: gives the 512 bytes at a position.
 
     Raises:
         FractalError: if a header is damaged, a member is not a regular file or is cut off, or the members do not
             share one key.
     """
-    files: dict[str, bytes] = {}
-    keys: set[str] = set()
-    at = 0
-    while at < len(data):
-        member = _parse_header(data[at : at + BLOCK])
-        start, end = at + BLOCK, at + BLOCK + member.size
-        if end > len(data):
-            raise FractalError(f"{member.name}: cut off, {member.size} bytes promised")
-        key, _, extension = member.name.partition(".")
-        keys.add(key)
-        if extension in files:
-            raise FractalError(f"{member.name}: stands twice in one sample")
-        files[extension] = data[start:end]
-        at = start + padded(member.size)
-    if len(keys) != 1:
+    members = tuple(_walk(read_block, start, end))
+    if len(keys := {member.key for member in members}) != 1:
         raise FractalError(f"expected the members of one sample, found {sorted(keys) or 'nothing'}")
-    return Sample(keys.pop(), files)
+    if len({member.extension for member in members}) != len(members):
+        raise FractalError(f"{members[-1].key}: a file stands twice in one sample")
+    return members
+
+
+def _walk(read_block: Callable[[int], bytes], start: int, end: int) -> Iterator[Member]:
+    at = start
+    while at < end:
+        header = _parse_header(read_block(at))
+        at += BLOCK
+        if at + header.size > end:
+            raise FractalError(f"{header.name}: cut off, {header.size:,} bytes promised")
+        key, _, extension = header.name.partition(".")
+        yield Member(key, extension, at, header.size)
+        at += padded(header.size)
 
 
 def padded(size: int) -> int:
@@ -83,6 +109,6 @@ def _parse_header(block: bytes) -> tarfile.TarInfo:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise FractalError(f"damaged tar header: {error}") from error
-    if not member.isreg() or member.size < 0:
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
         raise FractalError(f"{member.name}: not a regular file")
     return member

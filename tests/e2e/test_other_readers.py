@@ -1,0 +1,192 @@
+"""Datasets as they are built, read by webdataset, timm, Hugging Face datasets and what DALI's index says: all the same.
+
+The snippets of shards/README.md are run too.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from timm.data import create_dataset
+
+from fractalshards.labels import classes_of
+from fractalshards.manifest import load_manifest
+from fractalshards.reader import decode_sample, index_split, iterate_shard
+
+BIN = Path(sys.executable).parent
+README = Path(__file__).parents[2] / "shards" / "README.md"
+KINDS = ("single", "fractaldb", "multi")
+SAMPLES = {"train": 40, "val": 10}
+
+Seen = dict[str, tuple[str, list[int]]]  # by key: digest of the pixels, classes
+
+READ_WITH_DATASETS = """
+import hashlib, json, sys
+import numpy as np
+seen = {}
+for kind in ("single", "fractaldb", "multi"):
+    for streaming in (True, False):
+        files = {split: f"shards/{kind}/{split}-*.tar" for split in ("train", "val")}
+        for split, samples in load_dataset("webdataset", data_files=files, streaming=streaming).items():
+            seen[f"{kind} {split} {streaming}"] = [
+                (
+                    sample["__key__"],
+                    hashlib.sha256(np.asarray(sample["png"].convert("RGB")).tobytes()).hexdigest(),
+                    sample["json"]["labels"] if kind == "multi" else [sample["cls"]],
+                )
+                for sample in samples
+            ]
+for streaming in (True, False):
+    folder = load_dataset("carded", streaming=streaming)
+    seen[f"folder {streaming}"] = {split: [sample["cls"] for sample in folder[split]] for split in folder}
+json.dump(seen, open("seen.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset of every kind in ``shards``."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for kind in KINDS:
+        options = "--n 40 --val 10 --classes 5 --size 32 --shard-size 15 --workers 1"
+        points = [] if kind == "single" else ["--points", "2000"]
+        command = [BIN / "fractalgen", "build", "--kind", kind, *options.split(), *points]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+def pixels_digest(pixels: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def read_ours(folder: Path, split: str) -> Seen:
+    manifest = load_manifest(folder)
+    seen = {}
+    for shard in index_split(manifest, split):
+        for sample in iterate_shard(shard):
+            pixels, label = decode_sample(sample, manifest.classes)
+            seen[sample.key] = (pixels_digest(pixels), list(classes_of(label)))
+    assert len(seen) == SAMPLES[split]
+    return seen
+
+
+def snippet(heading: str) -> str:
+    """The first block of code after a word in bold in the README."""
+    found = re.search(rf"\*\*{heading}\..*?```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SAMPLES)
+def test_webdataset(workspace: Path, kind: str, split: str) -> None:
+    shards = sorted(map(str, (workspace / "shards" / kind).glob(f"{split}-*.tar")))
+    theirs = []
+    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"):
+        labels = sample["json"]["labels"] if kind == "multi" else [sample["cls"]]
+        theirs.append((sample["__key__"], (pixels_digest(sample["png"]), labels)))
+    assert theirs == list(read_ours(workspace / "shards" / kind, split).items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("single", {}), ("fractaldb", {}), ("multi", {}), ("multi", {"target_key": "labels"})],
+    ids=["single", "fractaldb", "multi by the manifest", "multi by name"],
+)
+@pytest.mark.parametrize("split", SAMPLES)
+def test_timm(workspace: Path, kind: str, split: str, options: dict[str, str]) -> None:
+    root = workspace / "shards" / kind
+    dataset = create_dataset(f"wds/{kind}", root=str(root), split=split, **options)
+    assert len(dataset) == SAMPLES[split]
+    theirs = [(pixels_digest(np.asarray(image)), label if kind == "multi" else [label]) for image, label in dataset]
+    assert theirs == list(read_ours(root, split).values())
+
+
+def test_hugging_face_datasets(workspace: Path) -> None:
+    card = re.search(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    assert card
+    (workspace / "carded").mkdir()
+    for path in (workspace / "shards" / "single").iterdir():
+        (workspace / "carded" / path.name).symlink_to(path)
+    (workspace / "carded" / "README.md").write_text(card[1])
+    environment = {**os.environ, "HF_HOME": str(workspace / "cache"), "HF_HUB_OFFLINE": "1"}
+    program = snippet("Hugging Face datasets") + READ_WITH_DATASETS
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=workspace, env=environment, text=True, capture_output=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("000000000 (32, 32) ")
+    assert len(result.stdout.splitlines()) == 40
+    seen = json.loads((workspace / "seen.json").read_text())
+    for kind in KINDS:
+        for split in SAMPLES:
+            ours = [[key, *rest] for key, rest in read_ours(workspace / "shards" / kind, split).items()]
+            for streaming in (True, False):
+                assert seen[f"{kind} {split} {streaming}"] == ours
+    single = {split: read_ours(workspace / "shards" / "single", split) for split in SAMPLES}
+    labels = {split: [classes[0] for _, classes in samples.values()] for split, samples in single.items()}
+    assert seen["folder True"] == seen["folder False"] == labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_index_for_dali_tells_where_every_file_lies(workspace: Path, kind: str) -> None:
+    folder = workspace / "shards" / kind
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = [BIN / "fractalshards", "index", "--dali", folder]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{folder}: 4 index files for DALI\n"
+    indices = [path.name for path in folder.iterdir() if path.name not in before]
+    assert sorted(indices) == ["train-000000.idx", "train-000001.idx", "train-000002.idx", "val-000000.idx"]
+    for name in indices:
+        head, *lines = (folder / name).read_text().splitlines()
+        shard = folder / name.replace(".idx", ".tar")
+        with tarfile.open(shard) as tar:
+            members = tar.getmembers()
+        assert head == f"v1.2 {len(lines)}"
+        assert len(lines) == len(members) // 2
+        for line, image, label in zip(lines, members[::2], members[1::2], strict=True):
+            words = [(m.name.partition(".")[2], str(m.offset_data), str(m.size), m.name) for m in (image, label)]
+            assert line.split(" ") == [*words[0], *words[1]]
+            _, offset, size, _, _, label_offset, label_size, _ = line.split(" ")
+            data = shard.read_bytes()
+            assert data[int(offset) : int(offset) + int(size)].startswith(b"\x89PNG")
+            text = data[int(label_offset) : int(label_offset) + int(label_size)]
+            assert json.loads(text) if kind == "multi" else text.isdigit()
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    sound = subprocess.run([BIN / "fractalshards", "verify", folder, "--workers", "1"], capture_output=True, timeout=60)
+    assert sound.returncode == 0, sound.stderr
+    again = create_dataset(f"wds/{kind}", root=str(folder), split="train")
+    assert len(list(again)) == 40
+
+
+def test_the_snippets_of_the_readme_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workspace)
+    exec(snippet("webdataset"), {})
+    assert len(lines := capsys.readouterr().out.splitlines()) == 40
+    assert lines[0].startswith("(32, 32, 3) ")
+    exec(snippet("timm"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 80
+    expected = [classes for _, classes in read_ours(Path("shards/multi"), "train").values()]
+    assert [json.loads(line.removeprefix("(32, 32) ")) for line in lines[40:]] == expected
+
+
+def test_grey_fractals_keep_their_grey(workspace: Path) -> None:
+    with tarfile.open(workspace / "shards/fractaldb/train-000000.tar") as tar:
+        file = tar.extractfile(tar.getmembers()[0])
+        assert file
+        with Image.open(file) as image:
+            assert image.mode == "P"
+            assert set(np.unique(np.asarray(image.convert("RGB")))) == {0, 127}
