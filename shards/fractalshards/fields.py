@@ -1,12 +1,15 @@
 """Reads fields of JSON that came from outside: every access checks presence and type, every error names the file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fractalshards.errors import FractalError
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
+_MAX_COUNT = 2**63 - 1
+_MAX_DEPTH = 32
 _ADVICE = "; the file is damaged or not of this format, fetch or build it again"
 _T = TypeVar("_T")
 
@@ -22,7 +25,7 @@ class Fields:
 
     @classmethod
     def read(cls, path: Path) -> "Fields":
-        """Read a JSON object from a file of at most 64 MiB.
+        """Read a JSON object from a file of at most 16 MiB.
 
         Raises:
             FractalError: if it is larger, not JSON, or not an object.
@@ -40,7 +43,7 @@ class Fields:
             FractalError: if it is not JSON, or not an object.
         """
         try:
-            return cls(json.loads(text, parse_constant=_refuse_constant), where)
+            return cls(json.loads(text, parse_constant=_refuse_constant, parse_float=_finite), where)
         except (ValueError, RecursionError) as error:
             raise FractalError(f"{where}: not valid JSON ({error}){_ADVICE}") from error
 
@@ -71,8 +74,11 @@ class Fields:
         return tuple(values)
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """A JSON object as it is."""
-        return self._get(name, dict, "an object")
+        """A JSON object as it is, nested at most 32 deep: what is done with it may recurse."""
+        value: dict[str, Any] = self._get(name, dict, "an object")
+        if not _is_shallow(value, _MAX_DEPTH):
+            raise FractalError(f"{self._where}: {name} is nested more than {_MAX_DEPTH} deep{_ADVICE}")
+        return value
 
     def inner(self, name: str) -> "Fields":
         """A JSON object whose fields are checked in turn."""
@@ -93,7 +99,23 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested at most so many levels deep."""
+    if not isinstance(value, dict | list):
+        return True
+    return levels > 0 and all(
+        _is_shallow(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value)
+    )
+
+
 def _check_count(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise FractalError(f"{where} is not a count: {str(value)[:40]!r}{_ADVICE}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_COUNT:
+        shown = repr(str(value)[:40]) if isinstance(value, int | float | str) else type(value).__name__
+        raise FractalError(f"{where} is not a count: {shown}{_ADVICE}")
     return value

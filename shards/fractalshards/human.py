@@ -1,5 +1,7 @@
 """Sizes, durations, counts and foreign text as people read them."""
 
+_LONGEST_LINE = 2000
+
 
 def human_bytes(count: float) -> str:
     """A size in decimal units with three digits, e.g. ``72.4 GB``."""
@@ -22,5 +24,9 @@ def human_count(count: int, noun: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text on a single line, without what a terminal would obey: names and keys may come from hostile files."""
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    """Text on a single line of bounded length, without what a terminal would obey.
+
+    Names and keys may come from hostile files.
+    """
+    shown = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    return "".join(letter if letter.isprintable() else " " for letter in " ".join(shown.split()))

@@ -163,6 +163,6 @@ def _decode_any(data: bytes) -> Pixels:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise FractalError(f"image claims {image.width} x {image.height} pixels")
-                return np.asarray(image.convert("RGB"))
+                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FractalError(f"image cannot be decoded: {error}") from error

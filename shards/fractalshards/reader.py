@@ -42,10 +42,19 @@ def read_sample(descriptor: int, start: int, end: int) -> Sample:
     Raises:
         FractalError: if the file ends early or the members are damaged.
     """
+    return parse_sample(read_blocks(descriptor, start, end))
+
+
+def read_blocks(descriptor: int, start: int, end: int) -> bytes:
+    """Read the tar blocks of one sample, as ``read_sample`` does, without looking into them.
+
+    Raises:
+        FractalError: if the file ends early.
+    """
     data = os.pread(descriptor, end - start, start)
     if len(data) != end - start:
         raise FractalError(f"file ends at byte {start + len(data)}, sample should reach {end}")
-    return parse_sample(data)
+    return data
 
 
 def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:

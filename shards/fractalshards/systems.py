@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy.typing as npt
 from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
 
-_MAX_BYTES = 256 << 20
-# the last by a header that lies
-_DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError)
+_MAX_BYTES = 64 << 20  # of the file, and of what is in it: enough for 100,000 classes
+_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others inflate more at a time than is asked for
+# MemoryError by a header that lies
+_DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile)
 
 Systems = Sequence[npt.NDArray[np.float64]]
 
@@ -33,10 +34,28 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
         FractalError: if the file is damaged or not a file of systems.
         OSError: if it cannot be read.
     """
-    if path.stat().st_size > _MAX_BYTES:
-        raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of systems; fetch it again")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return tuple(np.asarray(arrays[f"{index:05d}"], np.float64) for index in range(len(arrays.files)))
-    except (*_DAMAGE, zlib.error, zipfile.BadZipFile) as error:
-        raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error
+    with path.open("rb") as file:
+        if path.stat().st_size > _MAX_BYTES:
+            raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of systems; fetch it again")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                _check_bounds(archive.infolist())
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return tuple(_system(arrays[f"{index:05d}"]) for index in range(len(arrays.files)))
+        except (*_DAMAGE, zlib.error) as error:
+            raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error
+
+
+def _check_bounds(members: Iterable[zipfile.ZipInfo]) -> None:
+    """Raise before anything is inflated that would take more memory than systems do."""
+    if any(member.compress_type not in _COMPRESSION for member in members):
+        raise ValueError("neither stored nor deflated")
+    if (total := sum(member.file_size for member in members)) > _MAX_BYTES:
+        raise ValueError(f"{total:,} bytes when inflated, not a file of systems")
+
+
+def _system(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    if array.dtype != np.float64 or array.shape[1:] not in ((2, 3), (7,)):
+        raise ValueError(f"an array of {array.dtype} {array.shape}, not a system")
+    return array

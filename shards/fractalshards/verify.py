@@ -1,6 +1,6 @@
 """Checks a finished dataset to the last pixel: hashes, counts, names, every image, every label."""
 
-import os
+import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,17 +8,20 @@ from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
-from fractalshards.digest import ContentDigest, mapping_digest, sha256_file, systems_digest
+from fractalshards.digest import ContentDigest, mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label_extension
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
 from fractalshards.names import RECIPE, SYSTEMS, sample_key
-from fractalshards.reader import decode_sample, read_sample
+from fractalshards.reader import decode_sample, read_blocks
 from fractalshards.systems import read_systems
-from fractalshards.tarball import END_OF_TAR
+from fractalshards.tarball import END_OF_TAR, Sample, parse_sample
 from fractalshards.workers import worker_pool
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,40 +81,53 @@ def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> li
         size = (folder / shard.name).stat().st_size
         if size != shard.bytes:
             return [*problems, Problem(shard.name, "", f"{size} bytes instead of {shard.bytes}")]
-        if sha256_file(folder / shard.name) != shard.sha256:
+        with (folder / shard.name).open("rb") as file:
+            sha256 = hashlib.sha256()
+            problems += _verify_samples(file, record, first, promise, sha256.update)
+        if sha256.hexdigest() != shard.sha256:
             problems.append(Problem(shard.name, "", "sha256 differs: the file was changed"))
-        return [*problems, *_verify_samples(folder / shard.name, record, first, promise)]
-    except FileNotFoundError as error:
-        return [Problem(shard.name, "", f"{Path(error.filename).name} is missing")]
+        return problems
     except (FractalError, OSError) as error:
-        return [Problem(shard.name, "", str(error))]
+        return [_problem(folder, shard.name, error)]
 
 
-def _verify_samples(path: Path, record: ShardRecord, first: int, promise: Promise) -> Iterator[Problem]:
+def _verify_samples(
+    file: BinaryIO, record: ShardRecord, first: int, promise: Promise, seen: Callable[[bytes], None]
+) -> Iterator[Problem]:
+    """Verify the samples of a shard, whose bytes are read once, in order; ``seen`` is called with all of them."""
     content = ContentDigest()
     counts: Counter[int] = Counter()
     sound = True
-    with path.open("rb") as file:
-        for index, (start, end) in enumerate(pairwise(record.offsets), first):
-            key = _key_at(file.fileno(), start)
-            try:
-                sample = read_sample(file.fileno(), start, end)
-                image, label = decode_sample(sample, promise.classes)
-                if sample.key != sample_key(index):
-                    raise FractalError(f"expected sample {sample_key(index)} here")
-                _check_promise(image.shape, label, promise)
-                content.add(sample.key, image, sample.files[label_extension(sample.files)])
-                counts.update(classes_of(label))
-            except FractalError as error:
-                sound = False
-                yield Problem(path.name, key, str(error))
-        file.seek(record.offsets[-1])
-        if file.read(len(END_OF_TAR) + 1) != END_OF_TAR:
-            yield Problem(path.name, "", "the tar does not end after its last sample")
+    for index, (start, end) in enumerate(pairwise(record.offsets), first):
+        seen(blocks := read_blocks(file.fileno(), start, end))
+        try:
+            sample = parse_sample(blocks)
+            image, label = decode_sample(sample, promise.classes)
+            if sample.key != sample_key(index):
+                raise FractalError(f"expected sample {sample_key(index)} here")
+            _check_order(sample)
+            _check_promise(image.shape, label, promise)
+            content.add(sample.key, image, sample.files[label_extension(sample.files)])
+            counts.update(classes_of(label))
+        except FractalError as error:
+            sound = False
+            yield Problem(record.name, _key_of(blocks) or f"byte {start}", str(error))
+    file.seek(record.offsets[-1])
+    if (end_of_tar := file.read(len(END_OF_TAR) + 1)) != END_OF_TAR:
+        yield Problem(record.name, "", "the tar does not end after its last sample")
+    seen(end_of_tar)
+    while rest := file.read(_CHUNK):
+        seen(rest)
     if sound and content.hexdigest() != record.content_digest:
-        yield Problem(path.name, "", "content digest differs: the samples are not those that were built")
+        yield Problem(record.name, "", "content digest differs: the samples are not those that were built")
     if sound and tuple(counts[label] for label in range(promise.classes)) != record.label_counts:
-        yield Problem(path.name, "", "the labels are not those that the sidecar counts")
+        yield Problem(record.name, "", "the labels are not those that the sidecar counts")
+
+
+def _check_order(sample: Sample) -> None:
+    """Raise unless the label is the last file of a sample, after its image."""
+    if (last := list(sample.files)[-1]) != label_extension(sample.files):
+        raise FractalError(f"the label stands before the .{last}")
 
 
 def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
@@ -127,10 +143,18 @@ def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> No
             raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {width} x {height}")
 
 
-def _key_at(descriptor: int, start: int) -> str:
-    """The key in the tar header at ``start``, as far as it can be read, to name a damaged sample."""
-    name = os.pread(descriptor, tarfile.LENGTH_NAME, start).split(b"\0")[0].decode("ascii", "replace")
-    return name.partition(".")[0] or f"byte {start}"
+def _key_of(blocks: bytes) -> str:
+    """The key in the first tar header of a sample, as far as it can be read, to name a damaged sample."""
+    name = blocks[: tarfile.LENGTH_NAME].split(b"\0")[0].decode("ascii", "replace")
+    return name.partition(".")[0]
+
+
+def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:
+    """What an error says of a file in the folder. Errors begin with their file, which is told only once."""
+    if isinstance(error, FileNotFoundError):
+        return Problem(file, "", f"{Path(error.filename).name} is missing")
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return Problem(file, "", text.removeprefix(f"{folder}/").removeprefix(f"{file}: "))
 
 
 def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
@@ -141,16 +165,16 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
         if mapping_digest(manifest.recipe) != manifest.recipe_digest:
             yield Problem(RECIPE, "", "recipe digest differs: the recipe was changed")
     except (FractalError, OSError) as error:
-        yield Problem(RECIPE, "", str(error))
+        yield _problem(manifest.folder, RECIPE, error)
     try:
         if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe.get("systems_digest"):
             yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
     except (FractalError, OSError) as error:
-        yield Problem(SYSTEMS, "", str(error))
+        yield _problem(manifest.folder, SYSTEMS, error)
 
 
 def _verify_folder(manifest: Manifest) -> Iterator[Problem]:
     listed = {shard.name for split in manifest.splits.values() for shard in split}
     for path in sorted(manifest.folder.glob("*.tar")):
         if path.name not in listed:
-            yield Problem(path.name, "", "not in the manifest; remove it or build the dataset again")
+            yield Problem(path.name, "", "not in the manifest; remove it")
