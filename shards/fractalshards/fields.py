@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fractalshards.errors import FractalError
+from fractalshards.files import read_bounded
 
 _MAX_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
 _MAX_COUNT = 2**63 - 1
@@ -28,12 +29,10 @@ class Fields:
         """Read a JSON object from a file of at most 16 MiB.
 
         Raises:
-            FractalError: if it is larger, not JSON, or not an object.
+            FractalError: if it is larger, not a regular file, not JSON, or not an object.
             OSError: if it cannot be read.
         """
-        if path.stat().st_size > _MAX_BYTES:
-            raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of this format{_ADVICE}")
-        return cls.parse(path.read_bytes(), str(path))
+        return cls.parse(read_bounded(path, _MAX_BYTES), str(path))
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> "Fields":

@@ -12,6 +12,7 @@ from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
+from fractalshards.files import regular_size
 from fractalshards.human import human_bytes, human_count
 from fractalshards.labels import LABEL_TYPES, LabelType
 from fractalshards.names import INFO, check_plain, sidecar_name
@@ -139,7 +140,7 @@ def finished_record(folder: Path, shard: str, label_type: LabelType) -> ShardRec
     """The record of a shard that is whole: valid sidecar, and a tar of the size it says; else None."""
     try:
         record = read_record(folder, shard, label_type)
-        return record if (folder / shard).stat().st_size == record.bytes else None
+        return record if regular_size(folder / shard) == record.bytes else None
     except (FractalError, OSError):
         return None
 

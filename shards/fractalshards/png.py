@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from isal import igzip_lib, isal_zlib
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fractalshards.errors import FractalError
 
@@ -20,6 +20,7 @@ _RGB, _PALETTE = 2, 3  # colour types
 _HEADER = struct.Struct(">II5B")  # width, height, bit depth, colour type, compression, filter, interlace
 _LEVEL = 1  # of ISA-L's 0..3: the others are slower or larger, see docs/performance.md
 _MAX_PIXELS = 64_000_000
+_MAX_CHUNKS = 100_000  # empty ones would take thirty times their bytes
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # others may run programs: EPS starts Ghostscript
 
 Pixels = npt.NDArray[np.uint8]
@@ -104,7 +105,7 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
     """Kind and body of every chunk of a PNG. Pillow does not check the image data's sums, so it is done here.
 
     Raises:
-        FractalError: if a chunk that an image needs is damaged, or the last one is cut off.
+        FractalError: if a chunk that an image needs is damaged, the last one is cut off, or there are too many.
     """
     chunks: list[tuple[bytes, memoryview]] = []
     view = memoryview(data)
@@ -117,6 +118,8 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
         if needed and int.from_bytes(check) != isal_zlib.crc32(body, zlib.crc32(kind)):
             raise FractalError(f"image cannot be decoded: chunk {kind!r} of the PNG is damaged")
         chunks.append((kind, body))
+        if len(chunks) > _MAX_CHUNKS:
+            raise FractalError(f"image cannot be decoded: more than {_MAX_CHUNKS:,} chunks in the PNG")
     return chunks
 
 
@@ -163,6 +166,10 @@ def _decode_any(data: bytes) -> Pixels:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise FractalError(f"image claims {image.width} x {image.height} pixels")
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+                rgb = image.convert("RGB")
+            image.close()  # its pixels go before there is a third copy of them
+            return np.asarray(rgb)
+    except UnidentifiedImageError as error:
+        raise FractalError("image cannot be decoded: damaged, or of no format known here") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FractalError(f"image cannot be decoded: {error}") from error

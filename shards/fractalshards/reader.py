@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import FractalError
+from fractalshards.files import regular_size
 from fractalshards.labels import Label, LabelType, classes_of, decode_label, label_extension
 from fractalshards.manifest import Manifest, read_record, split_shards
 from fractalshards.png import Pixels, decode_image
@@ -86,11 +87,24 @@ def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
                 raise FractalError(f"{index.path}: {error}; fetch or build it again") from error
 
 
+def decode_shard(index: ShardIndex, classes: int) -> Iterator[tuple[Pixels, Label]]:
+    """Image (H, W, 3) uint8 and label of all samples of a shard in order.
+
+    Raises:
+        FractalError: at the first sample that cannot be read or decoded, naming the shard and the sample.
+    """
+    for sample in iterate_shard(index):
+        try:
+            yield decode_sample(sample, classes)
+        except FractalError as error:
+            raise FractalError(f"{index.path}: {sample.key}: {error}; fetch or build it again") from error
+
+
 def _index_shard(folder: Path, name: str, sha256: str, label_type: LabelType) -> ShardIndex:
     path = folder / name
     try:
         record = read_record(folder, name, label_type)
-        size = path.stat().st_size
+        size = regular_size(path)
     except FileNotFoundError as error:
         raise FractalError(f"{error.filename}: missing; fetch or build it again") from error
     if record.sha256 != sha256:

@@ -1,6 +1,7 @@
 """A contact sheet: a labelled grid of images, a row per class. For people, to look at what a dataset holds."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.labels import Label, classes_of
 from fractalshards.manifest import Manifest
 from fractalshards.png import Pixels
-from fractalshards.reader import decode_sample, index_split, iterate_shard
+from fractalshards.reader import decode_shard, index_split
 
 _GAP = 4
 _LABEL_WIDTH = 44
@@ -77,11 +78,8 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
         FractalError: if the split is missing or empty, or a sample cannot be read.
     """
     chosen = np.linspace(0, manifest.classes - 1, min(classes, manifest.classes)).round().astype(int).tolist()
-    samples = (
-        decode_sample(sample, manifest.classes)
-        for index in index_split(manifest, split)
-        for sample in iterate_shard(index)
-    )
+    shards = index_split(manifest, split)
+    samples = chain.from_iterable(decode_shard(shard, manifest.classes) for shard in shards)
     rows = class_rows(samples, chosen, per_class, tile)
     if not rows:
         raise FractalError(f"{manifest.folder}: no image to show in split {split!r}")

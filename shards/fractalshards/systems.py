@@ -1,8 +1,9 @@
 """``systems.npz``: the systems of a dataset's classes, one float64 array per class named by its five digits."""
 
+import io
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy.typing as npt
 
 from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
+from fractalshards.files import read_bounded
+from fractalshards.manifest import MAX_CLASSES
 
-_MAX_BYTES = 64 << 20  # of the file, and of what is in it: enough for 100,000 classes
+_MAX_BYTES = 64 << 20  # of the file, and of what is in it
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others inflate more at a time than is asked for
 # MemoryError by a header that lies
 _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile)
@@ -34,21 +37,21 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
         FractalError: if the file is damaged or not a file of systems.
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size > _MAX_BYTES:
-            raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a file of systems; fetch it again")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                _check_bounds(archive.infolist())
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return tuple(_system(arrays[f"{index:05d}"]) for index in range(len(arrays.files)))
-        except (*_DAMAGE, zlib.error) as error:
-            raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error
+    file = io.BytesIO(read_bounded(path, _MAX_BYTES))
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _check_bounds(archive.infolist())
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return tuple(_system(arrays[f"{index:05d}"]) for index in range(len(arrays.files)))
+    except (*_DAMAGE, zlib.error) as error:
+        raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error
 
 
-def _check_bounds(members: Iterable[zipfile.ZipInfo]) -> None:
+def _check_bounds(members: Sequence[zipfile.ZipInfo]) -> None:
     """Raise before anything is inflated that would take more memory than systems do."""
+    if len(members) > MAX_CLASSES:
+        raise ValueError(f"{len(members):,} arrays")
     if any(member.compress_type not in _COMPRESSION for member in members):
         raise ValueError("neither stored nor deflated")
     if (total := sum(member.file_size for member in members)) > _MAX_BYTES:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from fractalshards.digest import ContentDigest, mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
+from fractalshards.files import regular_size
 from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label_extension
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
 from fractalshards.names import RECIPE, SYSTEMS, sample_key
@@ -78,7 +79,7 @@ def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> li
             for name, listed in asdict(shard).items()
             if getattr(record, name) != listed
         ]
-        size = (folder / shard.name).stat().st_size
+        size = regular_size(folder / shard.name)
         if size != shard.bytes:
             return [*problems, Problem(shard.name, "", f"{size} bytes instead of {shard.bytes}")]
         with (folder / shard.name).open("rb") as file:

@@ -1,0 +1,166 @@
+"""Measures how fast shards are checked: hashing, decoding beside Pillow, and the whole of ``fractalshards verify``.
+
+    python tools/bench_shards.py --json bench.json            # builds a dataset of its own, 4000 images of 224 x 224
+    python tools/bench_shards.py shards/single --rounds 9
+
+All measurements take turns in every round, and the median of the rounds is given with the lowest and the highest, for
+machines are noisy: trust ratios. Files come from the page cache, so storage is not measured. The whole of verify has
+the start of its worker processes in it, as its users have.
+"""
+
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from fractalgen import make_recipe
+from fractalgen.build import plan_build, run_build
+from fractalshards.digest import sha256_file
+from fractalshards.errors import FractalError
+from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.png import decode_image
+from fractalshards.reader import index_split, iterate_shard
+from fractalshards.verify import verify_dataset
+from fractalshards.workers import available_cores
+
+_DECODED = 500  # images of a round
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something to measure: ``run`` does one round and returns units per second."""
+
+    name: str
+    unit: str
+    run: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The rates of all rounds of a measurement, in units per second."""
+
+    name: str
+    unit: str
+    rates: tuple[float, ...]
+
+    def median(self) -> float:
+        """The rate that half of the rounds reached."""
+        return statistics.median(self.rates)
+
+    def to_json(self) -> dict[str, Any]:
+        """The median and every round."""
+        return {"name": self.name, "unit": f"{self.unit}/s", "median": self.median(), "rounds": self.rates}
+
+
+@click.command()
+@click.argument("folder", required=False, metavar="[DIR]", type=click.Path(path_type=Path, exists=True))
+@click.option("--images", default=4000, show_default=True, type=click.IntRange(1), help="Of the dataset to build.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="The median of so many.")
+@click.option("--workers", default="1,2", show_default=True, help="Worker counts of verify to compare.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+def main(folder: Path | None, images: int, rounds: int, workers: str, json_path: Path | None) -> None:
+    """Measure on this machine how fast shards are checked, of the dataset in DIR or of one built for it."""
+    counts = [int(count) for count in workers.split(",") if count.isdigit() and int(count)] or [1]
+    try:
+        with _dataset(folder, images) as manifest:
+            summary = manifest.summary()
+            results = _take_turns([*_reading(manifest), *_verifying(manifest, counts)], rounds)
+    except FractalError as error:
+        raise click.ClickException(str(error)) from error
+    _print(summary, results)
+    if json_path:
+        report = {"dataset": summary, "results": [result.to_json() for result in results]}
+        json_path.write_text(json.dumps(report, indent=1))
+
+
+@contextmanager
+def _dataset(folder: Path | None, images: int) -> Iterator[Manifest]:
+    """The dataset in a folder, or one built for the while: kind ``single``, 224 x 224, shards of 1000."""
+    if folder:
+        yield load_manifest(folder)
+        return
+    recipe = make_recipe("single", images, classes=min(images, 100))
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) / recipe.kind
+        run_build(plan_build(target, recipe, available_cores()), available_cores())
+        yield load_manifest(target)
+
+
+def _reading(manifest: Manifest) -> list[Measurement]:
+    """Hashing and decoding in this process, so on one core."""
+    shard = index_split(manifest, next(iter(manifest.splits)))[0]
+    samples = list(islice(iterate_shard(shard), _DECODED))
+    images = [data for sample in samples for name, data in sample.files.items() if name not in ("cls", "json")]
+    return [
+        Measurement("sha256", "MB", partial(_rate, shard.path.stat().st_size / 1e6, partial(sha256_file, shard.path))),
+        Measurement("decode", "images", partial(_rate, len(images), partial(_decode_all, decode_image, images))),
+        Measurement("decode, Pillow", "images", partial(_rate, len(images), partial(_decode_all, _pillow, images))),
+    ]
+
+
+def _verifying(manifest: Manifest, counts: Sequence[int]) -> list[Measurement]:
+    """The whole of verify by number of worker processes."""
+    samples = sum(map(manifest.samples, manifest.splits))
+    return [
+        Measurement(f"verify, {count} workers", "images", partial(_rate, samples, partial(_verify, manifest, count)))
+        for count in counts
+    ]
+
+
+def _rate(units: float, work: Callable[[], object]) -> float:
+    """Units per second of some work that does so many."""
+    start = time.perf_counter()
+    work()
+    return units / (time.perf_counter() - start)
+
+
+def _decode_all(decode: Callable[[bytes], object], images: Sequence[bytes]) -> None:
+    for image in images:
+        decode(image)
+
+
+def _pillow(data: bytes) -> object:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _verify(manifest: Manifest, workers: int) -> None:
+    if problems := verify_dataset(manifest, workers, lambda _: None):
+        raise FractalError(f"{manifest.folder}/{problems[0]}; measure a sound dataset")
+
+
+def _take_turns(measurements: Sequence[Measurement], rounds: int) -> list[Result]:
+    """Run every measurement once to warm up, then once a round."""
+    for measurement in measurements:
+        measurement.run()
+    rates = [[measurement.run() for measurement in measurements] for _ in range(rounds)]
+    return [
+        Result(measurement.name, measurement.unit, column)
+        for measurement, column in zip(measurements, zip(*rates, strict=True), strict=True)
+    ]
+
+
+def _print(summary: str, results: Sequence[Result]) -> None:
+    table = Table("", "median", "lowest", "highest", "unit", title=summary)
+    for result in results:
+        figures = (result.median(), min(result.rates), max(result.rates))
+        table.add_row(result.name, *(f"{figure:,.0f}" for figure in figures), f"{result.unit}/s")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
