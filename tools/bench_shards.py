@@ -4,18 +4,20 @@
     python tools/bench_shards.py shards/single --rounds 9
 
 All measurements take turns in every round, and the median of the rounds is given with the lowest and the highest, for
-machines are noisy: trust ratios. Files come from the page cache, so storage is not measured. The whole of verify has
-the start of its worker processes in it, as its users have.
+machines are noisy: trust ratios. Beside units per second of the clock stand units per second of a core, that is of the
+time that processors really worked on it, which other people's work changes less. Files come from the page cache, so
+storage is not measured. The whole of verify has the start of its worker processes in it, as its users have.
 """
 
 import io
 import json
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,28 +44,27 @@ _DECODED = 500  # images of a round
 
 @dataclass(frozen=True)
 class Measurement:
-    """Something to measure: ``run`` does one round and returns units per second."""
+    """Something to measure: ``work`` does so many units, e.g. decodes 500 images."""
 
     name: str
     unit: str
-    run: Callable[[], float]
+    units: float
+    work: Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The rates of all rounds of a measurement, in units per second."""
+    """What was measured: units per second of the clock, and of the cores that worked, of every round."""
 
     name: str
     unit: str
-    rates: tuple[float, ...]
-
-    def median(self) -> float:
-        """The rate that half of the rounds reached."""
-        return statistics.median(self.rates)
+    per_second: tuple[float, ...]
+    per_core_second: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The median and every round."""
-        return {"name": self.name, "unit": f"{self.unit}/s", "median": self.median(), "rounds": self.rates}
+        """The medians and every round."""
+        medians = {"median": statistics.median(self.per_second), "core_median": statistics.median(self.per_core_second)}
+        return {**asdict(self), **medians}
 
 
 @click.command()
@@ -78,10 +79,11 @@ def main(folder: Path | None, images: int, rounds: int, workers: str, json_path:
     try:
         with _dataset(folder, images) as manifest:
             summary = manifest.summary()
+            click.echo(summary)
             results = _take_turns([*_reading(manifest), *_verifying(manifest, counts)], rounds)
     except FractalError as error:
         raise click.ClickException(str(error)) from error
-    _print(summary, results)
+    _print(results)
     if json_path:
         report = {"dataset": summary, "results": [result.to_json() for result in results]}
         json_path.write_text(json.dumps(report, indent=1))
@@ -106,9 +108,9 @@ def _reading(manifest: Manifest) -> list[Measurement]:
     samples = list(islice(iterate_shard(shard), _DECODED))
     images = [data for sample in samples for name, data in sample.files.items() if name not in ("cls", "json")]
     return [
-        Measurement("sha256", "MB", partial(_rate, shard.path.stat().st_size / 1e6, partial(sha256_file, shard.path))),
-        Measurement("decode", "images", partial(_rate, len(images), partial(_decode_all, decode_image, images))),
-        Measurement("decode, Pillow", "images", partial(_rate, len(images), partial(_decode_all, _pillow, images))),
+        Measurement("sha256", "MB", shard.path.stat().st_size / 1e6, partial(sha256_file, shard.path)),
+        Measurement("decode", "images", len(images), partial(_decode_all, decode_image, images)),
+        Measurement("decode, Pillow", "images", len(images), partial(_decode_all, _pillow, images)),
     ]
 
 
@@ -116,16 +118,8 @@ def _verifying(manifest: Manifest, counts: Sequence[int]) -> list[Measurement]:
     """The whole of verify by number of worker processes."""
     samples = sum(map(manifest.samples, manifest.splits))
     return [
-        Measurement(f"verify, {count} workers", "images", partial(_rate, samples, partial(_verify, manifest, count)))
-        for count in counts
+        Measurement(f"verify with {count}", "images", samples, partial(_verify, manifest, count)) for count in counts
     ]
-
-
-def _rate(units: float, work: Callable[[], object]) -> float:
-    """Units per second of some work that does so many."""
-    start = time.perf_counter()
-    work()
-    return units / (time.perf_counter() - start)
 
 
 def _decode_all(decode: Callable[[bytes], object], images: Sequence[bytes]) -> None:
@@ -144,21 +138,35 @@ def _verify(manifest: Manifest, workers: int) -> None:
 
 
 def _take_turns(measurements: Sequence[Measurement], rounds: int) -> list[Result]:
-    """Run every measurement once to warm up, then once a round."""
+    """Do the work of every measurement once to warm up, then once a round."""
     for measurement in measurements:
-        measurement.run()
-    rates = [[measurement.run() for measurement in measurements] for _ in range(rounds)]
+        measurement.work()
+    rates = [[_rates(measurement) for measurement in measurements] for _ in range(rounds)]
     return [
-        Result(measurement.name, measurement.unit, column)
+        Result(measurement.name, measurement.unit, *zip(*column, strict=True))
         for measurement, column in zip(measurements, zip(*rates, strict=True), strict=True)
     ]
 
 
-def _print(summary: str, results: Sequence[Result]) -> None:
-    table = Table("", "median", "lowest", "highest", "unit", title=summary)
+def _rates(measurement: Measurement) -> tuple[float, float]:
+    """Units per second of the clock, and of the cores that worked, children that ended included."""
+    start, start_core = time.perf_counter(), _core_seconds()
+    measurement.work()
+    return measurement.units / (time.perf_counter() - start), measurement.units / (_core_seconds() - start_core)
+
+
+def _core_seconds() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _print(results: Sequence[Result]) -> None:
+    columns = ("per second", "", "median", "lowest", "highest", "per core second", "lowest", "highest")
+    table = Table(*columns)
     for result in results:
-        figures = (result.median(), min(result.rates), max(result.rates))
-        table.add_row(result.name, *(f"{figure:,.0f}" for figure in figures), f"{result.unit}/s")
+        rates = (result.per_second, result.per_core_second)
+        figures = [f"{of(column):,.0f}" for column in rates for of in (statistics.median, min, max)]
+        table.add_row(result.name, result.unit, *figures)
     Console().print(table)
 
 

@@ -18,7 +18,7 @@ from fractalshards.labels import decode_label
 from fractalshards.manifest import finished_record, load_manifest, read_record
 from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
-from fractalshards.tarball import Sample, _pack_header, pack_sample, parse_sample
+from fractalshards.tarball import Sample, _pack_header, _parse_header, pack_sample, parse_sample
 from fractalshards.writer import write_shard
 
 Encode = Callable[[np.ndarray], bytes]
@@ -110,6 +110,29 @@ def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size = size
     assert _pack_header(name.encode(), size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+@given(
+    st.text("0123456789.abc", min_size=1, max_size=100),
+    st.integers(0, 8**11 - 1),
+    st.integers(0, 511),
+    st.integers(0, 255),
+    st.booleans(),
+)
+def test_headers_are_read_as_tarfile_reads_them(name: str, size: int, place: int, byte: int, mended: bool) -> None:
+    block = bytearray(_pack_header(name.encode(), size))
+    block[place] = byte
+    if mended:
+        block[148:154] = b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:]))
+    try:
+        member = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "strict")
+        expected = (member.name, member.size) if member.type in (b"0", b"\0") and member.size >= 0 else None
+    except (tarfile.HeaderError, UnicodeDecodeError):
+        expected = None
+    try:
+        assert _parse_header(bytes(block)) == expected
+    except FractalError:
+        assert expected is None
 
 
 def test_what_does_not_fit_into_a_header_is_refused() -> None:
