@@ -29,8 +29,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen import make_recipe
-from fractalgen.build import plan_build, run_build
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest, load_manifest
@@ -95,6 +93,10 @@ def _dataset(folder: Path | None, images: int) -> Iterator[Manifest]:
     if folder:
         yield load_manifest(folder)
         return
+    # not above, for the workers of verify import this file, and shall not import numba with it
+    from fractalgen import make_recipe
+    from fractalgen.build import plan_build, run_build
+
     recipe = make_recipe("single", images, classes=min(images, 100))
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / recipe.kind
@@ -161,12 +163,11 @@ def _core_seconds() -> float:
 
 
 def _print(results: Sequence[Result]) -> None:
-    columns = ("per second", "", "median", "lowest", "highest", "per core second", "lowest", "highest")
-    table = Table(*columns)
+    table = Table("", "per second", "lowest", "highest", "per core second")
     for result in results:
-        rates = (result.per_second, result.per_core_second)
-        figures = [f"{of(column):,.0f}" for column in rates for of in (statistics.median, min, max)]
-        table.add_row(result.name, result.unit, *figures)
+        figures = [statistics.median(result.per_second), min(result.per_second), max(result.per_second)]
+        figures.append(statistics.median(result.per_core_second))
+        table.add_row(f"{result.name}, {result.unit}", *(f"{figure:,.0f}" for figure in figures))
     Console().print(table)
 
 

@@ -134,7 +134,7 @@ def _decode_own(chunks: Mapping[bytes, memoryview], order: list[bytes]) -> Pixel
         return None
     if (depth, color) == (8, _RGB):
         rows = _inflate_rows(chunks[b"IDAT"], height, width * 3, _SUB)
-        return None if rows is None else np.add.accumulate(rows.reshape(height, width, 3), axis=1, dtype=np.uint8)
+        return None if rows is None else _sum_along(rows).reshape(height, width, 3)
     palette = chunks.get(b"PLTE", b"")
     if color != _PALETTE or depth not in (1, 8) or len(palette) % 3 or not 0 < len(palette) <= 3 * 256:
         return None
@@ -157,6 +157,20 @@ def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) ->
         return None
     rows = np.frombuffer(inflated, np.uint8).reshape(height, 1 + width)
     return rows[:, 1:] if (rows[:, 0] == row_filter).all() else None
+
+
+def _sum_along(rows: Pixels) -> Pixels:
+    """Undo the Sub filter: for each byte of (H, 3 W) rows the sum of all of its channel up to it, modulo 256.
+
+    The sums of 2, 4, 8, ... pixels come from those of half as many, so that whole rows are added at a time: numpy's
+    ``accumulate`` goes byte by byte.
+    """
+    sums = rows.copy()
+    step = 3
+    while step < sums.shape[1]:
+        sums[:, step:] += sums[:, :-step].copy()  # faster than to leave the copying to numpy
+        step *= 2
+    return sums
 
 
 def _decode_any(data: bytes) -> Pixels:
