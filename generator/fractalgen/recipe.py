@@ -11,7 +11,7 @@ from fractalshards.manifest import MAX_CLASSES
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
-RECIPE_VERSION = 2  # raised whenever the pixels or labels that a recipe stands for change
+RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
 _MAX_SAMPLES = 10**9  # keys have nine digits
 
 
