@@ -1,6 +1,9 @@
 """The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
 
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,16 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from fractalgen import kataoka
-from fractalgen.build import plan_build, run_build
+from fractalgen.build import Plan, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, write_categories
+from fractalgen.engines import Engine, open_engine
 from fractalgen.kinds import KINDS
 from fractalgen.preview import preview as draw_preview
 from fractalgen.recipe import make_recipe
+from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
+from fractalgen.slices import Slice, parse_slice
 from fractalshards.atomic import atomic_file
-from fractalshards.console import Commands, progress
-from fractalshards.errors import UsageError
-from fractalshards.human import human_count
+from fractalshards.console import Commands, interrupt_code, progress
+from fractalshards.errors import StoppedError, UsageError
+from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.overrides import parse_settings, show_value
 from fractalshards.png import Indexed, encode_png
@@ -51,6 +57,15 @@ def main() -> None:
 @click.option("--categories", type=_PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
 @click.option("--from-csv", type=_PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
 @click.option("--out", type=_PATH, help="Folder of the dataset.  [default: shards/KIND]")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "dask"]),
+    default="local",
+    show_default=True,
+    help="What renders: processes here, or a Dask cluster.",
+)
+@click.option("--scheduler", metavar="tcp://HOST:PORT", help="The Dask cluster's scheduler.")
+@click.option("--slice", "slice_", metavar="I/K|auto", help="Only every K-th shard, from the I-th: for job arrays.")
 @_WORKERS
 @_SET
 def build(
@@ -65,6 +80,9 @@ def build(
     categories: Path | None,
     from_csv: Path | None,
     out: Path | None,
+    executor: str,
+    scheduler: str | None,
+    slice_: str | None,
     workers: str,
     settings: tuple[str, ...],
 ) -> None:
@@ -85,23 +103,36 @@ def build(
         overrides=parse_settings(settings),
     )
     folder = out if out is not None else Path("shards") / kind
-    count = _parse_workers(workers)
-    plan = plan_build(folder, recipe, count, given)
-    if plan.cost is None:
-        click.echo(f"{folder}: nothing to render, {human_count(len(plan.tasks), 'shard')} there already", err=True)
-    else:
-        done = f", {len(plan.finished):,} of them done" if plan.finished else ""
-        click.echo(
-            f"{folder}: {n + val:,} images of {recipe.size} x {recipe.size} in "
-            f"{human_count(len(plan.tasks), 'shard')}{done}; to render: {plan.cost.samples:,} images, {plan.cost} "
-            f"with {human_count(count, 'worker')}",
-            err=True,
-        )
-    run_build(plan, count)
+    part = parse_slice(slice_, os.environ) if slice_ else None
+    with _continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler)) as engine:
+        plan = plan_build(folder, recipe, engine.workers, given, part)
+        click.echo(f"{folder}: {_describe(plan, part, engine)}", err=True)
+        missing = run_build(plan, engine.executor)
+    if missing:
+        left = human_count(len(missing), "shard")
+        click.echo(f"{folder}: {part} is done; {left} of other slices are missing, and so is the manifest")
+        return
     manifest = load_manifest(folder)
     click.echo(manifest.summary())
     if manifest.label_type == "single":  # others cannot be trained on yet
         click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@_WORKERS
+def repair(folder: Path, workers: str) -> None:
+    """Verify a dataset, and render again exactly what is damaged or missing.
+
+    Example: fractalgen repair shards/single
+    """
+    with _continuable(folder), open_engine(_parse_workers(workers)) as engine:
+        repaired = repair_dataset(folder, engine)
+    for problem in repaired.problems:
+        click.echo(one_line(f"was bad: {folder}/{problem}"))
+    if repaired.rendered:
+        click.echo(f"rendered again: {human_list(repaired.rendered)}")
+    click.echo(f"sound: {load_manifest(folder).summary()}")
 
 
 @main.command()
@@ -207,6 +238,42 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
     if classes is not None and classes > len(given):
         raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most those")
     return given[:classes]
+
+
+def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:
+    """What a build is about to do, in one line."""
+    recipe = plan.recipe
+    shards = human_count(len(plan.tasks), "shard")
+    own = part.of(plan.tasks) if part else plan.tasks
+    whose = f" of {part}" if part else ""
+    if plan.cost is None:
+        return f"nothing to render, all {human_count(len(own), 'shard')}{whose} there already"
+    done = len(own) - len(plan.missing)
+    return (
+        f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in {shards}; to render"
+        f"{whose}: {plan.cost.samples:,} images in {human_count(len(plan.missing), 'shard')}"
+        f"{f' ({done:,} done)' if done else ''}, {plan.cost} with {engine.name}"
+    )
+
+
+@contextmanager
+def _continuable(folder: Path) -> Iterator[None]:
+    """Say how to go on when Ctrl-C or SIGTERM ends the work on a folder."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError(
+            f"{folder}: stopped; finished shards are kept, run the same command again to go on", interrupt_code(error)
+        ) from error
+
+
+def _scheduler(executor: str, scheduler: str | None) -> str | None:
+    """The address of the Dask scheduler to use, if any."""
+    if executor == "dask" and not scheduler:
+        raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
+    if executor != "dask" and scheduler:
+        raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
+    return scheduler
 
 
 def _parse_workers(text: str) -> int:

@@ -4,13 +4,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from fractalgen.recipe import Recipe
+from fractalgen.recipe import Recipe, parse_recipe
 from fractalgen.render import draw_systems
 from fractalshards.atomic import write_json
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.names import RECIPE, SYSTEMS
+from fractalshards.names import INFO, RECIPE, SYSTEMS
 from fractalshards.systems import Systems, read_systems, write_systems
 
 
@@ -41,12 +41,57 @@ def claim(folder: Path, recipe: Recipe, systems: Systems) -> None:
         OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        description = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}
-        write_json(folder / RECIPE, description, indent=1, exclusive=True)
+    if not (folder / RECIPE).exists():
+        with suppress(FileExistsError):
+            description = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}
+            write_json(folder / RECIPE, description, indent=1, exclusive=True)
     _settled(folder, recipe, systems)
     if not (folder / SYSTEMS).exists():
         write_systems(folder / SYSTEMS, systems)
+
+
+def restore(folder: Path) -> tuple[Recipe, Systems]:
+    """Recipe and systems of a folder in which either file may be damaged or missing; a damaged one is removed.
+
+    The recipe is in the manifest too, and systems that were not given to the build can be drawn again.
+
+    Raises:
+        FractalError: if neither file has a sound recipe of this software's version, or the systems cannot be had.
+        OSError: if a file cannot be read or removed.
+    """
+    recipe = _sound_recipe(folder)
+    return recipe, _sound_systems(folder / SYSTEMS, recipe)
+
+
+def _sound_recipe(folder: Path) -> Recipe:
+    if not any((folder / name).exists() for name in (RECIPE, INFO)):
+        raise FractalError(f"{folder}: neither {RECIPE} nor {INFO} is there, so nothing says what to build")
+    try:
+        return _read_recipe(folder / RECIPE)
+    except (FractalError, FileNotFoundError):
+        recipe = _read_recipe(folder / INFO)
+        (folder / RECIPE).unlink(missing_ok=True)
+        return recipe
+
+
+def _read_recipe(path: Path) -> Recipe:
+    fields = Fields.read(path)
+    recipe = parse_recipe(fields.mapping("recipe"), str(path))
+    if recipe.digest() != fields.text("recipe_digest"):
+        raise FractalError(f"{path}: recipe digest differs, the recipe was changed; fetch it again")
+    return recipe
+
+
+def _sound_systems(path: Path, recipe: Recipe) -> Systems:
+    with suppress(FractalError, FileNotFoundError):
+        stored = read_systems(path)
+        if systems_digest(stored) == recipe.systems_digest:
+            return stored
+    drawn = draw_systems(recipe)
+    if systems_digest(drawn) != recipe.systems_digest:
+        raise FractalError(f"{path}: damaged or missing, and not what this software draws; fetch it again")
+    path.unlink(missing_ok=True)
+    return drawn
 
 
 def _settled(folder: Path, recipe: Recipe, given: Systems | None) -> tuple[Recipe, Systems]:

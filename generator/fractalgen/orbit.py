@@ -40,7 +40,8 @@ def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint3
     _choose_maps(_thresholds(system), *key, choices)
     xs, ys = np.empty(total, np.float32), np.empty(total, np.float32)
     maps = system.reshape(-1, 6).astype(np.float32)
-    _start(maps, choices, *np.array(fixed_point(system[0]), np.float32), xs, ys)
+    x, y = fixed_point(system[0])
+    _start(maps, choices, np.float32(x), np.float32(y), xs, ys)
     if len(system) <= _FEW:
         _iterate_few(np.resize(maps, (_FEW, 6)), choices, xs, ys)
     else:
