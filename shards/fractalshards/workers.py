@@ -48,12 +48,10 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     try:
         with sigterm_interrupts():
             yield pool
-    except BaseException:
-        if pool.running():
-            print("stopping when what has begun is finished; press Ctrl-C again to stop at once", file=sys.stderr)
-        raise
     finally:
         with _handling(_stop_at_once, *_SIGNALS):
+            if sys.exc_info()[0] and pool.running():
+                print("stopping when what has begun is finished; press Ctrl-C again to stop at once", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
