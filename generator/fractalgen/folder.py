@@ -51,16 +51,18 @@ def claim(folder: Path, recipe: Recipe, systems: Systems) -> None:
 
 
 def restore(folder: Path) -> tuple[Recipe, Systems]:
-    """Recipe and systems of a folder in which either file may be damaged or missing; a damaged one is removed.
+    """Recipe and systems of a folder in which either file may be damaged or missing; such a file is written again.
 
     The recipe is in the manifest too, and systems that were not given to the build can be drawn again.
 
     Raises:
         FractalError: if neither file has a sound recipe of this software's version, or the systems cannot be had.
-        OSError: if a file cannot be read or removed.
+        OSError: if a file cannot be read or written.
     """
     recipe = _sound_recipe(folder)
-    return recipe, _sound_systems(folder / SYSTEMS, recipe)
+    systems = _sound_systems(folder / SYSTEMS, recipe)
+    claim(folder, recipe, systems)
+    return recipe, systems
 
 
 def _sound_recipe(folder: Path) -> Recipe:

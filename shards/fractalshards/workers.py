@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -25,6 +27,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most that older versions take
 }
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE = 0.05  # seconds
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 _P = ParamSpec("_P")
@@ -44,6 +47,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     """
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
+    resource_tracker.ensure_running()  # else the first thread would start it, which unblocks its signals
     pool = _Pool(workers)
     try:
         with sigterm_interrupts():
@@ -92,7 +96,10 @@ class _Pool(Executor):
         return any(future.running() for future in list(self._futures))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+        self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
+        while wait and self.running():
+            time.sleep(_PATIENCE)  # joining a thread may miss a signal that comes just before
+        self._threads.shutdown(wait)
         for process in list(self._processes):
             process.shutdown(wait)
 

@@ -52,15 +52,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset built by one undisturbed worker."""
-    out = tmp_path_factory.mktemp("built") / "single"
-    result = build(out)
-    assert result.returncode == 0, result.stderr
-    return out
-
-
 def test_the_folder_describes_itself(built: Path) -> None:
     shards = [*(f"train-00000{i}" for i in range(5)), "val-000000"]
     expected = [

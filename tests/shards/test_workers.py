@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,16 @@ def test_after_three_deaths_a_task_is_given_up_and_its_thread_works_on(tmp_path:
 
 
 def test_errors_of_a_task_are_its_own_and_what_has_not_begun_is_given_up() -> None:
-    with pytest.raises(ZeroDivisionError), worker_pool(1) as pool:
-        futures = [pool.submit(eval, "1 / 0"), *(pool.submit(time.sleep, 0.05) for _ in range(100))]
-        futures[0].result(60)
+    futures: list[Future[object]] = []
+
+    def work() -> None:
+        with worker_pool(1) as pool:
+            futures.append(pool.submit(eval, "1 / 0"))
+            futures.extend(pool.submit(time.sleep, 0.05) for _ in range(100))
+            futures[0].result(60)
+
+    with pytest.raises(ZeroDivisionError):
+        work()
     assert futures[-1].cancelled()
     assert not any(future.running() for future in futures)
 
