@@ -1,5 +1,6 @@
 """The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
 
+import errno
 import os
 import shlex
 from collections.abc import Iterator
@@ -212,7 +213,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     Example: fractalgen search --classes 2000 --out categories.npz
     """
     count = _parse_workers(workers)
-    out.parent.mkdir(parents=True, exist_ok=True)  # before a long search, not after it
+    _check_writable(out)  # before a long search, not after it
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
     else:
@@ -274,6 +275,15 @@ def _scheduler(executor: str, scheduler: str | None) -> str | None:
     if executor != "dask" and scheduler:
         raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
     return scheduler
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a file that cannot be written; missing folders are made."""
+    if not out.name or out.is_dir():
+        raise UsageError(f"--out is {str(out)!r}: expected the name of a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
 
 
 def _parse_workers(text: str) -> int:

@@ -10,7 +10,7 @@ from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.fields import Fields
 from fractalshards.manifest import MAX_CLASSES
-from fractalshards.overrides import override, show_value
+from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
 RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
@@ -115,20 +115,17 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
             f"{where}: recipe version {found}, this software renders {RECIPE_VERSION}; install the version of "
             "fractalpretrain that made it"
         )
-    settings = {name: show_value(_as_tuple(value)) for name, value in fields.mapping("params").items()}
     try:
         recipe = Recipe(
             kind=fields.text("kind"),
             **{name: fields.count(name) for name in _COUNTS},
-            params=override(find_kind(fields.text("kind")).params(), settings),
+            params=override(find_kind(fields.text("kind")).params(), fields.mapping("params")),
             systems_digest=fields.text("systems_digest"),
         )
     except UsageError as error:
         raise FractalError(f"{where}: {error}") from error
     if recipe.digest() != mapping_digest(data):
-        raise FractalError(
-            f"{where}: has fields that a recipe of version {RECIPE_VERSION} does not have, or lacks some"
-        )
+        raise FractalError(f"{where}: lacks or adds fields, so not a recipe of version {RECIPE_VERSION}")
     return recipe
 
 
@@ -142,12 +139,12 @@ def make_recipe(
     points: int | None = None,
     seed: int = 0,
     shard_size: int = 1000,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> Recipe:
     """A recipe with the kind's defaults for what is not given.
 
     Args:
-        overrides: parameters of the kind by name, as text: ``{"blur_probability": "0", "maps": "2,4"}``.
+        overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
 
     Raises:
         UsageError: if a value is unknown, malformed or out of range.
@@ -172,10 +169,6 @@ def _integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise UsageError(f"{name} is {value!r}: expected an integer") from error
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _require(holds: bool, otherwise: str) -> None:
