@@ -7,11 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.page import check_page_name, load_template, render_page
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
+from fractalshards.survey import survey_dataset
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores
 
@@ -75,6 +78,26 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
     image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class, tile), tile)
     save_picture(image, out)
     click.echo(f"{out}: {image.width} x {image.height} pixels")
+
+
+@main.command()
+@_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Page to write: .html.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that look.  [default: all cores]")
+def report(folder: Path, out: Path, workers: int | None) -> None:
+    """Write a page about a dataset: samples of every class, distributions, recipe, how to share it.
+
+    One file of 12 MB at most that loads nothing, to be opened in a browser, mailed or put on a server.
+
+    Example: fractalshards report shards/single --out single.html
+    """
+    check_page_name(out)
+    template = load_template()
+    page = render_page(template, survey_dataset(load_manifest(folder), workers or available_cores())).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(page)
+    click.echo(f"{out}: {human_bytes(len(page))}")
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:
