@@ -1,5 +1,6 @@
 """The command ``fractalshards``: parses options, calls one function per command, prints what came of it."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -7,11 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fractalshards.atomic import atomic_file
+from fractalshards.compare import compare_datasets
 from fractalshards.console import Commands, progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.page import check_page_name, load_template, render_page
+from fractalshards.portable import export_recipe
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
+from fractalshards.survey import survey_dataset
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores
 
@@ -75,6 +81,65 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
     image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class, tile), tile)
     save_picture(image, out)
     click.echo(f"{out}: {image.width} x {image.height} pixels")
+
+
+@main.command()
+@_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Page to write: .html.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that look.  [default: all cores]")
+def report(folder: Path, out: Path, workers: int | None) -> None:
+    """Write a page about a dataset: samples of every class, distributions, recipe, how to share it.
+
+    One file of 12 MB at most that loads nothing, to be opened in a browser, mailed or put on a server.
+
+    Example: fractalshards report shards/single --out single.html
+    """
+    check_page_name(out)
+    template = load_template()
+    page = render_page(template, survey_dataset(load_manifest(folder), workers or available_cores())).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(page)
+    click.echo(f"{out}: {human_bytes(len(page))}")
+
+
+@main.command()
+@_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
+def recipe(folder: Path, out: Path | None) -> None:
+    """Write a dataset as a recipe, a small file from which 'fractalgen build' renders the same images.
+
+    Example: fractalshards recipe shards/single > recipe.json
+    """
+    text = export_recipe(load_manifest(folder))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(text)
+    click.echo(f"{out}: {human_bytes(len(text))}; next: fractalgen build --recipe {shlex.quote(str(out))}")
+
+
+@main.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Processes that compare.  [default: all cores]")
+def diff(first: Path, second: Path, workers: int | None) -> int:
+    """Tell whether two datasets hold the same samples, and where not; exit with 0 if they do, else with 1.
+
+    Content digests are compared as the manifests promise them; images are read only to name what differs.
+
+    Example: fractalshards diff shards/single /mnt/copy/single
+    """
+    found = compare_datasets(load_manifest(first), load_manifest(second), workers or available_cores())
+    for line in found.findings:
+        click.echo(one_line(line))
+    verdict = "same samples" if found.same else "not the same samples"
+    click.echo(
+        one_line(f"{verdict}, as the manifests promise; 'fractalshards verify DIR' checks that the files keep to them")
+    )
+    return 0 if found.same else 1
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.human import human_bytes, human_count
-from fractalshards.labels import LABEL_TYPES, LabelType
+from fractalshards.labels import LabelType, find_label_type
 from fractalshards.names import INFO, check_plain, sidecar_name
 
 FORMAT_VERSION = 1
@@ -184,16 +184,13 @@ def load_manifest(folder: Path) -> Manifest:
     fields = Fields.read(path)
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
-    label_type = next((known for known in LABEL_TYPES if known == fields.text("label_type")), None)
-    if label_type is None:
-        raise FractalError(f"{path}: label_type {fields.text('label_type')!r} is not known; upgrade fractalpretrain")
     classes = _bounded(fields, "classes", MAX_CLASSES, path)
     return Manifest(
         folder=folder,
         format_version=found,
         recipe=fields.mapping("recipe"),
         recipe_digest=fields.text("recipe_digest"),
-        label_type=label_type,
+        label_type=find_label_type(fields.text("label_type"), str(path)),
         classes=classes,
         image_size=None if fields.is_null("image_size") else _bounded(fields, "image_size", MAX_IMAGE_SIZE, path),
         class_names=_names(fields, "class_names", classes, path),

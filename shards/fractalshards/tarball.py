@@ -56,6 +56,15 @@ def parse_sample(data: bytes) -> Sample:
     return Sample(keys.pop(), files)
 
 
+def first_member_end(block: bytes) -> int:
+    """Where the first member of a sample ends, and the second begins, from the sample's first block.
+
+    Raises:
+        FractalError: if the block is not the header of a regular file.
+    """
+    return BLOCK + padded(_parse_header(block).size)
+
+
 def padded(size: int) -> int:
     """``size`` rounded up to whole tar blocks."""
     return -(-size // BLOCK) * BLOCK
