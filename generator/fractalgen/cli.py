@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -18,17 +19,18 @@ from fractalgen.categories import read_categories, read_csv, read_csv_folder, wr
 from fractalgen.engines import Engine, open_engine
 from fractalgen.kinds import KINDS
 from fractalgen.preview import preview as draw_preview
-from fractalgen.recipe import make_recipe
+from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
 from fractalgen.slices import Slice, parse_slice
 from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, interrupt_code, progress
-from fractalshards.errors import StoppedError, UsageError
+from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.overrides import parse_settings, show_value
 from fractalshards.png import Indexed, encode_png
+from fractalshards.portable import read_portable
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.systems import Systems
 from fractalshards.workers import available_cores
@@ -38,6 +40,10 @@ _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
 )
 _PATH = click.Path(path_type=Path)
+_SAID_BY_RECIPE = (
+    *("kind", "n", "val", "classes", "size", "points", "seed", "shard_size"),
+    *("categories", "from_csv", "settings"),
+)
 
 
 @click.group(cls=Commands)
@@ -47,8 +53,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--kind", required=True, metavar="|".join(KINDS), help="Family of images.")
-@click.option("--n", required=True, type=int, help="Images to train on.")
+@click.option("--kind", metavar="|".join(KINDS), help="Family of images.")
+@click.option("--n", type=int, help="Images to train on.")
 @click.option("--val", default=0, show_default=True, help="Further images of the same classes, for evaluation.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind, see 'fractalgen kinds']")
@@ -57,6 +63,7 @@ def main() -> None:
 @click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
 @click.option("--categories", type=_PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
 @click.option("--from-csv", type=_PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
+@click.option("--recipe", "recipe_file", type=_PATH, metavar="FILE", help="Build what 'fractalshards recipe' wrote.")
 @click.option("--out", type=_PATH, help="Folder of the dataset.  [default: shards/KIND]")
 @click.option(
     "--executor",
@@ -69,9 +76,11 @@ def main() -> None:
 @click.option("--slice", "slice_", metavar="I/K|auto", help="Only every K-th shard, from the I-th: for job arrays.")
 @_WORKERS
 @_SET
+@click.pass_context
 def build(
-    kind: str,
-    n: int,
+    context: click.Context,
+    kind: str | None,
+    n: int | None,
     val: int,
     classes: int | None,
     size: int | None,
@@ -80,6 +89,7 @@ def build(
     shard_size: int,
     categories: Path | None,
     from_csv: Path | None,
+    recipe_file: Path | None,
     out: Path | None,
     executor: str,
     scheduler: str | None,
@@ -91,19 +101,28 @@ def build(
 
     Example: fractalgen build --kind single --n 1000000
     """
-    given = _read_given(kind, classes, categories, from_csv)
-    recipe = make_recipe(
-        kind,
-        n,
-        val=val,
-        classes=classes if given is None else len(given),
-        size=size,
-        points=points,
-        seed=seed,
-        shard_size=shard_size,
-        overrides=parse_settings(settings),
-    )
-    folder = out if out is not None else Path("shards") / kind
+    promise = None
+    given: Systems | None
+    if recipe_file is not None:
+        _refuse_beside_recipe(context)
+        promise = read_portable(recipe_file)
+        recipe, given = parse_recipe(promise.recipe, str(recipe_file)), promise.systems
+    elif kind is None or n is None:
+        raise UsageError("say what to build: --kind and --n, or --recipe")
+    else:
+        given = _read_given(kind, classes, categories, from_csv)
+        recipe = make_recipe(
+            kind,
+            n,
+            val=val,
+            classes=classes if given is None else len(given),
+            size=size,
+            points=points,
+            seed=seed,
+            shard_size=shard_size,
+            overrides=parse_settings(settings),
+        )
+    folder = out if out is not None else Path("shards") / recipe.kind
     part = parse_slice(slice_, os.environ) if slice_ else None
     with _continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler)) as engine:
         plan = plan_build(folder, recipe, engine.workers, given, part)
@@ -114,6 +133,11 @@ def build(
         click.echo(f"{folder}: {part} is done; {left} of other slices are missing, and so is the manifest")
         return
     manifest = load_manifest(folder)
+    if promise and (broken := promise.broken_promises(manifest.splits)):
+        raise FractalError(
+            f"{folder}: {human_list(broken)} differ from what {recipe_file} promises: this software renders other "
+            "pixels; install the version of fractalpretrain that made it, and say so to its authors"
+        )
     click.echo(manifest.summary())
     if manifest.label_type == "single":  # others cannot be trained on yet
         click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
@@ -224,6 +248,14 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     write_categories(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
     click.echo(f"next: fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
+
+
+def _refuse_beside_recipe(context: click.Context) -> None:
+    """A recipe says all of these; what is given beside it would be ignored."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _SAID_BY_RECIPE and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"{parameter.opts[0]} and --recipe: give one of them, for the recipe says it too")
 
 
 def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
