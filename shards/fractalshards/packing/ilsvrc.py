@@ -130,34 +130,40 @@ def _part(
 
 def _train_images(tar: Path) -> Iterator[tuple[str, Member]]:
     """Synset id and place of every training image: the archive holds a tar for every class."""
-    for inner in _scan(tar, 0, tar.stat().st_size, tar.name):
-        synset = _match(_CLASS_TAR, inner.name, tar.name, "the tar of a class")
-        where = f"{tar.name}: {inner.name}"
+    for inner in _scan(tar, 0, tar.stat().st_size, str(tar)):
+        synset = _match(_CLASS_TAR, inner.name, str(tar), "the tar of a class")
+        where = f"{tar}: {inner.name}"
         for member in _scan(tar, inner.start, inner.start + inner.size, where):
             if _match(_TRAIN_IMAGE, member.name, where, "an image of the class") != synset:
-                raise FractalError(f"{tar.parent}/{where}: {member.name} belongs to another class; {_ADVICE}")
+                raise FractalError(f"{where}: {member.name} belongs to another class; {_ADVICE}")
             yield synset, member
 
 
 def _val_images(tar: Path, devkit: _Devkit) -> Iterator[tuple[str, Member]]:
     """Synset id and place of every validation image: the archive is flat, the devkit has the labels."""
     expected = len(devkit.val_labels)
-    seen: set[int] = set()
-    for member in _scan(tar, 0, tar.stat().st_size, tar.name):
-        number = int(_match(_VAL_IMAGE, member.name, tar.name, "a validation image"))
-        if not 1 <= number <= expected or number in seen:
-            raise FractalError(f"{tar}: {member.name} is there twice, or has no label in {DEVKIT}; {_ADVICE}")
-        seen.add(number)
+    found = 0
+    for member in _scan(tar, 0, tar.stat().st_size, str(tar)):
+        number = int(_match(_VAL_IMAGE, member.name, str(tar), "a validation image"))
+        if not 1 <= number <= expected:
+            raise FractalError(f"{tar}: {member.name} has no label in {DEVKIT}; {_ADVICE}")
+        found += 1
         yield devkit.ids[devkit.val_labels[number - 1]], member
-    if len(seen) != expected:
-        raise FractalError(f"{tar}: {len(seen):,} images, but {DEVKIT} has {expected:,} labels; {_ADVICE}")
+    if found != expected:
+        raise FractalError(f"{tar}: {found:,} images, but {DEVKIT} has {expected:,} labels; {_ADVICE}")
 
 
 def _scan(tar: Path, start: int, stop: int, where: str) -> Iterator[Member]:
+    """The members of a tar inside a file, each name once."""
+    seen: set[str] = set()
     try:
-        yield from scan_members(_descriptor(tar), start, stop)
+        for member in scan_members(_descriptor(tar), start, stop):
+            if member.name in seen:
+                raise FractalError(f"{member.name} is there twice")
+            seen.add(member.name)
+            yield member
     except FractalError as error:
-        raise FractalError(f"{tar.parent}/{where}: {error}; {_ADVICE}") from error
+        raise FractalError(f"{where}: {error}; {_ADVICE}") from error
 
 
 def _match(pattern: re.Pattern[str], name: str, where: str, expected: str) -> str:
