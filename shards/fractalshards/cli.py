@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.console import Commands, progress
+from fractalshards.console import Commands, notice, progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
@@ -118,7 +118,9 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """
     count = workers or available_cores()
-    plan = plan_pack(out, parse_source(source, split), seed, shard_size)
+    images = parse_source(source, split)
+    with notice(f"listing the images of {one_line(str(images.path))} ..."):
+        plan = plan_pack(out, images, seed, shard_size)
     for note in plan.notes:
         click.echo(one_line(f"note: {note}"), err=True)
     missing = plan.missing()

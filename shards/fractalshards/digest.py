@@ -21,7 +21,7 @@ class ContentDigest:
 
     Per sample the hashed bytes are ``KEY NUL``, the image, ``NUL LABEL NUL`` with the bytes of the label file. Of a PNG
     that is ``HEIGHTxWIDTH NUL`` and the RGB pixels row by row: PNG encoding does not enter. Of other formats it is
-    ``file NUL`` and the bytes of the image file, for decoders of lossy formats may differ in pixels.
+    ``file SIZE NUL`` and the bytes of the image file, for decoders of lossy formats may differ in pixels.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,9 @@ class ContentDigest:
             self._state.update(f"{height}x{width}\0".encode())
             self._state.update(np.ascontiguousarray(pixels).data)
         else:
-            self._state.update(b"file\0")
-            self._state.update(sample.files[extension])
+            data = sample.files[extension]
+            self._state.update(b"file %d\0" % len(data))
+            self._state.update(data)
         self._state.update(b"\0" + sample.files[label_extension(sample.files)] + b"\0")
 
     def hexdigest(self) -> str:

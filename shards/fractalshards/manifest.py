@@ -183,7 +183,7 @@ def load_manifest(folder: Path) -> Manifest:
             f"'fractalgen build --kind KIND --n N --out {folder}'"
         )
     if not path.is_file():
-        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run its 'fractalgen build' to the end")
+        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run the command that makes it to the end")
     fields = Fields.read(path)
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")

@@ -131,7 +131,7 @@ def test_webdataset_and_timm_read_it(packed: Path) -> None:
 def test_the_digest_of_files_is_that_of_the_specification(packed: Path) -> None:
     shard = index_split(load_manifest(packed), "train")[1]
     hashed = b"".join(
-        one.key.encode() + b"\x00file\x00" + one.files["jpg"] + b"\x00" + one.files["cls"] + b"\x00"
+        b"%b\x00file %d\x00%b\x00%b\x00" % (one.key.encode(), len(one.files["jpg"]), one.files["jpg"], one.files["cls"])
         for one in iterate_shard(shard)
     )
     assert read_record(packed, shard.path.name, "single").content_digest == xxhash.xxh3_128_hexdigest(hashed)
@@ -185,6 +185,21 @@ def test_a_class_may_be_called_train(tmp_path: Path, image_folder: Make) -> None
     image_folder(tmp_path / "in", {"car": 2, "train": 2})
     assert pack(f"imagefolder:{tmp_path / 'in'}", tmp_path / "out").exit_code == 0
     assert load_manifest(tmp_path / "out").class_names == ("car", "train")
+
+
+def test_folders_that_may_be_splits_are_not_taken_for_classes_in_silence(tmp_path: Path, image_folder: Make) -> None:
+    source = tmp_path / "in"
+    image_folder(source / "train", {"a": 2, "b": 2})
+    image_folder(source / "valid", {"a": 1, "b": 1}, first=10)
+    result = pack(f"imagefolder:{source}", tmp_path / "out")
+    assert f"note: no folder val in {source}, so no split val; name folders with --split" in result.stderr
+    assert load_manifest(tmp_path / "out").samples("train") == 4
+    result = pack(f"imagefolder:{source}", tmp_path / "shares", "--split", "train=0.5,val=0.5")
+    assert result.exit_code == 2
+    assert "shares are for PATH/CLASS/*, but" in result.stderr
+    (source / "train").rename(source / "training")
+    result = pack(f"imagefolder:{source}", tmp_path / "flat")
+    assert "note: all images lie in folders below training, ...; if those are splits" in result.stderr
 
 
 def test_synsets_are_identifiers(tmp_path: Path, image_folder: Make) -> None:
@@ -426,4 +441,4 @@ def test_a_seeded_order_never_changes() -> None:
 
 def test_the_list_does_not_depend_on_where_the_folder_lies(flowers: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(flowers, tmp_path / "elsewhere")
-    assert list_folder(copied, {"train": ""}).digest == list_folder(flowers, {"train": ""}).digest
+    assert list_folder(copied).digest == list_folder(flowers).digest

@@ -163,8 +163,19 @@ def test_members_that_are_no_regular_files_are_refused(archives: Path, kind: byt
     assert_refused(archives, "n01440764.tar: n01440764_9.JPEG: not a regular file")
 
 
-@pytest.mark.parametrize("name", ["../n01440764_1.JPEG", "/n01440764_1.JPEG", "n01440764_1.png", "n02119789_1.JPEG",
-                                  "x/../n01440764_1.JPEG", "n01440764_1.JPEG\n", "n01440764_\u0661.JPEG", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../n01440764_1.JPEG",
+        "/n01440764_1.JPEG",
+        "n01440764_1.png",
+        "n02119789_1.JPEG",
+        "x/../n01440764_1.JPEG",
+        "n01440764_1.JPEG\n",
+        "n01440764_\u0661.JPEG",
+        "",
+    ],
+)
 def test_odd_names_of_training_images_are_refused(archives: Path, name: str) -> None:
     (archives / TRAIN).write_bytes(tar_of({"n01440764.tar": tar_of({name: b"x"})}))
     words = "belongs to another class" if name.startswith("n0211") else "is not the name of an image of the class"

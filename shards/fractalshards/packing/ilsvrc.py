@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,7 +118,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> Listing:
 def _part(
     tar: Path, images: Iterator[tuple[str, Member]], split: str, numbers: dict[str, int], digest: xxhash.xxh3_128
 ) -> Part:
-    starts, sizes, labels = [], [], []
+    starts, sizes, labels = array("q"), array("q"), array("q")  # lists would take four times the memory
     for synset, member in images:
         if synset not in numbers:
             raise FractalError(f"{tar}: holds class {synset}, which {DEVKIT} does not know; {_ADVICE}")
@@ -125,7 +126,7 @@ def _part(
         starts.append(member.start)
         sizes.append(member.size)
         labels.append(numbers[synset])
-    return Part(TarImages(tar, np.asarray(starts, np.int64), np.asarray(sizes, np.int64)), np.asarray(labels, np.int64))
+    return Part(TarImages(tar, np.asarray(starts), np.asarray(sizes)), np.asarray(labels))
 
 
 def _train_images(tar: Path) -> Iterator[tuple[str, Member]]:

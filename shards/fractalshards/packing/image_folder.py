@@ -46,28 +46,25 @@ class FileImages:
         return data
 
 
-def default_folders(path: Path) -> dict[str, str]:
-    """Which folder below ``path`` holds which split: ``train`` and ``val``, or all are ``train`` (``{"train": ""}``).
-
-    A folder ``train`` without folders in it is a class of that name.
-    """
-    if not (path / "train").is_dir() or not _folders(path / "train"):
-        return {"train": ""}
-    return {split: split for split in ("train", "val") if (path / split).is_dir()}
+def holds_splits(path: Path) -> bool:
+    """Whether an image folder is ``train/CLASS/*``; a folder ``train`` without folders in it is a class."""
+    return (path / "train").is_dir() and bool(_folders(path / "train"))
 
 
-def list_folder(path: Path, folders: Mapping[str, str]) -> Listing:
+def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> Listing:
     """List the images of each split.
 
     Links are followed. Hidden files and folders, and files without the name of an image, are left out.
 
     Args:
-        folders: for each split its folder below ``path``.
+        folders: for each split its folder below ``path``; by default those named ``train`` and ``val``, or, if there
+            are none, all is ``train``.
 
     Raises:
         FractalError: if a folder, its classes or the images of one are missing, or splits differ in their classes.
         OSError: if a folder cannot be read.
     """
+    folders = folders or _default_folders(path)
     found = {split: _list_split(path / name, split) for split, name in folders.items()}
     classes = found["train"].classes
     for split, other in found.items():
@@ -78,16 +75,13 @@ def list_folder(path: Path, folders: Mapping[str, str]) -> Listing:
     for split, one in found.items():
         for name in one.images.paths:
             digest.update(os.fsencode(f"{split}/{name}") + b"\0")
-    skipped = sum(one.skipped for one in found.values())
     return Listing(
         classes=len(classes),
         class_names=() if are_synsets(classes) else classes,
         class_ids=classes if are_synsets(classes) else (),
         parts={split: Part(one.images, one.labels) for split, one in found.items()},
         digest=digest.hexdigest(),
-        notes=(f"skipped {human_count(skipped, 'file')}: hidden, in no class, or not named as images",)
-        if skipped
-        else (),
+        notes=tuple(_notes(path, folders, found)),
     )
 
 
@@ -97,6 +91,25 @@ class _Found:
     images: FileImages
     labels: Indices
     skipped: int
+
+
+def _default_folders(path: Path) -> dict[str, str]:
+    if not holds_splits(path):
+        return {"train": ""}
+    return {split: split for split in ("train", "val") if (path / split).is_dir()}
+
+
+def _notes(path: Path, folders: Mapping[str, str], found: Mapping[str, _Found]) -> Iterator[str]:
+    """What was left out, and what looks as if it was not meant so."""
+    if folders == {"train": "train"} and not (path / "val").is_dir():
+        yield f"no folder val in {path}, so no split val; name folders with --split train=DIR,val=DIR"
+    if all(name.count("/") > 1 for one in found.values() for name in one.images.paths):
+        yield (
+            f"all images lie in folders below {found['train'].classes[0]}, ...; if those are splits and not classes, "
+            "name them with --split train=DIR,val=DIR"
+        )
+    if skipped := sum(one.skipped for one in found.values()):
+        yield f"skipped {human_count(skipped, 'file')}: hidden, in no class, or not named as images"
 
 
 def _list_split(folder: Path, split: str) -> _Found:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.overrides import nearest
 from fractalshards.packing.ilsvrc import list_ilsvrc
-from fractalshards.packing.image_folder import default_folders, list_folder
+from fractalshards.packing.image_folder import holds_splits, list_folder
 from fractalshards.packing.listing import Listing
 
 KINDS = ("imagefolder", "imagenet")
@@ -43,10 +43,9 @@ class Source:
             raise FractalError(f"{self.path}: no such folder; give the folder that holds the images")
         if out.resolve().is_relative_to(self.path.resolve()):
             raise FractalError(f"{out}: lies in the image folder {self.path}; choose a folder outside of it")
-        everything = {"train": ""}
-        return list_folder(
-            self.path, everything if self.val_share is not None else self.folders or default_folders(self.path)
-        )
+        if self.val_share is not None and holds_splits(self.path):
+            raise UsageError(f"shares are for PATH/CLASS/*, but {self.path} holds train/CLASS/*; give its folder train")
+        return list_folder(self.path, self.folders)
 
 
 def parse_source(text: str, split: str | None) -> Source:
@@ -69,7 +68,10 @@ def parse_source(text: str, split: str | None) -> Source:
         return Source(kind, Path(path), folders=values)
     shares = {name: Fraction(value) for name, value in values.items()}
     if sum(shares.values()) != 1 or set(shares) != set(SPLITS) or not all(shares.values()):
-        raise UsageError(f"--split {split}: shares of train and val must be above 0 and add up to 1")
+        raise UsageError(
+            f"--split {split}: shares of train and val must be above 0 and add up to 1; "
+            "write a folder that is named by a number as ./2012"
+        )
     return Source(kind, Path(path), val_share=shares["val"])
 
 
