@@ -56,6 +56,13 @@ def devkit(synsets: list[tuple[Any, ...]] = SYNSETS, labels: object = VAL_LABELS
     return gzip.compress(tar_of({**files, f"{top}/data/ILSVRC2012_validation_ground_truth.txt": lines}))
 
 
+def nested() -> bytes:
+    """A tar of nothing but headers that announce the long name of what follows."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
+    return (header.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")) * 5000
+
+
 def train_files(image_file: Encode) -> dict[str, Files]:
     """The images of every class by the name of its tar: as many as the class's number, one a PNG, one CMYK."""
     files: dict[str, Files] = {}
@@ -246,12 +253,13 @@ def test_what_is_there_twice_is_refused(archives: Path, archive: str) -> None:
         (gzip.compress(bytes(70 << 20)), "unpacks to more than 64 MiB"),
         (gzip.compress(tar_of({"x/data/meta.mat": b"junk" * 99, "x/data/ILSVRC2012_validation_ground_truth.txt": b""})),
          "data/meta.mat: damaged"),
+        (gzip.compress(nested()), "damaged"),
         (devkit(labels=[1, 2, 6]), "'6' is not the number of a class"),
         (devkit(labels=b"1\n\xd9\xa1\n"), "is not the number of a class"),
         (devkit(synsets=[*SYNSETS, SYNSETS[0]]), "there twice"),
         (devkit(synsets=[(1, "../../x", "crane", 0), SYNSETS[1]]), "not named as synsets"),
     ],
-    ids=range(10),
+    ids=range(11),
 )  # fmt: skip
 def test_odd_devkits_are_refused(archives: Path, data: bytes, words: str) -> None:
     (archives / DEVKIT).write_bytes(data)

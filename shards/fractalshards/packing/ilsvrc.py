@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -101,7 +102,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> Listing:
     if missing := set(range(len(classes))) - set(np.unique(parts["train"].labels).tolist()):
         raise FractalError(f"{folder / TRAIN}: no images of class {classes[min(missing)]}; {_ADVICE}")
     notes = []
-    if with_val and (folder / VAL).exists():
+    if with_val and (folder / VAL).is_file():
         parts["val"] = _part(folder / VAL, _val_images(folder / VAL, devkit), "val", numbers, digest)
     elif with_val:
         notes.append(f"no {VAL} in {folder}, so no split val")
@@ -131,34 +132,36 @@ def _part(
 
 def _train_images(tar: Path) -> Iterator[tuple[str, Member]]:
     """Synset id and place of every training image: the archive holds a tar for every class."""
-    for inner in _scan(tar, 0, tar.stat().st_size, str(tar)):
-        synset = _match(_CLASS_TAR, inner.name, str(tar), "the tar of a class")
-        where = f"{tar}: {inner.name}"
-        for member in _scan(tar, inner.start, inner.start + inner.size, where):
-            if _match(_TRAIN_IMAGE, member.name, where, "an image of the class") != synset:
-                raise FractalError(f"{where}: {member.name} belongs to another class; {_ADVICE}")
-            yield synset, member
+    with tar.open("rb") as file:
+        for inner in _scan(file, 0, tar.stat().st_size, str(tar)):
+            synset = _match(_CLASS_TAR, inner.name, str(tar), "the tar of a class")
+            where = f"{tar}: {inner.name}"
+            for member in _scan(file, inner.start, inner.start + inner.size, where):
+                if _match(_TRAIN_IMAGE, member.name, where, "an image of the class") != synset:
+                    raise FractalError(f"{where}: {member.name} belongs to another class; {_ADVICE}")
+                yield synset, member
 
 
 def _val_images(tar: Path, devkit: _Devkit) -> Iterator[tuple[str, Member]]:
     """Synset id and place of every validation image: the archive is flat, the devkit has the labels."""
     expected = len(devkit.val_labels)
     found = 0
-    for member in _scan(tar, 0, tar.stat().st_size, str(tar)):
-        number = int(_match(_VAL_IMAGE, member.name, str(tar), "a validation image"))
-        if not 1 <= number <= expected:
-            raise FractalError(f"{tar}: {member.name} has no label in {DEVKIT}; {_ADVICE}")
-        found += 1
-        yield devkit.ids[devkit.val_labels[number - 1]], member
+    with tar.open("rb") as file:
+        for member in _scan(file, 0, tar.stat().st_size, str(tar)):
+            number = int(_match(_VAL_IMAGE, member.name, str(tar), "a validation image"))
+            if not 1 <= number <= expected:
+                raise FractalError(f"{tar}: {member.name} has no label in {DEVKIT}; {_ADVICE}")
+            found += 1
+            yield devkit.ids[devkit.val_labels[number - 1]], member
     if found != expected:
         raise FractalError(f"{tar}: {found:,} images, but {DEVKIT} has {expected:,} labels; {_ADVICE}")
 
 
-def _scan(tar: Path, start: int, stop: int, where: str) -> Iterator[Member]:
+def _scan(file: BinaryIO, start: int, stop: int, where: str) -> Iterator[Member]:
     """The members of a tar inside a file, each name once."""
     seen: set[str] = set()
     try:
-        for member in scan_members(_descriptor(tar), start, stop):
+        for member in scan_members(file.fileno(), start, stop):
             if member.name in seen:
                 raise FractalError(f"{member.name} is there twice")
             seen.add(member.name)
@@ -197,7 +200,7 @@ def _unpack_devkit(path: Path) -> dict[str, bytes]:
                 file = tar.extractfile(member) if name and member.isreg() else None
                 if name and file:
                     found[name] = file.read()
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, RecursionError, gzip.BadGzipFile) as error:
         raise FractalError(f"{path}: damaged ({error}); {_ADVICE}") from error
     for name in (_SYNSETS, _VAL_LABELS):
         if name not in found:
@@ -226,5 +229,5 @@ def _read_synsets(data: bytes, where: str) -> tuple[dict[str, str], dict[int, st
 
 @lru_cache(maxsize=4)
 def _descriptor(path: Path) -> int:
-    """The file, open as long as the process lives: opening it for every image would burden a shared file system."""
+    """The file, kept open by a worker: opening it for every image would burden a shared file system."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

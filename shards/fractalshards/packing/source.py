@@ -1,5 +1,6 @@
 """Where images to pack come from, as the command line says it: ``imagefolder:PATH`` or ``imagenet:PATH``."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,25 +55,26 @@ def parse_source(text: str, split: str | None) -> Source:
     Raises:
         UsageError: if either is malformed, or they do not fit each other.
     """
-    kind, colon, path = text.partition(":")
-    if not (colon and path):
+    kind, colon, place = text.partition(":")
+    if not (colon and place):
         raise UsageError(f"{text!r}: expected {' or '.join(f'{one}:PATH' for one in KINDS)}")
     if kind not in KINDS:
         raise UsageError(f"unknown source {kind!r}{nearest(kind, KINDS)}")
+    path = Path(os.path.expanduser(place))  # shells leave a ~ alone that does not come first
     if split is None:
-        return Source(kind, Path(path))
+        return Source(kind, path)
     values = _parse_split(split)
     if not all(_NUMBER.fullmatch(value) for value in values.values()):
         if kind == "imagenet":
             raise UsageError(f"--split {split}: ImageNet's archives are no folders; give shares as train=0.98,val=0.02")
-        return Source(kind, Path(path), folders=values)
+        return Source(kind, path, folders=values)
     shares = {name: Fraction(value) for name, value in values.items()}
     if sum(shares.values()) != 1 or set(shares) != set(SPLITS) or not all(shares.values()):
         raise UsageError(
             f"--split {split}: shares of train and val must be above 0 and add up to 1; "
             "write a folder that is named by a number as ./2012"
         )
-    return Source(kind, Path(path), val_share=shares["val"])
+    return Source(kind, path, val_share=shares["val"])
 
 
 def _parse_split(text: str) -> dict[str, str]:
