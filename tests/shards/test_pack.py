@@ -275,7 +275,7 @@ def test_another_recipe_and_a_folder_that_is_no_dataset_are_left_alone(
     assert names(tmp_path) == ["other", "thesis.tex"]
 
 
-def test_killed_half_way_it_continues_to_the_same_dataset(flowers: Path, tmp_path: Path, image_folder: Make) -> None:
+def test_killed_half_way_it_continues_to_the_same_dataset(tmp_path: Path, image_folder: Make) -> None:
     big = image_folder(tmp_path / "big", {"a": 80, "b": 80})
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
     assert pack(f"imagefolder:{big}", undisturbed, "--shard-size", "2").exit_code == 0
