@@ -10,10 +10,12 @@ from rich.text import Text
 
 from fractalshards.atomic import atomic_file
 from fractalshards.compare import compare_datasets
-from fractalshards.console import Commands, progress
+from fractalshards.console import Commands, notice, progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.packing.pack import plan_pack, run_pack
+from fractalshards.packing.source import parse_source
 from fractalshards.page import check_page_name, load_template, render_page
 from fractalshards.portable import export_recipe
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
@@ -158,3 +160,40 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
     ]
     rows += [(f"recipe: {name}", str(value)) for name, value in {**recipe, **params}.items()]
     return rows + [(f"made with: {name}", str(value)) for name, value in manifest.software.items()]
+
+
+@main.command()
+@click.argument("source", metavar="imagefolder:PATH|imagenet:PATH")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--split", metavar="train=X,val=Y", help="Shares (0.9) or folders below PATH, see above.")
+@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
+@click.option("--seed", default=0, show_default=True, help="Of the order, and of which images a share takes.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that work.  [default: all cores]")
+def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int | None) -> None:
+    """Pack images that exist into shards, or continue: what is done is skipped. JPEG, PNG and WebP stay as they are.
+
+    imagefolder:PATH is PATH/train/CLASS/* and PATH/val/CLASS/*, or PATH/CLASS/*, of which all is train.
+    '--split train=0.9,val=0.1' holds out that share of every class of PATH/CLASS/*;
+    '--split train=DIR,val=DIR' names the folders, if they have other names.
+
+    imagenet:PATH is a folder with ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share
+    of train or left out, ILSVRC2012_img_val.tar. They are read in place.
+
+    Example: fractalshards pack imagenet:/data/archives shards/imagenet
+    """
+    count = workers or available_cores()
+    images = parse_source(source, split)
+    with notice(f"listing the images of {one_line(str(images.path))} ..."):
+        plan = plan_pack(out, images, seed, shard_size)
+    for note in plan.notes:
+        click.echo(one_line(f"note: {note}"), err=True)
+    missing = plan.missing()
+    done = f", {len(plan.finished):,} of them done" if plan.finished else ""
+    click.echo(
+        f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.parts), 'shard')}{done}; "
+        f"to pack: {sum(task.stop - task.first for task in missing):,} images",
+        err=True,
+    )
+    run_pack(plan, count)
+    click.echo(one_line(load_manifest(out).summary()))
+    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")

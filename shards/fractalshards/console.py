@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fractalshards.errors import FractalError, StoppedError, Terminated, UsageEr
 from fractalshards.human import human_seconds, one_line
 
 _LOG_SECONDS = 10.0
+_NOTICE_SECONDS = 1.0
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
     errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
@@ -107,6 +109,17 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
             bar.update(task, completed=meter.done, pace=meter.pace())
 
         yield draw
+
+
+@contextmanager
+def notice(text: str) -> Iterator[None]:
+    """Say on stderr what is going on, if it takes more than a second."""
+    timer = threading.Timer(_NOTICE_SECONDS, click.echo, [text], {"err": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Meter:

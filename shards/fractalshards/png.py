@@ -163,6 +163,13 @@ def _decode_any(data: bytes) -> Pixels:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise FractalError(f"image claims {image.width} x {image.height} pixels")
-                return np.asarray(image.convert("RGB"))
+                return _rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FractalError(f"image cannot be decoded: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    """(H, W, 3) uint8; of 16-bit grey the high byte, which Pillow would clip to white."""
+    if image.format == "PNG" and image.mode in ("I", "I;16", "I;16B"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))

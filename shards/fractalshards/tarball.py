@@ -1,7 +1,8 @@
 """Samples as tar members: POSIX ustar, mtime 0, uid and gid 0, the members of one sample adjacent."""
 
+import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fractalshards.errors import FractalError
@@ -15,6 +16,15 @@ _MODE_TO_GID = _EMPTY_HEADER[100:124]
 _MTIME = _EMPTY_HEADER[135:148]
 _REST = _EMPTY_HEADER[154:]
 _HEADER_SUM = sum(_EMPTY_HEADER[:124]) + sum(_EMPTY_HEADER[135:148]) + 8 * ord(" ") + sum(_EMPTY_HEADER[156:])
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its data are ``size`` bytes from byte ``start`` of the file that holds the tar."""
+
+    name: str
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,24 @@ def first_member_end(block: bytes) -> int:
     return BLOCK + padded(_parse_header(block).size)
 
 
+def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
+    """All members of the tar that lies in ``[start, stop)`` of an open file, from their headers alone.
+
+    Raises:
+        FractalError: if a header is damaged, or a member is not a regular file or reaches beyond ``stop``.
+    """
+    at = start
+    while at < stop:
+        header = os.pread(descriptor, min(BLOCK, stop - at), at)
+        if not header.strip(b"\0"):
+            return
+        member = _parse_header(header)
+        if at + BLOCK + member.size > stop:
+            raise FractalError(f"{member.name}: cut off, {member.size} bytes promised")
+        yield Member(member.name, at + BLOCK, member.size)
+        at += BLOCK + padded(member.size)
+
+
 def padded(size: int) -> int:
     """``size`` rounded up to whole tar blocks."""
     return -(-size // BLOCK) * BLOCK
@@ -92,6 +120,6 @@ def _parse_header(block: bytes) -> tarfile.TarInfo:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise FractalError(f"damaged tar header: {error}") from error
-    if not member.isreg() or member.size < 0:
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
         raise FractalError(f"{member.name}: not a regular file")
     return member

@@ -12,12 +12,13 @@ from pathlib import Path
 from fractalshards.digest import ContentDigest, mapping_digest, sha256_file, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label_extension
+from fractalshards.images import image_extension, image_format
+from fractalshards.labels import Label, LabelType, MultiLabel, classes_of
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
 from fractalshards.names import RECIPE, SYSTEMS, sample_key
 from fractalshards.reader import decode_sample, read_sample
 from fractalshards.systems import read_systems
-from fractalshards.tarball import END_OF_TAR
+from fractalshards.tarball import END_OF_TAR, Sample
 from fractalshards.workers import worker_pool
 
 
@@ -99,8 +100,9 @@ def _verify_samples(path: Path, record: ShardRecord, first: int, promise: Promis
                 image, label = decode_sample(sample, promise.classes)
                 if sample.key != sample_key(index):
                     raise FractalError(f"expected sample {sample_key(index)} here")
+                _check_format(sample)
                 _check_promise(image.shape, label, promise)
-                content.add(sample.key, image, sample.files[label_extension(sample.files)])
+                content.add(sample, image)
                 counts.update(classes_of(label))
             except FractalError as error:
                 sound = False
@@ -112,6 +114,13 @@ def _verify_samples(path: Path, record: ShardRecord, first: int, promise: Promis
         yield Problem(path.name, "", "content digest differs: the samples are not those that were built")
     if sound and tuple(counts[label] for label in range(promise.classes)) != record.label_counts:
         yield Problem(path.name, "", "the labels are not those that the sidecar counts")
+
+
+def _check_format(sample: Sample) -> None:
+    """Raise unless the image is of a format that shards hold, and named so: the content digest goes by the name."""
+    extension = image_extension(sample.files)
+    if (found := image_format(sample.files[extension])) != extension:
+        raise FractalError(f"its image is named .{extension} but is {f'a .{found}' if found else 'of another format'}")
 
 
 def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
@@ -142,8 +151,12 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(RECIPE, "", "recipe digest differs: the recipe was changed")
     except (FractalError, OSError) as error:
         yield Problem(RECIPE, "", str(error))
+    if "systems_digest" not in manifest.recipe:  # packed, not rendered
+        if (manifest.folder / SYSTEMS).exists():
+            yield Problem(SYSTEMS, "", "not in the recipe; remove it")
+        return
     try:
-        if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe.get("systems_digest"):
+        if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe["systems_digest"]:
             yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
     except (FractalError, OSError) as error:
         yield Problem(SYSTEMS, "", str(error))
