@@ -3,13 +3,12 @@
 Nothing else knows which one runs. ``open_engine`` is the one entry.
 """
 
-import sys
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Executor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fractalshards.errors import FractalError, WorkerLostError
+from fractalshards.errors import FractalError
 from fractalshards.human import human_count
 from fractalshards.workers import sigterm_interrupts, worker_pool
 
@@ -20,7 +19,7 @@ _SECONDS = 30  # to find a scheduler
 class Engine:
     """An executor, how many tasks it runs at once, and what to call it in a sentence.
 
-    A task whose worker dies is tried on others by the executor itself; ``is_lost`` tells when it has given up.
+    A task whose worker dies is tried on others by the executor itself; ``workers.is_lost`` tells when it gave up.
     """
 
     executor: Executor
@@ -45,13 +44,6 @@ def open_engine(workers: int, scheduler: str | None = None) -> Iterator[Engine]:
     else:
         with _open_dask(scheduler) as engine:
             yield engine
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether a task failed because its workers died, memory ran out or the cluster gave it up: others may succeed."""
-    distributed = sys.modules.get("distributed")
-    killed = (distributed.KilledWorker,) if distributed else ()
-    return isinstance(error, (WorkerLostError, MemoryError, CancelledError, *killed))
 
 
 @contextmanager

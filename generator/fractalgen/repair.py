@@ -8,16 +8,17 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from fractalgen.build import plan_build, run_build
+from fractalgen.build import contents_of, plan_build, run_build
 from fractalgen.engines import Engine
 from fractalgen.folder import restore
 from fractalgen.kinds import find_kind
-from fractalgen.plan import ShardTask, shard_tasks
+from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
+from fractalshards.assemble import finished_shards
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
-from fractalshards.manifest import Manifest, Shard, finished_record, load_manifest
+from fractalshards.manifest import Manifest, Shard, load_manifest
 from fractalshards.names import sidecar_name
 from fractalshards.verify import Problem, Promise, verify_shard
 
@@ -63,10 +64,9 @@ def _promised(folder: Path) -> dict[str, Shard]:
 def _find_damage(folder: Path, recipe: Recipe, promised: dict[str, Shard], engine: Engine) -> list[Problem]:
     """What is wrong with the shards that look finished."""
     promise = Promise(recipe.classes, recipe.size, find_kind(recipe.kind).label_type)
-    present: dict[ShardTask, Shard] = {}
-    for task in shard_tasks(recipe):
-        if record := finished_record(folder, task.name, promise.label_type):
-            present[task] = promised.get(task.name, record.shard())
+    tasks = shard_tasks(recipe)
+    records = finished_shards(folder, tasks, contents_of(recipe))
+    present = {task: promised.get(task.name, records[task.name].shard()) for task in tasks if task.name in records}
     problems: list[Problem] = []
     samples = sum(shard.samples for shard in present.values())
     with progress("verifying", samples, "images") as advance:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fractalgen.plan import ShardTask
+from fractalshards.assemble import ShardTask
 from fractalshards.errors import UsageError
 
 _AUTO = "auto"

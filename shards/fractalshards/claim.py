@@ -47,9 +47,10 @@ def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
         OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        description = {"recipe": dict(recipe), "recipe_digest": mapping_digest(recipe)}
-        write_json(folder / RECIPE, description, indent=1, exclusive=True)
+    if not (folder / RECIPE).exists():
+        with suppress(FileExistsError):
+            description = {"recipe": dict(recipe), "recipe_digest": mapping_digest(recipe)}
+            write_json(folder / RECIPE, description, indent=1, exclusive=True)
     refuse_other(folder, stored_recipe(folder) or {}, recipe)
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -71,6 +71,13 @@ def sigterm_interrupts() -> Iterator[None]:
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a task failed because its workers died, memory ran out or the cluster gave it up: others may succeed."""
+    distributed = sys.modules.get("distributed")
+    killed = (distributed.KilledWorker,) if distributed else ()
+    return isinstance(error, (WorkerLostError, MemoryError, CancelledError, *killed))
 
 
 class _Pool(Executor):

@@ -3,8 +3,9 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,9 @@ class Here(Executor):
     def __init__(self, errors: dict[str, BaseException]) -> None:
         self.errors = errors
 
-    def submit(self, task: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+    def submit(self, task: partial[Any], /, *args: Any, **named: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        if error := self.errors.get(args[-1].name):
+        if error := self.errors.get(task.args[-1].name):
             future.set_exception(error)
         else:
             future.set_result(task(*args, **named))
@@ -147,8 +148,9 @@ def test_a_folder_that_workers_do_not_see_is_named(tmp_path: Path) -> None:
     recipe = make_recipe("single", 20, classes=20, size=32, points=100)
 
     class Elsewhere(Here):
-        def submit(self, task: Callable[..., Any], /, folder: Path, *args: Any, **named: Any) -> Future[Any]:
-            return super().submit(task, folder / "not-mounted", *args, **named)
+        def submit(self, task: partial[Any], /, *args: Any, **named: Any) -> Future[Any]:
+            folder, *rest = task.args
+            return super().submit(partial(task.func, folder / "not-mounted", *rest))
 
     with pytest.raises(FractalError, match=r"not-mounted: not there on .*; all workers need it under the same path"):
         run_build(plan_build(tmp_path / "out", recipe, 1), Elsewhere({}))

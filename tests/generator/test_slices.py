@@ -2,8 +2,8 @@
 
 import pytest
 
-from fractalgen.plan import ShardTask
 from fractalgen.slices import Slice, parse_slice
+from fractalshards.assemble import ShardTask
 from fractalshards.errors import UsageError
 
 

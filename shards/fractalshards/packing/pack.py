@@ -20,6 +20,7 @@ from fractalshards.packing.order import deal, shuffled
 from fractalshards.packing.source import Source
 from fractalshards.png import decode_image, encode_png
 from fractalshards.tarball import Sample
+from fractalshards.workers import worker_pool
 from fractalshards.writer import Encoded, write_samples
 
 RECIPE_VERSION = 1  # raised whenever another dataset is made of the same files
@@ -107,7 +108,7 @@ def plan_pack(folder: Path, source: Source, seed: int, shard_size: int) -> PackP
 
 
 def run_pack(plan: PackPlan, workers: int) -> None:
-    """Write the missing shards, then the manifest unless it is there.
+    """Write the missing shards, then the manifest unless it is there, with so many worker processes.
 
     Every image is decoded once; all others are still packed where some cannot be, so that all are named.
 
@@ -117,27 +118,25 @@ def run_pack(plan: PackPlan, workers: int) -> None:
         OSError: as the file system does; shards that are finished stay.
     """
     claim_folder(plan.folder, plan.contents.recipe)
-    records = dict(plan.finished)
     complaints: list[str] = []
     jobs = {
         task: partial(pack_shard, plan.folder, task, plan.parts[task], plan.contents.classes) for task in plan.missing()
     }
-    for result in run_jobs(jobs, workers, "packing") if jobs else ():
-        if isinstance(result, ShardRecord):
-            records[result.name] = result
-        else:
-            complaints += result
+    with worker_pool(workers) as pool:
+        for bad_images in run_jobs(jobs, pool, plan.folder, "packing") if jobs else ():
+            complaints += bad_images
     if complaints:
         raise FractalError(_complain(sorted(complaints)))
-    publish(plan.folder, tuple(plan.parts), records, plan.contents)
+    publish(plan.folder, tuple(plan.parts), plan.contents)
 
 
-def pack_shard(folder: Path, task: ShardTask, part: Part, classes: int) -> ShardRecord | tuple[str, ...]:
+def pack_shard(folder: Path, task: ShardTask, part: Part, classes: int) -> tuple[str, ...]:
     """Write one shard; if images cannot be decoded, write nothing and say which, and why."""
     try:
-        return write_samples(folder, task.name, classes, _samples(task, part))
+        write_samples(folder, task.name, classes, _samples(task, part))
     except _BadImagesError as error:
         return error.complaints
+    return ()
 
 
 class _BadImagesError(FractalError):
