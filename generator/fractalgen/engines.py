@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fractalshards.errors import FractalError
+from fractalshards.extras import needs_extra
 from fractalshards.human import human_count
 from fractalshards.workers import sigterm_interrupts, worker_pool
 
@@ -48,13 +49,8 @@ def open_engine(workers: int, scheduler: str | None = None) -> Iterator[Engine]:
 
 @contextmanager
 def _open_dask(scheduler: str) -> Iterator[Engine]:
-    try:
+    with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
-    except ModuleNotFoundError as error:
-        raise FractalError(
-            f"a Dask cluster needs {error.name}, which is not installed; run pip install '.[dask]' in a clone of the "
-            "project"
-        ) from error
     try:
         client = Client(scheduler, timeout=_SECONDS)
     except (OSError, ValueError) as error:

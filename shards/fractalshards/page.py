@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fractalshards.charts import Chart, class_chart, histogram, tally
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import UsageError
+from fractalshards.extras import needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.looks import DETAIL, Look
 from fractalshards.manifest import Manifest
@@ -44,12 +45,8 @@ def load_template() -> "jinja2.Template":
     Raises:
         FractalError: if jinja2 is not installed.
     """
-    try:
+    with needs_extra("report", "a report"):
         import jinja2
-    except ImportError as error:
-        raise FractalError(
-            "a report needs jinja2, which is not installed; run: pip install 'fractalpretrain[report]'"
-        ) from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fractalshards"),
         autoescape=True,

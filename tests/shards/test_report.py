@@ -186,7 +186,7 @@ def test_errors_are_one_line(tmp_path: Path, dataset: Path, monkeypatch: pytest.
     without = report(dataset, tmp_path / "page.html")
     assert without.exit_code == 1
     assert without.stderr == (
-        "error: a report needs jinja2, which is not installed; run: pip install 'fractalpretrain[report]'\n"
+        "error: a report needs jinja2, which is not installed; run pip install '.[report]' in a clone of the project\n"
     )
     assert not (tmp_path / "page.html").exists()
 

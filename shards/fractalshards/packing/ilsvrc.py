@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from fractalshards.errors import FractalError
+from fractalshards.extras import needs_extra
 from fractalshards.packing.listing import MAX_IMAGE_BYTES, Indices, Listing, Part
 from fractalshards.packing.wordnet import are_synsets
 from fractalshards.tarball import BLOCK, Member, scan_members
@@ -210,11 +211,8 @@ def _unpack_devkit(path: Path) -> dict[str, bytes]:
 
 def _read_synsets(data: bytes, where: str) -> tuple[dict[str, str], dict[int, str]]:
     """Of the synsets without children, which are the classes: names by id, and ids by number."""
-    try:
+    with needs_extra("train", f"reading {DEVKIT}"):
         from scipy.io import loadmat
-    except ModuleNotFoundError as error:
-        advice = "run pip install '.[train]' in a clone of the project"
-        raise FractalError(f"reading {DEVKIT} needs scipy, which is not installed; {advice}") from error
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         leaves = [synset for synset in np.atleast_1d(synsets) if int(synset["num_children"]) == 0]
