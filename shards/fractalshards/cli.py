@@ -61,8 +61,8 @@ def verify(folder: Path, workers: int | None) -> None:
         click.echo(one_line(f"bad: {folder}/{problem}"))
     if problems:
         raise FractalError(
-            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or remove them and run "
-            "the 'fractalgen build' that made them again"
+            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or render them "
+            "again with 'fractalgen repair'"
         )
     click.echo(f"sound: {manifest.summary()}")
 
