@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Executor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ def _measure_workers(
     return {count: count * recipe.shard_size / statistics.median(times) for count, times in seconds.items()}
 
 
-def _time_round(pool: ProcessPoolExecutor, folder: Path, recipe: Recipe, systems: Systems, count: int) -> float:
+def _time_round(pool: Executor, folder: Path, recipe: Recipe, systems: Systems, count: int) -> float:
     """Seconds in which every worker of a pool writes one shard."""
     start = time.perf_counter()
     futures = [pool.submit(build_shard, folder, recipe, systems, task) for task in shard_tasks(recipe)[:count]]

@@ -35,7 +35,7 @@ from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.verify import verify_dataset
-from fractalshards.workers import available_cores
+from fractalshards.workers import available_cores, worker_pool
 
 _DECODED = 500  # images of a round
 
@@ -100,7 +100,8 @@ def _dataset(folder: Path | None, images: int) -> Iterator[Manifest]:
     recipe = make_recipe("single", images, classes=min(images, 100))
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / recipe.kind
-        run_build(plan_build(target, recipe, available_cores()), available_cores())
+        with worker_pool(cores := available_cores()) as pool:
+            run_build(plan_build(target, recipe, cores), pool)
         yield load_manifest(target)
 
 

@@ -1,7 +1,9 @@
-"""Builds a dataset: recipe -> systems -> shard tasks -> worker processes -> tars and sidecars -> manifest."""
+"""Builds a dataset: recipe -> systems -> shard tasks -> an executor -> tars and sidecars -> manifest."""
 
-from concurrent.futures import as_completed
+import socket
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 from fractalgen.color import pixels_of
@@ -9,39 +11,39 @@ from fractalgen.deflate import encode_image
 from fractalgen.folder import claim, settle
 from fractalgen.forecast import Forecast, check_space, forecast
 from fractalgen.kinds import find_kind
-from fractalgen.plan import ShardTask, shard_tasks
+from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
 from fractalgen.render import render_range
+from fractalgen.slices import Slice
+from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, run_jobs
 from fractalshards.atomic import remove_leftovers
-from fractalshards.console import progress
 from fractalshards.errors import FractalError
-from fractalshards.manifest import Shard, finished_record, load_manifest, write_manifest
-from fractalshards.systems import Systems
-from fractalshards.workers import worker_pool
+from fractalshards.human import human_list
+from fractalshards.names import SYSTEMS
+from fractalshards.systems import Systems, read_systems
 from fractalshards.writer import write_shard
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A build that is ready to run: what is done already, what is left, and what that will cost."""
+    """A build that is ready to run: all shards, those to render now, and what that will cost (None for nothing)."""
 
     folder: Path
     recipe: Recipe
     systems: Systems
     tasks: tuple[ShardTask, ...]
-    finished: dict[str, Shard]
+    missing: tuple[ShardTask, ...]
     cost: Forecast | None
 
-    def missing(self) -> tuple[ShardTask, ...]:
-        """The shards that are not finished."""
-        return tuple(task for task in self.tasks if task.name not in self.finished)
 
-
-def plan_build(folder: Path, recipe: Recipe, workers: int, systems: Systems | None = None) -> Plan:
+def plan_build(
+    folder: Path, recipe: Recipe, workers: int, systems: Systems | None = None, part: Slice | None = None
+) -> Plan:
     """Look at the folder and find out what is to be done; leftovers of killed builds are removed, nothing is written.
 
     Args:
         systems: to render instead of those that the recipe's kind draws.
+        part: the shards to render, if not all.
 
     Raises:
         FractalError: if the folder holds something else, or the disk cannot hold the dataset.
@@ -51,68 +53,63 @@ def plan_build(folder: Path, recipe: Recipe, workers: int, systems: Systems | No
     if folder.exists():
         remove_leftovers(folder)
     tasks = shard_tasks(bound)
-    shards = {task.name: _finished(folder, bound, task) for task in tasks}
-    finished = {name: shard for name, shard in shards.items() if shard is not None}
-    left = sum(task.stop - task.first for task in tasks if task.name not in finished)
-    cost = forecast(bound, systems, left, workers) if left else None
+    finished = finished_shards(folder, tasks, contents_of(bound))
+    missing = tuple(task for task in (part.of(tasks) if part else tasks) if task.name not in finished)
+    left = sum(task.stop - task.first for task in missing)
+    cost = forecast(bound, systems, left, min(workers, len(missing))) if left else None
     if cost is not None:
         check_space(folder, cost)
-    return Plan(folder, bound, systems, tasks, finished, cost)
+    return Plan(folder, bound, systems, tasks, missing, cost)
 
 
-def run_build(plan: Plan, workers: int) -> None:
-    """Write the missing shards, then the manifest unless it is there, and remove what killed builds left behind.
+def run_build(plan: Plan, executor: Executor) -> tuple[str, ...]:
+    """Render what the plan says; when the last shard of the dataset is there, assemble the manifest from the sidecars.
+
+    Args:
+        executor: of ``engines.open_engine``.
+
+    Returns:
+        The names of the shards that are missing because they are not in the plan, but in other slices.
 
     Raises:
-        FractalError: if a worker process was killed, or another build has claimed the folder since it was looked at.
+        FractalError: if workers died at some shards again and again (the others are rendered all the same), shards
+            vanished, or another build has claimed the folder since it was looked at.
         OSError: as the file system does; shards that are finished stay.
     """
     claim(plan.folder, plan.recipe, plan.systems)
-    missing = plan.missing()
-    shards = {**plan.finished, **(_write_shards(plan, missing, workers) if missing else {})}
-    names = dict.fromkeys(task.split for task in plan.tasks)
-    splits = {name: tuple(shards[task.name] for task in plan.tasks if task.split == name) for name in names}
-    if missing or not _listed(plan.folder, splits):
-        write_manifest(
-            plan.folder,
-            splits,
-            recipe=plan.recipe.to_json(),
-            recipe_digest=plan.recipe.digest(),
-            label_type=find_kind(plan.recipe.kind).label_type,
-            classes=plan.recipe.classes,
-            image_size=plan.recipe.size,
+    folder = plan.folder.absolute()
+    jobs = {task: partial(_finish_shard, folder, plan.recipe, task) for task in plan.missing}
+    for _ in run_jobs(jobs, executor, plan.folder, "rendering") if jobs else ():
+        pass  # what has been written, the sidecars tell
+    missing = publish(plan.folder, plan.tasks, contents_of(plan.recipe))
+    if vanished := {task.name for task in plan.missing}.intersection(missing):
+        raise FractalError(
+            f"{plan.folder}: {human_list(sorted(vanished))} vanished after being written; check the disk or the "
+            "network file system, then run the same command again"
         )
-    remove_leftovers(plan.folder)
+    return missing
 
 
-def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> Shard:
+def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> None:
     """Render and write one shard; a pure function of its arguments but for the files it writes."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    return write_shard(folder, task.name, recipe.classes, samples, encode_image, pixels_of).shard()
+    write_shard(folder, task.name, recipe.classes, samples, encode_image, pixels_of)
 
 
-def _write_shards(plan: Plan, missing: tuple[ShardTask, ...], workers: int) -> dict[str, Shard]:
-    written: dict[str, Shard] = {}
-    samples = sum(task.stop - task.first for task in missing)
-    with progress("rendering", samples, "images") as advance, worker_pool(min(workers, len(missing))) as pool:
-        futures = [pool.submit(build_shard, plan.folder, plan.recipe, plan.systems, task) for task in missing]
-        for future in as_completed(futures):
-            shard = future.result()
-            written[shard.name] = shard
-            advance(shard.samples)
-    return written
+def _finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> None:
+    """What a worker does, perhaps on another machine: build a shard, unless another build has done so by now."""
+    if not folder.is_dir():
+        raise FractalError(f"{folder}: not there on {socket.gethostname()}; all workers need it under the same path")
+    if not finished_shards(folder, (task,), contents_of(recipe)):
+        build_shard(folder, recipe, _stored_systems(folder / SYSTEMS, recipe.systems_digest), task)
 
 
-def _finished(folder: Path, recipe: Recipe, task: ShardTask) -> Shard | None:
-    """The shard of a task if it is whole and what the task would write, else None."""
-    record = finished_record(folder, task.name, find_kind(recipe.kind).label_type)
-    fits = record and record.samples == task.stop - task.first and len(record.label_counts) == recipe.classes
-    return record.shard() if record and fits else None
+@lru_cache(maxsize=1)
+def _stored_systems(path: Path, digest: str) -> Systems:
+    """The systems of a folder, read once by each worker; the digest tells those of one build from another's."""
+    return read_systems(path)
 
 
-def _listed(folder: Path, splits: dict[str, tuple[Shard, ...]]) -> bool:
-    """Whether there is a manifest that lists just these shards."""
-    try:
-        return load_manifest(folder).splits == splits
-    except FractalError:
-        return False
+def contents_of(recipe: Recipe) -> Contents:
+    """What the manifest says of a recipe's dataset."""
+    return Contents(recipe.to_json(), find_kind(recipe.kind).label_type, recipe.classes)

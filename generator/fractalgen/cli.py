@@ -1,27 +1,36 @@
 """The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
 
+import errno
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
 from fractalgen import kataoka
-from fractalgen.build import plan_build, run_build
+from fractalgen.build import Plan, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, write_categories
+from fractalgen.engines import Engine, open_engine
 from fractalgen.kinds import KINDS
 from fractalgen.preview import preview as draw_preview
-from fractalgen.recipe import make_recipe
+from fractalgen.recipe import make_recipe, parse_recipe
+from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
+from fractalgen.slices import Slice, parse_slice
 from fractalshards.atomic import atomic_file
-from fractalshards.console import Commands, progress
-from fractalshards.errors import UsageError
-from fractalshards.human import human_count
+from fractalshards.console import Commands, interrupt_code, progress
+from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.overrides import parse_settings, show_value
 from fractalshards.png import Indexed, encode_png
+from fractalshards.portable import read_portable
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.systems import Systems
 from fractalshards.workers import available_cores
@@ -31,6 +40,10 @@ _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
 )
 _PATH = click.Path(path_type=Path)
+_SAID_BY_RECIPE = (
+    *("kind", "n", "val", "classes", "size", "points", "seed", "shard_size"),
+    *("categories", "from_csv", "settings"),
+)
 
 
 @click.group(cls=Commands)
@@ -40,8 +53,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--kind", required=True, metavar="|".join(KINDS), help="Family of images.")
-@click.option("--n", required=True, type=int, help="Images to train on.")
+@click.option("--kind", metavar="|".join(KINDS), help="Family of images.")
+@click.option("--n", type=int, help="Images to train on.")
 @click.option("--val", default=0, show_default=True, help="Further images of the same classes, for evaluation.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind, see 'fractalgen kinds']")
@@ -50,12 +63,24 @@ def main() -> None:
 @click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
 @click.option("--categories", type=_PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
 @click.option("--from-csv", type=_PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
+@click.option("--recipe", "recipe_file", type=_PATH, metavar="FILE", help="Build what 'fractalshards recipe' wrote.")
 @click.option("--out", type=_PATH, help="Folder of the dataset.  [default: shards/KIND]")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "dask"]),
+    default="local",
+    show_default=True,
+    help="What renders: processes here, or a Dask cluster.",
+)
+@click.option("--scheduler", metavar="tcp://HOST:PORT", help="The Dask cluster's scheduler.")
+@click.option("--slice", "slice_", metavar="I/K|auto", help="Only every K-th shard, from the I-th: for job arrays.")
 @_WORKERS
 @_SET
+@click.pass_context
 def build(
-    kind: str,
-    n: int,
+    context: click.Context,
+    kind: str | None,
+    n: int | None,
     val: int,
     classes: int | None,
     size: int | None,
@@ -64,7 +89,11 @@ def build(
     shard_size: int,
     categories: Path | None,
     from_csv: Path | None,
+    recipe_file: Path | None,
     out: Path | None,
+    executor: str,
+    scheduler: str | None,
+    slice_: str | None,
     workers: str,
     settings: tuple[str, ...],
 ) -> None:
@@ -72,36 +101,63 @@ def build(
 
     Example: fractalgen build --kind single --n 1000000
     """
-    given = _read_given(kind, classes, categories, from_csv)
-    recipe = make_recipe(
-        kind,
-        n,
-        val=val,
-        classes=classes if given is None else len(given),
-        size=size,
-        points=points,
-        seed=seed,
-        shard_size=shard_size,
-        overrides=parse_settings(settings),
-    )
-    folder = out if out is not None else Path("shards") / kind
-    count = _parse_workers(workers)
-    plan = plan_build(folder, recipe, count, given)
-    if plan.cost is None:
-        click.echo(f"{folder}: nothing to render, {human_count(len(plan.tasks), 'shard')} there already", err=True)
+    promise = None
+    given: Systems | None
+    if recipe_file is not None:
+        _refuse_beside_recipe(context)
+        promise = read_portable(recipe_file)
+        recipe, given = parse_recipe(promise.recipe, str(recipe_file)), promise.systems
+    elif kind is None or n is None:
+        raise UsageError("say what to build: --kind and --n, or --recipe")
     else:
-        done = f", {len(plan.finished):,} of them done" if plan.finished else ""
-        click.echo(
-            f"{folder}: {n + val:,} images of {recipe.size} x {recipe.size} in "
-            f"{human_count(len(plan.tasks), 'shard')}{done}; to render: {plan.cost.samples:,} images, {plan.cost} "
-            f"with {human_count(count, 'worker')}",
-            err=True,
+        given = _read_given(kind, classes, categories, from_csv)
+        recipe = make_recipe(
+            kind,
+            n,
+            val=val,
+            classes=classes if given is None else len(given),
+            size=size,
+            points=points,
+            seed=seed,
+            shard_size=shard_size,
+            overrides=parse_settings(settings),
         )
-    run_build(plan, count)
+    folder = out if out is not None else Path("shards") / recipe.kind
+    part = parse_slice(slice_, os.environ) if slice_ else None
+    with _continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler)) as engine:
+        plan = plan_build(folder, recipe, engine.workers, given, part)
+        click.echo(f"{folder}: {_describe(plan, part, engine)}", err=True)
+        missing = run_build(plan, engine.executor)
+    if missing:
+        left = human_count(len(missing), "shard")
+        click.echo(f"{folder}: {part} is done; {left} of other slices are missing, and so is the manifest")
+        return
     manifest = load_manifest(folder)
+    if promise and (broken := promise.broken_promises(manifest.splits)):
+        raise FractalError(
+            f"{folder}: {human_list(broken)} differ from what {recipe_file} promises: this software renders other "
+            "pixels; install the version of fractalpretrain that made it, and say so to its authors"
+        )
     click.echo(manifest.summary())
     if manifest.label_type == "single":  # others cannot be trained on yet
         click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@_WORKERS
+def repair(folder: Path, workers: str) -> None:
+    """Verify a dataset, and render again exactly what is damaged or missing.
+
+    Example: fractalgen repair shards/single
+    """
+    with _continuable(folder), open_engine(_parse_workers(workers)) as engine:
+        repaired = repair_dataset(folder, engine)
+    for problem in repaired.problems:
+        click.echo(one_line(f"was bad: {folder}/{problem}"))
+    if repaired.rendered:
+        click.echo(f"rendered again: {human_list(repaired.rendered)}")
+    click.echo(f"sound: {load_manifest(folder).summary()}")
 
 
 @main.command()
@@ -181,7 +237,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     Example: fractalgen search --classes 2000 --out categories.npz
     """
     count = _parse_workers(workers)
-    out.parent.mkdir(parents=True, exist_ok=True)  # before a long search, not after it
+    _check_writable(out)  # before a long search, not after it
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
     else:
@@ -192,6 +248,14 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     write_categories(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
     click.echo(f"next: fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
+
+
+def _refuse_beside_recipe(context: click.Context) -> None:
+    """A recipe says all of these; what is given beside it would be ignored."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _SAID_BY_RECIPE and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"{parameter.opts[0]} and --recipe: give one of them, for the recipe says it too")
 
 
 def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
@@ -207,6 +271,51 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
     if classes is not None and classes > len(given):
         raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most those")
     return given[:classes]
+
+
+def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:
+    """What a build is about to do, in one line."""
+    recipe = plan.recipe
+    shards = human_count(len(plan.tasks), "shard")
+    own = part.of(plan.tasks) if part else plan.tasks
+    whose = f" of {part}" if part else ""
+    if plan.cost is None:
+        return f"nothing to render, all {human_count(len(own), 'shard')}{whose} there already"
+    done = len(own) - len(plan.missing)
+    return (
+        f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in {shards}; to render"
+        f"{whose}: {plan.cost.samples:,} images in {human_count(len(plan.missing), 'shard')}"
+        f"{f' ({done:,} done)' if done else ''}, {plan.cost} with {engine.name}"
+    )
+
+
+@contextmanager
+def _continuable(folder: Path) -> Iterator[None]:
+    """Say how to go on when Ctrl-C or SIGTERM ends the work on a folder."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError(
+            f"{folder}: stopped; finished shards are kept, run the same command again to go on", interrupt_code(error)
+        ) from error
+
+
+def _scheduler(executor: str, scheduler: str | None) -> str | None:
+    """The address of the Dask scheduler to use, if any."""
+    if executor == "dask" and not scheduler:
+        raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
+    if executor != "dask" and scheduler:
+        raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
+    return scheduler
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a file that cannot be written; missing folders are made."""
+    if not out.name or out.is_dir():
+        raise UsageError(f"--out is {str(out)!r}: expected the name of a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
 
 
 def _parse_workers(text: str) -> int:

@@ -3,14 +3,15 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from fractalgen.recipe import Recipe
+from fractalgen.recipe import Recipe, parse_recipe
 from fractalgen.render import draw_systems
-from fractalshards.atomic import write_json
+from fractalshards.claim import claim_folder, refuse_other, stored_recipe
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.names import RECIPE, SYSTEMS
+from fractalshards.names import INFO, RECIPE, SYSTEMS
 from fractalshards.systems import Systems, read_systems, write_systems
 
 
@@ -21,12 +22,8 @@ def settle(folder: Path, recipe: Recipe, given: Systems | None = None) -> tuple[
         FractalError: if the folder holds another recipe, damaged systems, or something that is no dataset.
         OSError: if it cannot be read.
     """
-    if (folder / RECIPE).exists():
-        return _settled(folder, recipe, given)
-    present = [path.name for path in folder.iterdir()] if folder.exists() else []
-    strangers = [name for name in present if not name.startswith(".")]
-    if strangers:
-        raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
+    if (found := stored_recipe(folder)) is not None:
+        return _settled(folder, found, recipe, given)
     systems = draw_systems(recipe) if given is None else given
     return recipe.with_systems(systems), systems
 
@@ -40,20 +37,61 @@ def claim(folder: Path, recipe: Recipe, systems: Systems) -> None:
         FractalError: if the folder holds another recipe by now.
         OSError: if it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        description = {"recipe": recipe.to_json(), "recipe_digest": recipe.digest()}
-        write_json(folder / RECIPE, description, indent=1, exclusive=True)
-    _settled(folder, recipe, systems)
+    claim_folder(folder, recipe.to_json())
+    _settled(folder, recipe.to_json(), recipe, systems)
     if not (folder / SYSTEMS).exists():
         write_systems(folder / SYSTEMS, systems)
 
 
-def _settled(folder: Path, recipe: Recipe, given: Systems | None) -> tuple[Recipe, Systems]:
-    found = Fields.read(folder / RECIPE).mapping("recipe")
+def restore(folder: Path) -> tuple[Recipe, Systems]:
+    """Recipe and systems of a folder in which either file may be damaged or missing; such a file is written again.
+
+    The recipe is in the manifest too, and systems that were not given to the build can be drawn again.
+
+    Raises:
+        FractalError: if neither file has a sound recipe of this software's version, or the systems cannot be had.
+        OSError: if a file cannot be read or written.
+    """
+    recipe = _sound_recipe(folder)
+    systems = _sound_systems(folder / SYSTEMS, recipe)
+    claim(folder, recipe, systems)
+    return recipe, systems
+
+
+def _sound_recipe(folder: Path) -> Recipe:
+    if not any((folder / name).exists() for name in (RECIPE, INFO)):
+        raise FractalError(f"{folder}: neither {RECIPE} nor {INFO} is there, so nothing says what to build")
+    try:
+        return _read_recipe(folder / RECIPE)
+    except (FractalError, FileNotFoundError):
+        recipe = _read_recipe(folder / INFO)
+        (folder / RECIPE).unlink(missing_ok=True)
+        return recipe
+
+
+def _read_recipe(path: Path) -> Recipe:
+    fields = Fields.read(path)
+    recipe = parse_recipe(fields.mapping("recipe"), str(path))
+    if recipe.digest() != fields.text("recipe_digest"):
+        raise FractalError(f"{path}: recipe digest differs, the recipe was changed; fetch it again")
+    return recipe
+
+
+def _sound_systems(path: Path, recipe: Recipe) -> Systems:
+    with suppress(FractalError, FileNotFoundError):
+        stored = read_systems(path)
+        if systems_digest(stored) == recipe.systems_digest:
+            return stored
+    drawn = draw_systems(recipe)
+    if systems_digest(drawn) != recipe.systems_digest:
+        raise FractalError(f"{path}: damaged or missing, and not what this software draws; fetch it again")
+    path.unlink(missing_ok=True)
+    return drawn
+
+
+def _settled(folder: Path, found: dict[str, Any], recipe: Recipe, given: Systems | None) -> tuple[Recipe, Systems]:
     bound = recipe.with_systems(given) if given else replace(recipe, systems_digest=str(found.get("systems_digest")))
-    if other := _differences(found, bound):
-        raise FractalError(f"{folder}: holds another dataset ({other}); choose another --out or the same options")
+    refuse_other(folder, found, bound.to_json())
     stored = folder / SYSTEMS
     systems = read_systems(stored) if stored.exists() else given or draw_systems(recipe)
     if systems_digest(systems) != bound.systems_digest:
@@ -62,18 +100,3 @@ def _settled(folder: Path, recipe: Recipe, given: Systems | None) -> tuple[Recip
             "as in the first build, or use a new folder"
         )
     return bound, systems
-
-
-def _differences(found: dict[str, object], recipe: Recipe) -> str:
-    """What two recipes do not agree on, e.g. ``seed 0 there, 1 here``."""
-    there, here = _flatten(found), _flatten(recipe.to_json())
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
-
-
-def _flatten(recipe: dict[str, object]) -> dict[str, object]:
-    """Parameters beside the other fields; tuples as the lists that JSON makes of them."""
-    params = recipe.get("params")
-    flat = {**recipe, **(params if isinstance(params, dict) else {})}
-    flat.pop("params", None)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

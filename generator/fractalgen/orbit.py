@@ -11,14 +11,16 @@ Floats = npt.NDArray[np.float32]
 
 _LANES = 16  # independent orbits; one alone waits for the latency of its own multiplications
 _FEW = 4  # maps whose coefficients fit into registers; the published systems have no more
-_BURN_IN = 16  # steps before the first kept point: sixteen starts in one place must not show
+_HEAD = 256  # points of one orbit before it splits into lanes, so that the way from the start shows once
 
 
 def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint32, np.uint32]) -> tuple[Floats, Floats]:
     """Points of the attractor of an IFS by random iteration (Barnsley 1988).
 
-    Starts at the fixed point of map 0, which lies on the attractor. At every step a map is drawn with probability
-    proportional to |det A|; where all determinants are zero, all maps are equally likely.
+    Starts at the fixed point of map 0, which lies on the attractor, and keeps the way from there, as the published
+    code does: where map 0 is seldom drawn, its first points stand far out, and they widen the bounding box. After 256
+    points the orbit splits into sixteen. At every step a map is drawn with probability proportional to |det A|; where
+    all determinants are zero, all maps are equally likely.
 
     Args:
         system: (n, 2, 3) float64, n in 1..255; row i of map k is (a, b, e) with x_i' = a x + b y + e.
@@ -33,18 +35,18 @@ def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint3
     """
     if not 1 <= len(system) <= 255:
         raise UsageError(f"{len(system)} maps: a system has 1 to 255")
-    burn_in = _BURN_IN * _LANES
-    total = burn_in + -(-points // _LANES) * _LANES
+    total = max(_HEAD, -(-points // _LANES) * _LANES)
     choices = np.empty(total, np.uint8)
     _choose_maps(_thresholds(system), *key, choices)
     xs, ys = np.empty(total, np.float32), np.empty(total, np.float32)
-    xs[:_LANES], ys[:_LANES] = fixed_point(system[0])
+    maps = system.reshape(-1, 6).astype(np.float32)
+    x, y = fixed_point(system[0])
+    _start(maps, choices, np.float32(x), np.float32(y), xs, ys)
     if len(system) <= _FEW:
-        _iterate_few(np.resize(system, (_FEW, 6)).astype(np.float32), choices, xs, ys)
+        _iterate_few(np.resize(maps, (_FEW, 6)), choices, xs, ys)
     else:
-        _iterate(system.reshape(-1, 6).astype(np.float32), choices, xs, ys)
-    kept = slice(burn_in, burn_in + points)
-    return xs[kept], ys[kept]
+        _iterate(maps, choices, xs, ys)
+    return xs[:points], ys[:points]
 
 
 def fixed_point(affine: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -86,9 +88,19 @@ def _choose_maps(
 
 
 @njit(cache=True)
+def _start(maps: Floats, choices: npt.NDArray[np.uint8], x: np.float32, y: np.float32, xs: Floats, ys: Floats) -> None:
+    """The first _HEAD points, as one orbit from (x, y)."""
+    for i in range(_HEAD):
+        k = choices[i]
+        xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]
+        ys[i] = maps[k, 3] * x + maps[k, 4] * y + maps[k, 5]
+        x, y = xs[i], ys[i]
+
+
+@njit(cache=True)
 def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Floats) -> None:
     """Continue every lane, given its start in the first row of lanes: point i follows point i - _LANES."""
-    for i in range(_LANES, len(xs)):
+    for i in range(_HEAD, len(xs)):
         k = choices[i]
         x, y = xs[i - _LANES], ys[i - _LANES]
         xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]
@@ -104,7 +116,7 @@ def _iterate_few(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: F
     a, b, e = _column(maps, 0), _column(maps, 1), _column(maps, 2)
     c, d, f = _column(maps, 3), _column(maps, 4), _column(maps, 5)
     lanes = np.uint64(_LANES)
-    for step in range(1, len(xs) // _LANES):
+    for step in range(_HEAD // _LANES, len(xs) // _LANES):
         first = np.uint64(step) * lanes
         before = first - lanes
         for lane in range(_LANES):

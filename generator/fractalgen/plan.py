@@ -7,6 +7,7 @@ from fractalgen.kinds import find_kind
 from fractalgen.recipe import Recipe
 from fractalgen.rng import Stream
 from fractalgen.unit import Unit
+from fractalshards.assemble import ShardTask
 from fractalshards.names import shard_name
 from fractalshards.splitmix import MASK64, mix64
 
@@ -21,16 +22,6 @@ class Place:
     unit: Unit
     part: int
     parts: int
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to write: samples ``first`` to ``stop - 1``."""
-
-    split: str
-    name: str
-    first: int
-    stop: int
 
 
 def locate(recipe: Recipe, index: int) -> Place:

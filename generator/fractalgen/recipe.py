@@ -1,18 +1,21 @@
 """The recipe: the frozen, hashable description of a dataset, checked when it is made."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fractalgen.kinds import Kind, KindParams, find_kind
 from fractalshards.digest import mapping_digest, systems_digest
-from fractalshards.errors import UsageError
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.fields import Fields
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
-RECIPE_VERSION = 2  # raised whenever the pixels or labels that a recipe stands for change
+RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
 _MAX_SAMPLES = 10**9  # keys have nine digits
+_COUNTS = ("n", "val", "classes", "size", "points", "seed", "shard_size")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Recipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
         kind = find_kind(self.kind)
         if not isinstance(self.params, kind.params):
             raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
@@ -95,6 +100,35 @@ class Recipe:
         return replace(self, systems_digest=systems_digest(systems))
 
 
+def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
+
+    Args:
+        where: what the data was read from, for errors.
+
+    Raises:
+        FractalError: if it is not what this version of the software writes.
+    """
+    fields = Fields(dict(data), where)
+    if (found := fields.count("version")) != RECIPE_VERSION:
+        raise FractalError(
+            f"{where}: recipe version {found}, this software renders {RECIPE_VERSION}; install the version of "
+            "fractalpretrain that made it"
+        )
+    try:
+        recipe = Recipe(
+            kind=fields.text("kind"),
+            **{name: fields.count(name) for name in _COUNTS},
+            params=override(find_kind(fields.text("kind")).params(), fields.mapping("params")),
+            systems_digest=fields.text("systems_digest"),
+        )
+    except UsageError as error:
+        raise FractalError(f"{where}: {error}") from error
+    if recipe.digest() != mapping_digest(data):
+        raise FractalError(f"{where}: lacks or adds fields, so not a recipe of version {RECIPE_VERSION}")
+    return recipe
+
+
 def make_recipe(
     kind: str,
     n: int,
@@ -105,12 +139,12 @@ def make_recipe(
     points: int | None = None,
     seed: int = 0,
     shard_size: int = 1000,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> Recipe:
     """A recipe with the kind's defaults for what is not given.
 
     Args:
-        overrides: parameters of the kind by name, as text: ``{"blur_probability": "0", "maps": "2,4"}``.
+        overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
 
     Raises:
         UsageError: if a value is unknown, malformed or out of range.
@@ -127,6 +161,14 @@ def make_recipe(
         shard_size=shard_size,
         params=override(chosen.params(), overrides or {}),
     )
+
+
+def _integer(name: str, value: Any) -> int:
+    """A plain integer, of numpy's too, for a recipe is hashed as JSON."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UsageError(f"{name} is {value!r}: expected an integer") from error
 
 
 def _require(holds: bool, otherwise: str) -> None:

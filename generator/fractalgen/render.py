@@ -1,5 +1,6 @@
 """A sample from its index: the pure function that a dataset is made of (law 1)."""
 
+import operator
 from collections.abc import Iterator, Sequence
 
 from fractalgen.color import Pixels, pixels_of
@@ -39,7 +40,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     Raises:
         IndexError: if the index is out of range.
     """
-    place = locate(recipe, index)
+    place = locate(recipe, operator.index(index))  # of numpy's integers too
     image, label = render_unit(recipe, systems, place.unit)[place.part]
     return pixels_of(image), label
 

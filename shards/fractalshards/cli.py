@@ -1,5 +1,6 @@
 """The command ``fractalshards``: parses options, calls one function per command, prints what came of it."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -7,12 +8,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.console import Commands, progress
+from fractalshards.atomic import atomic_file
+from fractalshards.compare import compare_datasets
+from fractalshards.console import Commands, notice, progress
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.packing.pack import plan_pack, run_pack
+from fractalshards.packing.source import parse_source
+from fractalshards.page import check_page_name, load_template, render_page
+from fractalshards.portable import export_recipe
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
+from fractalshards.survey import survey_dataset
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores
 
@@ -54,8 +62,8 @@ def verify(folder: Path, workers: int | None) -> None:
         click.echo(one_line(f"bad: {folder}/{problem}"))
     if problems:
         raise FractalError(
-            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or remove them and run "
-            "the 'fractalgen build' that made them again"
+            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or render them "
+            "again with 'fractalgen repair'"
         )
     click.echo(f"sound: {manifest.summary()}")
 
@@ -76,6 +84,65 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
     image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class, tile), tile)
     save_picture(image, out)
     click.echo(f"{out}: {image.width} x {image.height} pixels")
+
+
+@main.command()
+@_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Page to write: .html.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that look.  [default: all cores]")
+def report(folder: Path, out: Path, workers: int | None) -> None:
+    """Write a page about a dataset: samples of every class, distributions, recipe, how to share it.
+
+    One file of 12 MB at most that loads nothing, to be opened in a browser, mailed or put on a server.
+
+    Example: fractalshards report shards/single --out single.html
+    """
+    check_page_name(out)
+    template = load_template()
+    page = render_page(template, survey_dataset(load_manifest(folder), workers or available_cores())).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(page)
+    click.echo(f"{out}: {human_bytes(len(page))}")
+
+
+@main.command()
+@_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
+def recipe(folder: Path, out: Path | None) -> None:
+    """Write a dataset as a recipe, a small file from which 'fractalgen build' renders the same images.
+
+    Example: fractalshards recipe shards/single > recipe.json
+    """
+    text = export_recipe(load_manifest(folder))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(text)
+    click.echo(f"{out}: {human_bytes(len(text))}; next: fractalgen build --recipe {shlex.quote(str(out))}")
+
+
+@main.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Processes that compare.  [default: all cores]")
+def diff(first: Path, second: Path, workers: int | None) -> int:
+    """Tell whether two datasets hold the same samples, and where not; exit with 0 if they do, else with 1.
+
+    Content digests are compared as the manifests promise them; images are read only to name what differs.
+
+    Example: fractalshards diff shards/single /mnt/copy/single
+    """
+    found = compare_datasets(load_manifest(first), load_manifest(second), workers or available_cores())
+    for line in found.findings:
+        click.echo(one_line(line))
+    verdict = "same samples" if found.same else "not the same samples"
+    click.echo(
+        one_line(f"{verdict}, as the manifests promise; 'fractalshards verify DIR' checks that the files keep to them")
+    )
+    return 0 if found.same else 1
 
 
 @main.command()
@@ -110,3 +177,40 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
     ]
     rows += [(f"recipe: {name}", str(value)) for name, value in {**recipe, **params}.items()]
     return rows + [(f"made with: {name}", str(value)) for name, value in manifest.software.items()]
+
+
+@main.command()
+@click.argument("source", metavar="imagefolder:PATH|imagenet:PATH")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--split", metavar="train=X,val=Y", help="Shares (0.9) or folders below PATH, see above.")
+@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
+@click.option("--seed", default=0, show_default=True, help="Of the order, and of which images a share takes.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that work.  [default: all cores]")
+def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int | None) -> None:
+    """Pack images that exist into shards, or continue: what is done is skipped. JPEG, PNG and WebP stay as they are.
+
+    imagefolder:PATH is PATH/train/CLASS/* and PATH/val/CLASS/*, or PATH/CLASS/*, of which all is train.
+    '--split train=0.9,val=0.1' holds out that share of every class of PATH/CLASS/*;
+    '--split train=DIR,val=DIR' names the folders, if they have other names.
+
+    imagenet:PATH is a folder with ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share
+    of train or left out, ILSVRC2012_img_val.tar. They are read in place.
+
+    Example: fractalshards pack imagenet:/data/archives shards/imagenet
+    """
+    count = workers or available_cores()
+    images = parse_source(source, split)
+    with notice(f"listing the images of {one_line(str(images.path))} ..."):
+        plan = plan_pack(out, images, seed, shard_size)
+    for note in plan.notes:
+        click.echo(one_line(f"note: {note}"), err=True)
+    missing = plan.missing()
+    done = f", {len(plan.finished):,} of them done" if plan.finished else ""
+    click.echo(
+        f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.parts), 'shard')}{done}; "
+        f"to pack: {sum(task.stop - task.first for task in missing):,} images",
+        err=True,
+    )
+    run_pack(plan, count)
+    click.echo(one_line(load_manifest(out).summary()))
+    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")

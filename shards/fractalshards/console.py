@@ -1,7 +1,9 @@
 """What all three commands share at the terminal: one-line errors, exit codes, progress on a terminal or in a log."""
 
 import errno
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +13,11 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError
 from fractalshards.human import human_seconds, one_line
 
 _LOG_SECONDS = 10.0
+_NOTICE_SECONDS = 1.0
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
     errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
@@ -30,7 +33,10 @@ _ADVICE = {
 
 
 class Commands(click.Group):
-    """A group of commands whose errors are one line: exit 2 for wrong usage, 1 for failure, 130 for Ctrl-C."""
+    """A group of commands whose errors are one line.
+
+    Exit codes are 2 for wrong usage, 1 for failure, 130 for Ctrl-C and 143 for SIGTERM.
+    """
 
     def main(
         self,
@@ -53,13 +59,21 @@ class Commands(click.Group):
             _fail(error.format_message() + hint, 2)
         except click.ClickException as error:
             _fail(error.format_message(), 1)
+        except StoppedError as error:
+            _fail(str(error), error.code)
         except FractalError as error:
             _fail(str(error), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
             _fail(describe_os_error(error), 1)
-        except (click.Abort, KeyboardInterrupt):
-            _fail("stopped; what is finished is kept, run the same command again to go on", 130)
+        except (click.Abort, KeyboardInterrupt) as error:
+            _fail("stopped", interrupt_code(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def interrupt_code(error: BaseException) -> int:
+    """The exit code of a command that a signal ended: 128 + its number, as a shell has it."""
+    terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)  # click wraps what it sees
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -95,6 +109,17 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
             bar.update(task, completed=meter.done, pace=meter.pace())
 
         yield draw
+
+
+@contextmanager
+def notice(text: str) -> Iterator[None]:
+    """Say on stderr what is going on, if it takes more than a second."""
+    timer = threading.Timer(_NOTICE_SECONDS, click.echo, [text], {"err": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Meter:

@@ -13,7 +13,7 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest
 from fractalshards.names import check_plain, dali_index_name
 from fractalshards.reader import ShardIndex, index_split
-from fractalshards.tarball import BLOCK, Member, sample_members
+from fractalshards.tarball import BLOCK, Member, extension_of, sample_members
 
 _VERSION = "v1.2"
 
@@ -51,5 +51,5 @@ def _lines(shard: ShardIndex) -> Iterator[str]:
 
 
 def _component(member: Member) -> str:
-    name = check_plain(f"{member.key}.{member.extension}", "member of the tar")
-    return f"{member.extension} {member.start} {member.size} {name}"
+    name = check_plain(member.name, "member of the tar")
+    return f"{extension_of(name)} {member.start} {member.size} {name}"

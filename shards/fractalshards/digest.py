@@ -9,25 +9,37 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from fractalshards.images import PNG, image_extension
+from fractalshards.labels import label_extension
+from fractalshards.tarball import Sample
+
 _CHUNK = 1 << 20
 
 
 class ContentDigest:
-    """Running xxh3-128 over (key, raw pixels, label) of samples, in order.
+    """Running xxh3-128 over (key, image, label) of samples, in order.
 
-    Per sample the hashed bytes are ``KEY NUL HEIGHTxWIDTH NUL``, the RGB pixels row by row, then
-    ``NUL LABEL NUL`` with the bytes of the label file. PNG and tar encoding do not enter.
+    Per sample the hashed bytes are ``KEY NUL``, the image, ``NUL LABEL NUL`` with the bytes of the label file. Of a PNG
+    that is ``HEIGHTxWIDTH NUL`` and the RGB pixels row by row: PNG encoding does not enter. Of other formats it is
+    ``file SIZE NUL`` and the bytes of the image file, for decoders of lossy formats may differ in pixels.
     """
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
 
-    def add(self, key: str, pixels: npt.NDArray[np.uint8], label: bytes) -> None:
-        """Add one sample: ``pixels`` (H, W, 3) uint8, ``label`` as stored in the label file."""
-        height, width, _ = pixels.shape
-        self._state.update(f"{key}\0{height}x{width}\0".encode())
-        self._state.update(np.ascontiguousarray(pixels).data)
-        self._state.update(b"\0" + label + b"\0")
+    def add(self, sample: Sample, pixels: npt.NDArray[np.uint8]) -> None:
+        """Add one sample as it is stored, and the ``pixels`` of its image, (H, W, 3) uint8."""
+        extension = image_extension(sample.files)
+        self._state.update(sample.key.encode() + b"\0")
+        if extension == PNG:
+            height, width, _ = pixels.shape
+            self._state.update(f"{height}x{width}\0".encode())
+            self._state.update(np.ascontiguousarray(pixels).data)
+        else:
+            data = sample.files[extension]
+            self._state.update(b"file %d\0" % len(data))
+            self._state.update(data)
+        self._state.update(b"\0" + sample.files[label_extension(sample.files)] + b"\0")
 
     def hexdigest(self) -> str:
         """The digest so far, 32 hexadecimal digits."""

@@ -72,6 +72,10 @@ class Fields:
             raise FractalError(f"{self._where}: {name} is not a list of texts{_ADVICE}")
         return tuple(values)
 
+    def items(self, name: str) -> list[Any]:
+        """A JSON list as it is."""
+        return self._get(name, list, "a list")
+
     def mapping(self, name: str) -> dict[str, Any]:
         """A JSON object as it is, nested at most 32 deep: what is done with it may recurse."""
         value: dict[str, Any] = self._get(name, dict, "an object")

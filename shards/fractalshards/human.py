@@ -1,5 +1,7 @@
 """Sizes, durations, counts and foreign text as people read them."""
 
+from collections.abc import Sequence
+
 _LONGEST_LINE = 2000
 
 
@@ -21,6 +23,12 @@ def human_seconds(seconds: float) -> str:
 def human_count(count: int, noun: str) -> str:
     """A number and what it counts, e.g. ``1 shard`` or ``1,000 shards``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def human_list(names: Sequence[str], most: int = 20) -> str:
+    """Names with commas between them, the first ``most``, and how many more there are."""
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def one_line(text: str) -> str:

@@ -41,6 +41,18 @@ class MultiLabel:
 Label = int | MultiLabel
 
 
+def find_label_type(name: str, where: str) -> LabelType:
+    """The label type with a name that was found in ``where``.
+
+    Raises:
+        FractalError: if there is none.
+    """
+    for known in LABEL_TYPES:
+        if known == name:
+            return known
+    raise FractalError(f"{where}: label_type {name!r} is not known; upgrade fractalpretrain")
+
+
 def classes_of(label: Label) -> tuple[int, ...]:
     """The class indices of a label."""
     return (label,) if isinstance(label, int) else label.labels

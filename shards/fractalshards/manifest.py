@@ -14,7 +14,7 @@ from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.files import regular_size
 from fractalshards.human import human_bytes, human_count
-from fractalshards.labels import LABEL_TYPES, LabelType
+from fractalshards.labels import LabelType, find_label_type
 from fractalshards.names import INFO, check_plain, sidecar_name
 
 FORMAT_VERSION = 1
@@ -29,7 +29,8 @@ class ShardRecord:
     """A shard's sidecar.
 
     ``offsets`` has samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``. ``label_counts`` has for
-    every class the number of samples that show it.
+    every class the number of samples that show it. ``image_size`` is the side of its images if all are squares of one
+    size, else None.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ShardRecord:
     content_digest: str
     label_counts: tuple[int, ...]
     offsets: tuple[int, ...]
+    image_size: int | None = None
 
     def to_json(self) -> dict[str, object]:
         """The sidecar's fields."""
@@ -119,6 +121,7 @@ def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
         content_digest=fields.text("content_digest"),
         label_counts=fields.counts("label_counts"),
         offsets=fields.counts("offsets"),
+        image_size=_image_size(fields, path) if "image_size" in fields else None,
     )
     ordered = record.offsets[:1] == (0,) and all(start < end for start, end in pairwise(record.offsets))
     if len(record.offsets) != record.samples + 1 or not ordered or record.offsets[-1] > record.bytes:
@@ -186,7 +189,7 @@ def load_manifest(folder: Path) -> Manifest:
             f"'fractalgen build --kind KIND --n N --out {folder}'"
         )
     if not path.is_file():
-        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run its 'fractalgen build' to the end")
+        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run the command that makes it to the end")
     fields = Fields.read(path)
     if "format_version" not in fields:
         raise FractalError(
@@ -195,18 +198,15 @@ def load_manifest(folder: Path) -> Manifest:
         )
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
-    label_type = next((known for known in LABEL_TYPES if known == fields.text("label_type")), None)
-    if label_type is None:
-        raise FractalError(f"{path}: label_type {fields.text('label_type')!r} is not known; upgrade fractalpretrain")
     classes = _bounded(fields, "classes", MAX_CLASSES, path)
     return Manifest(
         folder=folder,
         format_version=found,
         recipe=fields.mapping("recipe"),
         recipe_digest=fields.text("recipe_digest"),
-        label_type=label_type,
+        label_type=find_label_type(fields.text("label_type"), str(path)),
         classes=classes,
-        image_size=None if fields.is_null("image_size") else _bounded(fields, "image_size", MAX_IMAGE_SIZE, path),
+        image_size=_image_size(fields, path),
         class_names=_names(fields, "class_names", classes, path),
         class_ids=_names(fields, "class_ids", classes, path),
         splits=_read_splits(fields.inner("splits"), fields.mapping("splits"), path),
@@ -250,6 +250,10 @@ def _bounded(fields: Fields, name: str, most: int, path: Path) -> int:
     if not 1 <= (value := fields.count(name)) <= most:
         raise FractalError(f"{path}: {name} is {value}, but may be 1 to {most:,}; fetch or build it again")
     return value
+
+
+def _image_size(fields: Fields, path: Path) -> int | None:
+    return None if fields.is_null("image_size") else _bounded(fields, "image_size", MAX_IMAGE_SIZE, path)
 
 
 def _names(fields: Fields, name: str, classes: int, path: Path) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def override(record: _T, changes: Mapping[str, str], fixed: Collection[str] = ()) -> _T:
-    """A frozen dataclass with other values in the named fields, given as text.
+def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] = ()) -> _T:
+    """A frozen dataclass with other values in the named fields, given as text or as what they are.
 
     Fields are int, float, bool, a ``Literal`` of texts, any of these or None (``none``), or tuples of them
     (``low,high``; a single value stands for all).
@@ -46,7 +46,8 @@ def override(record: _T, changes: Mapping[str, str], fixed: Collection[str] = ()
     for name in changes:
         if name not in types:
             raise UsageError(f"unknown parameter {name!r}{nearest(name, types)}")
-    values = {name: _parse(text, types[name], name) for name, text in changes.items()}
+    texts = {name: value if isinstance(value, str) else show_value(value) for name, value in changes.items()}
+    values = {name: _parse(text, types[name], name) for name, text in texts.items()}
     return replace(record, **values)
 
 
@@ -81,6 +82,6 @@ def _parse(text: str, kind: Any, name: str) -> Any:
 
 def show_value(value: object) -> str:
     """A value as one would type it after ``NAME=``."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(map(show_value, value))
     return str(value).lower() if isinstance(value, bool | None) else str(value)

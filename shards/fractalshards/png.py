@@ -180,10 +180,17 @@ def _decode_any(data: bytes) -> Pixels:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise FractalError(f"image claims {image.width} x {image.height} pixels")
-                rgb = image.convert("RGB")
+                rgb = _rgb(image)
             image.close()  # its pixels go before there is a third copy of them
             return np.asarray(rgb)
     except UnidentifiedImageError as error:
         raise FractalError("image cannot be decoded: damaged, or of no format known here") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FractalError(f"image cannot be decoded: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, a copy; of 16-bit grey the high byte, which Pillow would clip to white."""
+    if image.format == "PNG" and image.mode in ("I", "I;16", "I;16B"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

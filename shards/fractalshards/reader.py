@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from fractalshards.errors import FractalError
 from fractalshards.files import regular_size
-from fractalshards.labels import Label, LabelType, classes_of, decode_label, label_extension
+from fractalshards.images import image_extension
+from fractalshards.labels import Label, LabelType, classes_of, decode_label
 from fractalshards.manifest import Manifest, read_record, split_shards
 from fractalshards.png import Pixels, decode_image
 from fractalshards.tarball import Sample, parse_sample
@@ -67,10 +68,7 @@ def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
     label = decode_label(sample.files)
     if (largest := max(classes_of(label), default=0)) >= classes:
         raise FractalError(f"label {largest}, but there are {classes} classes")
-    images = [name for name in sample.files if name != label_extension(sample.files)]
-    if len(images) != 1:
-        raise FractalError(f"expected one image, found {images or 'none'}")
-    return decode_image(sample.files[images[0]]), label
+    return decode_image(sample.files[image_extension(sample.files)]), label
 
 
 def iterate_shard(index: ShardIndex) -> Iterator[Sample]:

@@ -1,5 +1,6 @@
 """Samples as tar members: POSIX ustar, mtime 0, uid and gid 0, the members of one sample adjacent."""
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +21,15 @@ _HEADER_SUM = sum(_EMPTY_HEADER[:124]) + sum(_EMPTY_HEADER[135:148]) + 8 * ord("
 
 
 @dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its data are ``size`` bytes from byte ``start`` of the file that holds the tar."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sample as stored: its key and its files by extension, e.g. ``{"png": ..., "cls": ...}``."""
 
@@ -32,16 +42,6 @@ def pack_sample(sample: Sample) -> bytes:
     return b"".join(_pack_member(f"{sample.key}.{ext}", data) for ext, data in sample.files.items())
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file in a tar: ``size`` bytes at ``start``; of the sample ``key``, and called ``extension`` in it."""
-
-    key: str
-    extension: str
-    start: int
-    size: int
-
-
 def parse_sample(data: bytes) -> Sample:
     """Read the members of one sample back from its tar blocks.
 
@@ -49,9 +49,8 @@ def parse_sample(data: bytes) -> Sample:
         FractalError: as ``sample_members`` does.
     """
     members = sample_members(lambda at: data[at : at + BLOCK], 0, len(data))
-    return Sample(
-        members[0].key, {member.extension: data[member.start : member.start + member.size] for member in members}
-    )
+    files = {extension_of(member.name): data[member.start : member.start + member.size] for member in members}
+    return Sample(members[0].name.partition(".")[0], files)
 
 
 def sample_members(read_block: Callable[[int], bytes], start: int, end: int) -> tuple[Member, ...]:
@@ -65,11 +64,16 @@ def sample_members(read_block: Callable[[int], bytes], start: int, end: int) -> 
             share one key.
     """
     members = tuple(_walk(read_block, start, end))
-    if len(keys := {member.key for member in members}) != 1:
+    if len(keys := {member.name.partition(".")[0] for member in members}) != 1:
         raise FractalError(f"expected the members of one sample, found {sorted(keys) or 'nothing'}")
-    if len({member.extension for member in members}) != len(members):
-        raise FractalError(f"{members[-1].key}: a file stands twice in one sample")
+    if len({member.name for member in members}) != len(members):
+        raise FractalError(f"{keys.pop()}: a file stands twice in one sample")
     return members
+
+
+def extension_of(name: str) -> str:
+    """What a member is in its sample: its name after the key, ``png`` of ``000000007.png``."""
+    return name.partition(".")[2]
 
 
 def _walk(read_block: Callable[[int], bytes], start: int, end: int) -> Iterator[Member]:
@@ -79,9 +83,36 @@ def _walk(read_block: Callable[[int], bytes], start: int, end: int) -> Iterator[
         at += BLOCK
         if at + size > end:
             raise FractalError(f"{name}: cut off, {size:,} bytes promised")
-        key, _, extension = name.partition(".")
-        yield Member(key, extension, at, size)
+        yield Member(name, at, size)
         at += padded(size)
+
+
+def first_member_end(block: bytes) -> int:
+    """Where the first member of a sample ends, and the second begins, from the sample's first block.
+
+    Raises:
+        FractalError: if the block is not the header of a regular file.
+    """
+    _, size = _parse_header(block)
+    return BLOCK + padded(size)
+
+
+def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
+    """All members of the tar that lies in ``[start, stop)`` of an open file, from their headers alone.
+
+    Raises:
+        FractalError: if a header is damaged, or a member is not a regular file or reaches beyond ``stop``.
+    """
+    at = start
+    while at < stop:
+        header = os.pread(descriptor, min(BLOCK, stop - at), at)
+        if not header.strip(b"\0"):
+            return
+        name, size = _parse_header(header)
+        if at + BLOCK + size > stop:
+            raise FractalError(f"{name}: cut off, {size:,} bytes promised")
+        yield Member(name, at + BLOCK, size)
+        at += BLOCK + padded(size)
 
 
 def padded(size: int) -> int:

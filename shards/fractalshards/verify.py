@@ -14,6 +14,7 @@ from fractalshards.digest import ContentDigest, mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.files import regular_size
+from fractalshards.images import image_extension, image_format
 from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label_extension
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
 from fractalshards.names import RECIPE, SYSTEMS, sample_key
@@ -107,8 +108,9 @@ def _verify_samples(
             if sample.key != sample_key(index):
                 raise FractalError(f"expected sample {sample_key(index)} here")
             _check_order(sample)
+            _check_format(sample)
             _check_promise(image.shape, label, promise)
-            content.add(sample.key, image, sample.files[label_extension(sample.files)])
+            content.add(sample, image)
             counts.update(classes_of(label))
         except FractalError as error:
             sound = False
@@ -129,6 +131,13 @@ def _check_order(sample: Sample) -> None:
     """Raise unless the label is the last file of a sample, after its image."""
     if (last := list(sample.files)[-1]) != label_extension(sample.files):
         raise FractalError(f"the label stands before the .{last}")
+
+
+def _check_format(sample: Sample) -> None:
+    """Raise unless the image is of a format that shards hold, and named so: the content digest goes by the name."""
+    extension = image_extension(sample.files)
+    if (found := image_format(sample.files[extension])) != extension:
+        raise FractalError(f"its image is named .{extension} but is {f'a .{found}' if found else 'of another format'}")
 
 
 def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
@@ -167,8 +176,12 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(RECIPE, "", "recipe digest differs: the recipe was changed")
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, RECIPE, error)
+    if "systems_digest" not in manifest.recipe:  # packed, not rendered
+        if (manifest.folder / SYSTEMS).exists():
+            yield Problem(SYSTEMS, "", "not in the recipe; remove it")
+        return
     try:
-        if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe.get("systems_digest"):
+        if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe["systems_digest"]:
             yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, SYSTEMS, error)

@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from fractalgen import draw_systems, make_recipe, render_sample
-from fractalgen.build import plan_build, run_build
+from fractalgen.build import Plan, plan_build, run_build
 from fractalgen.cli import main
+from fractalgen.engines import open_engine
 from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest
@@ -37,6 +38,11 @@ def build(
     )
 
 
+def finish(plan: Plan) -> tuple[str, ...]:
+    with open_engine(1) as engine:
+        return run_build(plan, engine.executor)
+
+
 def content(folder: Path) -> dict[str, str]:
     manifest = load_manifest(folder)
     return {shard.name: shard.content_digest for shards in manifest.splits.values() for shard in shards}
@@ -44,15 +50,6 @@ def content(folder: Path) -> dict[str, str]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset built by one undisturbed worker."""
-    out = tmp_path_factory.mktemp("built") / "single"
-    result = build(out)
-    assert result.returncode == 0, result.stderr
-    return out
 
 
 def test_the_folder_describes_itself(built: Path) -> None:
@@ -91,7 +88,7 @@ def test_running_again_does_nothing(built: Path, tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     result = build(out)
     assert result.returncode == 0
-    assert "nothing to render, 6 shards there already" in result.stderr
+    assert "nothing to render, all 6 shards there already" in result.stderr
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
@@ -151,7 +148,7 @@ def test_killed_half_way_it_continues_to_the_same_dataset(tmp_path: Path) -> Non
     (out / f".tmp~{os.uname().nodename}~{process.pid}~00000000~train-000004.tar").write_bytes(b"half")
     result = build(out, *slow)
     assert result.returncode == 0, result.stderr
-    assert "of them done" in result.stderr
+    assert "done)" in result.stderr
     assert names(out) == names(undisturbed)
     assert content(out) == content(undisturbed)
 
@@ -163,8 +160,10 @@ def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path) -> None:
     wait_for(lambda: len(list(out.glob("train-*.json"))) >= 1, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "error: stopped; what is finished is kept, run the same command again to go on"
+    assert process.returncode == 143
+    stopping, last = errors.splitlines()[-2:]
+    assert stopping == "stopping when what has begun is finished; press Ctrl-C again to stop at once"
+    assert last == f"error: {out}: stopped; finished shards are kept, run the same command again to go on"
     assert not (out / "_info.json").exists()
     assert not [name for name in names(out) if name.startswith(".")]
 
@@ -173,10 +172,10 @@ def test_of_two_recipes_in_one_new_folder_one_wins(tmp_path: Path) -> None:
     out = tmp_path / "contested"
     slow, fast = (make_recipe("single", 40, classes=20, size=32, points=100, seed=seed) for seed in (0, 1))
     plan = plan_build(out, slow, 1)
-    run_build(plan_build(out, fast, 1), 1)
+    finish(plan_build(out, fast, 1))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(FractalError, match="seed 1 there, 0 here"):
-        run_build(plan, 1)
+        finish(plan)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -271,11 +270,11 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(built: Path, sm
     filler = small_disk / "filler"
     filler.write_bytes(bytes(350_000))
     with pytest.raises(OSError, match="No space left on device") as caught:
-        run_build(plan, 1)
+        finish(plan)
     assert caught.value.filename.startswith(str(out))
     assert not (out / "_info.json").exists()
     assert not [name for name in names(out) if name.startswith(".")]
     filler.unlink()
-    run_build(plan_build(out, recipe, 1), 1)
+    finish(plan_build(out, recipe, 1))
     assert content(out) == content(built)
     assert names(out) == names(built)

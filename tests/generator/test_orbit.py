@@ -57,6 +57,17 @@ def test_points_do_not_depend_on_how_many_are_asked_for() -> None:
         assert np.array_equal(fewer_ys, ys[:count])
 
 
+def test_the_way_from_the_start_is_kept_and_walked_once() -> None:
+    system = sample_system(4, np.random.default_rng(1))
+    system[0, :, 2] += 40  # map 0 alone leads far out, and is drawn one time in five hundred
+    system[0, :, :2] *= 0.05 / np.sqrt(determinants(system)[0] / determinants(system)[1:].sum())
+    points = np.stack(chaos_game(system, 1000, KEY), 1).astype(np.float64)
+    before = np.concatenate([[fixed_point(system[0])], points[:255]])
+    steps = np.einsum("kij,nj->nki", system[:, :, :2], before) + system[:, :, 2]
+    assert np.all(np.abs(steps - points[:256, None]).sum(2).min(1) < 1e-3)
+    assert not any(np.abs(points[i] - points[0]).sum() < 1e-3 for i in range(1, 1000))
+
+
 def test_fixed_points_stay_in_place() -> None:
     system = sample_system(3, np.random.default_rng(5))
     x, y = fixed_point(system[0])

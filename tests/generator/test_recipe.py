@@ -1,12 +1,15 @@
 """Recipes refuse what makes no sense, in one line, and their digest sees every field."""
 
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fractalgen import Recipe, draw_systems, make_recipe
-from fractalshards.errors import UsageError
+from fractalgen.recipe import parse_recipe
+from fractalshards.errors import FractalError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -15,6 +18,7 @@ from fractalshards.errors import UsageError
         ({"kind": "singel"}, "did you mean 'single'"),
         ({"n": 0}, "at least 1 image"),
         ({"n": -5}, "at least 1 image"),
+        ({"n": 1e3}, "n is 1000.0: expected an integer"),
         ({"n": 999}, "fewer images than the 1000 classes"),
         ({"n": 2 * 10**9}, "over 1,000,000,000"),
         ({"val": -1}, "cannot be negative"),
@@ -82,3 +86,43 @@ def test_every_field_changes_the_digest() -> None:
 def test_a_recipe_takes_its_own_kinds_parameters() -> None:
     with pytest.raises(UsageError, match="takes SingleParams, not str"):
         Recipe("single", 10, 0, 2, 32, 100, 0, 10, params="x")
+
+
+def test_integers_of_numpy_and_values_as_they_are_make_the_same_recipe() -> None:
+    text = make_recipe("single", 1000, seed=3, overrides={"maps": "2,3", "blur_probability": "0"})
+    values = make_recipe("single", np.int64(1000), seed=np.uint8(3), overrides={"maps": (2, 3), "blur_probability": 0})
+    assert text == values
+    assert text.digest() == values.digest()
+
+
+@pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
+def test_a_recipe_survives_json(kind: str) -> None:
+    recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60)
+    recipe = recipe.with_systems(draw_systems(recipe))
+    assert parse_recipe(json.loads(json.dumps(recipe.to_json())), "a test") == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 1}, "recipe version 1, this software renders"),
+        ({"version": "x"}, "version is missing or not an integer"),
+        ({"kind": "sinlge"}, "unknown kind 'sinlge'"),
+        ({"kind": ["single"]}, "kind is missing or not text"),
+        ({"n": -1}, "n is not a count"),
+        ({"n": 10**30}, "over 1,000,000,000"),
+        ({"params": []}, "params is missing or not an object"),
+        ({"params": {"blur": 1}}, "unknown parameter 'blur'"),
+        ({"params": {"maps": {"a": [1]}}}, "maps="),
+        ({"params": {}}, "lacks or adds fields"),
+        ({"more": 1}, "lacks or adds fields"),
+    ],
+    ids=str,
+)
+def test_json_that_is_no_recipe_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    data = json.loads(json.dumps(make_recipe("single", 100, classes=5).to_json())) | changes
+    with pytest.raises(FractalError, match=words) as caught:
+        parse_recipe(data, "recipe.json")
+    assert not isinstance(caught.value, UsageError)
+    assert str(caught.value).startswith("recipe.json")
+    assert "\n" not in str(caught.value)

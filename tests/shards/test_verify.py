@@ -41,7 +41,7 @@ def test_a_flipped_byte_in_an_image_is_named(dataset: Path) -> None:
     overwrite(dataset / SHARD, offset + 512 + 300, b"\xaa\xbb\xcc")
     result = verify(dataset)
     assert result.exit_code == 1
-    assert "2 problems; fetch the named files again, or remove them" in result.stderr
+    assert "2 problems; fetch the named files again, or render them" in result.stderr
     assert f"{SHARD}: sha256 differs" in result.stdout
     assert f"{SHARD}: 000000007: image cannot be decoded" in result.stdout
     assert "000000006" not in result.stdout

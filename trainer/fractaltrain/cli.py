@@ -1,14 +1,14 @@
 """The command ``fractaltrain``: reads what is asked for and hands it on. torch is imported when it is needed."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
 from fractalshards.console import Commands
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import UsageError
+from fractalshards.extras import needs_extra
 from fractalshards.overrides import parse_settings
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
@@ -64,7 +64,7 @@ def pt(
     figures = _resolve(PRETRAINING[recipe], options)
     running = _running(figures, options, default_out=pretraining_folder(shards, model, figures))
     choice = Pretraining(running=running, shards=shards, model=model, image_size=image_size, window=window)
-    with _needs_training_extra():
+    with needs_extra("train", "training"):
         from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
     launch(pretrain, choice, nproc)
@@ -119,7 +119,7 @@ def ft(
         data=choice,
         image_size=image_size,
     )
-    with _needs_training_extra():
+    with needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
         from fractaltrain.launch import launch
     launch(finetune, finetuning, nproc)
@@ -143,16 +143,6 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         workers=options["workers"],
         save_every_minutes=options["save_every_minutes"],
     )
-
-
-@contextmanager
-def _needs_training_extra() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise FractalError(
-            f"training needs {error.name}, which is not installed; run pip install '.[train]' in a clone of the project"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 import tempfile
 import uuid
@@ -14,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import FractalError, StoppedError, UsageError
 
 _Choice = TypeVar("_Choice")
 
@@ -53,9 +52,8 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
         rank, failure = error.get_first_failure()
         raise _explain(rank, failure) from error
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        raise FractalError(f"stopped by {error.sigval.name}; run the same command to continue") from error
+        message = f"stopped by {error.sigval.name}; run the same command to continue"
+        raise StoppedError(message, 128 + error.sigval) from error
     finally:
         logging.disable(logging.NOTSET)
 

@@ -1,0 +1,133 @@
+"""From shards to be written to a finished dataset: which are missing, an executor, then the manifest (law 2)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fractalshards.atomic import remove_leftovers
+from fractalshards.console import progress
+from fractalshards.digest import mapping_digest
+from fractalshards.errors import FractalError
+from fractalshards.human import human_count, human_list
+from fractalshards.labels import LabelType
+from fractalshards.manifest import ShardRecord, finished_record, load_manifest, write_manifest
+from fractalshards.workers import is_lost
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: samples ``first`` to ``stop - 1`` of the dataset."""
+
+    split: str
+    name: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a dataset is, apart from its samples: the fields of its manifest that are known before it is written."""
+
+    recipe: Mapping[str, Any]
+    label_type: LabelType
+    classes: int
+    class_names: tuple[str, ...] = ()
+    class_ids: tuple[str, ...] = ()
+
+
+def finished_shards(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> dict[str, ShardRecord]:
+    """The records, by name, of the shards that are whole and have the samples and classes of their tasks."""
+    found = {task: finished_record(folder, task.name, contents.label_type) for task in tasks}
+    return {
+        task.name: record
+        for task, record in found.items()
+        if record and record.samples == task.stop - task.first and len(record.label_counts) == contents.classes
+    }
+
+
+def run_jobs(jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, folder: Path, verb: str) -> Iterator[_T]:
+    """Run what writes each shard, with progress on stderr; results come as they are ready.
+
+    A shard whose workers die again and again is left out, and the others are written all the same.
+
+    Args:
+        jobs: picklable calls.
+        folder: of the dataset, for errors.
+        verb: what is done to the images, for the progress: ``rendering``.
+
+    Raises:
+        FractalError: at the end, if shards were left out, naming them.
+        Exception: whatever a job raises; shards that are finished stay.
+    """
+    lost: dict[str, BaseException] = {}
+    samples = sum(task.stop - task.first for task in jobs)
+    with progress(verb, samples, "images") as advance:
+        futures = {executor.submit(job): task for task, job in jobs.items()}
+        for future in as_completed(futures):
+            task = futures[future]
+            if (error := _outcome(future)) is None:
+                yield future.result()
+            elif is_lost(error):
+                lost[task.name] = error
+            else:
+                raise error
+            advance(task.stop - task.first)
+    if lost:
+        reason = str(next(iter(lost.values()))) or "out of memory"
+        raise FractalError(
+            f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: {reason}; lower "
+            "--workers and run the same command again"
+        )
+
+
+def _outcome(future: Future[_T]) -> BaseException | None:
+    """The error of a future that is done, if it has one."""
+    try:
+        return future.exception()
+    except CancelledError as error:
+        return error
+
+
+def publish(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> tuple[str, ...]:
+    """Assemble the manifest from the sidecars, if all shards are there and it is not; remove what killed builds left.
+
+    Returns:
+        The names of the shards that are missing; there is a manifest if there are none.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    records = finished_shards(folder, tasks, contents)
+    missing = tuple(task.name for task in tasks if task.name not in records)
+    if not missing:
+        names = dict.fromkeys(task.split for task in tasks)
+        splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
+        sides = {record.image_size for record in records.values()}
+        if not _listed(folder, splits, contents):
+            write_manifest(
+                folder,
+                splits,
+                recipe=contents.recipe,
+                recipe_digest=mapping_digest(contents.recipe),
+                label_type=contents.label_type,
+                classes=contents.classes,
+                image_size=sides.pop() if len(sides) == 1 else None,
+                class_names=contents.class_names,
+                class_ids=contents.class_ids,
+            )
+    remove_leftovers(folder)
+    return missing
+
+
+def _listed(folder: Path, splits: Mapping[str, object], contents: Contents) -> bool:
+    """Whether there is a manifest of this recipe that lists just these shards."""
+    try:
+        manifest = load_manifest(folder)
+    except FractalError:
+        return False
+    digest = mapping_digest(contents.recipe)
+    return manifest.splits == splits and manifest.recipe_digest == mapping_digest(manifest.recipe) == digest

@@ -1,0 +1,62 @@
+"""The recipe of a dataset folder comes first and fixes what the folder is: another recipe is refused (law 3)."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fractalshards.atomic import write_json
+from fractalshards.digest import mapping_digest
+from fractalshards.errors import FractalError
+from fractalshards.fields import Fields
+from fractalshards.names import RECIPE
+
+
+def stored_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of a folder; None if the folder is empty or not there, so that it can become any dataset.
+
+    Raises:
+        FractalError: if the recipe is damaged, or the folder holds something that is no dataset.
+        OSError: if it cannot be read.
+    """
+    if (folder / RECIPE).exists():
+        return Fields.read(folder / RECIPE).mapping("recipe")
+    present = [path.name for path in folder.iterdir()] if folder.exists() else []
+    strangers = [name for name in present if not name.startswith(".")]
+    if strangers:
+        raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
+    return None
+
+
+def refuse_other(folder: Path, found: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Raise a FractalError that names the differences, e.g. ``seed 0 there, 1 here``, if two recipes differ."""
+    there, here = _flatten(found), _flatten(recipe)
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if names:
+        other = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+        raise FractalError(f"{folder}: holds another dataset ({other}); choose another folder or the same options")
+
+
+def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Write the recipe into a new folder; one that has it is left as it is.
+
+    Of two builds that begin at once in one folder, one publishes its recipe; the other finds it there.
+
+    Raises:
+        FractalError: if the folder holds another recipe by now.
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECIPE).exists():
+        with suppress(FileExistsError):
+            description = {"recipe": dict(recipe), "recipe_digest": mapping_digest(recipe)}
+            write_json(folder / RECIPE, description, indent=1, exclusive=True)
+    refuse_other(folder, stored_recipe(folder) or {}, recipe)
+
+
+def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters beside the other fields; tuples as the lists that JSON makes of them."""
+    params = recipe.get("params")
+    flat = {**recipe, **(params if isinstance(params, dict) else {})}
+    flat.pop("params", None)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

@@ -1,0 +1,107 @@
+"""The pool: a killed worker costs one try of its task alone; signals end the work in order, or at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from fractalshards.errors import WorkerLostError
+from fractalshards.workers import TRIES, worker_pool
+
+# evaluated by a worker: notes that it was there, then kills itself unless it has been there so often before
+_DIE = "(open({0!r}, 'a').write('x'), __import__('os').path.getsize({0!r}) > {1} or __import__('os').kill({2}, 9))"
+_OWN_PROCESS = "__import__('os').getpid()"
+
+_LONG_WORK = """
+import sys, time
+from fractalshards.workers import worker_pool
+def main():
+    with worker_pool(1) as pool:
+        future = pool.submit(time.sleep, float(sys.argv[1]))
+        while not future.running():
+            pass
+        print("begun", flush=True)
+        future.result()
+if __name__ == "__main__":
+    main()
+"""
+
+
+def die(file: Path, times: int) -> str:
+    return _DIE.format(str(file), times, _OWN_PROCESS)
+
+
+def test_a_task_whose_worker_is_killed_is_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
+    visits = tmp_path / "visits"
+    with worker_pool(2) as pool:
+        dying = pool.submit(eval, die(visits, TRIES - 1))
+        others = [pool.submit(pow, number, 2) for number in range(20)]
+        assert [future.result(60) for future in others] == [number**2 for number in range(20)]
+        assert dying.result(60)[1] is True
+    assert visits.stat().st_size == TRIES
+
+
+def test_after_three_deaths_a_task_is_given_up_and_its_thread_works_on(tmp_path: Path) -> None:
+    visits = tmp_path / "visits"
+    with worker_pool(1) as pool:
+        dying, after = pool.submit(eval, die(visits, 99)), pool.submit(pow, 2, 3)
+        with pytest.raises(WorkerLostError, match="killed 3 times"):
+            dying.result(60)
+        assert after.result(60) == 8
+    assert visits.stat().st_size == TRIES
+
+
+def test_errors_of_a_task_are_its_own_and_what_has_not_begun_is_given_up() -> None:
+    futures: list[Future[object]] = []
+
+    def work() -> None:
+        with worker_pool(1) as pool:
+            futures.append(pool.submit(eval, "1 / 0"))
+            futures.extend(pool.submit(time.sleep, 0.05) for _ in range(100))
+            futures[0].result(60)
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert futures[-1].cancelled()
+    assert not any(future.running() for future in futures)
+
+
+def start(tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
+    script = tmp_path / "work.py"
+    script.write_text(_LONG_WORK)
+    command = [sys.executable, script, str(seconds)]
+    process = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")])
+def test_a_signal_to_all_processes_lets_what_has_begun_finish(
+    tmp_path: Path, number: signal.Signals, words: str
+) -> None:
+    process = start(tmp_path, 1.5)
+    begun = time.monotonic()
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert "stopping when what has begun is finished" in errors
+    assert words in errors.splitlines()[-1]
+    assert errors.count("Traceback") == 1, "workers said something too"
+    assert time.monotonic() - begun > 0.5
+
+
+def test_a_second_signal_ends_it_at_once_workers_included(tmp_path: Path) -> None:
+    process = start(tmp_path, 600)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert "stopping" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert "stopped at once" in process.stderr.read()  # reads to the end: all writers of the pipe are gone

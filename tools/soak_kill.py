@@ -1,0 +1,133 @@
+"""Kills a build again and again at random moments, lets it finish, and compares it with one that was left alone.
+
+    python tools/soak_kill.py --kills 200 --shards 50
+
+Every kill is a SIGKILL of the whole build or of one of its workers. After each, no shard may be visible that is not
+whole; at the end the content digests must be those of the undisturbed build. Exits with 1 if anything is wrong.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from fractalshards.console import progress
+from fractalshards.digest import sha256_file
+from fractalshards.manifest import finished_record, load_manifest
+from fractalshards.names import INFO, sidecar_name
+from fractalshards.verify import verify_dataset
+
+_FRACTALGEN = Path(sys.executable).with_name("fractalgen")
+
+
+@dataclass
+class Tally:
+    """What happened in a soak."""
+
+    builds_killed: int = 0
+    workers_killed: int = 0
+    builds_finished: int = 0
+    wrong: int = 0
+
+
+@click.command()
+@click.option("--kills", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--shards", default=50, show_default=True, type=click.IntRange(1))
+@click.option("--kind", default="single", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the moments and the victims.")
+@click.option("--minutes", default=20.0, show_default=True, help="Give up, as failed, after so long.")
+def main(kills: int, shards: int, kind: str, seed: int, minutes: float) -> None:
+    """Soak a build in SIGKILLs."""
+    with tempfile.TemporaryDirectory() as name:
+        undisturbed, soaked = Path(name) / "undisturbed", Path(name) / "soaked"
+        options = _options(kind, shards)
+        start = time.monotonic()
+        subprocess.run([*options, "--out", undisturbed], check=True, capture_output=True)
+        expected = load_manifest(undisturbed).content_digest()
+        whole = time.monotonic() - start
+        tally = _soak([*options, "--out", soaked], soaked, kills, expected, whole, random.Random(seed), 60 * minutes)
+        _check_end(soaked, undisturbed, tally)
+    killed = tally.builds_killed + tally.workers_killed
+    click.echo(
+        f"{killed} kills ({tally.builds_killed} of builds, {tally.workers_killed} of workers), "
+        f"{tally.builds_finished} builds finished, {tally.wrong} wrong digests"
+    )
+    sys.exit(1 if tally.wrong or killed < kills else 0)
+
+
+def _options(kind: str, shards: int) -> list[str | Path]:
+    n = 8 * shards
+    options = f"build --kind {kind} --n {n} --classes {min(n, 20)} --size 64 --points 100000 --shard-size 8 --workers 2"
+    return [_FRACTALGEN, *options.split()]
+
+
+def _soak(
+    command: list[str | Path], folder: Path, kills: int, expected: str, whole: float, rng: random.Random, limit: float
+) -> Tally:
+    """Start the build until it was killed so often; a dataset that got finished is removed and begun again."""
+    tally = Tally()
+    deadline = time.monotonic() + limit
+    with progress("killing", kills, "kills") as advance:
+        while tally.builds_killed + tally.workers_killed < kills and time.monotonic() < deadline:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            before = tally.builds_killed + tally.workers_killed
+            _kill_at_random(process, rng, whole, tally)
+            advance(tally.builds_killed + tally.workers_killed - before)
+            tally.wrong += _lies(folder, expected)
+            if process.wait() == 0:
+                tally.builds_finished += 1
+                shutil.rmtree(folder)
+    subprocess.run(command, check=True, capture_output=True)
+    return tally
+
+
+def _kill_at_random(process: subprocess.Popen[bytes], rng: random.Random, whole: float, tally: Tally) -> None:
+    """Kill a worker, or the build, some time before it would be over; or neither, if it ends before that."""
+    try:
+        process.wait(rng.uniform(0, whole))
+        return
+    except subprocess.TimeoutExpired:
+        workers = _workers(process.pid)
+    if workers and rng.random() < 0.5:
+        os.kill(rng.choice(workers), signal.SIGKILL)
+        tally.workers_killed += 1
+    else:
+        process.kill()
+        tally.builds_killed += 1
+
+
+def _workers(parent: int) -> list[int]:
+    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], text=True, capture_output=True).stdout
+    return [int(line.split()[0]) for line in listing.splitlines() if "spawn_main" in line]
+
+
+def _lies(folder: Path, expected: str) -> int:
+    """How many files say what is not so: sidecars of other tars, a manifest before its shards or with other digests."""
+    sidecars = {path.name for path in folder.glob("*-*.json") if not path.name.startswith(".")}
+    wrong = 0
+    for name in sidecars:
+        record = finished_record(folder, Path(name).with_suffix(".tar").name, "single")
+        wrong += record is None or sha256_file(folder / record.name) != record.sha256
+    if (folder / INFO).exists():
+        manifest = load_manifest(folder)
+        listed = {sidecar_name(shard.name) for shards in manifest.splits.values() for shard in shards}
+        wrong += manifest.content_digest() != expected or listed != sidecars
+    return wrong
+
+
+def _check_end(folder: Path, undisturbed: Path, tally: Tally) -> None:
+    tally.wrong += load_manifest(folder).content_digest() != load_manifest(undisturbed).content_digest()
+    tally.wrong += len(verify_dataset(load_manifest(folder), 2, lambda samples: None))
+    tally.wrong += sorted(path.name for path in folder.iterdir()) != sorted(path.name for path in undisturbed.iterdir())
+
+
+if __name__ == "__main__":
+    main()
