@@ -43,12 +43,14 @@ class WebServer:
     """A web server with ranges, of which every request for a file may be spoilt as ``faults`` says.
 
     ``faults`` has a list for each file name, used up from the front: ``cut`` closes the connection half way, ``flip``
-    changes a byte, ``503`` answers so, ``endless`` never stops sending. A list's last fault may be ``forever``, which
+    changes a byte, ``503`` answers so, ``endless`` never stops sending, ``hang`` stops half way
+    (and sets ``hanging``) until ``let_go`` is set. A list's last fault may be ``forever``, which
     keeps the one before. ``requests`` has (file name, first byte asked for) of all requests.
     """
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[str]] = {}
+        self.hanging, self.let_go = threading.Event(), threading.Event()
         self.ranges = True
         self.requests: list[tuple[str, int]] = []
         self.queries: set[str] = set()
@@ -63,11 +65,13 @@ class WebServer:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *arguments: None  # of clients that went away
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self) -> None:
         """Refuse connections from now on."""
+        self.let_go.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -104,8 +108,14 @@ class WebServer:
             data[len(data) // 2] ^= 1
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
+        half = len(data) // 2
         with suppress(OSError):
-            request.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+            request.wfile.write(data[:half])
+            if fault == "hang":
+                self.hanging.set()
+                self.let_go.wait(60)
+            if fault != "cut":
+                request.wfile.write(data[half:])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 
 from fractalshards.atomic import atomic_file
 from fractalshards.digest import sha256_file
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.stores import LocalStore, Store, StoreError, Told, open_store, read_back
 from fractalshards.urls import parse_location
 
@@ -107,13 +107,25 @@ class Remote:
         told = self.store.told(name)
         return read_back(self.store, name) if told and told.sha256 is None else told
 
-    def says(self, name: str) -> Told | None:
-        """What the store says of a file without reading it; None if it is not there.
+    def holds(self, name: str, size: int, sha256: str) -> bool:
+        """Whether a file is there that was stored as this.
+
+        A store that cannot tell the sha256 (gs) is believed by size; another one that does not know it of this file
+        did not get it from ``send``, and it is read.
 
         Raises:
-            FractalError: if it says nothing.
+            FractalError: if it cannot be found out.
         """
-        return self._persist(name, lambda: self.store.told(name))
+
+        def compare() -> bool:
+            told = self.store.told(name)
+            if told is None or told.size != size:
+                return False
+            if told.sha256 is None and self.store.tells:
+                told = read_back(self.store, name)
+            return told.sha256 in (sha256, None)
+
+        return self._persist(name, compare)
 
     def _persist(
         self, name: str, action: Callable[[], _T], again: int = len(_DELAYS), progress: Callable[[], int] = lambda: 0
@@ -134,14 +146,16 @@ class Remote:
             self.wait(_DELAYS[min(failures, len(_DELAYS)) - 1] * random.uniform(0.5, 1.5))
 
 
-def open_remote(url: str, wait: Callable[[float], None] = time.sleep) -> Remote:
+def open_remote(url: str, wait: Callable[[float], None] = time.sleep, write: bool = False) -> Remote:
     """The folder at a local path or a URL; nothing is asked of it yet.
 
     Raises:
-        UsageError: for URLs that are not taken.
+        UsageError: for URLs that are not taken, and for those of web servers if it shall be written to.
         FractalError: if a package is missing.
     """
     location = parse_location(url)
+    if write and location.scheme == "http":
+        raise UsageError(f"{location.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
     return Remote(open_store(location), location.shown, wait)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
@@ -58,6 +58,10 @@ class Told:
 class Store(Protocol):
     """Files of one folder. All methods raise StoreError, local ones OSError, and are safe from many threads."""
 
+    @property
+    def tells(self) -> bool:
+        """Whether ``told`` knows the sha256 of all that ``put`` stored."""
+
     def chunks(self, name: str, start: int) -> Generator[bytes]:
         """A file's bytes from ``start`` on, in pieces that fit into memory. They may end early or late."""
 
@@ -73,6 +77,7 @@ class LocalStore:
     """A folder of this machine. Others read it; they write into it as ``remote.receive`` does."""
 
     folder: Path
+    tells: ClassVar[bool] = True
 
     def chunks(self, name: str, start: int) -> Generator[bytes]:
         """See ``Store``."""
@@ -93,6 +98,8 @@ class LocalStore:
 
 class HttpStore:
     """A folder of a web server: read only."""
+
+    tells = False
 
     def __init__(self, location: Location) -> None:
         with needed(location.scheme):
@@ -122,8 +129,8 @@ class HttpStore:
         raise NotImplementedError
 
     def put(self, path: Path, name: str, sha256: str) -> None:
-        """Refused."""
-        raise StoreError("web servers are read only; push to a folder, s3://, gs:// or hf://", permanent=True)
+        """Not used: web servers are read only."""
+        raise NotImplementedError
 
 
 class ObjectStore:
@@ -131,6 +138,7 @@ class ObjectStore:
 
     def __init__(self, location: Location) -> None:
         self._location = location
+        self.tells = location.scheme in ("s3", "hf")
         with needed(location.scheme), translated():
             self._files = _filesystem(location.scheme, {"use_listings_cache": False})
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 _GRACE_SECONDS = 3.0
 
 
-class StoppedError(Exception):
+class HaltedError(Exception):
     """Raised in a thread that shall end because another one failed, or the user wants it."""
 
 
@@ -23,14 +23,14 @@ class Brake:
         self._pulled.set()
 
     def check(self) -> None:
-        """Raise ``StoppedError`` if the brake was pulled."""
+        """Raise ``HaltedError`` if the brake was pulled."""
         if self._pulled.is_set():
-            raise StoppedError
+            raise HaltedError
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but raise ``StoppedError`` as soon as the brake is pulled."""
+        """Sleep, but raise ``HaltedError`` as soon as the brake is pulled."""
         if self._pulled.wait(seconds):
-            raise StoppedError
+            raise HaltedError
 
 
 def run_threads(tasks: Sequence[Callable[[], None]], jobs: int, brake: Brake) -> None:
@@ -61,8 +61,10 @@ def run_threads(tasks: Sequence[Callable[[], None]], jobs: int, brake: Brake) ->
         for _ in threads:
             if error := ended.get():
                 raise error
-    finally:
+    except BaseException:
         brake.pull()
+        raise
+    finally:
         _join(threads)
 
 

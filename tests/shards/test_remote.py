@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fractalshards import remote as remote_module
 from fractalshards.errors import FractalError
 from fractalshards.remote import open_remote
+from fractalshards.stores import Told
 
 DATA = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -138,11 +139,13 @@ def test_small_files_are_bounded(source: Path, web: Callable) -> None:
 
 def test_to_and_from_s3(source: Path, out: Path, bucket: str) -> None:
     remote, moved = open_remote(f"{bucket}/a set/"), Bytes()
-    assert remote.says("f.tar") is None
+    assert not remote.holds("f.tar", len(DATA), SHA256)
     remote.send(source / "f.tar", "f.tar", len(DATA), SHA256, moved)
     assert moved.moved == len(DATA)
-    assert remote.says("f.tar") == remote.told("f.tar")
-    assert remote.says("f.tar").sha256 == SHA256
+    assert remote.store.told("f.tar") == Told(len(DATA), SHA256)
+    assert remote.holds("f.tar", len(DATA), SHA256)
+    assert not remote.holds("f.tar", len(DATA) + 1, SHA256)
+    assert not remote.holds("f.tar", len(DATA), SHA256[::-1])
     assert fetch(f"{bucket}/a set", out) == len(DATA)
     assert out.read_bytes() == DATA
     with pytest.raises(FractalError, match="not there; check the URL"):
@@ -164,7 +167,7 @@ def test_a_local_file_that_is_not_what_it_should_be_is_not_sent(source: Path, ou
     for url in (bucket, str(out.parent)):
         with pytest.raises(FractalError, match=r"f\.tar: .*(not what the manifest says|damaged)"):
             open_remote(url).send(source / "f.tar", "f.tar", len(DATA), SHA256, Bytes())
-    assert open_remote(bucket).says("f.tar") is None
+    assert open_remote(bucket).told("f.tar") is None
     assert list(out.parent.iterdir()) == []
 
 
