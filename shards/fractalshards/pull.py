@@ -82,7 +82,7 @@ def fetch_sidecar(remote: Remote, folder: Path, manifest: Manifest, shard: Shard
         FractalError: if it is not there, or says anything else.
     """
     name = sidecar_name(shard.name)
-    text = remote.read(name, JSON_BYTES)
+    text = remote.read(name, JSON_BYTES, remote.again)
     where = f"{remote.shown}/{name}"
     if text is None:
         raise FractalError(f"{where}: not there; it must be pushed again")

@@ -21,6 +21,7 @@ from fractalshards.stores import LocalStore, Store, StoreError, Told, open_store
 from fractalshards.urls import parse_location
 
 _DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before trying again, times 0.5 to 1.5; a minute in all
+AGAIN = len(_DELAYS)
 _FEW = 2  # times to try again where a URL was probably mistyped, or the bytes come from a damaged copy
 _T = TypeVar("_T")
 
@@ -34,17 +35,21 @@ class MismatchError(StoreError):
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder that ``store`` reaches, ``shown`` in messages. ``wait`` sleeps, for it may be made to end early."""
+    """A folder that ``store`` reaches, ``shown`` in messages.
+
+    ``wait`` sleeps, for it may be made to end early; ``again`` is how often something that fails is tried again.
+    """
 
     store: Store
     shown: str
     wait: Callable[[float], None] = time.sleep
+    again: int = AGAIN
 
-    def read(self, name: str, limit: int) -> bytes | None:
+    def read(self, name: str, limit: int, again: int = _FEW) -> bytes | None:
         """A small file of at most ``limit`` bytes; None if it is not there.
 
         Raises:
-            FractalError: if it is larger, or cannot be read after three tries.
+            FractalError: if it is larger, or cannot be read.
         """
 
         def read() -> bytes | None:
@@ -63,7 +68,7 @@ class Remote:
                 raise
             return bytes(data)
 
-        return self._persist(name, read, _FEW)
+        return self._persist(name, read, again)
 
     def fetch(self, name: str, path: Path, size: int, sha256: str, advance: Advance) -> None:
         """Fetch a file to ``path``, which appears when size and sha256 are those given.
@@ -128,9 +133,10 @@ class Remote:
         return self._persist(name, compare)
 
     def _persist(
-        self, name: str, action: Callable[[], _T], again: int = len(_DELAYS), progress: Callable[[], int] = lambda: 0
+        self, name: str, action: Callable[[], _T], again: int | None = None, progress: Callable[[], int] = lambda: 0
     ) -> _T:
         """What ``action`` returns, in the end; where ``progress`` grows between failures they do not add up."""
+        again = self.again if again is None else again
         failures = mismatches = reached = 0
         while True:
             try:
@@ -146,8 +152,10 @@ class Remote:
             self.wait(_DELAYS[min(failures, len(_DELAYS)) - 1] * random.uniform(0.5, 1.5))
 
 
-def open_remote(url: str, wait: Callable[[float], None] = time.sleep, write: bool = False) -> Remote:
-    """The folder at a local path or a URL; nothing is asked of it yet.
+def open_remote(
+    url: str, wait: Callable[[float], None] = time.sleep, write: bool = False, again: int = AGAIN
+) -> Remote:
+    """The folder at a local path or a URL; nothing is asked of it yet. For ``wait`` and ``again`` see ``Remote``.
 
     Raises:
         UsageError: for URLs that are not taken, and for those of web servers if it shall be written to.
@@ -156,7 +164,7 @@ def open_remote(url: str, wait: Callable[[float], None] = time.sleep, write: boo
     location = parse_location(url)
     if write and location.scheme == "http":
         raise UsageError(f"{location.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
-    return Remote(open_store(location), location.shown, wait)
+    return Remote(open_store(location), location.shown, wait, again)
 
 
 class _Download:

@@ -59,7 +59,7 @@ class Work:
 
     def move(self, label: str, listed: Sequence[Entry], task: Callable[[Shard, Advance], None]) -> None:
         """Run a task that moves a shard for each of those listed."""
-        self._run(label, sum(entry.shard.bytes for entry in listed), "B", listed, task)
+        self.each(label, sum(entry.shard.bytes for entry in listed), "B", listed, task)
 
     def missing(self, listed: Sequence[Entry], there: Callable[[Shard], bool]) -> list[Entry]:
         """Those shards that are not there."""
@@ -70,12 +70,13 @@ class Work:
                 sound.add(shard.name)
             advance(1)
 
-        self._run("checking what is there", len(listed), "shards", listed, check)
+        self.each("checking what is there", len(listed), "shards", listed, check)
         return [entry for entry in listed if entry.shard.name not in sound]
 
-    def _run(
+    def each(
         self, label: str, total: int, unit: str, listed: Sequence[Entry], task: Callable[[Shard, Advance], None]
     ) -> None:
+        """Run a task for each shard listed; together they advance by ``total`` units."""
         if not listed:
             return
         lock = threading.Lock()
