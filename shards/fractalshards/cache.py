@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from fractalshards.atomic import remove_leftovers
 from fractalshards.digest import sha256_file
@@ -36,7 +37,7 @@ _POLL_SECONDS = 0.1
 class ShardCache:
     """The shards of one dataset, of which at most ``size`` bytes are here at a time.
 
-    Use it in any number of processes, also forked ones, each with an object of its own or one inherited.
+    Use it in any number of processes, each with an object of its own or one inherited by fork or pickle.
     """
 
     def __init__(self, url: str, folder: Path, size: int, manifest: Manifest, again: int = AGAIN) -> None:
@@ -48,6 +49,10 @@ class ShardCache:
         self._again = again
         self._shards = {entry.shard.name: entry.shard for entry in entries(manifest)}
         self._remote: tuple[int, Remote] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of another process, which has no connection yet."""
+        return {**self.__dict__, "_remote": None}
 
     def prepare(self, meter: Meter) -> None:
         """Fetch the sidecars that are missing, and remove shards that were damaged here since they were fetched.

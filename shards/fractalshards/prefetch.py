@@ -28,7 +28,11 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
     context = multiprocessing.get_context("spawn")
     arguments = (there, cache.url, cache.folder, cache.size, cache.manifest)
     process = context.Process(target=_follow, args=arguments, daemon=True)
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT,)
+    )  # the process inherits it: Ctrl-C is for this one
     process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     there.close()
 
     def want(names: Sequence[str]) -> None:
@@ -43,7 +47,6 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
 
 
 def _follow(wishes: Connection, url: str, folder: Path, size: int, manifest: Manifest) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started this
     end_with_parent()
     cache = ShardCache(url, folder, size, manifest, again=_AGAIN)
     while True:

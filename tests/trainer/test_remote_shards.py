@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import s3fs
 import torch
 
 from fractalshards import remote as remote_module
+from fractalshards.cache import open_cache
 from fractalshards.manifest import load_manifest
 from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.data.shards import ShardSource
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.ahead import Ahead
 from fractaltrain.stream.order import epoch_order, shard_windows, training_positions
@@ -177,6 +181,22 @@ def test_nothing_there_is_one_line(fractaltrain, dataset, tmp_path, web):
     assert outcome.code == 1
     assert "/none: no _info.json there" in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_spawned_loader_workers_have_connections_and_files_of_their_own(dataset, tmp_path, web):
+    server = web(dataset)
+    cache = open_cache(server.url, tmp_path, 10**9, 1, "train")
+    cache.prepare(lambda label, total, unit: nullcontext(lambda count: None))
+    source = ShardSource(cache.manifest, "train", cache)
+    local = ShardSource(load_manifest(dataset), "train")
+    examples = [source.read(0), local.read(0)]
+    before = set(os.listdir("/proc/self/fd"))
+    copies = [pickle.loads(pickle.dumps(one)) for one in (source, local)]
+    examples += [copy.read(0) for copy in copies]
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 2
+    assert len({(example.key, example.image.tobytes(), example.label) for example in examples}) == 1
+    copies[0].read(20)
+    assert server.count(TRAIN[1]) == 1
 
 
 def test_what_comes_next_is_said_once_per_window():

@@ -3,7 +3,9 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +40,7 @@ class ShardSource:
             )
         self._shards = index_split(manifest, split, whole=cache is None)
         self._starts = np.cumsum([0, *self.lengths])
-        opened = _open if cache is None else lambda path: cache.open(path.name)
-        self._files = _OpenFiles(opened, open_files or _OPEN_FILES)
+        self._files = _OpenFiles(partial(_open, cache), open_files or _OPEN_FILES)
         self._advice = (
             f"check the copy with 'fractalshards verify {manifest.folder}'"
             if cache is None
@@ -82,8 +83,8 @@ class ShardSource:
             raise FractalError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _open(cache: ShardCache | None, path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC) if cache is None else cache.open(path.name)
 
 
 class _OpenFiles:
@@ -109,6 +110,10 @@ class _OpenFiles:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
         return self._descriptors[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of another process, which has no open files yet."""
+        return {**self.__dict__, "_descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
