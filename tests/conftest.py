@@ -1,10 +1,16 @@
 """What tests share: processors only, no deadlines, and where the reference data lies (never copied in here)."""
 
+import http.server
 import io
 import os
 import subprocess
+import threading
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -64,3 +70,122 @@ def image_folder(image_file: Callable[..., bytes]) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+class WebServer:
+    """A web server with ranges, of which every request for a file may be spoilt as ``faults`` says.
+
+    ``faults`` has a list for each file name, used up from the front: ``cut`` closes the connection half way, ``flip``
+    changes a byte, ``503`` answers so, ``endless`` never stops sending, ``hang`` stops half way
+    (and sets ``hanging``) until ``let_go`` is set. A list's last fault may be ``forever``, which
+    keeps the one before. ``requests`` has (file name, first byte asked for) of all requests.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.faults: dict[str, list[str]] = {}
+        self.hanging, self.let_go = threading.Event(), threading.Event()
+        self.ranges = True
+        self.requests: list[tuple[str, int]] = []
+        self.queries: set[str] = set()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                outer._answer(self, folder)
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *arguments: None  # of clients that went away
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self) -> None:
+        """Refuse connections from now on."""
+        self.let_go.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def count(self, name: str) -> int:
+        """Requests for a file."""
+        return sum(name == asked for asked, _ in self.requests)
+
+    def _fault(self, name: str) -> str:
+        faults = self.faults.get(name, [])
+        if faults[1:] == ["forever"]:
+            return faults[0]
+        return faults.pop(0) if faults else ""
+
+    def _answer(self, request: http.server.BaseHTTPRequestHandler, folder: Path) -> None:
+        path, _, query = request.path.partition("?")
+        name = unquote(path).rpartition("/")[2]
+        wanted = request.headers.get("Range", "bytes=0-") if self.ranges else "bytes=0-"
+        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        self.requests.append((name, start))
+        self.queries.add(query)
+        fault = self._fault(name)
+        file = folder / unquote(path).lstrip("/")
+        if fault.isdigit() or not file.is_file():
+            request.send_error(int(fault or 404))
+            return
+        data = bytearray(file.read_bytes()[start:])
+        request.send_response(206 if start else 200)
+        if fault == "endless":
+            request.end_headers()
+            with suppress(OSError):
+                while True:
+                    request.wfile.write(bytes(1 << 16))
+        if fault == "flip":
+            data[len(data) // 2] ^= 1
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        half = len(data) // 2
+        with suppress(OSError):
+            request.wfile.write(data[:half])
+            if fault == "hang":
+                self.hanging.set()
+                self.let_go.wait(60)
+            if fault != "cut":
+                request.wfile.write(data[half:])
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Callable[[Path], WebServer]]:
+    """Starts web servers of folders."""
+    servers: list[WebServer] = []
+
+    def start(folder: Path) -> WebServer:
+        servers.append(WebServer(folder))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of a server that speaks S3."""
+    moto_server = pytest.importorskip("moto.server")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty bucket on it, ``s3://...``; the environment says where it is, for commands and for libraries."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
+    return f"s3://{name}"

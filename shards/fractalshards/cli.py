@@ -18,7 +18,10 @@ from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.packing.pack import plan_pack, run_pack
 from fractalshards.packing.source import parse_source
 from fractalshards.page import check_page_name, load_template, render_page
+from fractalshards.parts import parse_numbers
 from fractalshards.portable import export_recipe
+from fractalshards.pull import pull as pull_dataset
+from fractalshards.push import push as push_dataset
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
 from fractalshards.survey import survey_dataset
 from fractalshards.verify import verify_dataset
@@ -159,6 +162,42 @@ def index(folder: Path, dali: bool) -> None:
     with progress("indexing", sum(map(manifest.samples, manifest.splits)), "images") as advance:
         written = write_dali_indices(manifest, advance)
     click.echo(f"{folder}: {human_count(written, 'index file')} for DALI")
+
+
+_JOBS = click.option("--jobs", default=8, show_default=True, type=click.IntRange(1), help="Files moved at a time.")
+_SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of each split.  [default: all]")
+
+
+@main.command()
+@_FOLDER
+@click.argument("url", metavar="URL")
+@_SHARDS
+@_JOBS
+def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
+    """Store a dataset elsewhere: a folder, s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+
+    Only what is missing or different travels. What arrived is checked.
+
+    Example: fractalshards push shards/single s3://bucket/single
+    """
+    moved = push_dataset(folder, url, parse_numbers(shards) if shards is not None else None, jobs, progress)
+    click.echo(moved.summary())
+
+
+@main.command()
+@click.argument("url", metavar="URL")
+@_FOLDER
+@_SHARDS
+@_JOBS
+def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
+    """Fetch a dataset from a folder, https://..., s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+
+    Only what is missing or different travels, and every file is checked.
+
+    Example: fractalshards pull s3://bucket/single shards/single
+    """
+    moved = pull_dataset(url, folder, parse_numbers(shards) if shards is not None else None, jobs, progress)
+    click.echo(moved.summary())
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError
-from fractalshards.human import human_seconds, one_line
+from fractalshards.human import human_bytes, human_seconds, one_line
 
 _LOG_SECONDS = 10.0
 _NOTICE_SECONDS = 1.0
@@ -87,6 +87,7 @@ def describe_os_error(error: OSError) -> str:
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show progress of ``total`` units of long work on stderr; yields a function that advances it by so many.
 
+    The unit ``B`` is shown as kB, MB and so on.
     On a terminal a bar; elsewhere a line every ten seconds, without carriage returns.
     """
     meter = _Meter(total, unit)
@@ -95,18 +96,18 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
         def log(count: int) -> None:
             meter.done += count
             if meter.due() or meter.done == total:
-                click.echo(f"{label}: {meter.done:,} / {total:,} {unit}, {meter.pace()}", err=True)
+                click.echo(f"{label}: {meter.reached()}, {meter.pace()}", err=True)
 
         yield log
         return
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, pace=unit)
+    columns = [TextColumn(text) for text in ("{task.description}", "{task.fields[reached]}", "{task.fields[pace]}")]
+    with Progress(columns[0], BarColumn(), *columns[1:], console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, reached=meter.reached(), pace="")
 
         def draw(count: int) -> None:
             meter.done += count
-            bar.update(task, completed=meter.done, pace=meter.pace())
+            bar.update(task, completed=meter.done, reached=meter.reached(), pace=meter.pace())
 
         yield draw
 
@@ -140,11 +141,17 @@ class _Meter:
         self._shown = now
         return True
 
+    def reached(self) -> str:
+        """What is done, of how much."""
+        if self._unit == "B":
+            return f"{human_bytes(self.done)} / {human_bytes(self._total)}"
+        return f"{self.done:,} / {self._total:,} {self._unit}"
+
     def pace(self) -> str:
         """Rate so far and time left."""
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         left = human_seconds((self._total - self.done) / rate) if rate else "?"
-        return f"{rate:,.0f} {self._unit}/s, {left} left"
+        return f"{human_bytes(rate) if self._unit == 'B' else f'{rate:,.0f} {self._unit}'}/s, {left} left"
 
 
 def _fail(message: str, code: int) -> NoReturn:

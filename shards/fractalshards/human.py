@@ -1,7 +1,11 @@
 """Sizes, durations, counts and foreign text as people read them."""
 
+import re
 from collections.abc import Sequence
 
+from fractalshards.errors import UsageError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt])?(i)?b?", re.IGNORECASE)
 _LONGEST_LINE = 2000
 
 
@@ -12,6 +16,19 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """``20GB`` or ``500 MB`` as a number of bytes; ``GiB`` and the like are taken, too.
+
+    Raises:
+        UsageError: if it is anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{option} {text}: expected a size such as 20GB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("kmgt".index(match[2].lower()) + 1 if match[2] else 0))
 
 
 def human_seconds(seconds: float) -> str:

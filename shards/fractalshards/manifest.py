@@ -4,7 +4,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,10 @@ class Shard:
 class Manifest:
     """``_info.json`` of a finished dataset.
 
-    ``splits`` maps ``train`` (and ``val``) to their shards in order. ``image_size`` is the side of its square images
-    in pixels, None where they differ. ``class_names``, and the ``class_ids`` of a public vocabulary (WordNet synsets),
-    are by class index, or empty where classes have none.
+    ``splits`` maps ``train`` (and ``val``) to their shards in order; ``first_samples`` has the index of the first
+    sample of each. ``image_size`` is the side of its square images in pixels, None where they differ. ``class_names``,
+    and the ``class_ids`` of a public vocabulary (WordNet synsets), are by class index, or empty where classes have
+    none.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Manifest:
     class_names: tuple[str, ...]
     class_ids: tuple[str, ...]
     splits: Mapping[str, tuple[Shard, ...]]
+    first_samples: Mapping[str, tuple[int, ...]]
     software: Mapping[str, Any]
 
     def samples(self, split: str) -> int:
@@ -97,11 +99,15 @@ class Manifest:
         return mapping_digest(digests)
 
     def summary(self) -> str:
-        """The dataset in one line."""
+        """The dataset in one line: where, and what."""
+        return f"{self.folder}: {self.contents()}"
+
+    def contents(self) -> str:
+        """What is in the dataset, in one line."""
         counts = ", ".join(f"{self.samples(name):,} {name}" for name in self.splits)
         shards = human_count(sum(map(len, self.splits.values())), "shard")
         size = human_bytes(self.bytes())
-        return f"{self.folder}: {counts} images in {shards}, {size}, content {self.content_digest()}"
+        return f"{counts} images in {shards}, {size}, content {self.content_digest()}"
 
 
 def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
@@ -112,7 +118,11 @@ def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
         OSError: if it cannot be read.
     """
     path = folder / sidecar_name(shard)
-    fields = Fields.read(path)
+    return parse_record(Fields.read(path), shard, label_type, str(path))
+
+
+def parse_record(fields: Fields, shard: str, label_type: LabelType, path: str) -> ShardRecord:
+    """Check the fields of a shard's sidecar that came from ``path``; see ``read_record``."""
     record = ShardRecord(
         name=fields.text("name"),
         samples=fields.count("samples"),
@@ -190,7 +200,11 @@ def load_manifest(folder: Path) -> Manifest:
         )
     if not path.is_file():
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run the command that makes it to the end")
-    fields = Fields.read(path)
+    return parse_manifest(Fields.read(path), folder, str(path))
+
+
+def parse_manifest(fields: Fields, folder: Path, path: str) -> Manifest:
+    """Check the fields of a manifest that came from ``path``; see ``load_manifest``."""
     if "format_version" not in fields:
         raise FractalError(
             f"{path}: no format_version, so the info file of a WebDataset by other software; "
@@ -199,6 +213,7 @@ def load_manifest(folder: Path) -> Manifest:
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
     classes = _bounded(fields, "classes", MAX_CLASSES, path)
+    splits = _read_splits(fields.inner("splits"), fields.mapping("splits"), path)
     return Manifest(
         folder=folder,
         format_version=found,
@@ -209,7 +224,8 @@ def load_manifest(folder: Path) -> Manifest:
         image_size=_image_size(fields, path),
         class_names=_names(fields, "class_names", classes, path),
         class_ids=_names(fields, "class_ids", classes, path),
-        splits=_read_splits(fields.inner("splits"), fields.mapping("splits"), path),
+        splits=splits,
+        first_samples=_first_samples(fields.inner("splits"), splits, path),
         software=fields.mapping("software"),
     )
 
@@ -246,17 +262,17 @@ def _split_json(name: str, shards: Sequence[Shard], label_type: LabelType) -> di
     }
 
 
-def _bounded(fields: Fields, name: str, most: int, path: Path) -> int:
+def _bounded(fields: Fields, name: str, most: int, path: str) -> int:
     if not 1 <= (value := fields.count(name)) <= most:
         raise FractalError(f"{path}: {name} is {value}, but may be 1 to {most:,}; fetch or build it again")
     return value
 
 
-def _image_size(fields: Fields, path: Path) -> int | None:
+def _image_size(fields: Fields, path: str) -> int | None:
     return None if fields.is_null("image_size") else _bounded(fields, "image_size", MAX_IMAGE_SIZE, path)
 
 
-def _names(fields: Fields, name: str, classes: int, path: Path) -> tuple[str, ...]:
+def _names(fields: Fields, name: str, classes: int, path: str) -> tuple[str, ...]:
     """A name for every class, or none for any."""
     names = fields.texts(name) if name in fields else ()
     if len(names) not in (0, classes):
@@ -264,8 +280,8 @@ def _names(fields: Fields, name: str, classes: int, path: Path) -> tuple[str, ..
     return names
 
 
-def _read_splits(fields: Fields, names: Iterable[str], path: Path) -> dict[str, tuple[Shard, ...]]:
-    splits = {name: _read_split(fields.inner(name), str(path)) for name in names}
+def _read_splits(fields: Fields, names: Iterable[str], path: str) -> dict[str, tuple[Shard, ...]]:
+    splits = {name: _read_split(fields.inner(name), path) for name in names}
     listed = [shard.name for shards in splits.values() for shard in shards]
     if len(set(listed)) != len(listed):
         raise FractalError(f"{path}: a shard is named twice; do not use this dataset")
@@ -286,6 +302,22 @@ def _read_split(fields: Fields, where: str) -> tuple[Shard, ...]:
     if sum(shard.samples for shard in shards) != fields.count("num_samples"):
         raise FractalError(f"{where}: num_samples is not the sum of shard_lengths; fetch or build it again")
     return shards
+
+
+def _first_samples(fields: Fields, splits: Mapping[str, tuple[Shard, ...]], path: str) -> dict[str, tuple[int, ...]]:
+    """The index of every shard's first sample: as listed, or counted on from the shard before."""
+    firsts: dict[str, tuple[int, ...]] = {}
+    end = 0
+    for split, shards in splits.items():
+        part = fields.inner(split)
+        listed = part.counts("first_samples") if "first_samples" in part else None
+        if listed is None:
+            listed = tuple(accumulate((shard.samples for shard in shards), initial=end))[:-1]
+        ends = [end, *(first + shard.samples for first, shard in zip(listed, shards, strict=False))]
+        if len(listed) != len(shards) or any(first < before for first, before in zip(listed, ends, strict=False)):
+            raise FractalError(f"{path}: first_samples do not fit shard_lengths; fetch or build it again")
+        firsts[split], end = listed, ends[-1]
+    return firsts
 
 
 def _software() -> dict[str, str]:

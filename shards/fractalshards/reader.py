@@ -11,8 +11,8 @@ import numpy.typing as npt
 from fractalshards.errors import FractalError
 from fractalshards.files import regular_size
 from fractalshards.images import image_extension
-from fractalshards.labels import Label, LabelType, classes_of, decode_label
-from fractalshards.manifest import Manifest, read_record, split_shards
+from fractalshards.labels import Label, classes_of, decode_label
+from fractalshards.manifest import Manifest, Shard, read_record, split_shards
 from fractalshards.png import Pixels, decode_image
 from fractalshards.tarball import Sample, parse_sample
 
@@ -28,14 +28,16 @@ class ShardIndex:
     offsets: npt.NDArray[np.int64]
 
 
-def index_split(manifest: Manifest, split: str) -> tuple[ShardIndex, ...]:
+def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[ShardIndex, ...]:
     """Index all shards of a split from their sidecars, checked against the manifest and the files' sizes.
+
+    Where a folder is not ``whole``, tars may be missing; their sizes are not looked at.
 
     Raises:
         FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
     """
     shards = split_shards(manifest, split)
-    return tuple(_index_shard(manifest.folder, shard.name, shard.sha256, manifest.label_type) for shard in shards)
+    return tuple(_index_shard(manifest, shard, whole) for shard in shards)
 
 
 def read_sample(descriptor: int, start: int, end: int) -> Sample:
@@ -98,14 +100,14 @@ def decode_shard(index: ShardIndex, classes: int) -> Iterator[tuple[Pixels, Labe
             raise FractalError(f"{index.path}: {sample.key}: {error}; fetch or build it again") from error
 
 
-def _index_shard(folder: Path, name: str, sha256: str, label_type: LabelType) -> ShardIndex:
-    path = folder / name
+def _index_shard(manifest: Manifest, shard: Shard, whole: bool) -> ShardIndex:
+    path = manifest.folder / shard.name
     try:
-        record = read_record(folder, name, label_type)
-        size = regular_size(path)
+        record = read_record(manifest.folder, shard.name, manifest.label_type)
+        size = regular_size(path) if whole else record.bytes
     except FileNotFoundError as error:
         raise FractalError(f"{error.filename}: missing; fetch or build it again") from error
-    if record.sha256 != sha256:
+    if record.sha256 != shard.sha256:
         raise FractalError(f"{path}: its sidecar and the manifest disagree; fetch or build it again")
     if size != record.bytes:
         raise FractalError(f"{path}: {size} bytes instead of {record.bytes}; fetch or build it again")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,11 +59,11 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
     shards = [shard for split in manifest.splits.values() for shard in split]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
-    firsts = accumulate((shard.samples for shard in shards), initial=0)
+    firsts = [first for split in manifest.splits for first in manifest.first_samples[split]]
     with worker_pool(min(workers, max(len(shards), 1))) as pool:
         tasks = {
             pool.submit(verify_shard, manifest.folder, shard, first, promise): shard
-            for shard, first in zip(shards, firsts, strict=False)
+            for shard, first in zip(shards, firsts, strict=True)
         }
         for task in as_completed(tasks):
             problems.extend(task.result())

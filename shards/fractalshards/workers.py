@@ -80,6 +80,11 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, (WorkerLostError, MemoryError, CancelledError, *killed))
 
 
+def end_with_parent() -> None:
+    """Called in a child process: from now on it ends when its parent does, by SIGKILL too."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
 class _Pool(Executor):
     """Threads, each with a worker process of its own: so it is known whose task a killed worker had.
 
@@ -126,7 +131,7 @@ class _Pool(Executor):
         process: ProcessPoolExecutor | None = getattr(self._own, "process", None)
         if process is None:
             context = multiprocessing.get_context("spawn")
-            process = self._own.process = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker)
+            process = self._own.process = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
             self._processes.add(process)
         return process
 
@@ -160,10 +165,6 @@ def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
         os.write(2, _SHOW_CURSOR.encode())
     os.write(2, b"error: stopped at once; what was finished before is kept\n")
     os._exit(128 + number)
-
-
-def _prepare_worker() -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:

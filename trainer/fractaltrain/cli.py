@@ -9,14 +9,17 @@ import click
 from fractalshards.console import Commands
 from fractalshards.errors import UsageError
 from fractalshards.extras import needs_extra
+from fractalshards.human import parse_bytes
 from fractalshards.overrides import parse_settings
+from fractalshards.urls import parse_location
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
-from fractaltrain.settings import Amp, Finetuning, Pretraining, Running, finetuning_folder, pretraining_folder
+from fractaltrain.settings import Amp, Caching, Finetuning, Pretraining, Running, finetuning_folder, pretraining_folder
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
+_CACHE_SIZE = "20GB"
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -51,19 +54,40 @@ def _running_options(command: _Command) -> _Command:
 
 
 @main.command()
-@click.option("--shards", type=click.Path(path_type=Path), required=True, help="Folder of a dataset.")
+@click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
 @click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
 @click.option("--image-size", type=click.IntRange(8), metavar="PX", help="What the model sees  [default: as stored]")
 @click.option("--window", type=click.IntRange(1), default=16, show_default=True, help="Shards shuffled together.")
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep shards of a URL below this folder of the machine  [default: $TMPDIR or ~/.cache]",
+)
+@click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them  [default: 20GB]")
 @_running_options
 def pt(
-    shards: Path, model: str, recipe: str, window: int, image_size: int | None, nproc: int | None, **options: Any
+    shards: str,
+    model: str,
+    recipe: str,
+    window: int,
+    image_size: int | None,
+    cache_dir: Path | None,
+    cache_size: str | None,
+    nproc: int | None,
+    **options: Any,
 ) -> None:
     """Pre-train on a dataset of shards. The same command continues a run that was stopped."""
     figures = _resolve(PRETRAINING[recipe], options)
-    running = _running(figures, options, default_out=pretraining_folder(shards, model, figures))
-    choice = Pretraining(running=running, shards=shards, model=model, image_size=image_size, window=window)
+    choice = Pretraining(
+        running=_running(figures, options, default_out=pretraining_folder(shards, model, figures)),
+        shards=shards,
+        caching=_caching(shards, cache_dir, cache_size),
+        model=model,
+        image_size=image_size,
+        window=window,
+    )
     with needs_extra("train", "training"):
         from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
@@ -123,6 +147,15 @@ def ft(
         from fractaltrain.finetune import finetune
         from fractaltrain.launch import launch
     launch(finetune, finetuning, nproc)
+
+
+def _caching(shards: str, folder: Path | None, size: str | None) -> Caching | None:
+    """How a dataset is cached; one on this machine is not."""
+    if parse_location(shards).scheme != "file":
+        return Caching(folder, parse_bytes(size or _CACHE_SIZE, "--cache-size"))
+    if folder is not None or size is not None:
+        raise UsageError("--cache-dir and --cache-size go with the URL of a dataset elsewhere only")
+    return None
 
 
 def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:

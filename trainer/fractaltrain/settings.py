@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fractalshards.urls import parse_location
 from fractaltrain.data.finetuning import FOLDER_PREFIX, DataChoice
 from fractaltrain.recipes.recipe import Recipe
 
@@ -34,11 +35,23 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Caching:
+    """Where shards from elsewhere are kept: at most ``size`` bytes of them in ``folder``; None means the default."""
+
+    folder: Path | None
+    size: int
+
+
+@dataclass(frozen=True)
 class Pretraining:
-    """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset."""
+    """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
+
+    ``shards`` is a local folder; with ``caching``, a URL.
+    """
 
     running: Running
-    shards: Path
+    shards: str
+    caching: Caching | None
     model: str
     image_size: int | None
     window: int
@@ -58,9 +71,15 @@ class Finetuning:
     image_size: int | None
 
 
-def pretraining_folder(shards: Path, model: str, recipe: Recipe) -> Path:
+def dataset_name(shards: str) -> str:
+    """What a dataset is called: the last part of its path or URL."""
+    location = parse_location(shards)
+    return Path(location.root).resolve().name if location.scheme == "file" else location.root.rpartition("/")[2]
+
+
+def pretraining_folder(shards: str, model: str, recipe: Recipe) -> Path:
     """``runs/<dataset>-<model>-<recipe>``."""
-    return Path("runs") / f"{shards.resolve().name}-{model}-{recipe.name}"
+    return Path("runs") / f"{dataset_name(shards)}-{model}-{recipe.name}"
 
 
 def finetuning_folder(weights: Path | None, model: str, data: DataChoice, recipe: Recipe) -> Path:

@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -44,6 +44,8 @@ class Job:
         held_out: evaluated after every epoch, where there is one.
         image_size: side in pixels of what the model sees.
         settings: JSON-like; what tells this run from others, see ``run_folder.open_run``.
+        reached: told the epoch and the position in its order that training has come to, before its first step and after
+            every step; datasets that lie elsewhere are fetched ahead of it.
     """
 
     running: Running
@@ -53,6 +55,7 @@ class Job:
     held_out: Source | None
     image_size: int
     settings: Mapping[str, Any]
+    reached: Callable[[int, int], None] = lambda epoch, position: None
 
 
 def train(job: Job, world: World) -> None:
@@ -105,6 +108,7 @@ def train(job: Job, world: World) -> None:
         loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=device)
         network.train()
         progress.start()
+        job.reached(epoch, position.step * batch_size)
         for step, batch in enumerate(iterate(batches, position.step, loading), start=position.step + 1):
             torch.manual_seed(mix(seed, Purpose.STEP, epoch, step, world.rank))  # dropout
             images = to_input(batch.images.to(device, non_blocking=True), recipe)
@@ -119,6 +123,7 @@ def train(job: Job, world: World) -> None:
             schedule.step()
             loss_sum += world.sum(loss.detach().double()) / world.size
             progress.advance(1)
+            job.reached(epoch, step * batch_size)
             if step % LOG_EVERY and step < steps:
                 continue
 

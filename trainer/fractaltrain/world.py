@@ -20,12 +20,13 @@ _ECHO_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` equal ones, of which ``local_size`` are on this machine."""
+    """This process among ``size`` equal ones, of which ``local_size`` are on this machine, this one ``local_rank``."""
 
     rank: int
     size: int
     local_size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def main(self) -> bool:
@@ -107,4 +108,5 @@ def _read_environment() -> World:
         size=int(os.environ.get("WORLD_SIZE", 1)),
         local_size=local_size,
         device=torch.device("cuda", local_rank) if gpus else torch.device("cpu"),
+        local_rank=local_rank,
     )

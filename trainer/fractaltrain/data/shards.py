@@ -1,11 +1,15 @@
-"""Samples of a dataset of shards, read in place: one pread per sample, wherever the sidecars say it lies."""
+"""Samples of a dataset of shards: one pread per sample, wherever the sidecars say it lies."""
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fractalshards.cache import ShardCache
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest
@@ -18,8 +22,12 @@ _OPEN_FILES = 64
 class ShardSource:
     """One split of a dataset; memory grows by 8 bytes per sample."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: Manifest, split: str, cache: ShardCache | None = None, open_files: int = 0) -> None:
         """Index the split.
+
+        Args:
+            cache: where the shards come from; None: they are in the manifest's folder.
+            open_files: keep so many shards open; a cache cannot give their room to others. 0: a usual number.
 
         Raises:
             FractalError: if the split, a shard or a sidecar is missing, they contradict each other, or images have
@@ -30,9 +38,14 @@ class ShardSource:
                 f"{manifest.folder}: its images show several classes each, which cannot be trained on yet; "
                 "choose a dataset of kind fractaldb or single"
             )
-        self._shards = index_split(manifest, split)
+        self._shards = index_split(manifest, split, whole=cache is None)
         self._starts = np.cumsum([0, *self.lengths])
-        self._files = _OpenFiles()
+        self._files = _OpenFiles(partial(_open, cache), open_files or _OPEN_FILES)
+        self._advice = (
+            f"check the copy with 'fractalshards verify {manifest.folder}'"
+            if cache is None
+            else "it came so; build the shard and push it again"
+        )
         self._classes = manifest.classes
 
     @property
@@ -49,41 +62,58 @@ class ShardSource:
         """Read and decode a sample.
 
         Raises:
-            FractalError: naming shard and key, if the sample is damaged.
+            FractalError: naming shard and key, if the sample is damaged; naming the shard, if it cannot be fetched.
         """
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard = self._shards[number]
         place = index - int(self._starts[number])
         start, end = map(int, shard.offsets[place : place + 2])
         key = f"sample {place}"
+        descriptor = self._files.descriptor(shard.path)
         try:
-            sample = read_sample(self._files.descriptor(shard.path), start, end)
+            sample = read_sample(descriptor, start, end)
             key = sample.key
             image, label = decode_sample(sample, self._classes)
             if not isinstance(label, int):
                 raise FractalError("not a label of one class")
             return Example(sample.key, image, label)
         except FractalError as error:
-            advice = f"check the copy with 'fractalshards verify {shard.path.parent}'"
-            raise FractalError(f"{shard.path}: {key}: {error}; {advice}") from error
+            raise FractalError(f"{shard.path}: {key}: {error}; {self._advice}") from error
         except OSError as error:
             raise FractalError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
+
+
+def _open(cache: ShardCache | None, path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC) if cache is None else cache.open(path.name)
 
 
 class _OpenFiles:
     """Descriptors of the files read last: opening one per sample would burden the server of a shared file system."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_file: Callable[[Path], int], most: int) -> None:
+        self._open = open_file
+        self._most = most
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
-        """An open descriptor, valid until ``_OPEN_FILES`` other files were asked for."""
+        """An open descriptor, valid until as many other files as are kept open were asked for.
+
+        Raises:
+            FractalError: if the file cannot be opened, or fetched.
+        """
         if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._descriptors) > _OPEN_FILES:
+            try:
+                self._descriptors[path] = self._open(path)
+            except OSError as error:
+                raise FractalError(describe_os_error(error)) from error
+            if len(self._descriptors) > self._most:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
         return self._descriptors[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of another process, which has no open files yet."""
+        return {**self.__dict__, "_descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():

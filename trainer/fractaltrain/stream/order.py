@@ -39,13 +39,19 @@ def epoch_order(lengths: Sequence[int], seed: int, epoch: int, window: int) -> I
         window: shards that are shuffled together, at least 1.
     """
     starts = np.cumsum([0, *lengths])
-    shards = permutation(len(lengths), mix(seed, Purpose.SHARDS, epoch))
     order = [np.empty(0, np.int64)]
-    for number, first in enumerate(range(0, len(lengths), window)):
-        members = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window]]
+    for number, shards in enumerate(shard_windows(len(lengths), seed, epoch, window)):
+        members = [np.arange(starts[shard], starts[shard + 1]) for shard in shards]
         samples = np.concatenate(members)
         order.append(samples[permutation(len(samples), mix(seed, Purpose.WINDOW, epoch, number))])
     return np.concatenate(order)
+
+
+def shard_windows(shards: int, seed: int, epoch: int, window: int) -> list[Indices]:
+    """The shards that an epoch reads together, in its order: arrays of ``window`` shard numbers, the last may be
+    shorter."""
+    order = permutation(shards, mix(seed, Purpose.SHARDS, epoch))
+    return [order[first : first + window] for first in range(0, shards, window)]
 
 
 def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:

@@ -1,0 +1,67 @@
+"""Fetches shards into a cache ahead of their use, in one process per machine that ends with the one that started it."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fractalshards.cache import ShardCache
+from fractalshards.errors import FractalError
+from fractalshards.manifest import Manifest
+from fractalshards.threads import Brake, run_threads
+from fractalshards.workers import end_with_parent
+
+_JOBS = 4
+_AGAIN = 1  # whoever needs the shard is more patient, and says what is wrong
+
+
+@contextmanager
+def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
+    """Start the process; yields a function that says which shards are needed next, soonest first.
+
+    As many of them are fetched as the cache holds together. What was said before is forgotten. Failures are not told.
+    """
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    arguments = (there, cache.url, cache.folder, cache.size, cache.manifest)
+    process = context.Process(target=_follow, args=arguments, daemon=True)
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT,)
+    )  # the process inherits it: Ctrl-C is for this one
+    process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    there.close()
+
+    def want(names: Sequence[str]) -> None:
+        with suppress(OSError):  # it was killed; whoever needs a shard fetches it
+            here.send(list(names))
+
+    try:
+        yield want
+    finally:
+        process.kill()
+        process.join()
+
+
+def _follow(wishes: Connection, url: str, folder: Path, size: int, manifest: Manifest) -> None:
+    end_with_parent()
+    cache = ShardCache(url, folder, size, manifest, again=_AGAIN)
+    while True:
+        names = wishes.recv()
+        while wishes.poll():
+            names = wishes.recv()
+        fetch_ahead(cache, names)
+
+
+def fetch_ahead(cache: ShardCache, names: Sequence[str]) -> None:
+    """Fetch shards in this order, as many as the cache holds together; those that are here already count as used."""
+    fitting = cache.fitting(names)
+    try:
+        for name in fitting:
+            cache.keep(name)
+        run_threads([partial(cache.ensure, name) for name in fitting], _JOBS, Brake())
+    except (FractalError, OSError):
+        return

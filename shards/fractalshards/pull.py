@@ -1,0 +1,147 @@
+"""``fractalshards pull``: fetches a dataset, or some of its shards, from a folder elsewhere."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from fractalshards.atomic import atomic_file, remove_leftovers
+from fractalshards.digest import sha256_file
+from fractalshards.errors import FractalError
+from fractalshards.fields import Fields
+from fractalshards.human import human_bytes
+from fractalshards.manifest import Manifest, Shard, load_manifest, read_record
+from fractalshards.names import INFO, RECIPE, SYSTEMS, sidecar_name
+from fractalshards.parts import Entry, check_same, select, write_listing
+from fractalshards.remote import Advance, Remote, open_remote
+from fractalshards.transfer import (
+    ELSEWHERE,
+    JSON_BYTES,
+    Meter,
+    Moved,
+    check_recipe,
+    check_systems,
+    describes,
+    local_listing,
+    merged,
+    outcome,
+    read_listing,
+    stoppable,
+)
+
+_SYSTEMS_BYTES = 256 << 20
+
+
+def pull(url: str, folder: Path, wanted: Sequence[range] | None, jobs: int, meter: Meter) -> Moved:
+    """Fetch a dataset, or the wanted shards of each split, into a local folder.
+
+    Args:
+        wanted: numbers of shards; None: all.
+        jobs: files that travel at a time.
+
+    Raises:
+        FractalError: if there is no dataset, the folder holds another one, or something cannot be had whole.
+        OSError: as the local file system does.
+    """
+    with stoppable(folder, jobs, meter) as work:
+        remote = open_remote(url, work.brake.wait)
+        theirs = read_listing(remote)
+        chosen = select(theirs.manifest, wanted, remote.shown)
+        ours = local_listing(folder) if (folder / INFO).is_file() else None
+        if ours:
+            check_same(theirs.manifest, ours.manifest, str(folder), ELSEWHERE)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        _pull_recipe(remote, folder, theirs.manifest)
+
+        here = ours.entries() if ours else {}
+        there = theirs.entries()
+        listed = [here.get(entry.shard.name, entry) for entry in chosen]
+        sized = {entry.shard.name for entry in listed if _has_size(folder, entry.shard)}
+        doubtful = [entry for entry in listed if entry.shard.name in sized]
+        damaged = work.missing(doubtful, lambda shard: _is_here(folder, theirs.manifest, shard))
+        absent = [entry for entry in listed if entry.shard.name not in sized]
+        missing = [there[entry.shard.name] for entry in (*absent, *damaged)]
+        _check_space(folder, missing)
+        if any(here.get(entry.shard.name, entry) != entry for entry in missing):
+            (folder / INFO).unlink()  # another copy comes, which it does not describe
+        work.move("pulling", missing, partial(_pull_shard, remote, folder, theirs.manifest))
+
+        text = write_listing([theirs, ours] if ours else [theirs], merged(chosen, here, missing))
+        if not ours or text != ours.text or missing:
+            with atomic_file(folder / INFO) as file:
+                file.write(text)
+        return outcome(missing, chosen, str(folder), load_manifest(folder))
+
+
+def fetch_sidecar(remote: Remote, folder: Path, manifest: Manifest, shard: Shard) -> None:
+    """Fetch a shard's sidecar record into ``folder``, and check it against the manifest.
+
+    Raises:
+        FractalError: if it is not there, or says anything else.
+    """
+    name = sidecar_name(shard.name)
+    text = remote.read(name, JSON_BYTES, remote.again)
+    where = f"{remote.shown}/{name}"
+    if text is None:
+        raise FractalError(f"{where}: not there; it must be pushed again")
+    if not describes(text, manifest, shard, where):
+        raise FractalError(f"{where}: manifest and sidecar disagree; it must be pushed again")
+    with atomic_file(folder / name) as file:
+        file.write(text)
+
+
+def _pull_shard(remote: Remote, folder: Path, manifest: Manifest, shard: Shard, advance: Advance) -> None:
+    remote.fetch(shard.name, folder / shard.name, shard.bytes, shard.sha256, advance)
+    fetch_sidecar(remote, folder, manifest, shard)
+
+
+def _pull_recipe(remote: Remote, folder: Path, manifest: Manifest) -> None:
+    """Claim the folder: recipe first, then systems; both are checked by their digests."""
+    text = remote.read(RECIPE, JSON_BYTES)
+    if text is None:
+        raise FractalError(f"{remote.shown}: no {RECIPE} there; it must be pushed again")
+    check_recipe(text, manifest, f"{remote.shown}/{RECIPE}")
+    if (folder / RECIPE).exists():
+        if Fields.read(folder / RECIPE).text("recipe_digest") != manifest.recipe_digest:
+            raise FractalError(f"{folder}: holds another dataset ({RECIPE} differs); {ELSEWHERE}")
+    else:
+        with atomic_file(folder / RECIPE, exclusive=True) as file:
+            file.write(text)
+    if (folder / SYSTEMS).exists():
+        check_systems(folder / SYSTEMS, manifest, str(folder / SYSTEMS))
+        return
+    systems = remote.read(SYSTEMS, _SYSTEMS_BYTES)
+    if systems is None:
+        if "systems_digest" in manifest.recipe:
+            raise FractalError(f"{remote.shown}: no {SYSTEMS} there; it must be pushed again")
+        return
+    with tempfile.TemporaryDirectory() as elsewhere:
+        (Path(elsewhere) / SYSTEMS).write_bytes(systems)
+        check_systems(Path(elsewhere) / SYSTEMS, manifest, f"{remote.shown}/{SYSTEMS}")
+    with atomic_file(folder / SYSTEMS) as file:
+        file.write(systems)
+
+
+def _has_size(folder: Path, shard: Shard) -> bool:
+    path = folder / shard.name
+    return path.is_file() and path.stat().st_size == shard.bytes
+
+
+def _is_here(folder: Path, manifest: Manifest, shard: Shard) -> bool:
+    """Whether a local shard has its sidecar and its sha256."""
+    try:
+        recorded = read_record(folder, shard.name, manifest.label_type).shard() == shard
+    except (FractalError, OSError):
+        return False
+    return recorded and sha256_file(folder / shard.name) == shard.sha256
+
+
+def _check_space(folder: Path, missing: Sequence[Entry]) -> None:
+    wanted, (total, _, free) = sum(entry.shard.bytes for entry in missing), shutil.disk_usage(folder)
+    if total and wanted > free:
+        raise FractalError(
+            f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; "
+            "free some space, choose another folder, or take fewer shards with --shards"
+        )

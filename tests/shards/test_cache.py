@@ -1,0 +1,273 @@
+"""The cache of a dataset elsewhere: every shard once, whole, within the bound, whoever dies."""
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fractalshards import remote as remote_module
+from fractalshards.cache import ShardCache, open_cache
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import parse_bytes
+from fractalshards.manifest import load_manifest, write_manifest
+from fractalshards.names import sample_key, shard_name
+from fractalshards.prefetch import fetch_ahead, prefetching
+from fractalshards.writer import write_shard
+
+SHARDS = 6
+NAMES = [shard_name("train", number) for number in range(SHARDS)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Six shards of two samples, all of the same size."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for number, name in enumerate(NAMES):
+        pixels = [rng.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(2)]
+        samples = [(sample_key(2 * number + i), (image, i)) for i, image in enumerate(pixels)]
+        records.append(write_shard(folder, name, 2, samples).shard())
+    traits = {"recipe": {}, "recipe_digest": "x", "label_type": "single", "classes": 2, "image_size": 16}
+    write_manifest(folder, {"train": records}, **traits)
+    assert len({record.bytes for record in records}) == 1
+    return folder
+
+
+@pytest.fixture
+def size(source: Path) -> int:
+    """Bytes of one shard."""
+    return (source / NAMES[0]).stat().st_size
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def quiet(label: str, total: int, unit: str) -> nullcontext:
+    return nullcontext(lambda count: None)
+
+
+def opened(url: str, root: Path, size: int, window: int = 1) -> ShardCache:
+    cache = open_cache(url, root, size, window, "train")
+    cache.prepare(quiet)
+    return cache
+
+
+def content(cache: ShardCache, name: str) -> bytes:
+    descriptor = cache.open(name)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def here(cache: ShardCache) -> set[str]:
+    return {path.name for path in cache.folder.glob("train-*.tar")}
+
+
+def test_shards_are_fetched_once(source: Path, root: Path, size: int, web: Callable) -> None:
+    server = web(source)
+    cache = opened(server.url, root, SHARDS * size)
+    assert cache.folder == root / load_manifest(source).content_digest()
+    assert here(cache) == set()
+    for name in NAMES * 2:
+        assert content(cache, name) == (source / name).read_bytes()
+    again = opened(server.url, root, SHARDS * size)
+    assert content(again, NAMES[0]) == (source / NAMES[0]).read_bytes()
+    assert [server.count(name) for name in NAMES] == [1] * SHARDS
+    assert server.count("train-000000.json") == 1
+
+
+def test_the_shard_whose_use_is_longest_ago_makes_room(source: Path, root: Path, size: int, web: Callable) -> None:
+    cache = opened(web(source).url, root, 3 * size + 10)
+    for number in (0, 1, 2, 0, 3):
+        cache.ensure(NAMES[number])
+    assert here(cache) == {NAMES[0], NAMES[2], NAMES[3]}
+    cache.ensure(NAMES[1])
+    assert here(cache) == {NAMES[0], NAMES[3], NAMES[1]}
+
+
+def test_an_open_shard_stays_readable_when_it_is_removed(source: Path, root: Path, size: int, web: Callable) -> None:
+    cache = opened(web(source).url, root, size)
+    descriptor = cache.open(NAMES[0])
+    cache.ensure(NAMES[1])
+    assert here(cache) == {NAMES[1]}
+    with os.fdopen(descriptor, "rb") as file:
+        assert file.read() == (source / NAMES[0]).read_bytes()
+
+
+def test_many_threads_share_little_room(source: Path, root: Path, size: int, web: Callable) -> None:
+    server = web(source)
+    cache = opened(server.url, root, 2 * size)
+    wrong: list[str] = []
+
+    def read(start: int) -> None:
+        for step in range(12):
+            name = NAMES[(start + step) % SHARDS]
+            if content(cache, name) != (source / name).read_bytes():
+                wrong.append(name)
+            if len(here(cache)) > 2:
+                wrong.append("too much")
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+    assert not list(cache.folder.glob(".tmp~*"))
+
+
+def test_processes_that_need_the_same_shard_fetch_it_once(source: Path, root: Path, size: int, web: Callable) -> None:
+    server = web(source)
+    cache = opened(server.url, root, SHARDS * size)
+    cache.ensure(NAMES[5])  # this process has a connection now, and the forked ones must not use it
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_read_all, args=(cache, source)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert [server.count(name) for name in NAMES] == [1] * SHARDS
+
+
+def _read_all(cache: ShardCache, source: Path) -> None:
+    good = all(content(cache, name) == (source / name).read_bytes() for name in NAMES)
+    os._exit(0 if good else 1)
+
+
+def test_a_process_killed_while_it_fetches_holds_nobody_up(source: Path, root: Path, size: int, web: Callable) -> None:
+    server = web(source)
+    cache = opened(server.url, root, size)  # its room is taken by what the killed one was fetching
+    server.faults[NAMES[0]] = ["hang"]
+    code = (
+        "import sys; from pathlib import Path; from fractalshards.cache import open_cache;"
+        "open_cache(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), 1, 'train').ensure(sys.argv[4])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(root), str(size), NAMES[0]])
+    assert server.hanging.wait(60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert content(cache, NAMES[1]) == (source / NAMES[1]).read_bytes()
+    assert content(cache, NAMES[0]) == (source / NAMES[0]).read_bytes()
+    assert opened(server.url, root, size)
+    assert not list(cache.folder.glob(".tmp~*"))
+
+
+def test_damage_in_the_cache_is_noticed(source: Path, root: Path, size: int, web: Callable) -> None:
+    server = web(source)
+    cache = opened(server.url, root, SHARDS * size)
+    for name in NAMES[:3]:
+        cache.ensure(name)
+    with (cache.folder / NAMES[0]).open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 700)
+    (cache.folder / "train-000002.json").write_text("{")
+    again = opened(server.url, root, SHARDS * size)
+    assert here(again) == {NAMES[1], NAMES[2]}
+    os.truncate(again.folder / NAMES[1], 1000)  # while it is in use
+    for name in NAMES[:3]:
+        assert content(again, name) == (source / name).read_bytes()
+    assert [server.count(name) for name in NAMES[:3]] == [2, 2, 1]
+    assert server.count("train-000002.json") == 2
+
+
+def test_flipped_bits_on_the_way_and_a_server_that_goes_away(
+    source: Path, root: Path, size: int, web: Callable
+) -> None:
+    server = web(source)
+    cache = opened(server.url, root, SHARDS * size)
+    server.faults = {NAMES[0]: ["flip", "cut", "503"], NAMES[1]: ["flip", "forever"]}
+    assert content(cache, NAMES[0]) == (source / NAMES[0]).read_bytes()
+    with pytest.raises(FractalError, match=f"{NAMES[1]}: damaged"):
+        cache.ensure(NAMES[1])
+    assert here(cache) == {NAMES[0]}
+    server.close()
+    with pytest.raises(FractalError, match=rf"{server.url}/{NAMES[2]}: .*tried 8 times"):
+        cache.ensure(NAMES[2])
+
+
+def test_a_cache_that_does_not_hold_a_window_is_refused(source: Path, root: Path, size: int, web: Callable) -> None:
+    url = web(source).url
+    with pytest.raises(UsageError, match=r"does not hold the 4 shards .* raise --cache-size"):
+        open_cache(url, root, 4 * size - 1, 4, "train")
+    open_cache(url, root, 4 * size, 4, "train")
+    open_cache(url, root, SHARDS * size, 1000, "train")
+    assert not root.exists()
+
+
+def test_fetching_ahead_stays_within_the_bound_and_keeps_what_comes_next(
+    source: Path, root: Path, size: int, web: Callable
+) -> None:
+    server = web(source)
+    cache = opened(server.url, root, 3 * size)
+    for number in (0, 1, 2):
+        cache.ensure(NAMES[number])
+    fetch_ahead(cache, [NAMES[0], NAMES[4], NAMES[5], NAMES[3]])  # 0 is needed next, though it was used first
+    assert here(cache) == {NAMES[0], NAMES[4], NAMES[5]}
+    assert server.count(NAMES[0]) == 1
+    server.close()
+    fetch_ahead(cache, [NAMES[1]])  # says nothing
+
+
+def test_another_process_fetches_ahead_and_ends_with_this_one(
+    source: Path, root: Path, size: int, web: Callable
+) -> None:
+    cache = opened(web(source).url, root, SHARDS * size)
+    with prefetching(cache) as want:
+        want(NAMES[:2])
+        children = multiprocessing.active_children()
+        assert len(children) == 1
+        while here(cache) != set(NAMES[:2]):
+            children[0].join(0.05)
+            assert children[0].is_alive()
+        os.kill(children[0].pid, signal.SIGKILL)
+        children[0].join()
+        want(NAMES[2:])  # is not heard, and harms nobody
+    assert not multiprocessing.active_children()
+
+
+def test_the_default_place(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = load_manifest(source).content_digest()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert open_cache(str(source), None, 10**9, 1, "train").folder == tmp_path / "xdg" / "fractalpretrain" / digest
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "job"))
+    assert open_cache(str(source), None, 10**9, 1, "train").folder == tmp_path / "job" / "fractalpretrain" / digest
+
+
+def test_locks_are_not_inherited(source: Path, root: Path, size: int) -> None:
+    """A program started meanwhile would hold them on."""
+    cache = opened(str(source), root, SHARDS * size)
+    descriptor = cache.open(NAMES[0])
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("20GB", 20 * 10**9), ("1.5 mb", 1_500_000), ("1GiB", 1 << 30), ("700", 700), ("2k", 2000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text, "--cache-size") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1PB", "ten", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--cache-size .*: expected a size such as 20GB"):
+        parse_bytes(text, "--cache-size")

@@ -1,0 +1,189 @@
+"""Measures ``push`` and ``pull`` against ``cp`` and ``curl`` on this machine.
+
+    python tools/bench_transfer.py --json transfer.json
+
+A dataset of random bytes lies in a folder and is served by Python's own web server in a process of its own. Each round
+copies it with ``cp``, with ``cp`` and ``sync`` (``push`` and ``pull`` also return only when the disk has all), with
+``push``, and with ``pull`` from the folder; then fetches it with ``curl``, one file after the other and eight at a
+time, and with ``pull``. Ours hash all bytes on the way, the others do not. The median of the rounds is given, and the
+processor time beside it, which other work on the machine changes less.
+"""
+
+import functools
+import hashlib
+import http.server
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fractalshards.atomic import write_json
+from fractalshards.digest import mapping_digest
+from fractalshards.manifest import Shard, ShardRecord, write_manifest
+from fractalshards.names import RECIPE, shard_name, sidecar_name
+from fractalshards.pull import pull
+from fractalshards.push import push
+from fractalshards.transfer import Moved
+
+_PAIRS = {"push": "cp", "pull from a folder": "cp", "pull over HTTP": "curl"}
+
+
+@click.command()
+@click.option("--shards", default=12, show_default=True, type=click.IntRange(1), help="Shards of the dataset.")
+@click.option("--megabytes", default=73, show_default=True, type=click.IntRange(1), help="Size of a shard.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="The median of so many.")
+@click.option("--jobs", default=8, show_default=True, type=click.IntRange(1), help="As of push and pull.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Work in this file system.  [default: /tmp]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+def main(shards: int, megabytes: int, rounds: int, jobs: int, folder: Path | None, json_path: Path | None) -> None:
+    """Measure push and pull on this machine."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source = Path(work) / "source"
+        total = _make_dataset(source, shards, megabytes * 1_000_000)
+        with _served(source) as url:
+            ways = _ways(source, url, jobs)
+            spent: dict[str, list[Spent]] = defaultdict(list)
+            for _ in range(rounds + 1):
+                for name, way in ways.items():
+                    spent[name].append(_measure(Path(work) / "copy", way))
+    reports = {name: _report(total, spends[1:]) for name, spends in spent.items()}  # the first warms up
+    _print(reports, total)
+    if json_path:
+        json_path.write_text(json.dumps({"bytes": total, "jobs": jobs, "rounds": rounds, "ways": reports}, indent=1))
+
+
+class Spent(NamedTuple):
+    """Seconds of one copy: on the clock, and of processors, without the server's."""
+
+    wall: float
+    cpu: float
+
+
+def _ways(source: Path, url: str, jobs: int) -> dict[str, Callable[[Path], None]]:
+    names = sorted(path.name for path in source.iterdir())
+    files = [f"{url}/{name}" for name in names]
+    curl = ["curl", "--silent", "--no-progress-meter", "--fail", "--remote-name-all"]
+
+    def quiet(label: str, total: int, unit: str) -> Any:
+        return nullcontext(lambda count: None)
+
+    def cp(copy: Path) -> None:
+        subprocess.run(["cp", "-r", source, copy], check=True)
+
+    def fetch(copy: Path, *options: str) -> None:
+        copy.mkdir()
+        subprocess.run([*curl, *options, *files], check=True, cwd=copy)  # into the working folder
+
+    def synced(way: Callable[[Path], None], copy: Path) -> None:
+        way(copy)
+        subprocess.run(["sync", "-f", copy], check=True)
+
+    return {
+        "cp": cp,
+        "cp, then sync": functools.partial(synced, cp),
+        "push": lambda copy: _ignore(push(source, str(copy), None, jobs, quiet)),
+        "pull from a folder": lambda copy: _ignore(pull(str(source), copy, None, jobs, quiet)),
+        "curl": fetch,
+        "curl, eight at a time": lambda copy: fetch(copy, "-Z", "--parallel-max", "8"),
+        "curl, then sync": functools.partial(synced, fetch),
+        "pull over HTTP": lambda copy: _ignore(pull(url, copy, None, jobs, quiet)),
+    }
+
+
+def _ignore(moved: Moved) -> None:
+    """What moved is known."""
+
+
+def _measure(copy: Path, way: Callable[[Path], None]) -> Spent:
+    shutil.rmtree(copy, ignore_errors=True)
+    os.sync()
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    way(copy)
+    return Spent(time.perf_counter() - wall, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _report(total: int, spent: Sequence[Spent]) -> dict[str, float]:
+    return {
+        "mb_per_s": total / statistics.median(one.wall for one in spent) / 1e6,
+        "cpu_s_per_gb": statistics.median(one.cpu for one in spent) / total * 1e9,
+    }
+
+
+def _make_dataset(folder: Path, shards: int, size: int) -> int:
+    """A folder with all that travels, whose shards are random bytes; returns its size."""
+    folder.mkdir()
+    recipe = {"kind": "random bytes"}
+    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
+    listed: list[Shard] = []
+    for number in range(shards):
+        data, name = os.urandom(size), shard_name("train", number)
+        (folder / name).write_bytes(data)
+        record = ShardRecord(name, 1, size, hashlib.sha256(data).hexdigest(), f"{number:032x}", (1,), (0, size))
+        write_json(folder / sidecar_name(name), record.to_json())
+        listed.append(record.shard())
+    write_manifest(
+        folder,
+        {"train": listed},
+        recipe=recipe,
+        recipe_digest=mapping_digest(recipe),
+        label_type="single",
+        classes=1,
+        image_size=None,
+    )
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[str]:
+    """A web server of the folder in a process of its own; its URL."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(folder, there), daemon=True)
+    process.start()
+    yield f"http://127.0.0.1:{here.recv()}"
+    process.terminate()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+def _serve(folder: Path, there: Connection) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    there.send(server.server_address[1])
+    server.serve_forever()
+
+
+def _print(reports: dict[str, dict[str, float]], total: int) -> None:
+    table = Table("way", "MB/s", "CPU s per GB", "of the plain tool", title=f"{total / 1e9:.2f} GB")
+    for name, report in reports.items():
+        rate, other = report["mb_per_s"], _PAIRS.get(name)
+        plain = {way: numbers["mb_per_s"] for way, numbers in reports.items() if other and way.startswith(other)}
+        shares = ", ".join(f"{rate / numbers:.0%} of {way!r}" for way, numbers in plain.items())
+        table.add_row(name, f"{rate:,.0f}", f"{report['cpu_s_per_gb']:.2f}", shares)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
