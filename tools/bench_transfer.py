@@ -4,8 +4,8 @@
 
 A dataset of random bytes lies in a folder and is served by Python's own web server in a process of its own. Each round
 copies it with ``cp``, with ``cp`` and ``sync`` (``push`` and ``pull`` also return only when the disk has all), with
-``push``, and with ``pull`` from the folder; then fetches it with ``curl``, one file after the other and eight at a
-time, and with ``pull``. Ours hash all bytes on the way, the others do not. The median of the rounds is given, and the
+``cp`` and ``sha256sum`` of the copy, with ``push``, and with ``pull`` from the folder; then fetches it with ``curl``,
+one file after the other and eight at a time, and with ``pull``. Ours hash all bytes on the way, the others do not. The median of the rounds is given, and the
 processor time beside it, which other work on the machine changes less.
 """
 
@@ -88,6 +88,10 @@ def _ways(source: Path, url: str, jobs: int) -> dict[str, Callable[[Path], None]
         copy.mkdir()
         subprocess.run([*curl, *options, *files], check=True, cwd=copy)  # into the working folder
 
+    def hashed(copy: Path) -> None:
+        cp(copy)
+        subprocess.run(["sha256sum", *names], check=True, cwd=copy, stdout=subprocess.DEVNULL)
+
     def synced(way: Callable[[Path], None], copy: Path) -> None:
         way(copy)
         subprocess.run(["sync", "-f", copy], check=True)
@@ -95,6 +99,7 @@ def _ways(source: Path, url: str, jobs: int) -> dict[str, Callable[[Path], None]
     return {
         "cp": cp,
         "cp, then sync": functools.partial(synced, cp),
+        "cp, then sha256sum": hashed,
         "push": lambda copy: _ignore(push(source, str(copy), None, jobs, quiet)),
         "pull from a folder": lambda copy: _ignore(pull(str(source), copy, None, jobs, quiet)),
         "curl": fetch,

@@ -14,7 +14,8 @@ from fractalshards.errors import FractalError
 from fractalshards.human import one_line
 from fractalshards.urls import Location, redact
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 18  # of a local file; stays in a core's cache from reading to hashing and writing
+_STREAM = 1 << 20  # of a web server: each piece is a turn of another thread
 _BLOCK = 8 << 20  # of an object store, where every block is a request
 _SINGLE_PUT = 5 * 2**30  # what S3 takes in one request
 _TIMEOUT = 30.0
@@ -77,7 +78,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A folder of this machine. Others read it; they write into it as ``remote.receive`` does."""
+    """A folder of this machine. It is only read; ``Remote.fetch`` writes local files."""
 
     folder: Path
     tells: ClassVar[bool] = True
@@ -121,9 +122,10 @@ class HttpStore:
         with translated():
             url = self._location.file(name)
             # a block size of 0 streams, and a size, whatever it is, saves asking for it
-            with self._files.open(url, "rb", block_size=0, size=1, headers=headers) as file:
+            options = {"block_size": 0, "size": 1, "headers": headers, "read_bufsize": _STREAM}
+            with self._files.open(url, "rb", **options) as file:
                 skip = start if file.r.status != 206 else 0  # the server knows no ranges and sends all of it
-                while chunk := file.read(_CHUNK):
+                while chunk := file.read(_STREAM):
                     if skip < len(chunk):
                         yield chunk[skip:]
                     skip = max(skip - len(chunk), 0)
