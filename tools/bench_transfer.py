@@ -5,8 +5,9 @@
 A dataset of random bytes lies in a folder and is served by Python's own web server in a process of its own. Each round
 copies it with ``cp``, with ``cp`` and ``sync`` (``push`` and ``pull`` also return only when the disk has all), with
 ``cp`` and ``sha256sum`` of the copy, with ``push``, and with ``pull`` from the folder; then fetches it with ``curl``,
-one file after the other and eight at a time, and with ``pull``. Ours hash all bytes on the way, the others do not. The median of the rounds is given, and the
-processor time beside it, which other work on the machine changes less.
+one file after the other and eight at a time, and with ``pull``. Ours hash all bytes on the way, the plain tools do
+not. The median of the rounds is given, and the processor time beside it, which other work on the machine changes
+less.
 """
 
 import functools
