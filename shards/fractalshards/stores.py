@@ -145,8 +145,13 @@ class ObjectStore:
     def __init__(self, location: Location) -> None:
         self._location = location
         self.tells = location.scheme in ("s3", "hf")
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if location.scheme == "s3":
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # ``Remote`` tries again
         with needed(location.scheme), translated():
-            self._files = _filesystem(location.scheme, {"use_listings_cache": False})
+            self._files = _filesystem(location.scheme, options)
+        if location.scheme == "s3":
+            self._files.retries = 1
 
     def chunks(self, name: str, start: int) -> Generator[bytes | memoryview]:
         """See ``Store``."""
