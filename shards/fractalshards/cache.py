@@ -9,6 +9,7 @@ made by removing the shards whose last use is longest ago. Files that are open s
 """
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -58,12 +59,13 @@ class ShardCache:
         """Fetch the sidecars that are missing, and remove shards that were damaged here since they were fetched.
 
         Raises:
-            FractalError: if a sidecar cannot be had.
+            FractalError: if a sidecar cannot be had, or the disk has no room for the cache.
             OSError: as the local file system does.
         """
         (self.folder / _LOCKS).mkdir(parents=True, exist_ok=True)
         with file_lock(self.folder / _LOCKS / "prepare"):
             remove_leftovers(self.folder)
+            self._check_space()
             work = Work(_JOBS, meter, Brake())
             remote = open_remote(self.url, work.brake.wait)
 
@@ -124,25 +126,37 @@ class ShardCache:
             os.ftruncate(lock, 0)
 
     def _make_room(self, shard: Shard, lock: int) -> None:
-        """Reserve room for a shard; waits where all the room is taken by shards that are on their way."""
+        """Reserve room for a shard; waits where the room is taken by shards that are on their way, or just opened."""
         os.ftruncate(lock, 0)  # a killed process may have reserved room for this shard, too
         while True:
             with file_lock(self.folder / _LOCKS / "room"):
                 remove_leftovers(self.folder)
                 here, coming = self._here(), sum(self._coming())
                 free = self.size - coming - sum(size for _, size, _ in here)
+                busy = bool(coming)
                 for _, size, path in sorted(here):
-                    if free < shard.bytes and self._remove(path):
-                        free += size
+                    if free < shard.bytes:
+                        removed = self._remove(path)
+                        busy |= not removed
+                        free += size * removed
                 if free >= shard.bytes:
                     os.pwrite(lock, str(shard.bytes).encode(), 0)
                     return
-                if not coming:
+                if not busy:
                     raise FractalError(
                         f"{self.folder}: no room for {shard.name} ({human_bytes(shard.bytes)}) in a cache of "
                         f"{human_bytes(self.size)}; raise --cache-size"
                     )
             time.sleep(_POLL_SECONDS)
+
+    def _check_space(self) -> None:
+        wanted = min(self.size, self.manifest.bytes())
+        total, _, free = shutil.disk_usage(self.folder)
+        if total and wanted > free + sum(size for _, size, _ in self._here()):
+            raise FractalError(
+                f"{self.folder}: a cache of {human_bytes(wanted)} does not fit, the disk has {human_bytes(free)} free; "
+                "lower --cache-size or choose another --cache-dir"
+            )
 
     def _here(self) -> list[tuple[int, int, Path]]:
         """(last use in ns, bytes, path) of every shard that is here."""

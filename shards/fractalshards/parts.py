@@ -102,13 +102,14 @@ def check_same(one: Manifest, other: Manifest, where: str, advice: str) -> None:
 
 
 def write_listing(bases: Sequence[Listing], chosen: Collection[Entry]) -> bytes:
-    """The text of a manifest that lists ``chosen``; that of the first base if it lists just these.
+    """The text of a manifest that lists ``chosen``: that of a base if it lists just these.
 
     Args:
         bases: manifests of the same dataset; the other fields come from the first that has them.
     """
-    if set(chosen) == set(entries(bases[0].manifest)):
-        return bases[0].text
+    for base in bases:
+        if set(chosen) == set(entries(base.manifest)):
+            return base.text
     documents: list[dict[str, Any]] = [json.loads(base.text) for base in bases]
     others: Mapping[str, Any] = {name: part for doc in reversed(documents) for name, part in doc["splits"].items()}
     ordered = sorted(chosen, key=lambda entry: entry.first)

@@ -212,6 +212,15 @@ def test_a_cache_that_does_not_hold_a_window_is_refused(source: Path, root: Path
     assert not root.exists()
 
 
+def test_a_cache_larger_than_the_disk_is_refused(source: Path, small_disk: Path, size: int) -> None:
+    (small_disk / "filler").write_bytes(bytes(580_000))
+    with pytest.raises(FractalError, match=r"a cache of .* does not fit, the disk has .* lower --cache-size"):
+        opened(str(source), small_disk, 10**9)
+    cache = opened(str(source), small_disk, size)
+    for name in NAMES:
+        assert content(cache, name) == (source / name).read_bytes()
+
+
 def test_fetching_ahead_stays_within_the_bound_and_keeps_what_comes_next(
     source: Path, root: Path, size: int, web: Callable
 ) -> None:

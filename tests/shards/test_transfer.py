@@ -212,6 +212,14 @@ def test_parts_are_pushed_and_add_up(with_val: Path, out: Path, tmp_path: Path) 
     assert same(with_val, out)
 
 
+def test_a_part_elsewhere_takes_nothing_from_the_whole_here(with_val: Path, tmp_path: Path) -> None:
+    part, before = tmp_path / "part", (with_val / INFO).read_bytes()
+    good("pull", with_val, part, "--shards", "0")
+    good("pull", part, with_val)
+    good("push", part, with_val)
+    assert (with_val / INFO).read_bytes() == before
+
+
 def test_shards_that_are_not_there(dataset: Path, out: Path) -> None:
     assert "has no shard 2; its numbers are 0-1" in bad("pull", dataset, out, "--shards", "0-2", code=2)
     for text in ("x", "1-0", "", "1,,2", "-1"):
