@@ -141,9 +141,10 @@ def _make_dataset(folder: Path, shards: int, size: int) -> int:
     write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
     listed: list[Shard] = []
     for number in range(shards):
+        offsets = tuple(size * sample // 1000 for sample in range(1001))
         data, name = os.urandom(size), shard_name("train", number)
         (folder / name).write_bytes(data)
-        record = ShardRecord(name, 1, size, hashlib.sha256(data).hexdigest(), f"{number:032x}", (1,), (0, size))
+        record = ShardRecord(name, 1000, size, hashlib.sha256(data).hexdigest(), f"{number:032x}", (1000,), offsets)
         write_json(folder / sidecar_name(name), record.to_json())
         listed.append(record.shard())
     write_manifest(

@@ -30,7 +30,7 @@ from fractalshards.transfer import (
     stoppable,
 )
 
-_SYSTEMS_BYTES = 256 << 20
+_SYSTEMS_BYTES = 64 << 20  # as ``systems`` reads
 
 
 def pull(url: str, folder: Path, wanted: Sequence[range] | None, jobs: int, meter: Meter) -> Moved:

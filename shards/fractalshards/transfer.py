@@ -25,7 +25,7 @@ from fractalshards.systems import read_systems
 from fractalshards.threads import Brake, run_threads
 from fractalshards.workers import sigterm_interrupts
 
-JSON_BYTES = 64 << 20
+JSON_BYTES = 16 << 20  # as ``fields`` reads
 ELSEWHERE = "choose another folder"
 
 Meter = Callable[[str, int, str], AbstractContextManager[Advance]]

@@ -299,7 +299,7 @@ def test_lies_about_sizes(dataset: Path, out: Path, web: Callable) -> None:
     claim(true_size)
     assert "damaged" in bad("pull", server.url, out)
     server.faults = {"train-000000.json": ["endless", "forever"]}
-    assert "train-000000.json: larger than 64 MiB" in bad("pull", server.url, out)
+    assert "train-000000.json: larger than 16 MiB" in bad("pull", server.url, out)
     assert not (out / INFO).exists()
     assert sum(path.stat().st_size for path in out.iterdir()) < 100_000
 
