@@ -98,9 +98,11 @@ def test_manifest_and_sidecar_must_agree(dataset: Path, name: str) -> None:
 
 def test_a_missing_shard_and_an_unlisted_one_are_named(dataset: Path) -> None:
     (dataset / SHARD).rename(dataset / "train-000009.tar")
+    (dataset / ".tmp~elsewhere~1~0~train-000004.tar").write_bytes(b"half")
     result = verify(dataset)
     assert f"{SHARD}: {SHARD} is missing" in result.stdout
     assert "train-000009.tar: not in the manifest" in result.stdout
+    assert ".tmp" not in result.stdout
 
 
 def test_a_sample_in_the_wrong_place_is_named(dataset: Path) -> None:
