@@ -36,9 +36,9 @@ from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest
 from fractalshards.manifest import Shard, ShardRecord, write_manifest
 from fractalshards.names import RECIPE, shard_name, sidecar_name
-from fractalshards.pull import pull
-from fractalshards.push import push
-from fractalshards.transfer import Moved
+from fractalshards.sharing.pull import pull
+from fractalshards.sharing.push import push
+from fractalshards.sharing.transfer import Moved
 
 _PAIRS = {"push": "cp", "pull from a folder": "cp", "pull over HTTP": "curl"}
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fractalshards.atomic import atomic_file
-from fractalshards.compare import compare_datasets
+from fractalshards.comparing.compare import compare_datasets
 from fractalshards.console import Commands, notice, progress
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
@@ -17,13 +17,13 @@ from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.packing.pack import plan_pack, run_pack
 from fractalshards.packing.source import parse_source
-from fractalshards.page import check_page_name, load_template, render_page
-from fractalshards.parts import parse_numbers
 from fractalshards.portable import export_recipe
-from fractalshards.pull import pull as pull_dataset
-from fractalshards.push import push as push_dataset
+from fractalshards.report.page import check_page_name, load_template, render_page
+from fractalshards.report.survey import survey_dataset
+from fractalshards.sharing.parts import parse_numbers
+from fractalshards.sharing.pull import pull as pull_dataset
+from fractalshards.sharing.push import push as push_dataset
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
-from fractalshards.survey import survey_dataset
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from fractalshards.atomic import write_json
 from fractalshards.cli import main
-from fractalshards.compare import MAX_READ, align, recipe_differences
+from fractalshards.comparing.compare import MAX_READ, align, recipe_differences
 from fractalshards.digest import mapping_digest
 from fractalshards.manifest import Shard, read_record, write_manifest
 from fractalshards.names import INFO, sample_key, shard_name

@@ -9,10 +9,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fractalshards import remote as remote_module
 from fractalshards.errors import FractalError
-from fractalshards.remote import open_remote
-from fractalshards.stores import Told
+from fractalshards.sharing import remote as remote_module
+from fractalshards.sharing.remote import open_remote
+from fractalshards.sharing.stores import Told
 
 DATA = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(DATA).hexdigest()

@@ -17,16 +17,16 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fractalshards.atomic import write_json
-from fractalshards.charts import class_chart, histogram, tally
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.labels import Label, MultiLabel, Object
-from fractalshards.looks import Thumbnail, measure
 from fractalshards.manifest import load_manifest, read_record, write_manifest
 from fractalshards.names import INFO, sample_key, shard_name, sidecar_name
 from fractalshards.png import Pixels
-from fractalshards.survey import ClassView, Survey, fit_thumbnails, survey_dataset
+from fractalshards.report.charts import class_chart, histogram, tally
+from fractalshards.report.looks import Thumbnail, measure
+from fractalshards.report.survey import ClassView, Survey, fit_thumbnails, survey_dataset
 from fractalshards.writer import write_shard
 
 HOSTILE_NAME = "<script>window.hacked = 1</script>\"'><img src=x onerror='window.hacked = 2'>"
@@ -116,7 +116,7 @@ def test_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
 
 
 def test_measures_are_bounded_and_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fractalshards.survey.MAX_LOOKS", 10)
+    monkeypatch.setattr("fractalshards.report.survey.MAX_LOOKS", 10)
     shards = [[(plain(0, 16 + number), 0)] * 20 for number in range(5)]
     seen = survey(write_dataset(tmp_path / "data", shards, classes=1))
     assert sorted(look.width for look in seen.looks) == [16, 16, 17, 17, 18, 18, 19, 19, 20, 20]

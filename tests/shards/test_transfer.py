@@ -15,12 +15,12 @@ import pytest
 import s3fs
 from click.testing import CliRunner, Result
 
-from fractalshards import pull as pull_module
-from fractalshards import remote as remote_module
 from fractalshards.atomic import write_json
 from fractalshards.cli import main
 from fractalshards.manifest import load_manifest, write_manifest
 from fractalshards.names import INFO, RECIPE, SYSTEMS, sample_key
+from fractalshards.sharing import pull as pull_module
+from fractalshards.sharing import remote as remote_module
 from fractalshards.writer import write_shard
 
 FIRST, SECOND = "train-000000.tar", "train-000001.tar"

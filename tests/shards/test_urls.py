@@ -3,7 +3,7 @@
 import pytest
 
 from fractalshards.errors import UsageError
-from fractalshards.urls import parse_location, redact
+from fractalshards.sharing.urls import parse_location, redact
 
 
 @pytest.mark.parametrize(

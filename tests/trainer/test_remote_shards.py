@@ -13,9 +13,9 @@ import pytest
 import s3fs
 import torch
 
-from fractalshards import remote as remote_module
-from fractalshards.cache import open_cache
 from fractalshards.manifest import load_manifest
+from fractalshards.sharing import remote as remote_module
+from fractalshards.sharing.cache import open_cache
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.run_folder import read_metrics

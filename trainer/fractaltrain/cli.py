@@ -11,7 +11,7 @@ from fractalshards.errors import UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import parse_bytes
 from fractalshards.overrides import parse_settings
-from fractalshards.urls import parse_location
+from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr

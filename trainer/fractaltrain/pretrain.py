@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from fractalshards.cache import ShardCache, open_cache
 from fractalshards.console import progress
 from fractalshards.manifest import load_manifest
-from fractalshards.prefetch import prefetching
-from fractalshards.urls import parse_location
+from fractalshards.sharing.cache import ShardCache, open_cache
+from fractalshards.sharing.prefetch import prefetching
+from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.settings import Pretraining, dataset_name

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fractalshards.urls import parse_location
+from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.finetuning import FOLDER_PREFIX, DataChoice
 from fractaltrain.recipes.recipe import Recipe
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fractalshards.cache import ShardCache
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest
 from fractalshards.reader import decode_sample, index_split, read_sample
+from fractalshards.sharing.cache import ShardCache
 from fractaltrain.data.source import Example
 
 _OPEN_FILES = 64

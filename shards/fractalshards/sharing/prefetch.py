@@ -8,10 +8,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fractalshards.cache import ShardCache
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest
-from fractalshards.threads import Brake, run_threads
+from fractalshards.sharing.cache import ShardCache
+from fractalshards.sharing.threads import Brake, run_threads
 from fractalshards.workers import end_with_parent
 
 _JOBS = 4

@@ -19,10 +19,10 @@ from fractalshards.fields import Fields
 from fractalshards.human import human_bytes, human_count
 from fractalshards.manifest import Manifest, Shard, load_manifest, parse_manifest, parse_record
 from fractalshards.names import INFO
-from fractalshards.parts import Entry, Listing
-from fractalshards.remote import Advance, Remote
+from fractalshards.sharing.parts import Entry, Listing
+from fractalshards.sharing.remote import Advance, Remote
+from fractalshards.sharing.threads import Brake, run_threads
 from fractalshards.systems import read_systems
-from fractalshards.threads import Brake, run_threads
 from fractalshards.workers import sigterm_interrupts
 
 JSON_BYTES = 16 << 20  # as ``fields`` reads

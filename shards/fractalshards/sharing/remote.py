@@ -17,8 +17,8 @@ from typing import BinaryIO, TypeVar
 from fractalshards.atomic import atomic_file
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.stores import LocalStore, Store, StoreError, Told, open_store, read_back
-from fractalshards.urls import parse_location
+from fractalshards.sharing.stores import LocalStore, Store, StoreError, Told, open_store, read_back
+from fractalshards.sharing.urls import parse_location
 
 _DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before trying again, times 0.5 to 1.5; a minute in all
 AGAIN = len(_DELAYS)

@@ -13,9 +13,9 @@ from fractalshards.fields import Fields
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard, load_manifest, read_record
 from fractalshards.names import INFO, RECIPE, SYSTEMS, sidecar_name
-from fractalshards.parts import Entry, check_same, select, write_listing
-from fractalshards.remote import Advance, Remote, open_remote
-from fractalshards.transfer import (
+from fractalshards.sharing.parts import Entry, check_same, select, write_listing
+from fractalshards.sharing.remote import Advance, Remote, open_remote
+from fractalshards.sharing.transfer import (
     ELSEWHERE,
     JSON_BYTES,
     Meter,

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
-from fractalshards.looks import Look, ShardLooks, ShardTask, Thumbnail, look_at_shard
 from fractalshards.manifest import Manifest, Shard, read_record
 from fractalshards.reader import ShardIndex
+from fractalshards.report.looks import Look, ShardLooks, ShardTask, Thumbnail, look_at_shard
 from fractalshards.workers import worker_pool
 
 MAX_LOOKS = 2000  # images measured

@@ -22,13 +22,13 @@ from fractalshards.atomic import remove_leftovers
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
-from fractalshards.locks import file_lock, free_lock
 from fractalshards.manifest import Manifest, Shard, read_record
-from fractalshards.parts import entries, shard_number
-from fractalshards.pull import fetch_sidecar
-from fractalshards.remote import AGAIN, Advance, Remote, open_remote
-from fractalshards.threads import Brake
-from fractalshards.transfer import Meter, Work, read_listing
+from fractalshards.sharing.locks import file_lock, free_lock
+from fractalshards.sharing.parts import entries, shard_number
+from fractalshards.sharing.pull import fetch_sidecar
+from fractalshards.sharing.remote import AGAIN, Advance, Remote, open_remote
+from fractalshards.sharing.threads import Brake
+from fractalshards.sharing.transfer import Meter, Work, read_listing
 
 _JOBS = 8
 _LOCKS = "locks"

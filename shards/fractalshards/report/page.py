@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fractalshards.charts import Chart, class_chart, histogram, tally
 from fractalshards.errors import UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
-from fractalshards.looks import DETAIL, Look
 from fractalshards.manifest import Manifest
-from fractalshards.survey import Survey
+from fractalshards.report.charts import Chart, class_chart, histogram, tally
+from fractalshards.report.looks import DETAIL, Look
+from fractalshards.report.survey import Survey
 
 if TYPE_CHECKING:
     import jinja2
@@ -48,7 +48,7 @@ def load_template() -> "jinja2.Template":
     with needs_extra("report", "a report"):
         import jinja2
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fractalshards"),
+        loader=jinja2.PackageLoader("fractalshards.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -70,7 +70,8 @@ def render_page(template: "jinja2.Template", survey: Survey) -> str:
 
     manifest = survey.manifest
     style, script = (
-        files("fractalshards").joinpath("templates", name).read_text("utf-8") for name in ("report.css", "report.js")
+        files("fractalshards.report").joinpath("templates", name).read_text("utf-8")
+        for name in ("report.css", "report.js")
     )
     return template.render(
         style=Markup(style),

@@ -12,10 +12,10 @@ from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.manifest import Manifest, Shard, read_record
 from fractalshards.names import INFO, RECIPE, SYSTEMS, sidecar_name
-from fractalshards.parts import check_same, select, write_listing
-from fractalshards.remote import Advance, Remote, open_remote
-from fractalshards.stores import LocalStore
-from fractalshards.transfer import (
+from fractalshards.sharing.parts import check_same, select, write_listing
+from fractalshards.sharing.remote import Advance, Remote, open_remote
+from fractalshards.sharing.stores import LocalStore
+from fractalshards.sharing.transfer import (
     ELSEWHERE,
     JSON_BYTES,
     Meter,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any
 
+from fractalshards.comparing.matching import Matcher, ShardToDigest, digest_shard
 from fractalshards.console import progress
 from fractalshards.human import human_count
 from fractalshards.manifest import Manifest, Shard
-from fractalshards.matching import Matcher, ShardToDigest, digest_shard
 from fractalshards.reader import index_split
 from fractalshards.workers import worker_pool
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.human import one_line
-from fractalshards.urls import Location, redact
+from fractalshards.sharing.urls import Location, redact
 
 _CHUNK = 1 << 18  # of a local file; stays in a core's cache from reading to hashing and writing
 _STREAM = 1 << 20  # of a web server: each piece is a turn of another thread
