@@ -90,7 +90,7 @@ def _soak(
 
 
 def _kill_at_random(process: subprocess.Popen[bytes], rng: random.Random, pause: float, tally: Tally) -> None:
-    """Kill workers of a build at random moments, up to ``pause`` seconds apart, and then the build, if it still runs."""
+    """Kill workers of a build at random moments, up to ``pause`` seconds apart, then the build, if it still runs."""
     while True:
         try:
             process.wait(rng.uniform(0, pause))
