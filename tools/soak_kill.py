@@ -79,7 +79,7 @@ def _soak(
         while tally.builds_killed + tally.workers_killed < kills and time.monotonic() < deadline:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             before = tally.builds_killed + tally.workers_killed
-            _kill_at_random(process, rng, whole / 2, tally)
+            _kill_at_random(process, rng, whole, tally)
             advance(tally.builds_killed + tally.workers_killed - before)
             tally.wrong += _lies(folder, expected)
             if process.wait() == 0:
