@@ -1,6 +1,6 @@
 """From shards to be written to a finished dataset: which are missing, an executor, then the manifest (law 2)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,15 @@ def publish(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> tup
             )
     remove_leftovers(folder)
     return missing
+
+
+def refuse_vanished(folder: Path, names: Iterable[str]) -> None:
+    """Raise a FractalError if there are names: those of shards that were written and are not there."""
+    if vanished := sorted(names):
+        raise FractalError(
+            f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
+            "system, then run the same command again"
+        )
 
 
 def _listed(folder: Path, splits: Mapping[str, object], contents: Contents) -> bool:

@@ -24,10 +24,14 @@ from torchvision.datasets import ImageFolder
 
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest
+from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest, read_record
+from fractalshards.packing import pack as pack_module
 from fractalshards.packing.image_folder import list_folder
 from fractalshards.packing.order import shuffled
+from fractalshards.packing.pack import plan_pack, run_pack
+from fractalshards.packing.source import parse_source
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.tarball import Sample
@@ -320,6 +324,30 @@ def test_all_bad_images_are_named_and_nothing_looks_finished(
     result = pack(*run)
     assert result.exit_code == 0, result.output
     assert "of them done" in result.stderr
+
+
+def test_an_image_too_large_for_a_sample_is_named(tmp_path: Path, image_folder: Make) -> None:
+    source = image_folder(tmp_path / "in", {"a": 2, "b": 2})
+    os.truncate(source / "a" / "001.jpg", 72_000_000)  # decoders stop where the image ends
+    os.truncate(source / "b" / "002.jpg", (64 << 20) - 1)  # itself small enough, but not with its headers
+    result = pack(f"imagefolder:{source}", tmp_path / "out")
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert f"{source}/a/001.jpg: larger than 64 MiB, too large for a sample" in error
+    assert f"{source}/b/002.jpg: a sample of 67,110,400 bytes, but it may have 64 MiB at most" in error
+    assert not list((tmp_path / "out").glob("*.tar"))
+    os.truncate(source / "a" / "001.jpg", 60_000_000)
+    os.truncate(source / "b" / "002.jpg", 60_000_000)
+    result = pack(f"imagefolder:{source}", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_shard_that_vanishes_is_an_error(tmp_path: Path, image_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image_folder(tmp_path / "in", {"a": 2, "b": 2})
+    plan = plan_pack(tmp_path / "out", parse_source(f"imagefolder:{source}", None), 0, 2)
+    monkeypatch.setattr(pack_module, "run_jobs", lambda *_: ())  # all went well, they say
+    with pytest.raises(FractalError, match=r"train-000000.tar, train-000001.tar vanished after being written; check"):
+        run_pack(plan, 1)
 
 
 def hostile(tmp_path: Path, what: str, image_folder: Make) -> Path:

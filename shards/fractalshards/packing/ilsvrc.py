@@ -21,7 +21,8 @@ import xxhash
 
 from fractalshards.errors import FractalError
 from fractalshards.extras import needs_extra
-from fractalshards.packing.listing import MAX_IMAGE_BYTES, Indices, Listing, Part
+from fractalshards.manifest import MAX_SAMPLE_BYTES
+from fractalshards.packing.listing import Indices, Listing, Part
 from fractalshards.packing.wordnet import are_synsets
 from fractalshards.tarball import BLOCK, Member, scan_members
 
@@ -62,8 +63,8 @@ class TarImages:
     def read(self, index: int) -> bytes:
         """The bytes of a file; see ``Images``."""
         size = int(self.sizes[index])
-        if size > MAX_IMAGE_BYTES:
-            raise FractalError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
+        if size > MAX_SAMPLE_BYTES:
+            raise FractalError(f"larger than {MAX_SAMPLE_BYTES >> 20} MiB, too large for a sample")
         data = os.pread(_descriptor(self.tar), size, int(self.starts[index]))
         if len(data) != size:
             raise FractalError(f"cut off after {len(data)} of {size} bytes")
