@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fractalshards.atomic import atomic_file
 from fractalshards.comparing.compare import compare_datasets
-from fractalshards.console import Commands, notice, progress
+from fractalshards.console import Commands, continuable, notice, progress
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
@@ -24,7 +24,7 @@ from fractalshards.sharing.parts import parse_numbers
 from fractalshards.sharing.pull import pull as pull_dataset
 from fractalshards.sharing.push import push as push_dataset
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
-from fractalshards.verify import verify_dataset
+from fractalshards.verify import repair_advice, verify_dataset
 from fractalshards.workers import available_cores
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -64,10 +64,7 @@ def verify(folder: Path, workers: int | None) -> None:
     for problem in problems:
         click.echo(one_line(f"bad: {folder}/{problem}"))
     if problems:
-        raise FractalError(
-            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or render them "
-            "again with 'fractalgen repair'"
-        )
+        raise FractalError(f"{folder}: {human_count(len(problems), 'problem')}; {repair_advice(manifest)}")
     click.echo(f"sound: {manifest.summary()}")
 
 
@@ -250,6 +247,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
         f"to pack: {sum(task.stop - task.first for task in missing):,} images",
         err=True,
     )
-    run_pack(plan, count)
+    with continuable(out):
+        run_pack(plan, count)
     click.echo(one_line(load_manifest(out).summary()))
     click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")

@@ -71,6 +71,16 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
 
 
+def repair_advice(manifest: Manifest) -> str:
+    """What to do about problems that were found."""
+    if "systems_digest" in manifest.recipe:
+        return "fetch the named files again, or render them again with 'fractalgen repair'"
+    return (
+        "fetch the named files again, or remove each named tar and the .json beside it, then run the same "
+        "'fractalshards pack' again"
+    )
+
+
 def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> list[Problem]:
     """Verify one shard, whose first sample has index ``first``, against its sidecar and its line in the manifest."""
     try:
