@@ -13,6 +13,7 @@ from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.labels import LabelType
 from fractalshards.manifest import ShardRecord, finished_record, load_manifest, write_manifest
+from fractalshards.recipes import recipe_problems
 from fractalshards.workers import is_lost
 
 _T = TypeVar("_T")
@@ -138,5 +139,5 @@ def _listed(folder: Path, splits: Mapping[str, object], contents: Contents) -> b
         manifest = load_manifest(folder)
     except FractalError:
         return False
-    digest = mapping_digest(contents.recipe)
-    return manifest.splits == splits and manifest.recipe_digest == mapping_digest(manifest.recipe) == digest
+    sound = not any(recipe_problems(manifest.recipe, manifest.recipe_digest))
+    return sound and manifest.splits == splits and manifest.recipe_digest == mapping_digest(contents.recipe)

@@ -18,6 +18,7 @@ from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.packing.pack import plan_pack, run_pack
 from fractalshards.packing.source import parse_source
 from fractalshards.portable import export_recipe
+from fractalshards.recipes import flat_recipe
 from fractalshards.report.page import check_page_name, load_template, render_page
 from fractalshards.report.survey import survey_dataset
 from fractalshards.sharing.parts import parse_numbers
@@ -198,9 +199,6 @@ def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:
-    recipe = dict(manifest.recipe)
-    inner = recipe.pop("params", {})
-    params = inner if isinstance(inner, dict) else {"params": inner}
     rows = [("folder", str(manifest.folder))]
     for name, shards in manifest.splits.items():
         rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
@@ -211,7 +209,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("content digest", manifest.content_digest()),
         ("recipe digest", manifest.recipe_digest),
     ]
-    rows += [(f"recipe: {name}", str(value)) for name, value in {**recipe, **params}.items()]
+    rows += [(f"recipe: {name}", str(value)) for name, value in flat_recipe(manifest.recipe).items()]
     return rows + [(f"made with: {name}", str(value)) for name, value in manifest.software.items()]
 
 

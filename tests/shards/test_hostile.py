@@ -209,6 +209,7 @@ MANIFESTS = [
     everywhere("lists for a count", in_manifest(bytes=[[[]], 5]), "bytes is not a count: list"),
     everywhere("lists for text", in_manifest(sha256=[[], []]), "sha256 is not a list of texts"),
     everywhere("object for a list", in_manifest(filenames={}), "filenames is missing or not a list"),
+    everywhere("split that leads out", in_manifest(splits={"../train": {}}), "'../train' is not a plain file name"),
     everywhere("text for a split", in_manifest(splits={"train": "x"}), "train: expected a JSON object, found str"),
     everywhere("recipe 500 deep", in_manifest(recipe={"a": json.loads(DEEP)}), "recipe is nested more than 32 deep"),
     everywhere("infinite number", whole(INFO, '{"recipe": {"n": 1e999}}'), "not valid JSON (1e999 is too large)"),

@@ -22,7 +22,7 @@ import xxhash
 from fractalshards.errors import FractalError
 from fractalshards.extras import needs_extra
 from fractalshards.manifest import MAX_SAMPLE_BYTES
-from fractalshards.packing.listing import Indices, Listing, Part
+from fractalshards.packing.listing import ImageListing, Indices, Part
 from fractalshards.packing.wordnet import are_synsets
 from fractalshards.tarball import BLOCK, Member, scan_members
 
@@ -80,7 +80,7 @@ class _Devkit:
     val_labels: tuple[int, ...]
 
 
-def list_ilsvrc(folder: Path, with_val: bool) -> Listing:
+def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
     """List the images of the archives from their headers, in one pass.
 
     Args:
@@ -108,7 +108,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> Listing:
         parts["val"] = _part(folder / VAL, _val_images(folder / VAL, devkit), "val", numbers, digest)
     elif with_val:
         notes.append(f"no {VAL} in {folder}, so no split val")
-    return Listing(
+    return ImageListing(
         classes=len(classes),
         class_names=tuple(devkit.names[synset] for synset in classes),
         class_ids=classes,

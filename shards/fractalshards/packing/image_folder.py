@@ -12,7 +12,7 @@ import xxhash
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count
 from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLE_BYTES
-from fractalshards.packing.listing import Indices, Listing, Part
+from fractalshards.packing.listing import ImageListing, Indices, Part
 from fractalshards.packing.wordnet import are_synsets
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # of torchvision
@@ -51,7 +51,7 @@ def holds_splits(path: Path) -> bool:
     return (path / "train").is_dir() and bool(_folders(path / "train"))
 
 
-def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> Listing:
+def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageListing:
     """List the images of each split.
 
     Links are followed. Hidden files and folders, and files without the name of an image, are left out.
@@ -75,7 +75,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> Listing
     for split, one in found.items():
         for name in one.images.paths:
             digest.update(os.fsencode(f"{split}/{name}") + b"\0")
-    return Listing(
+    return ImageListing(
         classes=len(classes),
         class_names=() if are_synsets(classes) else classes,
         class_ids=classes if are_synsets(classes) else (),

@@ -46,7 +46,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """All there is to pack.
 
     ``parts`` has ``train`` and perhaps ``val``; names and ids are by class index, or empty. ``digest`` identifies the

@@ -15,7 +15,7 @@ from fractalshards.images import PNG, image_format
 from fractalshards.labels import encode_label
 from fractalshards.manifest import ShardRecord
 from fractalshards.names import sample_key, shard_name
-from fractalshards.packing.listing import Listing, Part
+from fractalshards.packing.listing import ImageListing, Part
 from fractalshards.packing.order import deal, shuffled
 from fractalshards.packing.source import Source
 from fractalshards.png import decode_image, encode_png
@@ -174,7 +174,7 @@ def encode_file(key: str, data: bytes, label: int) -> Encoded:
     return Encoded(sample, pixels, label)
 
 
-def _contents(recipe: PackRecipe, listing: Listing) -> Contents:
+def _contents(recipe: PackRecipe, listing: ImageListing) -> Contents:
     return Contents(asdict(recipe), "single", recipe.classes, listing.class_names, listing.class_ids)
 
 
