@@ -228,7 +228,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     '--split train=DIR,val=DIR' names the folders, if they have other names.
 
     imagenet:PATH is a folder with ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share
-    of train or left out, ILSVRC2012_img_val.tar. They are read in place.
+    of train or left out, ILSVRC2012_img_val.tar. They are read in place; this needs pip install '.[imagenet]'.
 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """

@@ -212,7 +212,7 @@ def _unpack_devkit(path: Path) -> dict[str, bytes]:
 
 def _read_synsets(data: bytes, where: str) -> tuple[dict[str, str], dict[int, str]]:
     """Of the synsets without children, which are the classes: names by id, and ids by number."""
-    with needs_extra("train", f"reading {DEVKIT}"):
+    with needs_extra("imagenet", f"reading {DEVKIT}"):
         from scipy.io import loadmat
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
