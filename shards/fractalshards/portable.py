@@ -84,8 +84,8 @@ def export_recipe(manifest: Manifest) -> bytes:
             f"with 'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"
         )
     systems = read_systems(folder / SYSTEMS)
-    text = _layout(manifest, systems)
-    if len(text) > MAX_JSON_BYTES:  # some 30,000 classes
+    shortest = len("0.0,") * sum(system.size for system in systems)
+    if shortest > MAX_JSON_BYTES or len(text := _layout(manifest, systems)) > MAX_JSON_BYTES:  # some 30,000 classes
         raise FractalError(
             f"{folder}: its recipe would be larger than {MAX_JSON_BYTES >> 20} MiB; share the files with "
             f"'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"

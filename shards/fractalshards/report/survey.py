@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
+from fractalshards.files import regular_size
 from fractalshards.manifest import Manifest, Shard, read_record
 from fractalshards.reader import ShardIndex
 from fractalshards.report.looks import Look, LookTask, ShardLooks, Thumbnail, look_at_shard
@@ -172,7 +173,7 @@ def _read_sidecar(manifest: Manifest, shard: Shard) -> tuple[ShardIndex, Counts]
     record = read_record(manifest.folder, shard.name, manifest.label_type)
     if record.shard() != shard or len(record.label_counts) != manifest.classes:
         raise FractalError(f"{path}: its sidecar and the manifest disagree; fetch or build it again")
-    if (size := path.stat().st_size) != record.bytes:
+    if (size := regular_size(path)) != record.bytes:
         raise FractalError(f"{path}: {size} bytes instead of {record.bytes}; fetch or build it again")
     return ShardIndex(path, np.array(record.offsets, np.int64)), np.array(record.label_counts, np.int64)
 
