@@ -40,5 +40,5 @@ clean:  ## Remove the environment and caches; datasets and runs stay
 
 .venv/test.stamp: pyproject.toml | .venv/bin/python
 	@echo "installing into .venv, PyTorch included (about 6 GB, a few minutes)"
-	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,imagenet,dev]'
 	touch $@ .venv/demo.stamp

@@ -1,6 +1,6 @@
 """From shards to be written to a finished dataset: which are missing, an executor, then the manifest (law 2)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.labels import LabelType
 from fractalshards.manifest import ShardRecord, finished_record, load_manifest, write_manifest
+from fractalshards.recipes import recipe_problems
 from fractalshards.workers import is_lost
 
 _T = TypeVar("_T")
@@ -131,11 +132,20 @@ def publish(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> tup
     return missing
 
 
+def refuse_vanished(folder: Path, names: Iterable[str]) -> None:
+    """Raise a FractalError if there are names: those of shards that were written and are not there."""
+    if vanished := sorted(names):
+        raise FractalError(
+            f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
+            "system, then run the same command again"
+        )
+
+
 def _listed(folder: Path, splits: Mapping[str, object], contents: Contents) -> bool:
     """Whether there is a manifest of this recipe that lists just these shards."""
     try:
         manifest = load_manifest(folder)
     except FractalError:
         return False
-    digest = mapping_digest(contents.recipe)
-    return manifest.splits == splits and manifest.recipe_digest == mapping_digest(manifest.recipe) == digest
+    sound = not any(recipe_problems(manifest.recipe, manifest.recipe_digest))
+    return sound and manifest.splits == splits and manifest.recipe_digest == mapping_digest(contents.recipe)

@@ -10,6 +10,7 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.names import RECIPE
+from fractalshards.recipes import recipe_differences
 
 
 def stored_recipe(folder: Path) -> dict[str, Any] | None:
@@ -30,10 +31,8 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
 
 def refuse_other(folder: Path, found: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
     """Raise a FractalError that names the differences, e.g. ``seed 0 there, 1 here``, if two recipes differ."""
-    there, here = _flatten(found), _flatten(recipe)
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if names:
-        other = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+    if differences := recipe_differences(found, recipe):
+        other = ", ".join(f"{name} {there} there, {here} here" for name, there, here in differences)
         raise FractalError(f"{folder}: holds another dataset ({other}); choose another folder or the same options")
 
 
@@ -52,11 +51,3 @@ def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
             description = {"recipe": dict(recipe), "recipe_digest": mapping_digest(recipe)}
             write_json(folder / RECIPE, description, indent=1, exclusive=True)
     refuse_other(folder, stored_recipe(folder) or {}, recipe)
-
-
-def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters beside the other fields; tuples as the lists that JSON makes of them."""
-    params = recipe.get("params")
-    flat = {**recipe, **(params if isinstance(params, dict) else {})}
-    flat.pop("params", None)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fractalshards.atomic import atomic_file
 from fractalshards.comparing.compare import compare_datasets
-from fractalshards.console import Commands, notice, progress
+from fractalshards.console import Commands, continuable, notice, progress
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
@@ -18,13 +18,14 @@ from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.packing.pack import plan_pack, run_pack
 from fractalshards.packing.source import parse_source
 from fractalshards.portable import export_recipe
+from fractalshards.recipes import flat_recipe
 from fractalshards.report.page import check_page_name, load_template, render_page
 from fractalshards.report.survey import survey_dataset
 from fractalshards.sharing.parts import parse_numbers
 from fractalshards.sharing.pull import pull as pull_dataset
 from fractalshards.sharing.push import push as push_dataset
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
-from fractalshards.verify import verify_dataset
+from fractalshards.verify import repair_advice, verify_dataset
 from fractalshards.workers import available_cores
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -64,10 +65,7 @@ def verify(folder: Path, workers: int | None) -> None:
     for problem in problems:
         click.echo(one_line(f"bad: {folder}/{problem}"))
     if problems:
-        raise FractalError(
-            f"{folder}: {human_count(len(problems), 'problem')}; fetch the named files again, or render them "
-            "again with 'fractalgen repair'"
-        )
+        raise FractalError(f"{folder}: {human_count(len(problems), 'problem')}; {repair_advice(manifest)}")
     click.echo(f"sound: {manifest.summary()}")
 
 
@@ -201,9 +199,6 @@ def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:
-    recipe = dict(manifest.recipe)
-    inner = recipe.pop("params", {})
-    params = inner if isinstance(inner, dict) else {"params": inner}
     rows = [("folder", str(manifest.folder))]
     for name, shards in manifest.splits.items():
         rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
@@ -214,7 +209,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("content digest", manifest.content_digest()),
         ("recipe digest", manifest.recipe_digest),
     ]
-    rows += [(f"recipe: {name}", str(value)) for name, value in {**recipe, **params}.items()]
+    rows += [(f"recipe: {name}", str(value)) for name, value in flat_recipe(manifest.recipe).items()]
     return rows + [(f"made with: {name}", str(value)) for name, value in manifest.software.items()]
 
 
@@ -233,7 +228,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     '--split train=DIR,val=DIR' names the folders, if they have other names.
 
     imagenet:PATH is a folder with ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share
-    of train or left out, ILSVRC2012_img_val.tar. They are read in place.
+    of train or left out, ILSVRC2012_img_val.tar. They are read in place; this needs pip install '.[imagenet]'.
 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """
@@ -250,6 +245,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
         f"to pack: {sum(task.stop - task.first for task in missing):,} images",
         err=True,
     )
-    run_pack(plan, count)
+    with continuable(out):
+        run_pack(plan, count)
     click.echo(one_line(load_manifest(out).summary()))
     click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -74,6 +75,16 @@ def interrupt_code(error: BaseException) -> int:
     """The exit code of a command that a signal ended: 128 + its number, as a shell has it."""
     terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)  # click wraps what it sees
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+@contextmanager
+def continuable(folder: Path) -> Iterator[None]:
+    """Say how to go on when Ctrl-C or SIGTERM ends the work on a folder."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        text = f"{folder}: stopped; finished shards are kept, run the same command again to go on"
+        raise StoppedError(text, interrupt_code(error)) from error
 
 
 def describe_os_error(error: OSError) -> str:

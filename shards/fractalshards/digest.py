@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,7 @@ _CHUNK = 1 << 20
 class ContentDigest:
     """Running xxh3-128 over (key, image, label) of samples, in order.
 
-    Per sample the hashed bytes are ``KEY NUL``, the image, ``NUL LABEL NUL`` with the bytes of the label file. Of a PNG
-    that is ``HEIGHTxWIDTH NUL`` and the RGB pixels row by row: PNG encoding does not enter. Of other formats it is
-    ``file SIZE NUL`` and the bytes of the image file, for decoders of lossy formats may differ in pixels.
+    Per sample the hashed bytes are ``KEY NUL``, ``hashed_image``, ``NUL LABEL NUL`` with the bytes of the label file.
     """
 
     def __init__(self) -> None:
@@ -29,21 +27,31 @@ class ContentDigest:
 
     def add(self, sample: Sample, pixels: npt.NDArray[np.uint8]) -> None:
         """Add one sample as it is stored, and the ``pixels`` of its image, (H, W, 3) uint8."""
-        extension = image_extension(sample.files)
         self._state.update(sample.key.encode() + b"\0")
-        if extension == PNG:
-            height, width, _ = pixels.shape
-            self._state.update(f"{height}x{width}\0".encode())
-            self._state.update(np.ascontiguousarray(pixels).data)
-        else:
-            data = sample.files[extension]
-            self._state.update(b"file %d\0" % len(data))
-            self._state.update(data)
+        for part in hashed_image(sample, pixels):
+            self._state.update(part)
         self._state.update(b"\0" + sample.files[label_extension(sample.files)] + b"\0")
 
     def hexdigest(self) -> str:
         """The digest so far, 32 hexadecimal digits."""
         return self._state.hexdigest()
+
+
+def hashed_image(sample: Sample, pixels: npt.NDArray[np.uint8]) -> Iterator[bytes | memoryview]:
+    """What identifies the image of a sample, whose ``pixels`` are (H, W, 3) uint8, in parts.
+
+    Of a PNG that is ``HEIGHTxWIDTH NUL`` and the RGB pixels row by row: PNG encoding does not enter. Of other formats
+    it is ``file SIZE NUL`` and the bytes of the image file, for decoders of lossy formats may differ in pixels.
+    """
+    extension = image_extension(sample.files)
+    if extension == PNG:
+        height, width, _ = pixels.shape
+        yield f"{height}x{width}\0".encode()
+        yield np.ascontiguousarray(pixels).data
+    else:
+        data = sample.files[extension]
+        yield b"file %d\0" % len(data)
+        yield data
 
 
 def sha256_file(path: Path) -> str:

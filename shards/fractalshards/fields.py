@@ -2,15 +2,17 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fractalshards.errors import FractalError
 from fractalshards.files import read_bounded
 
-_MAX_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
+MAX_JSON_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
 _MAX_COUNT = 2**63 - 1
 _MAX_DEPTH = 32
+_MAX_VALUES = 1_000_000  # of what is kept as it is
 _ADVICE = "; the file is damaged or not of this format, fetch or build it again"
 _T = TypeVar("_T")
 
@@ -32,7 +34,7 @@ class Fields:
             FractalError: if it is larger, not a regular file, not JSON, or not an object.
             OSError: if it cannot be read.
         """
-        return cls.parse(read_bounded(path, _MAX_BYTES), str(path))
+        return cls.parse(read_bounded(path, MAX_JSON_BYTES), str(path))
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> "Fields":
@@ -77,10 +79,12 @@ class Fields:
         return self._get(name, list, "a list")
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """A JSON object as it is, nested at most 32 deep: what is done with it may recurse."""
+        """A JSON object as it is: a million values at most, nested 32 deep at most, as what is done may recurse."""
         value: dict[str, Any] = self._get(name, dict, "an object")
         if not _is_shallow(value, _MAX_DEPTH):
             raise FractalError(f"{self._where}: {name} is nested more than {_MAX_DEPTH} deep{_ADVICE}")
+        if _values(value) > _MAX_VALUES:
+            raise FractalError(f"{self._where}: {name} has more than {_MAX_VALUES:,} values{_ADVICE}")
         return value
 
     def inner(self, name: str) -> "Fields":
@@ -112,9 +116,16 @@ def _is_shallow(value: object, levels: int) -> bool:
     """Whether lists and objects are nested at most so many levels deep."""
     if not isinstance(value, dict | list):
         return True
-    return levels > 0 and all(
-        _is_shallow(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value)
-    )
+    return levels > 0 and all(_is_shallow(inner, levels - 1) for inner in _inside(value))
+
+
+def _values(value: object) -> int:
+    """The number of values in a value, itself included."""
+    return 1 + sum(map(_values, _inside(value))) if isinstance(value, dict | list) else 1
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _check_count(value: object, where: str) -> int:

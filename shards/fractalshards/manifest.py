@@ -1,7 +1,7 @@
 """What a dataset folder says of itself: a sidecar record per shard, and the manifest assembled from them."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import accumulate, pairwise
@@ -213,7 +213,7 @@ def parse_manifest(fields: Fields, folder: Path, path: str) -> Manifest:
     if (found := fields.count("format_version")) != FORMAT_VERSION:
         raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
     classes = _bounded(fields, "classes", MAX_CLASSES, path)
-    splits = _read_splits(fields.inner("splits"), fields.mapping("splits"), path)
+    splits = _read_splits(fields, path)
     return Manifest(
         folder=folder,
         format_version=found,
@@ -280,28 +280,49 @@ def _names(fields: Fields, name: str, classes: int, path: str) -> tuple[str, ...
     return names
 
 
-def _read_splits(fields: Fields, names: Iterable[str], path: str) -> dict[str, tuple[Shard, ...]]:
-    splits = {name: _read_split(fields.inner(name), path) for name in names}
-    listed = [shard.name for shards in splits.values() for shard in shards]
+def shard_rows(
+    fields: Fields, where: str, columns: Callable[[Fields], tuple[tuple[Any, ...], ...]]
+) -> dict[str, list[tuple[Any, ...]]]:
+    """What the lists of every split say of each of its shards: the name, which is there once, and the rest.
+
+    Args:
+        fields: with ``splits``, of which each has ``filenames``.
+        columns: reads the other lists of a split.
+
+    Raises:
+        FractalError: if a name is not plain, a shard is named twice, or the lists of a split differ in length.
+    """
+    splits = fields.inner("splits")
+    rows = {}
+    for split in fields.mapping("splits"):
+        part = splits.inner(check_plain(split, where))
+        names = tuple(check_plain(name, where) for name in part.texts("filenames"))
+        others = columns(part)
+        if any(len(column) != len(names) for column in others):
+            raise FractalError(f"{where}: the lists of a split differ in length; fetch or build it again")
+        rows[split] = list(zip(names, *others, strict=True))
+    listed = [name for split in rows.values() for name, *_ in split]
     if len(set(listed)) != len(listed):
-        raise FractalError(f"{path}: a shard is named twice; do not use this dataset")
+        raise FractalError(f"{where}: a shard is named twice; do not use this dataset")
+    return rows
+
+
+def _read_splits(fields: Fields, path: str) -> dict[str, tuple[Shard, ...]]:
+    rows = shard_rows(fields, path, _shard_columns)
+    splits = {name: tuple(Shard(*row) for row in listed) for name, listed in rows.items()}
+    for name, shards in splits.items():
+        if sum(shard.samples for shard in shards) != fields.inner("splits").inner(name).count("num_samples"):
+            raise FractalError(f"{path}: num_samples is not the sum of shard_lengths; fetch or build it again")
     return splits
 
 
-def _read_split(fields: Fields, where: str) -> tuple[Shard, ...]:
-    names = tuple(check_plain(name, where) for name in fields.texts("filenames"))
-    columns = (
-        fields.counts("shard_lengths"),
-        fields.counts("bytes"),
-        fields.texts("sha256"),
-        fields.texts("content_digests"),
+def _shard_columns(split: Fields) -> tuple[tuple[Any, ...], ...]:
+    return (
+        split.counts("shard_lengths"),
+        split.counts("bytes"),
+        split.texts("sha256"),
+        split.texts("content_digests"),
     )
-    if any(len(column) != len(names) for column in columns):
-        raise FractalError(f"{where}: the lists of a split differ in length; fetch or build it again")
-    shards = tuple(Shard(*row) for row in zip(names, *columns, strict=True))
-    if sum(shard.samples for shard in shards) != fields.count("num_samples"):
-        raise FractalError(f"{where}: num_samples is not the sum of shard_lengths; fetch or build it again")
-    return shards
 
 
 def _first_samples(fields: Fields, splits: Mapping[str, tuple[Shard, ...]], path: str) -> dict[str, tuple[int, ...]]:

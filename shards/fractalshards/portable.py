@@ -16,17 +16,16 @@ import numpy.typing as npt
 
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
+from fractalshards.fields import MAX_JSON_BYTES, Fields
 from fractalshards.labels import LabelType, find_label_type
-from fractalshards.manifest import MAX_CLASSES, Manifest, Shard
-from fractalshards.names import SYSTEMS, check_plain
-from fractalshards.systems import read_systems
+from fractalshards.manifest import MAX_CLASSES, Manifest, Shard, shard_rows
+from fractalshards.names import SYSTEMS
+from fractalshards.recipes import recipe_problems
+from fractalshards.systems import MAP_SHAPES, read_systems
 
 PORTABLE_VERSION = 1
 _VERSION = "portable_version"
-_MAX_BYTES = 16 << 20  # some 30,000 classes
 _MAX_MAPS = 1000  # of a system
-_SHAPES = ((2, 3), (7,))  # of one map
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _ADVICE = "the file is damaged or was changed; ask for it again"
 
@@ -85,10 +84,10 @@ def export_recipe(manifest: Manifest) -> bytes:
             f"with 'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"
         )
     systems = read_systems(folder / SYSTEMS)
-    text = _layout(manifest, systems)
-    if len(text) > _MAX_BYTES:
+    shortest = len("0.0,") * sum(system.size for system in systems)
+    if shortest > MAX_JSON_BYTES or len(text := _layout(manifest, systems)) > MAX_JSON_BYTES:  # some 30,000 classes
         raise FractalError(
-            f"{folder}: its recipe would be larger than {_MAX_BYTES >> 20} MiB; share the files with "
+            f"{folder}: its recipe would be larger than {MAX_JSON_BYTES >> 20} MiB; share the files with "
             f"'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"
         )
     parse_portable(text, str(folder))  # a folder that was tampered with is refused here, not where the file arrives
@@ -102,8 +101,6 @@ def read_portable(path: Path) -> PortableRecipe:
         FractalError: if it is not one, or contradicts itself.
         OSError: if it cannot be read.
     """
-    if path.stat().st_size > _MAX_BYTES:
-        raise FractalError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a portable recipe; check the path")
     return _parse(Fields.read(path), str(path))
 
 
@@ -139,8 +136,8 @@ def _parse(fields: Fields, where: str) -> PortableRecipe:
     if (found := fields.count(_VERSION)) != PORTABLE_VERSION:
         raise FractalError(f"{where}: portable recipe version {found}, not {PORTABLE_VERSION}; upgrade fractalpretrain")
     recipe = fields.mapping("recipe")
-    if _recipe_digest(recipe, where) != fields.text("recipe_digest"):
-        raise FractalError(f"{where}: recipe digest differs: the recipe was changed; {_ADVICE}")
+    for what in recipe_problems(recipe, fields.text("recipe_digest")):
+        raise FractalError(f"{where}: {what}; {_ADVICE}")
     systems = _parse_systems(fields.items("systems"), where)
     if systems_digest(systems) != recipe.get("systems_digest"):
         raise FractalError(f"{where}: systems digest differs: the systems were changed; {_ADVICE}")
@@ -158,13 +155,6 @@ def _parse(fields: Fields, where: str) -> PortableRecipe:
     return portable
 
 
-def _recipe_digest(recipe: Mapping[str, Any], where: str) -> str:
-    try:
-        return mapping_digest(recipe)
-    except (ValueError, RecursionError) as error:  # a number like 1e999 is read as infinity
-        raise FractalError(f"{where}: the recipe cannot be hashed ({error}); {_ADVICE}") from error
-
-
 def _parse_systems(values: list[Any], where: str) -> tuple[System, ...]:
     if not 1 <= len(values) <= MAX_CLASSES:
         raise FractalError(f"{where}: {len(values)} systems, but there may be 1 to {MAX_CLASSES:,}; {_ADVICE}")
@@ -173,7 +163,7 @@ def _parse_systems(values: list[Any], where: str) -> tuple[System, ...]:
 
 def _parse_system(value: object, where: str) -> System:
     """A list of maps, all of one of the two shapes, of finite numbers."""
-    for shape in _SHAPES:
+    for shape in MAP_SHAPES:
         if isinstance(value, list) and 1 <= len(value) <= _MAX_MAPS and all(_has_shape(one, shape) for one in value):
             return np.array(value, np.float64)
     raise FractalError(f"{where} is not a list of maps of 2 x 3 or 7 finite numbers; {_ADVICE}")
@@ -186,19 +176,8 @@ def _has_shape(value: object, shape: tuple[int, ...]) -> bool:
 
 
 def _parse_splits(fields: Fields, where: str) -> dict[str, tuple[PromisedShard, ...]]:
-    splits = fields.inner("splits")
-    parsed = {check_plain(name, where): _parse_split(splits.inner(name), where) for name in fields.mapping("splits")}
-    names = [shard.name for shards in parsed.values() for shard in shards]
-    if len(set(names)) != len(names):
-        raise FractalError(f"{where}: a shard is named twice; {_ADVICE}")
-    return parsed
-
-
-def _parse_split(fields: Fields, where: str) -> tuple[PromisedShard, ...]:
-    names = tuple(check_plain(name, where) for name in fields.texts("filenames"))
-    lengths, digests = fields.counts("shard_lengths"), fields.texts("content_digests")
-    if not len(names) == len(lengths) == len(digests):
-        raise FractalError(f"{where}: the lists of a split differ in length; {_ADVICE}")
-    if not all(map(_DIGEST.fullmatch, digests)):
+    rows = shard_rows(fields, where, lambda split: (split.counts("shard_lengths"), split.texts("content_digests")))
+    splits = {name: tuple(PromisedShard(*row) for row in listed) for name, listed in rows.items()}
+    if not all(_DIGEST.fullmatch(shard.content_digest) for shards in splits.values() for shard in shards):
         raise FractalError(f"{where}: a content digest is not 32 hexadecimal digits; {_ADVICE}")
-    return tuple(PromisedShard(*row) for row in zip(names, lengths, digests, strict=True))
+    return splits

@@ -15,6 +15,7 @@ from fractalshards.errors import FractalError
 from fractalshards.files import read_bounded
 from fractalshards.manifest import MAX_CLASSES
 
+MAP_SHAPES = ((2, 3), (7,))  # of one map of a system
 _MAX_BYTES = 64 << 20  # of the file, and of what is in it
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others inflate more at a time than is asked for
 # MemoryError by a header that lies
@@ -59,6 +60,6 @@ def _check_bounds(members: Sequence[zipfile.ZipInfo]) -> None:
 
 
 def _system(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    if array.dtype != np.float64 or array.shape[1:] not in ((2, 3), (7,)):
+    if array.dtype != np.float64 or array.shape[1:] not in MAP_SHAPES:
         raise ValueError(f"an array of {array.dtype} {array.shape}, not a system")
     return array

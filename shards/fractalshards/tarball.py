@@ -42,6 +42,11 @@ def pack_sample(sample: Sample) -> bytes:
     return b"".join(_pack_member(f"{sample.key}.{ext}", data) for ext, data in sample.files.items())
 
 
+def packed_size(sample: Sample) -> int:
+    """Bytes of what ``pack_sample`` makes of a sample."""
+    return sum(BLOCK + padded(len(data)) for data in sample.files.values())
+
+
 def parse_sample(data: bytes) -> Sample:
     """Read the members of one sample back from its tar blocks.
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from fractalshards.digest import ContentDigest, mapping_digest, systems_digest
+from fractalshards.digest import ContentDigest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.files import regular_size
@@ -19,6 +19,7 @@ from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label
 from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
 from fractalshards.names import RECIPE, SYSTEMS, sample_key
 from fractalshards.reader import decode_sample, read_blocks
+from fractalshards.recipes import recipe_problems
 from fractalshards.systems import read_systems
 from fractalshards.tarball import END_OF_TAR, Sample, parse_sample
 from fractalshards.workers import worker_pool
@@ -69,6 +70,16 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
             problems.extend(task.result())
             advance(tasks[task].samples)
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
+
+
+def repair_advice(manifest: Manifest) -> str:
+    """What to do about problems that were found."""
+    if "systems_digest" in manifest.recipe:
+        return "fetch the named files again, or render them again with 'fractalgen repair'"
+    return (
+        "fetch the named files again, or remove each named tar and the .json beside it, then run the same "
+        "'fractalshards pack' again"
+    )
 
 
 def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> list[Problem]:
@@ -170,10 +181,8 @@ def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:
 def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
     try:
         recipe = Fields.read(manifest.folder / RECIPE)
-        if recipe.mapping("recipe") != manifest.recipe or recipe.text("recipe_digest") != manifest.recipe_digest:
-            yield Problem(RECIPE, "", "recipe and manifest disagree")
-        if mapping_digest(manifest.recipe) != manifest.recipe_digest:
-            yield Problem(RECIPE, "", "recipe digest differs: the recipe was changed")
+        for what in recipe_problems(recipe.mapping("recipe"), recipe.text("recipe_digest"), manifest):
+            yield Problem(RECIPE, "", what)
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, RECIPE, error)
     if "systems_digest" not in manifest.recipe:  # packed, not rendered

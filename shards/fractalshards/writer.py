@@ -7,12 +7,13 @@ from pathlib import Path
 
 from fractalshards.atomic import atomic_file, write_json
 from fractalshards.digest import ContentDigest
+from fractalshards.errors import FractalError
 from fractalshards.images import PNG
 from fractalshards.labels import Label, classes_of, encode_label
-from fractalshards.manifest import ShardRecord
+from fractalshards.manifest import MAX_SAMPLE_BYTES, ShardRecord
 from fractalshards.names import sidecar_name
 from fractalshards.png import Indexed, Pixels, encode_png
-from fractalshards.tarball import END_OF_TAR, Sample, pack_sample
+from fractalshards.tarball import END_OF_TAR, Sample, pack_sample, packed_size
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
 Encode = Callable[[Pixels | Indexed], bytes]
@@ -62,7 +63,8 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
         classes: number of classes of the dataset; labels are in [0, classes).
 
     Raises:
-        OSError: as the file system does; then there is no sidecar, and so no shard that counts as finished.
+        FractalError: if a sample is larger than readers take.
+        OSError: as the file system does. After either there is no sidecar, and so no shard that counts as finished.
     """
     sha256 = hashlib.sha256()
     content = ContentDigest()
@@ -71,6 +73,7 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
     sides: set[int] = set()
     with atomic_file(folder / name) as file:
         for encoded in samples:
+            check_size(encoded.sample)
             blocks = pack_sample(encoded.sample)
             file.write(blocks)
             sha256.update(blocks)
@@ -93,6 +96,12 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
     )
     write_json(folder / sidecar_name(name), record.to_json())
     return record
+
+
+def check_size(sample: Sample) -> None:
+    """Raise a FractalError if a sample is larger than readers take: its shard would never count as finished."""
+    if (size := packed_size(sample)) > MAX_SAMPLE_BYTES:
+        raise FractalError(f"a sample of {size:,} bytes, but it may have {MAX_SAMPLE_BYTES >> 20} MiB at most")
 
 
 def pack_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -> bytes:

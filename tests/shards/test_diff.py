@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from fractalshards.atomic import write_json
 from fractalshards.cli import main
-from fractalshards.comparing.compare import MAX_READ, align, recipe_differences
+from fractalshards.comparing.compare import MAX_READ, align
 from fractalshards.digest import mapping_digest
 from fractalshards.manifest import Shard, read_record, write_manifest
 from fractalshards.names import INFO, sample_key, shard_name
@@ -203,14 +203,6 @@ def test_hostile_recipes_stay_on_their_line(whole: Path, tmp_path: Path) -> None
     assert len(lines) == 4
     assert "\x1b" not in lines[0]
     assert len(lines[0]) < 400
-
-
-def test_recipe_differences() -> None:
-    first = {"n": 1, "seed": 0, "params": {"blur": 0.5, "same": [1, 2]}}
-    second = {"n": 1, "seed": 1, "params": {"blur": 0.0, "same": [1, 2]}, "new": None}
-    assert recipe_differences(first, second) == [("seed", "0", "1"), ("blur", "0.5", "0.0"), ("new", "-", "None")]
-    assert recipe_differences(first, first) == []
-    assert recipe_differences({"params": 1}, {}) == [("params", "1", "-")]
 
 
 @pytest.mark.parametrize(

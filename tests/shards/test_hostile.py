@@ -1,12 +1,15 @@
 """Broken and hostile datasets: every command says what is wrong in one line, and nothing else happens.
 
-A table of what can be done to a sound dataset, and what ``info``, ``verify`` and ``sheet`` say of it.
+A table of what can be done to a sound dataset, and what ``info``, ``verify`` and ``sheet`` say of it; some of it is
+tried on the other commands too. Bounds on numbers are lowered where reaching them takes long: the tests of memory in
+the end reach them.
 """
 
 import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -26,17 +29,21 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fractalshards import verify as verify_module
+from fractalshards import fields, verify
+from fractalshards import png as png_module
 from fractalshards.cli import main
+from fractalshards.comparing import compare
 from fractalshards.manifest import read_record
 from fractalshards.names import INFO, RECIPE, SYSTEMS
 from fractalshards.png import encode_png
+from fractalshards.report import survey
 from fractalshards.tarball import END_OF_TAR, Sample, pack_sample, parse_sample
 
 SHARD = "train-000001.tar"  # with the samples 5 to 9
 SIDECAR = "train-000001.json"
 KEY = "000000007"
 MEMORY = 1500  # megabytes, the bound that shards/README.md states
+PROGRESS = ("verifying: ", "indexing: ", "comparing: ", "reading sidecars: ", "looking: ")
 MARK = Path("/tmp/made-by-a-hostile-dataset")
 
 Damage = Callable[[Path], object]
@@ -209,10 +216,12 @@ MANIFESTS = [
     everywhere("lists for a count", in_manifest(bytes=[[[]], 5]), "bytes is not a count: list"),
     everywhere("lists for text", in_manifest(sha256=[[], []]), "sha256 is not a list of texts"),
     everywhere("object for a list", in_manifest(filenames={}), "filenames is missing or not a list"),
+    everywhere("split that leads out", in_manifest(splits={"../train": {}}), "'../train' is not a plain file name"),
     everywhere("text for a split", in_manifest(splits={"train": "x"}), "train: expected a JSON object, found str"),
     everywhere("recipe 500 deep", in_manifest(recipe={"a": json.loads(DEEP)}), "recipe is nested more than 32 deep"),
+    everywhere("recipe of 2000 values", in_manifest(recipe={"a": [[]] * 2000}), "recipe has more than 1,000 values"),
     everywhere("infinite number", whole(INFO, '{"recipe": {"n": 1e999}}'), "not valid JSON (1e999 is too large)"),
-    everywhere("1 MB of lists", whole(INFO, "[" + "[]," * 350_000 + "[]]"), "expected a JSON object, found list"),
+    everywhere("100 kB of lists", whole(INFO, "[" + "[]," * 35_000 + "[]]"), "expected a JSON object, found list"),
     everywhere(
         "10 MB of digits", whole(INFO, '{"format_version": ' + "9" * 10_000_000 + "}"), "not valid JSON (Exceeds"
     ),
@@ -232,7 +241,7 @@ SIDECARS = [
     reading("10^12 samples", in_sidecar(samples=10**12), f"{SIDECAR}: the offsets do not fit 1000000000000 samples"),
     reading("a sample of 100 MB", in_sidecar(offsets=[0, 1, 2, 3, 4, 10**8], bytes=10**8), "64 MiB is the most"),
     reading("fractions", in_sidecar(offsets=[0.5]), f"{SIDECAR}: offsets is not a count: '0.5'"),
-    reading("lists for counts", in_sidecar(label_counts=[[]] * 100_000), "label_counts is not a count: list"),
+    reading("lists for counts", in_sidecar(label_counts=[[]] * 1000), "label_counts is not a count: list"),
     verifying("a sample left out", without_the_last_sample, f"{SHARD}: the tar does not end after its last sample"),
     verifying("other counts", in_sidecar(label_counts=[1, 2, 2]), "the labels are not those that the sidecar counts"),
     verifying(
@@ -287,7 +296,9 @@ IMAGES = [
     reading("no pixels", with_image(png(0, 16, b"")), f"{SHARD}: {KEY}: image cannot be decoded"),
     verifying("rows missing", with_image(png(16, 16, bytes(49))), f"{SHARD}: content digest differs"),
     reading("text of 20 MB", with_image(png(16, 16, bytes(784), bytes(20 << 20))), f"{SHARD}: {KEY}: image cannot be"),
-    reading("200,000 chunks", with_image(SMALL + bytes(12 * 200_000)), f"{SHARD}: {KEY}: image cannot be decoded"),
+    reading(
+        "2000 chunks", with_image(SMALL + bytes(12 * 2000)), f"{KEY}: image cannot be decoded: more than 1,000 chunks"
+    ),
     reading("truncated image", with_image(SMALL[:-30]), f"{SHARD}: {KEY}: image cannot be decoded"),
     reading("flipped bit", with_image(SMALL[:60] + b"\xff" + SMALL[61:]), f"{SHARD}: {KEY}: image cannot be decoded"),
     reading(
@@ -322,11 +333,20 @@ def in_this_process(workers: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads instead of processes, and bounds that are reached soon."""
+    for module in (verify, compare, survey):
+        monkeypatch.setattr(module, "worker_pool", in_this_process)
+    monkeypatch.setattr(fields, "_MAX_VALUES", 1000)
+    monkeypatch.setattr(png_module, "_MAX_CHUNKS", 1000)
+
+
 def check_failure(result: Result, folder: Path) -> str:
     """The error, after checking that it is one line, not too long, and all there is on stderr beside progress."""
     assert isinstance(result.exception, SystemExit), result.exc_info
     assert result.exit_code == 1, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("verifying: ", "indexing: "))]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(PROGRESS)]
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"error: {folder}"), lines
     assert len(lines[0]) < 2100
@@ -334,8 +354,7 @@ def check_failure(result: Result, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("case", MANIFESTS + SIDECARS + SHARDS + IMAGES + OTHERS, ids=lambda case: case.name)
-def test_hostile(case: Case, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "worker_pool", in_this_process)  # faster
+def test_hostile(case: Case, dataset: Path, tmp_path: Path) -> None:
     case.damage(dataset)
     before = {path.name for folder in (dataset, tmp_path) for path in folder.iterdir()}
     for command, *options in (("info",), ("sheet", "--out", str(tmp_path / "sheet.png")), ("verify", "--workers", "1")):
@@ -355,6 +374,39 @@ def test_hostile(case: Case, dataset: Path, tmp_path: Path, monkeypatch: pytest.
     result = CliRunner().invoke(main, ["index", "--dali", str(dataset)])
     if result.exit_code or "info" in case.failing:
         check_failure(result, dataset)
+    assert not MARK.exists()
+
+
+NOT_DIFF = ("program for systems", "pipe for systems")  # which only the recipe is made of
+OTHERWISE = (
+    *("name with a pipe", "lists for a count", "recipe 500 deep", "device for the manifest"),
+    *("offsets beyond the file", "a sample of 100 MB", "pipe for a sidecar", "pipe for a shard", "cut off"),
+    *("link", "10 GB claimed", "two samples in one", "label out of range", "file too many"),
+    *("100 million pixels", "truncated image", "2000 chunks", *NOT_DIFF),
+)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_hostile_to_other_commands(name: str, dataset: Path, tmp_path: Path) -> None:
+    (case,) = (case for case in MANIFESTS + SIDECARS + SHARDS + IMAGES + OTHERS if case.name == name)
+    other = shutil.copytree(dataset, tmp_path / "other")
+    digests = json.loads((other / INFO).read_text())["splits"]["train"]["content_digests"]
+    in_manifest(content_digests=[digests[0], "0" * 32])(other)  # so the samples of this shard are compared
+    case.damage(dataset)
+    reading = ("diff", "report") if name not in NOT_DIFF else ()
+    failing = {*reading, "recipe"} if "info" in case.failing or not reading else set(reading)
+    for command, *options in (
+        ("diff", str(other), "--workers", "1"),
+        ("report", "--out", str(tmp_path / "page.html"), "--workers", "1"),
+        ("recipe", "--out", str(tmp_path / "recipe.json")),
+    ):
+        result = CliRunner().invoke(main, [command, str(dataset), *options])
+        if command in failing:
+            assert case.words.rpartition(": ")[2] in check_failure(result, dataset)
+        else:
+            assert "error" not in result.stderr
+    written = {"page.html", "recipe.json"} & {path.name for path in tmp_path.iterdir()}
+    assert written == {name for name, by in (("page.html", "report"), ("recipe.json", "recipe")) if by not in failing}
     assert not MARK.exists()
 
 
@@ -384,20 +436,39 @@ def big_picture() -> bytes:
     return buffer.getvalue()
 
 
+def recipe_of_lists(folder: Path) -> None:
+    in_manifest(recipe={"a": "HERE"})(folder)
+    lists = "[" + "[]," * 1_000_000 + "[]]"
+    (folder / INFO).write_text((folder / INFO).read_text().replace('"HERE"', lists))
+
+
 @pytest.mark.parametrize(
     ("damage", "command", "words", "most"),
     [
         (lambda: whole(INFO, "[" + "[]," * 5_500_000 + "[]]"), "info", "expected a JSON object", 600),
+        (lambda: recipe_of_lists, "info", "recipe has more than 1,000,000 values", 300),
         (lambda: npz(bytes(4 * 10**8), zipfile.ZIP_DEFLATED), "verify", "400,000,000 bytes when inflated", 200),
         (lambda: with_files(txt=bytes(60 << 20)), "verify", "expected one image", 300),
         (lambda: with_image(big_picture()), "verify", "its image is named .png but is a .webp", MEMORY),
+        (lambda: with_image(encode_png(np.zeros((4000, 4000, 3), np.uint8))), "report", "page.html: ", 300),
         (lambda: with_image(SMALL + bytes(60 << 20)), "verify", "more than 100,000 chunks", 400),
     ],
-    ids=["JSON", "systems", "sample", "image", "chunks of an image"],
+    ids=[
+        "JSON",
+        "recipe",
+        "systems",
+        "sample",
+        "image",
+        "image in a report",
+        "chunks of an image",
+    ],
 )
-def test_memory_is_bounded(dataset: Path, damage: Callable[[], Damage], command: str, words: str, most: int) -> None:
+def test_memory_is_bounded(
+    dataset: Path, tmp_path: Path, damage: Callable[[], Damage], command: str, words: str, most: int
+) -> None:
     damage()(dataset)
-    output, megabytes = run_measured(command, str(dataset))
+    options = ("--out", str(tmp_path / "page.html"), "--workers", "1") if command == "report" else ()
+    output, megabytes = run_measured(command, str(dataset), *options)
     assert words in output
     assert "Traceback" not in output
     assert megabytes < most

@@ -24,10 +24,14 @@ from torchvision.datasets import ImageFolder
 
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest
+from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest, read_record
+from fractalshards.packing import pack as pack_module
 from fractalshards.packing.image_folder import list_folder
 from fractalshards.packing.order import shuffled
+from fractalshards.packing.pack import plan_pack, run_pack
+from fractalshards.packing.source import parse_source
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.tarball import Sample
@@ -275,19 +279,26 @@ def test_another_recipe_and_a_folder_that_is_no_dataset_are_left_alone(
     assert names(tmp_path) == ["other", "thesis.tex"]
 
 
-def test_killed_half_way_it_continues_to_the_same_dataset(tmp_path: Path, image_folder: Make) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_half_way_it_continues_to_the_same_dataset(
+    tmp_path: Path, image_folder: Make, number: signal.Signals, code: int
+) -> None:
     big = image_folder(tmp_path / "big", {"a": 80, "b": 80})
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
     assert pack(f"imagefolder:{big}", undisturbed, "--shard-size", "2").exit_code == 0
     command = [FRACTALSHARDS, "pack", f"imagefolder:{big}", out, "--shard-size", "2", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(out.glob("train-*.json"))) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    if number != signal.SIGKILL:
+        advice = "stopped; finished shards are kept, run the same command again to go on"
+        assert errors.splitlines()[-1] == f"error: {out}: {advice}"
     assert not (out / "_info.json").exists()
     result = subprocess.run(command, text=True, capture_output=True, timeout=100)
     assert result.returncode == 0, result.stderr
@@ -320,6 +331,30 @@ def test_all_bad_images_are_named_and_nothing_looks_finished(
     result = pack(*run)
     assert result.exit_code == 0, result.output
     assert "of them done" in result.stderr
+
+
+def test_an_image_too_large_for_a_sample_is_named(tmp_path: Path, image_folder: Make) -> None:
+    source = image_folder(tmp_path / "in", {"a": 2, "b": 2})
+    os.truncate(source / "a" / "001.jpg", 72_000_000)  # decoders stop where the image ends
+    os.truncate(source / "b" / "002.jpg", (64 << 20) - 1)  # itself small enough, but not with its headers
+    result = pack(f"imagefolder:{source}", tmp_path / "out")
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert f"{source}/a/001.jpg: larger than 64 MiB, too large for a sample" in error
+    assert f"{source}/b/002.jpg: a sample of 67,110,400 bytes, but it may have 64 MiB at most" in error
+    assert not list((tmp_path / "out").glob("*.tar"))
+    os.truncate(source / "a" / "001.jpg", 60_000_000)
+    os.truncate(source / "b" / "002.jpg", 60_000_000)
+    result = pack(f"imagefolder:{source}", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_shard_that_vanishes_is_an_error(tmp_path: Path, image_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image_folder(tmp_path / "in", {"a": 2, "b": 2})
+    plan = plan_pack(tmp_path / "out", parse_source(f"imagefolder:{source}", None), 0, 2)
+    monkeypatch.setattr(pack_module, "run_jobs", lambda *_: ())  # all went well, they say
+    with pytest.raises(FractalError, match=r"train-000000.tar, train-000001.tar vanished after being written; check"):
+        run_pack(plan, 1)
 
 
 def hostile(tmp_path: Path, what: str, image_folder: Make) -> Path:
@@ -416,6 +451,43 @@ def test_verify_wants_systems_just_where_the_recipe_names_them(packed: Path, tmp
     result = CliRunner().invoke(main, ["verify", str(out), "--workers", "1"])
     assert result.exit_code == 1
     assert "systems.npz: not in the recipe" in result.stdout
+
+
+def flip_a_bit(tar: Path) -> None:
+    data = bytearray(tar.read_bytes())
+    data[800] ^= 1
+    tar.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_a_bit, "sha256 differs"),
+        (lambda tar: os.truncate(tar, 700), "700 bytes instead of"),
+        (lambda tar: tar.with_suffix(".json").write_text("{}"), "is missing or not"),
+        (Path.unlink, "is missing"),
+    ],
+    ids=["flipped bit", "cut off", "sidecar", "missing"],
+)
+def test_what_verify_advises_for_a_damaged_dataset_mends_it(
+    flowers: Path, packed: Path, tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    out = shutil.copytree(packed, tmp_path / "out")
+    damage(out / "train-000001.tar")
+    result = CliRunner().invoke(main, ["verify", str(out), "--workers", "1"])
+    assert result.exit_code == 1
+    assert [line for line in result.stdout.splitlines() if "train-000001" in line and words in line], result.stdout
+    assert result.stderr.splitlines()[-1].endswith(
+        "; fetch the named files again, or remove each named tar and the .json beside it, then run the same "
+        "'fractalshards pack' again"
+    )
+    for name in ("train-000001.tar", "train-000001.json"):
+        (out / name).unlink(missing_ok=True)
+    result = pack(f"imagefolder:{flowers}", out, "--split", "train=0.8,val=0.2", "--shard-size", "8")
+    assert result.exit_code == 0, result.output
+    assert "to pack: 8 images" in result.stderr
+    assert load_manifest(out).content_digest() == load_manifest(packed).content_digest()
+    assert CliRunner().invoke(main, ["verify", str(out), "--workers", "1"]).exit_code == 0
 
 
 def test_verify_notices_a_format_that_is_named_wrongly(packed: Path, tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def test_recipe_and_systems_are_checked(dataset: Path) -> None:
     recipe = json.loads((dataset / RECIPE).read_text())
     recipe["recipe"]["n"] = 11
     (dataset / RECIPE).write_text(json.dumps(recipe))
-    assert f"{RECIPE}: recipe and manifest disagree" in verify(dataset).stdout
+    result = verify(dataset)
+    assert f"{RECIPE}: recipe and manifest disagree" in result.stdout
+    assert "or render them again with 'fractalgen repair'" in result.stderr
 
 
 def test_commands_fail_in_one_line(tmp_path: Path, dataset: Path) -> None:

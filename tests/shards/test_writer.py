@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fractalshards import writer
 from fractalshards.errors import FractalError
 from fractalshards.labels import decode_label
 from fractalshards.manifest import finished_record, load_manifest, read_record
@@ -82,6 +83,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         write_shard(tmp_path, "train-000000.tar", 1, samples())
     assert list(tmp_path.iterdir()) == []
     assert caught.value.filename == str(tmp_path / "train-000000.tar")
+
+
+def test_what_readers_would_refuse_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_SAMPLE_BYTES", 1 << 20)
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    with pytest.raises(FractalError, match=r"a sample of 1,4.* bytes, but it may have 1 MiB at most"):
+        write_shard(tmp_path, "train-000000.tar", 3, [("000000000", (noise, 0))])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["no sidecar", "other size", "not JSON", "wrong counts", "offsets out of order"])

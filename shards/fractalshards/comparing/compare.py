@@ -1,21 +1,20 @@
 """Compares two datasets: shard by shard as their manifests promise, sample by sample where that tells too little."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, zip_longest
-from typing import Any
 
 from fractalshards.comparing.matching import Matcher, ShardToDigest, digest_shard
 from fractalshards.console import progress
 from fractalshards.human import human_count
 from fractalshards.manifest import Manifest, Shard
 from fractalshards.reader import index_split
+from fractalshards.recipes import recipe_differences
 from fractalshards.workers import worker_pool
 
 MAX_READ = 20  # differing shards of a split that are looked into: enough to see what is going on
-_MAX_TEXT = 60  # letters of a value
 _FACTS = ("label_type", "classes", "image_size", "class_names", "class_ids")
 
 Manifests = tuple[Manifest, Manifest]
@@ -70,13 +69,6 @@ def align(first: Sequence[Shard], second: Sequence[Shard]) -> Alignment:
         regrouped=tuple(pair for pair in pairs if not len(pair[0]) == len(pair[1]) == 1),
         extra=extra,
     )
-
-
-def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Name and both values of the fields, parameters included, in which recipes differ; ``-`` where one has none."""
-    one, other = _flatten(first), _flatten(second)
-    names = [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
-    return [(name, _show(one, name), _show(other, name)) for name in names]
 
 
 def _stretches(first: Sequence[Shard], second: Sequence[Shard]) -> Iterator[Pair]:
@@ -180,18 +172,3 @@ def _digests(shards: Sequence[Shard]) -> list[str]:
 
 def _samples(shards: Sequence[Shard]) -> str:
     return human_count(sum(shard.samples for shard in shards), "sample")
-
-
-def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters beside the other fields."""
-    params = recipe.get("params")
-    return (
-        {**{name: recipe[name] for name in recipe if name != "params"}, **params}
-        if isinstance(params, dict)
-        else dict(recipe)
-    )
-
-
-def _show(recipe: Mapping[str, Any], name: str) -> str:
-    text = str(recipe[name]) if name in recipe else "-"
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from fractalshards.digest import hashed_image
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count
 from fractalshards.labels import label_extension
@@ -44,12 +45,11 @@ def digest_shard(task: ShardToDigest) -> tuple[ShardToDigest, list[SampleDigest]
             pixels, _ = decode_sample(sample, task.classes)
         except FractalError as error:
             raise FractalError(f"{task.index.path}: {sample.key}: {error}; fetch or build it again") from error
-        label = label_extension(sample.files)
-        (image,) = sample.files.keys() - {label}
-        # a PNG is its pixels; decoders of other formats may differ, so there the file counts
-        content = str(pixels.shape).encode() + pixels.tobytes() if image == "png" else sample.files[image]
-        texts = (image.encode() + b"\0" + content, label.encode() + b"\0" + sample.files[label])
-        digests.append(SampleDigest(sample.key, *(xxhash.xxh3_128(text).hexdigest() for text in texts)))
+        label = sample.files[label_extension(sample.files)]
+        image = xxhash.xxh3_128()
+        for part in hashed_image(sample, pixels):
+            image.update(part)
+        digests.append(SampleDigest(sample.key, image.hexdigest(), xxhash.xxh3_128(label).hexdigest()))
     return task, digests
 
 

@@ -21,7 +21,8 @@ import xxhash
 
 from fractalshards.errors import FractalError
 from fractalshards.extras import needs_extra
-from fractalshards.packing.listing import MAX_IMAGE_BYTES, Indices, Listing, Part
+from fractalshards.manifest import MAX_SAMPLE_BYTES
+from fractalshards.packing.listing import ImageListing, Indices, Part
 from fractalshards.packing.wordnet import are_synsets
 from fractalshards.tarball import BLOCK, Member, scan_members
 
@@ -62,8 +63,8 @@ class TarImages:
     def read(self, index: int) -> bytes:
         """The bytes of a file; see ``Images``."""
         size = int(self.sizes[index])
-        if size > MAX_IMAGE_BYTES:
-            raise FractalError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
+        if size > MAX_SAMPLE_BYTES:
+            raise FractalError(f"larger than {MAX_SAMPLE_BYTES >> 20} MiB, too large for a sample")
         data = os.pread(_descriptor(self.tar), size, int(self.starts[index]))
         if len(data) != size:
             raise FractalError(f"cut off after {len(data)} of {size} bytes")
@@ -79,7 +80,7 @@ class _Devkit:
     val_labels: tuple[int, ...]
 
 
-def list_ilsvrc(folder: Path, with_val: bool) -> Listing:
+def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
     """List the images of the archives from their headers, in one pass.
 
     Args:
@@ -107,7 +108,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> Listing:
         parts["val"] = _part(folder / VAL, _val_images(folder / VAL, devkit), "val", numbers, digest)
     elif with_val:
         notes.append(f"no {VAL} in {folder}, so no split val")
-    return Listing(
+    return ImageListing(
         classes=len(classes),
         class_names=tuple(devkit.names[synset] for synset in classes),
         class_ids=classes,
@@ -211,7 +212,7 @@ def _unpack_devkit(path: Path) -> dict[str, bytes]:
 
 def _read_synsets(data: bytes, where: str) -> tuple[dict[str, str], dict[int, str]]:
     """Of the synsets without children, which are the classes: names by id, and ids by number."""
-    with needs_extra("train", f"reading {DEVKIT}"):
+    with needs_extra("imagenet", f"reading {DEVKIT}"):
         from scipy.io import loadmat
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]

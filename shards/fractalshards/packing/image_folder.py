@@ -11,8 +11,8 @@ import xxhash
 
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count
-from fractalshards.manifest import MAX_CLASSES
-from fractalshards.packing.listing import MAX_IMAGE_BYTES, Indices, Listing, Part
+from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLE_BYTES
+from fractalshards.packing.listing import ImageListing, Indices, Part
 from fractalshards.packing.wordnet import are_synsets
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # of torchvision
@@ -40,9 +40,9 @@ class FileImages:
     def read(self, index: int) -> bytes:
         """The bytes of a file; see ``Images``."""
         with (self.folder / self.paths[index]).open("rb") as file:
-            data = file.read(MAX_IMAGE_BYTES + 1)
-        if len(data) > MAX_IMAGE_BYTES:
-            raise FractalError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
+            data = file.read(MAX_SAMPLE_BYTES + 1)
+        if len(data) > MAX_SAMPLE_BYTES:
+            raise FractalError(f"larger than {MAX_SAMPLE_BYTES >> 20} MiB, too large for a sample")
         return data
 
 
@@ -51,7 +51,7 @@ def holds_splits(path: Path) -> bool:
     return (path / "train").is_dir() and bool(_folders(path / "train"))
 
 
-def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> Listing:
+def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageListing:
     """List the images of each split.
 
     Links are followed. Hidden files and folders, and files without the name of an image, are left out.
@@ -75,7 +75,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> Listing
     for split, one in found.items():
         for name in one.images.paths:
             digest.update(os.fsencode(f"{split}/{name}") + b"\0")
-    return Listing(
+    return ImageListing(
         classes=len(classes),
         class_names=() if are_synsets(classes) else classes,
         class_ids=classes if are_synsets(classes) else (),

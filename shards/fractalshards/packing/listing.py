@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-MAX_IMAGE_BYTES = 256 << 20  # a worker holds an image as a whole
 Indices = npt.NDArray[np.int64]
 
 
@@ -28,7 +27,7 @@ class Images(Protocol):
         """The bytes of a file.
 
         Raises:
-            FractalError: if it is cut off, or larger than any image.
+            FractalError: if it is cut off, or larger than a sample may be.
             OSError: if it cannot be read.
         """
         ...
@@ -47,7 +46,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """All there is to pack.
 
     ``parts`` has ``train`` and perhaps ``val``; names and ids are by class index, or empty. ``digest`` identifies the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, run_jobs
+from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, refuse_vanished, run_jobs
 from fractalshards.atomic import remove_leftovers
 from fractalshards.claim import claim_folder, refuse_other, stored_recipe
 from fractalshards.errors import FractalError, UsageError
@@ -15,13 +15,13 @@ from fractalshards.images import PNG, image_format
 from fractalshards.labels import encode_label
 from fractalshards.manifest import ShardRecord
 from fractalshards.names import sample_key, shard_name
-from fractalshards.packing.listing import Listing, Part
+from fractalshards.packing.listing import ImageListing, Part
 from fractalshards.packing.order import deal, shuffled
 from fractalshards.packing.source import Source
 from fractalshards.png import decode_image, encode_png
 from fractalshards.tarball import Sample
 from fractalshards.workers import worker_pool
-from fractalshards.writer import Encoded, write_samples
+from fractalshards.writer import Encoded, check_size, write_samples
 
 RECIPE_VERSION = 1  # raised whenever another dataset is made of the same files
 _MAX_SAMPLES = 10**9  # keys have nine digits
@@ -113,8 +113,8 @@ def run_pack(plan: PackPlan, workers: int) -> None:
     Every image is decoded once; all others are still packed where some cannot be, so that all are named.
 
     Raises:
-        FractalError: naming the images that cannot be packed; if a worker process was killed, or another build has
-            claimed the folder since it was looked at.
+        FractalError: naming the images that cannot be packed; if a worker process was killed, shards vanished, or
+            another build has claimed the folder since it was looked at.
         OSError: as the file system does; shards that are finished stay.
     """
     claim_folder(plan.folder, plan.contents.recipe)
@@ -127,7 +127,7 @@ def run_pack(plan: PackPlan, workers: int) -> None:
             complaints += bad_images
     if complaints:
         raise FractalError(_complain(sorted(complaints)))
-    publish(plan.folder, tuple(plan.parts), plan.contents)
+    refuse_vanished(plan.folder, publish(plan.folder, tuple(plan.parts), plan.contents))
 
 
 def pack_shard(folder: Path, task: ShardTask, part: Part, classes: int) -> tuple[str, ...]:
@@ -163,16 +163,18 @@ def encode_file(key: str, data: bytes, label: int) -> Encoded:
     """The sample of an image file: its bytes as they are, or a PNG of its pixels if shards do not hold its format.
 
     Raises:
-        FractalError: if it cannot be decoded.
+        FractalError: if it cannot be decoded, or the sample would be larger than readers take.
     """
     pixels = decode_image(data)
     extension = image_format(data)
     image = {extension: data} if extension else {PNG: encode_png(pixels)}
     name, text = encode_label(label)
-    return Encoded(Sample(key, {**image, name: text}), pixels, label)
+    sample = Sample(key, {**image, name: text})
+    check_size(sample)
+    return Encoded(sample, pixels, label)
 
 
-def _contents(recipe: PackRecipe, listing: Listing) -> Contents:
+def _contents(recipe: PackRecipe, listing: ImageListing) -> Contents:
     return Contents(asdict(recipe), "single", recipe.classes, listing.class_names, listing.class_ids)
 
 

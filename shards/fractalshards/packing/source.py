@@ -11,7 +11,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.overrides import nearest
 from fractalshards.packing.ilsvrc import list_ilsvrc
 from fractalshards.packing.image_folder import holds_splits, list_folder
-from fractalshards.packing.listing import Listing
+from fractalshards.packing.listing import ImageListing
 
 KINDS = ("imagefolder", "imagenet")
 SPLITS = ("train", "val")
@@ -28,7 +28,7 @@ class Source:
     val_share: Fraction | None = None
     folders: Mapping[str, str] | None = None
 
-    def list_images(self, out: Path) -> Listing:
+    def list_images(self, out: Path) -> ImageListing:
         """List the images; dealing them to splits is left to do.
 
         Args:

@@ -54,7 +54,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class ShardTask:
+class LookTask:
     """What to take from a shard: so many thumbnails by class, measures of these samples by position in the shard."""
 
     index: ShardIndex
@@ -72,7 +72,7 @@ class ShardLooks:
     looks: tuple[Look, ...]
 
 
-def look_at_shard(task: ShardTask) -> ShardLooks:
+def look_at_shard(task: LookTask) -> ShardLooks:
     """Take from a shard what the task asks for; fewer thumbnails where it has not as many samples of a class.
 
     Of the samples of a class those are taken that lie evenly spread over the shard.
@@ -119,7 +119,7 @@ def shrink(image: Pixels, tile: int) -> bytes:
 class _Reader:
     """An open shard; its errors name the shard and the sample."""
 
-    def __init__(self, task: ShardTask, descriptor: int) -> None:
+    def __init__(self, task: LookTask, descriptor: int) -> None:
         self._task = task
         self._descriptor = descriptor
         self._bounds = task.index.offsets.tolist()
@@ -165,7 +165,7 @@ class _Reader:
         return FractalError(f"{path}: sample {position}: {error}; see 'fractalshards verify', fetch or build it again")
 
 
-def _choose(reader: _Reader, task: ShardTask) -> list[tuple[int, int]]:
+def _choose(reader: _Reader, task: LookTask) -> list[tuple[int, int]]:
     """(class, position) of the samples to show."""
     places: dict[int, list[int]] = {label: [] for label in task.wanted}
     for position, label in enumerate(reader.labels()):
@@ -186,8 +186,9 @@ def _detail(image: Pixels) -> npt.NDArray[np.bool_]:
     """Where an image differs from a neighbour, (H, W) bool."""
     found = np.zeros(image.shape[:2], np.bool_)
     for axis in (0, 1):
-        rows = np.moveaxis(image, axis, 0).astype(np.int16)
-        steps = (np.abs(np.diff(rows, axis=0)) > DETAIL).any(axis=2)
+        rows = np.moveaxis(image, axis, 0)
+        before, after = rows[:-1], rows[1:]  # differences of wider integers would take twice the memory of an image
+        steps = (np.maximum(before, after) - np.minimum(before, after) > DETAIL).any(axis=2)
         along = np.moveaxis(found, axis, 0)
         along[1:] |= steps
         along[:-1] |= steps

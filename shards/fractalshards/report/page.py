@@ -17,6 +17,7 @@ from fractalshards.errors import UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest
+from fractalshards.recipes import flat_recipe
 from fractalshards.report.charts import Chart, class_chart, histogram, tally
 from fractalshards.report.looks import DETAIL, Look
 from fractalshards.report.survey import Survey
@@ -48,14 +49,13 @@ def load_template() -> "jinja2.Template":
     with needs_extra("report", "a report"):
         import jinja2
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fractalshards.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template("report.html.jinja")
+    return environment.from_string(_template_file("report.html.jinja"))
 
 
 def check_page_name(path: Path) -> None:
@@ -69,10 +69,7 @@ def render_page(template: "jinja2.Template", survey: Survey) -> str:
     from markupsafe import Markup  # jinja2 brings it along
 
     manifest = survey.manifest
-    style, script = (
-        files("fractalshards.report").joinpath("templates", name).read_text("utf-8")
-        for name in ("report.css", "report.js")
-    )
+    style, script = _template_file("report.css"), _template_file("report.js")
     return template.render(
         style=Markup(style),
         script=Markup(script),
@@ -96,6 +93,10 @@ def render_page(template: "jinja2.Template", survey: Survey) -> str:
         human_bytes=human_bytes,
         text=_text,
     )
+
+
+def _template_file(name: str) -> str:
+    return files("fractalshards.report").joinpath("templates", name).read_text("utf-8")
 
 
 def _csp_hash(text: str) -> str:
@@ -173,10 +174,7 @@ def _percent(share: float) -> str:
 
 
 def _recipe_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    recipe = dict(manifest.recipe)
-    inner = recipe.pop("params", {})
-    params = inner if isinstance(inner, dict) else {"params": inner}
-    for name, value in {**recipe, **params}.items():
+    for name, value in flat_recipe(manifest.recipe).items():
         yield _text(name), _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
+from fractalshards.files import regular_size
 from fractalshards.manifest import Manifest, Shard, read_record
 from fractalshards.reader import ShardIndex
-from fractalshards.report.looks import Look, ShardLooks, ShardTask, Thumbnail, look_at_shard
+from fractalshards.report.looks import Look, LookTask, ShardLooks, Thumbnail, look_at_shard
 from fractalshards.workers import worker_pool
 
 MAX_LOOKS = 2000  # images measured
@@ -111,11 +112,11 @@ class _Plan:
         samples = np.array([shard.samples for shard in manifest.splits[split]], np.int64)
         self._firsts = np.cumsum(samples) - samples
         self._looked = np.array(spread(int(samples.sum()), MAX_LOOKS))
-        self._tasks: dict[int, ShardTask] = {}
+        self._tasks: dict[int, LookTask] = {}
 
     def add(self, number: int, index: ShardIndex, counts: Counts, most: int) -> None:
         """Take what is needed from the shard with this number, whose classes are counted: so many of each at most."""
-        task = self._tasks.get(number) or ShardTask(index, {}, self._inside(number), self._manifest.classes, self._tile)
+        task = self._tasks.get(number) or LookTask(index, {}, self._inside(number), self._manifest.classes, self._tile)
         wanted = dict(task.wanted)
         for label, missing in list(self.missing.items()):
             if count := min(missing, most, int(counts[label]) - wanted.get(label, 0)):
@@ -128,7 +129,7 @@ class _Plan:
         for label in list(self.missing):
             self._found(label, max(self.per_class - int(counts[label]), 0))
 
-    def tasks(self) -> list[ShardTask]:
+    def tasks(self) -> list[LookTask]:
         """What there is to do, in order of shards."""
         tasks = (self._tasks[number] for number in sorted(self._tasks))
         return [task for task in tasks if task.wanted or task.looked]
@@ -172,7 +173,7 @@ def _read_sidecar(manifest: Manifest, shard: Shard) -> tuple[ShardIndex, Counts]
     record = read_record(manifest.folder, shard.name, manifest.label_type)
     if record.shard() != shard or len(record.label_counts) != manifest.classes:
         raise FractalError(f"{path}: its sidecar and the manifest disagree; fetch or build it again")
-    if (size := path.stat().st_size) != record.bytes:
+    if (size := regular_size(path)) != record.bytes:
         raise FractalError(f"{path}: {size} bytes instead of {record.bytes}; fetch or build it again")
     return ShardIndex(path, np.array(record.offsets, np.int64)), np.array(record.label_counts, np.int64)
 
@@ -184,7 +185,7 @@ def _scattered(manifest: Manifest) -> Iterator[tuple[str, int, Shard]]:
             yield split, number, shards[number]
 
 
-def _run(tasks: list[ShardTask], workers: int) -> list[ShardLooks]:
+def _run(tasks: list[LookTask], workers: int) -> list[ShardLooks]:
     """What the tasks give, in their order."""
     images = sum(len(task.looked) + sum(task.wanted.values()) for task in tasks)
     with progress("looking", images, "images") as advance, worker_pool(min(workers, len(tasks))) as pool:

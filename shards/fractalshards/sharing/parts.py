@@ -10,7 +10,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import Manifest, Shard
 
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
-_SHARD = re.compile(r"(train|val)-(\d{6,9})\.tar")
+_SHARD = re.compile(r"(train|val)-(\d{6})\.tar")
 
 
 @dataclass(frozen=True)
