@@ -13,6 +13,7 @@ from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.names import INFO, RECIPE, SYSTEMS
+from fractalshards.recipes import recipe_problems
 from fractalshards.systems import Systems, read_systems, write_systems
 
 _MAX_MAPS = 255
@@ -78,8 +79,8 @@ def _sound_recipe(folder: Path) -> Recipe:
 def _read_recipe(path: Path) -> Recipe:
     fields = Fields.read(path)
     recipe = parse_recipe(fields.mapping("recipe"), str(path))
-    if recipe.digest() != fields.text("recipe_digest"):
-        raise FractalError(f"{path}: recipe digest differs, the recipe was changed; fetch it again")
+    for problem in recipe_problems(recipe.to_json(), fields.text("recipe_digest")):
+        raise FractalError(f"{path}: {problem}; fetch it again")
     return recipe
 
 

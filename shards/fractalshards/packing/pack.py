@@ -26,6 +26,7 @@ from fractalshards.writer import Encoded, check_size, write_samples
 RECIPE_VERSION = 1  # raised whenever another dataset is made of the same files
 _MAX_SAMPLES = 10**9  # keys have nine digits
 _MAX_SHARDS = 100_000
+_ADVICE = "replace {them} and run the same command again, or remove {them} and pack into a new folder"
 _NAMED = 10  # of the images that cannot be packed
 
 
@@ -195,10 +196,7 @@ def _tasks(parts: Mapping[str, Part], recipe: PackRecipe) -> dict[ShardTask, Par
 
 def _complain(complaints: list[str]) -> str:
     if len(complaints) == 1:
-        return f"{complaints[0]}; replace or remove it, then run the same command again"
+        return f"{complaints[0]}; {_ADVICE.format(them='it')}"
     named = "; ".join(complaints[:_NAMED])
     more = f"; and {len(complaints) - _NAMED:,} more" if len(complaints) > _NAMED else ""
-    return (
-        f"{len(complaints):,} images cannot be packed, replace or remove them, then run the same command again: "
-        f"{named}{more}"
-    )
+    return f"{len(complaints):,} images cannot be packed: {named}{more}; {_ADVICE.format(them='them')}"
