@@ -89,19 +89,21 @@ def _soak(
     return tally
 
 
-def _kill_at_random(process: subprocess.Popen[bytes], rng: random.Random, whole: float, tally: Tally) -> None:
-    """Kill a worker, or the build, some time before it would be over; or neither, if it ends before that."""
-    try:
-        process.wait(rng.uniform(0, whole))
-        return
-    except subprocess.TimeoutExpired:
-        workers = _workers(process.pid)
-    if workers and rng.random() < 0.5:
-        os.kill(rng.choice(workers), signal.SIGKILL)
-        tally.workers_killed += 1
-    else:
-        process.kill()
-        tally.builds_killed += 1
+def _kill_at_random(process: subprocess.Popen[bytes], rng: random.Random, pause: float, tally: Tally) -> None:
+    """Kill workers of a build at random moments, up to ``pause`` seconds apart, then the build, if it still runs."""
+    while True:
+        try:
+            process.wait(rng.uniform(0, pause))
+            return
+        except subprocess.TimeoutExpired:
+            workers = _workers(process.pid)
+        if workers and rng.random() < 0.5:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+            tally.workers_killed += 1
+        else:
+            process.kill()
+            tally.builds_killed += 1
+            return
 
 
 def _workers(parent: int) -> list[int]:

@@ -12,11 +12,12 @@ from fractalgen.folder import claim, settle
 from fractalgen.forecast import Forecast, check_space, forecast
 from fractalgen.kinds import find_kind
 from fractalgen.plan import shard_tasks
-from fractalgen.recipe import Recipe
+from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import render_range
 from fractalgen.slices import Slice
 from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, run_jobs
 from fractalshards.atomic import remove_leftovers
+from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
 from fractalshards.names import SYSTEMS
@@ -26,12 +27,17 @@ from fractalshards.writer import write_shard
 
 @dataclass(frozen=True)
 class Plan:
-    """A build that is ready to run: all shards, those to render now, and what that will cost (None for nothing)."""
+    """A build that is ready to run.
+
+    ``tasks`` are all shards of the dataset, ``own`` those of this build, and ``missing`` those of them to render now;
+    ``cost`` is what that will take, None for nothing.
+    """
 
     folder: Path
     recipe: Recipe
     systems: Systems
     tasks: tuple[ShardTask, ...]
+    own: tuple[ShardTask, ...]
     missing: tuple[ShardTask, ...]
     cost: Forecast | None
 
@@ -54,26 +60,30 @@ def plan_build(
         remove_leftovers(folder)
     tasks = shard_tasks(bound)
     finished = finished_shards(folder, tasks, contents_of(bound))
-    missing = tuple(task for task in (part.of(tasks) if part else tasks) if task.name not in finished)
+    own = part.of(tasks) if part else tasks
+    missing = tuple(task for task in own if task.name not in finished)
     left = sum(task.stop - task.first for task in missing)
     cost = forecast(bound, systems, left, min(workers, len(missing))) if left else None
     if cost is not None:
         check_space(folder, cost)
-    return Plan(folder, bound, systems, tasks, missing, cost)
+    return Plan(folder, bound, systems, tasks, own, missing, cost)
 
 
 def run_build(plan: Plan, executor: Executor) -> tuple[str, ...]:
-    """Render what the plan says; when the last shard of the dataset is there, assemble the manifest from the sidecars.
+    """Render what is missing, then finish the dataset; see ``render_missing`` and ``finish_dataset``."""
+    render_missing(plan, executor)
+    return finish_dataset(plan)
+
+
+def render_missing(plan: Plan, executor: Executor) -> None:
+    """Write the missing shards.
 
     Args:
         executor: of ``engines.open_engine``.
 
-    Returns:
-        The names of the shards that are missing because they are not in the plan, but in other slices.
-
     Raises:
-        FractalError: if workers died at some shards again and again (the others are rendered all the same), shards
-            vanished, or another build has claimed the folder since it was looked at.
+        FractalError: if workers died at some shards again and again (the others are rendered all the same), or
+            another build has claimed the folder since it was looked at.
         OSError: as the file system does; shards that are finished stay.
     """
     claim(plan.folder, plan.recipe, plan.systems)
@@ -81,8 +91,20 @@ def run_build(plan: Plan, executor: Executor) -> tuple[str, ...]:
     jobs = {task: partial(_finish_shard, folder, plan.recipe, task) for task in plan.missing}
     for _ in run_jobs(jobs, executor, plan.folder, "rendering") if jobs else ():
         pass  # what has been written, the sidecars tell
+
+
+def finish_dataset(plan: Plan) -> tuple[str, ...]:
+    """Assemble the manifest from the sidecars, if all shards of the dataset are there.
+
+    Returns:
+        The names of the shards that are missing because other slices have still to build them.
+
+    Raises:
+        FractalError: if shards of this build vanished.
+        OSError: as the file system does.
+    """
     missing = publish(plan.folder, plan.tasks, contents_of(plan.recipe))
-    if vanished := {task.name for task in plan.missing}.intersection(missing):
+    if vanished := {task.name for task in plan.own}.intersection(missing):
         raise FractalError(
             f"{plan.folder}: {human_list(sorted(vanished))} vanished after being written; check the disk or the "
             "network file system, then run the same command again"
@@ -98,16 +120,25 @@ def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask)
 
 def _finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> None:
     """What a worker does, perhaps on another machine: build a shard, unless another build has done so by now."""
+    host = socket.gethostname()
+    if recipe.version != RECIPE_VERSION:  # a recipe that travelled is not checked when it is made again
+        raise FractalError(
+            f"{host}: this fractalpretrain renders recipe version {RECIPE_VERSION}, not {recipe.version}; install the "
+            "same version everywhere"
+        )
     if not folder.is_dir():
-        raise FractalError(f"{folder}: not there on {socket.gethostname()}; all workers need it under the same path")
+        raise FractalError(f"{folder}: not there on {host}; all workers need it under the same path")
     if not finished_shards(folder, (task,), contents_of(recipe)):
         build_shard(folder, recipe, _stored_systems(folder / SYSTEMS, recipe.systems_digest), task)
 
 
 @lru_cache(maxsize=1)
 def _stored_systems(path: Path, digest: str) -> Systems:
-    """The systems of a folder, read once by each worker; the digest tells those of one build from another's."""
-    return read_systems(path)
+    """The systems of a folder, read once by each worker."""
+    systems = read_systems(path)
+    if systems_digest(systems) != digest:
+        raise FractalError(f"{path}: not the systems of this build; run the same command again")
+    return systems
 
 
 def contents_of(recipe: Recipe) -> Contents:

@@ -35,7 +35,8 @@ from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.systems import Systems
 from fractalshards.workers import available_cores
 
-_WORKERS = click.option("--workers", default="all", show_default=True, metavar="all|N", help="Processes that work.")
+_ALL = "all"
+_WORKERS = click.option("--workers", default=_ALL, show_default=True, metavar="all|N", help="Processes that work.")
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
 )
@@ -123,14 +124,14 @@ def build(
             overrides=parse_settings(settings),
         )
     folder = out if out is not None else Path("shards") / recipe.kind
-    part = parse_slice(slice_, os.environ) if slice_ else None
-    with _continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler)) as engine:
+    part = parse_slice(slice_, os.environ) if slice_ is not None else None
+    with _continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler, workers)) as engine:
         plan = plan_build(folder, recipe, engine.workers, given, part)
         click.echo(f"{folder}: {_describe(plan, part, engine)}", err=True)
         missing = run_build(plan, engine.executor)
     if missing:
-        left = human_count(len(missing), "shard")
-        click.echo(f"{folder}: {part} is done; {left} of other slices are missing, and so is the manifest")
+        left = f"{human_count(len(missing), 'shard')} of other slices"
+        click.echo(f"{folder}: {part} is done; the manifest waits for {left}")
         return
     manifest = load_manifest(folder)
     if promise and (broken := promise.broken_promises(manifest.splits)):
@@ -157,6 +158,9 @@ def repair(folder: Path, workers: str) -> None:
         click.echo(one_line(f"was bad: {folder}/{problem}"))
     if repaired.rendered:
         click.echo(f"rendered again: {human_list(repaired.rendered)}")
+    if repaired.strangers:
+        names = human_list(repaired.strangers)
+        raise FractalError(f"{folder}: its shards are sound, but {names} is not part of the dataset; remove it")
     click.echo(f"sound: {load_manifest(folder).summary()}")
 
 
@@ -277,11 +281,10 @@ def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:
     """What a build is about to do, in one line."""
     recipe = plan.recipe
     shards = human_count(len(plan.tasks), "shard")
-    own = part.of(plan.tasks) if part else plan.tasks
     whose = f" of {part}" if part else ""
     if plan.cost is None:
-        return f"nothing to render, all {human_count(len(own), 'shard')}{whose} there already"
-    done = len(own) - len(plan.missing)
+        return f"nothing to render, all {human_count(len(plan.own), 'shard')}{whose} there already"
+    done = len(plan.own) - len(plan.missing)
     return (
         f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in {shards}; to render"
         f"{whose}: {plan.cost.samples:,} images in {human_count(len(plan.missing), 'shard')}"
@@ -300,8 +303,10 @@ def _continuable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _scheduler(executor: str, scheduler: str | None) -> str | None:
+def _scheduler(executor: str, scheduler: str | None, workers: str) -> str | None:
     """The address of the Dask scheduler to use, if any."""
+    if executor == "dask" and workers != _ALL:
+        raise UsageError(f"--workers is {workers}, but a Dask cluster has its own: leave it out")
     if executor == "dask" and not scheduler:
         raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
     if executor != "dask" and scheduler:
@@ -319,8 +324,8 @@ def _check_writable(out: Path) -> None:
 
 
 def _parse_workers(text: str) -> int:
-    if text == "all":
+    if text == _ALL:
         return available_cores()
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     return int(text)

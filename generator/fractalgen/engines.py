@@ -3,17 +3,26 @@
 Nothing else knows which one runs. ``open_engine`` is the one entry.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fractalshards.errors import FractalError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count
 from fractalshards.workers import sigterm_interrupts, worker_pool
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 _SECONDS = 30  # to find a scheduler
+_WATCH_SECONDS = 0.5
+_LOST_SECONDS = 10.0
+_RUNNING = "running"  # status of a client
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,57 @@ def _open_dask(scheduler: str) -> Iterator[Engine]:
         client = Client(scheduler, timeout=_SECONDS)
     except (OSError, ValueError) as error:
         raise FractalError(f"{scheduler}: no Dask scheduler answers ({error}); check the address") from error
-    with client, sigterm_interrupts():
+    with _quiet(), client, sigterm_interrupts():
         threads = sum(client.nthreads().values())
         if not threads:
             raise FractalError(f"{scheduler}: the Dask cluster has no workers yet; start some, then run this again")
-        executor = client.get_executor(pure=False)
+        executor = _Watched(client, scheduler)
         try:
             yield Engine(executor, threads, f"{human_count(threads, 'worker')} of {scheduler}")
         finally:
             executor.shutdown(wait=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Dask's log, which has tracebacks for whatever is lost; what matters becomes an error of one line."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class _Watched(Executor):
+    """Dask's executor, whose futures fail when the scheduler is lost: by themselves, some would never be done."""
+
+    def __init__(self, client: "Client", scheduler: str) -> None:
+        self._client = client
+        self._scheduler = scheduler
+        self._executor = client.get_executor(pure=False)
+        self._pending: set[Future[Any]] = set()
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = self._executor.submit(task, *args, **named)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._over.set()
+        if self._client.status == _RUNNING:
+            self._executor.shutdown(wait)
+
+    def _watch(self) -> None:
+        lost = 0.0
+        while not self._over.wait(_WATCH_SECONDS):
+            lost = 0.0 if self._client.status == _RUNNING else lost + _WATCH_SECONDS
+            if lost >= _LOST_SECONDS:  # it would have connected again by now
+                error = FractalError(f"{self._scheduler}: the scheduler is lost; start one, then run this again")
+                for future in list(self._pending):
+                    with suppress(InvalidStateError):
+                        future.set_exception(error)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fractalgen.kinds import find_kind
 from fractalgen.recipe import Recipe, parse_recipe
 from fractalgen.render import draw_systems
 from fractalshards.claim import claim_folder, refuse_other, stored_recipe
@@ -14,6 +15,8 @@ from fractalshards.fields import Fields
 from fractalshards.names import INFO, RECIPE, SYSTEMS
 from fractalshards.systems import Systems, read_systems, write_systems
 
+_MAX_MAPS = 255
+
 
 def settle(folder: Path, recipe: Recipe, given: Systems | None = None) -> tuple[Recipe, Systems]:
     """The recipe bound to its systems: those given, those the folder stores, or newly drawn ones. Writes nothing.
@@ -22,6 +25,8 @@ def settle(folder: Path, recipe: Recipe, given: Systems | None = None) -> tuple[
         FractalError: if the folder holds another recipe, damaged systems, or something that is no dataset.
         OSError: if it cannot be read.
     """
+    if given is not None:
+        _check_systems(recipe, given, "the systems that were given")
     if (found := stored_recipe(folder)) is not None:
         return _settled(folder, found, recipe, given)
     systems = draw_systems(recipe) if given is None else given
@@ -54,6 +59,7 @@ def restore(folder: Path) -> tuple[Recipe, Systems]:
     """
     recipe = _sound_recipe(folder)
     systems = _sound_systems(folder / SYSTEMS, recipe)
+    _check_systems(recipe, systems, str(folder / SYSTEMS))
     claim(folder, recipe, systems)
     return recipe, systems
 
@@ -89,11 +95,23 @@ def _sound_systems(path: Path, recipe: Recipe) -> Systems:
     return drawn
 
 
+def _check_systems(recipe: Recipe, systems: Systems, where: str) -> None:
+    """Refuse systems that the recipe's kind cannot render: they may come from elsewhere."""
+    shape = find_kind(recipe.kind).map_shape
+    fitting = all(system.shape[1:] == shape and 1 <= len(system) <= _MAX_MAPS for system in systems)
+    if len(systems) != recipe.classes or not fitting:
+        raise FractalError(
+            f"{where}: not {recipe.classes} systems of 1 to {_MAX_MAPS} maps of shape {shape}, as kind {recipe.kind} "
+            "renders them; check the file"
+        )
+
+
 def _settled(folder: Path, found: dict[str, Any], recipe: Recipe, given: Systems | None) -> tuple[Recipe, Systems]:
     bound = recipe.with_systems(given) if given else replace(recipe, systems_digest=str(found.get("systems_digest")))
     refuse_other(folder, found, bound.to_json())
     stored = folder / SYSTEMS
     systems = read_systems(stored) if stored.exists() else given or draw_systems(recipe)
+    _check_systems(bound, systems, str(stored))
     if systems_digest(systems) != bound.systems_digest:
         raise FractalError(
             f"{stored}: not the systems that {RECIPE} names, or missing; restore it, give --categories or --from-csv "

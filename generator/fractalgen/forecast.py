@@ -60,12 +60,13 @@ def check_space(folder: Path, expected: Forecast) -> None:
     """Refuse a build that the disk cannot hold.
 
     Raises:
-        PermissionError: if nothing can be written there at all.
+        OSError: if nothing can be written there at all.
         FractalError: if the expected bytes, with 5 % to spare, exceed what is free where the folder is or will be.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK, effective_ids=True):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+        number = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(existing))
     total, _, free = shutil.disk_usage(existing)
     if total and expected.bytes * _MARGIN > free:
         raise FractalError(
@@ -76,7 +77,9 @@ def check_space(folder: Path, expected: Forecast) -> None:
 
 def _compile(recipe: Recipe, systems: Systems) -> None:
     """Render one unit, and say what is going on if that takes more than a second."""
-    notice = threading.Timer(1.0, click.echo, ["compiling, once after an install ..."], {"err": True})
+    notice = threading.Timer(
+        1.0, click.echo, ["getting ready; the first run after an install compiles ..."], {"err": True}
+    )
     notice.start()
     try:
         _stored_bytes(recipe, systems, 0)

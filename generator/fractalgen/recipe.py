@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fractalgen.kinds import Kind, KindParams, find_kind
+from fractalgen.kinds import KINDS, Kind, KindParams, find_kind
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.fields import Fields
@@ -110,6 +110,8 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         FractalError: if it is not what this version of the software writes.
     """
     fields = Fields(dict(data), where)
+    if (kind := fields.text("kind")) not in KINDS:
+        raise FractalError(f"{where}: this software cannot render kind {kind!r}; it can {', '.join(KINDS)}")
     if (found := fields.count("version")) != RECIPE_VERSION:
         raise FractalError(
             f"{where}: recipe version {found}, this software renders {RECIPE_VERSION}; install the version of "
@@ -117,9 +119,9 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         )
     try:
         recipe = Recipe(
-            kind=fields.text("kind"),
+            kind=kind,
             **{name: fields.count(name) for name in _COUNTS},
-            params=override(find_kind(fields.text("kind")).params(), fields.mapping("params")),
+            params=override(KINDS[kind].params(), fields.mapping("params")),
             systems_digest=fields.text("systems_digest"),
         )
     except UsageError as error:

@@ -8,7 +8,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from fractalgen.build import contents_of, plan_build, run_build
+from fractalgen.build import Plan, contents_of, finish_dataset, plan_build, render_missing
 from fractalgen.engines import Engine
 from fractalgen.folder import restore
 from fractalgen.kinds import find_kind
@@ -18,17 +18,18 @@ from fractalshards.assemble import finished_shards
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
-from fractalshards.manifest import Manifest, Shard, load_manifest
-from fractalshards.names import sidecar_name
+from fractalshards.manifest import Shard, load_manifest
+from fractalshards.names import INFO, sidecar_name
 from fractalshards.verify import Problem, Promise, verify_shard
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What was wrong with a dataset, and which shards were rendered again, by name."""
+    """What was wrong with a dataset; by name, the shards rendered again, and tars that are none of its shards."""
 
     problems: tuple[Problem, ...]
     rendered: tuple[str, ...]
+    strangers: tuple[str, ...]
 
 
 def repair_dataset(folder: Path, engine: Engine) -> Repaired:
@@ -38,19 +39,26 @@ def repair_dataset(folder: Path, engine: Engine) -> Repaired:
 
     Raises:
         FractalError: if nothing sound says what to build, or shards come out with other contents than the manifest
-            promised, so that it or this software is wrong; else as ``run_build``.
+            promised, so that it or this software is wrong: then the manifest stays as it is; else as ``run_build``.
         OSError: as the file system does.
     """
     recipe, systems = restore(folder)
     promised = _promised(folder)
+    if promised and not {task.name for task in shard_tasks(recipe)} <= promised.keys():
+        raise FractalError(
+            f"{folder}: holds a part of a dataset; fetch damaged shards again with 'fractalshards pull', or render the "
+            "rest with 'fractalgen build'"
+        )
     problems = _find_damage(folder, recipe, promised, engine)
     for name in {problem.file for problem in problems}:
         (folder / sidecar_name(name)).unlink(missing_ok=True)
     plan = plan_build(folder, recipe, engine.workers, systems)
-    run_build(plan, engine.executor)
-    rendered = tuple(task.name for task in plan.missing)
-    _check_promise(load_manifest(folder), promised, rendered)
-    return Repaired(tuple(problems), rendered)
+    render_missing(plan, engine.executor)
+    _check_promise(plan, promised)
+    finish_dataset(plan)
+    names = {task.name for task in plan.tasks}
+    strangers = (path.name for path in folder.glob("[!.]*.tar") if path.name not in names)
+    return Repaired(tuple(problems), tuple(task.name for task in plan.missing), tuple(sorted(strangers)))
 
 
 def _promised(folder: Path) -> dict[str, Shard]:
@@ -80,11 +88,12 @@ def _find_damage(folder: Path, recipe: Recipe, promised: dict[str, Shard], engin
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
 
 
-def _check_promise(manifest: Manifest, promised: dict[str, Shard], rendered: tuple[str, ...]) -> None:
-    new = {shard.name: shard.content_digest for shards in manifest.splits.values() for shard in shards}
-    other = [name for name in rendered if name in promised and promised[name].content_digest != new[name]]
-    if other:
+def _check_promise(plan: Plan, promised: dict[str, Shard]) -> None:
+    """Refuse shards that were rendered again and differ from what the manifest says of them."""
+    rendered = finished_shards(plan.folder, plan.missing, contents_of(plan.recipe))
+    both = [name for name in rendered if name in promised]
+    if other := [name for name in both if promised[name].content_digest != rendered[name].content_digest]:
         raise FractalError(
-            f"{manifest.folder}: rendered again, {human_list(other)} differ from what the manifest promised: the "
-            "manifest was damaged, or this software renders other pixels; compare with another copy"
+            f"{plan.folder}: rendered again, {human_list(other)} differ from what {INFO} promised: it was damaged, or "
+            f"this software renders other pixels; compare with another copy, or remove {INFO} to believe the renders"
         )

@@ -63,7 +63,7 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:
     value = environment.get(name, "")
-    return int(value) if value.isdigit() else None
+    return int(value) if value.isdecimal() else None
 
 
 def _checked(index: int, count: int, source: str) -> Slice:

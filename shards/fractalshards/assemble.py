@@ -72,17 +72,25 @@ def run_jobs(jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, fol
             task = futures[future]
             if (error := _outcome(future)) is None:
                 yield future.result()
+                advance(task.stop - task.first)
             elif is_lost(error):
                 lost[task.name] = error
             else:
                 raise error
-            advance(task.stop - task.first)
     if lost:
-        reason = str(next(iter(lost.values()))) or "out of memory"
         raise FractalError(
-            f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: {reason}; lower "
-            "--workers and run the same command again"
+            f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: "
+            f"{_reason(next(iter(lost.values())))}; run the same command again"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """Why a shard could not be had, and what may help."""
+    if isinstance(error, MemoryError):
+        return "memory ran out, lower --workers"
+    if isinstance(error, CancelledError):
+        return "the cluster gave it up"
+    return str(error)
 
 
 def _outcome(future: Future[_T]) -> BaseException | None:

@@ -20,9 +20,9 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
         FractalError: if the recipe is damaged, or the folder holds something that is no dataset.
         OSError: if it cannot be read.
     """
-    if (folder / RECIPE).exists():
-        return Fields.read(folder / RECIPE).mapping("recipe")
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if RECIPE in present:
+        return Fields.read(folder / RECIPE).mapping("recipe")
     strangers = [name for name in present if not name.startswith(".")]
     if strangers:
         raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")

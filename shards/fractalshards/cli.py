@@ -34,7 +34,7 @@ _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 @click.group(cls=Commands)
 @click.version_option(package_name="fractalpretrain", prog_name="fractalshards")
 def main() -> None:
-    """Look at datasets of shards, and check them."""
+    """Look at datasets of shards, check, share and compare them, and pack real images into them."""
 
 
 @main.command()

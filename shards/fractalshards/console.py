@@ -25,7 +25,7 @@ _ADVICE = {
     errno.EACCES: "choose a folder you may read and write",
     errno.EPERM: "choose a folder you may read and write",
     errno.EROFS: "choose a folder you may write",
-    errno.ENOENT: "check the path",
+    errno.ENOENT: "check the path, or that its file system is there",
     errno.EISDIR: "choose a file, not a folder",
     errno.ENOTDIR: "choose a path that is not a file",
     errno.EEXIST: "choose a path that is not a file",

@@ -22,6 +22,7 @@ TRIES = 3  # of a task whose worker is killed
 # Read by the workers when they start: they are as many as the cores already, and glibc shall keep memory for the next
 # image instead of giving it back, for new pages cost as much as the rendering.
 _ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # of multiprocessing, whose parent was killed
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most that older versions take
@@ -54,8 +55,10 @@ def worker_pool(workers: int) -> Iterator[Executor]:
             yield pool
     finally:
         with _handling(_stop_at_once, *_SIGNALS):
-            if sys.exc_info()[0] and pool.running():
-                print("stopping when what has begun is finished; press Ctrl-C again to stop at once", file=sys.stderr)
+            error = sys.exc_info()[1]
+            if error and pool.running():
+                again = " again" if isinstance(error, KeyboardInterrupt) else ""
+                print(f"stopping when what has begun is finished; press Ctrl-C{again} to stop at once", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
@@ -124,7 +127,7 @@ class _Pool(Executor):
                 process.shutdown()
                 self._processes.discard(process)
                 self._own.process = None
-        raise WorkerLostError(f"a worker process was killed {TRIES} times at this, perhaps for lack of memory")
+        raise WorkerLostError(f"a worker process was killed {TRIES} times at this; if memory ran out, lower --workers")
 
     def _process(self) -> ProcessPoolExecutor:
         """This thread's worker."""
@@ -163,7 +166,7 @@ def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """End the process while it waits for its workers: they follow, and leave nothing that looks finished."""
     if sys.stderr.isatty():
         os.write(2, _SHOW_CURSOR.encode())
-    os.write(2, b"error: stopped at once; what was finished before is kept\n")
+    os.write(2, b"error: stopped at once; what was finished before is kept, run the same command again to go on\n")
     os._exit(128 + number)
 
 

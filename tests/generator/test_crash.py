@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +22,10 @@ def start(options: list[str], out: Path) -> subprocess.Popen[str]:
 
 
 def wait_until(holds: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
     while not holds():
         assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:

@@ -1,14 +1,19 @@
 """Whatever renders, the same dataset: slices, a Dask cluster that loses workers, executors that fail."""
 
+import copy
 import os
 import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from click.testing import CliRunner, Result
 from distributed import Client, LocalCluster
@@ -19,6 +24,25 @@ from fractalgen.cli import main
 from fractalgen.engines import open_engine
 from fractalshards.errors import FractalError, WorkerLostError
 from fractalshards.manifest import load_manifest
+
+_CLUSTER = """
+import threading
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        print(cluster.scheduler_address, flush=True)
+        threading.Event().wait()
+"""
+
+
+def wait_for(holds: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        pass
+
+
+def without_workers(options: list[str]) -> list[str]:
+    return [option for option in options if option not in ("--workers", "1")]
 
 
 def run(*arguments: object, environment: dict[str, str] | None = None) -> Result:
@@ -35,7 +59,7 @@ def test_slices_build_the_dataset_and_the_last_writes_the_manifest(
     out = tmp_path / "sliced"
     first = run(*small, "--out", out, "--slice", "2/3")
     assert first.exit_code == 0, first.output
-    assert "slice 2/3 is done; 4 shards of other slices are missing, and so is the manifest" in first.stdout
+    assert "slice 2/3 is done; the manifest waits for 4 shards of other slices" in first.stdout
     assert sorted(path.name for path in out.glob("*.tar")) == ["train-000001.tar", "train-000004.tar"]
     array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2"}
     for task in ("2", "0"):
@@ -73,14 +97,16 @@ def test_a_dask_cluster_that_loses_a_worker_builds_the_same(
     def kill_a_worker() -> None:
         with Client(cluster) as client:
             process = next(iter(client.run(os.getpid).values()))
-            while len(list(out.glob("*.json"))) < 3:
-                assert not (out / "_info.json").exists(), "the build was over before a worker was killed"
-            os.kill(process, 9)
-            killed.set()
+            wait_for(lambda: len(list(out.glob("*.json"))) >= 3)
+            if not (out / "_info.json").exists():  # else the build was over before
+                os.kill(process, 9)
+                killed.set()
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
-    result = run(*options, "--out", out, "--executor", "dask", "--scheduler", cluster.scheduler_address)
+    result = run(
+        *without_workers(options), "--out", out, "--executor", "dask", "--scheduler", cluster.scheduler_address
+    )
     killer.join()
     assert killed.is_set()
     assert result.exit_code == 0, result.output
@@ -94,10 +120,12 @@ def test_dask_errors_are_one_line(small: list[str], tmp_path: Path, monkeypatch:
     for options, code, words in (
         (["--executor", "dask"], 2, "needs --scheduler"),
         (["--scheduler", "tcp://localhost:1"], 2, "add --executor dask"),
+        (["--executor", "dask", "--scheduler", "tcp://localhost:1", "--workers", "2"], 2, "leave it out"),
+        (["--slice", ""], 2, "expected I/K"),
         (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1"], 1, "no Dask scheduler answers"),
         (["--executor", "dask", "--scheduler", "nonsense://x"], 1, "no Dask scheduler answers"),
     ):
-        result = run(*small, "--out", tmp_path / "out", *options)
+        result = run(*without_workers(small), "--out", tmp_path / "out", *options)
         assert result.exit_code == code, result.output
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert words in line
@@ -107,9 +135,50 @@ def test_dask_errors_are_one_line(small: list[str], tmp_path: Path, monkeypatch:
 def test_a_cluster_without_workers_is_refused(small: list[str], tmp_path: Path) -> None:
     with LocalCluster(n_workers=0, dashboard_address=":0") as empty:
         address = empty.scheduler_address
-        result = run(*small, "--out", tmp_path / "out", "--executor", "dask", "--scheduler", address)
+        result = run(*without_workers(small), "--out", tmp_path / "out", "--executor", "dask", "--scheduler", address)
     assert result.exit_code == 1
     assert "has no workers yet" in result.stderr
+
+
+def test_a_scheduler_that_dies_ends_the_build_in_one_line(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fractalgen.engines._LOST_SECONDS", 1.0)
+    out = tmp_path / "out"
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        cluster = subprocess.Popen([sys.executable, "-c", _CLUSTER], stdout=subprocess.PIPE, text=True)
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+
+        def kill() -> None:
+            wait_for(lambda: list(out.glob("*.json")))
+            cluster.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        slow = [*small, "--n", "400", "--points", "1000000"]
+        result = run(*without_workers(slow), "--out", out, "--executor", "dask", "--scheduler", address)
+        killer.join()
+    cluster.wait()
+    assert result.exit_code == 1, result.output
+    assert not isinstance(result.exception, BaseException) or isinstance(result.exception, SystemExit)
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert not (out / "_info.json").exists()
+
+
+def test_a_worker_of_another_version_is_named(tmp_path: Path) -> None:
+    """What an old worker makes of a recipe that it could not have made itself."""
+    recipe = make_recipe("single", 20, classes=20, size=32, points=100)
+
+    class Newer(Here):
+        def submit(self, task: partial[Any], /, *args: Any, **named: Any) -> Future[Any]:
+            folder, recipe, shard = task.args
+            newer = copy.copy(recipe)
+            object.__setattr__(newer, "version", recipe.version + 1)
+            return super().submit(partial(task.func, folder, newer, shard))
+
+    with pytest.raises(FractalError, match=r"renders recipe version .*; install the same version everywhere"):
+        run_build(plan_build(tmp_path / "out", recipe, 1), Newer({}))
 
 
 class Here(Executor):

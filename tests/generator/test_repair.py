@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from fractalgen.cli import main
 from fractalshards.cli import main as shards
+from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.systems import write_systems
 
 
@@ -101,12 +102,41 @@ def test_an_unfinished_build_is_finished(built: Path, copy: Path) -> None:
     assert files(copy) == files(built)
 
 
-def test_a_manifest_that_promised_other_content_is_not_believed_silently(copy: Path) -> None:
+def test_a_manifest_that_promised_other_content_is_not_believed_silently(built: Path, copy: Path) -> None:
     edit(copy / "_info.json", lambda fields: fields["splits"]["val"].update(content_digests=["0" * 32]))
     result = repair(copy)
     assert result.exit_code == 1
-    assert "val-000000.tar differ from what the manifest promised" in result.stderr
-    assert repair(copy).exit_code == 0  # what is there now has been rendered, and is sound in itself
+    assert "val-000000.tar differ from what _info.json promised" in result.stderr
+    again = repair(copy)
+    assert again.exit_code == 1  # the promise still stands
+    assert "val-000000.tar differ" in again.stderr
+    (copy / "_info.json").unlink()
+    assert repair(copy).exit_code == 0
+    assert files(copy) == files(built)
+
+
+def test_a_tar_that_is_no_shard_is_named(copy: Path) -> None:
+    shutil.copy(copy / "val-000000.tar", copy / "extra.tar")
+    result = repair(copy)
+    assert result.exit_code == 1
+    assert "sound:" not in result.stdout
+    assert "extra.tar is not part of the dataset; remove it" in result.stderr
+
+
+def test_systems_that_the_kind_cannot_render_are_refused(small: list[str], copy: Path) -> None:
+    """A folder from elsewhere may agree with itself and still be of no use."""
+    systems = [np.zeros((3, 7))] * 20
+    write_systems(copy / "systems.npz", systems)
+
+    def change(fields: dict) -> None:
+        fields["recipe"]["systems_digest"] = systems_digest(systems)
+        fields["recipe_digest"] = mapping_digest(fields["recipe"])
+
+    edit(copy / "recipe.json", change)
+    for command in (["repair", str(copy), "--workers", "1"], [*small, "--out", str(copy)]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1, result.output
+        assert "systems.npz: not 20 systems of 1 to 255 maps of shape (2, 3)" in result.stderr.splitlines()[-1]
 
 
 def test_what_cannot_be_repaired_is_said_in_one_line(copy: Path, tmp_path: Path) -> None:

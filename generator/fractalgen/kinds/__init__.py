@@ -31,6 +31,7 @@ class Kind:
         draw_systems: (params, seed, classes) -> the systems of all classes, float64 arrays.
         render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels; an image is
             (size, size, 3) uint8 or indexed. All random numbers come from the unit's identity.
+        map_shape: of one map of a system: (2, 3), or (7,) for the categories of FractalDB.
         label_type: ``single``: one class per image, balanced over the dataset; ``multi``: what an image shows.
         images_per_unit: images that share one render, and so lie in one shard.
         units_per_class: params -> how many units a class has at most; None for no end.
@@ -43,6 +44,7 @@ class Kind:
     points: int
     draw_systems: Callable[[Any, int, int], Systems]
     render: Callable[[Any, int, int, Unit, Systems], Sequence[Rendered]]
+    map_shape: tuple[int, ...] = (2, 3)
     label_type: LabelType = "single"
     images_per_unit: int = 1
     units_per_class: Callable[[Any], int | None] = _without_end
@@ -57,6 +59,7 @@ KINDS: dict[str, Kind] = {
         points=200_000,
         draw_systems=fractaldb.draw_systems,
         render=fractaldb.render,
+        map_shape=(7,),
         images_per_unit=fractaldb.FLIPS,
         units_per_class=fractaldb.units_per_class,
     ),
