@@ -3,8 +3,6 @@
 import errno
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,8 +22,8 @@ from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
 from fractalgen.slices import Slice, parse_slice
 from fractalshards.atomic import atomic_file
-from fractalshards.console import Commands, interrupt_code, progress
-from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractalshards.console import Commands, continuable, progress
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.overrides import parse_settings, show_value
@@ -125,7 +123,7 @@ def build(
         )
     folder = out if out is not None else Path("shards") / recipe.kind
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
-    with _continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler, workers)) as engine:
+    with continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler, workers)) as engine:
         plan = plan_build(folder, recipe, engine.workers, given, part)
         click.echo(f"{folder}: {_describe(plan, part, engine)}", err=True)
         missing = run_build(plan, engine.executor)
@@ -152,7 +150,7 @@ def repair(folder: Path, workers: str) -> None:
 
     Example: fractalgen repair shards/single
     """
-    with _continuable(folder), open_engine(_parse_workers(workers)) as engine:
+    with continuable(folder), open_engine(_parse_workers(workers)) as engine:
         repaired = repair_dataset(folder, engine)
     for problem in repaired.problems:
         click.echo(one_line(f"was bad: {folder}/{problem}"))
@@ -290,17 +288,6 @@ def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:
         f"{whose}: {plan.cost.samples:,} images in {human_count(len(plan.missing), 'shard')}"
         f"{f' ({done:,} done)' if done else ''}, {plan.cost} with {engine.name}"
     )
-
-
-@contextmanager
-def _continuable(folder: Path) -> Iterator[None]:
-    """Say how to go on when Ctrl-C or SIGTERM ends the work on a folder."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise StoppedError(
-            f"{folder}: stopped; finished shards are kept, run the same command again to go on", interrupt_code(error)
-        ) from error
 
 
 def _scheduler(executor: str, scheduler: str | None, workers: str) -> str | None:
