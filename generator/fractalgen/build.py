@@ -15,11 +15,10 @@ from fractalgen.plan import shard_tasks
 from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import render_range
 from fractalgen.slices import Slice
-from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, run_jobs
+from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, refuse_vanished, run_jobs
 from fractalshards.atomic import remove_leftovers
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.human import human_list
 from fractalshards.names import SYSTEMS
 from fractalshards.systems import Systems, read_systems
 from fractalshards.writer import write_shard
@@ -104,11 +103,7 @@ def finish_dataset(plan: Plan) -> tuple[str, ...]:
         OSError: as the file system does.
     """
     missing = publish(plan.folder, plan.tasks, contents_of(plan.recipe))
-    if vanished := {task.name for task in plan.own}.intersection(missing):
-        raise FractalError(
-            f"{plan.folder}: {human_list(sorted(vanished))} vanished after being written; check the disk or the "
-            "network file system, then run the same command again"
-        )
+    refuse_vanished(plan.folder, {task.name for task in plan.own}.intersection(missing))
     return missing
 
 

@@ -300,4 +300,4 @@ def test_an_archive_is_listed_without_reading_its_images(archives: Path, tmp_pat
     assert listing.parts["train"].labels.tolist() == [0, 1, 2, 3]
     result = pack(archives, tmp_path / "out")
     assert result.exit_code == 1
-    assert f"{TRAIN}: n01440764_1.JPEG: larger than 64 MiB" in result.stderr
+    assert f"{TRAIN}: n01440764_1.JPEG: larger than 64 MiB, too large for a sample" in result.stderr
