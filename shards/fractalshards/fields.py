@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fractalshards.errors import FractalError
 from fractalshards.files import read_bounded
 
-_MAX_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
+MAX_JSON_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
 _MAX_COUNT = 2**63 - 1
 _MAX_DEPTH = 32
 _ADVICE = "; the file is damaged or not of this format, fetch or build it again"
@@ -32,7 +32,7 @@ class Fields:
             FractalError: if it is larger, not a regular file, not JSON, or not an object.
             OSError: if it cannot be read.
         """
-        return cls.parse(read_bounded(path, _MAX_BYTES), str(path))
+        return cls.parse(read_bounded(path, MAX_JSON_BYTES), str(path))
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> "Fields":

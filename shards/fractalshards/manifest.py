@@ -253,6 +253,13 @@ def _split_json(name: str, shards: Sequence[Shard], label_type: LabelType) -> di
     return {
         "name": name,
         **({"alt_label": "labels"} if label_type == "multi" else {}),  # the field of KEY.json that timm shall read
+        **split_lists(shards),
+    }
+
+
+def split_lists(shards: Sequence[Shard]) -> dict[str, object]:
+    """The fields of a split in ``_info.json`` that are made of its shards."""
+    return {
         "num_samples": sum(shard.samples for shard in shards),
         "filenames": [shard.name for shard in shards],
         "shard_lengths": [shard.samples for shard in shards],

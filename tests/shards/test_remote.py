@@ -11,8 +11,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fractalshards.errors import FractalError
 from fractalshards.sharing import remote as remote_module
-from fractalshards.sharing.remote import open_remote
-from fractalshards.sharing.stores import Told
+from fractalshards.sharing.remote import open_destination, open_remote
+from fractalshards.sharing.stores import Told, Upload
 
 DATA = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -45,6 +45,10 @@ class Bytes:
 
     def __call__(self, count: int) -> None:
         self.moved += count
+
+
+def upload(source: Path) -> list[Upload]:
+    return [Upload("f.tar", source / "f.tar", Told(len(DATA), SHA256))]
 
 
 def fetch(url: str, out: Path, size: int = len(DATA), sha256: str = SHA256) -> int:
@@ -144,9 +148,9 @@ def test_small_files_are_bounded(source: Path, web: Callable) -> None:
 
 
 def test_to_and_from_s3(source: Path, out: Path, bucket: str) -> None:
-    remote, moved = open_remote(f"{bucket}/a set/"), Bytes()
+    remote, moved = open_destination(f"{bucket}/a set/"), Bytes()
     assert not remote.holds("f.tar", len(DATA), SHA256)
-    remote.send(source / "f.tar", "f.tar", len(DATA), SHA256, moved)
+    remote.send(upload(source), moved)
     assert moved.moved == len(DATA)
     assert remote.store.told("f.tar") == Told(len(DATA), SHA256)
     assert remote.holds("f.tar", len(DATA), SHA256)
@@ -172,8 +176,8 @@ def test_a_local_file_that_is_not_what_it_should_be_is_not_sent(source: Path, ou
     (source / "f.tar").write_bytes(DATA[:-1] + b"x")
     for url in (bucket, str(out.parent)):
         with pytest.raises(FractalError, match=r"f\.tar: .*(not what the manifest says|damaged)"):
-            open_remote(url).send(source / "f.tar", "f.tar", len(DATA), SHA256, Bytes())
-    assert open_remote(bucket).told("f.tar") is None
+            open_destination(url).send(upload(source), Bytes())
+    assert open_destination(bucket).store.told("f.tar") is None
     assert list(out.parent.iterdir()) == []
 
 

@@ -22,13 +22,14 @@ from fractalshards.atomic import remove_leftovers
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
-from fractalshards.manifest import Manifest, Shard, read_record
+from fractalshards.manifest import Manifest, Shard
 from fractalshards.sharing.locks import file_lock, free_lock
 from fractalshards.sharing.parts import entries, shard_number
 from fractalshards.sharing.pull import fetch_sidecar
-from fractalshards.sharing.remote import AGAIN, Advance, Remote, open_remote
+from fractalshards.sharing.remote import AGAIN, Remote, open_remote
+from fractalshards.sharing.stores import Advance, Source
 from fractalshards.sharing.threads import Brake
-from fractalshards.sharing.transfer import Meter, Work, read_listing
+from fractalshards.sharing.transfer import Meter, Work, is_described, read_listing
 
 _JOBS = 8
 _LOCKS = "locks"
@@ -49,7 +50,7 @@ class ShardCache:
         self.manifest = replace(manifest, folder=folder)
         self._again = again
         self._shards = {entry.shard.name: entry.shard for entry in entries(manifest)}
-        self._remote: tuple[int, Remote] | None = None
+        self._remote: tuple[int, Remote[Source]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Of another process, which has no connection yet."""
@@ -78,7 +79,7 @@ class ShardCache:
                 advance(shard.bytes)
 
             listed = entries(self.manifest)
-            missing = [entry for entry in listed if not self._is_recorded(entry.shard)]
+            missing = [e.shard for e in listed if not is_described(self.folder, self.manifest, e.shard)]
             work.each("fetching records", len(missing), "shards", missing, fetch)
             work.move("checking the cache", [e for e in listed if (self.folder / e.shard.name).exists()], check)
 
@@ -201,13 +202,7 @@ class ShardCache:
                 with file_lock(self._lock(shard.name)):
                     path.unlink()
 
-    def _is_recorded(self, shard: Shard) -> bool:
-        try:
-            return read_record(self.folder, shard.name, self.manifest.label_type).shard() == shard
-        except (FractalError, OSError):
-            return False
-
-    def _connect(self) -> Remote:
+    def _connect(self) -> Remote[Source]:
         """The remote folder; connections do not survive a fork, so each process has its own."""
         if self._remote is None or self._remote[0] != os.getpid():
             self._remote = (os.getpid(), open_remote(self.url, again=self._again))

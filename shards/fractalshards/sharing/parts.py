@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.manifest import Manifest, Shard
+from fractalshards.manifest import Manifest, Shard, split_lists
 
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _SHARD = re.compile(r"(train|val)-(\d{6,9})\.tar")
@@ -124,18 +124,8 @@ def write_listing(bases: Sequence[Listing], chosen: Collection[Entry]) -> bytes:
 
 
 def _split_fields(name: str, others: Mapping[str, Any], part: Sequence[Entry], whole: bool) -> dict[str, Any]:
-    shards = [entry.shard for entry in part]
-    return {
-        **others,
-        "name": name,
-        "num_samples": sum(shard.samples for shard in shards),
-        "filenames": [shard.name for shard in shards],
-        "shard_lengths": [shard.samples for shard in shards],
-        "bytes": [shard.bytes for shard in shards],
-        "sha256": [shard.sha256 for shard in shards],
-        "content_digests": [shard.content_digest for shard in shards],
-        **({} if whole else {"first_samples": [entry.first for entry in part]}),
-    }
+    firsts = {} if whole else {"first_samples": [entry.first for entry in part]}
+    return {**others, "name": name, **split_lists([entry.shard for entry in part]), **firsts}
 
 
 def _counts_from_zero(ordered: Iterable[Entry]) -> bool:
