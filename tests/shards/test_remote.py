@@ -10,17 +10,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fractalshards.errors import FractalError
-from fractalshards.sharing import remote as remote_module
 from fractalshards.sharing.remote import open_destination, open_remote
 from fractalshards.sharing.stores import Told, Upload
 
+pytestmark = pytest.mark.usefixtures("impatient")
 DATA = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
 
 
 @pytest.fixture

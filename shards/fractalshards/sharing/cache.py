@@ -10,6 +10,7 @@ made by removing the shards whose last use is longest ago. Files that are open s
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -119,9 +120,10 @@ class ShardCache:
 
     def _fetch(self, shard: Shard, lock: int) -> None:
         """Fetch a shard whose lock is held; meanwhile the lock's file says how much room it takes."""
+        path = self.folder / shard.name
+        path.unlink(missing_ok=True)  # a damaged one, which nobody else can remove now
         self._make_room(shard, lock)
         try:
-            path = self.folder / shard.name
             self._connect().fetch(shard.name, path, shard.bytes, shard.sha256, lambda count: None)
         finally:
             os.ftruncate(lock, 0)
@@ -132,7 +134,8 @@ class ShardCache:
         while True:
             with file_lock(self.folder / _LOCKS / "room"):
                 remove_leftovers(self.folder)
-                here, coming = self._here(), sum(self._coming())
+                coming = sum(self._coming())
+                here = self._here()  # later, so that what arrives in between counts twice rather than not at all
                 free = self.size - coming - sum(size for _, size, _ in here)
                 busy = bool(coming)
                 for _, size, path in sorted(here):
@@ -165,8 +168,8 @@ class ShardCache:
         for entry in os.scandir(self.folder):
             if entry.name in self._shards:
                 with suppress(FileNotFoundError):
-                    stat = entry.stat()
-                    found.append((stat.st_atime_ns, stat.st_size, Path(entry.path)))
+                    status = entry.stat()
+                    found.append((status.st_atime_ns, status.st_size, Path(entry.path)))
         return found
 
     def _coming(self) -> Iterator[int]:
@@ -216,13 +219,15 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
     """The cache of a dataset elsewhere, in a folder of ``root`` named by its content digest; nothing is fetched yet.
 
     Args:
-        root: None: ``$TMPDIR/fractalpretrain`` where batch systems set it, else ``~/.cache/fractalpretrain``.
+        root: None: ``$TMPDIR/fractalpretrain-UID`` where batch systems set it, else ``~/.cache/fractalpretrain``; it is
+            made, and must be the user's own, for shards are hashed when they come and not at every use.
         size: bytes of shards that may be here at a time.
         window: shards of ``split`` that are needed together.
 
     Raises:
         UsageError: if that many may not fit.
-        FractalError: if there is no dataset.
+        FractalError: if there is no dataset, or others can write to the default root.
+        OSError: if that cannot be made.
     """
     remote = open_remote(url)
     manifest = read_listing(remote).manifest
@@ -235,7 +240,7 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
             f"a cache of {human_bytes(size)} does not hold the {window} shards that are shuffled together "
             f"({human_bytes(least)}); raise --cache-size or lower --window"
         )
-    return ShardCache(url, (root or _default_root()) / manifest.content_digest(), size, manifest)
+    return ShardCache(url, (root or _private(_default_root())) / manifest.content_digest(), size, manifest)
 
 
 def _mark_used(descriptor: int) -> None:
@@ -244,6 +249,17 @@ def _mark_used(descriptor: int) -> None:
 
 
 def _default_root() -> Path:
-    temporary = os.environ.get("TMPDIR")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(temporary or home) / "fractalpretrain"
+    if temporary := os.environ.get("TMPDIR"):
+        return Path(temporary) / f"fractalpretrain-{os.getuid()}"  # it may be one that all users share
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fractalpretrain"
+
+
+def _private(folder: Path) -> Path:
+    """Make a folder that only this user may enter; one that is there must be the user's, and no link."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise FractalError(f"{folder}: other users can write there, so no place for a cache; choose a --cache-dir")
+    return folder
