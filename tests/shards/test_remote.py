@@ -5,9 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from fractalshards.errors import FractalError
 from fractalshards.sharing.remote import open_destination, open_remote
@@ -61,7 +59,7 @@ def test_a_file_from_a_web_server(source: Path, out: Path, web: Callable) -> Non
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_goes_on_where_it_broke(source: Path, out: Path, web: Callable, ranges: bool) -> None:
-    data = DATA * 20  # more than the connection holds that breaks
+    data = DATA * 20  # several pieces, and more than the connection holds that breaks
     (source / "f.tar").write_bytes(data)
     server = web(source)
     server.ranges = ranges
@@ -174,26 +172,6 @@ def test_a_local_file_that_is_not_what_it_should_be_is_not_sent(source: Path, ou
             open_destination(url).send(upload(source), Bytes())
     assert open_destination(bucket).store.told("f.tar") is None
     assert list(out.parent.iterdir()) == []
-
-
-class Hub(MemoryFileSystem):
-    """Stands where Hugging Face's file system would."""
-
-    protocol = "hf"
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs: list = [""]  # noqa: RUF012
-    cachable = False
-
-
-def test_hf_urls_go_to_the_filesystem_of_huggingface_hub(source: Path, out: Path) -> None:
-    before = fsspec.get_filesystem_class("hf")
-    fsspec.register_implementation("hf", Hub, clobber=True)
-    try:
-        open_remote("hf://datasets/me/set").send(source / "f.tar", "f.tar", len(DATA), SHA256, Bytes())
-        assert Hub.store["/datasets/me/set/f.tar"].getvalue() == DATA
-        assert fetch("hf://datasets/me/set", out) == len(DATA)
-    finally:
-        fsspec.register_implementation("hf", before, clobber=True)
 
 
 @pytest.mark.parametrize(
