@@ -192,6 +192,16 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         FractalError: if folder or manifest is missing, or a field is not what the format says.
     """
+    path = find_manifest(folder)
+    return parse_manifest(Fields.read(path), folder, str(path))
+
+
+def find_manifest(folder: Path) -> Path:
+    """The path of a finished dataset's ``_info.json``.
+
+    Raises:
+        FractalError: if folder or manifest is missing.
+    """
     path = folder / INFO
     if not folder.is_dir():
         raise FractalError(
@@ -200,7 +210,7 @@ def load_manifest(folder: Path) -> Manifest:
         )
     if not path.is_file():
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run the command that makes it to the end")
-    return parse_manifest(Fields.read(path), folder, str(path))
+    return path
 
 
 def parse_manifest(fields: Fields, folder: Path, path: str) -> Manifest:

@@ -350,6 +350,7 @@ def test_what_arrives_while_room_is_sought_is_counted(
     first = threading.Thread(target=cache.ensure, args=(NAMES[0],))
     first.start()
     assert server.hanging.wait(60)
+
     def arriving_after(look: Callable) -> Callable:
         def looked(self: ShardCache) -> list:
             found = list(look(self))

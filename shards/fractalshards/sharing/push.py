@@ -60,7 +60,7 @@ def push(folder: Path, url: str, wanted: Sequence[range] | None, jobs: int, mete
         listed = [there.get(entry.shard.name, entry) for entry in chosen]
         absent = work.missing(listed, lambda shard: _is_there(remote, ours.manifest, shard))
         missing = [here[entry.shard.name] for entry in absent]
-        total = sum(entry.shard.bytes for entry in missing)
+        total = sum(entry.shard.bytes + _sidecar_bytes(folder, entry.shard) for entry in missing)
         groups = list(_groups(missing, remote.store.together))
         work.each("pushing", total, "B", groups, partial(_push_shards, remote, folder, ours.manifest))
 
@@ -84,6 +84,11 @@ def _push_shards(
         tar = Upload(shard.name, folder / shard.name, Told(shard.bytes, shard.sha256))
         uploads += [tar, Upload.of_bytes(sidecar.name, read_bounded(sidecar, MAX_JSON_BYTES))]
     remote.send(uploads, advance)
+
+
+def _sidecar_bytes(folder: Path, shard: Shard) -> int:
+    path = folder / sidecar_name(shard.name)
+    return path.stat().st_size if path.exists() else 0
 
 
 def _groups(listed: Sequence[Entry], most: int) -> Iterator[list[Shard]]:

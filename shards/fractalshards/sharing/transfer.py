@@ -9,7 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from fractalshards.errors import FractalError, StoppedError
 from fractalshards.fields import MAX_JSON_BYTES, Fields
 from fractalshards.files import read_bounded
 from fractalshards.human import human_bytes, human_count
-from fractalshards.manifest import Manifest, Shard, load_manifest, parse_manifest, parse_record, read_record
+from fractalshards.manifest import Manifest, Shard, find_manifest, parse_manifest, parse_record, read_record
 from fractalshards.names import INFO
 from fractalshards.sharing.parts import Entry, Listing, check_same, entries, write_listing
 from fractalshards.sharing.remote import Remote
@@ -107,13 +107,13 @@ def stoppable(folder: Path, jobs: int, meter: Meter) -> Iterator[Work]:
 
 
 def parse_listing(text: bytes, folder: str) -> Listing:
-    """A manifest that came from ``folder``.
+    """A manifest that came from ``folder``, without its software, which may be large and which no transfer needs.
 
     Raises:
         FractalError: if it is not valid.
     """
     where = f"{folder}/{INFO}"
-    return Listing(text, parse_manifest(Fields.parse(text, where), Path(folder), where))
+    return Listing(text, replace(parse_manifest(Fields.parse(text, where), Path(folder), where), software={}))
 
 
 def find_listing(remote: Remote[Source]) -> Listing | None:
@@ -135,9 +135,13 @@ def read_listing(remote: Remote[Source]) -> Listing:
 
 
 def local_listing(folder: Path) -> Listing:
-    """The manifest of a local dataset; raises as ``load_manifest`` does."""
-    manifest = load_manifest(folder)
-    return Listing(read_bounded(folder / INFO, MAX_JSON_BYTES), manifest)
+    """The manifest of a local dataset.
+
+    Raises:
+        FractalError: if folder or manifest is missing, or it is not valid.
+        OSError: as the file system does.
+    """
+    return parse_listing(read_bounded(find_manifest(folder), MAX_JSON_BYTES), str(folder))
 
 
 def add_to_listing(
@@ -158,7 +162,10 @@ def add_to_listing(
             check_same(source.manifest, now.manifest, remote.shown, ELSEWHERE)
         lines = {**_by_name(chosen), **first, **(now.entries() if now else {}), **_by_name(moved)}
         bases = [source, *(listing for listing in (now, before) if listing)]
-        return write_listing(bases, lines.values())
+        written = write_listing(bases, lines.values())
+        if len(written) > MAX_JSON_BYTES:
+            raise FractalError(f"{remote.shown}/{INFO}: would be larger than {MAX_JSON_BYTES >> 20} MiB")
+        return written
 
     for _ in range(_TURNS):
         remote.update(INFO, MAX_JSON_BYTES, change)
