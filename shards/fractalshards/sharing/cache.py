@@ -134,9 +134,11 @@ class ShardCache:
         while True:
             with file_lock(self.folder / _LOCKS / "room"):
                 remove_leftovers(self.folder)
-                coming = sum(self._coming())
-                here = self._here()  # later, so that what arrives in between counts twice rather than not at all
-                free = self.size - coming - sum(size for _, size, _ in here)
+                coming = dict(self._coming())
+                here = self._here()  # later, so that what arrives in between counts, and not twice
+                for _, _, path in here:
+                    coming.pop(path.name, None)
+                free = self.size - sum(coming.values()) - sum(size for _, size, _ in here)
                 busy = bool(coming)
                 for _, size, path in sorted(here):
                     if free < shard.bytes:
@@ -172,14 +174,14 @@ class ShardCache:
                     found.append((status.st_atime_ns, status.st_size, Path(entry.path)))
         return found
 
-    def _coming(self) -> Iterator[int]:
-        """Bytes of the shards that are being fetched: a lock that is free was left by a killed process."""
+    def _coming(self) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of the shards that are being fetched: a lock that is free was left by a killed process."""
         for entry in os.scandir(self.folder / _LOCKS):
             if entry.name in self._shards and entry.stat().st_size:
                 with free_lock(Path(entry.path)) as free:
                     text = b"" if free else Path(entry.path).read_bytes()
                 if text.isdigit():
-                    yield int(text)
+                    yield entry.name, int(text)
 
     def _remove(self, path: Path) -> bool:
         """Remove a shard, unless it is just being fetched or opened."""
