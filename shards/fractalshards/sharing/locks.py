@@ -49,7 +49,7 @@ def passing_lock(path: Path) -> Iterator[None]:
 
 def _lock_present(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # as the folder allows
         try:
             _flock_if_known(descriptor)
             with suppress(FileNotFoundError):  # whoever held the lock removes the file

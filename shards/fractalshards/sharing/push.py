@@ -82,7 +82,7 @@ def _push_shards(
         if not is_described(folder, manifest, shard):
             raise FractalError(f"{sidecar}: not there, or not what the manifest says; build the shard again")
         tar = Upload(shard.name, folder / shard.name, Told(shard.bytes, shard.sha256))
-        uploads += [tar, Upload.of_bytes(sidecar.name, read_bounded(sidecar, MAX_JSON_BYTES))]
+        uploads += [tar, Upload.of_file(sidecar)]
     remote.send(uploads, advance)
 
 
