@@ -8,7 +8,7 @@ import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,6 +17,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from fractalshards.sharing import remote as remote_module
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
 settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")
@@ -24,13 +26,32 @@ settings.load_profile("any-machine")
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB; tests that need it are skipped for users who may not mount one."""
-    disk = tmp_path / "disk"
+    """A file system of 600 kB."""
+    with _mounted(tmp_path / "disk", "size=600k") as disk:
+        yield disk
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system that cannot be written."""
+    with _mounted(tmp_path / "read-only", "ro") as disk:
+        yield disk
+
+
+@contextmanager
+def _mounted(disk: Path, options: str) -> Iterator[Path]:
+    """A small file system; tests that need it are skipped for users who may not mount one."""
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfers that fail are tried again at once."""
+    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
 
 
 @pytest.fixture(scope="session")

@@ -192,6 +192,16 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         FractalError: if folder or manifest is missing, or a field is not what the format says.
     """
+    path = find_manifest(folder)
+    return parse_manifest(Fields.read(path), folder, str(path))
+
+
+def find_manifest(folder: Path) -> Path:
+    """The path of a finished dataset's ``_info.json``.
+
+    Raises:
+        FractalError: if folder or manifest is missing.
+    """
     path = folder / INFO
     if not folder.is_dir():
         raise FractalError(
@@ -200,7 +210,7 @@ def load_manifest(folder: Path) -> Manifest:
         )
     if not path.is_file():
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run the command that makes it to the end")
-    return parse_manifest(Fields.read(path), folder, str(path))
+    return path
 
 
 def parse_manifest(fields: Fields, folder: Path, path: str) -> Manifest:
@@ -253,6 +263,13 @@ def _split_json(name: str, shards: Sequence[Shard], label_type: LabelType) -> di
     return {
         "name": name,
         **({"alt_label": "labels"} if label_type == "multi" else {}),  # the field of KEY.json that timm shall read
+        **split_lists(shards),
+    }
+
+
+def split_lists(shards: Sequence[Shard]) -> dict[str, object]:
+    """The fields of a split in ``_info.json`` that are made of its shards."""
+    return {
         "num_samples": sum(shard.samples for shard in shards),
         "filenames": [shard.name for shard in shards],
         "shard_lengths": [shard.samples for shard in shards],

@@ -16,7 +16,7 @@ from fractalshards.files import read_bounded
 from fractalshards.manifest import MAX_CLASSES
 
 MAP_SHAPES = ((2, 3), (7,))  # of one map of a system
-_MAX_BYTES = 64 << 20  # of the file, and of what is in it
+MAX_SYSTEMS_BYTES = 64 << 20  # of the file, and of what is in it
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others inflate more at a time than is asked for
 # MemoryError by a header that lies
 _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile)
@@ -38,7 +38,12 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
         FractalError: if the file is damaged or not a file of systems.
         OSError: if it cannot be read.
     """
-    file = io.BytesIO(read_bounded(path, _MAX_BYTES))
+    return parse_systems(read_bounded(path, MAX_SYSTEMS_BYTES), str(path))
+
+
+def parse_systems(data: bytes, where: str) -> tuple[npt.NDArray[np.float64], ...]:
+    """The systems in a file that came from ``where``; see ``read_systems``."""
+    file = io.BytesIO(data)
     try:
         with zipfile.ZipFile(file) as archive:
             _check_bounds(archive.infolist())
@@ -46,7 +51,7 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
         with np.load(file, allow_pickle=False) as arrays:
             return tuple(_system(arrays[f"{index:05d}"]) for index in range(len(arrays.files)))
     except (*_DAMAGE, zlib.error) as error:
-        raise FractalError(f"{path}: damaged ({error}); restore it or build into an empty folder") from error
+        raise FractalError(f"{where}: damaged ({error}); restore it or build into an empty folder") from error
 
 
 def _check_bounds(members: Sequence[zipfile.ZipInfo]) -> None:
@@ -55,7 +60,7 @@ def _check_bounds(members: Sequence[zipfile.ZipInfo]) -> None:
         raise ValueError(f"{len(members):,} arrays")
     if any(member.compress_type not in _COMPRESSION for member in members):
         raise ValueError("neither stored nor deflated")
-    if (total := sum(member.file_size for member in members)) > _MAX_BYTES:
+    if (total := sum(member.file_size for member in members)) > MAX_SYSTEMS_BYTES:
         raise ValueError(f"{total:,} bytes when inflated, not a file of systems")
 
 

@@ -4,9 +4,11 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,21 +19,17 @@ import pytest
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import parse_bytes
-from fractalshards.manifest import load_manifest, write_manifest
+from fractalshards.manifest import Shard, load_manifest, write_manifest
 from fractalshards.names import sample_key, shard_name
 from fractalshards.sharing import cache as cache_module
-from fractalshards.sharing import remote as remote_module
+from fractalshards.sharing import prefetch as prefetch_module
 from fractalshards.sharing.cache import ShardCache, open_cache
 from fractalshards.sharing.prefetch import fetch_ahead, prefetching
 from fractalshards.writer import write_shard
 
+pytestmark = pytest.mark.usefixtures("impatient")
 SHARDS = 6
 NAMES = [shard_name("train", number) for number in range(SHARDS)]
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
 
 
 @pytest.fixture
@@ -82,6 +80,14 @@ def here(cache: ShardCache) -> set[str]:
     return {path.name for path in cache.folder.glob("train-*.tar")}
 
 
+def run_all(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_shards_are_fetched_once(source: Path, root: Path, size: int, web: Callable) -> None:
     server = web(source)
     cache = opened(server.url, root, SHARDS * size)
@@ -127,11 +133,7 @@ def test_many_threads_share_little_room(source: Path, root: Path, size: int, web
                 wrong.append("too much")
 
     threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    run_all(threads)
     assert wrong == []
     assert not list(cache.folder.glob(".tmp~*"))
 
@@ -238,6 +240,23 @@ def test_fetching_ahead_stays_within_the_bound_and_keeps_what_comes_next(
     fetch_ahead(cache, [NAMES[1]])  # says nothing
 
 
+def test_fetching_ahead_skips_a_shard_that_cannot_be_had(source: Path, root: Path, size: int, web: Callable) -> None:
+    server = web(source)
+    cache = opened(server.url, root, SHARDS * size)
+    server.faults[NAMES[0]] = ["404", "forever"]
+    fetch_ahead(cache, NAMES)
+    assert here(cache) == set(NAMES[1:])
+
+
+def test_a_new_wish_ends_the_old_one(
+    source: Path, root: Path, size: int, web: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch_module, "_JOBS", 1)
+    cache = opened(web(source).url, root, SHARDS * size)
+    fetch_ahead(cache, NAMES, lambda: len(here(cache)) == 2)
+    assert here(cache) == set(NAMES[:2])
+
+
 def test_another_process_fetches_ahead_and_ends_with_this_one(
     source: Path, root: Path, size: int, web: Callable
 ) -> None:
@@ -246,22 +265,110 @@ def test_another_process_fetches_ahead_and_ends_with_this_one(
         want(NAMES[:2])
         children = multiprocessing.active_children()
         assert len(children) == 1
+        deadline = time.monotonic() + 60
         while here(cache) != set(NAMES[:2]):
             children[0].join(0.05)
             assert children[0].is_alive()
+            assert time.monotonic() < deadline
         os.kill(children[0].pid, signal.SIGKILL)
         children[0].join()
         want(NAMES[2:])  # is not heard, and harms nobody
     assert not multiprocessing.active_children()
 
 
-def test_the_default_place(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_place_is_the_users_own(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = load_manifest(source).content_digest()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("TMPDIR", raising=False)
     assert open_cache(str(source), None, 10**9, 1, "train").folder == tmp_path / "xdg" / "fractalpretrain" / digest
     monkeypatch.setenv("TMPDIR", str(tmp_path / "job"))
-    assert open_cache(str(source), None, 10**9, 1, "train").folder == tmp_path / "job" / "fractalpretrain" / digest
+    default = tmp_path / "job" / f"fractalpretrain-{os.getuid()}"
+    assert open_cache(str(source), None, 10**9, 1, "train").folder == default / digest
+    assert stat.S_IMODE(default.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("prepared", ["open to all", "a link", "of somebody else"])
+def test_a_default_place_that_somebody_prepared_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: str
+) -> None:
+    """Shards could be swapped there after they were hashed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = tmp_path / f"fractalpretrain-{os.getuid()}"
+    if prepared == "a link":
+        folder.symlink_to(source)
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if prepared == "open to all" else 0o700)
+    if prepared == "of somebody else":
+        uid = os.getuid()
+        folder.rename(tmp_path / f"fractalpretrain-{uid + 1}")
+        monkeypatch.setattr(cache_module.os, "getuid", lambda: uid + 1)
+    with pytest.raises(FractalError, match=r"other users can write there, .* choose a --cache-dir"):
+        open_cache(str(source), None, 10**9, 1, "train")
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_room_for_one_shard_is_enough_for_many(
+    source: Path, root: Path, size: int, web: Callable, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Even if whoever fetched a shard is held up before letting go of its lock."""
+    cache = opened(web(source).url, root, size)
+    fetch, wrong = ShardCache._fetch, []
+
+    def fetch_and_dawdle(self: ShardCache, shard: Shard, lock: int) -> None:
+        fetch(self, shard, lock)
+        time.sleep(0.02)  # as a busy machine does
+
+    def read(start: int) -> None:
+        try:
+            for step in range(4):
+                name = NAMES[(start + step) % SHARDS]
+                if content(cache, name) != (source / name).read_bytes() or len(here(cache)) > 1:
+                    wrong.append(name)
+        except FractalError as error:
+            wrong.append(str(error))
+
+    monkeypatch.setattr(ShardCache, "_fetch", fetch_and_dawdle)
+    run_all([threading.Thread(target=read, args=(start,)) for start in range(threads)])
+    assert wrong == []
+
+
+def test_a_damaged_shard_makes_room_for_itself(source: Path, root: Path, size: int, web: Callable) -> None:
+    cache = opened(web(source).url, root, size)
+    cache.ensure(NAMES[0])
+    os.truncate(cache.folder / NAMES[0], 1000)
+    run_all([threading.Thread(target=cache.ensure, args=(NAMES[0],), daemon=True)])
+    assert content(cache, NAMES[0]) == (source / NAMES[0]).read_bytes()
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_what_arrives_while_room_is_sought_counts_once(
+    source: Path, root: Path, size: int, web: Callable, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    server = web(source)
+    cache = opened(server.url, root, room * size)
+    server.faults[NAMES[0]] = ["hang"]
+    first = threading.Thread(target=cache.ensure, args=(NAMES[0],))
+    first.start()
+    assert server.hanging.wait(60)
+
+    def arriving_after(look: Callable) -> Callable:
+        def looked(self: ShardCache) -> list:
+            found = list(look(self))
+            server.let_go.set()
+            first.join(60)
+            return found
+
+        return looked
+
+    monkeypatch.setattr(ShardCache, "_here", arriving_after(ShardCache._here))
+    monkeypatch.setattr(ShardCache, "_coming", arriving_after(ShardCache._coming))
+    removed = []
+    remove = ShardCache._remove
+    monkeypatch.setattr(ShardCache, "_remove", lambda self, path: removed.append(path.name) or remove(self, path))
+    cache.ensure(NAMES[1])
+    assert here(cache) == set(NAMES[2 - room : 2])
+    assert set(removed) == set(NAMES[: 2 - room])
 
 
 def test_locks_are_not_inherited(source: Path, root: Path, size: int) -> None:

@@ -5,22 +5,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from fractalshards.errors import FractalError
-from fractalshards.sharing import remote as remote_module
-from fractalshards.sharing.remote import open_remote
-from fractalshards.sharing.stores import Told
+from fractalshards.sharing.remote import open_destination, open_remote
+from fractalshards.sharing.stores import Told, Upload
 
+pytestmark = pytest.mark.usefixtures("impatient")
 DATA = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
 
 
 @pytest.fixture
@@ -47,6 +40,10 @@ class Bytes:
         self.moved += count
 
 
+def upload(source: Path) -> list[Upload]:
+    return [Upload("f.tar", source / "f.tar", Told(len(DATA), SHA256))]
+
+
 def fetch(url: str, out: Path, size: int = len(DATA), sha256: str = SHA256) -> int:
     moved = Bytes()
     open_remote(url).fetch("f.tar", out, size, sha256, moved)
@@ -62,7 +59,7 @@ def test_a_file_from_a_web_server(source: Path, out: Path, web: Callable) -> Non
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_goes_on_where_it_broke(source: Path, out: Path, web: Callable, ranges: bool) -> None:
-    data = DATA * 20  # more than the connection holds that breaks
+    data = DATA * 20  # several pieces, and more than the connection holds that breaks
     (source / "f.tar").write_bytes(data)
     server = web(source)
     server.ranges = ranges
@@ -144,9 +141,9 @@ def test_small_files_are_bounded(source: Path, web: Callable) -> None:
 
 
 def test_to_and_from_s3(source: Path, out: Path, bucket: str) -> None:
-    remote, moved = open_remote(f"{bucket}/a set/"), Bytes()
+    remote, moved = open_destination(f"{bucket}/a set/"), Bytes()
     assert not remote.holds("f.tar", len(DATA), SHA256)
-    remote.send(source / "f.tar", "f.tar", len(DATA), SHA256, moved)
+    remote.send(upload(source), moved)
     assert moved.moved == len(DATA)
     assert remote.store.told("f.tar") == Told(len(DATA), SHA256)
     assert remote.holds("f.tar", len(DATA), SHA256)
@@ -172,29 +169,9 @@ def test_a_local_file_that_is_not_what_it_should_be_is_not_sent(source: Path, ou
     (source / "f.tar").write_bytes(DATA[:-1] + b"x")
     for url in (bucket, str(out.parent)):
         with pytest.raises(FractalError, match=r"f\.tar: .*(not what the manifest says|damaged)"):
-            open_remote(url).send(source / "f.tar", "f.tar", len(DATA), SHA256, Bytes())
-    assert open_remote(bucket).told("f.tar") is None
+            open_destination(url).send(upload(source), Bytes())
+    assert open_destination(bucket).store.told("f.tar") is None
     assert list(out.parent.iterdir()) == []
-
-
-class Hub(MemoryFileSystem):
-    """Stands where Hugging Face's file system would."""
-
-    protocol = "hf"
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs: list = [""]  # noqa: RUF012
-    cachable = False
-
-
-def test_hf_urls_go_to_the_filesystem_of_huggingface_hub(source: Path, out: Path) -> None:
-    before = fsspec.get_filesystem_class("hf")
-    fsspec.register_implementation("hf", Hub, clobber=True)
-    try:
-        open_remote("hf://datasets/me/set").send(source / "f.tar", "f.tar", len(DATA), SHA256, Bytes())
-        assert Hub.store["/datasets/me/set/f.tar"].getvalue() == DATA
-        assert fetch("hf://datasets/me/set", out) == len(DATA)
-    finally:
-        fsspec.register_implementation("hf", before, clobber=True)
 
 
 @pytest.mark.parametrize(

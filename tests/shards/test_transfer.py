@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,11 @@ from fractalshards.cli import main
 from fractalshards.manifest import load_manifest, write_manifest
 from fractalshards.names import INFO, RECIPE, SYSTEMS, sample_key
 from fractalshards.sharing import pull as pull_module
-from fractalshards.sharing import remote as remote_module
 from fractalshards.writer import write_shard
 
+pytestmark = pytest.mark.usefixtures("impatient")
 FIRST, SECOND = "train-000000.tar", "train-000001.tar"
 COMMAND = "import sys; from fractalshards.cli import main; main(sys.argv[1:])"
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
 
 
 @pytest.fixture
@@ -326,19 +321,9 @@ def test_sidecar_recipe_and_systems_must_fit(dataset: Path, out: Path, web: Call
     assert not (out / INFO).exists()
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "read-only"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
-def test_a_destination_that_cannot_be_written(dataset: Path, out: Path, read_only: Path) -> None:
-    assert "Read-only file system; choose a folder you may write" in bad("pull", dataset, read_only)
-    assert "Read-only file system; choose a folder you may write" in bad("push", dataset, read_only / "x")
+def test_a_destination_that_cannot_be_written(dataset: Path, out: Path, read_only_disk: Path) -> None:
+    assert "Read-only file system; choose a folder you may write" in bad("pull", dataset, read_only_disk)
+    assert "Read-only file system; choose a folder you may write" in bad("push", dataset, read_only_disk / "x")
     out.parent.mkdir()
     out.write_text("a file")
     assert "choose a path that is not a file" in bad("pull", dataset, out)

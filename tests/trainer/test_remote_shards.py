@@ -14,7 +14,6 @@ import s3fs
 import torch
 
 from fractalshards.manifest import load_manifest
-from fractalshards.sharing import remote as remote_module
 from fractalshards.sharing.cache import open_cache
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.shards import ShardSource
@@ -22,15 +21,11 @@ from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.ahead import Ahead
 from fractaltrain.stream.order import epoch_order, shard_windows, training_positions
 
+pytestmark = pytest.mark.usefixtures("impatient")
 SCRIPT = Path(__file__).with_name("recorded_run.py")
 TRAIN = [f"train-00000{number}.tar" for number in range(3)]
 NAMES = [*TRAIN, "val-000000.tar"]
 OPTIONS = ("--model", "resnet10t", "--epochs", 2, "--batch-size", 10)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ made by removing the shards whose last use is longest ago. Files that are open s
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -22,13 +23,14 @@ from fractalshards.atomic import remove_leftovers
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
-from fractalshards.manifest import Manifest, Shard, read_record
+from fractalshards.manifest import Manifest, Shard
 from fractalshards.sharing.locks import file_lock, free_lock
 from fractalshards.sharing.parts import entries, shard_number
 from fractalshards.sharing.pull import fetch_sidecar
-from fractalshards.sharing.remote import AGAIN, Advance, Remote, open_remote
+from fractalshards.sharing.remote import AGAIN, Remote, open_remote
+from fractalshards.sharing.stores import Advance, Source
 from fractalshards.sharing.threads import Brake
-from fractalshards.sharing.transfer import Meter, Work, read_listing
+from fractalshards.sharing.transfer import Meter, Work, is_described, read_listing
 
 _JOBS = 8
 _LOCKS = "locks"
@@ -49,7 +51,7 @@ class ShardCache:
         self.manifest = replace(manifest, folder=folder)
         self._again = again
         self._shards = {entry.shard.name: entry.shard for entry in entries(manifest)}
-        self._remote: tuple[int, Remote] | None = None
+        self._remote: tuple[int, Remote[Source]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Of another process, which has no connection yet."""
@@ -78,7 +80,7 @@ class ShardCache:
                 advance(shard.bytes)
 
             listed = entries(self.manifest)
-            missing = [entry for entry in listed if not self._is_recorded(entry.shard)]
+            missing = [e.shard for e in listed if not is_described(self.folder, self.manifest, e.shard)]
             work.each("fetching records", len(missing), "shards", missing, fetch)
             work.move("checking the cache", [e for e in listed if (self.folder / e.shard.name).exists()], check)
 
@@ -118,9 +120,10 @@ class ShardCache:
 
     def _fetch(self, shard: Shard, lock: int) -> None:
         """Fetch a shard whose lock is held; meanwhile the lock's file says how much room it takes."""
+        path = self.folder / shard.name
+        path.unlink(missing_ok=True)  # a damaged one, which nobody else can remove now
         self._make_room(shard, lock)
         try:
-            path = self.folder / shard.name
             self._connect().fetch(shard.name, path, shard.bytes, shard.sha256, lambda count: None)
         finally:
             os.ftruncate(lock, 0)
@@ -131,8 +134,11 @@ class ShardCache:
         while True:
             with file_lock(self.folder / _LOCKS / "room"):
                 remove_leftovers(self.folder)
-                here, coming = self._here(), sum(self._coming())
-                free = self.size - coming - sum(size for _, size, _ in here)
+                coming = dict(self._coming())
+                here = self._here()  # later, so that what arrives in between counts, and not twice
+                for _, _, path in here:
+                    coming.pop(path.name, None)
+                free = self.size - sum(coming.values()) - sum(size for _, size, _ in here)
                 busy = bool(coming)
                 for _, size, path in sorted(here):
                     if free < shard.bytes:
@@ -164,18 +170,18 @@ class ShardCache:
         for entry in os.scandir(self.folder):
             if entry.name in self._shards:
                 with suppress(FileNotFoundError):
-                    stat = entry.stat()
-                    found.append((stat.st_atime_ns, stat.st_size, Path(entry.path)))
+                    status = entry.stat()
+                    found.append((status.st_atime_ns, status.st_size, Path(entry.path)))
         return found
 
-    def _coming(self) -> Iterator[int]:
-        """Bytes of the shards that are being fetched: a lock that is free was left by a killed process."""
+    def _coming(self) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of the shards that are being fetched: a lock that is free was left by a killed process."""
         for entry in os.scandir(self.folder / _LOCKS):
             if entry.name in self._shards and entry.stat().st_size:
                 with free_lock(Path(entry.path)) as free:
                     text = b"" if free else Path(entry.path).read_bytes()
                 if text.isdigit():
-                    yield int(text)
+                    yield entry.name, int(text)
 
     def _remove(self, path: Path) -> bool:
         """Remove a shard, unless it is just being fetched or opened."""
@@ -201,13 +207,7 @@ class ShardCache:
                 with file_lock(self._lock(shard.name)):
                     path.unlink()
 
-    def _is_recorded(self, shard: Shard) -> bool:
-        try:
-            return read_record(self.folder, shard.name, self.manifest.label_type).shard() == shard
-        except (FractalError, OSError):
-            return False
-
-    def _connect(self) -> Remote:
+    def _connect(self) -> Remote[Source]:
         """The remote folder; connections do not survive a fork, so each process has its own."""
         if self._remote is None or self._remote[0] != os.getpid():
             self._remote = (os.getpid(), open_remote(self.url, again=self._again))
@@ -221,13 +221,15 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
     """The cache of a dataset elsewhere, in a folder of ``root`` named by its content digest; nothing is fetched yet.
 
     Args:
-        root: None: ``$TMPDIR/fractalpretrain`` where batch systems set it, else ``~/.cache/fractalpretrain``.
+        root: None: ``$TMPDIR/fractalpretrain-UID`` where batch systems set it, else ``~/.cache/fractalpretrain``; it is
+            made, and must be the user's own, for shards are hashed when they come and not at every use.
         size: bytes of shards that may be here at a time.
         window: shards of ``split`` that are needed together.
 
     Raises:
         UsageError: if that many may not fit.
-        FractalError: if there is no dataset.
+        FractalError: if there is no dataset, or others can write to the default root.
+        OSError: if that cannot be made.
     """
     remote = open_remote(url)
     manifest = read_listing(remote).manifest
@@ -240,7 +242,7 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
             f"a cache of {human_bytes(size)} does not hold the {window} shards that are shuffled together "
             f"({human_bytes(least)}); raise --cache-size or lower --window"
         )
-    return ShardCache(url, (root or _default_root()) / manifest.content_digest(), size, manifest)
+    return ShardCache(url, (root or _private(_default_root())) / manifest.content_digest(), size, manifest)
 
 
 def _mark_used(descriptor: int) -> None:
@@ -249,6 +251,17 @@ def _mark_used(descriptor: int) -> None:
 
 
 def _default_root() -> Path:
-    temporary = os.environ.get("TMPDIR")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(temporary or home) / "fractalpretrain"
+    if temporary := os.environ.get("TMPDIR"):
+        return Path(temporary) / f"fractalpretrain-{os.getuid()}"  # it may be one that all users share
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fractalpretrain"
+
+
+def _private(folder: Path) -> Path:
+    """Make a folder that only this user may enter; one that is there must be the user's, and no link."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise FractalError(f"{folder}: other users can write there, so no place for a cache; choose a --cache-dir")
+    return folder

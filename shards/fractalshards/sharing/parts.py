@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.manifest import Manifest, Shard
+from fractalshards.manifest import Manifest, Shard, split_lists
 
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _SHARD = re.compile(r"(train|val)-(\d{6})\.tar")
@@ -110,32 +110,24 @@ def write_listing(bases: Sequence[Listing], chosen: Collection[Entry]) -> bytes:
     for base in bases:
         if set(chosen) == set(entries(base.manifest)):
             return base.text
-    documents: list[dict[str, Any]] = [json.loads(base.text) for base in bases]
-    others: Mapping[str, Any] = {name: part for doc in reversed(documents) for name, part in doc["splits"].items()}
+    others: dict[str, Any] = {}
+    for base in reversed(bases):  # one at a time is in memory
+        document = json.loads(base.text)
+        others |= document["splits"]
     ordered = sorted(chosen, key=lambda entry: entry.first)
     names = list(dict.fromkeys(entry.split for entry in ordered))
     splits = {name: [entry for entry in ordered if entry.split == name] for name in names}
     whole = _counts_from_zero(ordered)
-    documents[0]["splits"] = {
+    document["splits"] = {
         name: _split_fields(name, {k: v for k, v in others[name].items() if k != "first_samples"}, part, whole)
         for name, part in splits.items()
     }
-    return json.dumps(documents[0], indent=1).encode() + b"\n"
+    return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def _split_fields(name: str, others: Mapping[str, Any], part: Sequence[Entry], whole: bool) -> dict[str, Any]:
-    shards = [entry.shard for entry in part]
-    return {
-        **others,
-        "name": name,
-        "num_samples": sum(shard.samples for shard in shards),
-        "filenames": [shard.name for shard in shards],
-        "shard_lengths": [shard.samples for shard in shards],
-        "bytes": [shard.bytes for shard in shards],
-        "sha256": [shard.sha256 for shard in shards],
-        "content_digests": [shard.content_digest for shard in shards],
-        **({} if whole else {"first_samples": [entry.first for entry in part]}),
-    }
+    firsts = {} if whole else {"first_samples": [entry.first for entry in part]}
+    return {**others, "name": name, **split_lists([entry.shard for entry in part]), **firsts}
 
 
 def _counts_from_zero(ordered: Iterable[Entry]) -> bool:

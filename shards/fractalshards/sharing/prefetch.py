@@ -22,15 +22,15 @@ _AGAIN = 1  # whoever needs the shard is more patient, and says what is wrong
 def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
     """Start the process; yields a function that says which shards are needed next, soonest first.
 
-    As many of them are fetched as the cache holds together. What was said before is forgotten. Failures are not told.
+    As many of them are fetched as the cache holds together. What was said before is forgotten, but for the shards that
+    are on their way. Failures are not told.
     """
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     arguments = (there, cache.url, cache.folder, cache.size, cache.manifest)
     process = context.Process(target=_follow, args=arguments, daemon=True)
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGINT,)
-    )  # the process inherits it: Ctrl-C is for this one
+    # the process inherits the mask: Ctrl-C is for this one
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     process.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     there.close()
@@ -53,15 +53,22 @@ def _follow(wishes: Connection, url: str, folder: Path, size: int, manifest: Man
         names = wishes.recv()
         while wishes.poll():
             names = wishes.recv()
-        fetch_ahead(cache, names)
+        fetch_ahead(cache, names, wishes.poll)
 
 
-def fetch_ahead(cache: ShardCache, names: Sequence[str]) -> None:
-    """Fetch shards in this order, as many as the cache holds together; those that are here already count as used."""
+def fetch_ahead(cache: ShardCache, names: Sequence[str], outdated: Callable[[], bool] = lambda: False) -> None:
+    """Fetch shards in this order, as many as the cache holds together; those that are here already count as used.
+
+    One that cannot be had is left to whoever needs it. Nothing more is begun when the wish is ``outdated``.
+    """
+
+    def fetch(name: str) -> None:
+        if not outdated():
+            with suppress(FractalError, OSError):
+                cache.ensure(name)
+
     fitting = cache.fitting(names)
-    try:
-        for name in fitting:
+    for name in fitting:
+        with suppress(OSError):
             cache.keep(name)
-        run_threads([partial(cache.ensure, name) for name in fitting], _JOBS, Brake())
-    except (FractalError, OSError):
-        return
+    run_threads([partial(fetch, name) for name in fitting], _JOBS, Brake())

@@ -1,36 +1,38 @@
 """``fractalshards pull``: fetches a dataset, or some of its shards, from a folder elsewhere."""
 
 import shutil
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from fractalshards.atomic import atomic_file, remove_leftovers
+from fractalshards.atomic import atomic_file
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
+from fractalshards.fields import MAX_JSON_BYTES, Fields
+from fractalshards.files import read_bounded
 from fractalshards.human import human_bytes
-from fractalshards.manifest import Manifest, Shard, load_manifest, read_record
+from fractalshards.manifest import Manifest, Shard
 from fractalshards.names import INFO, RECIPE, SYSTEMS, sidecar_name
-from fractalshards.sharing.parts import Entry, check_same, select, write_listing
-from fractalshards.sharing.remote import Advance, Remote, open_remote
+from fractalshards.sharing.folders import LocalStore
+from fractalshards.sharing.parts import Entry, check_same, select
+from fractalshards.sharing.remote import Remote, open_remote
+from fractalshards.sharing.stores import Advance, Source
 from fractalshards.sharing.transfer import (
     ELSEWHERE,
-    JSON_BYTES,
     Meter,
     Moved,
+    add_to_listing,
     check_recipe,
     check_systems,
     describes,
+    is_described,
     local_listing,
-    merged,
     outcome,
     read_listing,
     stoppable,
 )
-
-_SYSTEMS_BYTES = 64 << 20  # as ``systems`` reads
+from fractalshards.systems import MAX_SYSTEMS_BYTES
 
 
 def pull(url: str, folder: Path, wanted: Sequence[range] | None, jobs: int, meter: Meter) -> Moved:
@@ -51,8 +53,8 @@ def pull(url: str, folder: Path, wanted: Sequence[range] | None, jobs: int, mete
         ours = local_listing(folder) if (folder / INFO).is_file() else None
         if ours:
             check_same(theirs.manifest, ours.manifest, str(folder), ELSEWHERE)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+        local = Remote(LocalStore(folder), str(folder), work.brake.wait)
+        local.store.prepare()
         _pull_recipe(remote, folder, theirs.manifest)
 
         here = ours.entries() if ours else {}
@@ -60,7 +62,7 @@ def pull(url: str, folder: Path, wanted: Sequence[range] | None, jobs: int, mete
         listed = [here.get(entry.shard.name, entry) for entry in chosen]
         sized = {entry.shard.name for entry in listed if _has_size(folder, entry.shard)}
         doubtful = [entry for entry in listed if entry.shard.name in sized]
-        damaged = work.missing(doubtful, lambda shard: _is_here(folder, theirs.manifest, shard))
+        damaged = work.missing(doubtful, partial(_is_here, folder, theirs.manifest))
         absent = [entry for entry in listed if entry.shard.name not in sized]
         missing = [there[entry.shard.name] for entry in (*absent, *damaged)]
         _check_space(folder, missing)
@@ -68,21 +70,19 @@ def pull(url: str, folder: Path, wanted: Sequence[range] | None, jobs: int, mete
             (folder / INFO).unlink()  # another copy comes, which it does not describe
         work.move("pulling", missing, partial(_pull_shard, remote, folder, theirs.manifest))
 
-        text = write_listing([theirs, ours] if ours else [theirs], merged(chosen, here, missing))
-        if not ours or text != ours.text or missing:
-            with atomic_file(folder / INFO) as file:
-                file.write(text)
-        return outcome(missing, chosen, str(folder), load_manifest(folder))
+        if ours and not missing and all(entry.shard.name in here for entry in chosen):
+            return outcome(missing, chosen, str(folder), ours.manifest)
+        return outcome(missing, chosen, str(folder), add_to_listing(local, theirs, chosen, missing, ours))
 
 
-def fetch_sidecar(remote: Remote, folder: Path, manifest: Manifest, shard: Shard) -> None:
+def fetch_sidecar(remote: Remote[Source], folder: Path, manifest: Manifest, shard: Shard) -> None:
     """Fetch a shard's sidecar record into ``folder``, and check it against the manifest.
 
     Raises:
         FractalError: if it is not there, or says anything else.
     """
     name = sidecar_name(shard.name)
-    text = remote.read(name, JSON_BYTES, remote.again)
+    text = remote.read(name, MAX_JSON_BYTES, remote.again)
     where = f"{remote.shown}/{name}"
     if text is None:
         raise FractalError(f"{where}: not there; it must be pushed again")
@@ -92,36 +92,31 @@ def fetch_sidecar(remote: Remote, folder: Path, manifest: Manifest, shard: Shard
         file.write(text)
 
 
-def _pull_shard(remote: Remote, folder: Path, manifest: Manifest, shard: Shard, advance: Advance) -> None:
+def _pull_shard(remote: Remote[Source], folder: Path, manifest: Manifest, shard: Shard, advance: Advance) -> None:
     remote.fetch(shard.name, folder / shard.name, shard.bytes, shard.sha256, advance)
     fetch_sidecar(remote, folder, manifest, shard)
 
 
-def _pull_recipe(remote: Remote, folder: Path, manifest: Manifest) -> None:
+def _pull_recipe(remote: Remote[Source], folder: Path, manifest: Manifest) -> None:
     """Claim the folder: recipe first, then systems; both are checked by their digests."""
-    text = remote.read(RECIPE, JSON_BYTES)
+    text = remote.read(RECIPE, MAX_JSON_BYTES)
     if text is None:
         raise FractalError(f"{remote.shown}: no {RECIPE} there; it must be pushed again")
     check_recipe(text, manifest, f"{remote.shown}/{RECIPE}")
-    if (folder / RECIPE).exists():
-        if Fields.read(folder / RECIPE).text("recipe_digest") != manifest.recipe_digest:
-            raise FractalError(f"{folder}: holds another dataset ({RECIPE} differs); {ELSEWHERE}")
-    else:
-        with atomic_file(folder / RECIPE, exclusive=True) as file:
+    if not (folder / RECIPE).exists():
+        with suppress(FileExistsError), atomic_file(folder / RECIPE, exclusive=True) as file:  # another pull was first
             file.write(text)
+    if Fields.read(folder / RECIPE).text("recipe_digest") != manifest.recipe_digest:
+        raise FractalError(f"{folder}: holds another dataset ({RECIPE} differs); {ELSEWHERE}")
     if (folder / SYSTEMS).exists():
-        check_systems(folder / SYSTEMS, manifest, str(folder / SYSTEMS))
-        return
-    systems = remote.read(SYSTEMS, _SYSTEMS_BYTES)
-    if systems is None:
-        if "systems_digest" in manifest.recipe:
-            raise FractalError(f"{remote.shown}: no {SYSTEMS} there; it must be pushed again")
-        return
-    with tempfile.TemporaryDirectory() as elsewhere:
-        (Path(elsewhere) / SYSTEMS).write_bytes(systems)
-        check_systems(Path(elsewhere) / SYSTEMS, manifest, f"{remote.shown}/{SYSTEMS}")
-    with atomic_file(folder / SYSTEMS) as file:
-        file.write(systems)
+        systems = read_bounded(folder / SYSTEMS, MAX_SYSTEMS_BYTES)
+        check_systems(systems, manifest, str(folder / SYSTEMS))
+    elif (found := remote.read(SYSTEMS, MAX_SYSTEMS_BYTES)) is not None:
+        check_systems(found, manifest, f"{remote.shown}/{SYSTEMS}")
+        with atomic_file(folder / SYSTEMS) as file:
+            file.write(found)
+    elif "systems_digest" in manifest.recipe:
+        raise FractalError(f"{remote.shown}: no {SYSTEMS} there; it must be pushed again")
 
 
 def _has_size(folder: Path, shard: Shard) -> bool:
@@ -131,11 +126,7 @@ def _has_size(folder: Path, shard: Shard) -> bool:
 
 def _is_here(folder: Path, manifest: Manifest, shard: Shard) -> bool:
     """Whether a local shard has its sidecar and its sha256."""
-    try:
-        recorded = read_record(folder, shard.name, manifest.label_type).shard() == shard
-    except (FractalError, OSError):
-        return False
-    return recorded and sha256_file(folder / shard.name) == shard.sha256
+    return is_described(folder, manifest, shard) and sha256_file(folder / shard.name) == shard.sha256
 
 
 def _check_space(folder: Path, missing: Sequence[Entry]) -> None:

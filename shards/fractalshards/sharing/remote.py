@@ -8,39 +8,47 @@ arrived, see ``Remote.send``.
 import hashlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 from fractalshards.atomic import atomic_file
-from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.sharing.stores import LocalStore, Store, StoreError, Told, open_store, read_back
-from fractalshards.sharing.urls import parse_location
+from fractalshards.sharing.folders import LocalStore
+from fractalshards.sharing.hub import HubStore
+from fractalshards.sharing.objects import GoogleStore, S3Store
+from fractalshards.sharing.stores import (
+    Advance,
+    Change,
+    MismatchError,
+    Source,
+    Store,
+    StoreError,
+    Upload,
+    read_back,
+    read_small,
+)
+from fractalshards.sharing.urls import Location, parse_location
+from fractalshards.sharing.web import HttpSource
 
 _DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before trying again, times 0.5 to 1.5; a minute in all
 AGAIN = len(_DELAYS)
 _FEW = 2  # times to try again where a URL was probably mistyped, or the bytes come from a damaged copy
 _T = TypeVar("_T")
-
-Advance = Callable[[int], None]
-"""Called with the bytes that were moved; a negative number takes back what must be moved again."""
-
-
-class MismatchError(StoreError):
-    """All bytes came, and they are not those promised."""
+_S = TypeVar("_S", bound=Source, covariant=True)
+_STORES: dict[str, Callable[[Location], Store]] = {"s3": S3Store, "gs": GoogleStore, "hf": HubStore}
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A folder that ``store`` reaches, ``shown`` in messages.
+class Remote(Generic[_S]):
+    """A folder that ``store`` reaches, ``shown`` in messages; it can be written to if that is a ``Store``.
 
     ``wait`` sleeps, for it may be made to end early; ``again`` is how often something that fails is tried again.
     """
 
-    store: Store
+    store: _S
     shown: str
     wait: Callable[[float], None] = time.sleep
     again: int = AGAIN
@@ -51,24 +59,7 @@ class Remote:
         Raises:
             FractalError: if it is larger, or cannot be read.
         """
-
-        def read() -> bytes | None:
-            data = bytearray()
-            try:
-                with closing(self.store.chunks(name, 0)) as chunks:
-                    for chunk in chunks:
-                        data += chunk
-                        if len(data) > limit:
-                            raise FractalError(f"{self.shown}/{name}: larger than {limit >> 20} MiB; do not use it")
-            except FileNotFoundError:
-                return None
-            except StoreError as error:
-                if error.missing:
-                    return None
-                raise
-            return bytes(data)
-
-        return self._persist(name, read, again)
+        return self._persist(name, lambda: read_small(self.store, name, limit), again)
 
     def fetch(self, name: str, path: Path, size: int, sha256: str, advance: Advance) -> None:
         """Fetch a file to ``path``, which appears when size and sha256 are those given.
@@ -81,38 +72,29 @@ class Remote:
             download = _Download(self.store, name, file, size, sha256, advance)
             self._persist(name, download.go_on, progress=lambda: download.got)
 
-    def send(self, path: Path, name: str, size: int, sha256: str, advance: Advance) -> None:
-        """Store a local file, and check what arrived.
+    def send(self: "Remote[Store]", uploads: Sequence[Upload], advance: Advance) -> None:
+        """Store files in this order, and check what arrived.
 
         A local file of other size or sha256 is refused. The other end is checked by its size and its sha256: in a
         folder the sha256 of the bytes as they were written; on S3 (files of up to 5 GiB) and for large files on
         Hugging Face that which the store computed; elsewhere by reading the file back.
 
         Raises:
-            FractalError: if the local file is not that, or it cannot be stored.
+            FractalError: if a local file is not that, or it cannot be stored.
             OSError: as the local file system does.
         """
-        if isinstance(self.store, LocalStore):
-            source = Remote(LocalStore(path.parent), str(path.parent), self.wait)
-            source.fetch(path.name, self.store.folder / name, size, sha256, advance)
-            return
-        if path.stat().st_size != size or sha256_file(path) != sha256:
-            raise FractalError(f"{path}: not what the manifest says; run 'fractalshards verify {path.parent}'")
+        self._persist(uploads[0].name, lambda: self.store.put(uploads, advance))
 
-        def send() -> None:
-            self.store.put(path, name, sha256)
-            if (found := self.told(name)) != Told(size, sha256):
-                raise MismatchError(f"arrived as {found.size if found else 'no'} bytes with another sha256")
+    def update(self: "Remote[Store]", name: str, most: int, change: Change) -> None:
+        """Write what ``change`` makes of a small file; see ``Store.update``. It may be called several times.
 
-        self._persist(name, send)
-        advance(size)
+        Raises:
+            FractalError: as ``change`` does, or if the file cannot be read or stored.
+            OSError: as the local file system does.
+        """
+        self._persist(name, lambda: self.store.update(name, most, change))
 
-    def told(self, name: str) -> Told | None:
-        """Size and sha256 of a file there, read back where the store cannot tell; None if it is not there."""
-        told = self.store.told(name)
-        return read_back(self.store, name) if told and told.sha256 is None else told
-
-    def holds(self, name: str, size: int, sha256: str) -> bool:
+    def holds(self: "Remote[Store]", name: str, size: int, sha256: str) -> bool:
         """Whether a file is there that was stored as this.
 
         A store that cannot tell the sha256 (gs) is believed by size; another one that does not know it of this file
@@ -152,25 +134,43 @@ class Remote:
             self.wait(_DELAYS[min(failures, len(_DELAYS)) - 1] * random.uniform(0.5, 1.5))
 
 
-def open_remote(
-    url: str, wait: Callable[[float], None] = time.sleep, write: bool = False, again: int = AGAIN
-) -> Remote:
+def open_remote(url: str, wait: Callable[[float], None] = time.sleep, again: int = AGAIN) -> Remote[Source]:
     """The folder at a local path or a URL; nothing is asked of it yet. For ``wait`` and ``again`` see ``Remote``.
 
     Raises:
-        UsageError: for URLs that are not taken, and for those of web servers if it shall be written to.
+        UsageError: for URLs that are not taken.
         FractalError: if a package is missing.
     """
     location = parse_location(url)
-    if write and location.scheme == "http":
+    source = HttpSource(location) if location.scheme == "http" else _open_store(location)
+    return Remote(source, location.shown, wait, again)
+
+
+def open_destination(url: str, wait: Callable[[float], None] = time.sleep) -> Remote[Store]:
+    """The folder at a local path or a URL, to write to; else as ``open_remote``.
+
+    Raises:
+        UsageError: for URLs of web servers, too.
+    """
+    location = parse_location(url)
+    if location.scheme == "http":
         raise UsageError(f"{location.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
-    return Remote(open_store(location), location.shown, wait, again)
+    return Remote(_open_store(location), location.shown, wait)
+
+
+def _open_store(location: Location) -> Store:
+    if location.scheme == "file":
+        return LocalStore(Path(location.root))
+    try:
+        return _STORES[location.scheme](location)
+    except StoreError as error:
+        raise FractalError(f"{location.shown}: {error}") from error
 
 
 class _Download:
     """A download that can break, and go on where it broke."""
 
-    def __init__(self, store: Store, name: str, file: BinaryIO, size: int, sha256: str, advance: Advance) -> None:
+    def __init__(self, store: Source, name: str, file: BinaryIO, size: int, sha256: str, advance: Advance) -> None:
         self.got = 0
         self._store = store
         self._name = name
@@ -193,8 +193,8 @@ class _Download:
             raise StoreError(f"ends after {self.got:,} of {self._size:,} bytes")
         if self._digest.hexdigest() != self._sha256:
             self._start_again()
-            permanent = isinstance(self._store, LocalStore)
-            raise MismatchError("damaged, its sha256 is not that in the manifest; it must be pushed again", permanent)
+            text = "damaged, its sha256 is not that in the manifest; it must be pushed again"
+            raise MismatchError(text, permanent=self._store.steady)
 
     def _keep(self, piece: memoryview) -> None:
         self._file.write(piece)
