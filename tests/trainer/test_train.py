@@ -4,10 +4,10 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -363,7 +363,7 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path):
     for accumulate in (1, 2, 4):
         folder = tmp_path / str(accumulate)
         torch.manual_seed(0)
-        train(replace(job(folder, accumulate=accumulate), model=Plain().double().float()), ALONE)
+        train(replace(job(folder, accumulate=accumulate), model=Plain()), ALONE)
         results.append((lines(folder), weights(folder)))
     (expected_lines, expected), *others = results
     for some_lines, some in others:
@@ -382,19 +382,17 @@ def test_accumulation_needs_equal_parts(tmp_path):
 
 def test_clipping_bounds_what_a_step_can_do(tmp_path):
     """Of plain SGD without decay, the first step moves the weights by no more than lr times the norm."""
-    recipe = replace(RECIPE, weight_decay=0.0, head_weight_decay=None, head_lr_factor=1.0, epochs=1, batch_size=102)
-    torch.manual_seed(0)
-    before = Plain().state_dict()
-    moved = {}
-    for clip_grad in (None, 1e-3):
-        torch.manual_seed(0)
-        some = replace(job(tmp_path / str(clip_grad), replace(recipe, clip_grad=clip_grad)), model=Plain())
-        train(replace(some, held_out=None), ALONE)
-        after = weights(tmp_path / str(clip_grad))
-        moved[clip_grad] = torch.cat([(after[name] - before[name]).flatten() for name in before]).norm().item()
-    lr = lines(tmp_path / "None")[0]["lr"]
-    assert moved[1e-3] == pytest.approx(lr * 1e-3, rel=1e-2)
-    assert moved[None] > 10 * moved[1e-3]
+    recipe = replace(RECIPE, epochs=1, batch_size=102, lr=0.1, div_factor=1.0, final_div_factor=1.0)
+    recipe = replace(recipe, weight_decay=0.0, head_weight_decay=None, head_lr_factor=1.0)
+    moved = []
+    for clip_grad in (None, 1e-2):
+        folder = tmp_path / str(clip_grad)
+        some = replace(job(folder, replace(recipe, clip_grad=clip_grad), held_out=False), model=Plain())
+        before = {name: tensor.clone() for name, tensor in some.model.state_dict().items()}
+        train(some, ALONE)
+        moved.append(torch.cat([(after - before[name]).flatten() for name, after in weights(folder).items()]).norm())
+    assert float(moved[1]) == pytest.approx(0.1 * 1e-2, rel=1e-2)
+    assert moved[0] > 10 * moved[1]
 
 
 def test_deterministic_mode_repeats_itself_and_says_so(tmp_path, monkeypatch):
@@ -415,17 +413,18 @@ def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch):
         train(job(tmp_path / "run", compile=True), ALONE)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_compiled_run_learns_the_same(tmp_path, undisturbed):
-    """Its checkpoints are those of any run: it was begun without, and goes on without."""
+def test_compiled_run_learns_the_same(tmp_path, undisturbed, monkeypatch):
+    """Its checkpoints are those of any run: this one goes on without. Inductor would take half a minute here."""
     folder = tmp_path / "run"
-    stop_before(monkeypatch := pytest.MonkeyPatch(), 0, 21)
-    with monkeypatch, pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    stop_before(monkeypatch, 0, 21)
+    with pytest.raises(KeyboardInterrupt):
         train(job(folder, compile=True), ALONE)
     monkeypatch.undo()
     train(job(folder), ALONE)
     for line, expected in zip(lines(folder), lines(undisturbed), strict=True):
-        assert line == pytest.approx(expected, rel=0.05, abs=0.1)
+        assert (line["split"], line["global_step"]) == (expected["split"], expected["global_step"])
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
 def test_run_without_a_picture_goes_on(tmp_path, monkeypatch, capfd):
