@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-import matplotlib.figure
+import matplotlib.figure  # noqa: F401
 import timm  # noqa: F401
 import torch
 import torch.distributed as dist

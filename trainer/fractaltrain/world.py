@@ -1,8 +1,11 @@
 """The processes that train together: who this one is, and what they say to each other."""
 
+import gc
 import os
 import re
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from fractalshards.workers import available_cores
 from fractaltrain.preemption import EXIT_STOPPED
 
 _ECHO = re.compile(r"gloo|nccl|c10d|connection|socket|TCPStore", re.IGNORECASE)
-_ECHO_SECONDS = 20.0
+_ECHO_SECONDS = 15.0
 _SILENT_SECONDS = 10.0
 _Any = TypeVar("_Any")
 
@@ -119,12 +122,14 @@ def join_world() -> Iterator[World]:
             raise FractalError(f"--deterministic: {first_line}; drop it, or choose another model") from error
         if world.size == 1 or not _ECHO.search(str(error)):
             raise
+        threading.Thread(target=_hang_up, args=(error,), daemon=True).start()
         time.sleep(_ECHO_SECONDS)
-        _stay_silent_unless_first(store, 1)
-        raise FractalError(f"rank {world.rank} lost the other processes ({first_line}); see their messages") from error
+        _stay_silent_unless_first(store, 1, wait=0)
+        reason = first_line.split(". ")[0]
+        raise FractalError(f"rank {world.rank} lost the other processes ({reason}); see their messages") from error
     except (OSError, FractalError) as error:
         told = error if isinstance(error, FractalError) else FractalError(describe_os_error(error))
-        _stay_silent_unless_first(store, _exit_code(told))
+        _stay_silent_unless_first(store, _exit_code(told), wait=_SILENT_SECONDS)
         raise told from error
     finally:
         if dist.is_initialized():
@@ -151,10 +156,22 @@ def _meet(world: World) -> Store:
         raise FractalError(f"rank {world.rank} did not find the others at {place}: {first_line}") from error
 
 
-def _stay_silent_unless_first(store: Store | None, code: int) -> None:
+def _hang_up(error: BaseException) -> None:
+    """Close the connections to the others, so that those who talk to this process alone notice, too.
+
+    They close when nothing holds the group any more, neither the model nor a frame that the error came through.
+    """
+    traceback.clear_frames(error.__traceback__)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def _stay_silent_unless_first(store: Store | None, code: int, wait: float) -> None:
     """Let only one process tell the user what went wrong: the first of those that know.
 
-    The others wait for their launcher to end them, which it does as soon as it notices the first one's end.
+    The others wait some seconds for their launcher, which ends them as soon as it notices the first one's end: if they
+    were to end before that one, theirs would be the failure that it reports.
     """
     try:
         if store is None or store.add("fractaltrain failed", 1) == 1:
@@ -162,7 +179,7 @@ def _stay_silent_unless_first(store: Store | None, code: int) -> None:
     except RuntimeError:  # whoever held the store is gone
         return
     if code != EXIT_STOPPED:
-        time.sleep(_SILENT_SECONDS)
+        time.sleep(wait)
     raise SystemExit(code)
 
 
