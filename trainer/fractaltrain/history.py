@@ -50,6 +50,7 @@ def draw_history(folder: Path) -> None:
         OSError: if it cannot be written.
     """
     from matplotlib.figure import Figure  # it takes a second, which only the main process needs
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = read_metrics(folder)
     epochs = [line for line in lines if line["split"] == "epoch"]
@@ -58,13 +59,13 @@ def draw_history(folder: Path) -> None:
     x = [line["epoch"] + line["step"] / per_epoch for line in steps]
     ends = [line["epoch"] + 1 for line in epochs]
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(10, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
     (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True)
     figure.suptitle(folder.resolve().name, color=_INK, fontsize=13, fontweight="bold")
 
     _style(loss, "Loss", "cross-entropy, nats")
-    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, a few steps")
-    _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, epoch")
+    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
+    _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
     if epochs and "loss" in epochs[-1]:
         _curve(loss, ends, [line["loss"] for line in epochs], _HELD_OUT, "held out")
     loss.legend(frameon=False, fontsize=9, labelcolor=_INK)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -36,7 +36,19 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
     if nproc == 1 or "RANK" in os.environ:
         entry(choice)
         return
-    before = signal.signal(signal.SIGUSR1, _pass_on)
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        """Give SIGUSR1 to the training processes, which save and end; torch's launcher passes on SIGTERM itself."""
+        children = multiprocessing.active_children()
+        if not children:
+            raise stopped(number)
+        asked.append(number)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(cast(int, child.pid), number)
+
+    before = signal.signal(signal.SIGUSR1, pass_on)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of processes that were stopped
     logging.disable(logging.ERROR)  # the launcher reports each failure, with tracebacks; we say it in one line
@@ -56,6 +68,8 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
             elastic_launch(config, entry)(choice)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == EXIT_STOPPED:  # of one that left it to another to say why
+            raise stopped(asked[0] if asked else signal.SIGTERM) from error
         raise _explain(rank, failure) from error
     except SignalException as error:
         raise stopped(error.sigval) from error
@@ -64,24 +78,11 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
         logging.disable(logging.NOTSET)
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Give a signal to the training processes, which save, say so and end; the launcher passes on SIGTERM itself."""
-    children = multiprocessing.active_children()
-    if not children:
-        raise stopped(number)
-    for child in children:
-        if child.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, number)
-
-
 def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     """The error of a process as this one's own. What is no FractalError is a bug of ours: show where."""
     message = failure.message
     if -failure.exitcode in SIGNALS:
         return stopped(-failure.exitcode)
-    if failure.exitcode == EXIT_STOPPED:
-        return stopped(signal.SIGTERM)
     if not isinstance(message, dict):
         return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")
     kind, _, text = message["message"].partition(": ")
