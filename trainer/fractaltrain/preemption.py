@@ -53,7 +53,7 @@ def stop_signals() -> Iterator[Stop]:
 
     Launchers send SIGTERM for another reason, too: because a process beside this one failed. Then there is nothing to
     save: this one may be blocked inside a collective operation, where no Python runs, or fail for the lack of the
-    other. So SIGTERM ends it after 25 s at the latest, and at once if the block fails after it came.
+    other. So SIGTERM ends it after 25 s at the latest, and at once if such an operation fails after it came.
     """
     stop = Stop()
 
@@ -67,7 +67,7 @@ def stop_signals() -> Iterator[Stop]:
     try:
         with _ended_in_time():
             yield stop
-    except (RuntimeError, OSError):
+    except RuntimeError:  # as collective operations raise when another process is gone
         if stop.number == signal.SIGTERM:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)

@@ -201,9 +201,10 @@ def train(job: Job, world: World) -> None:
                 append_metrics(folder, line)
                 board.add(line)
                 board.flush()
-                history.redraw(last=position.epoch == recipe.epochs)
             save()
             saved_at = time.monotonic()
+            if world.main:
+                history.redraw(last=position.epoch == recipe.epochs)
 
     result = final_result(position)
     if world.main:
