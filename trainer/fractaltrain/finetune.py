@@ -8,6 +8,7 @@ import torch
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
+from fractalshards.human import human_count
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import IMAGE_SIZE, create_model
@@ -56,7 +57,8 @@ def finetune(choice: Finetuning) -> None:
             if world.main:
                 for problem in pretrained.passed_over:
                     print(f"{problem}; taking the one before", flush=True)
-                print(f"weights of {choice.weights} after {pretrained.epochs} epochs: {report}", flush=True)
+                epochs = human_count(pretrained.epochs, "epoch")
+                print(f"weights of {choice.weights} after {epochs}: {report}", flush=True)
         job = Job(
             running=choice.running,
             model=model,
