@@ -57,7 +57,7 @@ def keys(folder: Path, rank: int) -> list[tuple[int, list[int]]]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     saved = load_checkpoint(folder)
     assert saved is not None
-    return saved[1]["model"]
+    return saved.state["model"]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from fractaltrain.data.finetuning import FOLDER_PREFIX, DataChoice
 from fractaltrain.recipes.recipe import Recipe
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
+Resume = Literal["auto", "never", "must"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Running:
         amp: precision of the forward pass.
         workers: loader processes of each training process; None: chosen by the cores there are.
         save_every_minutes: time between checkpoints inside an epoch; there is one after every epoch anyway.
+        keep: checkpoints that are kept, the newest ones.
+        resume: whether to continue what is in the folder: if it is there, not at all, or nothing else.
+        accumulate: parts of each process's batch that are computed one after the other, to save memory.
+        compile: run the model through torch.compile.
+        deterministic: the same bits again on the same hardware, at the price of speed.
     """
 
     recipe: Recipe
@@ -32,6 +38,11 @@ class Running:
     amp: Amp
     workers: int | None
     save_every_minutes: float
+    keep: int = 3
+    resume: Resume = "auto"
+    accumulate: int = 1
+    compile: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Recipe:
         final_div_factor: ... and ends at ``lr / div_factor / final_div_factor``.
         base_momentum: momentum where the learning rate is highest.
         max_momentum: momentum where it is lowest.
+        clip_grad: largest norm of the gradients of all parameters together; None: no limit.
         augment: ``none``, or ``affine``: reflect padding by an eighth, small rotation, shift and zoom, centre crop.
         hflip: probability of a horizontal flip of a training image.
         mean: subtracted per channel from images in [0, 1].
@@ -46,6 +47,7 @@ class Recipe:
     final_div_factor: float = 1e4
     base_momentum: float = 0.85
     max_momentum: float = 0.95
+    clip_grad: float | None = None
     augment: Literal["none", "affine"] = "none"
     hflip: float = 0.0
     mean: Channels = (0.0, 0.0, 0.0)
@@ -59,12 +61,15 @@ class Recipe:
         """
         at_least_one = ("epochs", "batch_size")
         positive = ("lr", "head_lr_factor", "div_factor", "final_div_factor")
+        positive_or_none = ("clip_grad",)
         not_negative = ("weight_decay", "head_weight_decay")
         shares = ("pct_start", "base_momentum", "max_momentum", "hflip")
         for name in at_least_one:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in positive:
             _check(self, name, getattr(self, name) > 0, "above 0")
+        for name in positive_or_none:
+            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or none")
         for name in not_negative:
             _check(self, name, (getattr(self, name) or 0) >= 0, "at least 0")
         for name in shares:

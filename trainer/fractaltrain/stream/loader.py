@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
 from fractaltrain.data.source import Images, Source
+from fractaltrain.preemption import ignore_stop_signals
 from fractaltrain.stream.bits import Purpose, mix
 from fractaltrain.stream.order import Indices
 
@@ -95,6 +96,7 @@ def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
         prefetch_factor=_PREFETCH if loading.workers else None,
         pin_memory=loading.pin_memory,
         generator=torch.Generator(),  # otherwise it would draw from the global one
+        worker_init_fn=ignore_stop_signals if loading.workers else None,
     )
     try:
         for item in loader:
