@@ -11,6 +11,8 @@ BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
 
 # of a regular file; its fields are name 0, mode 100, uid 108, gid 116, size 124, mtime 136, sum 148, type 156
+_NAME = tarfile.LENGTH_NAME
+_SIZE = slice(124, 135)
 _EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _MODE_TO_GID = _EMPTY_HEADER[100:124]
 _MTIME = _EMPTY_HEADER[135:148]
@@ -51,16 +53,16 @@ def parse_sample(data: bytes) -> Sample:
     keys: set[str] = set()
     at = 0
     while at < len(data):
-        member = _parse_header(data[at : at + BLOCK])
-        start, end = at + BLOCK, at + BLOCK + member.size
+        name, size = _parse_header(data[at : at + BLOCK])
+        start, end = at + BLOCK, at + BLOCK + size
         if end > len(data):
-            raise FractalError(f"{member.name}: cut off, {member.size} bytes promised")
-        key, _, extension = member.name.partition(".")
+            raise FractalError(f"{name}: cut off, {size} bytes promised")
+        key, _, extension = name.partition(".")
         keys.add(key)
         if extension in files:
-            raise FractalError(f"{member.name}: stands twice in one sample")
+            raise FractalError(f"{name}: stands twice in one sample")
         files[extension] = data[start:end]
-        at = start + padded(member.size)
+        at = start + padded(size)
     if len(keys) != 1:
         raise FractalError(f"expected the members of one sample, found {sorted(keys) or 'nothing'}")
     return Sample(keys.pop(), files)
@@ -72,7 +74,7 @@ def first_member_end(block: bytes) -> int:
     Raises:
         FractalError: if the block is not the header of a regular file.
     """
-    return BLOCK + padded(_parse_header(block).size)
+    return BLOCK + padded(_parse_header(block)[1])
 
 
 def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
@@ -86,11 +88,11 @@ def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
         header = os.pread(descriptor, min(BLOCK, stop - at), at)
         if not header.strip(b"\0"):
             return
-        member = _parse_header(header)
-        if at + BLOCK + member.size > stop:
-            raise FractalError(f"{member.name}: cut off, {member.size} bytes promised")
-        yield Member(member.name, at + BLOCK, member.size)
-        at += BLOCK + padded(member.size)
+        name, size = _parse_header(header)
+        if at + BLOCK + size > stop:
+            raise FractalError(f"{name}: cut off, {size} bytes promised")
+        yield Member(name, at + BLOCK, size)
+        at += BLOCK + padded(size)
 
 
 def padded(size: int) -> int:
@@ -108,18 +110,24 @@ def _pack_header(name: bytes, size: int) -> bytes:
 
     Only name, size and sum differ between members, and the sum counts its own field as eight spaces.
     """
-    if len(name) > tarfile.LENGTH_NAME or size >= 8**11:
+    if len(name) > _NAME or size >= 8**11:
         raise ValueError(f"{name!r} of {size} bytes does not fit into a tar header")
     digits = b"%011o" % size
     total = _HEADER_SUM + sum(name) + sum(digits)
-    return b"".join((name.ljust(tarfile.LENGTH_NAME, b"\0"), _MODE_TO_GID, digits, _MTIME, b"%06o" % total, _REST))
+    return b"".join((name.ljust(_NAME, b"\0"), _MODE_TO_GID, digits, _MTIME, b"%06o" % total, _REST))
 
 
-def _parse_header(block: bytes) -> tarfile.TarInfo:
+def _parse_header(block: bytes) -> tuple[str, int]:
+    """Name and size of the regular file whose header ``block`` is; headers of our own are told by their bytes."""
+    name, digits = block[:_NAME].rstrip(b"\0"), block[_SIZE]
+    if len(block) == BLOCK and name.isascii() and not digits.strip(b"01234567"):
+        size = int(digits, 8)
+        if _pack_header(name, size) == block:
+            return name.decode("ascii"), size
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise FractalError(f"damaged tar header: {error}") from error
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
         raise FractalError(f"{member.name}: not a regular file")
-    return member
+    return member.name, member.size

@@ -12,11 +12,12 @@ from fractalshards.manifest import load_manifest, read_record
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import ArraySource, Example
 from fractaltrain.inputs import evaluation_geometry, training_geometry
-from fractaltrain.recipes import anderson_ft
+from fractaltrain.recipes import PRETRAINING, anderson_ft
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
 
-AFFINE = training_geometry(anderson_ft.RECIPE, 32)
+CPU = torch.device("cpu")
+AFFINE = training_geometry(anderson_ft.RECIPE, 32, CPU)
 
 
 def shard_batches(folder: Path, epoch: int = 0, seed: int = 0, transform=AFFINE) -> Batches:
@@ -37,7 +38,7 @@ def same(first: list, second: list) -> bool:
 
 
 def test_batches_are_the_samples_of_the_shards(dataset):
-    batches = read(shard_batches(dataset, transform=evaluation_geometry(32)))
+    batches = read(shard_batches(dataset, transform=evaluation_geometry(PRETRAINING["anderson"], 32)))
     assert [batch.images.shape for batch in batches] == [(10, 3, 32, 32)] * 5
     assert batches[0].images.dtype == torch.uint8
     assert sorted(key for batch in batches for key in batch.keys) == [f"{index:09d}" for index in range(50)]
@@ -127,7 +128,9 @@ class Deadly(ArraySource):
 
 def test_killed_worker_is_one_line():
     source = Deadly("deadly", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, np.int64), 1)
-    batches = Batches(source, evaluation_geometry(32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0)
+    batches = Batches(
+        source, evaluation_geometry(PRETRAINING["anderson"], 32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0
+    )
     with pytest.raises(FractalError, match=r"^a loader worker died .*lower --workers$"):
         read(batches, workers=1)
 

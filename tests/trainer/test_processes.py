@@ -85,7 +85,9 @@ def test_evaluation_by_two_processes_is_that_by_one(undisturbed, dataset):
     model = create_model("resnet10t", 5, 32)
     model.load_state_dict(weights(undisturbed))
     source = ShardSource(load_manifest(dataset), "val")
-    batches = Batches(source, evaluation_geometry(32), np.arange(13)[None], np.arange(13), seed=0, epoch=0)
+    batches = Batches(
+        source, evaluation_geometry(PRETRAINING["anderson"], 32), np.arange(13)[None], np.arange(13), seed=0, epoch=0
+    )
     loaded = iterate(batches, 0, Loading(workers=0, pin_memory=False))
     scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, ALONE)
     result = json.loads((undisturbed / "result.json").read_text())

@@ -13,7 +13,15 @@ from fractalshards.overrides import parse_settings
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
-from fractaltrain.settings import Amp, Finetuning, Pretraining, Running, finetuning_folder, pretraining_folder
+from fractaltrain.settings import (
+    Amp,
+    Finetuning,
+    OnBadSample,
+    Pretraining,
+    Running,
+    finetuning_folder,
+    pretraining_folder,
+)
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -42,6 +50,8 @@ def _running_options(command: _Command) -> _Command:
         click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
                      help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
         click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
+        click.option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop", show_default=True,
+                     help="What a sample that cannot be read does; skip: another takes its place."),
         click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
                      help="Checkpoint inside long epochs, too."),
     ]  # fmt: skip
@@ -142,6 +152,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         amp=options["amp"],
         workers=options["workers"],
         save_every_minutes=options["save_every_minutes"],
+        on_bad_sample=options["on_bad_sample"],
     )
 
 

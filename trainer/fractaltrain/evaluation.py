@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fractalshards.errors import FractalError
 from fractaltrain.inputs import to_input
 from fractaltrain.recipes.recipe import Recipe
 from fractaltrain.stream.loader import Batch
@@ -38,6 +39,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: 
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     with torch.inference_mode():
         for batch in batches:
+            if not batch.keys:  # all of it was bad
+                continue
             labels = batch.labels.to(world.device)
             images = to_input(batch.images.to(world.device), recipe)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -47,4 +50,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: 
             loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
             totals += torch.stack([torch.ones_like(labels).sum(), loss, hits[:, 0].sum(), hits.sum()])
     samples, loss_sum, first, first_five = world.sum(totals).tolist()
+    if not samples:
+        raise FractalError("none of the held-out samples can be read; is the dataset still there?")
     return Scores(int(samples), loss_sum / samples, first / samples, first_five / samples)

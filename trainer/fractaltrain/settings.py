@@ -8,6 +8,7 @@ from fractaltrain.data.finetuning import FOLDER_PREFIX, DataChoice
 from fractaltrain.recipes.recipe import Recipe
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
+OnBadSample = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Running:
         pad: train on all samples of an epoch, filling the last batch with its first ones.
         amp: precision of the forward pass.
         workers: loader processes of each training process; None: chosen by the cores there are.
+        on_bad_sample: stop at a sample that cannot be read, or skip it: go on with another in its place.
         save_every_minutes: time between checkpoints inside an epoch; there is one after every epoch anyway.
     """
 
@@ -31,6 +33,7 @@ class Running:
     amp: Amp
     workers: int | None
     save_every_minutes: float
+    on_bad_sample: OnBadSample = "stop"
 
 
 @dataclass(frozen=True)
