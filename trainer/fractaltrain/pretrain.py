@@ -2,8 +2,7 @@
 
 import torch
 
-from fractalshards.manifest import load_manifest
-from fractaltrain.data.shards import ShardSource
+from fractaltrain.data.dataset import open_dataset
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.settings import Pretraining
 from fractaltrain.train import Job, train
@@ -17,22 +16,23 @@ def pretrain(choice: Pretraining) -> None:
         FractalError: as ``train`` does, or if the dataset is missing or damaged, or the model is not known.
     """
     with join_world() as world:
-        manifest = load_manifest(choice.shards)
-        image_size = choice.image_size or manifest.image_size or IMAGE_SIZE
+        dataset = open_dataset(choice.shards, world)
+        stored = dataset.image_size if choice.running.recipe.crop == "none" else None  # a crop has the usual size
+        image_size = choice.image_size or stored or IMAGE_SIZE
         torch.manual_seed(choice.running.seed)
         job = Job(
             running=choice.running,
-            model=create_model(choice.model, manifest.classes, image_size),
-            training=ShardSource(manifest, "train"),
+            model=create_model(choice.model, dataset.classes, image_size),
+            training=dataset.training,
             window=choice.window,
-            held_out=ShardSource(manifest, "val") if "val" in manifest.splits else None,
+            held_out=dataset.held_out,
             image_size=image_size,
             settings={
                 "task": "pt",
                 "dataset": choice.shards.resolve().name,
-                "dataset_digest": manifest.content_digest(),
+                "dataset_digest": dataset.digest,
                 "model": choice.model,
-                "classes": manifest.classes,
+                "classes": dataset.classes,
             },
         )
         train(job, world)

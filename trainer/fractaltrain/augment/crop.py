@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -70,5 +69,5 @@ def resize(image: Images, size: int) -> Images:
 
 
 def _draw(key: int, count: int) -> list[float]:
-    numbers: npt.NDArray[np.float64] = uniforms(np.array([key], np.uint64), Draw.CROP, count)[0]
-    return numbers.tolist()
+    numbers: list[float] = uniforms(np.array([key], np.uint64), Draw.CROP, count)[0].tolist()
+    return numbers

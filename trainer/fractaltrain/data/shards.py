@@ -32,7 +32,7 @@ class ShardSource:
             )
         self._shards = index_split(manifest, split)
         self._starts = np.cumsum([0, *self.lengths])
-        self._files = _OpenFiles()
+        self._files = OpenFiles()
         self._classes = manifest.classes
 
     @property
@@ -70,7 +70,7 @@ class ShardSource:
             raise FractalError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
 
 
-class _OpenFiles:
+class OpenFiles:
     """Descriptors of the files read last: opening one per sample would burden the server of a shared file system."""
 
     def __init__(self) -> None:
