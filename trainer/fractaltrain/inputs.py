@@ -1,4 +1,4 @@
-"""From stored images to what a model sees: geometry per sample in the loader workers, the rest per batch on the device."""
+"""From stored images to what a model sees: geometry per sample in loader workers, the rest per batch on the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,10 @@
 """Mixup and cutmix of a batch through timm, and label smoothing: soft targets for the cross-entropy."""
 
-from timm.data.mixup import Mixup, mixup_target
+from collections.abc import Callable
+
+from timm.data.mixup import Mixup
 from torch import Tensor
+from torch.nn import functional
 
 from fractalshards.errors import UsageError
 from fractaltrain.recipes.recipe import Recipe
@@ -19,13 +22,18 @@ def mixed(images: Tensor, labels: Tensor, keys: Bits, recipe: Recipe, classes: i
         UsageError: if pairs cannot be made of the batch.
     """
     if not (recipe.mixup or recipe.cutmix):
-        smooth = recipe.label_smoothing
-        return images, mixup_target(labels, classes, 1.0, smooth) if smooth else labels
+        return images, smoothed(labels, recipe.label_smoothing, classes) if recipe.label_smoothing else labels
     if len(images) % 2:
         raise UsageError(
-            f"mixup and cutmix take pairs, but a process has batches of {len(images)}; change --batch-size"
+            f"mixup and cutmix take pairs of images, but a process has {len(images)} of a batch; change --batch-size"
         )
-    mixing = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+    mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(  # type: ignore[no-untyped-call]
+        recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes
+    )
     with seeded_numpy(mix(int(keys[0]), Draw.MIX)):
-        soft: tuple[Tensor, Tensor] = mixing(images, labels)
-    return soft
+        return mixing(images, labels)
+
+
+def smoothed(labels: Tensor, share: float, classes: int) -> Tensor:
+    """Labels (b,) as shares of classes (b, classes) float32, of which ``share`` is spread over all classes."""
+    return functional.one_hot(labels, classes) * (1 - share) + share / classes

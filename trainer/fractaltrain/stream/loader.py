@@ -77,9 +77,9 @@ class Batches(Dataset[Batch | FractalError]):
         """Read ``order[p % len(order)]`` for each position p of ``positions[k]``.
 
         Args:
-            on_bad: what a sample that cannot be read does: ``stop`` everything; be ``replace``-d by the sample of the next
-                position whose sample can be read, so that batches keep their size and ranks their step, in the
-                same way after every restart; or ``drop`` out of its batch.
+            on_bad: what becomes of a sample that cannot be read. ``stop``: the end; ``replace``: the sample of the next
+                position that can be read takes its place, so that batches keep their size and ranks their step, and
+                do so after every restart; ``drop``: its batch is smaller.
         """
         self._source = source
         self._transform = transform
@@ -127,10 +127,11 @@ class Batches(Dataset[Batch | FractalError]):
             return self._read_after(position) if self._on_bad == "replace" else None
 
     def _read_after(self, position: int) -> Example:
-        for later in range(position + 1, position + min(_TRIES, len(self._order))):
+        tries = min(_TRIES, len(self._order) - 1)
+        for later in range(position + 1, position + 1 + tries):
             with suppress(FractalError):
                 return self._source.read(int(self._order[later % len(self._order)]))
-        raise FractalError(f"none of the {_TRIES:,} samples after a bad one can be read; is the dataset still there?")
+        raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
 
 
 def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:

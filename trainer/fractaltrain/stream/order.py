@@ -61,8 +61,8 @@ def epoch_samples(samples: int, repeats: int) -> int:
 def repeated(order: Indices, repeats: int) -> Indices:
     """The order of an epoch of repeated augmentation: its first floor(n / repeats) samples, each ``repeats`` times.
 
-    The repeats of a sample are neighbours, and so in one global batch, but for those at its ends; at different positions
-    they are augmented differently. (Hoffer et al.: Augment your batch, CVPR 2020; thrice in DeiT.)
+    The repeats of a sample are neighbours, and so in one global batch but for those at its ends; having different
+    positions they are augmented differently. (Hoffer et al., Augment your batch, CVPR 2020; thrice in DeiT.)
     """
     return np.repeat(order[: len(order) // repeats], repeats)
 
