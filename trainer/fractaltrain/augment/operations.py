@@ -49,8 +49,8 @@ def invert(images: Tensor, _: Tensor) -> Tensor:
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """The highest ``bits`` bits of every pixel, 0 to 8."""
-    step = 2 ** (8 - bits.int())
-    return images - images % _per_image(step).to(torch.int16)
+    masks = (256 - 2 ** (8 - bits)).to(torch.uint8)
+    return images & _per_image(masks)
 
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
