@@ -1,7 +1,7 @@
 """RandAugment and colour jitter: which operation each image gets, at which level.
 
 RandAugment (Cubuk et al., 2020) as in timm's ``rand-mM-mstd0.5-inc1``: two operations an image, each of 15 with equal
-chance and applied with probability 0.5, at a magnitude from N(M, 0.5) cut to 0..10. ``timm_randaugment`` is timm's own,
+chance and applied with probability 0.5, at a magnitude from N(M, 0.5) cut to 0..9.999. ``timm_randaugment`` is timm's own,
 on single images through Pillow; ``randaugment`` does the same to batches on a device.
 """
 
@@ -26,7 +26,8 @@ Level = Callable[[Numbers, Numbers], Numbers]
 _LAYERS = 2
 _PROBABILITY = 0.5
 _DEVIATION = 0.5
-_MOST = 10.0
+_SCALE = 10.0
+_MOST = 9.999  # at 10, Posterize would keep no bits: a black image, which Pillow refuses to make
 
 
 def randaugment(images: Tensor, keys: Bits, magnitude: float, fill: Fill) -> Tensor:
@@ -37,7 +38,7 @@ def randaugment(images: Tensor, keys: Bits, magnitude: float, fill: Fill) -> Ten
     for layer in range(_LAYERS):
         which, chance, radius, angle, sign = numbers[:, layer].T
         gauss = np.sqrt(-2 * np.log(1 - radius)) * np.cos(2 * np.pi * angle)  # Box and Muller
-        strengths = np.clip(magnitude + _DEVIATION * gauss, 0, _MOST) / _MOST
+        strengths = np.clip(magnitude + _DEVIATION * gauss, 0, _MOST) / _SCALE
         signs = np.where(sign < 0.5, -1.0, 1.0)
         chosen = np.where(chance < _PROBABILITY, (which * len(policy)).astype(int), -1)
         for number, (operation, level) in enumerate(policy):
@@ -59,7 +60,12 @@ def color_jitter(images: Tensor, keys: Bits, strength: float) -> Tensor:
 
 def timm_randaugment(image_size: int, magnitude: float, fill: Fill) -> Callable[[Images, int], Images]:
     """timm's RandAugment of an image (H, W, 3) uint8 by its key: the reference."""
-    figures = {"translate_const": int(image_size * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
+    figures = {
+        "translate_const": int(image_size * 0.45),
+        "img_mean": fill,
+        "interpolation": Image.Resampling.BICUBIC,
+        "magnitude_max": _MOST,
+    }
     augment = rand_augment_transform(f"rand-m{magnitude:g}-mstd{_DEVIATION:g}-inc1", figures)
 
     def apply(image: Images, key: int) -> Images:
