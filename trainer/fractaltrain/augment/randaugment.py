@@ -1,7 +1,7 @@
 """RandAugment and colour jitter: which operation each image gets, at which level.
 
 RandAugment (Cubuk et al., 2020) as in timm's ``rand-mM-mstd0.5-inc1``: two operations an image, each of 15 with equal
-chance and applied with probability 0.5, at a magnitude from N(M, 0.5) cut to 0..9.999. ``timm_randaugment`` is timm's own,
+chance and applied with probability 0.5, at a magnitude from N(M, 0.5) cut to 0..9.999. ``timm_randaugment`` is timm's,
 on single images through Pillow; ``randaugment`` does the same to batches on a device.
 """
 
