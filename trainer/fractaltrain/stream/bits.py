@@ -55,7 +55,7 @@ def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
 
 def uniforms(keys: Bits, draw: Draw, count: int) -> npt.NDArray[np.float64]:
     """Random numbers in [0, 1) for every key: (b,) uint64 to (b, count) float64."""
-    starts = _mix64_all((keys ^ np.uint64(draw)) + np.uint64(GOLDEN64))
+    starts = _mix64_all((_mix64_all(keys + np.uint64(GOLDEN64)) ^ np.uint64(draw)) + np.uint64(GOLDEN64))  # as mix
     counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN64)
     return (_mix64_all(starts[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

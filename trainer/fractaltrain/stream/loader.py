@@ -142,9 +142,9 @@ def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # two long lines where there are more workers than cores
-        loader = _loader(batches, start, loading)
+        items = iter(_loader(batches, start, loading))
     try:
-        for item in loader:
+        for item in items:
             if isinstance(item, FractalError):
                 raise item
             yield item
