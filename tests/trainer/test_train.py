@@ -132,6 +132,30 @@ def test_killed_run_continues_bit_for_bit(undisturbed, tmp_path, monkeypatch, li
     assert (folder / "result.json").read_text() == (undisturbed / "result.json").read_text()
 
 
+@pytest.mark.parametrize("jitter", [{"randaugment": 9.0}, {"color_jitter": 0.3}])
+def test_all_augmentation_continues_bit_for_bit(tmp_path, monkeypatch, jitter):
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erasing": 0.25, "repeats": 3}
+    recipe = replace(RECIPE, augment="none", crop="resized", **mixing, **jitter)
+    train(job(tmp_path / "whole", recipe), ALONE)
+
+    def killed(folder: Path, position, state) -> None:
+        save(folder, position, state)
+        if (position.epoch, position.step) == (1, 10):
+            raise KeyboardInterrupt
+
+    save = module.save_checkpoint
+    monkeypatch.setattr(module, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(job(tmp_path / "killed", recipe), ALONE)
+    monkeypatch.undo()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    train(job(tmp_path / "killed", recipe, workers=2), ALONE)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "killed").items())
+
+
 def test_checkpoints_inside_an_epoch_are_used(tmp_path, monkeypatch, capfd):
     saves = []
 
