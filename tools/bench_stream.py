@@ -3,7 +3,8 @@
     python tools/bench_stream.py --json bench.json
 
 Renders images of kind ``single`` first, unless ``--shards`` names a dataset. What is compared takes turns in one
-process with one thread, and the best of the rounds is given: whatever else runs on the machine only slows down.
+process with one thread. Its processor time is counted, and the best of the rounds given: whatever else runs on the
+machine only slows down. Loader workers are measured by the clock.
 """
 
 import io
@@ -198,14 +199,14 @@ def _decode_with_pillow(data: bytes) -> Any:
 
 
 def _take_turns(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each part, the best of the rounds; the first time of all does not count."""
+    """Seconds of processor time of each part, the best of the rounds; the first time of all does not count."""
     best = dict.fromkeys(parts, float("inf"))
     for number in range(rounds + 1):
         for name, part in parts.items():
-            start = time.perf_counter()
+            start = time.process_time()
             part()
             if number:
-                best[name] = min(best[name], time.perf_counter() - start)
+                best[name] = min(best[name], time.process_time() - start)
     return best
 
 

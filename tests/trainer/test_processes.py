@@ -82,10 +82,15 @@ def test_ranks_train_on_exactly_the_epoch_that_the_order_says(undisturbed):
 
 
 def trained_on(folder: Path, world: int) -> list[tuple[int, list[int]]]:
-    """(step, sample indices of all ranks in order) of each global batch that was trained on, not of evaluations."""
+    """(step, sample indices of all ranks in order) of each global batch that was trained on, not of evaluations.
+
+    When rank 0 is killed, others may have fetched one batch more.
+    """
     ranks = [[line for line in keys(folder, rank) if max(line[1]) < 50] for rank in range(world)]
-    assert len({tuple(step for step, _ in rank) for rank in ranks}) == 1
-    return [(parts[0][0], [index for _, part in parts for index in part]) for parts in zip(*ranks, strict=True)]
+    assert {len(rank) - len(ranks[0]) for rank in ranks} <= {0, 1}
+    together = zip(*ranks, strict=False)
+    assert all(len({step for step, _ in parts}) == 1 for parts in zip(*ranks, strict=False))
+    return [(parts[0][0], [index for _, part in parts for index in part]) for parts in together]
 
 
 def test_four_processes_stopped_in_mid_epoch_and_continued_by_one(dataset, tmp_path):
