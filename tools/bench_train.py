@@ -24,7 +24,7 @@ from fractalshards.human import human_bytes
 from fractalshards.manifest import load_manifest
 from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_determinism
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.inputs import to_input, training_geometry
+from fractaltrain.inputs import training_batch, training_geometry
 from fractaltrain.models import create_model
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.recipes import PRETRAINING
@@ -70,17 +70,17 @@ def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
     shape = (case.batch, 3, case.image_size, case.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, manifest.classes, (case.batch,), generator=generator)
-    resident = Batch(images.to(device), labels.to(device), ())
+    resident = Batch(images.to(device), labels.to(device), (), np.zeros(case.batch, np.uint64), ())
     loading = Loading(setting.workers, pin_memory=device.type == "cuda")
-    streamed = _endless(source, case, loading)
+    streamed = _endless(source, case, loading, device)
     stays = (resident for _ in count())
     rates: dict[str, list[float]] = {"resident": [], "shards": []}
     waits: list[float] = []
     for batches in (stays, streamed):
-        _take(step, batches, setting.warmup, device)
+        _take(step, batches, setting.warmup, manifest.classes, device)
     for _ in range(setting.rounds):
-        rates["resident"].append(_take(step, stays, setting.steps, device)[0])
-        rate, waiting = _take(step, streamed, setting.steps, device)
+        rates["resident"].append(_take(step, stays, setting.steps, manifest.classes, device)[0])
+        rate, waiting = _take(step, streamed, setting.steps, manifest.classes, device)
         rates["shards"].append(rate)
         waits.append(waiting)
     resident_rate, shards_rate = (float(np.median(rates[name])) for name in ("resident", "shards"))
@@ -121,10 +121,10 @@ def _build_step(case: Case, classes: int, device: torch.device) -> Step:
     )
 
 
-def _endless(source: ShardSource, case: Case, loading: Loading) -> Iterator[Batch]:
+def _endless(source: ShardSource, case: Case, loading: Loading, device: torch.device) -> Iterator[Batch]:
     """Batches of one epoch after the other."""
     positions = training_positions(sum(source.lengths), case.batch, rank=0, world=1, pad=False)
-    geometry = training_geometry(_RECIPE, case.image_size)
+    geometry = training_geometry(_RECIPE, case.image_size, device)
     return chain.from_iterable(
         iterate(
             Batches(source, geometry, positions, epoch_order(source.lengths, 0, epoch, _WINDOW), 0, epoch), 0, loading
@@ -133,7 +133,7 @@ def _endless(source: ShardSource, case: Case, loading: Loading) -> Iterator[Batc
     )
 
 
-def _take(step: Step, batches: Iterator[Batch], steps: int, device: torch.device) -> tuple[float, float]:
+def _take(step: Step, batches: Iterator[Batch], steps: int, classes: int, device: torch.device) -> tuple[float, float]:
     """Take so many steps; the rate in images/s, and the share of the time in which they waited for their batches."""
     waited = 0.0
     images_done = 0
@@ -143,8 +143,8 @@ def _take(step: Step, batches: Iterator[Batch], steps: int, device: torch.device
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        images = to_input(batch.images.to(device, non_blocking=True), _RECIPE)
-        step(images, batch.labels.to(device, non_blocking=True))
+        images, labels = training_batch(batch, _RECIPE, classes, device)
+        step(images, labels)
         images_done += len(images)
     _synchronize(device)
     seconds = time.perf_counter() - began

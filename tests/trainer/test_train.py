@@ -170,6 +170,30 @@ def test_killed_run_continues_bit_for_bit(undisturbed, tmp_path, monkeypatch, li
     assert (folder / "result.json").read_text() == (undisturbed / "result.json").read_text()
 
 
+@pytest.mark.parametrize("jitter", [{"randaugment": 9.0}, {"color_jitter": 0.3}])
+def test_all_augmentation_continues_bit_for_bit(tmp_path, monkeypatch, jitter):
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erasing": 0.25, "repeats": 3}
+    recipe = replace(RECIPE, augment="none", crop="resized", **mixing, **jitter)
+    train(job(tmp_path / "whole", recipe), ALONE)
+
+    def killed(folder: Path, position, state, keep) -> None:
+        save(folder, position, state, keep)
+        if (position.epoch, position.step) == (1, 10):
+            raise KeyboardInterrupt
+
+    save = module.save_checkpoint
+    monkeypatch.setattr(module, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(job(tmp_path / "killed", recipe), ALONE)
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    train(job(tmp_path / "killed", recipe, workers=2), ALONE)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "killed").items())
+
+
 def test_checkpoints_inside_an_epoch_are_used(tmp_path, monkeypatch, capfd):
     saves = []
 
@@ -225,9 +249,10 @@ def test_other_seeds_train_otherwise(undisturbed, tmp_path):
     assert not torch.equal(weights(tmp_path / "run")["fc.weight"], weights(undisturbed)["fc.weight"])
 
 
-def test_loss_that_is_no_number_names_the_first_step_its_rate_and_its_samples(tmp_path):
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}])
+def test_loss_that_is_no_number_names_the_first_step_its_rate_and_its_samples(tmp_path, mixing):
     with pytest.raises(FractalError) as error:
-        train(job(tmp_path / "run", replace(RECIPE, lr=1e30)), ALONE)
+        train(job(tmp_path / "run", replace(RECIPE, lr=1e30, **mixing)), ALONE)
     order = epoch_order((SAMPLES,), seed=0, epoch=0, window=1)
     second = ", ".join(f"squares/{sample:06d}" for sample in order[4:8])
     message = str(error.value)

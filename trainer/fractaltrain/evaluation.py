@@ -38,6 +38,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: 
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     with torch.inference_mode():
         for batch in batches:
+            if not batch.keys:  # all of it was bad
+                continue
             labels = batch.labels.to(world.device)
             images = to_input(batch.images.to(world.device), recipe)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):

@@ -10,6 +10,7 @@ from fractaltrain.recipes.recipe import Recipe
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
+OnBadSample = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Running:
         pad: train on all samples of an epoch, filling the last batch with its first ones.
         amp: precision of the forward pass.
         workers: loader processes of each training process; None: chosen by the cores there are.
+        on_bad_sample: stop at a sample that cannot be read, or skip it: go on with another in its place.
         save_every_minutes: time between checkpoints inside an epoch; there is one after every epoch anyway.
         keep: checkpoints that are kept, the newest ones.
         resume: whether to continue what is in the folder: if it is there, not at all, or nothing else.
@@ -38,6 +40,7 @@ class Running:
     amp: Amp
     workers: int | None
     save_every_minutes: float
+    on_bad_sample: OnBadSample = "stop"
     keep: int = 3
     resume: Resume = "auto"
     accumulate: int = 1

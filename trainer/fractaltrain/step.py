@@ -40,7 +40,7 @@ class Step:
 
         Args:
             images: (b, 3, S, S) float32 on the model's device.
-            labels: (b,) int64, there too.
+            labels: (b,) int64, there too; or shares of classes (b, classes) float32.
         """
         images = images.contiguous(memory_format=self.layout)
         parts = list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))

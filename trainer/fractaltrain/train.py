@@ -22,16 +22,24 @@ from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_de
 from fractaltrain.data.source import Source
 from fractaltrain.evaluation import evaluate
 from fractaltrain.history import History
-from fractaltrain.inputs import evaluation_geometry, to_input, training_geometry
+from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.preemption import stop_signals, stopped
 from fractaltrain.progress import Clock, ProgressLine
 from fractaltrain.run_folder import append_metrics, open_run, rewind_metrics, write_result
 from fractaltrain.settings import Running
 from fractaltrain.step import Step, check_accumulate
+from fractaltrain.stream.bad import BadSamples
 from fractaltrain.stream.bits import Purpose, mix
-from fractaltrain.stream.loader import Batches, Loading, iterate
-from fractaltrain.stream.order import epoch_order, evaluation_positions, steps_per_epoch, training_positions
+from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
+from fractaltrain.stream.order import (
+    epoch_order,
+    epoch_samples,
+    evaluation_positions,
+    repeated,
+    steps_per_epoch,
+    training_positions,
+)
 from fractaltrain.world import World
 
 LOG_EVERY = 10
@@ -75,7 +83,7 @@ def train(job: Job, world: World) -> None:
     """
     running, recipe, device = job.running, job.running.recipe, world.device
     folder, seed, batch_size = running.out, running.seed, recipe.batch_size
-    samples = sum(job.training.lengths)
+    samples = epoch_samples(sum(job.training.lengths), recipe.repeats)
     steps = steps_per_epoch(samples, batch_size, running.pad)
     positions = training_positions(samples, batch_size, world.rank, world.size, running.pad)
     check_accumulate(batch_size // world.size, running.accumulate)
@@ -140,18 +148,20 @@ def train(job: Job, world: World) -> None:
     with stop_signals() as stop:
         while position.epoch < recipe.epochs:
             epoch = position.epoch
-            order = epoch_order(job.training.lengths, seed, epoch, job.window)
-            transform = training_geometry(recipe, job.image_size)
-            batches = Batches(job.training, transform, positions, order, seed, epoch)
+            order = repeated(epoch_order(job.training.lengths, seed, epoch, job.window), recipe.repeats)
+            transform = training_geometry(recipe, job.image_size, device)
+            on_bad: OnBad = "replace" if running.on_bad_sample == "skip" else "stop"
+            batches = Batches(job.training, transform, positions, order, seed, epoch, on_bad)
+            bad = BadSamples()
             loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=device)
             recent: list[Taken] = []
             network.train()
             clock.start()
             job.reached(epoch, position.step * batch_size)
-            for step, batch in enumerate(clock.steps_of(iterate(batches, position.step, loading)), position.step + 1):
+            arriving = bad.noting(iterate(batches, position.step, loading))
+            for step, batch in enumerate(clock.steps_of(arriving), position.step + 1):
                 torch.manual_seed(mix(seed, Purpose.STEP, epoch, step, world.rank))  # dropout
-                images = to_input(batch.images.to(device, non_blocking=True), recipe)
-                labels = batch.labels.to(device, non_blocking=True)
+                images, labels = training_batch(batch, recipe, job.training.classes, device)
                 lr = optimizer.param_groups[0]["lr"]
                 loss = take_step(images, labels)
                 recent.append(Taken(step, lr, loss, batch.keys))
@@ -185,16 +195,21 @@ def train(job: Job, world: World) -> None:
             clock.pause()
 
             summary = {"train_loss": position.loss_sum / steps}
+            if running.on_bad_sample == "skip" and (replaced := bad.total(world)):
+                summary["bad_samples"] = replaced
+                progress.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
             if job.held_out is not None:
                 held_out = sum(job.held_out.lengths)
                 shares = evaluation_positions(held_out, batch_size, world.rank, world.size)
-                batches = Batches(
-                    job.held_out, evaluation_geometry(job.image_size), shares, np.arange(held_out), seed, epoch
-                )
-                shown = stop.until_requested(iterate(batches, 0, loading))
+                transform = evaluation_geometry(recipe, job.image_size)
+                on_bad = "drop" if running.on_bad_sample == "skip" else "stop"
+                batches = Batches(job.held_out, transform, shares, np.arange(held_out), seed, epoch, on_bad)
+                shown = BadSamples().noting(stop.until_requested(iterate(batches, 0, loading)))
                 scores = evaluate(model, shown, recipe, dtype, world)
                 if stopping := world.max(stop.number):
                     save_and_stop(stopping)
+                if not scores.samples:
+                    raise FractalError("none of the held-out samples can be read; is the dataset still there?")
                 summary |= asdict(scores)
                 progress.say(
                     f"epoch {epoch + 1}/{recipe.epochs}  held out: top-1 {scores.top1:.2%}  top-5 {scores.top5:.2%}  "
