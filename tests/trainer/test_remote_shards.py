@@ -221,9 +221,7 @@ def test_what_comes_next_is_said_once_per_window(repeats):
 def test_repeated_samples_are_fetched_before_their_positions_come():
     lengths, names = [4, 2, 3, 5, 1], [f"s{number}" for number in range(5)]
     said: list[list[str]] = []
-    ahead = Ahead(
-        names, lengths, seed=3, window=1, repeats=3, want=lambda names: wanted.__setitem__(slice(None), names)
-    )
+    ahead = Ahead(names, lengths, seed=3, window=1, repeats=3, want=lambda names: said.append([*names]))
     starts = [sum(lengths[:number]) for number in range(5)]
     for position, sample in enumerate(repeated(epoch_order(lengths, 3, 0, 1), 3).tolist()):
         ahead.reached(0, position)
