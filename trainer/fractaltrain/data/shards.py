@@ -44,7 +44,7 @@ class ShardSource:
             self._files = OpenFiles()
             self._advice = f"check the copy with 'fractalshards verify {manifest.folder}'"
         else:
-            self._files = OpenFiles(partial(_open_cached, cache), open_files or _OPEN_FILES)
+            self._files = OpenFiles(partial(_open_cached, cache), open_files)
             self._advice = "it came so; build the shard and push it again"
         self._classes = manifest.classes
 
@@ -94,9 +94,10 @@ def _open_cached(cache: ShardCache, path: Path) -> int:
 class OpenFiles:
     """Descriptors of the files read last: opening one per sample would burden the server of a shared file system."""
 
-    def __init__(self, open_file: Callable[[Path], int] = _open, most: int = _OPEN_FILES) -> None:
+    def __init__(self, open_file: Callable[[Path], int] = _open, most: int = 0) -> None:
+        """Keep ``most`` files open; 0: a usual number."""
         self._open = open_file
-        self._most = most
+        self._most = most or _OPEN_FILES
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
