@@ -1,6 +1,7 @@
 """The loop itself, in this process, with a model that has everything a resume could get wrong: batch norm, dropout."""
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -192,6 +193,16 @@ def test_all_augmentation_continues_bit_for_bit(tmp_path, monkeypatch, jitter):
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "killed").items())
+
+
+def test_an_error_leaves_no_loader_workers(tmp_path, monkeypatch):
+    """The interpreter would wait for them for ever at its end, for they ignore SIGTERM."""
+    before = {*multiprocessing.active_children()}
+    stop_before(monkeypatch, 1, 11)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(job(tmp_path / "run", workers=1), ALONE)
+    assert {*multiprocessing.active_children()} <= before
+    assert stopped.traceback
 
 
 def test_checkpoints_inside_an_epoch_are_used(tmp_path, monkeypatch, capfd):

@@ -4,6 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
@@ -158,8 +159,9 @@ def train(job: Job, world: World) -> None:
             network.train()
             clock.start()
             job.reached(epoch, position.step * batch_size)
-            arriving = bad.noting(iterate(batches, position.step, loading))
-            for step, batch in enumerate(clock.steps_of(arriving), position.step + 1):
+            for step, batch in enumerate(  # no name keeps the batches, or their workers would outlive an error
+                clock.steps_of(bad.noting(iterate(batches, position.step, loading))), position.step + 1
+            ):
                 torch.manual_seed(mix(seed, Purpose.STEP, epoch, step, world.rank))  # dropout
                 images, labels = training_batch(batch, recipe, job.training.classes, device)
                 lr = optimizer.param_groups[0]["lr"]
@@ -204,8 +206,8 @@ def train(job: Job, world: World) -> None:
                 transform = evaluation_geometry(recipe, job.image_size)
                 on_bad = "drop" if running.on_bad_sample == "skip" else "stop"
                 batches = Batches(job.held_out, transform, shares, np.arange(held_out), seed, epoch, on_bad)
-                shown = BadSamples().noting(stop.until_requested(iterate(batches, 0, loading)))
-                scores = evaluate(model, shown, recipe, dtype, world)
+                with closing(BadSamples().noting(stop.until_requested(iterate(batches, 0, loading)))) as shown:
+                    scores = evaluate(model, shown, recipe, dtype, world)
                 if stopping := world.max(stop.number):
                     save_and_stop(stopping)
                 if not scores.samples:

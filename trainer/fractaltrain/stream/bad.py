@@ -1,7 +1,7 @@
 """Samples that could not be read: said when the first one is met, counted for the end of the epoch."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import torch
 
@@ -15,7 +15,7 @@ class BadSamples:
     def __init__(self) -> None:
         self._count = 0
 
-    def noting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def noting(self, batches: Iterable[Batch]) -> Generator[Batch]:
         """The batches as they come, while their bad samples are counted; the first one is printed."""
         for batch in batches:
             if batch.bad and not self._count:

@@ -153,6 +153,8 @@ def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
         if "DataLoader worker" not in str(error):
             raise
         raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
+    finally:
+        del items  # workers end with it; the traceback of an error would keep it, and they ignore what ends processes
 
 
 def _loader(batches: Batches, start: int, loading: Loading) -> DataLoader[Batch | FractalError]:
