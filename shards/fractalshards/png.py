@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from fractalshards.errors import FractalError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_NONE, _SUB = 0, 1  # filters of a row
+_NONE, _UP = 0, 2  # filters of a row
 _RGB, _PALETTE = 2, 3  # colour types
 _HEADER = struct.Struct(">II5B")  # width, height, bit depth, colour type, compression, filter, interlace
 _LEVEL = 1  # of ISA-L's 0..3: the others are slower or larger, see docs/performance.md
@@ -49,7 +49,7 @@ def isal_compress(rows: Pixels) -> bytes:
 def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = isal_compress) -> bytes:
     """Encode an image as PNG; the pixels that any decoder gives back are exactly these.
 
-    (H, W, 3) uint8 becomes 8-bit RGB, every row filtered with Sub. An indexed image becomes a palette image without
+    (H, W, 3) uint8 becomes 8-bit RGB, every row filtered with Up. An indexed image becomes a palette image without
     filter, of 1 bit per pixel for up to two colours, else of 8.
 
     Args:
@@ -60,9 +60,9 @@ def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = is
     height, width, _ = image.shape
     flat = image.reshape(height, width * 3)
     rows = np.empty((height, 1 + width * 3), np.uint8)
-    rows[:, 0] = _SUB
-    rows[:, 1:4] = flat[:, :3]
-    np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
+    rows[:, 0] = _UP
+    rows[0, 1:] = flat[0]
+    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
     return _assemble((width, height, 8, _RGB, 0, 0, 0), b"", compress(rows))
 
 
@@ -133,8 +133,8 @@ def _decode_own(chunks: Mapping[bytes, memoryview], order: list[bytes]) -> Pixel
     if any(rest) or not 0 < width * height <= _MAX_PIXELS:
         return None
     if (depth, color) == (8, _RGB):
-        rows = _inflate_rows(chunks[b"IDAT"], height, width * 3, _SUB)
-        return None if rows is None else _sum_along(rows).reshape(height, width, 3)
+        rows = _inflate_rows(chunks[b"IDAT"], height, width * 3, _UP)
+        return None if rows is None else _sum_down(rows).reshape(height, width, 3)
     palette = chunks.get(b"PLTE", b"")
     if color != _PALETTE or depth not in (1, 8) or len(palette) % 3 or not 0 < len(palette) <= 3 * 256:
         return None
@@ -159,17 +159,16 @@ def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) ->
     return rows[:, 1:] if (rows[:, 0] == row_filter).all() else None
 
 
-def _sum_along(rows: Pixels) -> Pixels:
-    """Undo the Sub filter: for each byte of (H, 3 W) rows the sum of all of its channel up to it, modulo 256.
+def _sum_down(rows: Pixels) -> Pixels:
+    """The sums of every row and all above it, modulo 256, as a new contiguous array.
 
-    The sums of 2, 4, 8, ... pixels come from those of half as many, so that whole rows are added at a time: numpy's
-    ``accumulate`` goes byte by byte.
+    Sums of 2, 4, 8, ... rows at a time, because numpy's own running sum goes down one column after another.
     """
     sums = rows.copy()
-    step = 3
-    while step < sums.shape[1]:
-        sums[:, step:] += sums[:, :-step].copy()  # faster than to leave the copying to numpy
-        step *= 2
+    known = 1
+    while known < len(sums):
+        sums[known:] += sums[:-known]
+        known *= 2
     return sums
 
 

@@ -144,6 +144,15 @@ def test_headers_are_read_as_tarfile_reads_them(name: str, size: int, place: int
         assert expected is None
 
 
+def test_samples_with_headers_of_others_are_read() -> None:
+    packed = b""
+    for extension, data in (("png", b"x" * 700), ("cls", b"3")):
+        member = tarfile.TarInfo(f"000000001.{extension}")
+        member.size, member.mtime, member.uname = len(data), 1_700_000_000, "somebody"
+        packed += member.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+    assert parse_sample(packed) == Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
+
+
 def test_what_does_not_fit_into_a_header_is_refused() -> None:
     for name, size in ((b"a" * 101, 1), (b"a", 8**11)):
         with pytest.raises(ValueError, match="does not fit"):
@@ -156,8 +165,9 @@ def test_a_sample_is_its_members_and_nothing_else() -> None:
     assert parse_sample(packed) == sample
     with pytest.raises(FractalError, match="cut off"):
         parse_sample(packed[:1024])
-    with pytest.raises(FractalError, match="damaged tar header"):
-        parse_sample(b"\xff" + packed[1:])
+    for damaged in (b"\xff" + packed[1:], packed[:124] + b"99999999999" + packed[135:], packed[:500]):
+        with pytest.raises(FractalError, match="damaged tar header"):
+            parse_sample(damaged)
     with pytest.raises(FractalError, match="one sample"):
         parse_sample(packed + pack_sample(Sample("000000002", {"png": b""})))
     with pytest.raises(FractalError, match="twice"):

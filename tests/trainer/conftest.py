@@ -50,6 +50,12 @@ def write_dataset(folder: Path, train: Sequence[int], val: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", name="write_dataset")
+def writes_datasets() -> Callable[..., Path]:
+    """The function above, for datasets of other sizes."""
+    return write_dataset
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 training images in three unequal shards and 13 to validate, 32 x 32, five classes."""

@@ -27,8 +27,8 @@ def record(folder: Path, death: str) -> None:
                 file.flush()
                 yield batch
 
-    def deadly_save(where, position, state):
-        save(where, position, state)
+    def deadly_save(where, position, state, keep):
+        save(where, position, state, keep)
         if f"{position.epoch}:{position.step}" == death:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -3,12 +3,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fractalshards.splitmix import GOLDEN64, mix64
 from fractaltrain.stream import bits
-from fractaltrain.stream.bits import mix, permutation
+from fractaltrain.stream.bits import Draw, mix, permutation, uniforms
 
 WORDS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4)
 
@@ -46,3 +47,21 @@ def test_different_words_give_different_keys(first, second):
 @pytest.mark.parametrize("other", [(1, 0), (0, 1, 0), (0,)])
 def test_key_depends_on_order_and_number_of_words(other):
     assert mix(0, 1) != mix(*other)
+
+
+def test_uniforms_never_change():
+    numbers = uniforms(np.array([0, 1, 2**64 - 1], np.uint64), Draw.CROP, 2)
+    assert (numbers.shape, numbers.dtype) == ((3, 2), np.float64)
+    assert xxhash.xxh3_64_hexdigest(numbers.astype("<f8").tobytes()) == "8b9197b8ebdd6cf3"
+
+
+def test_uniforms_of_every_key_and_draw_are_their_own_and_uniform():
+    keys = np.arange(2000, dtype=np.uint64)
+    drawn = {draw: uniforms(keys, draw, 10) for draw in Draw}
+    everything = np.concatenate([numbers.ravel() for numbers in drawn.values()])
+    assert 0 <= everything.min() <= everything.max() < 1
+    assert len(np.unique(everything)) == len(everything)
+    counts = np.histogram(everything, bins=100, range=(0, 1))[0]
+    expected = len(everything) / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 150  # 99 degrees of freedom
+    assert np.array_equal(uniforms(keys[7:9], Draw.MIX, 4), drawn[Draw.MIX][7:9, :4])

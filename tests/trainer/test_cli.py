@@ -128,3 +128,22 @@ def test_learning_rate_follows_the_batch_only_when_told_to(options, lr):
     defaults = {"changes": ("epochs=3",), "epochs": None, "batch_size": "128", "lr": None, "scale_lr": False}
     recipe = cli._resolve(cli.PRETRAINING["anderson"], {**defaults, **options})
     assert (recipe.lr, recipe.batch_size, recipe.epochs) == (pytest.approx(lr), 128, 3)
+
+
+def test_finetuning_takes_the_newest_sound_checkpoint(fractaltrain, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    common = ("--batch-size", 20, "--image-size", 16)
+    fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *common, "--epochs", 2, "--out", "pt")
+    finetune = ("ft", "--weights", "pt", "--data", "digits", "--per-class", 2, *common, "--epochs", 1, "--out", "ft")
+    before, newest = sorted(Path("pt").glob("checkpoint-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    outcome = fractaltrain(*finetune)
+    assert outcome.code == 0
+    first, second = outcome.out.splitlines()[:2]
+    assert first.startswith(f"{newest}: damaged (")
+    assert first.endswith("; taking the one before")
+    assert second.startswith("weights of pt after 1 epoch: ")
+    before.unlink()
+    newest.unlink()
+    outcome = fractaltrain(*finetune)
+    assert (outcome.code, outcome.err) == (1, "error: pt: no checkpoint yet; let its training finish an epoch first\n")

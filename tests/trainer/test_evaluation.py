@@ -34,7 +34,12 @@ def test_scores_by_hand(classes, batch):
     images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
     source = ArraySource("table", images, labels, classes)
     batches = Batches(
-        source, evaluation_geometry(8), evaluation_positions(count, batch, 0, 1), np.arange(count), seed=0, epoch=0
+        source,
+        evaluation_geometry(PRETRAINING["anderson"], 8),
+        evaluation_positions(count, batch, 0, 1),
+        np.arange(count),
+        seed=0,
+        epoch=0,
     )
     model = Remembers(torch.from_numpy(logits))
     loaded = iterate(batches, 0, Loading(workers=0, pin_memory=False))

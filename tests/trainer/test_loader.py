@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from fractalshards.manifest import load_manifest, read_record
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import ArraySource, Example
 from fractaltrain.inputs import evaluation_geometry, training_geometry
-from fractaltrain.recipes import anderson_ft
-from fractaltrain.stream.loader import Batches, Loading, iterate
+from fractaltrain.recipes import PRETRAINING, anderson_ft
+from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
 
-AFFINE = training_geometry(anderson_ft.RECIPE, 32)
+CPU = torch.device("cpu")
+AFFINE = training_geometry(anderson_ft.RECIPE, 32, CPU)
 
 
 def shard_batches(folder: Path, epoch: int = 0, seed: int = 0, transform=AFFINE) -> Batches:
@@ -37,7 +39,7 @@ def same(first: list, second: list) -> bool:
 
 
 def test_batches_are_the_samples_of_the_shards(dataset):
-    batches = read(shard_batches(dataset, transform=evaluation_geometry(32)))
+    batches = read(shard_batches(dataset, transform=evaluation_geometry(PRETRAINING["anderson"], 32)))
     assert [batch.images.shape for batch in batches] == [(10, 3, 32, 32)] * 5
     assert batches[0].images.dtype == torch.uint8
     assert sorted(key for batch in batches for key in batch.keys) == [f"{index:09d}" for index in range(50)]
@@ -118,6 +120,99 @@ def test_vanished_shard_is_named(tmp_path, dataset):
         read(batches)
 
 
+class Named:
+    """Samples whose images are one pixel, and of which some cannot be read."""
+
+    def __init__(self, lengths: tuple[int, ...], bad: frozenset[int] = frozenset()) -> None:
+        self.lengths = lengths
+        self.classes = 1
+        self.bad = bad
+
+    def read(self, index: int) -> Example:
+        if index in self.bad:
+            raise FractalError(f"sample {index} is bad")
+        return Example(str(index), np.full((1, 1, 3), index, np.uint8), 0)
+
+
+def named_batches(source: Named, batch: int, rank: int, world: int, pad: bool, on_bad: OnBad = "stop") -> Batches:
+    order = epoch_order(source.lengths, seed=0, epoch=0, window=2)
+    positions = training_positions(len(order), batch, rank, world, pad)
+    return Batches(source, evaluation_geometry(PRETRAINING["anderson"], 1), positions, order, 0, 0, on_bad)
+
+
+def test_law_4_in_a_small_box_of_workers_and_ranks():
+    """Workers take the batches of a rank in turn, each with a copy of its own: the epoch is exact for any number."""
+    for lengths, batch, pad in product([(1, 3), (2, 1, 2), (6,)], range(1, 5), (False, True)):
+        order = epoch_order(lengths, seed=0, epoch=0, window=2)
+        for world in (world for world in (1, 2, 3, 4) if batch % world == 0):
+            for workers in (1, 2, 3, 8):
+                seen: list[list[str]] = []
+                for rank in range(world):
+                    copies = [named_batches(Named(lengths), batch, rank, world, pad) for _ in range(workers)]
+                    read = [copies[step % workers][step] for step in range(len(copies[0]))]
+                    seen.append([key for one in read for key in one.keys])
+                steps = -(-sum(lengths) // batch) if pad else sum(lengths) // batch
+                rows = np.array(seen).reshape(world, steps, -1).transpose(1, 0, 2).ravel()
+                assert rows.tolist() == [str(order[p % len(order)]) for p in range(steps * batch)]
+
+
+def test_a_bad_sample_is_replaced_by_the_next_good_one():
+    source = Named((6, 6))
+    order = epoch_order(source.lengths, seed=0, epoch=0, window=2).tolist()
+    bad = frozenset([order[2], order[5], order[6], order[11]])
+    expected = [*order[:2], order[3], order[3], order[4], order[7], order[7], *order[7:11], order[0]]
+    for world in (1, 2, 4):
+        ranks = [named_batches(Named((6, 6), bad), 4, rank, world, False, "replace") for rank in range(world)]
+        seen = [int(key) for step in range(3) for rank in ranks for key in rank[step].keys]
+        assert seen == expected
+        reasons = [reason for rank in ranks for step in range(3) for reason in rank[step].bad]
+        assert sorted(reasons) == sorted(f"sample {index} is bad" for index in bad)
+
+
+def test_a_replacement_is_augmented_as_its_place_is():
+    source = Named((6, 6))
+    order = epoch_order(source.lengths, seed=0, epoch=0, window=2).tolist()
+    good, mended = (
+        named_batches(Named((6, 6), bad), 4, 0, 1, False, "replace")[0] for bad in (frozenset(), frozenset([order[2]]))
+    )
+    assert np.array_equal(good.sample_keys, mended.sample_keys)
+    assert len(set(good.sample_keys.tolist())) == 4
+
+
+def test_a_bad_sample_drops_out_of_an_evaluation():
+    batches = named_batches(Named((6,), frozenset([1, 2])), 3, 0, 1, False, "drop")
+    seen = [batches[step] for step in range(2)]
+    assert sorted(int(key) for batch in seen for key in batch.keys) == [0, 3, 4, 5]
+    assert sum(len(batch.images) for batch in seen) == sum(len(batch.labels) for batch in seen) == 4
+    everything = named_batches(Named((3,), frozenset([0, 1, 2])), 3, 0, 1, False, "drop")[0]
+    assert (everything.images.shape, len(everything.labels), len(everything.bad)) == ((0, 3, 1, 1), 0, 3)
+
+
+def test_a_dataset_that_is_gone_stops_even_those_who_skip():
+    with pytest.raises(FractalError, match="none of the 5 samples after a bad one can be read; is the dataset still"):
+        read(named_batches(Named((6,), frozenset(range(6))), 3, 0, 1, False, "replace"))
+
+
+def test_a_shard_cut_in_mid_epoch_is_replaced_or_named(tmp_path, dataset):
+    folder = tmp_path / "cut"
+    shutil.copytree(dataset, folder)
+    source = ShardSource(load_manifest(folder), "train")
+    order = epoch_order(source.lengths, 0, 0, window=2)
+    positions = training_positions(50, 10, 0, 1, pad=False)
+    batches = {how: Batches(source, AFFINE, positions, order, 0, 0, how) for how in ("stop", "replace")}
+    stream = {how: iterate(batches[how], 0, Loading(0, pin_memory=False)) for how in batches}
+    first = {how: next(stream[how]) for how in stream}
+    assert not first["replace"].bad
+    os.truncate(folder / "train-000000.tar", 700)
+    with pytest.raises(FractalError, match=r"train-000000\.tar: sample \d+: file ends at byte"):
+        list(stream["stop"])
+    rest = list(stream["replace"])
+    lost = [index for index in order[10:] if index < 20]
+    assert [len(batch.keys) for batch in rest] == [10] * 4
+    assert sum(len(batch.bad) for batch in rest) == len(lost) > 3
+    assert not {f"{index:09d}" for index in lost} & {key for batch in rest for key in batch.keys}
+
+
 class Deadly(ArraySource):
     def read(self, index: int) -> Example:
         if index == 7:
@@ -127,7 +222,9 @@ class Deadly(ArraySource):
 
 def test_killed_worker_is_one_line():
     source = Deadly("deadly", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, np.int64), 1)
-    batches = Batches(source, evaluation_geometry(32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0)
+    batches = Batches(
+        source, evaluation_geometry(PRETRAINING["anderson"], 32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0
+    )
     with pytest.raises(FractalError, match=r"^a loader worker died .*lower --workers$"):
         read(batches, workers=1)
 

@@ -1,6 +1,7 @@
 import doctest
 import hashlib
-from itertools import product
+from collections import Counter
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from fractalshards.errors import FractalError
 from fractaltrain.stream import order as module
 from fractaltrain.stream.order import (
     epoch_order,
+    epoch_samples,
     evaluation_positions,
     rank_batch,
+    repeated,
     steps_per_epoch,
     training_positions,
 )
@@ -58,11 +61,87 @@ def test_every_epoch_and_seed_has_its_own_order():
     assert len(orders) == 36
 
 
-def test_shuffling_is_thorough():
-    """Neighbours in the order come from anywhere in the window: their mean distance is a third of its samples."""
-    order = epoch_order([500] * 8, seed=0, epoch=0, window=8)
-    assert np.abs(np.diff(order)).mean() == pytest.approx(4000 / 3, rel=0.05)
-    assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 0.05
+SHARDS, LENGTH = 64, 250  # samples of a shard
+
+
+def shuffled(window: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The order of an epoch, and the shard of each of its samples."""
+    order = epoch_order([LENGTH] * SHARDS, seed=5, epoch=epoch, window=window)
+    return order, order // LENGTH
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(np.argsort(np.argsort(first)), np.argsort(np.argsort(second)))[0, 1])
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 16, 64])
+def test_neighbours_come_from_all_shards_of_a_window(window):
+    """Two neighbours share their shard as often as two samples drawn from a window of W shards do."""
+    _, shard = shuffled(window)
+    expected = (LENGTH - 1) / (window * LENGTH - 1)
+    chance = 4 * (expected / len(shard)) ** 0.5
+    assert np.mean(shard[1:] == shard[:-1]) == pytest.approx(expected, abs=max(chance, SHARDS / len(shard)))
+
+
+@pytest.mark.parametrize("window", [2, 4, 16])
+def test_samples_of_a_shard_land_evenly_over_their_window(window):
+    """Ten parts of a window have of each of its shards what chance gives: chi square is one per degree of freedom."""
+    _, shard = shuffled(window)
+    expected = LENGTH / 10
+    for samples in shard.reshape(-1, window * LENGTH):
+        members = np.unique(samples)
+        counts = np.array([np.bincount(part, minlength=SHARDS)[members] for part in samples.reshape(10, -1)])
+        assert len(members) == window
+        assert counts.min() > 0
+        freedom = 9 / 10 * (1 - 1 / window)
+        spread = 4 * (2 / (9 * (window - 1))) ** 0.5  # four standard deviations of the mean
+        assert ((counts - expected) ** 2 / expected).mean() / freedom == pytest.approx(1, abs=spread)
+
+
+def test_shards_that_share_a_window_change_with_the_epoch():
+    """How often two shards meet is spread as chance does it: no pair is favoured, and none is kept apart."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for epoch in range(30):
+        _, shard = shuffled(4, epoch)
+        for samples in shard.reshape(-1, 4 * LENGTH):
+            pairs.update(combinations(np.unique(samples).tolist(), 2))
+    times = np.array([pairs[pair] for pair in combinations(range(SHARDS), 2)])
+    assert times.var() / times.mean() == pytest.approx(1 - 3 / (SHARDS - 1), abs=0.15)  # of 30 draws with p = 3 / 63
+
+
+@pytest.mark.parametrize("window", [1, 4, 64])
+def test_samples_of_a_shard_are_in_another_order_in_every_epoch(window):
+    """Rank correlations between two epochs, and with the index, are those of chance: of N(0, 1 / n) for n samples."""
+    place, later = (np.argsort(shuffled(window, epoch)[0]).reshape(SHARDS, LENGTH) for epoch in (0, 1))
+    index = np.arange(LENGTH)
+    for correlations in (list(map(rank_correlation, place, later)), [rank_correlation(row, index) for row in place]):
+        assert np.std(correlations) == pytest.approx(LENGTH**-0.5, rel=0.4)
+        assert abs(np.mean(correlations)) < 4 * (LENGTH * SHARDS) ** -0.5
+
+
+def test_a_window_of_all_shards_is_a_shuffle_of_all():
+    order, _ = shuffled(SHARDS)
+    other, _ = shuffled(SHARDS, epoch=1)
+    bound = 4 / len(order) ** 0.5
+    assert abs(rank_correlation(order, np.arange(len(order)))) < bound
+    assert abs(rank_correlation(np.argsort(order), np.argsort(other))) < bound
+    assert np.abs(np.diff(order)).mean() == pytest.approx(len(order) / 3, rel=0.03)
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_repeated_order_takes_the_first_samples_so_many_times(lengths, repeats):
+    order = epoch_order(lengths, seed=1, epoch=2, window=3)
+    again = repeated(order, repeats)
+    chosen = order[: len(order) // repeats]
+    assert len(again) == epoch_samples(len(order), repeats) == len(chosen) * repeats
+    assert np.array_equal(again.reshape(len(chosen), repeats), np.stack([chosen] * repeats, axis=1))
+
+
+def test_repeated_order_of_every_small_epoch():
+    for samples, repeats in product(range(1, 13), range(1, 5)):
+        times = np.bincount(repeated(np.arange(samples), repeats), minlength=samples)
+        taken = samples // repeats
+        assert times.tolist() == [repeats] * taken + [0] * (samples - taken)
 
 
 CASES = [
@@ -88,6 +167,28 @@ def test_exhaustive_epochs():
         else:
             assert times.max() == 1
             assert times.sum() == samples // batch * batch
+
+
+SMALL = [lengths for count in (1, 2, 3) for lengths in product((1, 2, 4), repeat=count)]
+
+
+def test_law_4_in_a_small_box():
+    """All lengths of shards, windows, batches, worlds and paddings: an exact epoch, the same for every world size, and
+    after a stop at any step the rest of it, whatever the world is then."""
+    for lengths, window, pad in product(SMALL, (1, 2), (False, True)):
+        samples = sum(lengths)
+        order = epoch_order(lengths, seed=1, epoch=0, window=window)
+        for batch in range(1, samples + 1):
+            runs = []
+            for world in (world for world in (1, 2, 3, 4) if batch % world == 0):
+                ranks = [training_positions(samples, batch, rank, world, pad) for rank in range(world)]
+                assert len({rank.shape for rank in ranks}) == 1
+                runs.append(order[np.concatenate(ranks, axis=1) % samples])
+            times = np.bincount(runs[0].ravel(), minlength=samples)
+            assert times.sum() == (-(-samples // batch) if pad else samples // batch) * batch
+            assert (times.min() >= 1 and times.max() <= 2) if pad else times.max() == 1
+            for run, stop in product(runs, range(len(runs[0]))):
+                assert np.array_equal(np.concatenate([runs[0][:stop], run[stop:]]), runs[0])
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 8))

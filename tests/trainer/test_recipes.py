@@ -51,6 +51,13 @@ def test_change():
         ("hflip", "2", "hflip is 2.0, but must be from 0 to 1"),
         ("mean", "1,2", "expected one value, or 3"),
         ("std", "0", "std is .*, but must be above 0"),
+        ("crop", "middle", "crop=middle: expected none or random or resized"),
+        ("crop_scale", "1,0.5", "crop_scale is .*, but must be two shares, the lower one first, above 0"),
+        ("crop_scale", "0,1", "crop_scale is .*, but must be two shares"),
+        ("randaugment", "11", "randaugment is 11.0, but must be from 0 to 10"),
+        ("label_smoothing", "-0.1", "label_smoothing is -0.1, but must be from 0 to 1"),
+        ("mixup", "-1", "mixup is -1.0, but must be at least 0"),
+        ("repeats", "0", "repeats is 0, but must be at least 1"),
         ("augment", "mixup", "augment=mixup: expected none or affine"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.ahead import Ahead
-from fractaltrain.stream.order import epoch_order, shard_windows, training_positions
+from fractaltrain.stream.order import epoch_order, repeated, shard_windows, training_positions
 
 pytestmark = pytest.mark.usefixtures("impatient")
 SCRIPT = Path(__file__).with_name("recorded_run.py")
@@ -57,7 +58,7 @@ def local_run(
 
 def same_run(one: Path, other: Path) -> bool:
     curves = [[(line["global_step"], line.get("loss")) for line in read_metrics(run)] for run in (one, other)]
-    states = [load_checkpoint(run)[1]["model"] for run in (one, other)]
+    states = [load_checkpoint(run).state["model"] for run in (one, other)]
     return (
         curves[0] == curves[1]
         and (one / "result.json").read_text() == (other / "result.json").read_text()
@@ -194,15 +195,15 @@ def test_spawned_loader_workers_have_connections_and_files_of_their_own(dataset,
     assert server.count(TRAIN[1]) == 1
 
 
-def test_what_comes_next_is_said_once_per_window():
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_what_comes_next_is_said_once_per_window(repeats):
     said: list[list[str]] = []
     lengths = [4, 2, 3, 5, 1]
-    ahead = Ahead(
-        [f"s{number}" for number in range(5)], lengths, seed=3, window=2, want=lambda names: said.append([*names])
-    )
+    names = [f"s{number}" for number in range(5)]
+    ahead = Ahead(names, lengths, seed=3, window=2, repeats=repeats, want=lambda names: said.append([*names]))
     windows = [[shards.tolist() for shards in shard_windows(5, 3, epoch, 2)] for epoch in range(3)]
     for epoch in range(2):
-        for position in range(16):  # with --pad a little more than there is
+        for position in range(16 * repeats):  # with --pad a little more than there is
             ahead.reached(epoch, position)
     expected = []
     for epoch in range(2):
@@ -210,3 +211,13 @@ def test_what_comes_next_is_said_once_per_window():
         expected += [sequence[number : number + 2] for number in range(4)]
     assert said == [[f"s{shard}" for shards in pair for shard in shards] for pair in expected]
     assert [sum(lengths[shard] for shard in shards) for shards in windows[0]] != [5, 5, 5]
+
+
+def test_repeated_samples_are_fetched_before_their_positions_come():
+    lengths, names = [4, 2, 3, 5, 1], [f"s{number}" for number in range(5)]
+    said: list[list[str]] = []
+    ahead = Ahead(names, lengths, seed=3, window=1, repeats=3, want=lambda names: said.append([*names]))
+    starts = [sum(lengths[:number]) for number in range(5)]
+    for position, sample in enumerate(repeated(epoch_order(lengths, 3, 0, 1), 3).tolist()):
+        ahead.reached(0, position)
+        assert said[-1][0] == names[bisect_right(starts, sample) - 1]

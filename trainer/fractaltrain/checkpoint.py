@@ -2,44 +2,74 @@
 
 import errno
 import pickle
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
+from fractalshards.human import one_line
 
-FILE = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
+_NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 _FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT)
+_UNSOUND = (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
 class Position:
     """How far a run is: ``step`` optimiser steps of ``epoch`` are done, both counted from 0.
 
-    ``loss_sum`` adds up the losses of this epoch's global batches so far; ``history`` has, for every finished epoch,
-    its ``train_loss`` and the scores of the evaluation after it.
+    ``loss_sum`` adds up the losses of this epoch's global batches so far, ``logged_sum`` those up to the last line of
+    the metrics. ``history`` has, for every finished epoch, its ``train_loss`` and the scores of its evaluation.
     """
 
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    logged_sum: float = 0.0
     history: tuple[dict[str, float], ...] = ()
 
 
-def save_checkpoint(folder: Path, position: Position, state: dict[str, Any]) -> None:
-    """Write ``folder/checkpoint.pt``; a reader sees the old one or the new one, never a part.
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds, and what is wrong with newer ones that were passed over, a line each.
+
+    ``state`` are state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``.
+    """
+
+    path: Path
+    position: Position
+    state: dict[str, Any]
+    passed_over: tuple[str, ...]
+
+
+def checkpoint_path(folder: Path, position: Position) -> Path:
+    """``folder/checkpoint-EPOCH-STEP.pt``: so many epochs are finished, and so many steps of the next."""
+    return folder / f"checkpoint-{position.epoch:04d}-{position.step:07d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, the oldest first; none of another name counts."""
+    found = [(name, path) for path in folder.glob("checkpoint-*.pt") if (name := _NAME.fullmatch(path.name))]
+    return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in found)]
+
+
+def save_checkpoint(folder: Path, position: Position, state: Mapping[str, Any], keep: int) -> None:
+    """Write a checkpoint, then remove all but the last ``keep``; a reader sees it whole or not at all.
+
+    A checkpoint of a later position goes, too: the run could not read it, or would have continued from there.
 
     Args:
-        state: state dicts by name: ``model``, ``optimizer``, ``schedule``, ``scaler``.
+        state: state dicts by name, see ``Checkpoint``.
 
     Raises:
-        OSError: as the file system does (full disk); then the old one is still there.
+        OSError: as the file system does (full disk); then the old ones are still there.
     """
-    path = folder / FILE
+    path = checkpoint_path(folder, position)
     with atomic_file(path) as file:
         try:
             torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
@@ -48,25 +78,57 @@ def save_checkpoint(folder: Path, position: Position, state: dict[str, Any]) -> 
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
+    names = list_checkpoints(folder)
+    place = names.index(path) + 1
+    for old in {*names} - {*names[max(place - keep, 0) : place]}:
+        old.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]] | None:
-    """What ``save_checkpoint`` was given, on the CPU; None if there is no checkpoint.
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is sound; None if there is none at all.
 
     Raises:
-        FractalError: if the file is damaged or of another format.
-        OSError: if it cannot be read.
+        FractalError: if there are checkpoints, but none that is sound, or one is of another format.
+        OSError: if one cannot be read; it may be sound.
     """
-    path = folder / FILE
-    if not path.is_file():
-        return None
+    passed_over: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["format"] != _FORMAT:
+                raise FractalError(f"{path}: written by another version; choose another folder with --out")
+            position = Position(**state["position"])
+            parts = {name: part for name, part in state.items() if name not in ("format", "position")}
+            return Checkpoint(path, position, parts, tuple(passed_over))
+        except _UNSOUND as error:
+            if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
+                raise
+            passed_over.append(f"{path}: damaged ({_reason(error)})")
+    if passed_over:
+        others = f", and so are {len(passed_over) - 1} older ones" if passed_over[1:] else ""
+        raise FractalError(f"{passed_over[0]}{others}; remove {folder} to start again")
+    return None
+
+
+def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
+    """Load each state dict into the part of its name.
+
+    Raises:
+        FractalError: if they do not fit: the checkpoint is that of another run.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.pop("format") != _FORMAT:
-            raise FractalError(f"{path}: written by another version; choose another folder with --out")
-        return Position(**state.pop("position")), state
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
-            raise  # the file may be sound
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FractalError(f"{path}: damaged ({reason}); remove it to start again") from error
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint.state[name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FractalError(
+            f"{checkpoint.path}: of another run or model ({_reason(error)}); remove it, or choose another folder "
+            "with --out"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what torch says, which goes on for many."""
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    first = str(error).strip().splitlines()[:1]
+    return one_line(first[0]).rstrip(".:") if first else type(error).__name__

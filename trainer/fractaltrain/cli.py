@@ -15,7 +15,17 @@ from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
-from fractaltrain.settings import Amp, Caching, Finetuning, Pretraining, Running, finetuning_folder, pretraining_folder
+from fractaltrain.settings import (
+    Amp,
+    Caching,
+    Finetuning,
+    OnBadSample,
+    Pretraining,
+    Resume,
+    Running,
+    finetuning_folder,
+    pretraining_folder,
+)
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -45,8 +55,19 @@ def _running_options(command: _Command) -> _Command:
         click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
                      help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
         click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
+        click.option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop", show_default=True,
+                     help="What a sample that cannot be read does; skip: another takes its place."),
         click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
                      help="Checkpoint inside long epochs, too."),
+        click.option("--keep", type=click.IntRange(1), default=3, show_default=True, metavar="K",
+                     help="Checkpoints that are kept, the newest ones."),
+        click.option("--resume", type=click.Choice(get_args(Resume)), default="auto", show_default=True,
+                     help="auto: continue the run in the folder, if there is one; never: refuse if there is; "
+                     "must: refuse if there is none."),
+        click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+                     help="Compute each process's batch in N parts, to save memory."),
+        click.option("--compile", is_flag=True, help="Run the model through torch.compile."),
+        click.option("--deterministic", is_flag=True, help="The same bits again on the same hardware; slower."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -78,7 +99,10 @@ def pt(
     nproc: int | None,
     **options: Any,
 ) -> None:
-    """Pre-train on a dataset of shards. The same command continues a run that was stopped."""
+    """Pre-train on a dataset of shards. The same command continues a run that was stopped.
+
+    SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+    """
     figures = _resolve(PRETRAINING[recipe], options)
     choice = Pretraining(
         running=_running(figures, options, default_out=pretraining_folder(shards, model, figures)),
@@ -129,6 +153,8 @@ def ft(
     """Fine-tune a pre-trained model on real images, or train one from scratch to compare with.
 
     The accuracy on held-out images after the last epoch is the figure; result.json in the run's folder has it.
+
+    SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
     """
     run = None if weights == _SCRATCH else Path(weights)
     if run is not None and model is not None:
@@ -175,6 +201,12 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         amp=options["amp"],
         workers=options["workers"],
         save_every_minutes=options["save_every_minutes"],
+        on_bad_sample=options["on_bad_sample"],
+        keep=options["keep"],
+        resume=options["resume"],
+        accumulate=options["accumulate"],
+        compile=options["compile"],
+        deterministic=options["deterministic"],
     )
 
 

@@ -38,6 +38,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: 
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     with torch.inference_mode():
         for batch in batches:
+            if not batch.keys:  # all of it was bad
+                continue
             labels = batch.labels.to(world.device)
             images = to_input(batch.images.to(world.device), recipe)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -47,4 +49,5 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: 
             loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
             totals += torch.stack([torch.ones_like(labels).sum(), loss, hits[:, 0].sum(), hits.sum()])
     samples, loss_sum, first, first_five = world.sum(totals).tolist()
-    return Scores(int(samples), loss_sum / samples, first / samples, first_five / samples)
+    count = max(int(samples), 1)  # of a run that is being stopped, there may be none
+    return Scores(int(samples), loss_sum / count, first / count, first_five / count)

@@ -8,7 +8,8 @@ import torch
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
-from fractaltrain.checkpoint import FILE, load_checkpoint
+from fractalshards.human import human_count
+from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.run_folder import trained_model
@@ -22,13 +23,17 @@ _WINDOW = 1  # the images are not in shards
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A run to start from: how far it came, its model's state dict, and the sha256 of the checkpoint they are from."""
+    """A run to start from: how far it came, its model's state dict, and the sha256 of the checkpoint they are from.
+
+    ``passed_over`` says what is wrong with newer checkpoints, a line each.
+    """
 
     model: str
     image_size: int
     epochs: int
     weights: Mapping[str, torch.Tensor]
     sha256: str
+    passed_over: tuple[str, ...]
 
 
 def finetune(choice: Finetuning) -> None:
@@ -50,7 +55,10 @@ def finetune(choice: Finetuning) -> None:
         if pretrained:
             report = load_backbone(model, pretrained.weights, str(choice.weights))
             if world.main:
-                print(f"weights of {choice.weights} after {pretrained.epochs} epochs: {report}", flush=True)
+                for problem in pretrained.passed_over:
+                    print(f"{problem}; taking the one before", flush=True)
+                epochs = human_count(pretrained.epochs, "epoch")
+                print(f"weights of {choice.weights} after {epochs}: {report}", flush=True)
         job = Job(
             running=choice.running,
             model=model,
@@ -72,14 +80,14 @@ def finetune(choice: Finetuning) -> None:
 
 
 def load_pretrained(run: Path) -> Pretrained:
-    """Read the checkpoint of a run.
+    """Read the newest sound checkpoint of a run.
 
     Raises:
         FractalError: if the folder holds no run, or none with a sound checkpoint.
     """
     model, image_size = trained_model(run)
-    saved = load_checkpoint(run)
-    if saved is None:
-        raise FractalError(f"{run}: no {FILE} yet; let its training finish an epoch first")
-    position, state = saved
-    return Pretrained(model, image_size, position.epoch, state["model"], sha256_file(run / FILE))
+    checkpoint = load_checkpoint(run)
+    if checkpoint is None:
+        raise FractalError(f"{run}: no checkpoint yet; let its training finish an epoch first")
+    epochs, weights, digest = checkpoint.position.epoch, checkpoint.state["model"], sha256_file(checkpoint.path)
+    return Pretrained(model, image_size, epochs, weights, digest, checkpoint.passed_over)

@@ -1,12 +1,16 @@
 """Starts one training process per GPU, or as many as asked for, on this machine."""
 
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from types import FrameType
+from typing import TypeVar, cast
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -14,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
 
 _Choice = TypeVar("_Choice")
 
@@ -31,6 +36,19 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
     if nproc == 1 or "RANK" in os.environ:
         entry(choice)
         return
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        """Give SIGUSR1 to the training processes, which save and end; torch's launcher passes on SIGTERM itself."""
+        children = multiprocessing.active_children()
+        if not children:
+            raise stopped(number)
+        asked.append(number)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(cast(int, child.pid), number)
+
+    before = signal.signal(signal.SIGUSR1, pass_on)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of processes that were stopped
     logging.disable(logging.ERROR)  # the launcher reports each failure, with tracebacks; we say it in one line
@@ -50,20 +68,26 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
             elastic_launch(config, entry)(choice)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == EXIT_STOPPED:  # of one that left it to another to say why
+            raise stopped(asked[0] if asked else signal.SIGTERM) from error
         raise _explain(rank, failure) from error
     except SignalException as error:
-        message = f"stopped by {error.sigval.name}; run the same command to continue"
-        raise StoppedError(message, 128 + error.sigval) from error
+        raise stopped(error.sigval) from error
     finally:
+        signal.signal(signal.SIGUSR1, before)
         logging.disable(logging.NOTSET)
 
 
 def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     """The error of a process as this one's own. What is no FractalError is a bug of ours: show where."""
     message = failure.message
+    if -failure.exitcode in SIGNALS:
+        return stopped(-failure.exitcode)
     if not isinstance(message, dict):
         return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")
     kind, _, text = message["message"].partition(": ")
+    if kind == "StoppedError":
+        return StoppedError(text, EXIT_STOPPED)
     if known := {"FractalError": FractalError, "UsageError": UsageError}.get(kind):
         return known(text)
     sys.stderr.write(message["extraInfo"]["py_callstack"])

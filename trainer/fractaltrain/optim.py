@@ -44,7 +44,7 @@ def parameter_rates(model: nn.Module, recipe: Recipe) -> dict[str, Rates]:
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     """SGD with one parameter group for each distinct pair of rates, in order of the model's parameters.
 
-    Its momentum is what the schedule sets.
+    Its momentum is what the schedule sets. One fused kernel per group, on GPUs and CPUs alike, updates all parameters.
     """
     parameters = dict(model.named_parameters())
     groups: dict[Rates, list[nn.Parameter]] = {}
@@ -54,6 +54,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(
         [{"params": group, "lr": rates.lr, "weight_decay": rates.weight_decay} for rates, group in groups.items()],
         momentum=recipe.max_momentum,
+        fused=True,
     )
 
 

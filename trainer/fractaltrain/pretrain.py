@@ -8,18 +8,15 @@ from typing import Any
 import torch
 
 from fractalshards.console import progress
-from fractalshards.manifest import load_manifest
 from fractalshards.sharing.cache import ShardCache, open_cache
 from fractalshards.sharing.prefetch import prefetching
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.shards import ShardSource
+from fractaltrain.data.dataset import TRAINING, open_cached, open_dataset
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.settings import Pretraining, dataset_name
 from fractaltrain.stream.ahead import Ahead
 from fractaltrain.train import Job, train
 from fractaltrain.world import World, join_world
-
-_SPLIT = "train"
 
 
 def pretrain(choice: Pretraining) -> None:
@@ -30,29 +27,28 @@ def pretrain(choice: Pretraining) -> None:
     """
     with join_world() as world:
         cache = _prepared_cache(choice, world)
-        manifest = cache.manifest if cache else load_manifest(Path(parse_location(choice.shards).root))
-        training = ShardSource(manifest, _SPLIT, cache, choice.window if cache else 0)
-        held_out = ShardSource(manifest, "val", cache, 1 if cache else 0) if "val" in manifest.splits else None
-        image_size = choice.image_size or manifest.image_size or IMAGE_SIZE
+        folder = Path(parse_location(choice.shards).root)
+        dataset = open_cached(cache, choice.window) if cache else open_dataset(folder, world)
+        stored = dataset.image_size if choice.running.recipe.crop == "none" else None  # a crop has the usual size
+        image_size = choice.image_size or stored or IMAGE_SIZE
         torch.manual_seed(choice.running.seed)
-        model = create_model(choice.model, manifest.classes, image_size)
-        with _fetching_ahead(cache, world) as want:
-            names = [shard.name for shard in manifest.splits[_SPLIT]]
+        model = create_model(choice.model, dataset.classes, image_size)
+        with _fetching_ahead(cache, choice, dataset.training.lengths, world) as reached:
             job = Job(
                 running=choice.running,
                 model=model,
-                training=training,
+                training=dataset.training,
                 window=choice.window,
-                held_out=held_out,
+                held_out=dataset.held_out,
                 image_size=image_size,
                 settings={
                     "task": "pt",
                     "dataset": dataset_name(choice.shards),
-                    "dataset_digest": manifest.content_digest(),
+                    "dataset_digest": dataset.digest,
                     "model": choice.model,
-                    "classes": manifest.classes,
+                    "classes": dataset.classes,
                 },
-                reached=Ahead(names, training.lengths, choice.running.seed, choice.window, want).reached,
+                reached=reached,
             )
             train(job, world)
 
@@ -61,7 +57,7 @@ def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
     """The machine's cache of a dataset elsewhere, once one of the machine's processes has prepared it."""
     if choice.caching is None:
         return None
-    cache = open_cache(choice.shards, choice.caching.folder, choice.caching.size, choice.window, _SPLIT)
+    cache = open_cache(choice.shards, choice.caching.folder, choice.caching.size, choice.window, TRAINING)
     if world.local_rank == 0:
         cache.prepare(progress if world.main else _unseen)
     world.barrier()
@@ -69,13 +65,17 @@ def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
 
 
 @contextmanager
-def _fetching_ahead(cache: ShardCache | None, world: World) -> Iterator[Callable[[Sequence[str]], None]]:
-    """One process of a machine has the shards fetched that all of them need next."""
+def _fetching_ahead(
+    cache: ShardCache | None, choice: Pretraining, lengths: Sequence[int], world: World
+) -> Iterator[Callable[[int, int], None]]:
+    """What shall be told where training is: one process of a machine has the shards fetched that all need next."""
     if cache is None or world.local_rank:
-        yield lambda names: None
+        yield lambda epoch, position: None
         return
+    names = [shard.name for shard in cache.manifest.splits[TRAINING]]
+    running = choice.running
     with prefetching(cache) as want:
-        yield want
+        yield Ahead(names, lengths, running.seed, choice.window, running.recipe.repeats, want).reached
 
 
 def _unseen(label: str, total: int, unit: str) -> Any:

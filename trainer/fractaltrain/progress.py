@@ -2,26 +2,37 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 from fractalshards.human import human_seconds
 
 _LOG_SECONDS = 10.0
 _CLEAR = "\r\033[K"
 
+_Item = TypeVar("_Item")
 
-class ProgressLine:
-    """Counts steps since this process began, and prints."""
 
-    def __init__(self, epochs: int, steps: int, batch: int, show: bool) -> None:
-        """``steps`` per epoch of ``batch`` images each; nothing is printed unless ``show``."""
-        self._epochs = epochs
-        self._steps = steps
+class Pace(NamedTuple):
+    """Global rate of training, and the share in [0, 1] of the time in which this process waited for its data."""
+
+    images_per_s: float
+    waiting: float
+
+
+class Clock:
+    """Measures the pace of training between two lines of the metrics, and since this process began.
+
+    Waiting is the time that the loop spends on getting its next batch. A GPU computes meanwhile, if it was given work
+    ahead: so the share is the most that it may have been idle.
+    """
+
+    def __init__(self, batch: int) -> None:
+        """``batch`` images per step, of all processes together."""
         self._batch = batch
-        self._show = show
-        self._done = 0
-        self._busy = 0.0
+        self._steps = self._lap_steps = 0
+        self._busy = self._lap_busy = self._lap_waited = 0.0
         self._since = time.monotonic()
-        self._printed = self._since
 
     def start(self) -> None:
         """Training goes on from here: what was spent since ``pause`` does not count."""
@@ -29,18 +40,51 @@ class ProgressLine:
 
     def pause(self) -> None:
         """Training stops for something else."""
-        self._busy += time.monotonic() - self._since
+        now = time.monotonic()
+        self._lap_busy += now - self._since
+        self._since = now
 
-    def advance(self, steps: int) -> None:
-        """So many more steps are done."""
-        self._done += steps
+    def steps_of(self, batches: Iterable[_Item]) -> Iterator[_Item]:
+        """The same batches; every one is a step, and waiting for it is measured."""
+        iterator = iter(batches)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._lap_waited += time.monotonic() - began
+            self._lap_steps += 1
+            yield batch
 
-    def images_per_second(self) -> float:
-        """Global rate of training since this process began."""
-        busy = self._busy + time.monotonic() - self._since
-        return self._done * self._batch / max(busy, 1e-9)
+    def lap(self) -> Pace:
+        """The pace since the last lap ended, which ends another one here."""
+        self.pause()
+        pace = Pace(
+            self._lap_steps * self._batch / max(self._lap_busy, 1e-9),
+            min(self._lap_waited / max(self._lap_busy, 1e-9), 1.0),
+        )
+        self._steps += self._lap_steps
+        self._busy += self._lap_busy
+        self._lap_steps, self._lap_busy, self._lap_waited = 0, 0.0, 0.0
+        return pace
 
-    def print(self, epoch: int, step: int, loss: float, lr: float) -> None:
+    def seconds_per_step(self) -> float:
+        """Mean over all laps of this process."""
+        return self._busy / max(self._steps, 1)
+
+
+class ProgressLine:
+    """Prints, on one process of all."""
+
+    def __init__(self, epochs: int, steps: int, show: bool) -> None:
+        """``steps`` per epoch; nothing is printed unless ``show``."""
+        self._epochs = epochs
+        self._steps = steps
+        self._show = show
+        self._printed = time.monotonic()
+
+    def print(self, epoch: int, step: int, loss: float, lr: float, pace: Pace, seconds_per_step: float) -> None:
         """Print where training is; without a terminal at most every ten seconds, and at the end of every epoch."""
         last = step == self._steps
         now = time.monotonic()
@@ -48,11 +92,10 @@ class ProgressLine:
         if not self._show or not (terminal or last or now - self._printed >= _LOG_SECONDS):
             return
         self._printed = now
-        rate = self.images_per_second()
-        left = ((self._epochs - epoch) * self._steps - step) * self._batch / rate
+        left = ((self._epochs - epoch) * self._steps - step) * seconds_per_step
         line = (
             f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.3g}  "
-            f"{rate:,.0f} images/s  {human_seconds(left)} left"
+            f"{pace.images_per_s:,.0f} images/s  {pace.waiting:.0%} waiting for data  {human_seconds(left)} left"
         )
         sys.stdout.write((_CLEAR if terminal else "") + line + ("\n" if last or not terminal else ""))
         sys.stdout.flush()

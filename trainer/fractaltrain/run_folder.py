@@ -8,13 +8,16 @@ from typing import Any
 from fractalshards.atomic import atomic_file, remove_leftovers, write_json
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
+from fractaltrain.settings import Resume
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 
 
-def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+def open_run(
+    folder: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], resume: Resume = "auto"
+) -> None:
     """Make the folder and its ``run.json``, or find the same run there.
 
     Args:
@@ -22,12 +25,18 @@ def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str
         environment: JSON-like; written for the record.
 
     Raises:
-        FractalError: if the folder holds a run with other settings.
+        FractalError: if the folder holds a run with other settings, or any at all that shall not be continued, or
+            none that must be.
         OSError: if it cannot be written.
     """
+    there = (folder / RUN).exists()
+    if there and resume == "never":
+        raise FractalError(f"{folder}: holds a run already; choose another folder with --out, or drop --resume never")
+    if not there and resume == "must":
+        raise FractalError(f"{folder}: no run to continue; check --out, or drop --resume must")
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    if not (folder / RUN).exists():
+    if not there:
         write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
         return
     found, wanted = _flatten(Fields.read(folder / RUN).mapping("settings")), _flatten(json.loads(json.dumps(settings)))

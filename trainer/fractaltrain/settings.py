@@ -9,6 +9,8 @@ from fractaltrain.data.finetuning import FOLDER_PREFIX, DataChoice
 from fractaltrain.recipes.recipe import Recipe
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
+Resume = Literal["auto", "never", "must"]
+OnBadSample = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,13 @@ class Running:
         pad: train on all samples of an epoch, filling the last batch with its first ones.
         amp: precision of the forward pass.
         workers: loader processes of each training process; None: chosen by the cores there are.
+        on_bad_sample: stop at a sample that cannot be read, or skip it: go on with another in its place.
         save_every_minutes: time between checkpoints inside an epoch; there is one after every epoch anyway.
+        keep: checkpoints that are kept, the newest ones.
+        resume: whether to continue what is in the folder: if it is there, not at all, or nothing else.
+        accumulate: parts of each process's batch that are computed one after the other, to save memory.
+        compile: run the model through torch.compile.
+        deterministic: the same bits again on the same hardware, at the price of speed.
     """
 
     recipe: Recipe
@@ -32,6 +40,12 @@ class Running:
     amp: Amp
     workers: int | None
     save_every_minutes: float
+    on_bad_sample: OnBadSample = "stop"
+    keep: int = 3
+    resume: Resume = "auto"
+    accumulate: int = 1
+    compile: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,30 @@
 """The processes that train together: who this one is, and what they say to each other."""
 
+import gc
 import os
 import re
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from fractalshards.console import describe_os_error
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.workers import available_cores
+from fractaltrain.preemption import EXIT_STOPPED
 
 _ECHO = re.compile(r"gloo|nccl|c10d|connection|socket|TCPStore", re.IGNORECASE)
-_ECHO_SECONDS = 20.0
+_ECHO_SECONDS = 15.0
+_SILENT_SECONDS = 10.0
+_Any = TypeVar("_Any")
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,33 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, src=0)
 
+    def max(self, value: int) -> int:
+        """The largest ``value`` of all processes; it waits for them, but not for their devices."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)  # on the CPU, so through gloo, which notices when another process is gone
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def share(self, value: _Any) -> _Any:
+        """What rank 0 gives, on all processes. It is pickled, so of this software only."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def gather(self, value: _Any) -> list[_Any]:
+        """What each process gives, by rank, on all of them. It is pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
+        self.max(0)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -63,38 +95,100 @@ class World:
 def join_world() -> Iterator[World]:
     """Take part in the group that torchrun's environment variables describe; alone without them.
 
-    CUDA devices where there are any, with NCCL; otherwise CPUs with gloo, each process with its share of the cores.
+    CUDA devices where there are any, with NCCL; otherwise CPUs, each process with its share of the cores. What is said
+    about the CPU's own tensors goes through gloo.
 
     Raises:
-        FractalError: if there are fewer GPUs than processes, memory runs out, or another process went away; a process
-            that only notices the end of another one waits first, so that the one with the cause is heard.
+        FractalError: if there are fewer GPUs than processes, the processes do not find each other, memory runs out, or
+            another process went away; a process that only notices the end of another one waits first, so that the
+            one with the cause is heard.
     """
     world = _read_environment()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(max(available_cores() // world.local_size, 1))
+    store = _meet(world) if world.size > 1 else None
     try:
-        if world.size > 1:
-            if world.device.type == "cuda":
-                dist.init_process_group("nccl", device_id=world.device)
-            else:
-                dist.init_process_group("gloo")
         yield world
         world.barrier()
-    except torch.OutOfMemoryError as error:
-        raise FractalError(f"{world.device}: out of memory; lower --batch-size or --image-size") from error
-    except OSError as error:
-        raise FractalError(describe_os_error(error)) from error
     except RuntimeError as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "lower --batch-size or --image-size, or raise --accumulate"
+            raise FractalError(f"{world.device}: out of memory; {advice}") from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise FractalError(f"--compile failed: {first_line}; drop it") from error
+        if "use_deterministic_algorithms" in str(error):
+            raise FractalError(f"--deterministic: {first_line}; drop it, or choose another model") from error
         if world.size == 1 or not _ECHO.search(str(error)):
             raise
+        threading.Thread(target=_hang_up, args=(error,), daemon=True).start()
         time.sleep(_ECHO_SECONDS)
-        first_line = str(error).splitlines()[0]
-        raise FractalError(f"rank {world.rank} lost the other processes ({first_line}); see their messages") from error
+        _stay_silent_unless_first(store, 1, wait=0)
+        reason = first_line.split(". ")[0]
+        raise FractalError(f"rank {world.rank} lost the other processes ({reason}); see their messages") from error
+    except (OSError, FractalError) as error:
+        told = error if isinstance(error, FractalError) else FractalError(describe_os_error(error))
+        _stay_silent_unless_first(store, _exit_code(told), wait=_SILENT_SECONDS)
+        raise told from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(world: World) -> Store:
+    """Join the group of processes; the store is where they met.
+
+    Raises:
+        FractalError: if they do not find each other, or the port where they are to meet is in use.
+    """
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store: Store
+        store, rank, size = next(iter(rendezvous("env://")))
+        backend, device = ("cpu:gloo,cuda:nccl", world.device) if world.device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
+        return store
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error):
+            raise FractalError(f"{place}: the port is in use; choose another one (MASTER_PORT)") from error
+        raise FractalError(f"rank {world.rank} did not find the others at {place}: {first_line}") from error
+
+
+def _hang_up(error: BaseException) -> None:
+    """Close the connections to the others, so that those who talk to this process alone notice, too.
+
+    They close when nothing holds the group any more, neither the model nor a frame that the error came through.
+    """
+    traceback.clear_frames(error.__traceback__)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def _stay_silent_unless_first(store: Store | None, code: int, wait: float) -> None:
+    """Let only one process tell the user what went wrong: the first of those that know.
+
+    The others wait some seconds for their launcher, which ends them as soon as it notices the first one's end: if they
+    were to end before that one, theirs would be the failure that it reports.
+    """
+    try:
+        if store is None or store.add("fractaltrain failed", 1) == 1:
+            return
+    except RuntimeError:  # whoever held the store is gone
+        return
+    if code != EXIT_STOPPED:
+        time.sleep(wait)
+    raise SystemExit(code)
+
+
+def _exit_code(error: FractalError) -> int:
+    """As ``fractalshards.console.Commands`` chooses it."""
+    if isinstance(error, StoppedError):
+        return error.code
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _read_environment() -> World:

@@ -40,12 +40,12 @@ class ShardSource:
             )
         self._shards = index_split(manifest, split, whole=cache is None)
         self._starts = np.cumsum([0, *self.lengths])
-        self._files = _OpenFiles(partial(_open, cache), open_files or _OPEN_FILES)
-        self._advice = (
-            f"check the copy with 'fractalshards verify {manifest.folder}'"
-            if cache is None
-            else "it came so; build the shard and push it again"
-        )
+        if cache is None:
+            self._files = OpenFiles()
+            self._advice = f"check the copy with 'fractalshards verify {manifest.folder}'"
+        else:
+            self._files = OpenFiles(partial(_open_cached, cache), open_files)
+            self._advice = "it came so; build the shard and push it again"
         self._classes = manifest.classes
 
     @property
@@ -83,16 +83,21 @@ class ShardSource:
             raise FractalError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
 
 
-def _open(cache: ShardCache | None, path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC) if cache is None else cache.open(path.name)
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-class _OpenFiles:
+def _open_cached(cache: ShardCache, path: Path) -> int:
+    return cache.open(path.name)
+
+
+class OpenFiles:
     """Descriptors of the files read last: opening one per sample would burden the server of a shared file system."""
 
-    def __init__(self, open_file: Callable[[Path], int], most: int) -> None:
+    def __init__(self, open_file: Callable[[Path], int] = _open, most: int = 0) -> None:
+        """Keep ``most`` files open; 0: a usual number."""
         self._open = open_file
-        self._most = most
+        self._most = most or _OPEN_FILES
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:

@@ -28,8 +28,19 @@ class Recipe:
         final_div_factor: ... and ends at ``lr / div_factor / final_div_factor``.
         base_momentum: momentum where the learning rate is highest.
         max_momentum: momentum where it is lowest.
+        clip_grad: largest norm of the gradients of all parameters together; None: no limit.
         augment: ``none``, or ``affine``: reflect padding by an eighth, small rotation, shift and zoom, centre crop.
+        crop: of training images: ``none``: all of it, resized; ``random``: a piece of the size that the model sees;
+            ``resized``: a piece of random size and shape (RandomResizedCrop), bicubic.
+        crop_scale: share of the area that a ``resized`` crop takes, lowest and highest.
         hflip: probability of a horizontal flip of a training image.
+        randaugment: magnitude of RandAugment, two operations an image: timm's ``rand-mM-mstd0.5-inc1``; 0: none.
+        color_jitter: brightness, contrast and saturation change by up to this share; not beside RandAugment.
+        erasing: probability that a rectangle of a training image becomes noise.
+        mixup: alpha of the Beta distribution that mixes pairs of images and their labels; 0: none.
+        cutmix: the same for pasted rectangles; with both, each batch takes one or the other.
+        label_smoothing: share of a label that is spread over all classes.
+        repeats: repeated augmentation: an epoch takes so many times fewer samples, each so many times.
         mean: subtracted per channel from images in [0, 1].
         std: divided by per channel afterwards.
     """
@@ -46,8 +57,18 @@ class Recipe:
     final_div_factor: float = 1e4
     base_momentum: float = 0.85
     max_momentum: float = 0.95
+    clip_grad: float | None = None
     augment: Literal["none", "affine"] = "none"
+    crop: Literal["none", "random", "resized"] = "none"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.0
+    randaugment: float = 0.0
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    repeats: int = 1
     mean: Channels = (0.0, 0.0, 0.0)
     std: Channels = (1.0, 1.0, 1.0)
 
@@ -57,19 +78,25 @@ class Recipe:
         Raises:
             UsageError: naming the field and what it may be.
         """
-        at_least_one = ("epochs", "batch_size")
+        at_least_one = ("epochs", "batch_size", "repeats")
         positive = ("lr", "head_lr_factor", "div_factor", "final_div_factor")
-        not_negative = ("weight_decay", "head_weight_decay")
-        shares = ("pct_start", "base_momentum", "max_momentum", "hflip")
+        positive_or_none = ("clip_grad",)
+        not_negative = ("weight_decay", "head_weight_decay", "mixup", "cutmix")
+        shares = ("pct_start", "base_momentum", "max_momentum", "hflip", "color_jitter", "erasing", "label_smoothing")
         for name in at_least_one:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in positive:
             _check(self, name, getattr(self, name) > 0, "above 0")
+        for name in positive_or_none:
+            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or none")
         for name in not_negative:
             _check(self, name, (getattr(self, name) or 0) >= 0, "at least 0")
         for name in shares:
             _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         _check(self, "std", min(self.std) > 0, "above 0")
+        low, high = self.crop_scale
+        _check(self, "crop_scale", 0 < low <= high <= 1, "two shares, the lower one first, above 0")
+        _check(self, "randaugment", 0 <= self.randaugment <= 10, "from 0 to 10")
 
 
 def change(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:

@@ -17,6 +17,7 @@ class Ahead:
         lengths: samples in each.
         seed: of the run.
         window: shards that are shuffled together.
+        repeats: how often in a row each sample is taken, see ``order.repeated``.
         want: told the names of the shards of this window and then of the next one, in their order, once per window.
     """
 
@@ -24,6 +25,7 @@ class Ahead:
     lengths: Sequence[int]
     seed: int
     window: int
+    repeats: int
     want: Callable[[Sequence[str]], None]
     _told: tuple[int, int] = field(default=(-1, -1), init=False)
     _ends: tuple[int, list[int]] = field(default=(-1, []), init=False)
@@ -33,7 +35,7 @@ class Ahead:
         if self._ends[0] != epoch:
             sizes = (sum(self.lengths[shard] for shard in shards) for shards in self._windows(epoch))
             self._ends = (epoch, list(accumulate(sizes)))
-        number = bisect_right(self._ends[1], position)
+        number = bisect_right(self._ends[1], position // self.repeats)
         if self._told != (epoch, number):
             self._told = (epoch, number)
             upcoming = [*self._windows(epoch), *self._windows(epoch + 1)[:1]][number : number + 2]

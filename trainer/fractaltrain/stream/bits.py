@@ -24,6 +24,17 @@ class Purpose(IntEnum):
     SUBSET = 4
 
 
+class Draw(IntEnum):
+    """What random numbers of one sample are for, under the key of the sample in its epoch."""
+
+    CROP = 0
+    FLIP = 1
+    RANDAUGMENT = 2
+    JITTER = 3
+    ERASE = 4
+    MIX = 5
+
+
 def mix(*words: int) -> int:
     """A 64-bit key from integers in [0, 2^64); another order of the words gives another key."""
     key = 0
@@ -40,6 +51,13 @@ def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
     """
     counters = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN64) + np.uint64(key)
     return np.argsort(_mix64_all(counters), kind="stable").astype(np.int64, copy=False)
+
+
+def uniforms(keys: Bits, draw: Draw, count: int) -> npt.NDArray[np.float64]:
+    """Random numbers in [0, 1) for every key: (b,) uint64 to (b, count) float64."""
+    starts = _mix64_all((_mix64_all(keys + np.uint64(GOLDEN64)) ^ np.uint64(draw)) + np.uint64(GOLDEN64))  # as mix
+    counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN64)
+    return (_mix64_all(starts[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix64_all(z: Bits) -> Bits:

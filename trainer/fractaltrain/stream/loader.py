@@ -1,30 +1,53 @@
 """Batches of an epoch, read and transformed by loader workers."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
-from fractaltrain.data.source import Images, Source
-from fractaltrain.stream.bits import Purpose, mix
+from fractaltrain.data.source import Example, Images, Source
+from fractaltrain.preemption import ignore_stop_signals
+from fractaltrain.stream.bits import Bits, Purpose, mix
 from fractaltrain.stream.order import Indices
 
-_PREFETCH = 4
+OnBad = Literal["stop", "replace", "drop"]
 
-Transform = Callable[[Images], torch.Tensor]
-"""Turns an image (H, W, 3) uint8 into a tensor (3, S, S) uint8; any randomness comes from torch's CPU generator."""
+_PREFETCH = 4
+_TRIES = 10_000  # of positions for one that is bad: more bad ones in a row mean that the dataset is gone
+
+
+class Transform(Protocol):
+    """Makes an image (H, W, 3) uint8 into (S, S, 3) uint8; any randomness comes from the key."""
+
+    @property
+    def image_size(self) -> int:
+        """S, in pixels."""
+
+    def __call__(self, image: Images, key: int, /) -> Images: ...
 
 
 class Batch(NamedTuple):
-    """Samples of one rank: images (b, 3, S, S) uint8, labels (b,) int64, and the keys they were read from."""
+    """Samples of one rank.
+
+    Attributes:
+        images: (b, 3, S, S) uint8; in memory the channels come last, as they are decoded.
+        labels: (b,) int64.
+        keys: what the samples are called where they were read.
+        sample_keys: (b,) uint64, random bits by (seed, epoch, position), for augmentation.
+        bad: why samples could not be read that should be here.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     keys: tuple[str, ...]
+    sample_keys: Bits
+    bad: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -50,14 +73,22 @@ class Batches(Dataset[Batch | FractalError]):
         order: Indices,
         seed: int,
         epoch: int,
+        on_bad: OnBad = "stop",
     ) -> None:
-        """Read ``order[p % len(order)]`` for each position p of ``positions[k]``."""
+        """Read ``order[p % len(order)]`` for each position p of ``positions[k]``.
+
+        Args:
+            on_bad: what becomes of a sample that cannot be read. ``stop``: the end; ``replace``: the sample of the next
+                position that can be read takes its place, so that batches keep their size and ranks their step, and
+                do so after every restart; ``drop``: its batch is smaller.
+        """
         self._source = source
         self._transform = transform
         self._positions = positions
         self._order = order
         self._seed = seed
         self._epoch = epoch
+        self._on_bad = on_bad
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -67,26 +98,67 @@ class Batches(Dataset[Batch | FractalError]):
 
         The error is returned because torch's workers turn what they raise into a multi-line text.
         """
-        images, labels, keys = [], [], []
+        positions: list[int] = self._positions[step].tolist()
+        size = self._transform.image_size
+        images = np.empty((len(positions), size, size, 3), np.uint8)
+        labels: list[int] = []
+        keys: list[str] = []
+        sample_keys: list[int] = []
+        bad: list[str] = []
         try:
-            for position in self._positions[step].tolist():
-                example = self._source.read(int(self._order[position % len(self._order)]))
-                with seeded(mix(self._seed, Purpose.AUGMENT, self._epoch, position)):
-                    images.append(self._transform(example.image))
-                labels.append(example.label)
-                keys.append(example.key)
+            for position in positions:
+                if example := self._read(position, bad):
+                    sample_keys.append(mix(self._seed, Purpose.AUGMENT, self._epoch, position))
+                    images[len(keys)] = self._transform(example.image, sample_keys[-1])
+                    labels.append(example.label)
+                    keys.append(example.key)
         except FractalError as error:
             return error
-        return Batch(torch.stack(images), torch.tensor(labels), tuple(keys))
+        planes = torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2)
+        return Batch(planes, torch.tensor(labels), tuple(keys), np.array(sample_keys, np.uint64), tuple(bad))
+
+    def _read(self, position: int, bad: list[str]) -> Example | None:
+        """The sample of a position or what stands for it, if anything; why it is bad is added to ``bad``."""
+        try:
+            return self._source.read(int(self._order[position % len(self._order)]))
+        except FractalError as error:
+            if self._on_bad == "stop":
+                raise
+            bad.append(str(error))
+            return self._read_after(position) if self._on_bad == "replace" else None
+
+    def _read_after(self, position: int) -> Example:
+        tries = min(_TRIES, len(self._order) - 1)
+        for later in range(position + 1, position + 1 + tries):
+            with suppress(FractalError):
+                return self._source.read(int(self._order[later % len(self._order)]))
+        raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
 
 
 def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
     """Batches ``start``, ``start + 1``, ... in order.
 
     Raises:
-        FractalError: at the first sample that cannot be read, or if a loader worker is killed.
+        FractalError: at the first sample that cannot be read and shall stop all, or if a loader worker is killed.
     """
-    loader = DataLoader(
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # two long lines where there are more workers than cores
+        items = iter(_loader(batches, start, loading))
+    try:
+        for item in items:
+            if isinstance(item, FractalError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
+    finally:
+        del items  # workers end with it; the traceback of an error would keep it, and they ignore what ends processes
+
+
+def _loader(batches: Batches, start: int, loading: Loading) -> DataLoader[Batch | FractalError]:
+    return DataLoader(
         batches,
         batch_size=None,  # items are whole batches
         sampler=range(start, len(batches)),
@@ -95,27 +167,8 @@ def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
         prefetch_factor=_PREFETCH if loading.workers else None,
         pin_memory=loading.pin_memory,
         generator=torch.Generator(),  # otherwise it would draw from the global one
+        worker_init_fn=ignore_stop_signals if loading.workers else None,
     )
-    try:
-        for item in loader:
-            if isinstance(item, FractalError):
-                raise item
-            yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
-
-
-@contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """Run with torch's CPU generator seeded by ``key``, and put it back as it was."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(key)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
 
 
 def _as_it_is(item: Any) -> Any:

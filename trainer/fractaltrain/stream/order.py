@@ -14,6 +14,11 @@ R equal parts of them. An example with three shards of 4, 2 and 3 samples, windo
 >>> order[training_positions(9, batch=4, rank=1, world=2, pad=False)].tolist()
 [[3, 5], [8, 7]]
 
+Repeated augmentation trains on a third of the samples of each epoch, three times each:
+
+>>> repeated(order, 3).tolist()
+[0, 0, 0, 2, 2, 2, 3, 3, 3]
+
 Nothing is buffered and nothing depends on workers, so a run that stopped at (epoch, step) continues by computing
 the same arrays and leaving out the first ``step`` rows, with any number of workers and any number of ranks.
 """
@@ -52,6 +57,20 @@ def shard_windows(shards: int, seed: int, epoch: int, window: int) -> list[Indic
     shorter."""
     order = permutation(shards, mix(seed, Purpose.SHARDS, epoch))
     return [order[first : first + window] for first in range(0, shards, window)]
+
+
+def epoch_samples(samples: int, repeats: int) -> int:
+    """Positions in an epoch's order of which every sample is taken ``repeats`` times: their order is ``repeated``."""
+    return samples // repeats * repeats
+
+
+def repeated(order: Indices, repeats: int) -> Indices:
+    """The order of an epoch of repeated augmentation: its first floor(n / repeats) samples, each ``repeats`` times.
+
+    The repeats of a sample are neighbours, and so in one global batch but for those at its ends; having different
+    positions they are augmented differently. (Hoffer et al., Augment your batch, CVPR 2020; thrice in DeiT.)
+    """
+    return np.repeat(order[: len(order) // repeats], repeats)
 
 
 def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:

@@ -1,0 +1,44 @@
+from fractaltrain import progress
+from fractaltrain.progress import Clock, Pace, ProgressLine
+
+
+class Time:
+    """A clock that only moves when told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_pace_and_waiting_of_each_lap(monkeypatch):
+    time = Time()
+    monkeypatch.setattr(progress, "time", time)
+
+    def batches(seconds: float, count: int):
+        for _ in range(count):
+            time.now += seconds  # the loader is that slow
+            yield None
+
+    clock = Clock(batch=8)
+    clock.start()
+    for _ in clock.steps_of(batches(1.0, 4)):
+        time.now += 3.0  # the step itself
+    assert clock.lap() == Pace(images_per_s=2.0, waiting=0.25)
+    clock.pause()
+    time.now += 100.0  # evaluation
+    clock.start()
+    for _ in clock.steps_of(batches(0.0, 2)):
+        time.now += 2.0
+    assert clock.lap() == Pace(images_per_s=4.0, waiting=0.0)
+    assert clock.seconds_per_step() == 20 / 6
+    assert clock.lap() == Pace(images_per_s=0.0, waiting=0.0)
+
+
+def test_line_says_it_all(capfd):
+    line = ProgressLine(epochs=3, steps=100, show=True)
+    line.print(1, 100, 0.12345, 0.05, Pace(1234.5, 0.031), seconds_per_step=2.0)
+    expected = "epoch 2/3  step 100/100  loss 0.1235  lr 0.05  1,234 images/s  3% waiting for data  0:03:20 left\n"
+    assert capfd.readouterr().out == expected
+    ProgressLine(epochs=3, steps=100, show=False).print(1, 100, 0.1, 0.05, Pace(1, 0), 1.0)
+    assert capfd.readouterr().out == ""

@@ -1,0 +1,102 @@
+"""Runs ``fractaltrain`` in several processes at once, again and again, without importing torch each time.
+
+It reads requests from stdin, a line of JSON each, and answers with a line. A request has ``size`` processes, the
+``arguments`` of the command, a ``folder`` for ``out-RANK`` and ``err-RANK``, and perhaps ``signals``: a list of
+``[rank, epoch, step, number]``: when that rank has fetched that batch (epoch from 0, step from 1), it sends itself that
+signal. ``agent``: whether to do what torchrun does, which ends all processes when one has failed; it keeps the store
+where they meet in any case, unless ``port`` names another. The answer has the exit ``codes``, negative for a signal,
+and the ``seconds`` from the first failure to the end of the last process.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import matplotlib.figure  # noqa: F401
+import timm  # noqa: F401
+import torch
+import torch.distributed as dist
+import torch.utils.tensorboard
+
+from fractaltrain import cli, finetune, launch, pretrain, train  # noqa: F401
+
+_PATIENCE = 60.0
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        print(json.dumps(run_world(json.loads(line))), flush=True)
+
+
+def run_world(request: dict) -> dict:
+    store = None
+    if "port" not in request:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = request.get("port") or store.port
+    processes = {}
+    for rank in range(request["size"]):
+        process = os.fork()
+        if process == 0:
+            run_rank(rank, port, store is not None, request)
+        processes[process] = rank
+    codes: dict[int, int] = {}
+    failed = None
+    while processes:
+        process, status = os.wait()
+        codes[processes.pop(process)] = os.waitstatus_to_exitcode(status)
+        if failed is None and status:
+            failed = time.monotonic()
+            for other in processes if request.get("agent", True) else ():
+                os.kill(other, signal.SIGTERM)
+    seconds = 0.0 if failed is None else time.monotonic() - failed
+    return {"codes": [codes[rank] for rank in range(request["size"])], "seconds": seconds}
+
+
+def run_rank(rank: int, port: int, agent_store: bool, request: dict) -> None:
+    signal.alarm(int(_PATIENCE))  # nothing hangs forever
+    size = str(request["size"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    if agent_store:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(request["folder"]) / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    code: object = 0
+    try:
+        send_signals([some for some in request.get("signals", []) if some[0] == rank])
+        torch.set_num_threads(1)
+        cli.main([str(argument) for argument in request["arguments"]])
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 70
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def send_signals(signals: list) -> None:
+    """Wrap what the loop calls; it is otherwise the real one."""
+    iterate = train.iterate
+
+    def signalling(batches, start, loading):
+        training = len(batches) > 5
+        for step, batch in enumerate(iterate(batches, start, loading), start + 1):
+            for _, epoch, when, number in signals:
+                if training and (batches._epoch, step) == (epoch, when):
+                    os.kill(os.getpid(), number)
+            yield batch
+
+    train.iterate = signalling
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,241 @@
+"""Measures the stream: decoding, shards to batches against webdataset + Pillow, augmentation, memory of loader workers.
+
+    python tools/bench_stream.py --json bench.json
+
+Renders images of kind ``single`` first, unless ``--shards`` names a dataset. What is compared takes turns in one
+process with one thread. Its processor time is counted, and the best of the rounds given: whatever else runs on the
+machine only slows down. Loader workers are measured by the clock.
+"""
+
+import io
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.png import decode_image
+from fractalshards.reader import ShardIndex, index_split, iterate_shard
+from fractaltrain.augment.randaugment import randaugment, timm_randaugment
+from fractaltrain.data.shards import ShardSource
+from fractaltrain.data.source import Source
+from fractaltrain.inputs import training_batch, training_geometry
+from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes.recipe import change
+from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
+from fractaltrain.stream.order import epoch_order, training_positions
+
+_WINDOW = 16
+_SHUFFLE = 1000  # samples in webdataset's buffer
+_SOME = 100  # images whose decoding is timed
+_MANY = 1_281_167  # images of ImageNet
+_CPU, _ELSEWHERE = torch.device("cpu"), torch.device("meta")  # not on a CPU, geometry leaves RandAugment to the device
+_PLAIN = PRETRAINING["anderson"]
+_CROPPED = change(_PLAIN, {"crop": "resized", "hflip": "0.5"})
+_GREY = (128, 128, 128)
+
+
+@click.command()
+@click.option("--shards", type=click.Path(path_type=Path), help="Folder of a dataset.  [default: rendered for this]")
+@click.option("--images", default=4000, show_default=True, help="So many are rendered.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(2))
+@click.option("--batches", default=8, show_default=True, type=click.IntRange(1), help="Batches of one round.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="The best of so many counts.")
+@click.option("--workers", default="1,2", show_default=True, help="Counts of loader workers to compare.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+def main(
+    shards: Path | None, images: int, batch_size: int, batches: int, rounds: int, workers: str, json_path: Path | None
+) -> None:
+    """Measure the stream on this machine."""
+    torch.set_num_threads(1)
+    counts = [int(count) for count in workers.split(",") if count.isdigit()] or [1]
+    with nullcontext(str(shards)) if shards else tempfile.TemporaryDirectory() as name:
+        folder = Path(name) if shards else _render(Path(name) / "single", images)
+        manifest = load_manifest(folder)
+        report = {
+            "decode_ms": _decoding(manifest, rounds),
+            "images_per_second": _streaming(manifest, batch_size, batches, rounds, counts),
+            "augmentation_ms": _augmenting(manifest, batch_size, rounds),
+            "memory_mb": _memory(manifest, batch_size),
+        }
+    _print(report)
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=1))
+
+
+def _render(folder: Path, images: int) -> Path:
+    command = "from fractalgen.cli import main; main()"
+    options = ["--kind", "single", "--n", str(images), "--classes", "100", "--shard-size", "500", "--out", str(folder)]
+    subprocess.run([sys.executable, "-c", command, "build", *options], check=True)
+    return folder
+
+
+def _decoding(manifest: Manifest, rounds: int) -> dict[str, float]:
+    """ms per image."""
+    samples = islice(iterate_shard(index_split(manifest, "train")[0]), _SOME)
+    files = [data for sample in samples for extension, data in sample.files.items() if extension != "cls"]
+    decoders: dict[str, Callable[[], object]] = {
+        "ours": lambda: [decode_image(data) for data in files],
+        "Pillow": lambda: [_decode_with_pillow(data) for data in files],
+    }
+    seconds = _take_turns(decoders, rounds)
+    return {name: 1000 * time / len(files) for name, time in seconds.items()}
+
+
+def _streaming(manifest: Manifest, batch_size: int, batches: int, rounds: int, counts: list[int]) -> dict[str, float]:
+    """Images per second: in this process, with loader workers, and through webdataset in this process."""
+    source = ShardSource(manifest, "train")
+    images = batch_size * batches
+    readers: dict[str, Callable[[], object]] = {
+        "ours": lambda: _read(source, batch_size, batches),
+        "webdataset + Pillow": lambda: _read_with_webdataset(manifest, batch_size, batches),
+    }
+    rates = {name: images / time for name, time in _take_turns(readers, rounds).items()}
+    for count in counts:
+        rates[f"ours, {count} loader workers"] = max(_rate(source, batch_size, batches, count) for _ in range(rounds))
+    return rates
+
+
+def _augmenting(manifest: Manifest, batch_size: int, rounds: int) -> dict[str, float]:
+    """ms per image of what augmentation adds, on one core."""
+    source = ShardSource(manifest, "train")
+    order, keys = np.arange(sum(source.lengths)), np.arange(batch_size, dtype=np.uint64)
+    batch = Batches(source, training_geometry(_PLAIN, 224, _CPU), order[None, :batch_size], order, 0, 0)[0]
+    assert isinstance(batch, Batch)
+    pictures = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
+    reference = timm_randaugment(224, 9, _GREY)
+    crop = training_geometry(_CROPPED, 224, _ELSEWHERE)
+    parts: dict[str, Callable[[], object]] = {
+        "resized crop and flip": lambda: [crop(picture, key) for key, picture in enumerate(pictures)],
+        "RandAugment, timm and Pillow": lambda: [reference(picture, key) for key, picture in enumerate(pictures)],
+        "RandAugment, batch": lambda: randaugment(batch.images, keys, 9, _GREY),
+        "to float, normalised": lambda: training_batch(batch, _PLAIN, manifest.classes, _CPU),
+    }
+    extras = {"color jitter": "color_jitter=0.3", "erasing": "erasing=0.25", "mixup or cutmix": "mixup=0.8,cutmix=1"}
+    for name, settings in extras.items():
+        recipe = change(_PLAIN, dict(setting.split("=") for setting in settings.split(",")))
+        parts[f"to float, {name}"] = partial(training_batch, batch, recipe, manifest.classes, _CPU)
+    return {name: 1000 * spent / batch_size for name, spent in _take_turns(parts, rounds).items()}
+
+
+def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
+    """MB of this process and of a loader worker, for this dataset and for one of over a million images."""
+    figures = {}
+    for name, source in (("this dataset", ShardSource(manifest, "train")), (f"{_MANY:,} images", _Many(manifest))):
+        order = epoch_order(source.lengths, 0, 0, _WINDOW)
+        positions = training_positions(len(order), batch_size, 0, 1, pad=False)
+        batches = Batches(source, training_geometry(_PLAIN, 224, _CPU), positions, order, 0, 0)
+        for number, _ in enumerate(iterate(batches, 0, Loading(2, pin_memory=False))):
+            if number == 40:
+                pids = [child.pid for child in multiprocessing.active_children() if child.pid]
+                figures[f"worker, {name}: most, with what it shares"] = max(_status(pid, "VmHWM") for pid in pids)
+                figures[f"worker, {name}: its own"] = max(_private(pid) for pid in pids)
+                break
+    return figures
+
+
+class _Many(ShardSource):
+    """The shards of a dataset over and over, each with its own index: as many images as ImageNet has."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest, "train")
+        times = -(-_MANY // sum(self.lengths))
+        shards = self._shards * times
+        self._shards = tuple(ShardIndex(shard.path, shard.offsets.copy()) for shard in shards)
+        self._starts = np.cumsum([0, *self.lengths])
+
+
+def _read(source: Source, batch_size: int, batches: int) -> None:
+    """Read so many batches of an epoch."""
+    for _ in _batches(source, batch_size, batches, workers=0):
+        pass
+
+
+def _rate(source: Source, batch_size: int, batches: int, workers: int) -> float:
+    """Images per second that loader workers give, once they have started and their queues are full."""
+    warm = 8 * workers
+    stream = _batches(source, batch_size, warm + batches * workers, workers)
+    for _ in islice(stream, warm):
+        pass
+    start = time.perf_counter()
+    images = sum(len(batch.keys) for batch in stream)
+    return images / (time.perf_counter() - start)
+
+
+def _batches(source: Source, batch_size: int, batches: int, workers: int) -> Iterator[Batch]:
+    order = epoch_order(source.lengths, 0, 0, _WINDOW)
+    positions = np.arange(batch_size * batches).reshape(batches, batch_size)
+    transform = training_geometry(_PLAIN, 224, _CPU)
+    return iterate(Batches(source, transform, positions, order, 0, 0), 0, Loading(workers, pin_memory=False))
+
+
+def _read_with_webdataset(manifest: Manifest, batch_size: int, batches: int) -> None:
+    """The same number of shuffled uint8 batches the usual way."""
+    urls = [str(manifest.folder / shard.name) for shard in manifest.splits["train"]]
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(_SHUFFLE, initial=1)
+    loaded = dataset.decode("rgb8").to_tuple("png", "cls").batched(batch_size)
+    for images, _ in islice(loaded, batches):
+        torch.as_tensor(images)
+
+
+def _decode_with_pillow(data: bytes) -> Any:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _take_turns(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of processor time of each part, the best of the rounds; the first time of all does not count."""
+    best = dict.fromkeys(parts, float("inf"))
+    for number in range(rounds + 1):
+        for name, part in parts.items():
+            start = time.process_time()
+            part()
+            if number:
+                best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def _status(pid: int, field: str) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def _private(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Private"))
+
+
+def _print(report: dict[str, dict[str, float]]) -> None:
+    table = Table("what", "number")
+    decode, rates = report["decode_ms"], report["images_per_second"]
+    for name, value in decode.items():
+        table.add_row(f"decoding, {name}", f"{value:.3f} ms per image")
+    table.add_row("Pillow's time over ours", f"{decode['Pillow'] / decode['ours']:.2f}", end_section=True)
+    for name, value in rates.items():
+        table.add_row(f"shards to uint8 batches, {name}", f"{value:,.0f} images/s")
+    table.add_row("ours over webdataset", f"{rates['ours'] / rates['webdataset + Pillow']:.2f}", end_section=True)
+    for name, value in report["augmentation_ms"].items():
+        table.add_row(name, f"{value:.3f} ms per image")
+    table.add_section()
+    for name, value in report["memory_mb"].items():
+        table.add_row(name, f"{value:,.0f} MB")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

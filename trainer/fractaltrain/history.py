@@ -1,0 +1,121 @@
+"""``history.png``: loss, accuracy, learning rate and throughput of a run over its epochs, drawn from its metrics."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fractalshards.atomic import atomic_file
+from fractalshards.human import one_line
+from fractaltrain.run_folder import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILE = "history.png"
+_INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e3e8ed"
+_TRAIN, _HELD_OUT, _SECOND = "#9db8d9", "#d1495b", "#edae49"
+_MEAN = "#2b5c9e"
+_REST = 19  # times as long as drawing took
+_FEW = 40  # points that are marked, each
+
+
+class History:
+    """Keeps the picture of a run up to date, at no more than a twentieth of its time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._next = time.monotonic()
+
+    def redraw(self, last: bool) -> None:
+        """After an epoch; several short ones are drawn together, but the last is never left out.
+
+        A picture that cannot be drawn is no reason to lose a run: then the reason is printed.
+        """
+        began = time.monotonic()
+        if began < self._next and not last:
+            return
+        try:
+            draw_history(self._folder)
+        except Exception as error:
+            print(f"{self._folder / FILE}: not drawn ({one_line(str(error))}); training goes on", flush=True)
+        done = time.monotonic()
+        self._next = done + _REST * (done - began)
+
+
+def draw_history(folder: Path) -> None:
+    """Draw the metrics of ``folder`` into its ``history.png``.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from matplotlib.figure import Figure  # it takes a second, which only the main process needs
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    lines = read_metrics(folder)
+    epochs = [line for line in lines if line["split"] == "epoch"]
+    steps = [line for line in lines if line["split"] == "train"]
+    per_epoch = max((line["step"] for line in lines), default=1)
+    x = [line["epoch"] + line["step"] / per_epoch for line in steps]
+    ends = [line["epoch"] + 1 for line in epochs]
+
+    figure = Figure(figsize=(10, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
+    (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True)
+    figure.suptitle(folder.resolve().name, color=_INK, fontsize=13, fontweight="bold")
+
+    _style(loss, "Loss", "cross-entropy, nats")
+    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
+    _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
+    if epochs and "loss" in epochs[-1]:
+        _curve(loss, ends, [line["loss"] for line in epochs], _HELD_OUT, "held out")
+    loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+    _style(accuracy, "Accuracy on held-out images", "%")
+    if epochs and "top1" in epochs[-1]:
+        top1, top5 = ([100 * line[name] for line in epochs] for name in ("top1", "top5"))
+        _curve(accuracy, ends, top5, _SECOND, f"top-5: {top5[-1]:.1f} %")
+        _curve(accuracy, ends, top1, _HELD_OUT, f"top-1: {top1[-1]:.1f} %, best {max(top1):.1f} %")
+        accuracy.set_ylim(0, 102)
+        accuracy.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right")
+    else:
+        accuracy.set_yticks([])
+        accuracy.text(
+            0.5, 0.5, "no held-out images", transform=accuracy.transAxes, ha="center", va="center", color=_MUTED
+        )
+
+    _style(lr, "Learning rate", "")
+    lr.plot(x, [line["lr"] for line in steps], color=_MEAN, linewidth=1.6)
+    lr.set_ylim(bottom=0)
+    lr.set_xlabel("epoch", color=_MUTED)
+
+    _style(throughput, "Throughput", "images/s")
+    throughput.plot(x, [line["images_per_s"] for line in steps], color=_MEAN, linewidth=1.2, label="images/s")
+    throughput.set_ylim(bottom=0)
+    throughput.set_xlabel("epoch", color=_MUTED)
+    waiting = throughput.twinx()
+    waiting.plot(x, [100 * line["waiting"] for line in steps], color=_SECOND, linewidth=1)
+    waiting.set_ylim(0, 100)
+    waiting.set_ylabel("waiting for data, % of the time", color="#b07a1e", fontsize=9)
+    waiting.tick_params(colors="#b07a1e", labelsize=9, length=0)
+    waiting.spines[:].set_visible(False)
+
+    for panel in (loss, accuracy, lr, throughput):
+        panel.set_xlim(0, max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    with atomic_file(folder / FILE) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def _style(panel: "Axes", title: str, unit: str) -> None:
+    panel.set_title(title, loc="left", color=_INK, fontsize=11)
+    panel.set_ylabel(unit, color=_MUTED, fontsize=9)
+    panel.grid(color=_GRID, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(colors=_MUTED, labelsize=9, length=0)
+
+
+def _curve(panel: "Axes", x: Sequence[float], y: Sequence[Any], color: str, label: str) -> None:
+    """A line with a point per epoch, as long as there are few."""
+    marker = "o" if len(x) <= _FEW else None
+    panel.plot(x, y, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=label)
