@@ -11,7 +11,7 @@ import torch
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest, read_record
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.data.source import ArraySource, Example
+from fractaltrain.data.source import ArraySource, BadSampleError, Example
 from fractaltrain.inputs import evaluation_geometry, training_geometry
 from fractaltrain.recipes import PRETRAINING, anderson_ft
 from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
@@ -123,14 +123,17 @@ def test_vanished_shard_is_named(tmp_path, dataset):
 class Named:
     """Samples whose images are one pixel, and of which some cannot be read."""
 
-    def __init__(self, lengths: tuple[int, ...], bad: frozenset[int] = frozenset()) -> None:
+    def __init__(self, lengths: tuple[int, ...], bad: frozenset[int] = frozenset(), there: bool = True) -> None:
         self.lengths = lengths
         self.classes = 1
         self.bad = bad
+        self.there = there
 
     def read(self, index: int) -> Example:
+        if not self.there:
+            raise FractalError("the server does not answer")
         if index in self.bad:
-            raise FractalError(f"sample {index} is bad")
+            raise BadSampleError(f"sample {index} is bad")
         return Example(str(index), np.full((1, 1, 3), index, np.uint8), 0)
 
 
@@ -191,6 +194,9 @@ def test_a_bad_sample_drops_out_of_an_evaluation():
 def test_a_dataset_that_is_gone_stops_even_those_who_skip():
     with pytest.raises(FractalError, match="none of the 5 samples after a bad one can be read; is the dataset still"):
         read(named_batches(Named((6,), frozenset(range(6))), 3, 0, 1, False, "replace"))
+    for on_bad in ("replace", "drop"):
+        with pytest.raises(FractalError, match="the server does not answer"):
+            read(named_batches(Named((6,), there=False), 3, 0, 1, False, on_bad))
 
 
 def test_a_shard_cut_in_mid_epoch_is_replaced_or_named(tmp_path, dataset):

@@ -7,7 +7,7 @@ from torchvision.datasets import ImageFolder
 
 from fractalshards.errors import FractalError
 from fractalshards.png import decode_image
-from fractaltrain.data.source import Example, Indices
+from fractaltrain.data.source import BadSampleError, Example, Indices
 
 _LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"
 
@@ -57,7 +57,7 @@ class FolderSource:
         try:
             image = decode_image(path.read_bytes())
         except (FractalError, OSError) as error:
-            raise FractalError(f"{path}: {error}; replace or remove it") from error
+            raise BadSampleError(f"{path}: {error}; replace or remove it") from error
         return Example(str(path.relative_to(self._folder)), image, int(self._labels[index]))
 
 

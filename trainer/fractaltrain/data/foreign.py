@@ -11,7 +11,7 @@ from fractalshards.errors import FractalError
 from fractalshards.foreign import Listing
 from fractalshards.png import decode_image
 from fractaltrain.data.shards import OpenFiles
-from fractaltrain.data.source import Example
+from fractaltrain.data.source import BadSampleError, Example
 
 
 class ForeignSource:
@@ -51,6 +51,6 @@ class ForeignSource:
                 raise FractalError(f"file ends at byte {start + len(data)}, image should reach {start + size}")
             return Example(key, decode_image(data), int(listing.labels[place]))
         except FractalError as error:
-            raise FractalError(f"{path}: {key}: {error}; fetch the file again") from error
+            raise BadSampleError(f"{path}: {key}: {error}; fetch the file again") from error
         except OSError as error:
-            raise FractalError(f"{path}: {key}: {describe_os_error(error)}") from error
+            raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error

@@ -14,7 +14,7 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest
 from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.sharing.cache import ShardCache
-from fractaltrain.data.source import Example
+from fractaltrain.data.source import BadSampleError, Example
 
 _OPEN_FILES = 64
 
@@ -78,9 +78,9 @@ class ShardSource:
                 raise FractalError("not a label of one class")
             return Example(sample.key, image, label)
         except FractalError as error:
-            raise FractalError(f"{shard.path}: {key}: {error}; {self._advice}") from error
+            raise BadSampleError(f"{shard.path}: {key}: {error}; {self._advice}") from error
         except OSError as error:
-            raise FractalError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
+            raise BadSampleError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
 
 
 def _open(path: Path) -> int:
@@ -110,7 +110,7 @@ class OpenFiles:
             try:
                 self._descriptors[path] = self._open(path)
             except OSError as error:
-                raise FractalError(describe_os_error(error)) from error
+                raise BadSampleError(describe_os_error(error)) from error
             if len(self._descriptors) > self._most:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)

@@ -14,6 +14,10 @@ Images = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 
+class BadSampleError(FractalError):
+    """One sample cannot be read; others may. What cannot be fetched at all is no such error."""
+
+
 class Example(NamedTuple):
     """One sample: its key, its image (H, W, 3) uint8 RGB, its class index."""
 
@@ -37,7 +41,8 @@ class Source(Protocol):
         """Read a sample.
 
         Raises:
-            FractalError: if it is damaged, naming file and key.
+            BadSampleError: if it is damaged, naming file and key.
+            FractalError: if its file cannot be had.
         """
 
 

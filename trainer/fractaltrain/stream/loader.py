@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
-from fractaltrain.data.source import Example, Images, Source
+from fractaltrain.data.source import BadSampleError, Example, Images, Source
 from fractaltrain.preemption import ignore_stop_signals
 from fractaltrain.stream.bits import Bits, Purpose, mix
 from fractaltrain.stream.order import Indices
@@ -121,7 +121,7 @@ class Batches(Dataset[Batch | FractalError]):
         """The sample of a position or what stands for it, if anything; why it is bad is added to ``bad``."""
         try:
             return self._source.read(int(self._order[position % len(self._order)]))
-        except FractalError as error:
+        except BadSampleError as error:
             if self._on_bad == "stop":
                 raise
             bad.append(str(error))
@@ -130,7 +130,7 @@ class Batches(Dataset[Batch | FractalError]):
     def _read_after(self, position: int) -> Example:
         tries = min(_TRIES, len(self._order) - 1)
         for later in range(position + 1, position + 1 + tries):
-            with suppress(FractalError):
+            with suppress(BadSampleError):
                 return self._source.read(int(self._order[later % len(self._order)]))
         raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
 
