@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
 
+_KNOWN = {"FractalError": FractalError, "BadSampleError": FractalError, "UsageError": UsageError}
 _Choice = TypeVar("_Choice")
 
 
@@ -88,7 +89,7 @@ def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     kind, _, text = message["message"].partition(": ")
     if kind == "StoppedError":
         return StoppedError(text, EXIT_STOPPED)
-    if known := {"FractalError": FractalError, "UsageError": UsageError}.get(kind):
-        return known(text)
+    if kind in _KNOWN:
+        return _KNOWN[kind](text)
     sys.stderr.write(message["extraInfo"]["py_callstack"])
     return FractalError(f"rank {rank} failed: {message['message']}; please report this")
