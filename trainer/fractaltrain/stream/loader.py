@@ -113,7 +113,7 @@ class Batches(Dataset[Batch | FractalError]):
                     labels.append(example.label)
                     keys.append(example.key)
         except FractalError as error:
-            return error
+            return type(error)(*error.args)  # without its causes, not all of which can travel between processes
         planes = torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2)
         return Batch(planes, torch.tensor(labels), tuple(keys), np.array(sample_keys, np.uint64), tuple(bad))
 
