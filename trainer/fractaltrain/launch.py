@@ -20,7 +20,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
 
-_KNOWN = {"FractalError": FractalError, "BadSampleError": FractalError, "UsageError": UsageError}
 _Choice = TypeVar("_Choice")
 
 
@@ -89,7 +88,14 @@ def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     kind, _, text = message["message"].partition(": ")
     if kind == "StoppedError":
         return StoppedError(text, EXIT_STOPPED)
-    if kind in _KNOWN:
-        return _KNOWN[kind](text)
+    if kind == "UsageError":
+        return UsageError(text)
+    if kind in _names(FractalError):
+        return FractalError(text)
     sys.stderr.write(message["extraInfo"]["py_callstack"])
     return FractalError(f"rank {rank} failed: {message['message']}; please report this")
+
+
+def _names(kind: type[FractalError]) -> set[str]:
+    """The names of a class and of all that derive from it."""
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))

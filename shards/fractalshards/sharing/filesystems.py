@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Generator
 from typing import Any
 
-from fractalshards.sharing.stores import translated
+from fractalshards.sharing.stores import if_there, translated
 
 _BLOCK = 8 << 20  # of an object store, where every block is a request
 
@@ -17,6 +17,16 @@ def make_filesystem(scheme: str, options: dict[str, Any]) -> Any:
     """
     make: Callable[..., Any] = importlib.import_module("fsspec").filesystem
     return make(scheme, skip_instance_cache=True, **options)
+
+
+def find_info(files: Any, path: str) -> Any | None:
+    """What a filesystem says of a file now; None if it is not there. Raises StoreError."""
+
+    def ask() -> Any:
+        files.invalidate_cache(path)
+        return files.info(path)
+
+    return if_there(ask)
 
 
 def read_blocks(files: Any, path: str, start: int) -> Generator[bytes | memoryview]:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from fractalshards.extras import needs_package
-from fractalshards.sharing.filesystems import make_filesystem, read_blocks
+from fractalshards.sharing.filesystems import find_info, make_filesystem, read_blocks
 from fractalshards.sharing.stores import (
     Advance,
     Change,
@@ -61,16 +61,8 @@ class HubStore:
 
     def told(self, name: str) -> Told | None:
         """See ``Store``. The hub knows the sha256 of large files."""
-        path = self._location.file(name)
-        try:
-            with translated():
-                self._files.invalidate_cache(path)
-                info = self._files.info(path)
-                return Told(int(info["size"]), (info.get("lfs") or {}).get("sha256"))
-        except StoreError as error:
-            if error.missing:
-                return None
-            raise
+        info = find_info(self._files, self._location.file(name))
+        return info and Told(int(info["size"]), (info.get("lfs") or {}).get("sha256"))
 
     def put(self, uploads: Sequence[Upload], advance: Advance) -> None:
         """See ``Store``. All come with one commit."""

@@ -6,14 +6,14 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from fractalshards.extras import needs_package
-from fractalshards.sharing.filesystems import make_filesystem, read_blocks
+from fractalshards.sharing.filesystems import find_info, make_filesystem, read_blocks
 from fractalshards.sharing.stores import (
     Advance,
     Change,
-    StoreError,
     Told,
     Upload,
     check_arrived,
+    if_there,
     read_small,
     translated,
 )
@@ -96,16 +96,7 @@ class S3Store:
 
     def _head(self, name: str) -> dict[str, Any] | None:
         bucket, key, _ = self._files.split_path(self._location.file(name))
-        try:
-            with translated():
-                head: dict[str, Any] = self._files.call_s3(
-                    "head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED"
-                )
-                return head
-        except StoreError as error:
-            if error.missing:
-                return None
-            raise
+        return if_there(lambda: self._files.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED"))
 
 
 class GoogleStore:
@@ -129,15 +120,8 @@ class GoogleStore:
 
     def told(self, name: str) -> Told | None:
         """See ``Store``."""
-        path = self._location.file(name)
-        try:
-            with translated():
-                self._files.invalidate_cache(path)
-                return Told(int(self._files.info(path)["size"]), None)
-        except StoreError as error:
-            if error.missing:
-                return None
-            raise
+        info = find_info(self._files, self._location.file(name))
+        return info and Told(int(info["size"]), None)
 
     def put(self, uploads: Sequence[Upload], advance: Advance) -> None:
         """See ``Store``."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
@@ -13,6 +13,7 @@ from fractalshards.files import regular_size
 from fractalshards.human import one_line
 from fractalshards.sharing.urls import redact
 
+_T = TypeVar("_T")
 _CHUNK = 1 << 18  # of a local file; stays in a core's cache from reading to hashing and writing
 _DENIED = "access denied; check credentials and permissions"
 _PERMANENT = {  # by name, for their packages may not be there
@@ -218,6 +219,17 @@ def translated(local: Path | bytes | None = None) -> Iterator[None]:
         if isinstance(local, Path) and isinstance(error, OSError) and error.filename == str(local):
             raise
         raise _explain(error) from error
+
+
+def if_there(ask: Callable[[], _T]) -> _T | None:
+    """What a store's package answers; None if the file is not there. Raises StoreError for all else."""
+    try:
+        with translated():
+            return ask()
+    except StoreError as error:
+        if error.missing:
+            return None
+        raise
 
 
 def _explain(error: Exception) -> StoreError:

@@ -27,7 +27,7 @@ def mixed(images: Tensor, labels: Tensor, keys: Bits, recipe: Recipe, classes: i
         raise UsageError(
             f"mixup and cutmix take pairs of images, but a process has {len(images)} of a batch; change --batch-size"
         )
-    mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(  # type: ignore[no-untyped-call]
+    mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
         recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes
     )
     with seeded_numpy(mix(int(keys[0]), Draw.MIX)):
