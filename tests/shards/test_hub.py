@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import fsspec
 import huggingface_hub
@@ -25,8 +26,8 @@ class HubFiles(MemoryFileSystem):
     """Stands where Hugging Face's file system would."""
 
     protocol = "hf"
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs: list = [""]  # noqa: RUF012
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
     cachable = False
 
 

@@ -55,7 +55,10 @@ def same(one: Path, other: Path) -> bool:
 
 def transfer(module: ModuleType, source: Path, out: Path, wanted: list[range]) -> None:
     """Push or pull, as the module does."""
-    meter = lambda label, total, unit: nullcontext(lambda count: None)  # noqa: E731
+
+    def meter(label: str, total: int, unit: str) -> nullcontext:
+        return nullcontext(lambda count: None)
+
     if module is push_module:
         push_module.push(source, str(out), wanted, 1, meter)
     else:

@@ -26,6 +26,8 @@ def failure(folder: Path, exitcode: int, message: str | None) -> ProcessFailure:
     ("exitcode", "message", "expected", "shown"),
     [
         (1, "FractalError: x.tar: bad; fetch it again", "x.tar: bad; fetch it again", ""),
+        (1, "UsageError: lower --batch-size", "lower --batch-size", ""),
+        (1, "WorkerLostError: a worker was killed", "a worker was killed", ""),
         (1, "TypeError: oops", "rank 3 failed: TypeError: oops; please report this", "Traceback: the place\n"),
         (-9, None, "rank 3 was killed (Signal 9 (SIGKILL) received by PID 7); if memory ran out, lower", ""),
     ],

@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+# imported once here, for the processes that are forked from this one
 import matplotlib.figure  # noqa: F401
 import timm  # noqa: F401
 import torch

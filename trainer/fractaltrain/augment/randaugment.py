@@ -86,8 +86,12 @@ def _apply(operation: Operation, images: Tensor, chosen: npt.NDArray[np.bool_], 
 
 def _policy(fill: Fill) -> list[tuple[Operation, Level]]:
     """All operations, and how their levels follow from strength in [0, 1] and sign; as timm's increasing set."""
-    none: Level = lambda strength, sign: strength  # noqa: E731
-    factor: Level = lambda strength, sign: np.maximum(0.1, 1 + sign * strength * 0.9)  # noqa: E731
+
+    def none(strength: Numbers, sign: Numbers) -> Numbers:
+        return strength
+
+    def factor(strength: Numbers, sign: Numbers) -> Numbers:
+        return np.maximum(0.1, 1 + sign * strength * 0.9)
 
     def signed(most: float) -> Level:
         return lambda strength, sign: sign * strength * most
