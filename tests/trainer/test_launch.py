@@ -67,6 +67,27 @@ def test_errors_inside_a_world(monkeypatch, error, message):
         raise error
 
 
+def test_threads_of_the_group_end_before_the_interpreter_does(monkeypatch):
+    """One that is still about to let go of a tensor then would abort the process."""
+
+    def meet(_: World) -> dist.Store:
+        dist.init_process_group("gloo", store=(store := dist.HashStore()), rank=0, world_size=1)
+        return store
+
+    def threads() -> set[str]:
+        return {path.read_text() for path in Path("/proc/self/task").glob("*/comm")}
+
+    two = World(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(world_module, "_read_environment", lambda: two)
+    monkeypatch.setattr(world_module, "_meet", meet)
+    with join_world():
+        cycle: list[object] = [dist.group.WORLD]
+        cycle.append(cycle)
+        del cycle
+        assert "pt_gloo_runloop\n" in threads()
+    assert "pt_gloo_runloop\n" not in threads()
+
+
 def test_bugs_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), join_world():
         raise RuntimeError("a bug")

@@ -133,8 +133,7 @@ def join_world() -> Iterator[World]:
         _stay_silent_unless_first(store, _exit_code(told), wait=_SILENT_SECONDS)
         raise told from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave()
 
 
 def _meet(world: World) -> Store:
@@ -163,6 +162,14 @@ def _hang_up(error: BaseException) -> None:
     They close when nothing holds the group any more, neither the model nor a frame that the error came through.
     """
     traceback.clear_frames(error.__traceback__)
+    _leave()
+
+
+def _leave() -> None:
+    """Leave the group and end its threads: they end with the last reference to it, which may be in a cycle.
+
+    A thread of gloo that still holds a tensor of Python's when the interpreter ends would abort the process.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
