@@ -138,8 +138,7 @@ def build(
             "pixels; install the version of fractalpretrain that made it, and say so to its authors"
         )
     click.echo(manifest.summary())
-    if manifest.label_type == "single":  # others cannot be trained on yet
-        click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
+    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
 
 
 @main.command()

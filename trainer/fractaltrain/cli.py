@@ -10,10 +10,10 @@ from fractalshards.console import Commands
 from fractalshards.errors import UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import parse_bytes
-from fractalshards.overrides import parse_settings
+from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
-from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.settings import (
     Amp,
@@ -105,6 +105,9 @@ def pt(
     """
     figures = _resolve(PRETRAINING[recipe], options)
     choice = Pretraining(
+        by_kind={
+            kind: _resolve(override(PRETRAINING[recipe], own), options) for kind, own in BY_KIND.get(recipe, {}).items()
+        },
         running=_running(figures, options, default_out=pretraining_folder(shards, model, figures)),
         shards=shards,
         caching=_caching(shards, cache_dir, cache_size),

@@ -9,7 +9,7 @@ import torch
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count
-from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.checkpoint import load_checkpoint, model_weights
 from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.run_folder import trained_model
@@ -51,7 +51,7 @@ def finetune(choice: Finetuning) -> None:
         with world.main_first():  # it may download
             training, held_out = open_data(choice.data)
         torch.manual_seed(choice.running.seed)
-        model = create_model(name, training.classes, image_size)
+        model = create_model(name, training.classes, image_size, choice.running.recipe.drop_path)
         if pretrained:
             report = load_backbone(model, pretrained.weights, str(choice.weights))
             if world.main:
@@ -89,5 +89,5 @@ def load_pretrained(run: Path) -> Pretrained:
     checkpoint = load_checkpoint(run)
     if checkpoint is None:
         raise FractalError(f"{run}: no checkpoint yet; let its training finish an epoch first")
-    epochs, weights, digest = checkpoint.position.epoch, checkpoint.state["model"], sha256_file(checkpoint.path)
+    epochs, weights, digest = checkpoint.position.epoch, model_weights(checkpoint), sha256_file(checkpoint.path)
     return Pretrained(model, image_size, epochs, weights, digest, checkpoint.passed_over)

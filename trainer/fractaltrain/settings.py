@@ -1,5 +1,6 @@
 """What a command line asks for, as frozen records: they travel to every process, and need neither torch nor timm."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,10 +61,12 @@ class Caching:
 class Pretraining:
     """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
 
-    ``shards`` is a local folder; with ``caching``, a URL.
+    ``shards`` is a local folder; with ``caching``, a URL. ``by_kind`` has recipes for kinds of datasets that take
+    another one than ``running`` has.
     """
 
     running: Running
+    by_kind: Mapping[str, Recipe]
     shards: str
     caching: Caching | None
     model: str

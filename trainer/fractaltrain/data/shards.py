@@ -11,6 +11,7 @@ import numpy as np
 
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
+from fractalshards.labels import classes_of
 from fractalshards.manifest import Manifest
 from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.sharing.cache import ShardCache
@@ -30,14 +31,8 @@ class ShardSource:
             open_files: keep so many shards open; a cache cannot give their room to others. 0: a usual number.
 
         Raises:
-            FractalError: if the split, a shard or a sidecar is missing, they contradict each other, or images have
-                labels of several classes.
+            FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
         """
-        if manifest.label_type != "single":
-            raise FractalError(
-                f"{manifest.folder}: its images show several classes each, which cannot be trained on yet; "
-                "choose a dataset of kind fractaldb or single"
-            )
         self._shards = index_split(manifest, split, whole=cache is None)
         self._starts = np.cumsum([0, *self.lengths])
         if cache is None:
@@ -47,6 +42,7 @@ class ShardSource:
             self._files = OpenFiles(partial(_open_cached, cache), open_files)
             self._advice = "it came so; build the shard and push it again"
         self._classes = manifest.classes
+        self._label_type = manifest.label_type
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -74,9 +70,9 @@ class ShardSource:
             sample = read_sample(descriptor, start, end)
             key = sample.key
             image, label = decode_sample(sample, self._classes)
-            if not isinstance(label, int):
-                raise FractalError("not a label of one class")
-            return Example(sample.key, image, label)
+            if isinstance(label, int) != (self._label_type == "single"):
+                raise FractalError(f"not a label of a {self._label_type}-label dataset")
+            return Example(sample.key, image, label if isinstance(label, int) else classes_of(label))
         except FractalError as error:
             raise BadSampleError(f"{shard.path}: {key}: {error}; {self._advice}") from error
         except OSError as error:

@@ -19,11 +19,11 @@ class BadSampleError(FractalError):
 
 
 class Example(NamedTuple):
-    """One sample: its key, its image (H, W, 3) uint8 RGB, its class index."""
+    """One sample: its key, its image (H, W, 3) uint8 RGB, its class index, or those of all classes that it shows."""
 
     key: str
     image: Images
-    label: int
+    label: int | tuple[int, ...]
 
 
 class Source(Protocol):
