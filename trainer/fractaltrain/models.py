@@ -50,7 +50,7 @@ def create_model(name: str, classes: int, image_size: int) -> nn.Module:
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
         raise UsageError(f"no model {name!r}; {hint}")
     try:
-        return _OURS[name](classes, image_size) if name in _OURS else _from_timm(name, classes, image_size)
+        return _OURS[name](classes, image_size) if name in _OURS else from_timm(name, classes, image_size)
     except (TypeError, ValueError, AssertionError) as error:
         raise FractalError(
             f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
@@ -67,13 +67,42 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
 
 
+def freeze_backbone(model: nn.Module) -> None:
+    """Let only the classifier learn."""
+    heads = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_head(name, heads))
+
+
+def set_training(model: nn.Module) -> None:
+    """Put a model into training mode; a frozen backbone stays in evaluation mode, and only its classifier trains.
+
+    So its batch norms keep their statistics, and nothing in it is dropped.
+    """
+    heads = head_names(model)
+    learns = any(parameter.requires_grad for name, parameter in model.named_parameters() if not is_head(name, heads))
+    model.train(learns)
+    for name in heads:
+        model.get_submodule(name).train()
+
+
 def is_head(name: str, heads: tuple[str, ...]) -> bool:
     """Whether the parameter or module ``name`` belongs to one of the modules ``heads``."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
-def _from_timm(name: str, classes: int, image_size: int) -> nn.Module:
+def from_timm(name: str, classes: int | None, image_size: int, pretrained: bool = False) -> nn.Module:
+    """timm's model, for images of a size where its weights depend on that; ``classes`` None: as many as it has."""
+    options = timm_options(name, classes, image_size)
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return model
+
+
+def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
+    """What ``timm.create_model`` must be told besides a model's name."""
     config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:  # the weights depend on it (position embeddings)
-        return timm.create_model(name, num_classes=classes, img_size=image_size)
-    return timm.create_model(name, num_classes=classes)
+    fixed = config is not None and config.fixed_input_size  # the weights depend on it (position embeddings)
+    return {
+        **({} if classes is None else {"num_classes": classes}),
+        **({"img_size": image_size} if fixed else {}),
+    }

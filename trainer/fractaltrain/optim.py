@@ -49,7 +49,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     parameters = dict(model.named_parameters())
     groups: dict[Rates, list[nn.Parameter]] = {}
     for name, rates in parameter_rates(model, recipe).items():
-        if name in parameters:  # a shared parameter goes by its first name alone
+        if name in parameters and parameters[name].requires_grad:  # a shared parameter goes by its first name alone
             groups.setdefault(rates, []).append(parameters[name])
     return torch.optim.SGD(
         [{"params": group, "lr": rates.lr, "weight_decay": rates.weight_decay} for rates, group in groups.items()],

@@ -24,6 +24,7 @@ from fractaltrain.data.source import Source
 from fractaltrain.evaluation import evaluate
 from fractaltrain.history import History
 from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
+from fractaltrain.models import set_training
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.preemption import stop_signals, stopped
 from fractaltrain.progress import Clock, ProgressLine
@@ -157,6 +158,7 @@ def train(job: Job, world: World) -> None:
             loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=device)
             recent: list[Taken] = []
             network.train()
+            set_training(model)
             clock.start()
             job.reached(epoch, position.step * batch_size)
             for step, batch in enumerate(  # no name keeps the batches, or their workers would outlive an error

@@ -12,11 +12,11 @@ from fractalshards.manifest import MAX_CLASSES, load_manifest
 from fractalshards.sharing.cache import ShardCache
 from fractaltrain.data.foreign import ForeignSource
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.data.source import Source
+from fractaltrain.data.source import LabelledSource
 from fractaltrain.world import World
 
 TRAINING = "train"
-_HELD_OUT = ("val", "validation")  # what splits of held-out images are called
+HELD_OUT = ("val", "validation")  # what splits of held-out images are called
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Dataset:
         digest: tells datasets apart.
     """
 
-    training: Source
-    held_out: Source | None
+    training: LabelledSource
+    held_out: LabelledSource | None
     classes: int
     image_size: int | None
     digest: str
@@ -47,7 +47,7 @@ def open_dataset(folder: Path, world: World) -> Dataset:
         with world.main_first():
             return _open_foreign(info, world)
     manifest = load_manifest(folder)
-    held_out = next((ShardSource(manifest, name) for name in _HELD_OUT if name in manifest.splits), None)
+    held_out = next((ShardSource(manifest, name) for name in HELD_OUT if name in manifest.splits), None)
     training = ShardSource(manifest, TRAINING)
     return Dataset(training, held_out, manifest.classes, manifest.image_size, manifest.content_digest())
 
@@ -62,13 +62,13 @@ def open_cached(cache: ShardCache, window: int) -> Dataset:
         FractalError: as ``open_dataset`` does.
     """
     manifest = cache.manifest
-    held_out = next((ShardSource(manifest, name, cache, 1) for name in _HELD_OUT if name in manifest.splits), None)
+    held_out = next((ShardSource(manifest, name, cache, 1) for name in HELD_OUT if name in manifest.splits), None)
     training = ShardSource(manifest, TRAINING, cache, window)
     return Dataset(training, held_out, manifest.classes, manifest.image_size, manifest.content_digest())
 
 
 def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
-    names = [name for name in (TRAINING, *_HELD_OUT) if name in info.splits][:2]
+    names = [name for name in (TRAINING, *HELD_OUT) if name in info.splits][:2]
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
