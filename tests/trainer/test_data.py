@@ -179,3 +179,27 @@ def test_damaged_image_is_named(tmp_path):
     train = open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE).training
     with pytest.raises(FractalError, match=r"ant/1\.png: image cannot be decoded.*; replace or remove it"):
         train.read(1)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_unpacked_without_its_archive(name, tmp_path, monkeypatch):
+    make_archive(tmp_path, name, monkeypatch)
+    archive = tmp_path / DATASETS[name].filename
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    archive.unlink()
+    monkeypatch.setattr(DATASETS[name], "url", f"file://{tmp_path}/nowhere.tar.gz")
+    assert load_cifar(name, tmp_path)[1].lengths == (20,)
+    file = tmp_path / DATASETS[name].base_folder / DATASETS[name].test_list[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FractalError, match=rf"{DATASETS[name].base_folder}: not as published, or damaged, .* again$"):
+        load_cifar(name, tmp_path)
+
+
+def test_cifar_download_that_is_something_else(tmp_path, monkeypatch):
+    make_archive(tmp_path, "cifar10", monkeypatch)
+    portal = tmp_path / "log-in-here.html"
+    portal.write_text("<html>")
+    monkeypatch.setattr(DATASETS["cifar10"], "url", portal.as_uri())
+    with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: damaged \(.*\); remove it and run again"):
+        load_cifar("cifar10", tmp_path / "data")
