@@ -196,10 +196,10 @@ def test_cifar_unpacked_without_its_archive(name, tmp_path, monkeypatch):
         load_cifar(name, tmp_path)
 
 
-def test_cifar_download_that_is_something_else(tmp_path, monkeypatch):
+def test_cifar_download_that_is_something_else(tmp_path, monkeypatch, web):
     make_archive(tmp_path, "cifar10", monkeypatch)
     portal = tmp_path / "log-in-here.html"
     portal.write_text("<html>")
-    monkeypatch.setattr(DATASETS["cifar10"], "url", portal.as_uri())
+    monkeypatch.setattr(DATASETS["cifar10"], "url", f"{web(tmp_path).url}/log-in-here.html")
     with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: damaged \(.*\); remove it and run again"):
         load_cifar("cifar10", tmp_path / "data")
