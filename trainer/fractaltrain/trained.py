@@ -81,13 +81,17 @@ def load_trained(folder: Path) -> Trained:
     model, image_size = trained_model(folder)
     path = folder / RUN
     settings = Fields.read(path).inner("settings")
+    classes = settings.count("classes")
+    names = settings.texts("class_names") if "class_names" in settings else ()
+    if len(names) not in (0, classes):
+        raise FractalError(f"{path}: {len(names)} class_names for {classes} classes; train it again")
     checkpoint = sound_checkpoint(folder)
     return Trained(
         folder=folder,
         model=model,
-        classes=settings.count("classes"),
+        classes=classes,
         image_size=image_size,
-        class_names=settings.texts("class_names") if "class_names" in settings else (),
+        class_names=names,
         data=settings.text("data") if "data" in settings else None,
         per_class=_count_or_none(settings, "per_class"),
         subset_seed=_count_or_none(settings, "subset_seed") or 0,
