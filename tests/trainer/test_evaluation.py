@@ -31,9 +31,7 @@ def test_scores_of_several_classes_by_hand():
     logits = np.array([[3, 0, -1], [2, -1, -1], [1, -2, -1], [-1, -3, 1]], np.float32)
     shown = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], np.bool_)
     assert mean_average_precision(logits, shown) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
-    assert micro_f1(logits, shown) == pytest.approx(
-        2 * 3 / (5 + 3)
-    )  # guessed where at least 0: three of five
+    assert micro_f1(logits, shown) == pytest.approx(2 * 3 / (5 + 3))  # guessed where at least 0: three of five
     assert micro_f1(np.full((2, 2), -1, np.float32), np.zeros((2, 2), np.bool_)) == 0
 
 

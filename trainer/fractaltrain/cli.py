@@ -12,17 +12,20 @@ from fractalshards.extras import needs_extra
 from fractalshards.human import parse_bytes
 from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
+from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.settings import (
     Amp,
     Caching,
+    Evaluation,
     Finetuning,
+    Freeze,
     OnBadSample,
     Pretraining,
     Resume,
     Running,
+    Start,
     finetuning_folder,
     pretraining_folder,
 )
@@ -122,30 +125,38 @@ def pt(
 
 
 def _check_data(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    if name in NAMES or (name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX):
+    if name in NAMES or any(name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX)):
         return name
-    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH")
+    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
+
+
+def _data_options(command: _Command) -> _Command:
+    command = click.option("--data", required=True, callback=_check_data, metavar="DATA",
+                           help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or "
+                           "shards:PATH, with a held-out split.")(command)  # fmt: skip
+    return click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+                        help="Where CIFAR's archives are, or go.")(command)  # fmt: skip
 
 
 @main.command()
-@click.option("--weights", required=True, metavar="RUN|none", help="Folder of a pre-training run; none: from scratch.")
-@click.option("--data", required=True, callback=_check_data, metavar="DATA",
-              help="digits, cifar10, cifar100, or imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS).")  # fmt: skip
-@click.option("--model", help=f"With --weights none only  [default: {_DEFAULT_MODEL}]")
+@click.option("--weights", required=True, metavar="RUN|none|timm",
+              help="Folder of a pre-training run; none: from scratch; timm: the weights it publishes.")  # fmt: skip
+@_data_options
+@click.option("--model", help=f"With --weights none or timm only  [default: {_DEFAULT_MODEL}]")
 @click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
               help="[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
 @click.option("--image-size", type=click.IntRange(8), metavar="PX",
               help="What the model sees  [default: the pre-training's; 224 from scratch]")  # fmt: skip
+@click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
 @click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
-              help="Where CIFAR's archives are, or go.")  # fmt: skip
 @_running_options
 def ft(
     weights: str,
     data: str,
     model: str | None,
     recipe: str | None,
+    freeze: Freeze | None,
     per_class: int | None,
     subset_seed: int,
     data_dir: Path,
@@ -159,18 +170,21 @@ def ft(
 
     SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
     """
-    run = None if weights == _SCRATCH else Path(weights)
-    if run is not None and model is not None:
-        raise UsageError("--model goes with --weights none only; a run knows its model")
-    figures = _resolve(FINETUNING[recipe or ("anderson" if run else "anderson-scratch")], options)
+    start: Start = None if weights == _SCRATCH else "timm" if weights == "timm" else Path(weights)
+    if isinstance(start, Path) and model is not None:
+        raise UsageError("--model goes with --weights none or timm only; a run knows its model")
+    if start is None and freeze is not None:
+        raise UsageError("--freeze goes with weights that were trained; --weights none has none")
+    figures = _resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
     choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
-    folder = finetuning_folder(run, model or _DEFAULT_MODEL, choice, figures)
+    folder = finetuning_folder(start, model or _DEFAULT_MODEL, choice, figures, freeze)
     finetuning = Finetuning(
         running=_running(figures, options, default_out=folder),
-        weights=run,
+        weights=start,
         model=model or _DEFAULT_MODEL,
         data=choice,
         image_size=image_size,
+        freeze=freeze,
     )
     with needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
@@ -211,6 +225,38 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         compile=options["compile"],
         deterministic=options["deterministic"],
     )
+
+
+@main.command("eval")
+@click.option("--weights", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Folder of a run.")
+@_data_options
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the report goes  [default: eval-DATA in the run's folder]")  # fmt: skip
+def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None:
+    """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
+
+    Example: fractaltrain eval --weights runs/digits-from-single --data digits
+    """
+    choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
+    with needs_extra("train", "evaluation"):
+        from fractaltrain.evaluate_run import evaluate_run
+        from fractaltrain.launch import launch
+    launch(evaluate_run, Evaluation(run=weights, data=choice, out=out), nproc=1)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file.")
+def export(run: Path, out: Path) -> None:
+    """Write the weights of a run as a file that timm.create_model loads.
+
+    Example: fractaltrain export runs/single --out model.safetensors
+    """
+    with needs_extra("train", "export"):
+        from fractaltrain.export import export_run
+    exported = export_run(run, out)
+    click.echo(f"{exported.origin}: {exported.path}")
+    click.echo(f"import timm; {exported.line}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
         raise UsageError(f"no model {name!r}; {hint}")
     try:
-        build = _OURS.get(name, partial(_from_timm, name))
+        build = _OURS.get(name, partial(from_timm, name))
         return build(classes, image_size, drop_path)
     except (TypeError, ValueError, AssertionError) as error:
         raise FractalError(
@@ -78,25 +78,45 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
 
 
+def freeze_backbone(model: nn.Module) -> None:
+    """Let only the classifier learn."""
+    heads = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_head(name, heads))
+
+
+def set_training(model: nn.Module) -> None:
+    """Put a model into training mode; a frozen backbone stays in evaluation mode, and only its classifier trains.
+
+    So its batch norms keep their statistics, and nothing in it is dropped.
+    """
+    heads = head_names(model)
+    learns = any(parameter.requires_grad for name, parameter in model.named_parameters() if not is_head(name, heads))
+    model.train(learns)
+    for name in heads:
+        model.get_submodule(name).train()
+
+
 def is_head(name: str, heads: tuple[str, ...]) -> bool:
     """Whether the parameter or module ``name`` belongs to one of the modules ``heads``."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
-def set_training(model: nn.Module) -> None:
-    """Training mode; of a model whose backbone is frozen, for the classifier only.
+def from_timm(
+    name: str, classes: int | None, image_size: int, drop_path: float = 0.0, pretrained: bool = False
+) -> nn.Module:
+    """timm's model, for images of a size where its weights depend on that; ``classes`` None: as many as it has."""
+    options = timm_options(name, classes, image_size)
+    options |= {"drop_path_rate": drop_path} if drop_path else {}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return model
 
-    A frozen backbone stays as it was evaluated: batch norm with its own statistics, nothing dropped.
-    """
-    frozen = any(not parameter.requires_grad for parameter in model.parameters())
-    model.train(not frozen)
-    for name in head_names(model) if frozen else ():
-        model.get_submodule(name).train()
 
-
-def _from_timm(name: str, classes: int, image_size: int, drop_path: float) -> nn.Module:
+def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
+    """What ``timm.create_model`` must be told besides a model's name."""
     config = timm.get_pretrained_cfg(name)
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if config is not None and config.fixed_input_size:  # the weights depend on it (position embeddings)
-        options["img_size"] = image_size
-    return timm.create_model(name, num_classes=classes, **options)
+    fixed = config is not None and config.fixed_input_size  # the weights depend on it (position embeddings)
+    return {
+        **({} if classes is None else {"num_classes": classes}),
+        **({"img_size": image_size} if fixed else {}),
+    }

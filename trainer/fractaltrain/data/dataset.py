@@ -12,11 +12,11 @@ from fractalshards.manifest import MAX_CLASSES, Manifest, load_manifest
 from fractalshards.sharing.cache import ShardCache
 from fractaltrain.data.foreign import ForeignSource
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.data.source import Source
+from fractaltrain.data.source import LabelledSource
 from fractaltrain.world import World
 
 TRAINING = "train"
-_HELD_OUT = ("val", "validation")  # what splits of held-out images are called
+HELD_OUT = ("val", "validation")  # what splits of held-out images are called
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Dataset:
         multi_label: its images show several classes each.
     """
 
-    training: Source
-    held_out: Source | None
+    training: LabelledSource
+    held_out: LabelledSource | None
     classes: int
     image_size: int | None
     digest: str
@@ -67,11 +67,11 @@ def open_cached(cache: ShardCache, window: int) -> Dataset:
     return _ours(manifest, lambda split: ShardSource(manifest, split, cache, window if split == TRAINING else 1))
 
 
-def _ours(manifest: Manifest, open_split: Callable[[str], Source]) -> Dataset:
+def _ours(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Dataset:
     training = open_split(TRAINING)
     return Dataset(
         training=training,
-        held_out=next((open_split(name) for name in _HELD_OUT if name in manifest.splits), None),
+        held_out=next((open_split(name) for name in HELD_OUT if name in manifest.splits), None),
         classes=manifest.classes,
         image_size=manifest.image_size,
         digest=manifest.content_digest(),
@@ -81,7 +81,7 @@ def _ours(manifest: Manifest, open_split: Callable[[str], Source]) -> Dataset:
 
 
 def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
-    names = [name for name in (TRAINING, *_HELD_OUT) if name in info.splits][:2]
+    names = [name for name in (TRAINING, *HELD_OUT) if name in info.splits][:2]
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
