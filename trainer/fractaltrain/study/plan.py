@@ -1,0 +1,81 @@
+"""The steps of a study, and how they depend on each other. Pure functions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Target
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run: ``arguments`` of ``fractaltrain``, and the run's folder inside the study's.
+
+    ``per_class`` and ``target`` are None for a pre-training.
+    """
+
+    run: str
+    arguments: tuple[str, ...]
+    pretraining: str
+    model: str
+    seed: int
+    target: str | None = None
+    per_class: int | None = None
+    subset_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A pre-training and all fine-tunings of it, or those from scratch. Groups need nothing of each other."""
+
+    pretraining: Step | None
+    finetunings: tuple[Step, ...]
+
+
+def plan_study(study: Study, out: Path, data_dir: Path) -> tuple[Group, ...]:
+    """All groups. Training from scratch comes first: it tells within minutes whether images are missing."""
+    groups = []
+    for row in (*([None] if study.scratch is not None else []), *study.rows):
+        for model in study.models:
+            if row is None or not row.models or model.name in row.models:
+                groups += [_group(study, row, model, seed, out, data_dir) for seed in study.seeds]
+    return tuple(groups)
+
+
+def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, data_dir: Path) -> Group:
+    common = ("--image-size", str(study.image_size), "--seed", str(seed))
+    name = SCRATCH if row is None else row.name
+    ending = f"{name}--{model.name}--seed{seed}"
+    pretraining, start = None, ("--weights", "none", "--model", model.name)
+    default, own = "anderson-scratch", study.scratch or Figures()
+    if row is not None:
+        run = f"pt/{ending}"
+        asked = Figures("anderson").then(model.pretraining).then(row.figures)
+        what = ("pt", "--shards", row.shards, "--model", model.name)
+        arguments = (*what, *_options(asked), *common, "--out", str(out / run))
+        pretraining = Step(run, arguments, name, model.name, seed)
+        start, default, own = ("--weights", str(out / run)), "anderson", row.finetuning
+    steps = []
+    for target, per_class, subset_seed in _subsets(study.targets):
+        few = () if per_class is None else ("--per-class", str(per_class), "--subset-seed", str(subset_seed))
+        label = target.name + ("" if per_class is None else f"-{per_class}-per-class-{subset_seed}")
+        run = f"ft/{label}--{ending}"
+        asked = Figures(default).then(model.finetuning).then(target.figures).then(own)
+        what = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
+        arguments = (*what, *_options(asked), *common, "--out", str(out / run))
+        steps.append(Step(run, arguments, name, model.name, seed, target.name, per_class, subset_seed))
+    return Group(pretraining, tuple(steps))
+
+
+def _subsets(targets: tuple[Target, ...]) -> Iterator[tuple[Target, int | None, int]]:
+    for target in targets:
+        for per_class in target.per_class:
+            for subset_seed in target.subset_seeds:
+                yield target, per_class, subset_seed
+
+
+def _options(figures: Figures) -> tuple[str, ...]:
+    options = ["--recipe", figures.recipe or "anderson"]
+    for name, value in figures.changes:
+        options += ["--set", f"{name}={value}"]
+    return tuple(options)
