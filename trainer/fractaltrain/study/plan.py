@@ -1,9 +1,12 @@
 """The steps of a study, and how they depend on each other. Pure functions."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractaltrain.recipes.recipe import change
 from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Target
 
 
@@ -11,7 +14,7 @@ from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Targe
 class Step:
     """One run: ``arguments`` of ``fractaltrain``, and the run's folder inside the study's.
 
-    ``per_class`` and ``target`` are None for a pre-training.
+    ``settings`` is what its ``run.json`` must say, JSON-like. ``target`` is None for a pre-training.
     """
 
     run: str
@@ -19,6 +22,7 @@ class Step:
     pretraining: str
     model: str
     seed: int
+    settings: dict[str, Any]
     target: str | None = None
     per_class: int | None = None
     subset_seed: int = 0
@@ -44,6 +48,7 @@ def plan_study(study: Study, out: Path, data_dir: Path) -> tuple[Group, ...]:
 
 def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, data_dir: Path) -> Group:
     common = ("--image-size", str(study.image_size), "--seed", str(seed))
+    known = {"model": model.name, "image_size": study.image_size, "seed": seed}
     name = SCRATCH if row is None else row.name
     ending = f"{name}--{model.name}--seed{seed}"
     pretraining, start = None, ("--weights", "none", "--model", model.name)
@@ -53,7 +58,7 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         asked = Figures("anderson").then(model.pretraining).then(row.figures)
         what = ("pt", "--shards", row.shards, "--model", model.name)
         arguments = (*what, *_options(asked), *common, "--out", str(out / run))
-        pretraining = Step(run, arguments, name, model.name, seed)
+        pretraining = Step(run, arguments, name, model.name, seed, {"task": "pt", **known, **_recipe(asked, "pt")})
         start, default, own = ("--weights", str(out / run)), "anderson", row.finetuning
     steps = []
     for target, per_class, subset_seed in _subsets(study.targets):
@@ -63,7 +68,9 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         asked = Figures(default).then(model.finetuning).then(target.figures).then(own)
         what = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
         arguments = (*what, *_options(asked), *common, "--out", str(out / run))
-        steps.append(Step(run, arguments, name, model.name, seed, target.name, per_class, subset_seed))
+        settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
+        settings |= {"per_class": per_class, "subset_seed": subset_seed}
+        steps.append(Step(run, arguments, name, model.name, seed, settings, target.name, per_class, subset_seed))
     return Group(pretraining, tuple(steps))
 
 
@@ -79,3 +86,8 @@ def _options(figures: Figures) -> tuple[str, ...]:
     for name, value in figures.changes:
         options += ["--set", f"{name}={value}"]
     return tuple(options)
+
+
+def _recipe(figures: Figures, task: str) -> dict[str, Any]:
+    recipes = PRETRAINING if task == "pt" else FINETUNING
+    return {"recipe": asdict(change(recipes[figures.recipe or "anderson"], dict(figures.changes)))}
