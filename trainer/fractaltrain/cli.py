@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
@@ -14,6 +15,8 @@ from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.overrides import parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
+from fractaltrain.comparison.collect import find_runs
+from fractaltrain.comparison.table import to_csv, to_markdown
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
@@ -243,6 +246,22 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
     missing = run_groups(mine, folder, nproc)
     if missing:
         raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the tables.")
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Compare fine-tuning runs, or folders of them: table.csv and table.md, mean and spread over seeds.
+
+    Example: fractaltrain compare runs/mini --out runs/mini
+    """
+    found = find_runs(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("table.csv", to_csv(found)), ("table.md", to_markdown(found))):
+        with atomic_file(out / name) as file:
+            file.write(text.encode())
+    click.echo(to_markdown(found))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
     known = {"model": model.name, "image_size": study.image_size, "seed": seed}
     name = SCRATCH if row is None else row.name
     ending = f"{name}--{model.name}--seed{seed}"
-    pretraining, start = None, ("--weights", "none", "--model", model.name)
+    pretraining: Step | None = None
+    start: tuple[str, ...] = ("--weights", "none", "--model", model.name)
     default, own = "anderson-scratch", study.scratch or Figures()
     if row is not None:
         run = f"pt/{ending}"
