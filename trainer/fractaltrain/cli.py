@@ -7,7 +7,6 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
@@ -15,8 +14,7 @@ from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.overrides import parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
-from fractaltrain.comparison.collect import find_runs
-from fractaltrain.comparison.table import to_csv, to_markdown
+from fractaltrain.comparison.write import write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
@@ -244,6 +242,8 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
         return
     check_datasets(asked, file)
     missing = run_groups(mine, folder, nproc)
+    if len(missing) < sum(len(group.finetunings) for group in mine):
+        click.echo(write_comparison([folder], folder))
     if missing:
         raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
 
@@ -252,16 +252,11 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
 @click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the tables.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
-    """Compare fine-tuning runs, or folders of them: table.csv and table.md, mean and spread over seeds.
+    """Compare fine-tuning runs, or folders of them: table.csv, table.md and figure.png, mean and spread over seeds.
 
     Example: fractaltrain compare runs/mini --out runs/mini
     """
-    found = find_runs(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("table.csv", to_csv(found)), ("table.md", to_markdown(found))):
-        with atomic_file(out / name) as file:
-            file.write(text.encode())
-    click.echo(to_markdown(found))
+    click.echo(write_comparison(runs, out))
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         label = target.name + ("" if per_class is None else f"-{per_class}-per-class-{subset_seed}")
         run = f"ft/{label}--{ending}"
         asked = Figures(default).then(model.finetuning).then(target.figures).then(own)
-        what = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
-        arguments = (*what, *_options(asked), *common, "--out", str(out / run))
+        task = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
+        arguments = (*task, *_options(asked), *common, "--out", str(out / run))
         settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
         settings |= {"per_class": per_class, "subset_seed": subset_seed}
         steps.append(Step(run, arguments, name, model.name, seed, settings, target.name, per_class, subset_seed))
