@@ -1,5 +1,6 @@
 """The command ``fractaltrain``: reads what is asked for and hands it on. torch is imported when it is needed."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -7,11 +8,13 @@ from typing import Any, TypeVar, get_args
 import click
 
 from fractalshards.console import Commands
-from fractalshards.errors import UsageError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
-from fractalshards.human import parse_bytes
+from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
+from fractalshards.slices import parse_slice
+from fractaltrain.comparison.write import write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
@@ -29,6 +32,9 @@ from fractaltrain.settings import (
     finetuning_folder,
     pretraining_folder,
 )
+from fractaltrain.study.config import read_study
+from fractaltrain.study.plan import plan_study
+from fractaltrain.study.run import check_datasets, describe, run_groups
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -257,6 +263,49 @@ def export(run: Path, out: Path) -> None:
     exported = export_run(run, out)
     click.echo(f"{exported.origin}: {exported.path}")
     click.echo(f"import timm; {exported.line}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
+@click.option("--out", type=click.Path(path_type=Path), help="The study's folder  [default: runs/NAME]")
+@click.option("--dry-run", is_flag=True, help="Show all steps and their command lines, and run none.")
+@click.option(
+    "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
+)
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+              help="Where CIFAR's archives are, or go.")  # fmt: skip
+@click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.")
+def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None) -> None:
+    """Run a grid of pre-training sets, models and fine-tuning sets. What is done is skipped, what was stopped goes on.
+
+    Example: fractaltrain study studies/mini.toml --dry-run
+    """
+    part = parse_slice(slice_, os.environ) if slice_ is not None else None
+    asked = read_study(file)
+    folder = out or Path("runs") / asked.name
+    groups = plan_study(asked, folder, data_dir)
+    mine = part.of(groups) if part else groups
+    if dry_run:
+        for line in describe(mine, folder):
+            click.echo(line)
+        return
+    check_datasets(asked, file)
+    missing = run_groups(mine, folder, nproc)
+    if len(missing) < sum(len(group.finetunings) for group in mine):
+        click.echo(write_comparison([folder], folder))
+    if missing:
+        raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the tables.")
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Compare fine-tuning runs, or folders of them: table.csv, table.md and figure.png, mean and spread over seeds.
+
+    Example: fractaltrain compare runs/mini --out runs/mini
+    """
+    click.echo(write_comparison(runs, out))
 
 
 if __name__ == "__main__":
