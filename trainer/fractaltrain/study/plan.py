@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import change
 from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Target
 
@@ -90,5 +90,9 @@ def _options(figures: Figures) -> tuple[str, ...]:
 
 
 def _recipe(figures: Figures, task: str) -> dict[str, Any]:
+    """The figures that a run must have; those that follow the kind of its dataset only where the study sets them."""
     recipes = PRETRAINING if task == "pt" else FINETUNING
-    return {"recipe": asdict(change(recipes[figures.recipe or "anderson"], dict(figures.changes)))}
+    name, changes = figures.recipe or "anderson", dict(figures.changes)
+    by_kind = {figure for own in BY_KIND.get(name, {}).values() for figure in own} if task == "pt" else set()
+    recipe = asdict(change(recipes[name], changes))
+    return {"recipe": {figure: recipe[figure] for figure in recipe if figure not in by_kind - changes.keys()}}
