@@ -19,6 +19,7 @@ from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, Da
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.settings import (
+    WINDOW,
     Amp,
     Caching,
     Evaluation,
@@ -87,8 +88,13 @@ def _running_options(command: _Command) -> _Command:
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
 @click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
-@click.option("--image-size", type=click.IntRange(8), metavar="PX", help="What the model sees  [default: as stored]")
-@click.option("--window", type=click.IntRange(1), default=16, show_default=True, help="Shards shuffled together.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(8),
+    metavar="PX",
+    help="What the model sees  [default: as stored; 224 where the recipe crops]",
+)
+@click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Shards shuffled together.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
