@@ -4,46 +4,18 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import click
 
-from fractalshards.errors import FractalError
-from fractalshards.manifest import find_manifest
-from fractalshards.sharing.urls import parse_location
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
-from fractaltrain.run_folder import RESULT, RUN, flatten, read_settings
-from fractaltrain.study.config import Study
+from fractaltrain.run_folder import RESULT
 from fractaltrain.study.plan import Group, Step
+from fractaltrain.study.record import disagreement
 
 _INTERRUPT_SECONDS = 5.0
-
-
-def check_datasets(study: Study, file: Path) -> None:
-    """Look for all datasets on this machine before anything runs.
-
-    Raises:
-        FractalError: naming the first that is missing, and the command that makes it.
-    """
-    for row in study.rows:
-        location = parse_location(row.shards)
-        if location.scheme == "file":
-            try:
-                find_manifest(Path(location.root))
-            except FractalError as error:
-                advice = f"{row.shards}: no finished dataset; run {row.build}" if row.build else str(error)
-                raise FractalError(f"{file}: [pretraining.{row.name}] {advice}") from error
-
-
-def disagreement(step: Step, folder: Path) -> str | None:
-    """What the run in a step's folder was made with that the study does not ask for; None: nothing, or no run yet."""
-    if not (folder / step.run / RUN).exists():
-        return None
-    found, wanted = read_settings(folder / step.run), flatten(step.settings)
-    name = next((name for name in wanted if found.get(name) != wanted[name]), None)
-    return name and f"holds a run with {name} {found.get(name)}, not {wanted[name]}; remove it, or choose another --out"
 
 
 def is_done(step: Step, folder: Path) -> bool:
@@ -51,11 +23,14 @@ def is_done(step: Step, folder: Path) -> bool:
     return (folder / step.run / RESULT).exists()
 
 
-def describe(groups: Sequence[Group], folder: Path) -> Iterator[str]:
-    """A line per step: whether it is done, and its command line."""
-    for step in (step for group in groups for step in (group.pretraining, *group.finetunings) if step):
-        state = "other" if disagreement(step, folder) else "done" if is_done(step, folder) else "to do"
-        yield f"{state:<6}fractaltrain {shlex.join(step.arguments)}"
+def any_finished(groups: Sequence[Group], folder: Path) -> bool:
+    """Whether there is a fine-tuning to compare: done as the study asks, and so is what it starts from."""
+    return any(
+        is_done(step, folder) and not disagreement(folder / step.run, step.settings)
+        for group in groups
+        if not (start := group.pretraining) or not disagreement(folder / start.run, start.settings)
+        for step in group.finetunings
+    )
 
 
 def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None) -> list[str]:
@@ -74,7 +49,7 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None) -> list
 
 
 def _finish(step: Step, folder: Path, nproc: int | None) -> bool:
-    if problem := disagreement(step, folder):
+    if problem := disagreement(folder / step.run, step.settings):
         click.echo(f"{folder / step.run}: {problem}", err=True)
         return False
     if is_done(step, folder):
