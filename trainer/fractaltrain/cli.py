@@ -33,9 +33,13 @@ from fractaltrain.settings import (
     finetuning_folder,
     pretraining_folder,
 )
+from fractaltrain.study.check import check_datasets, check_models
 from fractaltrain.study.config import read_study
+from fractaltrain.study.cost import find_sizes, find_speeds
+from fractaltrain.study.forecast import describe
 from fractaltrain.study.plan import plan_study
-from fractaltrain.study.run import check_datasets, describe, run_groups
+from fractaltrain.study.record import write_record
+from fractaltrain.study.run import any_finished, run_groups
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -274,7 +278,7 @@ def export(run: Path, out: Path) -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
 @click.option("--out", type=click.Path(path_type=Path), help="The study's folder  [default: runs/NAME]")
-@click.option("--dry-run", is_flag=True, help="Show all steps and their command lines, and run none.")
+@click.option("--dry-run", is_flag=True, help="Show all steps, their cost and command lines; run none.")
 @click.option(
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
 )
@@ -291,13 +295,15 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
     folder = out or Path("runs") / asked.name
     groups = plan_study(asked, folder, data_dir)
     mine = part.of(groups) if part else groups
+    check_models(groups, asked.image_size, file)
     if dry_run:
-        for line in describe(mine, folder):
+        for line in describe(mine, folder, find_sizes(asked), find_speeds(groups, folder, asked.image_size)):
             click.echo(line)
         return
     check_datasets(asked, file)
+    write_record(asked, groups, folder)
     missing = run_groups(mine, folder, nproc)
-    if len(missing) < sum(len(group.finetunings) for group in mine):
+    if any_finished(groups, folder):
         click.echo(write_comparison([folder], folder))
     if missing:
         raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
