@@ -22,17 +22,16 @@ import torch
 from fractalshards.atomic import write_json
 from fractalshards.human import human_bytes
 from fractalshards.manifest import load_manifest
-from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_determinism
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.inputs import training_batch, training_geometry
-from fractaltrain.losses import find_loss
+from fractaltrain.learner import build_learner
 from fractaltrain.models import create_model
-from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.recipes import PRETRAINING
-from fractaltrain.settings import Amp
+from fractaltrain.settings import Amp, Running
 from fractaltrain.step import Step
 from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
+from fractaltrain.world import World
 
 _WINDOW = 16  # shards, as pt shuffles them
 _RECIPE = PRETRAINING["anderson"]
@@ -105,22 +104,11 @@ def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
 def _build_step(case: Case, classes: int, device: torch.device) -> Step:
     torch.manual_seed(0)
     model = create_model(case.model, classes, case.image_size)
-    layout = memory_format(model, device)
-    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # as its documentation has it
-    optimizer = build_optimizer(model, _RECIPE)
-    dtype = autocast_dtype(case.amp, device)
-    return Step(
-        network=compiled(model) if case.compile else model,
-        wrapped=None,
-        loss=find_loss(multi_label=False),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, _RECIPE, epoch_steps=10**8),  # it never ends
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        dtype=dtype,
-        layout=layout,
-        accumulate=1,
-        clip_grad=None,
+    running = Running(
+        _RECIPE, Path(), 0, pad=False, amp=case.amp, workers=None, save_every_minutes=0, compile=case.compile
     )
+    alone = World(rank=0, size=1, local_size=1, device=device)
+    return build_learner(model, running, multi_label=False, epoch_steps=10**8, world=alone).take_step  # it never ends
 
 
 def _endless(source: ShardSource, case: Case, loading: Loading, device: torch.device) -> Iterator[Batch]:
@@ -201,7 +189,6 @@ def main(
 ) -> None:
     """Measure all cases."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_determinism(False)
     setting = Setting(shards, workers, rounds, steps, warmup)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     click.echo(f"{machine}, torch {torch.__version__}, {workers} loader workers")

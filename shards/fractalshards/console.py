@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,6 +92,11 @@ def describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     advice = _ADVICE.get(error.errno or 0, "")
     return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
+
+
+def unseen(*_: object) -> AbstractContextManager[Callable[[int], None]]:
+    """In place of ``progress``, where another process shows it."""
+    return nullcontext(lambda count: None)
 
 
 @contextmanager

@@ -158,4 +158,4 @@ def test_finetuning_takes_the_newest_sound_checkpoint(fractaltrain, tmp_path, mo
     before.unlink()
     newest.unlink()
     outcome = fractaltrain(*finetune)
-    assert (outcome.code, outcome.err) == (1, "error: pt: no checkpoint yet; let its training finish an epoch first\n")
+    assert (outcome.code, outcome.err) == (1, "error: pt: no checkpoint yet; let its training save one first\n")

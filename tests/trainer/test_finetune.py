@@ -128,8 +128,12 @@ def test_weights_that_timm_publishes(fractaltrain, monkeypatch):
 
 
 def test_timms_weights_where_no_hub_can_be_reached(fractaltrain, monkeypatch):
-    def fail(*arguments: object, **options: object) -> None:
-        raise ConnectionError("name resolution failed\nand much more")
+    create = timm.create_model
+
+    def fail(name: str, pretrained: bool = False, **options: int) -> torch.nn.Module:
+        if pretrained:
+            raise ConnectionError("name resolution failed\nand much more")
+        return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", fail)
     outcome = fractaltrain("ft", "--weights", "timm", *SMALL, "--data", "digits")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from fractalshards.human import one_line
-from fractaltrain.data.source import Indices
 from fractaltrain.plotting import INK, MUTED, plain, save
+from fractaltrain.stream.order import Indices
 
 FILE = "confusion.png"
 _NUMBERED = 25  # with more classes, numbers in cells cannot be read

@@ -16,12 +16,11 @@ from fractalshards.human import one_line
 from fractaltrain.confusion import FILE as PICTURE
 from fractaltrain.confusion import draw_confusion
 from fractaltrain.data.finetuning import Data, DataChoice, open_data
-from fractaltrain.data.source import Indices
 from fractaltrain.evaluation import predict
 from fractaltrain.inputs import evaluation_geometry
 from fractaltrain.settings import Evaluation
 from fractaltrain.stream.loader import Batches, Loading, iterate
-from fractaltrain.stream.order import evaluation_positions
+from fractaltrain.stream.order import Indices, evaluation_positions
 from fractaltrain.tally import ClassScore, Tally
 from fractaltrain.train import loader_workers
 from fractaltrain.trained import Trained, load_trained
@@ -115,7 +114,7 @@ def _write_report(folder: Path, data: DataChoice, run: Trained, tally: Tally, na
     report = {
         "data": data.name,
         "model": run.model,
-        "epochs": run.epochs,
+        "epochs": run.position.epoch,
         "checkpoint_sha256": run.sha256,
         "samples": len(tally.labels),
         "loss": tally.loss,

@@ -68,7 +68,7 @@ def _metadata(run: Trained, name: str) -> dict[str, str]:
         "mean": json.dumps(run.recipe.mean),
         "std": json.dumps(run.recipe.std),
         "recipe": run.recipe.name,
-        "epochs": str(run.epochs),
+        "epochs": str(run.position.epoch),
         "checkpoint_sha256": run.sha256,
         **({"class_names": json.dumps(run.class_names)} if run.class_names else {}),
     }

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fractalshards.digest import sha256_file
-from fractalshards.human import human_count
 from fractaltrain.checkpoint import model_weights
 from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone
@@ -16,7 +15,7 @@ from fractaltrain.published import load_published
 from fractaltrain.run_folder import trained_model
 from fractaltrain.settings import WINDOW, Finetuning
 from fractaltrain.train import Job, train
-from fractaltrain.trained import sound_checkpoint
+from fractaltrain.trained import describe_origin, sound_checkpoint
 from fractaltrain.weights import load_backbone
 from fractaltrain.world import World, join_world
 
@@ -108,14 +107,13 @@ def load_pretrained(choice: Finetuning, world: World) -> Pretrained | None:
 def _of_run(run: Path) -> Pretrained:
     model, image_size = trained_model(run)
     checkpoint = sound_checkpoint(run)
-    passed = "".join(f"{problem}; taking the one before\n" for problem in checkpoint.passed_over)
     return Pretrained(
         model=model,
         image_size=image_size,
         weights=model_weights(checkpoint),
         identity=sha256_file(checkpoint.path),
         where=str(run),
-        origin=f"{passed}weights of {run} after {human_count(checkpoint.position.epoch, 'epoch')}",
+        origin=describe_origin(run, checkpoint.position, checkpoint.passed_over),
     )
 
 

@@ -25,7 +25,7 @@ _DEGREES = 10.0
 _SHIFT = (0.0, 1 / 8)  # of the padded image: none along x, up to an eighth along y, as torchvision reads it
 _ZOOM = (1.0, 1.2)
 
-Step = Callable[[Images, int], Images]
+Change = Callable[[Images, int], Images]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Geometry:
     """Makes images square and as large as the model wants, and augments them: ``steps`` in order."""
 
     image_size: int
-    steps: tuple[Step, ...]
+    steps: tuple[Change, ...]
 
     def __call__(self, image: Images, key: int) -> Images:
         """(H, W, 3) uint8 to (S, S, 3) uint8; any randomness comes from ``key``."""
@@ -44,7 +44,7 @@ class Geometry:
 
 def training_geometry(recipe: Recipe, image_size: int, device: torch.device) -> Geometry:
     """The geometry of training images; where there is no accelerator, timm's RandAugment too."""
-    steps: list[Step] = []
+    steps: list[Change] = []
     if recipe.crop == "random":
         steps.append(partial(random_crop, size=image_size))
     elif recipe.crop == "resized":
@@ -107,7 +107,7 @@ def _flip(image: Images, key: int, probability: float) -> Images:
     return image[:, ::-1] if flipped else image
 
 
-def _affine(recipe: Recipe, image_size: int) -> Step:
+def _affine(recipe: Recipe, image_size: int) -> Change:
     """The published augmentation for fine-tuning; it takes the nearest pixel, and what comes from outside the padded
     image is black. Pillow does it, as there: its affine map is three times as fast as torchvision's on tensors."""
     augment = v2.Compose(

@@ -111,7 +111,9 @@ def from_timm(
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
-        raise _no_drop_path(name) if "drop_path_rate" in str(error) else error from error
+        if "drop_path_rate" not in str(error):
+            raise
+        raise _no_drop_path(name) from error
     return model
 
 

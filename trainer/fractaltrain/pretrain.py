@@ -1,14 +1,13 @@
 """``fractaltrain pt``: shards, model and recipe meet in the loop."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fractalshards.console import progress
+from fractalshards.console import progress, unseen
 from fractalshards.sharing.cache import ShardCache, open_cache
 from fractalshards.sharing.prefetch import prefetching
 from fractalshards.sharing.urls import parse_location
@@ -62,7 +61,7 @@ def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
         return None
     cache = open_cache(choice.shards, choice.caching.folder, choice.caching.size, choice.window, TRAINING)
     if world.local_rank == 0:
-        cache.prepare(progress if world.main else _unseen)
+        cache.prepare(progress if world.main else unseen)
     world.barrier()
     return cache
 
@@ -78,7 +77,3 @@ def _fetching_ahead(
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
     with prefetching(cache) as want:
         yield Ahead(names, lengths, running.seed, choice.window, running.recipe.repeats, want).reached
-
-
-def _unseen(label: str, total: int, unit: str) -> Any:
-    return nullcontext(lambda count: None)

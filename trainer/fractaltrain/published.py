@@ -34,6 +34,7 @@ def load_published(model: str, image_size: int) -> Published:
     if config is None or not config.has_weights:
         raise UsageError(f"timm publishes no weights of {model}; choose another --model, or --weights none")
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
+    from_timm(model, None, image_size)  # so that what fails below is the fetching
     try:
         return Published(name, from_timm(model, None, image_size, pretrained=True).state_dict())
     except Exception as error:  # of whichever client fetches it: those of hubs raise many kinds

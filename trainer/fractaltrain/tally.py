@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fractaltrain.data.source import Indices
+from fractaltrain.stream.order import Indices
 
 MOST_CELLS = 1000  # a side of the confusion matrix; with more classes, neighbours share a cell
 

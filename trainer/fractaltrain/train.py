@@ -17,7 +17,7 @@ from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.workers import available_cores
 from fractaltrain.checkpoint import Position, load_checkpoint, restore, save_checkpoint
-from fractaltrain.data.source import Indices, Source
+from fractaltrain.data.source import Source
 from fractaltrain.evaluation import LEADING, evaluate
 from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
 from fractaltrain.learner import Learner, build_learner
@@ -31,6 +31,7 @@ from fractaltrain.stream.bad import BadSamples
 from fractaltrain.stream.bits import Purpose, mix
 from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
 from fractaltrain.stream.order import (
+    Indices,
     epoch_order,
     epoch_samples,
     evaluation_positions,
@@ -252,16 +253,15 @@ def final_result(position: Position) -> dict[str, Any]:
 
 def describe_result(result: Mapping[str, Any]) -> str:
     """The accuracy on held-out images in words; empty where there are none."""
-    best = f"{result['best_epoch']}" if "best_epoch" in result else ""
     if "top1" in result:
         figures = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
-        best = f"best top-1 {result['best_top1']:.2%} after epoch {best}"
+        best = f"best top-1 {result['best_top1']:.2%}"
     elif "map" in result:
         figures = f"mean average precision {result['map']:.2%}, F1 {result['f1']:.2%}"
-        best = f"best {result['best_map']:.2%} after epoch {best}"
+        best = f"best {result['best_map']:.2%}"
     else:
         return ""
-    return f"{figures} on {result['samples']:,} held-out images ({best})"
+    return f"{figures} on {result['samples']:,} held-out images ({best} after epoch {result['best_epoch']})"
 
 
 def run_settings(job: Job, learner: Learner) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A run that was trained, read back from its folder: what it is, its recipe, and its newest sound weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.human import human_count, one_line
-from fractaltrain.checkpoint import Checkpoint, load_checkpoint, model_weights
+from fractaltrain.checkpoint import Checkpoint, Position, load_checkpoint, model_weights
 from fractaltrain.models import create_model
 from fractaltrain.recipes.recipe import Recipe
 from fractaltrain.run_folder import RUN, trained_model
@@ -29,7 +29,7 @@ class Trained:
         per_class: training images of every class that ``subset_seed`` chose; None: all.
         recipe: with all overrides applied.
         precision: of the forward pass.
-        epochs: that are behind the weights.
+        position: how far training had come.
         weights: state dict of its model, on the CPU.
         sha256: of the checkpoint that they are from.
         passed_over: what is wrong with newer checkpoints, a line each.
@@ -45,15 +45,14 @@ class Trained:
     subset_seed: int
     recipe: Recipe
     precision: torch.dtype
-    epochs: int
+    position: Position
     weights: Mapping[str, torch.Tensor]
     sha256: str
     passed_over: tuple[str, ...]
 
     def origin(self) -> str:
         """Where its weights are from, for people."""
-        passed = "".join(f"{problem}; taking the one before\n" for problem in self.passed_over)
-        return f"{passed}weights of {self.folder} after {human_count(self.epochs, 'epoch')}"
+        return describe_origin(self.folder, self.position, self.passed_over)
 
     def rebuilt(self) -> nn.Module:
         """Its model with its weights.
@@ -97,11 +96,18 @@ def load_trained(folder: Path) -> Trained:
         subset_seed=_count_or_none(settings, "subset_seed") or 0,
         recipe=_read_recipe(settings.mapping("recipe"), path),
         precision=_read_precision(settings.text("precision"), path),
-        epochs=checkpoint.position.epoch,
+        position=checkpoint.position,
         weights=model_weights(checkpoint),
         sha256=sha256_file(checkpoint.path),
         passed_over=checkpoint.passed_over,
     )
+
+
+def describe_origin(folder: Path, position: Position, passed_over: Sequence[str]) -> str:
+    """Where weights are from, for people: how far the run had come, after what is wrong with newer checkpoints."""
+    passed = "".join(f"{problem}; taking the one before\n" for problem in passed_over)
+    begun = f" and {human_count(position.step, 'step')} of the next" if position.step else ""
+    return f"{passed}weights of {folder} after {human_count(position.epoch, 'epoch')}{begun}"
 
 
 def sound_checkpoint(folder: Path) -> Checkpoint:
@@ -112,7 +118,7 @@ def sound_checkpoint(folder: Path) -> Checkpoint:
     """
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
-        raise FractalError(f"{folder}: no checkpoint yet; let its training finish an epoch first")
+        raise FractalError(f"{folder}: no checkpoint yet; let its training save one first")
     return checkpoint
 
 

@@ -1,11 +1,11 @@
 """Opens shards for pre-training: ours, here or elsewhere, or any WebDataset folder with timm's ``_info.json``."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fractalshards.console import progress
+from fractalshards.console import progress, unseen
 from fractalshards.errors import FractalError
 from fractalshards.foreign import ForeignInfo, Listing, is_foreign, list_shards, listings_digest, load_foreign
 from fractalshards.manifest import MAX_CLASSES, Manifest, load_manifest
@@ -86,7 +86,7 @@ def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
     shards = [shard for name in names for shard in info.splits[name]]
-    listings = list_shards(shards, _show if world.main else _show_nothing)
+    listings = list_shards(shards, _show if world.main else unseen)
     classes = _count_classes(info, listings)
     sources, first = [], 0
     for name in names:
@@ -99,10 +99,6 @@ def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
 
 def _show(tars: int) -> AbstractContextManager[Callable[[int], object]]:
     return progress("finding samples, once", tars, "tars")
-
-
-def _show_nothing(tars: int) -> AbstractContextManager[Callable[[int], object]]:
-    return nullcontext(lambda count: None)
 
 
 def _count_classes(info: ForeignInfo, listings: tuple[Listing, ...]) -> int:

@@ -7,7 +7,8 @@ from torchvision.datasets import ImageFolder
 
 from fractalshards.errors import FractalError
 from fractalshards.png import decode_image
-from fractaltrain.data.source import BadSampleError, Example, Indices
+from fractaltrain.data.source import BadSampleError, Example
+from fractaltrain.stream.order import Indices
 
 _LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"
 

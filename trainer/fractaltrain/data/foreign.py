@@ -11,7 +11,8 @@ from fractalshards.errors import FractalError
 from fractalshards.foreign import Listing
 from fractalshards.png import decode_image
 from fractaltrain.data.shards import OpenFiles
-from fractaltrain.data.source import BadSampleError, Example, Indices
+from fractaltrain.data.source import BadSampleError, Example
+from fractaltrain.stream.order import Indices
 
 
 class ForeignSource:

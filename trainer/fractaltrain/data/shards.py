@@ -3,21 +3,21 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fractalshards.console import describe_os_error
+from fractalshards.console import describe_os_error, unseen
 from fractalshards.errors import FractalError
 from fractalshards.foreign import list_shards
 from fractalshards.labels import classes_of
 from fractalshards.manifest import Manifest, read_record
 from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.sharing.cache import ShardCache
-from fractaltrain.data.source import BadSampleError, Example, Indices
+from fractaltrain.data.source import BadSampleError, Example
+from fractaltrain.stream.order import Indices
 
 _OPEN_FILES = 64
 
@@ -64,7 +64,7 @@ class ShardSource:
             FractalError: if a tar is damaged, or holds other labels than its sidecar says.
         """
         shards = self._manifest.splits[self._split]
-        listings = list_shards([(self._manifest.folder / shard.name, shard.samples) for shard in shards], _unseen)
+        listings = list_shards([(self._manifest.folder / shard.name, shard.samples) for shard in shards], unseen)
         labels = np.concatenate([listing.labels for listing in listings])
         highest = int(labels.max(initial=0))
         if highest >= self._classes or np.any(np.bincount(labels, minlength=self._classes) != self.label_counts):
@@ -111,10 +111,6 @@ class ShardSource:
             raise BadSampleError(f"{shard.path}: {key}: {error}; {self._advice}") from error
         except OSError as error:
             raise BadSampleError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
-
-
-def _unseen(tars: int) -> AbstractContextManager[Callable[[int], object]]:
-    return nullcontext(lambda count: None)
 
 
 def _open(path: Path) -> int:

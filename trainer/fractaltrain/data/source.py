@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from fractalshards.errors import FractalError
 from fractaltrain.stream.bits import Purpose, mix, permutation
+from fractaltrain.stream.order import Indices
 
 Images = npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.int64]
 
 
 class BadSampleError(FractalError):
