@@ -1,6 +1,6 @@
 """Scores of a model over samples that several processes share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -121,8 +121,14 @@ def _multi_label_scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]
     found = [batch for part in world.gather(mine) for batch in part]
     loss = float(world.sum(loss_sum))
     _check_loss(loss)
-    if not found:
-        return MultiLabelScores(0, 0.0, 0.0, 0.0)
+    nothing = MultiLabelScores(0, 0.0, 0.0, 0.0)
+    return world.share(_score_together(found, loss) if found and world.main else nothing)
+
+
+def _score_together(
+    found: Sequence[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]], loss: float
+) -> MultiLabelScores:
+    """The scores of all batches, on one rank: ranking every class takes time and memory."""
     said, shown = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return MultiLabelScores(len(said), loss / len(said), mean_average_precision(said, shown), micro_f1(said, shown))
 
