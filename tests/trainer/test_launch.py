@@ -1,6 +1,7 @@
 """How failures reach the user; real ones of two processes are in test_processes.py."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain import world as world_module
 from fractaltrain.launch import _explain, launch
 from fractaltrain.world import World, join_world
@@ -36,6 +37,7 @@ def test_failure_of_a_process_is_told_as_this_ones(tmp_path, capfd, exitcode, me
     error = _explain(3, failure(tmp_path, exitcode, message))
     assert str(error).startswith(expected)
     assert capfd.readouterr().err == shown
+    assert isinstance(error, UsageError) == bool(message and message.startswith("UsageError"))  # exits with 2, not 1
 
 
 def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
@@ -44,6 +46,15 @@ def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     launch(seen.append, "under torchrun", 2)
     assert seen == ["alone", "under torchrun"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_loop_is_one_line_and_the_code_of_a_stop(number):
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedError, match=f"^stopped by {number.name}; run the same command to continue$") as error:
+        launch(signal.raise_signal, number, 1)
+    assert error.value.code == 75
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(
@@ -55,6 +66,7 @@ def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
         ),
         (OSError(28, "No space left on device", "runs/x"), r"^runs/x: No space left on device; free some space"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"^cpu: out of memory; lower --batch-size"),
+        (ValueError("Expected more than 1 value per channel when training, got"), r"^batch norm needs .*--batch-size"),
         (FractalError("ours"), r"^ours$"),
     ],
 )

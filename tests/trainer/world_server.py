@@ -3,7 +3,8 @@
 It reads requests from stdin, a line of JSON each, and answers with a line. A request has ``size`` processes, the
 ``arguments`` of the command, a ``folder`` for ``out-RANK`` and ``err-RANK``, and perhaps ``signals``: a list of
 ``[rank, epoch, step, number]``: when that rank has fetched that batch (epoch from 0, step from 1), it sends itself that
-signal. ``agent``: whether to do what torchrun does, which ends all processes when one has failed; it keeps the store
+signal. With ``record``, ``keys-RANK.jsonl`` in that folder gets a line per batch: its step from 0, and its keys.
+``agent``: whether to do what torchrun does, which ends all processes when one has failed; it keeps the store
 where they meet in any case, unless ``port`` names another. The answer has the exit ``codes``, negative for a signal,
 and the ``seconds`` from the first failure to the end of the last process.
 """
@@ -71,6 +72,8 @@ def run_rank(rank: int, port: int, agent_store: bool, request: dict) -> None:
     code: object = 0
     try:
         send_signals([some for some in request.get("signals", []) if some[0] == rank])
+        if request.get("record"):
+            record_keys(Path(request["folder"]) / f"keys-{rank}.jsonl")
         torch.set_num_threads(1)
         cli.main([str(argument) for argument in request["arguments"]])
     except SystemExit as end:
@@ -97,6 +100,20 @@ def send_signals(signals: list) -> None:
             yield batch
 
     train.iterate = signalling
+
+
+def record_keys(path: Path) -> None:
+    """Write down the keys of every batch that the loop gets; it is otherwise the real one."""
+    iterate = train.iterate
+
+    def recording(batches, start, loading):
+        with path.open("a") as file:
+            for step, batch in enumerate(iterate(batches, start, loading), start):
+                file.write(json.dumps([step, *batch.keys]) + "\n")
+                file.flush()
+                yield batch
+
+    train.iterate = recording
 
 
 if __name__ == "__main__":
