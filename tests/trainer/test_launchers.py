@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -69,6 +70,32 @@ def test_launcher_in_mid_run(dataset, tmp_path, number):
         assert launcher.returncode == 75
         assert err == f"error: stopped by {number.name}; run the same command to continue\n"
         assert rest.splitlines()[-1].startswith(f"{out}: saved at epoch ")
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_killed_launcher(dataset, tmp_path):
+    with started("fractaltrain.cli", *pretraining(dataset, tmp_path / "run", 1000), "--nproc", 2) as launcher:
+        assert launcher.stdout is not None
+        while not (line := launcher.stdout.readline()).startswith("epoch 2/"):
+            assert line, launcher.communicate()
+        ends = [os.pidfd_open(process) for process in training_processes(launcher.pid)]
+        launcher.kill()
+        assert [select.select([end], [], [], 20)[0] for end in ends] == [[end] for end in ends]
+        assert len(ends) == 2
+        for end in ends:
+            os.close(end)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_processes_start_is_one_line(dataset, tmp_path):
+    """At a terminal all of them get it; they would show what they are importing."""
+    with started("fractaltrain.cli", *pretraining(dataset, tmp_path / "run", 1000), "--nproc", 2) as launcher:
+        while len(training_processes(launcher.pid)) < 2:
+            assert launcher.poll() is None
+        os.killpg(launcher.pid, signal.SIGINT)
+        out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, out) == (130, "")
+    assert err == "error: stopped by SIGINT; run the same command to continue\n"
 
 
 @pytest.mark.slow
