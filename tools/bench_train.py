@@ -25,6 +25,7 @@ from fractalshards.manifest import load_manifest
 from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_determinism
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.inputs import training_batch, training_geometry
+from fractaltrain.losses import find_loss
 from fractaltrain.models import create_model
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.recipes import PRETRAINING
@@ -111,8 +112,9 @@ def _build_step(case: Case, classes: int, device: torch.device) -> Step:
     return Step(
         network=compiled(model) if case.compile else model,
         wrapped=None,
+        loss=find_loss(multi_label=False),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, _RECIPE, steps=10**9),  # it never ends
+        schedule=build_schedule(optimizer, _RECIPE, epoch_steps=10**8),  # it never ends
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         dtype=dtype,
         layout=layout,

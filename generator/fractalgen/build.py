@@ -14,12 +14,12 @@ from fractalgen.kinds import find_kind
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import render_range
-from fractalgen.slices import Slice
 from fractalshards.assemble import Contents, ShardTask, finished_shards, publish, refuse_vanished, run_jobs
 from fractalshards.atomic import remove_leftovers
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.names import SYSTEMS
+from fractalshards.slices import Slice
 from fractalshards.systems import Systems, read_systems
 from fractalshards.writer import write_shard
 

@@ -20,7 +20,6 @@ from fractalgen.preview import preview as draw_preview
 from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
-from fractalgen.slices import Slice, parse_slice
 from fractalshards.atomic import atomic_file
 from fractalshards.console import Commands, continuable, progress
 from fractalshards.errors import FractalError, UsageError
@@ -30,6 +29,7 @@ from fractalshards.overrides import parse_settings, show_value
 from fractalshards.png import Indexed, encode_png
 from fractalshards.portable import read_portable
 from fractalshards.sheet import picture_format, save_picture, side_by_side
+from fractalshards.slices import Slice, parse_slice
 from fractalshards.systems import Systems
 from fractalshards.workers import available_cores
 
@@ -138,8 +138,7 @@ def build(
             "pixels; install the version of fractalpretrain that made it, and say so to its authors"
         )
     click.echo(manifest.summary())
-    if manifest.label_type == "single":  # others cannot be trained on yet
-        click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
+    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
 
 
 @main.command()

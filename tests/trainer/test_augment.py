@@ -10,7 +10,6 @@ from timm.data import auto_augment as timm_operations
 from timm.data.mixup import mixup_target
 from torchvision.transforms import RandomResizedCrop
 
-from fractalshards.errors import UsageError
 from fractaltrain.augment import operations
 from fractaltrain.augment.crop import random_crop, random_resized_crop, resize, resized_crop_box
 from fractaltrain.augment.erasing import erase, erased_boxes
@@ -266,6 +265,11 @@ def test_nothing_to_mix():
     assert torch.equal(soft, smoothed(labels, 0.1, 5))
 
 
-def test_an_odd_batch_cannot_be_mixed():
-    with pytest.raises(UsageError, match="take pairs of images, but a process has 3 of a batch; change --batch-size"):
-        mixed(torch.zeros(3, 3, 4, 4), torch.zeros(3, dtype=torch.int64), KEYS[:3], recipe(mixup=0.8), 5)
+def test_mixed_images_of_several_classes_show_the_classes_of_both():
+    shown = torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    pure = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    images, targets = mixed(pure.clone(), shown, KEYS[:4], recipe(mixup=0.8, label_smoothing=0.1), 3)
+    share = 1 - float(images[0].mean()) / 3  # of the first image in itself
+    assert 0 < share < 1
+    assert torch.allclose(targets[0], share * shown[0] + (1 - share) * shown[3])
+    assert torch.allclose(targets[1], share * shown[1] + (1 - share) * shown[2])

@@ -41,7 +41,11 @@ def test_without_torch_the_extra_is_named(tmp_path, arguments):
         ("ft --data digits", "Missing option '--weights'"),
         ("ft --weights none --data mnist", "'mnist' is none of digits, cifar10, cifar100, imagefolder:PATH"),
         ("ft --weights none --data imagefolder:", "is none of digits"),
-        ("ft --weights runs/x --model resnet50 --data digits", "--model goes with --weights none only"),
+        ("ft --weights runs/x --model resnet50 --data digits", "--model goes with --weights none or timm only"),
+        ("ft --weights none --freeze backbone --data digits", "--freeze goes with weights that were trained"),
+        ("ft --weights none --data shards:", "is none of digits"),
+        ("eval --data digits", "Missing option '--weights'"),
+        ("export runs/x --out x.pt", "--out x.pt: timm knows such files by their ending, .safetensors; add it"),
     ],
 )
 def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
@@ -62,6 +66,14 @@ def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
         ("pt --shards DATASET --model resnet10t --batch-size 51", 2, "larger than the 50 training samples"),
         ("pt --shards DATASET --model resnet10t --batch-size 5 --amp fp16", 2, "--amp fp16 needs a GPU"),
         ("ft --weights nowhere --data digits", 1, "nowhere: no run.json, so not the folder of a run"),
+        ("ft --weights none --model resnet10t --data shards:nowhere", 1, "nowhere: no such folder"),
+        (
+            "ft --weights timm --model deit_small_patch32_224 --data digits",
+            2,
+            "timm publishes no weights of deit_small",
+        ),
+        ("eval --weights nowhere --data digits", 1, "nowhere: no run.json, so not the folder of a run"),
+        ("export nowhere --out x.safetensors", 1, "nowhere: no run.json, so not the folder of a run"),
         ("ft --weights none --model resnet10t --data imagefolder:nowhere", 1, "nowhere/train: no such folder"),
         ("ft --weights none --model resnet10t --data digits --per-class 180", 1, "lower --per-class"),
         ("ft --weights none --model resnet10t --data digits --per-class 5", 2, "larger than the 50 training samples"),

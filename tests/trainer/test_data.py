@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
@@ -14,6 +15,9 @@ from fractaltrain.data.cifar import DATASETS, load_cifar
 from fractaltrain.data.digits import load_digits
 from fractaltrain.data.finetuning import DataChoice, open_data
 from fractaltrain.data.source import ArraySource, Source, split_per_class
+from fractaltrain.world import World
+
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
 def keys(source: Source) -> list[str]:
@@ -25,7 +29,8 @@ def labels(source: Source) -> list[int]:
 
 
 def digits(per_class: int | None, seed: int = 0) -> tuple[Source, Source]:
-    return open_data(DataChoice("digits", per_class, seed, Path("unused")))
+    data = open_data(DataChoice("digits", per_class, seed, Path("unused")), ALONE)
+    return data.training, data.held_out
 
 
 def test_digits_are_scikit_learns_images():
@@ -102,7 +107,8 @@ def test_cifar_from_an_archive(name, tmp_path, monkeypatch):
     last = train.read(20 * len(files) - 1)
     assert last.label == targets[19]
     assert np.array_equal(last.image.transpose(2, 0, 1).ravel(), images[19])  # red, green, blue planes
-    few, held_out = open_data(DataChoice(name, 1, 0, tmp_path))
+    data = open_data(DataChoice(name, 1, 0, tmp_path), ALONE)
+    few, held_out = data.training, data.held_out
     assert sorted(labels(few)) == list(range(10))
     assert keys(held_out) == keys(test)
 
@@ -118,7 +124,9 @@ def test_cifar_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.setattr(DATASETS["cifar10"], "url", f"file://{tmp_path}/nowhere/cifar-10-python.tar.gz")
-    with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: not the published archive; fetch it again"):
+    with pytest.raises(
+        FractalError, match=r"cifar-10-python\.tar\.gz: not as published, or damaged, .*; fetch it from .* again"
+    ):
         load_cifar("cifar10", tmp_path)
     assert not (tmp_path / "cifar-10-batches-py").exists()
 
@@ -134,7 +142,8 @@ def make_folders(path: Path, classes: dict[str, list[str]]) -> None:
 
 def test_image_folders(tmp_path):
     make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
-    train, held_out = open_data(DataChoice(f"imagefolder:{tmp_path}", 2, 0, Path("unused")))
+    data = open_data(DataChoice(f"imagefolder:{tmp_path}", 2, 0, Path("unused")), ALONE)
+    train, held_out = data.training, data.held_out
     assert sorted(labels(train)) == [0, 0, 1, 1]
     assert keys(held_out) == [f"{name}/{index}.png" for name in ("ant", "bee") for index in range(3)]
     assert held_out.read(4).image.shape == (7, 11, 3)
@@ -152,21 +161,45 @@ def test_image_folders(tmp_path):
 def test_image_folders_that_do_not_fit(tmp_path, folders, message):
     make_folders(tmp_path, folders)
     with pytest.raises(FractalError, match=message):
-        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")))
+        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
 
 
 def test_empty_image_folder(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(FractalError, match=r"train: Couldn't find any class folder.*images belong into"):
-        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")))
+        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
     (tmp_path / "train" / "ant").mkdir()
     with pytest.raises(FractalError, match=r"train: Found no valid file for the classes ant; images belong into"):
-        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")))
+        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
 
 
 def test_damaged_image_is_named(tmp_path):
     make_folders(tmp_path, {"train": ["ant"], "val": ["ant"]})
     (tmp_path / "train" / "ant" / "1.png").write_bytes(b"no image")
-    train, _ = open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")))
+    train = open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE).training
     with pytest.raises(FractalError, match=r"ant/1\.png: image cannot be decoded.*; replace or remove it"):
         train.read(1)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_unpacked_without_its_archive(name, tmp_path, monkeypatch):
+    make_archive(tmp_path, name, monkeypatch)
+    archive = tmp_path / DATASETS[name].filename
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    archive.unlink()
+    monkeypatch.setattr(DATASETS[name], "url", f"file://{tmp_path}/nowhere.tar.gz")
+    assert load_cifar(name, tmp_path)[1].lengths == (20,)
+    file = tmp_path / DATASETS[name].base_folder / DATASETS[name].test_list[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FractalError, match=rf"{DATASETS[name].base_folder}: not as published, or damaged, .* again$"):
+        load_cifar(name, tmp_path)
+
+
+def test_cifar_download_that_is_something_else(tmp_path, monkeypatch, web):
+    make_archive(tmp_path, "cifar10", monkeypatch)
+    portal = tmp_path / "log-in-here.html"
+    portal.write_text("<html>")
+    monkeypatch.setattr(DATASETS["cifar10"], "url", f"{web(tmp_path).url}/log-in-here.html")
+    with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: damaged \(.*\); remove it and run again"):
+        load_cifar("cifar10", tmp_path / "data")

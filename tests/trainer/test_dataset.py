@@ -14,6 +14,7 @@ from PIL import Image
 from fractalshards.cli import main as fractalshards
 from fractalshards.errors import FractalError
 from fractaltrain.data.dataset import open_dataset
+from fractaltrain.data.finetuning import DataChoice, open_data
 from fractaltrain.data.source import Source
 from fractaltrain.inputs import training_geometry
 from fractaltrain.recipes import PRETRAINING
@@ -133,3 +134,11 @@ def test_packed_images_of_several_sizes(tmp_path, image_folder, capfd):
         seen = epoch(source, crop, workers=0)
         assert all(len(pixels) == 24 * 24 * 3 for _, _, pixels in seen)
         assert len(seen) == 12
+
+
+def test_finetuning_on_a_folder_of_others(tmp_path: Path, image_file: Callable[..., bytes]) -> None:
+    folder = write_foreign(tmp_path / "foreign", image_file, {"train": [9, 8], "validation": [6]})
+    data = open_data(DataChoice(f"shards:{folder}", 2, 0, Path("unused")), ALONE)
+    labels = [data.training.read(index).label for index in range(sum(data.training.lengths))]
+    assert sorted(labels) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert data.held_out.lengths == (6,)

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from fractaltrain.data.source import ArraySource
-from fractaltrain.evaluation import evaluate
+from fractaltrain.evaluation import evaluate, mean_average_precision, micro_f1
 from fractaltrain.inputs import evaluation_geometry
+from fractaltrain.losses import multi_label_loss
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import evaluation_positions
@@ -23,6 +24,28 @@ class Remembers(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.logits[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def test_scores_of_several_classes_by_hand():
+    """Class 0: the two images that show it come first and third: (1 + 2/3) / 2. Class 1: first: 1. Class 2: nowhere."""
+    logits = np.array([[3, 0, -1], [2, -1, -1], [1, -2, -1], [-1, -3, 1]], np.float32)
+    shown = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], np.bool_)
+    assert mean_average_precision(logits, shown) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    assert micro_f1(logits, shown) == pytest.approx(2 * 3 / (5 + 3))  # guessed where at least 0: three of five
+    assert micro_f1(np.full((2, 2), -1, np.float32), np.zeros((2, 2), np.bool_)) == 0
+
+
+def test_loss_of_several_classes_weighs_the_shown_ones_per_image():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [0.5, 0.0, 0.0, 0.0]])
+    targets = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
+    softplus = [[np.log1p(np.exp(x)) for x in row] for row in logits.tolist()]
+    expected = 0.0
+    for row, (shown, all_logits) in enumerate(zip(targets.tolist(), logits.tolist(), strict=True)):
+        weight = 4 / sum(shown)
+        for column, one in enumerate(shown):
+            term = softplus[row][column] - all_logits[column] if one else softplus[row][column]
+            expected += (weight if one else 1) * term
+    assert float(multi_label_loss(logits, targets)) == pytest.approx(expected / 8)
 
 
 @pytest.mark.parametrize(("classes", "batch"), [(10, 7), (10, 64), (3, 5)])
@@ -43,7 +66,7 @@ def test_scores_by_hand(classes, batch):
     )
     model = Remembers(torch.from_numpy(logits))
     loaded = iterate(batches, 0, Loading(workers=0, pin_memory=False))
-    scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, ALONE)
+    scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, False, ALONE)
     ranks = (logits > logits[np.arange(count), labels][:, None]).sum(1)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(count), labels]
     assert scores.samples == count

@@ -1,6 +1,8 @@
+from dataclasses import replace
 from math import cos, pi
 
 import pytest
+import torch
 from torch import nn
 
 from fractaltrain.models import create_model
@@ -64,10 +66,66 @@ def test_optimizer_has_every_parameter_once_with_its_rates(resnet):
     assert optimizer.param_groups[0]["lr"] == recipe.lr  # the one that progress and metrics show
 
 
+def test_deit_decays_neither_vectors_nor_embeddings(vit):
+    rates = parameter_rates(vit, PRETRAINING["deit"])
+    undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
+    assert undecayed == {name for name, parameter in vit.named_parameters() if parameter.ndim == 1} | {
+        "cls_token", "pos_embed"
+    }  # fmt: skip
+    assert {rate.weight_decay for rate in rates.values()} == {0, 0.05}
+    assert {rate.lr for rate in rates.values()} == {1e-3}
+    optimizer = build_optimizer(vit, PRETRAINING["deit"])
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_kataoka_decays_all(resnet):
+    rates = parameter_rates(resnet, PRETRAINING["kataoka"])
+    assert set(rates) == {name for name, _ in resnet.named_parameters()}
+    assert set(rates.values()) == {Rates(0.1, 1e-4)}
+    assert build_optimizer(resnet, PRETRAINING["kataoka"]).param_groups[0]["momentum"] == 0.9
+
+
+def test_what_is_frozen_is_not_optimised():
+    model = create_model("resnet10t", 3, 32)
+    model.requires_grad_(False)
+    model.get_classifier().requires_grad_(True)
+    (group,) = build_optimizer(model, PRETRAINING["kataoka"]).param_groups
+    assert [parameter.shape for parameter in group["params"]] == [(3, 512), (3,)]
+
+
+def rates_of(recipe, epochs: int, epoch_steps: int) -> list[float]:
+    """Learning rate of every step."""
+    optimizer = build_optimizer(nn.ModuleDict({"fc": nn.Linear(2, 2)}), recipe)
+    schedule = build_schedule(optimizer, replace(recipe, epochs=epochs), epoch_steps)
+    rates = []
+    for _ in range(epochs * epoch_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_cosine_by_hand():
+    """Of 20 epochs of 10 steps: 5 of warm-up from 1e-6 towards 1e-3, then what is left of a cosine over all 200."""
+    rates = rates_of(PRETRAINING["deit"], 20, 10)
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[25] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[50] == pytest.approx(1e-5 + 9.9e-4 * (1 + cos(pi / 4)) / 2)
+    assert rates[100] == pytest.approx(1e-5 + 9.9e-4 / 2)
+    assert rates[199] == pytest.approx(1e-5 + 9.9e-4 * (1 + cos(pi * 199 / 200)) / 2)
+    assert max(rates) == rates[49] == pytest.approx(1e-6 + 9.99e-4 * 49 / 50)
+
+
+def test_steps_by_hand():
+    rates = rates_of(PRETRAINING["kataoka"], 90, 2)
+    assert rates == pytest.approx([0.1] * 60 + [0.01] * 60 + [0.001] * 60)
+
+
 def curve(recipe, steps: int) -> list[tuple[float, float]]:
     """(learning rate, momentum) of the first group, as each of ``steps`` optimiser steps uses them."""
     optimizer = build_optimizer(nn.ModuleDict({"fc": nn.Linear(2, 2)}), recipe)
-    schedule = build_schedule(optimizer, recipe, steps)
+    schedule = build_schedule(optimizer, replace(recipe, epochs=1), steps)
     points = []
     for _ in range(steps):
         points.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
@@ -111,7 +169,7 @@ def test_schedule_of_very_short_runs(steps):
 def test_head_keeps_its_factor_along_the_schedule(vit):
     recipe = FINETUNING["anderson"]
     optimizer = build_optimizer(vit, recipe)
-    schedule = build_schedule(optimizer, recipe, 50)
+    schedule = build_schedule(optimizer, replace(recipe, epochs=1), 50)
     for _ in range(20):
         optimizer.step()
         schedule.step()

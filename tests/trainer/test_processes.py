@@ -130,7 +130,7 @@ def test_evaluation_by_two_processes_is_that_by_one(undisturbed, dataset):
         source, evaluation_geometry(PRETRAINING["anderson"], 32), np.arange(13)[None], np.arange(13), seed=0, epoch=0
     )
     loaded = iterate(batches, 0, Loading(workers=0, pin_memory=False))
-    scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, ALONE)
+    scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, False, ALONE)
     result = json.loads((folder / "result.json").read_text())
     assert (result["samples"], result["top1"], result["top5"]) == (13, scores.top1, scores.top5)
     assert result["loss"] == pytest.approx(scores.loss, rel=1e-4)

@@ -1,7 +1,8 @@
 import pytest
 
 from fractalshards.errors import UsageError
-from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractalshards.overrides import override
+from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 
 HALF = (0.5, 0.5, 0.5)
@@ -25,6 +26,44 @@ def test_published_figures():
     assert FINETUNING["anderson-scratch"] == Recipe(
         **finetuning, name="anderson-scratch", lr=0.15, weight_decay=1e-4, head_lr_factor=1, head_weight_decay=None
     )
+
+
+def test_published_figures_of_deit_and_its_kin():
+    cosine = {
+        "schedule": "cosine", "warmup_lr": 1e-6, "min_lr": 1e-5, "undecayed": "vectors", "crop": "resized",
+        "crop_scale": (0.08, 1), "randaugment": 9, "color_jitter": 0.3, "mixup": 0.8, "cutmix": 1,
+        "label_smoothing": 0.1,
+    }  # fmt: skip
+    pretraining = {
+        **cosine, "batch_size": 1024, "weight_decay": 0.05, "optimizer": "adamw", "erasing": 0.25, "drop_path": 0.1,
+        "mean": HALF, "std": HALF, "head_lr_factor": 1, "augment": "none", "ema": 0,
+    }  # fmt: skip
+    assert PRETRAINING["deit"] == Recipe(
+        **pretraining, name="deit", epochs=90, lr=1e-3, warmup_epochs=5, hflip=0.5, repeats=3
+    )
+    assert PRETRAINING["nakashima"] == Recipe(
+        **pretraining, name="nakashima", epochs=300, lr=6e-4, warmup_epochs=10, hflip=0, repeats=1
+    )
+    assert FINETUNING["nakashima"] == Recipe(
+        **cosine, name="nakashima", epochs=150, batch_size=512, lr=0.01, weight_decay=1e-4, optimizer="sgd",
+        momentum=0.9, warmup_epochs=10, hflip=0, erasing=0, drop_path=0, mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+    assert PRETRAINING["kataoka"] == Recipe(
+        name="kataoka", epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, undecayed="none", optimizer="sgd",
+        momentum=0.9, schedule="step", milestones=(30, 60), gamma=0.1, crop="random", mean=(0.2,) * 3, std=HALF,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", BY_KIND)
+def test_what_recipes_do_with_kinds_of_datasets(recipe):
+    own = {kind: override(PRETRAINING[recipe], figures) for kind, figures in BY_KIND[recipe].items()}
+    assert own["imagenet"].mean == (0.485, 0.456, 0.406)
+    assert own["imagenet"].std == (0.229, 0.224, 0.225)
+    assert (own["imagenet"].crop, own["imagenet"].hflip) == ("resized", 0.5)
+    if recipe == "anderson":
+        fractaldb = own["fractaldb"]
+        assert (fractaldb.crop, fractaldb.mean, fractaldb.std, fractaldb.hflip) == ("random", (0.2,) * 3, HALF, 0)
 
 
 def test_change():
@@ -58,6 +97,9 @@ def test_change():
         ("label_smoothing", "-0.1", "label_smoothing is -0.1, but must be from 0 to 1"),
         ("mixup", "-1", "mixup is -1.0, but must be at least 0"),
         ("repeats", "0", "repeats is 0, but must be at least 1"),
+        ("ema", "1", "ema is 1.0, but must be at least 0 and below 1"),
+        ("milestones", "60,30", "milestones is .*, but must be two epochs, the earlier one first"),
+        ("optimizer", "adam", "optimizer=adam: expected sgd or adamw"),
         ("augment", "mixup", "augment=mixup: expected none or affine"),
     ],
 )

@@ -7,7 +7,7 @@ import re
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
-from fractaltrain import history
+from fractaltrain import history, report
 from fractaltrain import train as module
-from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
-from fractaltrain.data.source import ArraySource
+from fractaltrain.checkpoint import list_checkpoints, load_checkpoint, model_weights
+from fractaltrain.data.source import ArraySource, Example
+from fractaltrain.learner import Learner
 from fractaltrain.recipes import FINETUNING
 from fractaltrain.recipes.recipe import Recipe
 from fractaltrain.run_folder import read_metrics
@@ -158,8 +159,8 @@ def test_killed_run_continues_bit_for_bit(undisturbed, tmp_path, monkeypatch, li
         written.append(content)
         append(where, content)
 
-    append = module.append_metrics
-    monkeypatch.setattr(module, "append_metrics", killed)
+    append = report.append_metrics
+    monkeypatch.setattr(report, "append_metrics", killed)
     with pytest.raises(KeyboardInterrupt):
         train(job(folder), ALONE)
     monkeypatch.undo()
@@ -171,7 +172,59 @@ def test_killed_run_continues_bit_for_bit(undisturbed, tmp_path, monkeypatch, li
     assert (folder / "result.json").read_text() == (undisturbed / "result.json").read_text()
 
 
-@pytest.mark.parametrize("jitter", [{"randaugment": 9.0}, {"color_jitter": 0.3}])
+@dataclass(frozen=True)
+class Shows:
+    """The squares, labelled with all of their class and the next one."""
+
+    squares: ArraySource
+
+    lengths = property(lambda self: self.squares.lengths)
+    classes = property(lambda self: self.squares.classes)
+
+    def read(self, index: int) -> Example:
+        key, image, label = self.squares.read(index)
+        return Example(key, image, tuple(sorted((label, (label + 1) % 4))))
+
+
+def test_images_of_several_classes(tmp_path):
+    """Half the classes are shown by each image: guessing ranks no better than 0.5."""
+    recipe = replace(RECIPE, epochs=6, augment="none", lr=0.05)
+    squares = replace(job(tmp_path / "run", recipe), multi_label=True)
+    train(replace(squares, training=Shows(squares.training), held_out=Shows(source(40, 2))), ALONE)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["map"] > 0.75
+    assert 0.5 < result["f1"] <= 1
+    assert result["best_map"] >= result["map"]
+    assert "top1" not in result
+
+
+def test_averaged_weights_are_what_counts(tmp_path, monkeypatch):
+    """They are evaluated and kept, and follow the weights: theta' = decay theta' + (1 - decay) theta."""
+    recipe = replace(RECIPE, epochs=1, ema=0.75)
+    followed: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
+    learn = Learner.learn
+
+    def watched(self, images, labels):
+        if not wanted:
+            wanted.append(self.model.fc.weight.detach().clone())
+        loss = learn(self, images, labels)
+        wanted.append(0.75 * wanted[-1] + 0.25 * self.model.fc.weight.detach())
+        followed.append(self.averaged.module.fc.weight.detach().clone())
+        return loss
+
+    monkeypatch.setattr(Learner, "learn", watched)
+    train(job(tmp_path / "run", recipe), ALONE)
+    assert len(followed) == STEPS
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(followed, wanted[1:], strict=True))
+    saved = load_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert torch.equal(model_weights(saved)["fc.weight"], followed[-1])
+    assert not torch.equal(saved.state["model"]["fc.weight"], followed[-1])
+    assert saved.state["settings"]["recipe"]["ema"] == 0.75
+
+
+@pytest.mark.parametrize("jitter", [{"ema": 0.9, "randaugment": 9.0}, {"color_jitter": 0.3}])
 def test_all_augmentation_continues_bit_for_bit(tmp_path, monkeypatch, jitter):
     mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erasing": 0.25, "repeats": 3}
     recipe = replace(RECIPE, augment="none", crop="resized", **mixing, **jitter)

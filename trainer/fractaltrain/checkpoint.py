@@ -38,7 +38,8 @@ class Position:
 class Checkpoint(NamedTuple):
     """What a checkpoint holds, and what is wrong with newer ones that were passed over, a line each.
 
-    ``state`` are state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``.
+    ``state`` are state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``, perhaps ``ema``;
+    and ``settings`` as ``run.json`` has them.
     """
 
     path: Path
@@ -108,6 +109,12 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         others = f", and so are {len(passed_over) - 1} older ones" if passed_over[1:] else ""
         raise FractalError(f"{passed_over[0]}{others}; remove {folder} to start again")
     return None
+
+
+def model_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """State dict of the model that was evaluated: of the averaged one, where there is one."""
+    state: dict[str, torch.Tensor] = checkpoint.state.get("ema", checkpoint.state["model"])
+    return state
 
 
 def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The command ``fractaltrain``: reads what is asked for and hands it on. torch is imported when it is needed."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -7,25 +8,33 @@ from typing import Any, TypeVar, get_args
 import click
 
 from fractalshards.console import Commands
-from fractalshards.errors import UsageError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
-from fractalshards.human import parse_bytes
-from fractalshards.overrides import parse_settings
+from fractalshards.human import human_count, human_list, parse_bytes
+from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, DataChoice
-from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractalshards.slices import parse_slice
+from fractaltrain.comparison.write import write_comparison
+from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
+from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.settings import (
     Amp,
     Caching,
+    Evaluation,
     Finetuning,
+    Freeze,
     OnBadSample,
     Pretraining,
     Resume,
     Running,
+    Start,
     finetuning_folder,
     pretraining_folder,
 )
+from fractaltrain.study.config import read_study
+from fractaltrain.study.plan import plan_study
+from fractaltrain.study.run import check_datasets, describe, run_groups
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -105,6 +114,9 @@ def pt(
     """
     figures = _resolve(PRETRAINING[recipe], options)
     choice = Pretraining(
+        by_kind={
+            kind: _resolve(override(PRETRAINING[recipe], own), options) for kind, own in BY_KIND.get(recipe, {}).items()
+        },
         running=_running(figures, options, default_out=pretraining_folder(shards, model, figures)),
         shards=shards,
         caching=_caching(shards, cache_dir, cache_size),
@@ -119,30 +131,38 @@ def pt(
 
 
 def _check_data(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    if name in NAMES or (name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX):
+    if name in NAMES or any(name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX)):
         return name
-    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH")
+    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
+
+
+def _data_options(command: _Command) -> _Command:
+    command = click.option("--data", required=True, callback=_check_data, metavar="DATA",
+                           help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or "
+                           "shards:PATH, with a held-out split.")(command)  # fmt: skip
+    return click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+                        help="Where CIFAR's archives are, or go.")(command)  # fmt: skip
 
 
 @main.command()
-@click.option("--weights", required=True, metavar="RUN|none", help="Folder of a pre-training run; none: from scratch.")
-@click.option("--data", required=True, callback=_check_data, metavar="DATA",
-              help="digits, cifar10, cifar100, or imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS).")  # fmt: skip
-@click.option("--model", help=f"With --weights none only  [default: {_DEFAULT_MODEL}]")
+@click.option("--weights", required=True, metavar="RUN|none|timm",
+              help="Folder of a pre-training run; none: from scratch; timm: the weights it publishes.")  # fmt: skip
+@_data_options
+@click.option("--model", help=f"With --weights none or timm only  [default: {_DEFAULT_MODEL}]")
 @click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
               help="[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
 @click.option("--image-size", type=click.IntRange(8), metavar="PX",
               help="What the model sees  [default: the pre-training's; 224 from scratch]")  # fmt: skip
+@click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
 @click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
-              help="Where CIFAR's archives are, or go.")  # fmt: skip
 @_running_options
 def ft(
     weights: str,
     data: str,
     model: str | None,
     recipe: str | None,
+    freeze: Freeze | None,
     per_class: int | None,
     subset_seed: int,
     data_dir: Path,
@@ -156,18 +176,21 @@ def ft(
 
     SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
     """
-    run = None if weights == _SCRATCH else Path(weights)
-    if run is not None and model is not None:
-        raise UsageError("--model goes with --weights none only; a run knows its model")
-    figures = _resolve(FINETUNING[recipe or ("anderson" if run else "anderson-scratch")], options)
+    start: Start = None if weights == _SCRATCH else "timm" if weights == "timm" else Path(weights)
+    if isinstance(start, Path) and model is not None:
+        raise UsageError("--model goes with --weights none or timm only; a run knows its model")
+    if start is None and freeze is not None:
+        raise UsageError("--freeze goes with weights that were trained; --weights none has none")
+    figures = _resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
     choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
-    folder = finetuning_folder(run, model or _DEFAULT_MODEL, choice, figures)
+    folder = finetuning_folder(start, model or _DEFAULT_MODEL, choice, figures, freeze)
     finetuning = Finetuning(
         running=_running(figures, options, default_out=folder),
-        weights=run,
+        weights=start,
         model=model or _DEFAULT_MODEL,
         data=choice,
         image_size=image_size,
+        freeze=freeze,
     )
     with needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
@@ -208,6 +231,81 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         compile=options["compile"],
         deterministic=options["deterministic"],
     )
+
+
+@main.command("eval")
+@click.option("--weights", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Folder of a run.")
+@_data_options
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the report goes  [default: eval-DATA in the run's folder]")  # fmt: skip
+def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None:
+    """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
+
+    Example: fractaltrain eval --weights runs/digits-from-single --data digits
+    """
+    choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
+    with needs_extra("train", "evaluation"):
+        from fractaltrain.evaluate_run import evaluate_run
+        from fractaltrain.launch import launch
+    launch(evaluate_run, Evaluation(run=weights, data=choice, out=out), nproc=1)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file.")
+def export(run: Path, out: Path) -> None:
+    """Write the weights of a run as a file that timm.create_model loads.
+
+    Example: fractaltrain export runs/single --out model.safetensors
+    """
+    with needs_extra("train", "export"):
+        from fractaltrain.export import export_run
+    exported = export_run(run, out)
+    click.echo(f"{exported.origin}: {exported.path}")
+    click.echo(f"import timm; {exported.line}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
+@click.option("--out", type=click.Path(path_type=Path), help="The study's folder  [default: runs/NAME]")
+@click.option("--dry-run", is_flag=True, help="Show all steps and their command lines, and run none.")
+@click.option(
+    "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
+)
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+              help="Where CIFAR's archives are, or go.")  # fmt: skip
+@click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.")
+def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None) -> None:
+    """Run a grid of pre-training sets, models and fine-tuning sets. What is done is skipped, what was stopped goes on.
+
+    Example: fractaltrain study studies/mini.toml --dry-run
+    """
+    part = parse_slice(slice_, os.environ) if slice_ is not None else None
+    asked = read_study(file)
+    folder = out or Path("runs") / asked.name
+    groups = plan_study(asked, folder, data_dir)
+    mine = part.of(groups) if part else groups
+    if dry_run:
+        for line in describe(mine, folder):
+            click.echo(line)
+        return
+    check_datasets(asked, file)
+    missing = run_groups(mine, folder, nproc)
+    if len(missing) < sum(len(group.finetunings) for group in mine):
+        click.echo(write_comparison([folder], folder))
+    if missing:
+        raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the tables.")
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Compare fine-tuning runs, or folders of them: table.csv, table.md and figure.png, mean and spread over seeds.
+
+    Example: fractaltrain compare runs/mini --out runs/mini
+    """
+    click.echo(write_comparison(runs, out))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""Top-1 and top-5 accuracy over samples that several processes share."""
+"""Scores of a model over samples that several processes share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
 from fractaltrain.inputs import to_input
+from fractaltrain.losses import multi_label_loss
 from fractaltrain.recipes.recipe import Recipe
 from fractaltrain.stream.loader import Batch
 from fractaltrain.world import World
+
+LEADING = ("top1", "map")
+"""The score that tells which epoch was best, by what images show: one class, or several."""
+
+_LIKELY = 0.5
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,35 @@ class Scores:
     top1: float
     top5: float
 
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2%}  top-5 {self.top5:.2%}  loss {self.loss:.4f}  {self.samples:,} images"
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: torch.dtype, world: World) -> Scores:
-    """Evaluate each rank's own batches and add up, so that every sample counts once.
+
+@dataclass(frozen=True)
+class MultiLabelScores:
+    """Of images with several classes each.
+
+    Attributes:
+        loss: mean of ``losses.multi_label_loss``, in nats.
+        map: mean average precision in [0, 1], over the classes that some sample shows: how well samples that show a
+            class are ranked before those that do not.
+        f1: harmonic mean in [0, 1] of precision and recall of all (sample, class) pairs together, a class being
+            guessed where its probability is at least one half.
+    """
+
+    samples: int
+    loss: float
+    map: float
+    f1: float
+
+    def __str__(self) -> str:
+        return f"mAP {self.map:.2%}  F1 {self.f1:.2%}  loss {self.loss:.4f}  {self.samples:,} images"
+
+
+def predict(
+    model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: torch.dtype, world: World
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the model says of each batch: logits (b, classes) float32 and labels, on the device.
 
     Ranks may have different numbers of batches, so ``model`` must not be wrapped in DDP. Its buffers (batch norm
     statistics) are taken from rank 0 first, as a checkpoint has them. It is left in evaluation mode.
@@ -35,19 +69,74 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: 
     for buffer in model.buffers():
         world.broadcast(buffer)
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
-    with torch.inference_mode():
-        for batch in batches:
-            if not batch.keys:  # all of it was bad
-                continue
-            labels = batch.labels.to(world.device)
+    for batch in batches:
+        if not batch.keys:  # all of it was bad
+            continue
+        with torch.inference_mode():
             images = to_input(batch.images.to(world.device), recipe)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
-            guesses = logits.topk(min(5, logits.shape[1])).indices
-            hits = guesses == labels[:, None]
-            loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-            totals += torch.stack([torch.ones_like(labels).sum(), loss, hits[:, 0].sum(), hits.sum()])
+            yield logits.float(), batch.labels.to(world.device)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    multi_label: bool,
+    world: World,
+) -> Scores | MultiLabelScores:
+    """Evaluate each rank's own batches and add up, so that every sample counts once; see ``predict``.
+
+    Args:
+        multi_label: labels are (b, classes) float32 instead of (b,) int64.
+    """
+    predictions = predict(model, batches, recipe, dtype, world)
+    return _multi_label_scores(predictions, world) if multi_label else _scores(predictions, world)
+
+
+def _scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]], world: World) -> Scores:
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for logits, labels in predictions:
+        guesses = logits.topk(min(5, logits.shape[1])).indices
+        hits = guesses == labels[:, None]
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack([torch.ones_like(labels).sum(), loss, hits[:, 0].sum(), hits.sum()])
     samples, loss_sum, first, first_five = world.sum(totals).tolist()
     count = max(int(samples), 1)  # of a run that is being stopped, there may be none
     return Scores(int(samples), loss_sum / count, first / count, first_five / count)
+
+
+def _multi_label_scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]], world: World) -> MultiLabelScores:
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    mine: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]] = []
+    for logits, targets in predictions:
+        loss_sum += multi_label_loss(logits, targets).double() * len(logits)
+        mine.append((logits.cpu().numpy(), targets.cpu().numpy() > 0))
+    found = [batch for part in world.gather(mine) for batch in part]
+    loss = float(world.sum(loss_sum))
+    if not found:
+        return MultiLabelScores(0, 0.0, 0.0, 0.0)
+    said, shown = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return MultiLabelScores(len(said), loss / len(said), mean_average_precision(said, shown), micro_f1(said, shown))
+
+
+def mean_average_precision(scores: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> float:
+    """Mean over the classes that are shown at all of the area under their precision-recall steps.
+
+    Args:
+        scores: (n, classes), higher where the class is more likely.
+        shown: (n, classes), whether the sample shows the class; one of them must.
+    """
+    from sklearn.metrics import average_precision_score  # it takes a second, which single labels do not need
+
+    some = shown.any(0)
+    return float(average_precision_score(shown[:, some], scores[:, some], average="macro"))
+
+
+def micro_f1(logits: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> float:
+    """2 TP / (2 TP + FP + FN) over all samples and classes (n, classes); 0 if nothing is guessed or shown."""
+    guessed = logits >= np.log(_LIKELY / (1 - _LIKELY))
+    wanted = int(guessed.sum()) + int(shown.sum())
+    return 2 * int((guessed & shown).sum()) / wanted if wanted else 0.0

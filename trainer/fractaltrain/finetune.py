@@ -1,39 +1,45 @@
-"""``fractaltrain ft``: weights of a pre-training (or none), real images and recipe meet in the loop."""
+"""``fractaltrain ft``: weights of a pre-training, timm's or none, real images and recipe meet in the loop."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fractalshards.digest import sha256_file
-from fractalshards.errors import FractalError
 from fractalshards.human import human_count
-from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.checkpoint import model_weights
 from fractaltrain.data.finetuning import open_data
-from fractaltrain.models import IMAGE_SIZE, create_model
+from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone
+from fractaltrain.published import load_published
 from fractaltrain.run_folder import trained_model
 from fractaltrain.settings import Finetuning
 from fractaltrain.train import Job, train
+from fractaltrain.trained import sound_checkpoint
 from fractaltrain.weights import load_backbone
-from fractaltrain.world import join_world
+from fractaltrain.world import World, join_world
 
-_WINDOW = 1  # the images are not in shards
+_WINDOW = 1  # the order is that of single images, wherever they lie
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A run to start from: how far it came, its model's state dict, and the sha256 of the checkpoint they are from.
+    """Weights to start from.
 
-    ``passed_over`` says what is wrong with newer checkpoints, a line each.
+    Attributes:
+        weights: state dict of ``model`` with any classifier.
+        identity: tells them from others: sha256 of the checkpoint, or the name of published ones.
+        where: what errors call them.
+        origin: what people are told of them.
     """
 
     model: str
     image_size: int
-    epochs: int
     weights: Mapping[str, torch.Tensor]
-    sha256: str
-    passed_over: tuple[str, ...]
+    identity: str
+    where: str
+    origin: str
 
 
 def finetune(choice: Finetuning) -> None:
@@ -45,49 +51,76 @@ def finetune(choice: Finetuning) -> None:
         FractalError: as ``train`` does, or if weights or images are missing, damaged or do not fit.
     """
     with join_world() as world:
-        pretrained = None if choice.weights is None else load_pretrained(choice.weights)
+        pretrained = load_pretrained(choice, world)
         name = pretrained.model if pretrained else choice.model
         image_size = choice.image_size or (pretrained.image_size if pretrained else IMAGE_SIZE)
-        with world.main_first():  # it may download
-            training, held_out = open_data(choice.data)
+        data = open_data(choice.data, world)
+        classes = data.training.classes
         torch.manual_seed(choice.running.seed)
-        model = create_model(name, training.classes, image_size)
+        model = create_model(name, classes, image_size, choice.running.recipe.drop_path)
         if pretrained:
-            report = load_backbone(model, pretrained.weights, str(choice.weights))
+            report = load_backbone(model, pretrained.weights, pretrained.where)
             if world.main:
-                for problem in pretrained.passed_over:
-                    print(f"{problem}; taking the one before", flush=True)
-                epochs = human_count(pretrained.epochs, "epoch")
-                print(f"weights of {choice.weights} after {epochs}: {report}", flush=True)
+                print(f"{pretrained.origin}: {report}", flush=True)
+        if choice.freeze:
+            freeze_backbone(model)
+            if world.main:
+                print(f"backbone frozen: {_learning(model)}", flush=True)
         job = Job(
             running=choice.running,
             model=model,
-            training=training,
+            training=data.training,
             window=_WINDOW,
-            held_out=held_out,
+            held_out=data.held_out,
             image_size=image_size,
             settings={
                 "task": "ft",
                 "data": choice.data.name,
+                "data_digest": data.digest,
                 "per_class": choice.data.per_class,
                 "subset_seed": choice.data.subset_seed,
                 "model": name,
-                "classes": training.classes,
-                "weights": pretrained.sha256 if pretrained else None,
+                "classes": classes,
+                "class_names": data.class_names,
+                "weights": pretrained.identity if pretrained else None,
+                "freeze": choice.freeze,
             },
         )
         train(job, world)
 
 
-def load_pretrained(run: Path) -> Pretrained:
-    """Read the newest sound checkpoint of a run.
+def load_pretrained(choice: Finetuning, world: World) -> Pretrained | None:
+    """The weights that a choice asks for, if any: the newest sound ones of a run, or timm's published ones.
 
     Raises:
-        FractalError: if the folder holds no run, or none with a sound checkpoint.
+        FractalError: if the folder holds no run, or none with a sound checkpoint; or timm's cannot be had.
     """
+    if choice.weights is None:
+        return None
+    if choice.weights == "timm":
+        image_size = choice.image_size or IMAGE_SIZE
+        with world.main_first():  # it may download
+            published = load_published(choice.model, image_size)
+        where = f"timm's {published.name}"
+        return Pretrained(choice.model, image_size, published.weights, f"timm:{published.name}", where,
+                          f"published weights of {where}")  # fmt: skip
+    return _of_run(choice.weights)
+
+
+def _of_run(run: Path) -> Pretrained:
     model, image_size = trained_model(run)
-    checkpoint = load_checkpoint(run)
-    if checkpoint is None:
-        raise FractalError(f"{run}: no checkpoint yet; let its training finish an epoch first")
-    epochs, weights, digest = checkpoint.position.epoch, checkpoint.state["model"], sha256_file(checkpoint.path)
-    return Pretrained(model, image_size, epochs, weights, digest, checkpoint.passed_over)
+    checkpoint = sound_checkpoint(run)
+    passed = "".join(f"{problem}; taking the one before\n" for problem in checkpoint.passed_over)
+    return Pretrained(
+        model=model,
+        image_size=image_size,
+        weights=model_weights(checkpoint),
+        identity=sha256_file(checkpoint.path),
+        where=str(run),
+        origin=f"{passed}weights of {run} after {human_count(checkpoint.position.epoch, 'epoch')}",
+    )
+
+
+def _learning(model: nn.Module) -> str:
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return f"only {', '.join(learning)} learn"

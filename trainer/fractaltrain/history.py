@@ -17,6 +17,7 @@ _INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e3e8ed"
 _TRAIN, _HELD_OUT, _SECOND = "#9db8d9", "#d1495b", "#edae49"
 _MEAN = "#2b5c9e"
 _REST = 19  # times as long as drawing took
+_ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precision", "f1": "F1"})
 _FEW = 40  # points that are marked, each
 
 
@@ -71,10 +72,13 @@ def draw_history(folder: Path) -> None:
     loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
     _style(accuracy, "Accuracy on held-out images", "%")
-    if epochs and "top1" in epochs[-1]:
-        top1, top5 = ([100 * line[name] for line in epochs] for name in ("top1", "top5"))
-        _curve(accuracy, ends, top5, _SECOND, f"top-5: {top5[-1]:.1f} %")
-        _curve(accuracy, ends, top1, _HELD_OUT, f"top-1: {top1[-1]:.1f} %, best {max(top1):.1f} %")
+    shown = next((names for names in _ACCURACIES if epochs and all(name in epochs[-1] for name in names)), None)
+    if shown:
+        (first, leading), (second, other) = shown.items()
+        leading_curve, other_curve = ([100 * line[name] for line in epochs] for name in (first, second))
+        _curve(accuracy, ends, other_curve, _SECOND, f"{other}: {other_curve[-1]:.1f} %")
+        label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
+        _curve(accuracy, ends, leading_curve, _HELD_OUT, label)
         accuracy.set_ylim(0, 102)
         accuracy.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right")
     else:

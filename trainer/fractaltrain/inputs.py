@@ -72,11 +72,8 @@ def training_batch(
     """What the model sees of a batch, and what it shall say of it, on the device.
 
     Returns:
-        Images (b, 3, S, S) float32; labels (b,) int64, or where the recipe mixes or smooths them, shares of classes
-        (b, classes) float32.
-
-    Raises:
-        UsageError: if the recipe mixes pairs and the batch is odd.
+        Images (b, 3, S, S) float32; labels (b,) int64, or (b, classes) float32 where images show several classes or
+        the recipe mixes or smooths them.
     """
     images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
     if recipe.randaugment:

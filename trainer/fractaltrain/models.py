@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
@@ -14,43 +15,53 @@ from fractalshards.errors import FractalError, UsageError
 IMAGE_SIZE = 224  # of square images, where neither data nor pre-training say otherwise
 
 
-def _resnet50(classes: int, image_size: int) -> nn.Module:
+def _resnet50(classes: int, image_size: int, drop_path: float) -> nn.Module:
     """torchvision's, as in the published code; it sees any size."""
+    if drop_path:
+        raise TypeError("it has no drop path (--set drop_path=0)")
     model: nn.Module = torchvision.models.resnet50(num_classes=classes)
     return model
 
 
-def _deit_small_patch32(classes: int, image_size: int) -> nn.Module:
+def _deit_small_patch32(classes: int, image_size: int, drop_path: float) -> nn.Module:
     """DeiT-S (Touvron et al. 2021) with patches of 32 x 32, which timm does not list."""
     return VisionTransformer(
-        img_size=image_size, patch_size=32, embed_dim=384, depth=12, num_heads=6, num_classes=classes
+        img_size=image_size,
+        patch_size=32,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        num_classes=classes,
+        drop_path_rate=drop_path,
     )
 
 
-_OURS: dict[str, Callable[[int, int], nn.Module]] = {
+_OURS: dict[str, Callable[[int, int, float], nn.Module]] = {
     "resnet50": _resnet50,
     "deit_small_patch32_224": _deit_small_patch32,
 }
 
 
-def create_model(name: str, classes: int, image_size: int) -> nn.Module:
+def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
     """A model with random weights, drawn from torch's generator.
 
     Args:
         name: ``resnet50`` (torchvision), ``deit_small_patch32_224``, or any name timm knows.
         classes: outputs of its classifier.
         image_size: side in pixels of the square images it will see.
+        drop_path: largest rate of stochastic depth.
 
     Raises:
         UsageError: if there is no such model.
-        FractalError: if it cannot be built for that size.
+        FractalError: if it cannot be built for that size, or has no stochastic depth.
     """
     if name not in _OURS and not timm.is_model(name):
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
         raise UsageError(f"no model {name!r}; {hint}")
     try:
-        return _OURS[name](classes, image_size) if name in _OURS else _from_timm(name, classes, image_size)
+        build = _OURS.get(name, partial(from_timm, name))
+        return build(classes, image_size, drop_path)
     except (TypeError, ValueError, AssertionError) as error:
         raise FractalError(
             f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
@@ -67,13 +78,45 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
 
 
+def freeze_backbone(model: nn.Module) -> None:
+    """Let only the classifier learn."""
+    heads = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_head(name, heads))
+
+
+def set_training(model: nn.Module) -> None:
+    """Put a model into training mode; a frozen backbone stays in evaluation mode, and only its classifier trains.
+
+    So its batch norms keep their statistics, and nothing in it is dropped.
+    """
+    heads = head_names(model)
+    learns = any(parameter.requires_grad for name, parameter in model.named_parameters() if not is_head(name, heads))
+    model.train(learns)
+    for name in heads:
+        model.get_submodule(name).train()
+
+
 def is_head(name: str, heads: tuple[str, ...]) -> bool:
     """Whether the parameter or module ``name`` belongs to one of the modules ``heads``."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
-def _from_timm(name: str, classes: int, image_size: int) -> nn.Module:
+def from_timm(
+    name: str, classes: int | None, image_size: int, drop_path: float = 0.0, pretrained: bool = False
+) -> nn.Module:
+    """timm's model, for images of a size where its weights depend on that; ``classes`` None: as many as it has."""
+    options = timm_options(name, classes, image_size)
+    options |= {"drop_path_rate": drop_path} if drop_path else {}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return model
+
+
+def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
+    """What ``timm.create_model`` must be told besides a model's name."""
     config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:  # the weights depend on it (position embeddings)
-        return timm.create_model(name, num_classes=classes, img_size=image_size)
-    return timm.create_model(name, num_classes=classes)
+    fixed = config is not None and config.fixed_input_size  # the weights depend on it (position embeddings)
+    return {
+        **({} if classes is None else {"num_classes": classes}),
+        **({"img_size": image_size} if fixed else {}),
+    }

@@ -1,13 +1,17 @@
 """The optimiser and the schedule that a recipe describes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import cos, pi
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from fractaltrain.models import head_names, is_head
 from fractaltrain.recipes.recipe import Recipe
+
+_EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 
 
 @dataclass(frozen=True)
@@ -19,17 +23,19 @@ class Rates:
 
 
 def parameter_rates(model: nn.Module, recipe: Recipe) -> dict[str, Rates]:
-    """The rates of every parameter, by name.
+    """The rates of every parameter that is trained, by name.
 
-    No weight decay on biases and on parameters of normalisation layers; class token, position embedding and
-    layer scale are decayed. A bias is a parameter with ``bias`` in its own name, a normalisation layer a module
-    with ``Norm`` in its class name: the rule of the published code.
+    What has no weight decay, ``recipe.undecayed`` says: ``norms``, biases and parameters of normalisation layers, but
+    not class token, position embedding and layer scale (the published code of Anderson & Farrell: a bias is a parameter
+    with ``bias`` in its own name, a normalisation layer a module with ``Norm`` in its class name); ``vectors``, all
+    parameters of one dimension, class token and position embedding (DeiT); ``none``, nothing.
     """
     heads = head_names(model)
     rates = {}
     for prefix, module in model.named_modules():
-        norm = "Norm" in type(module).__name__
-        for own_name, _ in module.named_parameters(recurse=False):
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             name = f"{prefix}.{own_name}" if prefix else own_name
             decay = recipe.weight_decay
             lr = recipe.lr
@@ -37,29 +43,50 @@ def parameter_rates(model: nn.Module, recipe: Recipe) -> dict[str, Rates]:
                 lr *= recipe.head_lr_factor
                 if recipe.head_weight_decay is not None:
                     decay = recipe.head_weight_decay
-            rates[name] = Rates(lr, 0.0 if norm or "bias" in own_name else decay)
+            rates[name] = Rates(lr, 0.0 if _is_undecayed(module, own_name, parameter, recipe) else decay)
     return rates
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with one parameter group for each distinct pair of rates, in order of the model's parameters.
+def _is_undecayed(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Recipe) -> bool:
+    if recipe.undecayed == "norms":
+        return "Norm" in type(module).__name__ or "bias" in name
+    if recipe.undecayed == "vectors":
+        return parameter.ndim <= 1 or name in _EMBEDDINGS
+    return False
 
-    Its momentum is what the schedule sets. One fused kernel per group, on GPUs and CPUs alike, updates all parameters.
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser with one parameter group for each distinct pair of rates, in order of the model's parameters.
+
+    What needs no gradient is left out. The momentum of a one-cycle schedule is what the schedule sets. One fused kernel
+    per group, on GPUs and CPUs alike, updates all parameters.
     """
     parameters = dict(model.named_parameters())
-    groups: dict[Rates, list[nn.Parameter]] = {}
+    by_rates: dict[Rates, list[nn.Parameter]] = {}
     for name, rates in parameter_rates(model, recipe).items():
         if name in parameters:  # a shared parameter goes by its first name alone
-            groups.setdefault(rates, []).append(parameters[name])
-    return torch.optim.SGD(
-        [{"params": group, "lr": rates.lr, "weight_decay": rates.weight_decay} for rates, group in groups.items()],
-        momentum=recipe.max_momentum,
-        fused=True,
-    )
+            by_rates.setdefault(rates, []).append(parameters[name])
+    groups = [
+        {"params": group, "lr": rates.lr, "weight_decay": rates.weight_decay} for rates, group in by_rates.items()
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    momentum = recipe.max_momentum if recipe.schedule == "onecycle" else recipe.momentum
+    return torch.optim.SGD(groups, momentum=momentum, fused=True)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> OneCycleLR:
-    """torch's OneCycleLR with cosine annealing over ``steps`` optimiser steps, momentum cycling against it.
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch_steps: int) -> LRScheduler:
+    """The schedule over ``recipe.epochs`` epochs of so many optimiser steps."""
+    if recipe.schedule == "onecycle":
+        return _one_cycle(optimizer, recipe, recipe.epochs * epoch_steps)
+    if recipe.schedule == "step":
+        return MultiStepLR(optimizer, [epoch * epoch_steps for epoch in recipe.milestones], recipe.gamma)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [_cosine(recipe, peak, epoch_steps) for peak in peaks])
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> OneCycleLR:
+    """torch's OneCycleLR with cosine annealing, momentum cycling against it.
 
     A rise of exactly one step (``pct_start * steps == 1``) makes torch divide 0 by 0; the same curve without that
     point is a rise that is shorter by a billionth.
@@ -75,3 +102,18 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
         base_momentum=recipe.base_momentum,
         max_momentum=recipe.max_momentum,
     )
+
+
+def _cosine(recipe: Recipe, peak: float, epoch_steps: int) -> Callable[[int], float]:
+    """Step number to learning rate, as a share of ``peak``: a linear warm-up, then a cosine to ``min_lr``.
+
+    As DeiT has it, the cosine counts from the start of training, so the rate drops where the warm-up ends.
+    """
+    warmup, total = recipe.warmup_epochs * epoch_steps, recipe.epochs * epoch_steps
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (recipe.warmup_lr + (peak - recipe.warmup_lr) * step / warmup) / peak
+        return (recipe.min_lr + (peak - recipe.min_lr) * (1 + cos(pi * min(step / total, 1))) / 2) / peak
+
+    return share

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fractalshards.sharing.prefetch import prefetching
 from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.dataset import TRAINING, open_cached, open_dataset
 from fractaltrain.models import IMAGE_SIZE, create_model
-from fractaltrain.settings import Pretraining, dataset_name
+from fractaltrain.settings import Pretraining, Running, dataset_name
 from fractaltrain.stream.ahead import Ahead
 from fractaltrain.train import Job, train
 from fractaltrain.world import World, join_world
@@ -29,13 +30,14 @@ def pretrain(choice: Pretraining) -> None:
         cache = _prepared_cache(choice, world)
         folder = Path(parse_location(choice.shards).root)
         dataset = open_cached(cache, choice.window) if cache else open_dataset(folder, world)
-        stored = dataset.image_size if choice.running.recipe.crop == "none" else None  # a crop has the usual size
+        running = replace(choice.running, recipe=choice.by_kind.get(dataset.kind, choice.running.recipe))
+        stored = dataset.image_size if running.recipe.crop == "none" else None  # a crop has the usual size
         image_size = choice.image_size or stored or IMAGE_SIZE
-        torch.manual_seed(choice.running.seed)
-        model = create_model(choice.model, dataset.classes, image_size)
-        with _fetching_ahead(cache, choice, dataset.training.lengths, world) as reached:
+        torch.manual_seed(running.seed)
+        model = create_model(choice.model, dataset.classes, image_size, running.recipe.drop_path)
+        with _fetching_ahead(cache, choice, running, dataset.training.lengths, world) as reached:
             job = Job(
-                running=choice.running,
+                running=running,
                 model=model,
                 training=dataset.training,
                 window=choice.window,
@@ -48,6 +50,7 @@ def pretrain(choice: Pretraining) -> None:
                     "model": choice.model,
                     "classes": dataset.classes,
                 },
+                multi_label=dataset.multi_label,
                 reached=reached,
             )
             train(job, world)
@@ -66,14 +69,13 @@ def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
 
 @contextmanager
 def _fetching_ahead(
-    cache: ShardCache | None, choice: Pretraining, lengths: Sequence[int], world: World
+    cache: ShardCache | None, choice: Pretraining, running: Running, lengths: Sequence[int], world: World
 ) -> Iterator[Callable[[int, int], None]]:
     """What shall be told where training is: one process of a machine has the shards fetched that all need next."""
     if cache is None or world.local_rank:
         yield lambda epoch, position: None
         return
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
-    running = choice.running
     with prefetching(cache) as want:
         yield Ahead(names, lengths, running.seed, choice.window, running.recipe.repeats, want).reached
 

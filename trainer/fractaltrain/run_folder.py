@@ -39,7 +39,7 @@ def open_run(
     if not there:
         write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
         return
-    found, wanted = _flatten(Fields.read(folder / RUN).mapping("settings")), _flatten(json.loads(json.dumps(settings)))
+    found, wanted = read_settings(folder), flatten(settings)
     differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differing:
         name = differing[0]
@@ -48,6 +48,16 @@ def open_run(
             f"{folder}: holds a run with {name} {found.get(name)}{others}, not {wanted.get(name)}; "
             "choose another folder with --out, or remove this one"
         )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the ``run.json`` of a run, flattened.
+
+    Raises:
+        FractalError: if it is damaged.
+        OSError: if it cannot be read.
+    """
+    return flatten(Fields.read(folder / RUN).mapping("settings"))
 
 
 def trained_model(folder: Path) -> tuple[str, int]:
@@ -88,12 +98,12 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_json(folder / RESULT, result, indent=1)
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"recipe": {"lr": 1}}`` to ``{"recipe.lr": 1}``."""
-    flat = {}
-    for name, value in settings.items():
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"recipe": {"lr": 1}}`` to ``{"recipe.lr": 1}``; tuples become the lists that JSON makes of them."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(settings)).items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[prefix + name] = value
     return flat

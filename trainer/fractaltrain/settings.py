@@ -1,16 +1,19 @@
 """What a command line asks for, as frozen records: they travel to every process, and need neither torch nor timm."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.finetuning import FOLDER_PREFIX, DataChoice
+from fractaltrain.data.finetuning import DataChoice
 from fractaltrain.recipes.recipe import Recipe
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
+Freeze = Literal["backbone"]
+Start = Path | Literal["timm"] | None  # of a fine-tuning: a run, timm's published weights, or random ones
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class Caching:
 class Pretraining:
     """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
 
-    ``shards`` is a local folder; with ``caching``, a URL.
+    ``shards`` is a local folder; with ``caching``, a URL. ``by_kind`` has recipes for kinds of datasets that take
+    another one than ``running`` has.
     """
 
     running: Running
+    by_kind: Mapping[str, Recipe]
     shards: str
     caching: Caching | None
     model: str
@@ -73,16 +78,26 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """``fractaltrain ft``. ``weights`` is the folder of a run; None means random weights of ``model``.
+    """``fractaltrain ft``. ``weights`` is the folder of a run; ``timm``: the published ones; None: random ones.
 
-    ``image_size`` None means that of the pre-training, or 224 without.
+    ``image_size`` None means that of the pre-training, or 224 without. With ``freeze`` only the classifier learns.
     """
 
     running: Running
-    weights: Path | None
+    weights: Start
     model: str
     data: DataChoice
     image_size: int | None
+    freeze: Freeze | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``fractaltrain eval``: a run, images, and where the report goes; None: into the run's folder."""
+
+    run: Path
+    data: DataChoice
+    out: Path | None
 
 
 def dataset_name(shards: str) -> str:
@@ -96,9 +111,14 @@ def pretraining_folder(shards: str, model: str, recipe: Recipe) -> Path:
     return Path("runs") / f"{dataset_name(shards)}-{model}-{recipe.name}"
 
 
-def finetuning_folder(weights: Path | None, model: str, data: DataChoice, recipe: Recipe) -> Path:
-    """``runs/<data>-<what it starts from>-<recipe>``, with the subset in the name where there is one."""
-    name = Path(data.name.removeprefix(FOLDER_PREFIX)).resolve().name
+def finetuning_folder(
+    weights: Start, model: str, data: DataChoice, recipe: Recipe, freeze: Freeze | None = None
+) -> Path:
+    """``runs/<data>-<what it starts from>-<recipe>``, with the subset and what is frozen where there is such."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
-    start = model if weights is None else f"from-{weights.resolve().name}"
-    return Path("runs") / f"{name}{subset}-{start}-{recipe.name}"
+    if isinstance(weights, Path):
+        start = f"from-{weights.resolve().name}"
+    else:
+        start = model if weights is None else f"from-{weights}-{model}"
+    frozen = f"-{freeze}-frozen" if freeze else ""
+    return Path("runs") / f"{data.label}{subset}-{start}-{recipe.name}{frozen}"

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from fractalshards.errors import UsageError
+from fractaltrain.losses import Loss
+from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.stream.order import rank_batch
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Step:
     Attributes:
         network: what is called: the model, perhaps wrapped and compiled.
         wrapped: the model as DDP wraps it, where there are several processes.
+        loss: of logits (b, classes) and labels.
         dtype: of autocast; float32 means none.
         layout: memory format of the model, and so of its images.
         accumulate: parts of a rank's batch that are computed one after the other, their gradients added up.
@@ -27,6 +30,7 @@ class Step:
 
     network: nn.Module
     wrapped: DistributedDataParallel | None
+    loss: Loss
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
@@ -40,7 +44,7 @@ class Step:
 
         Args:
             images: (b, 3, S, S) float32 on the model's device.
-            labels: (b,) int64, there too; or shares of classes (b, classes) float32.
+            labels: what the loss takes, there too: (b,) int64 or shares of classes (b, classes) float32.
         """
         images = images.contiguous(memory_format=self.layout)
         parts = list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
@@ -49,7 +53,7 @@ class Step:
         for number, (some_images, some_labels) in enumerate(parts, start=1):
             with self._gradients_kept_here(number < len(parts)):
                 with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    loss = functional.cross_entropy(self.network(some_images), some_labels) / len(parts)
+                    loss = self.loss(self.network(some_images), some_labels) / len(parts)
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
             losses.append(loss.detach())
         if self.clip_grad is not None:
@@ -66,16 +70,18 @@ class Step:
         return self.wrapped.no_sync() if keep and self.wrapped else nullcontext()
 
 
-def check_accumulate(batch: int, accumulate: int) -> None:
-    """Refuse parts of different sizes, whose mean would not be that of the batch.
-
-    Args:
-        batch: samples of a rank.
+def check_batch(recipe: Recipe, processes: int, accumulate: int) -> None:
+    """Refuse what no step could be taken with: unequal parts of a process's batch, or an odd one to mix in pairs.
 
     Raises:
-        UsageError: if ``accumulate`` does not divide them.
+        UsageError: saying what to change.
     """
+    batch = rank_batch(recipe.batch_size, processes)
     if batch % accumulate:
         raise UsageError(
             f"--accumulate {accumulate} cannot cut a process's batch of {batch} into equal parts; choose a divisor"
+        )
+    if recipe.mixes and batch % 2:
+        raise UsageError(
+            f"mixup and cutmix take pairs of images, but a process has {batch} of a batch; change --batch-size"
         )

@@ -12,24 +12,21 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.workers import available_cores
-from fractaltrain.board import Board
 from fractaltrain.checkpoint import Position, load_checkpoint, restore, save_checkpoint
-from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_determinism
-from fractaltrain.data.source import Source
-from fractaltrain.evaluation import evaluate
-from fractaltrain.history import History
+from fractaltrain.data.source import Indices, Source
+from fractaltrain.evaluation import LEADING, evaluate
 from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
-from fractaltrain.optim import build_optimizer, build_schedule
+from fractaltrain.learner import Learner, build_learner
+from fractaltrain.models import set_training
 from fractaltrain.preemption import stop_signals, stopped
-from fractaltrain.progress import Clock, ProgressLine
-from fractaltrain.run_folder import append_metrics, open_run, rewind_metrics, write_result
+from fractaltrain.report import Report
+from fractaltrain.run_folder import open_run, write_result
 from fractaltrain.settings import Running
-from fractaltrain.step import Step, check_accumulate
+from fractaltrain.step import check_batch
 from fractaltrain.stream.bad import BadSamples
 from fractaltrain.stream.bits import Purpose, mix
 from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
@@ -57,6 +54,7 @@ class Job:
         held_out: evaluated after every epoch, where there is one.
         image_size: side in pixels of what the model sees.
         settings: JSON-like; what tells this run from others, see ``run_folder.open_run``.
+        multi_label: images show several classes each.
         reached: told the epoch and the position in its order that training has come to, before its first step and after
             every step; datasets that lie elsewhere are fetched ahead of it.
     """
@@ -68,6 +66,7 @@ class Job:
     held_out: Source | None
     image_size: int
     settings: Mapping[str, Any]
+    multi_label: bool = False
     reached: Callable[[int, int], None] = lambda epoch, position: None
 
 
@@ -82,93 +81,63 @@ def train(job: Job, world: World) -> None:
             or the loss is no longer a number.
         StoppedError: if a signal asked for it; the checkpoint is written.
     """
-    running, recipe, device = job.running, job.running.recipe, world.device
-    folder, seed, batch_size = running.out, running.seed, recipe.batch_size
+    running, recipe = job.running, job.running.recipe
+    folder = running.out
+    check_batch(recipe, world.size, running.accumulate)
     samples = epoch_samples(sum(job.training.lengths), recipe.repeats)
-    steps = steps_per_epoch(samples, batch_size, running.pad)
-    positions = training_positions(samples, batch_size, world.rank, world.size, running.pad)
-    check_accumulate(batch_size // world.size, running.accumulate)
-    dtype = autocast_dtype(running.amp, device)
-    set_determinism(running.deterministic)
-    loading = Loading(loader_workers(running.workers, world), pin_memory=device.type == "cuda")
-    settings = {**job.settings, "recipe": asdict(recipe), "image_size": job.image_size, "window": job.window}
-    settings |= {"seed": seed, "pad": running.pad, "precision": str(dtype)}
+    steps = steps_per_epoch(samples, recipe.batch_size, running.pad)
+    positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad)
+    learner = build_learner(job.model, running, job.multi_label, steps, world)
+    loading = Loading(loader_workers(running.workers, world), pin_memory=world.device.type == "cuda")
+    settings = run_settings(job, learner)
 
     saved = None
     if world.main:
         open_run(folder, settings, environment(running, world), running.resume)
         saved = load_checkpoint(folder)
     saved = world.share(saved)
-
-    layout = memory_format(job.model, device)
-    model = job.model.to(device, memory_format=layout)  # type: ignore[call-overload]  # as its documentation has it
-    optimizer = build_optimizer(model, recipe)
-    schedule = build_schedule(optimizer, recipe, recipe.epochs * steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     position = Position()
     if saved:
-        restore(saved, stateful)
+        restore(saved, learner.parts)
         position = saved.position
-    wrapped = DistributedDataParallel(model) if world.size > 1 else None
-    network: nn.Module = model if wrapped is None else wrapped
-    take_step = Step(
-        network=compiled(network) if running.compile else network,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        schedule=schedule,
-        scaler=scaler,
-        dtype=dtype,
-        layout=layout,
-        accumulate=running.accumulate,
-        clip_grad=recipe.clip_grad,
-    )
-
-    progress, clock = ProgressLine(recipe.epochs, steps, show=world.main), Clock(batch_size)
+    report = Report(folder, recipe.epochs, steps, recipe.batch_size, position, world.main)
     for problem in saved.passed_over if saved else ():
-        progress.say(f"{problem}; taking the one before")
+        report.say(f"{problem}; taking the one before")
     if saved and position.epoch < recipe.epochs:
-        progress.say(f"{folder}: continuing at epoch {position.epoch + 1}, step {position.step}")
-    if world.main:
-        rewind_metrics(folder, position.epoch * steps + position.step)
-        board = Board(folder, position.epoch * steps + position.step)
-        history = History(folder)
+        report.say(f"{folder}: continuing at epoch {position.epoch + 1}, step {position.step}")
     saved_at = time.monotonic()
 
     def save() -> None:
+        nonlocal saved_at
         if world.main:
-            state = {name: part.state_dict() for name, part in stateful.items()}
-            save_checkpoint(folder, position, state, running.keep)
+            save_checkpoint(folder, position, {**learner.state(), "settings": settings}, running.keep)
+        saved_at = time.monotonic()
 
     def save_and_stop(number: int) -> NoReturn:
         save()
         world.barrier()  # no process ends while another one saves
-        progress.say(f"{folder}: saved at epoch {position.epoch + 1}, step {position.step}")
+        report.say(f"{folder}: saved at epoch {position.epoch + 1}, step {position.step}")
         raise stopped(number)
 
     with stop_signals() as stop:
         while position.epoch < recipe.epochs:
             epoch = position.epoch
-            order = repeated(epoch_order(job.training.lengths, seed, epoch, job.window), recipe.repeats)
-            transform = training_geometry(recipe, job.image_size, device)
-            on_bad: OnBad = "replace" if running.on_bad_sample == "skip" else "stop"
-            batches = Batches(job.training, transform, positions, order, seed, epoch, on_bad)
+            batches = training_batches(job, positions, epoch, world)
             bad = BadSamples()
-            loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=device)
+            loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=world.device)
             recent: list[Taken] = []
-            network.train()
-            clock.start()
-            job.reached(epoch, position.step * batch_size)
+            set_training(learner.model)
+            report.clock.start()
+            job.reached(epoch, position.step * recipe.batch_size)
             for step, batch in enumerate(  # no name keeps the batches, or their workers would outlive an error
-                clock.steps_of(bad.noting(iterate(batches, position.step, loading))), position.step + 1
+                report.clock.steps_of(bad.noting(iterate(batches, position.step, loading))), position.step + 1
             ):
-                torch.manual_seed(mix(seed, Purpose.STEP, epoch, step, world.rank))  # dropout
-                images, labels = training_batch(batch, recipe, job.training.classes, device)
-                lr = optimizer.param_groups[0]["lr"]
-                loss = take_step(images, labels)
+                torch.manual_seed(mix(running.seed, Purpose.STEP, epoch, step, world.rank))  # dropout
+                lr = learner.lr
+                loss = learner.learn(*training_batch(batch, recipe, job.training.classes, world.device))
                 recent.append(Taken(step, lr, loss, batch.keys))
                 loss_sum += world.sum(loss.double()) / world.size
-                job.reached(epoch, step * batch_size)
+                job.reached(epoch, step * recipe.batch_size)
                 stopping = world.max(stop.number)
                 logging = step % LOG_EVERY == 0 or step == steps
                 if not (logging or stopping):
@@ -181,63 +150,60 @@ def train(job: Job, world: World) -> None:
                     recent.clear()
                     mean_loss = (position.loss_sum - position.logged_sum) / ((step - 1) % LOG_EVERY + 1)
                     position = replace(position, logged_sum=position.loss_sum)
-                    pace = clock.lap()
-                    progress.print(epoch, step, mean_loss, lr, pace, clock.seconds_per_step())
-                    if world.main:
-                        line = {"split": "train", "epoch": epoch, "step": step, "global_step": epoch * steps + step}
-                        line |= {"loss": mean_loss, "lr": lr}
-                        line |= {"images_per_s": round(pace.images_per_s, 1), "waiting": round(pace.waiting, 4)}
-                        append_metrics(folder, line)
-                        board.add(line)
+                    report.step(epoch, step, mean_loss, lr)
                 if stopping:
                     save_and_stop(stopping)
                 if step < steps and time.monotonic() - saved_at >= 60 * running.save_every_minutes:
                     save()
-                    saved_at = time.monotonic()
-            clock.pause()
+            report.clock.pause()
 
             summary = {"train_loss": position.loss_sum / steps}
             if running.on_bad_sample == "skip" and (replaced := bad.total(world)):
                 summary["bad_samples"] = replaced
-                progress.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
+                report.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
             if job.held_out is not None:
-                held_out = sum(job.held_out.lengths)
-                shares = evaluation_positions(held_out, batch_size, world.rank, world.size)
-                transform = evaluation_geometry(recipe, job.image_size)
-                on_bad = "drop" if running.on_bad_sample == "skip" else "stop"
-                batches = Batches(job.held_out, transform, shares, np.arange(held_out), seed, epoch, on_bad)
-                with closing(BadSamples().noting(stop.until_requested(iterate(batches, 0, loading)))) as shown:
-                    scores = evaluate(model, shown, recipe, dtype, world)
+                shown = BadSamples().noting(
+                    stop.until_requested(iterate(held_out_batches(job, job.held_out, epoch, world), 0, loading))
+                )
+                with closing(shown):
+                    scores = evaluate(learner.evaluated, shown, recipe, learner.take_step.dtype, job.multi_label, world)
                 if stopping := world.max(stop.number):
                     save_and_stop(stopping)
                 if not scores.samples:
                     raise FractalError("none of the held-out samples can be read; is the dataset still there?")
                 summary |= asdict(scores)
-                progress.say(
-                    f"epoch {epoch + 1}/{recipe.epochs}  held out: top-1 {scores.top1:.2%}  top-5 {scores.top5:.2%}  "
-                    f"loss {scores.loss:.4f}  {scores.samples:,} images"
-                )
+                report.say(f"epoch {epoch + 1}/{recipe.epochs}  held out: {scores}")
             position = Position(epoch + 1, history=(*position.history, summary))
-            if world.main:
-                line = {"split": "epoch", "epoch": epoch, "step": steps, "global_step": (epoch + 1) * steps, **summary}
-                append_metrics(folder, line)
-                board.add(line)
-                board.flush()
+            report.epoch(epoch, summary)
             save()
-            saved_at = time.monotonic()
-            if world.main:
-                history.redraw(last=position.epoch == recipe.epochs)
+            report.draw(position.epoch)
 
+    report.close()
     result = final_result(position)
     if world.main:
-        board.close()
         write_result(folder, result)
-    progress.say(f"{folder}: {human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}")
-    if "top1" in result:
-        progress.say(
-            f"{folder}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} on {result['samples']:,} held-out "
-            f"images (best top-1 {result['best_top1']:.2%} after epoch {result['best_epoch']})"
-        )
+    report.say(f"{folder}: {human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}")
+    if ending := describe_result(result):
+        report.say(f"{folder}: {ending}")
+
+
+def training_batches(job: Job, positions: Indices, epoch: int, world: World) -> Batches:
+    """This rank's batches of an epoch, all of them."""
+    running, recipe = job.running, job.running.recipe
+    order = repeated(epoch_order(job.training.lengths, running.seed, epoch, job.window), recipe.repeats)
+    geometry = training_geometry(recipe, job.image_size, world.device)
+    on_bad: OnBad = "replace" if running.on_bad_sample == "skip" else "stop"
+    return Batches(job.training, geometry, positions, order, running.seed, epoch, on_bad)
+
+
+def held_out_batches(job: Job, held_out: Source, epoch: int, world: World) -> Batches:
+    """This rank's share of the held-out samples; ranks may have a batch more or less."""
+    running, recipe = job.running, job.running.recipe
+    count = sum(held_out.lengths)
+    positions = evaluation_positions(count, recipe.batch_size, world.rank, world.size)
+    geometry = evaluation_geometry(recipe, job.image_size)
+    on_bad: OnBad = "drop" if running.on_bad_sample == "skip" else "stop"
+    return Batches(held_out, geometry, positions, np.arange(count), running.seed, epoch, on_bad)
 
 
 class Taken(NamedTuple):
@@ -273,13 +239,43 @@ def loader_workers(wanted: int | None, world: World) -> int:
 
 
 def final_result(position: Position) -> dict[str, Any]:
-    """``result.json``: the last epoch's figures, best top-1 and its epoch, counted from 1; shares in [0, 1]."""
+    """``result.json``: the last epoch's figures, the best of the leading one and its epoch, counted from 1; shares in
+    [0, 1]."""
     last = position.history[-1]
     result: dict[str, Any] = {"epochs": position.epoch, **last}
-    if "top1" in last:
-        best = max(range(position.epoch), key=lambda epoch: position.history[epoch]["top1"])
-        result |= {"best_top1": position.history[best]["top1"], "best_epoch": best + 1}
+    leading = next((name for name in LEADING if name in last), None)
+    if leading:
+        best = max(range(position.epoch), key=lambda epoch: position.history[epoch][leading])
+        result |= {f"best_{leading}": position.history[best][leading], "best_epoch": best + 1}
     return result
+
+
+def describe_result(result: Mapping[str, Any]) -> str:
+    """The accuracy on held-out images in words; empty where there are none."""
+    best = f"{result['best_epoch']}" if "best_epoch" in result else ""
+    if "top1" in result:
+        figures = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
+        best = f"best top-1 {result['best_top1']:.2%} after epoch {best}"
+    elif "map" in result:
+        figures = f"mean average precision {result['map']:.2%}, F1 {result['f1']:.2%}"
+        best = f"best {result['best_map']:.2%} after epoch {best}"
+    else:
+        return ""
+    return f"{figures} on {result['samples']:,} held-out images ({best})"
+
+
+def run_settings(job: Job, learner: Learner) -> dict[str, Any]:
+    """All that decides what a run computes, JSON-like."""
+    running = job.running
+    return {
+        **job.settings,
+        "recipe": asdict(running.recipe),
+        "image_size": job.image_size,
+        "window": job.window,
+        "seed": running.seed,
+        "pad": running.pad,
+        "precision": str(learner.take_step.dtype),
+    }
 
 
 def environment(running: Running, world: World) -> dict[str, Any]:

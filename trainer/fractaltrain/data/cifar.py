@@ -1,6 +1,8 @@
 """CIFAR-10 and CIFAR-100 through torchvision, which downloads the archives or takes those it finds."""
 
+from http.client import HTTPException
 from pathlib import Path
+from tarfile import TarError
 from urllib.error import URLError
 
 import numpy as np
@@ -30,17 +32,26 @@ def load_cifar(name: str, folder: Path) -> tuple[ArraySource, ArraySource]:
 
 def _load(name: str, folder: Path, train: bool) -> ArraySource:
     kind = DATASETS[name]
+    archive, unpacked = folder / kind.filename, folder / kind.base_folder
+    found = next((path for path in (archive, unpacked) if path.exists()), None)
     try:
         dataset = kind(folder, train=train, download=True)
-    except URLError as error:
-        if (folder / kind.filename).is_file():
-            raise FractalError(f"{folder / kind.filename}: not the published archive; fetch it again") from error
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        if found:
+            raise FractalError(
+                f"{found}: not as published, or damaged, and cannot be downloaded ({_reason(error)}); fetch it "
+                f"from {kind.url} again"
+            ) from error
         raise FractalError(
-            f"{kind.url}: cannot be downloaded ({error.reason}); fetch it elsewhere, put {kind.filename} into "
+            f"{kind.url}: cannot be downloaded ({_reason(error)}); fetch it elsewhere, put {kind.filename} into "
             f"{folder} (another folder: --data-dir) and run again"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise FractalError(f"{folder / kind.filename}: damaged ({error}); remove it and run again") from error
+    except (RuntimeError, EOFError, TarError) as error:
+        raise FractalError(f"{archive}: damaged ({error}); remove it and run again") from error
     labels = np.asarray(dataset.targets, np.int64)
-    part = "train" if train else "test"
-    return ArraySource(f"{name}/{part}", np.asarray(dataset.data), labels, classes=len(dataset.classes))
+    part, names = "train" if train else "test", tuple(dataset.classes)
+    return ArraySource(f"{name}/{part}", np.asarray(dataset.data), labels, classes=len(names), class_names=names)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", error)) or type(error).__name__

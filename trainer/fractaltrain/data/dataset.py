@@ -8,15 +8,15 @@ from pathlib import Path
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.foreign import ForeignInfo, Listing, is_foreign, list_shards, listings_digest, load_foreign
-from fractalshards.manifest import MAX_CLASSES, load_manifest
+from fractalshards.manifest import MAX_CLASSES, Manifest, load_manifest
 from fractalshards.sharing.cache import ShardCache
 from fractaltrain.data.foreign import ForeignSource
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.data.source import Source
+from fractaltrain.data.source import LabelledSource
 from fractaltrain.world import World
 
 TRAINING = "train"
-_HELD_OUT = ("val", "validation")  # what splits of held-out images are called
+HELD_OUT = ("val", "validation")  # what splits of held-out images are called
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ class Dataset:
         held_out: None if there is no such split.
         image_size: side of its images in pixels, None if they differ or nobody knows.
         digest: tells datasets apart.
+        kind: what its images are, as recipes distinguish them; empty for a foreign one.
+        multi_label: its images show several classes each.
     """
 
-    training: Source
-    held_out: Source | None
+    training: LabelledSource
+    held_out: LabelledSource | None
     classes: int
     image_size: int | None
     digest: str
+    kind: str = ""
+    multi_label: bool = False
 
 
 def open_dataset(folder: Path, world: World) -> Dataset:
@@ -47,9 +51,7 @@ def open_dataset(folder: Path, world: World) -> Dataset:
         with world.main_first():
             return _open_foreign(info, world)
     manifest = load_manifest(folder)
-    held_out = next((ShardSource(manifest, name) for name in _HELD_OUT if name in manifest.splits), None)
-    training = ShardSource(manifest, TRAINING)
-    return Dataset(training, held_out, manifest.classes, manifest.image_size, manifest.content_digest())
+    return _ours(manifest, lambda split: ShardSource(manifest, split))
 
 
 def open_cached(cache: ShardCache, window: int) -> Dataset:
@@ -62,13 +64,24 @@ def open_cached(cache: ShardCache, window: int) -> Dataset:
         FractalError: as ``open_dataset`` does.
     """
     manifest = cache.manifest
-    held_out = next((ShardSource(manifest, name, cache, 1) for name in _HELD_OUT if name in manifest.splits), None)
-    training = ShardSource(manifest, TRAINING, cache, window)
-    return Dataset(training, held_out, manifest.classes, manifest.image_size, manifest.content_digest())
+    return _ours(manifest, lambda split: ShardSource(manifest, split, cache, window if split == TRAINING else 1))
+
+
+def _ours(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Dataset:
+    training = open_split(TRAINING)
+    return Dataset(
+        training=training,
+        held_out=next((open_split(name) for name in HELD_OUT if name in manifest.splits), None),
+        classes=manifest.classes,
+        image_size=manifest.image_size,
+        digest=manifest.content_digest(),
+        kind=str(manifest.recipe.get("kind", "")),
+        multi_label=manifest.label_type == "multi",
+    )
 
 
 def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
-    names = [name for name in (TRAINING, *_HELD_OUT) if name in info.splits][:2]
+    names = [name for name in (TRAINING, *HELD_OUT) if name in info.splits][:2]
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")

@@ -1,21 +1,34 @@
-"""The images to fine-tune on, by name, and which of them are held out."""
+"""The images to fine-tune and evaluate on, by name, and which of them are held out."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from fractalshards.errors import FractalError
+from fractalshards.foreign import is_foreign
+from fractalshards.human import human_list
+from fractalshards.manifest import load_manifest
 from fractaltrain.data.source import LabelledSource, Source, split_per_class, split_share
+
+if TYPE_CHECKING:
+    from fractaltrain.world import World  # it needs torch, which the command line does not wait for
 
 NAMES = ("digits", "cifar10", "cifar100")
 FOLDER_PREFIX = "imagefolder:"
+SHARDS_PREFIX = "shards:"
 _DIGITS_TRAINING_SHARE = 0.8
+_NAMED = 3  # of the classes that are missing
 
 
 @dataclass(frozen=True)
 class DataChoice:
     """What ``--data`` and its companions say.
 
-    ``name`` is one of ``NAMES`` or ``imagefolder:PATH``; with ``per_class`` only so many training images of every
-    class are used, chosen by ``subset_seed``; ``folder`` is where CIFAR's archives are or go.
+    ``name`` is one of ``NAMES``, ``imagefolder:PATH`` or ``shards:PATH``; with ``per_class`` only so many training
+    images of every class are used, chosen by ``subset_seed``; ``folder`` is where CIFAR's archives are or go.
     """
 
     name: str
@@ -23,34 +36,110 @@ class DataChoice:
     subset_seed: int
     folder: Path
 
+    @property
+    def path(self) -> Path | None:
+        """Where the images are, unless the name says it all."""
+        prefix, colon, path = self.name.partition(":")
+        return Path(path) if prefix + colon in (FOLDER_PREFIX, SHARDS_PREFIX) else None
 
-def open_data(choice: DataChoice) -> tuple[Source, Source]:
-    """Training images and held-out images.
+    @property
+    def label(self) -> str:
+        """A short name for folders and pictures: of a path, its last part."""
+        return self.path.resolve().name if self.path else self.name
 
-    CIFAR and image folders come with their own held-out part, which is always whole. The digits have none: of them
-    everything is held out that ``per_class`` does not choose, or a fifth of every class without it.
+    @property
+    def identity(self) -> str:
+        """A name for files that other images do not have: ``cifar10``, or ``photos-3f2a91`` by a digest of the path."""
+        if self.path is None:
+            return self.name
+        place = f"{self.name.partition(':')[0]}:{self.path.resolve()}"
+        return f"{self.label}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images for training, and held-out ones.
+
+    Attributes:
+        class_names: by class index; empty where classes have none.
+        digest: tells datasets of shards apart; None for other images.
+    """
+
+    training: Source
+    held_out: Source
+    class_names: tuple[str, ...]
+    digest: str | None = None
+
+
+def open_data(choice: DataChoice, world: "World", every_class: bool = True) -> Data:
+    """Open the images on every rank.
+
+    CIFAR, image folders and shards come with their own held-out part, which is always whole. The digits have none: of
+    them everything is held out that ``per_class`` does not choose, or a fifth of every class without it.
+
+    Args:
+        every_class: whether each class must be there in both parts.
 
     Raises:
-        FractalError: if the images are missing, damaged, or too few for ``per_class``.
+        FractalError: if the images are missing, damaged, without a held-out part, or too few for ``per_class``.
     """
     if choice.name == "digits":
-        from fractaltrain.data.digits import load_digits
-
-        digits = load_digits()
-        if choice.per_class is None:
-            return split_share(digits, _DIGITS_TRAINING_SHARE, choice.subset_seed)
-        return split_per_class(digits, choice.per_class, choice.subset_seed)
-    train, held_out = _open_split(choice)
+        return _open_digits(choice)
+    train, held_out, digest = _open_split(choice, world)
+    if every_class:
+        _check_classes(choice, "training", train)
+        _check_classes(choice, "held-out", held_out)
     if choice.per_class is None:
-        return train, held_out
-    return split_per_class(train, choice.per_class, choice.subset_seed)[0], held_out
+        return Data(train, held_out, train.class_names, digest)
+    with world.main_first():  # labels of shards are listed once
+        few, _ = split_per_class(train, choice.per_class, choice.subset_seed)
+    return Data(few, held_out, train.class_names, digest)
 
 
-def _open_split(choice: DataChoice) -> tuple[LabelledSource, LabelledSource]:
-    if choice.name.startswith(FOLDER_PREFIX):
-        from fractaltrain.data.folder import load_folders
+def _open_digits(choice: DataChoice) -> Data:
+    from fractaltrain.data.digits import load_digits
 
-        return load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX)))
-    from fractaltrain.data.cifar import load_cifar
+    digits = load_digits()
+    if choice.per_class is None:
+        train, held_out = split_share(digits, _DIGITS_TRAINING_SHARE, choice.subset_seed)
+    else:
+        train, held_out = split_per_class(digits, choice.per_class, choice.subset_seed)
+    return Data(train, held_out, digits.class_names)
 
-    return load_cifar(choice.name, choice.folder)
+
+def _open_split(choice: DataChoice, world: "World") -> tuple[LabelledSource, LabelledSource, str | None]:
+    if choice.name.startswith(SHARDS_PREFIX):
+        return _open_shards(Path(choice.name.removeprefix(SHARDS_PREFIX)), world)
+    with world.main_first():  # it may download
+        if choice.name.startswith(FOLDER_PREFIX):
+            from fractaltrain.data.folder import load_folders
+
+            return *load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX))), None
+        from fractaltrain.data.cifar import load_cifar
+
+        return *load_cifar(choice.name, choice.folder), None
+
+
+def _open_shards(folder: Path, world: "World") -> tuple[LabelledSource, LabelledSource, str]:
+    from fractaltrain.data.dataset import HELD_OUT, open_dataset
+
+    if not is_foreign(folder) and load_manifest(folder).label_type != "single":
+        raise FractalError(
+            f"{folder}: its images show several classes each; fine-tune on a dataset with one class per image"
+        )
+    dataset = open_dataset(folder, world)
+    if dataset.held_out is None:
+        raise FractalError(
+            f"{folder}: no split of held-out images ({' or '.join(HELD_OUT)}) to evaluate on; build or pack it with one"
+        )
+    return dataset.training, dataset.held_out, dataset.digest
+
+
+def _check_classes(choice: DataChoice, part: str, source: LabelledSource) -> None:
+    missing = np.flatnonzero(source.label_counts == 0).tolist()
+    if missing:
+        names = [f"{label} ({source.class_names[label]})" if source.class_names else f"{label}" for label in missing]
+        raise FractalError(
+            f"{choice.path or choice.name}: no {part} images of class {human_list(names, _NAMED)}; add some, or "
+            "number the classes without gaps"
+        )

@@ -47,6 +47,11 @@ class FolderSource:
         """(n,) int64: class folders are numbered in alphabetical order."""
         return self._labels
 
+    @property
+    def label_counts(self) -> Indices:
+        """(classes,) int64."""
+        return np.bincount(self._labels, minlength=self.classes)
+
     def read(self, index: int) -> Example:
         """Read and decode an image; its key is its path below the folder.
 

@@ -11,7 +11,7 @@ from fractalshards.errors import FractalError
 from fractalshards.foreign import Listing
 from fractalshards.png import decode_image
 from fractaltrain.data.shards import OpenFiles
-from fractaltrain.data.source import BadSampleError, Example
+from fractaltrain.data.source import BadSampleError, Example, Indices
 
 
 class ForeignSource:
@@ -33,6 +33,21 @@ class ForeignSource:
     def classes(self) -> int:
         """Number of classes of the dataset."""
         return self._classes
+
+    @property
+    def labels(self) -> Indices:
+        """(n,) int64, as the tars were listed."""
+        return np.concatenate([listing.labels for listing in self._listings])
+
+    @property
+    def label_counts(self) -> Indices:
+        """(classes,) int64."""
+        return np.bincount(self.labels, minlength=self._classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None are known."""
+        return ()
 
     def read(self, index: int) -> Example:
         """Read and decode a sample.

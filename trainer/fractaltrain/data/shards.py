@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
-from fractalshards.manifest import Manifest
+from fractalshards.foreign import list_shards
+from fractalshards.labels import classes_of
+from fractalshards.manifest import Manifest, read_record
 from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.sharing.cache import ShardCache
-from fractaltrain.data.source import BadSampleError, Example
+from fractaltrain.data.source import BadSampleError, Example, Indices
 
 _OPEN_FILES = 64
 
@@ -30,14 +33,8 @@ class ShardSource:
             open_files: keep so many shards open; a cache cannot give their room to others. 0: a usual number.
 
         Raises:
-            FractalError: if the split, a shard or a sidecar is missing, they contradict each other, or images have
-                labels of several classes.
+            FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
         """
-        if manifest.label_type != "single":
-            raise FractalError(
-                f"{manifest.folder}: its images show several classes each, which cannot be trained on yet; "
-                "choose a dataset of kind fractaldb or single"
-            )
         self._shards = index_split(manifest, split, whole=cache is None)
         self._starts = np.cumsum([0, *self.lengths])
         if cache is None:
@@ -47,6 +44,7 @@ class ShardSource:
             self._files = OpenFiles(partial(_open_cached, cache), open_files)
             self._advice = "it came so; build the shard and push it again"
         self._classes = manifest.classes
+        self._manifest, self._split = manifest, split
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -57,6 +55,38 @@ class ShardSource:
     def classes(self) -> int:
         """Number of classes of the dataset."""
         return self._classes
+
+    @property
+    def labels(self) -> Indices:
+        """(n,) int64: of the headers and labels of the tars alone, which are listed once and kept in the user's cache.
+
+        Raises:
+            FractalError: if a tar is damaged, or holds other labels than its sidecar says.
+        """
+        shards = self._manifest.splits[self._split]
+        listings = list_shards([(self._manifest.folder / shard.name, shard.samples) for shard in shards], _unseen)
+        labels = np.concatenate([listing.labels for listing in listings])
+        highest = int(labels.max(initial=0))
+        if highest >= self._classes or np.any(np.bincount(labels, minlength=self._classes) != self.label_counts):
+            raise FractalError(f"{self._manifest.folder}: labels are not those that its sidecars count; {self._advice}")
+        return labels
+
+    @property
+    def label_counts(self) -> Indices:
+        """(classes,) int64, from the sidecars."""
+        manifest = self._manifest
+        records = [read_record(manifest.folder, shard.name, "single") for shard in manifest.splits[self._split]]
+        counts = np.zeros(self._classes, np.int64)
+        for record in records:
+            if len(record.label_counts) != self._classes:
+                raise FractalError(f"{manifest.folder}: {record.name} counts other classes; {self._advice}")
+            counts += record.label_counts
+        return counts
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """As the manifest has them."""
+        return self._manifest.class_names
 
     def read(self, index: int) -> Example:
         """Read and decode a sample.
@@ -74,13 +104,17 @@ class ShardSource:
             sample = read_sample(descriptor, start, end)
             key = sample.key
             image, label = decode_sample(sample, self._classes)
-            if not isinstance(label, int):
-                raise FractalError("not a label of one class")
-            return Example(sample.key, image, label)
+            if isinstance(label, int) != (self._manifest.label_type == "single"):
+                raise FractalError(f"not a label of a {self._manifest.label_type}-label dataset")
+            return Example(sample.key, image, label if isinstance(label, int) else classes_of(label))
         except FractalError as error:
             raise BadSampleError(f"{shard.path}: {key}: {error}; {self._advice}") from error
         except OSError as error:
             raise BadSampleError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
+
+
+def _unseen(tars: int) -> AbstractContextManager[Callable[[int], object]]:
+    return nullcontext(lambda count: None)
 
 
 def _open(path: Path) -> int:

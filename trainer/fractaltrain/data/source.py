@@ -19,11 +19,11 @@ class BadSampleError(FractalError):
 
 
 class Example(NamedTuple):
-    """One sample: its key, its image (H, W, 3) uint8 RGB, its class index."""
+    """One sample: its key, its image (H, W, 3) uint8 RGB, its class index, or those of all classes that it shows."""
 
     key: str
     image: Images
-    label: int
+    label: int | tuple[int, ...]
 
 
 class Source(Protocol):
@@ -53,6 +53,14 @@ class LabelledSource(Source, Protocol):
     def labels(self) -> Indices:
         """(n,) int64 class indices."""
 
+    @property
+    def label_counts(self) -> Indices:
+        """(classes,) int64: how many samples each class has."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class index; empty where classes have none."""
+
 
 @dataclass(frozen=True)
 class ArraySource:
@@ -62,11 +70,17 @@ class ArraySource:
     images: Images
     labels: Indices
     classes: int
+    class_names: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """All samples, as one shard."""
         return (len(self.images),)
+
+    @property
+    def label_counts(self) -> Indices:
+        """(classes,) int64."""
+        return np.bincount(self.labels, minlength=self.classes)
 
     def read(self, index: int) -> Example:
         """Read a sample."""

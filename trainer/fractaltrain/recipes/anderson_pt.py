@@ -5,6 +5,7 @@
 The paper trained on two processes with 32 images each. Images enter as [0, 1], neither normalised nor augmented,
 because that is what the published code does. The learning rate never rises: with pct_start 0, torch's OneCycleLR
 puts step 0 already one step down the cosine, at lr * (1 + cos(pi / steps)) / 2, as it did in the published runs.
+FractalDB is seen through random crops, normalised as its authors did; ImageNet as usual (``recipes.BY_KIND``).
 
 Not run at full size yet: the time it takes and the result to expect are still to be measured on a GPU.
 """

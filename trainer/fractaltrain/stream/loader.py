@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (b, 3, S, S) uint8; in memory the channels come last, as they are decoded.
-        labels: (b,) int64.
+        labels: (b,) int64; or (b, classes) float32, 1 for the classes shown, where images show several.
         keys: what the samples are called where they were read.
         sample_keys: (b,) uint64, random bits by (seed, epoch, position), for augmentation.
         bad: why samples could not be read that should be here.
@@ -101,7 +101,7 @@ class Batches(Dataset[Batch | FractalError]):
         positions: list[int] = self._positions[step].tolist()
         size = self._transform.image_size
         images = np.empty((len(positions), size, size, 3), np.uint8)
-        labels: list[int] = []
+        labels: list[int | tuple[int, ...]] = []
         keys: list[str] = []
         sample_keys: list[int] = []
         bad: list[str] = []
@@ -115,7 +115,13 @@ class Batches(Dataset[Batch | FractalError]):
         except FractalError as error:
             return type(error)(*error.args)  # without its causes, not all of which can travel between processes
         planes = torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2)
-        return Batch(planes, torch.tensor(labels), tuple(keys), np.array(sample_keys, np.uint64), tuple(bad))
+        return Batch(
+            planes,
+            _label_tensor(labels, self._source.classes),
+            tuple(keys),
+            np.array(sample_keys, np.uint64),
+            tuple(bad),
+        )
 
     def _read(self, position: int, bad: list[str]) -> Example | None:
         """The sample of a position or what stands for it, if anything; why it is bad is added to ``bad``."""
@@ -133,6 +139,15 @@ class Batches(Dataset[Batch | FractalError]):
             with suppress(BadSampleError):
                 return self._source.read(int(self._order[later % len(self._order)]))
         raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
+
+
+def _label_tensor(labels: Sequence[int | tuple[int, ...]], classes: int) -> torch.Tensor:
+    if not labels or isinstance(labels[0], int):
+        return torch.tensor(labels, dtype=torch.int64)
+    shown = torch.zeros(len(labels), classes)
+    for row, some in zip(shown, labels, strict=True):
+        row[torch.tensor(some)] = 1
+    return shown
 
 
 def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:

@@ -1,13 +1,14 @@
-"""A part of a build, for the job arrays of batch systems: task I of K renders every K-th shard."""
+"""A part of a work, for the job arrays of batch systems: task I of K does every K-th piece."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from fractalshards.assemble import ShardTask
 from fractalshards.errors import UsageError
 
 _AUTO = "auto"
+_Task = TypeVar("_Task")
 # By the variable that holds a task's number, those that hold the first, the last and the step of the array's numbers.
 # SGE says "undefined" outside of arrays. PBS Pro, OpenPBS and Torque tell the number alone.
 _ARRAYS = {
@@ -25,8 +26,8 @@ class Slice:
     index: int
     count: int
 
-    def of(self, tasks: tuple[ShardTask, ...]) -> tuple[ShardTask, ...]:
-        """The shards of this part; the parts of all indices together are all shards, each once."""
+    def of(self, tasks: tuple[_Task, ...]) -> tuple[_Task, ...]:
+        """The tasks of this part; the parts of all indices together are all tasks, each once."""
         return tasks[self.index - 1 :: self.count]
 
     def __str__(self) -> str:

@@ -1,0 +1,77 @@
+"""``fractaltrain export``: timm loads the file, and says what the run's model says."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from fractaltrain.checkpoint import Position, save_checkpoint
+from fractaltrain.models import create_model
+from fractaltrain.recipes import FINETUNING
+from fractaltrain.run_folder import open_run
+
+
+def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch.nn.Module:
+    """A run of a random model, and the model."""
+    torch.manual_seed(seed)
+    model = create_model(name, classes, 64).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    recipe = FINETUNING["anderson"]
+    settings = {"task": "ft", "model": name, "classes": classes, "image_size": 64, "recipe": asdict(recipe)}
+    open_run(folder, settings | {"precision": "torch.float32"}, {})
+    save_checkpoint(folder, Position(epoch=1), {"model": model.state_dict()}, keep=3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "resnet50", "vit_tiny_patch16_224", "deit_small_patch32_224"])
+def test_the_printed_line_loads_the_same_model(fractaltrain, tmp_path, name):
+    model = write_run(tmp_path / "run", name)
+    path = tmp_path / "model.safetensors"
+    done = fractaltrain("export", tmp_path / "run", "--out", path)
+    assert (done.code, done.err) == (0, "")
+    names: dict[str, torch.nn.Module] = {}
+    exec(done.out.splitlines()[-1], names)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(names["model"].eval()(images), model(images), atol=1e-5)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["model"] == {"deit_small_patch32_224": "vit_small_patch32_224"}.get(name, name)
+    assert (metadata["classes"], metadata["image_size"], metadata["epochs"]) == ("7", "64", "1")
+    assert json.loads(metadata["mean"]) == [0.5, 0.5, 0.5]
+    assert timm.is_model(metadata["model"])
+
+
+def test_files_that_are_there_already(fractaltrain, tmp_path):
+    write_run(tmp_path / "a", "resnet10t")
+    write_run(tmp_path / "b", "resnet10t", seed=1)
+    path = tmp_path / "new" / "model.safetensors"
+    assert fractaltrain("export", tmp_path / "a", "--out", path).code == 0
+    before = path.read_bytes()
+    assert fractaltrain("export", tmp_path / "a", "--out", path).code == 0
+    outcome = fractaltrain("export", tmp_path / "b", "--out", path)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"error: {path}: another file is there already; choose another --out, or remove it\n" == outcome.err
+    assert path.read_bytes() == before
+    path.write_text("no tensors")
+    assert fractaltrain("export", tmp_path / "a", "--out", path).code == 1
+    assert path.read_text() == "no tensors"
+
+
+def test_weights_of_another_model(fractaltrain, tmp_path):
+    write_run(tmp_path / "run", "resnet10t")
+    text = (tmp_path / "run" / "run.json").read_text()
+    (tmp_path / "run" / "run.json").write_text(text.replace("resnet10t", "resnet18"))
+    for command in (("export", tmp_path / "run", "--out", tmp_path / "x.safetensors"),):
+        outcome = fractaltrain(*command)
+        assert outcome.code == 1
+        assert (
+            "run: its checkpoint does not fit timm's resnet18 with 7 classes, which its run.json names" in outcome.err
+        )
+    assert not (tmp_path / "x.safetensors").exists()

@@ -1,0 +1,139 @@
+"""``fractaltrain ft`` on shards, from timm's weights, and with a frozen backbone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.data import shards
+from fractaltrain.data.finetuning import DataChoice, open_data
+from fractaltrain.models import create_model, freeze_backbone, set_training
+from fractaltrain.world import World
+
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
+SMALL = ("--model", "resnet10t", "--image-size", 16, "--batch-size", 10, "--epochs", 1)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
+    data = f"shards:{dataset}"
+    done = fractaltrain("ft", "--weights", "none", *SMALL, "--data", data, "--per-class", 4)
+    assert (done.code, done.err) == (0, "")
+    run = Path("runs/small-4-per-class-0-resnet10t-anderson-scratch")
+    result = json.loads((run / "result.json").read_text())
+    assert result["samples"] == 13
+    done = fractaltrain("eval", "--weights", run, "--data", data, "--out", "report")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(Path("report/eval.json").read_text())["top1"] == result["top1"]
+
+
+def test_few_of_shards_are_chosen_without_reading_images(dataset, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(shards, "read_sample", refuse)
+    data = open_data(DataChoice(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
+    monkeypatch.undo()
+    labels = [data.training.read(index).label for index in range(sum(data.training.lengths))]
+    assert np.bincount(labels).tolist() == [3] * 5
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        ((20,), 0, "no split of held-out images (val or validation) to evaluate on"),
+        ((3,), 5, "no training images of class 3, 4; add some"),
+        ((20,), 3, "no held-out images of class 3, 4; add some"),
+    ],
+)
+def test_shards_that_cannot_be_finetuned_on(fractaltrain, write_dataset, tmp_path, train, val, message):
+    folder = write_dataset(tmp_path / "shards", train=train, val=val)
+    outcome = fractaltrain("ft", "--weights", "none", *SMALL, "--data", f"shards:{folder}")
+    assert outcome.code == 1
+    assert f"error: {folder}: {message}" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_shards_of_several_classes_an_image_are_refused(fractaltrain, write_dataset, tmp_path):
+    folder = write_dataset(tmp_path / "shards", train=(20,), val=5)
+    info = json.loads((folder / "_info.json").read_text())
+    (folder / "_info.json").write_text(json.dumps(info | {"label_type": "multi"}))
+    outcome = fractaltrain("ft", "--weights", "none", *SMALL, "--data", f"shards:{folder}")
+    assert outcome.code == 1
+    assert "its images show several classes each; fine-tune on a dataset with one class per image" in outcome.err
+
+
+def test_a_frozen_backbone_stays_as_it_was(fractaltrain, dataset):
+    fractaltrain("pt", "--shards", dataset, *SMALL, "--out", "pt")
+    probe = (
+        "--weights",
+        "pt",
+        "--data",
+        f"shards:{dataset}",
+        "--batch-size",
+        10,
+        "--epochs",
+        1,
+        "--freeze",
+        "backbone",
+    )
+    done = fractaltrain("ft", *probe)
+    assert (done.code, done.err) == (0, "")
+    assert "backbone frozen: only fc.weight, fc.bias learn" in done.out
+    before = load_checkpoint(Path("pt")).state["model"]
+    after = load_checkpoint(Path("runs/small-from-pt-anderson-backbone-frozen")).state["model"]
+    changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert changed == ["fc.weight", "fc.bias"]  # not even the statistics of batch norm
+
+
+@pytest.mark.parametrize(("name", "head"), [("resnet10t", "fc"), ("vit_tiny_patch16_224", "head")])
+def test_set_training(name, head):
+    model = create_model(name, 5, 32).eval()
+    set_training(model)
+    assert all(module.training for module in model.modules())
+    freeze_backbone(model)
+    set_training(model)
+    assert [name for name, module in model.named_modules() if module.training] == [head]
+
+
+def test_weights_that_timm_publishes(fractaltrain, monkeypatch):
+    """Without a network: what would be fetched is made here."""
+    create, made = timm.create_model, []
+
+    def fetch(name: str, pretrained: bool = False, **options: int) -> torch.nn.Module:
+        model = create(name, **options)
+        if pretrained:
+            made.append(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", fetch)
+    data = ("--data", "digits", "--per-class", 2, "--lr", 1e-12)
+    done = fractaltrain("ft", "--weights", "timm", *SMALL, *data)
+    assert (done.code, done.err) == (0, "")
+    assert "published weights of timm's resnet10t.c3_in1k: " in done.out
+    assert "not loaded: fc.weight, fc.bias; new: fc.weight, fc.bias" in done.out
+    run = Path("runs/digits-2-per-class-0-from-timm-resnet10t-anderson")
+    assert json.loads((run / "run.json").read_text())["settings"]["weights"] == "timm:resnet10t.c3_in1k"
+    start = load_checkpoint(run).state["model"]["conv1.0.weight"]
+    assert torch.allclose(start, made[0].state_dict()["conv1.0.weight"], atol=1e-6)
+
+
+def test_timms_weights_where_no_hub_can_be_reached(fractaltrain, monkeypatch):
+    def fail(*arguments: object, **options: object) -> None:
+        raise ConnectionError("name resolution failed\nand much more")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    outcome = fractaltrain("ft", "--weights", "timm", *SMALL, "--data", "digits")
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: timm's resnet10t.c3_in1k: weights cannot be fetched (name resolution failed")
+    assert "HF_HUB_OFFLINE=1" in outcome.err
+    assert outcome.err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Compares fine-tunings: mean and spread over seeds of the accuracy after the last epoch."""

@@ -1,0 +1,28 @@
+"""Writes a comparison: ``table.csv``, ``table.md`` and ``figure.png``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fractalshards.atomic import atomic_file
+from fractalshards.extras import needs_extra
+from fractaltrain.comparison.collect import find_runs
+from fractaltrain.comparison.table import to_csv, to_markdown
+
+
+def write_comparison(paths: Sequence[Path], out: Path) -> str:
+    """Compare all finished fine-tunings in ``paths``; return the table as Markdown.
+
+    Raises:
+        FractalError: as ``find_runs`` does.
+        OSError: if it cannot be written.
+    """
+    runs = find_runs(paths)
+    with needs_extra("train", "the figure"):
+        from fractaltrain.comparison.figure import draw_comparison
+    out.mkdir(parents=True, exist_ok=True)
+    table = to_markdown(runs)
+    for name, text in (("table.csv", to_csv(runs)), ("table.md", table)):
+        with atomic_file(out / name) as file:
+            file.write(text.encode())
+    draw_comparison(runs, out / "figure.png")
+    return table

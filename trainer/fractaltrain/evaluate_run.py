@@ -1,0 +1,158 @@
+"""``fractaltrain eval``: what a trained run says of held-out images, over all and by class."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch.nn import functional
+
+from fractalshards.atomic import write_json
+from fractalshards.errors import FractalError
+from fractalshards.human import one_line
+from fractaltrain.confusion import FILE as PICTURE
+from fractaltrain.confusion import draw_confusion
+from fractaltrain.data.finetuning import Data, DataChoice, open_data
+from fractaltrain.data.source import Indices
+from fractaltrain.evaluation import predict
+from fractaltrain.inputs import evaluation_geometry
+from fractaltrain.settings import Evaluation
+from fractaltrain.stream.loader import Batches, Loading, iterate
+from fractaltrain.stream.order import evaluation_positions
+from fractaltrain.tally import ClassScore, Tally
+from fractaltrain.train import loader_workers
+from fractaltrain.trained import Trained, load_trained
+from fractaltrain.world import World, join_world
+
+REPORT = "eval.json"
+_ALL_SHOWN = 99  # with more classes, only the ends of the list are printed
+_END = 10
+
+
+def evaluate_run(choice: Evaluation) -> None:
+    """Evaluate the held-out images; print the scores, write ``eval.json`` and ``confusion.png``.
+
+    Geometry, normalisation and precision are those of the run. Of a run that was fine-tuned on some images of every
+    class of the same data, the same choice is made again, so that nothing it has learnt from is held out.
+
+    Raises:
+        FractalError: if run or images are missing or damaged, or their classes differ.
+    """
+    with join_world() as world:
+        run = load_trained(choice.run)
+        chosen = replace(choice.data, per_class=run.per_class, subset_seed=run.subset_seed)
+        data = open_data(chosen if run.data == choice.data.name else choice.data, world, every_class=False)
+        check_classes(run, data, choice.data)
+        tally = tally_predictions(run, data, world)
+        if world.main:
+            names = data.class_names or run.class_names
+            print(run.origin(), flush=True)
+            folder = choice.out or choice.run / f"eval-{choice.data.identity}"
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_report(folder, choice.data, run, tally, names)
+            title = f"{choice.run.resolve().name} on {choice.data.label}: top-1 {tally.top1:.1%}"
+            draw_confusion(folder / PICTURE, tally.confusion(), tally.classes, names, title)
+            _print(tally, names, folder)
+
+
+def check_classes(run: Trained, data: Data, choice: DataChoice) -> None:
+    """Whether the run's classifier speaks of the data's classes.
+
+    Raises:
+        FractalError: if it has another number of them, or other ones.
+    """
+    classes = data.held_out.classes
+    advice = "evaluate on what it was trained on, or fine-tune first (fractaltrain ft)"
+    if run.classes != classes:
+        raise FractalError(
+            f"{run.folder}: its classifier knows {run.classes:,} classes, but {choice.name} has {classes:,}; {advice}"
+        )
+    if run.class_names and data.class_names and run.class_names != data.class_names:
+        label = next(label for label in range(classes) if run.class_names[label] != data.class_names[label])
+        raise FractalError(
+            f"{run.folder}: its class {label} is {run.class_names[label]}, but that of {choice.name} is "
+            f"{data.class_names[label]}; {advice}"
+        )
+
+
+def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
+    """Predict every held-out image once, each rank its share, and bring together what was said. Collective."""
+    held_out = sum(data.held_out.lengths)
+    batches = Batches(
+        data.held_out,
+        evaluation_geometry(run.recipe, run.image_size),
+        evaluation_positions(held_out, run.recipe.batch_size, world.rank, world.size),
+        np.arange(held_out),
+        seed=0,
+        epoch=0,
+    )
+    loading = Loading(loader_workers(None, world), pin_memory=world.device.type == "cuda")
+    half_on_cpu = world.device.type == "cpu" and run.precision == torch.float16
+    precision = torch.float32 if half_on_cpu else run.precision
+    labels, guesses, losses = [_none(1)], [_none(min(5, run.classes))], 0.0
+    model = run.rebuilt().to(world.device)
+    for logits, truth in predict(model, iterate(batches, 0, loading), run.recipe, precision, world):
+        labels.append(truth[:, None].cpu().numpy())
+        guesses.append(logits.topk(min(5, run.classes)).indices.cpu().numpy())
+        losses += float(functional.cross_entropy(logits, truth, reduction="sum"))
+    parts = world.gather((np.concatenate(labels)[:, 0], np.concatenate(guesses), losses))
+    return Tally(
+        classes=run.classes,
+        labels=np.concatenate([part[0] for part in parts]),
+        guesses=np.concatenate([part[1] for part in parts]),
+        loss_sum=sum(part[2] for part in parts),
+    )
+
+
+def _none(width: int) -> Indices:
+    return np.empty((0, width), np.int64)
+
+
+def _write_report(folder: Path, data: DataChoice, run: Trained, tally: Tally, names: tuple[str, ...]) -> None:
+    report = {
+        "data": data.name,
+        "model": run.model,
+        "epochs": run.epochs,
+        "checkpoint_sha256": run.sha256,
+        "samples": len(tally.labels),
+        "loss": tally.loss,
+        "top1": tally.top1,
+        "top5": tally.top5,
+        "classes": [
+            {"class": score.label, **({"name": names[score.label]} if names else {}),
+             "samples": score.samples, "top1": score.top1, "top5": score.top5}
+            for score in tally.by_class()
+        ],
+        "confusion": tally.confusion().tolist(),
+    }  # fmt: skip
+    write_json(folder / REPORT, report, indent=1)
+
+
+def _print(tally: Tally, names: tuple[str, ...], folder: Path) -> None:
+    scores = tally.by_class()
+    console = Console()
+    if tally.classes <= _ALL_SHOWN:
+        console.print(_table("every class", scores, names))
+    else:
+        ranked = sorted((score for score in scores if score.top1 is not None), key=lambda score: score.top1 or 0)
+        console.print(_table("the worst ten", ranked[:_END], names))
+        console.print(_table("the best ten", ranked[: -_END - 1 : -1], names))
+        print(f"all {tally.classes:,} classes: {folder / REPORT}")
+    print(
+        f"top-1 {tally.top1:.2%}  top-5 {tally.top5:.2%}  loss {tally.loss:.4f}  {len(tally.labels):,} held-out images"
+    )
+    print(f"{folder}: {REPORT}, {PICTURE}")
+
+
+def _table(title: str, scores: list[ClassScore], names: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("class", *(["name"] if names else []), "images", "top-1", "top-5"):
+        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for score in scores:
+        name = [Text(one_line(names[score.label]))] if names else []
+        shares = ["-" if share is None else f"{share:.1%}" for share in (score.top1, score.top5)]
+        table.add_row(str(score.label), *name, f"{score.samples:,}", *shares)
+    return table

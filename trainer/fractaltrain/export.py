@@ -1,0 +1,94 @@
+"""``fractaltrain export``: the weights of a run as a safetensors file that ``timm.create_model`` loads."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fractalshards.atomic import atomic_file
+from fractalshards.errors import FractalError, UsageError
+from fractaltrain.models import timm_options
+from fractaltrain.trained import Trained, load_trained
+
+_EXTENSION = ".safetensors"
+_TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}  # what timm calls models of ours
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and the line of Python that loads it."""
+
+    origin: str
+    path: Path
+    line: str
+
+
+def export_run(folder: Path, path: Path) -> Exported:
+    """Write the newest sound weights of a run to ``path``, with what is needed to use them as metadata.
+
+    The same export may be there already; it is left alone.
+
+    Raises:
+        UsageError: if ``path`` has another extension than timm expects.
+        FractalError: if there is no such run, timm cannot load its model, or another file is there.
+        OSError: if it cannot be written.
+    """
+    if path.suffix != _EXTENSION:
+        raise UsageError(f"--out {path}: timm knows such files by their ending, {_EXTENSION}; add it")
+    run = load_trained(folder)
+    name = _TIMM_NAMES.get(run.model, run.model)
+    options = timm_options(name, run.classes, run.image_size)
+    tensors = {key: tensor.contiguous().clone() for key, tensor in run.weights.items()}
+    _check_loadable(run, name, options)
+    metadata = _metadata(run, name)
+    if path.exists():
+        if not _holds(path, metadata, tensors):
+            raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, exclusive=True) as file:
+            file.write(save(tensors, metadata))
+    arguments = ", ".join(f"{option}={value!r}" for option, value in (options | {"checkpoint_path": str(path)}).items())
+    return Exported(run.origin(), path, f"model = timm.create_model({name!r}, {arguments})")
+
+
+def _metadata(run: Trained, name: str) -> dict[str, str]:
+    """Texts, as safetensors has them; mean and std are of images in [0, 1]."""
+    return {
+        "format": "pt",
+        "model": name,
+        "classes": str(run.classes),
+        "image_size": str(run.image_size),
+        "mean": json.dumps(run.recipe.mean),
+        "std": json.dumps(run.recipe.std),
+        "recipe": run.recipe.name,
+        "epochs": str(run.epochs),
+        "checkpoint_sha256": run.sha256,
+        **({"class_names": json.dumps(run.class_names)} if run.class_names else {}),
+    }
+
+
+def _check_loadable(run: Trained, name: str, options: Mapping[str, Any]) -> None:
+    try:
+        timm.create_model(name, **options).load_state_dict(dict(run.weights))
+    except RuntimeError as error:
+        raise FractalError(
+            f"{run.folder}: its checkpoint does not fit timm's {name} with {run.classes} classes, which its run.json "
+            "names; check the folder"
+        ) from error
+
+
+def _holds(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a file is a whole export with this metadata and these tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = file.metadata() == metadata and set(file.keys()) == set(tensors)
+            return same and all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
+    except SafetensorError:
+        return False

@@ -1,0 +1,98 @@
+"""The steps of a study, and how they depend on each other. Pure functions."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
+from fractaltrain.recipes.recipe import change
+from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Target
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run: ``arguments`` of ``fractaltrain``, and the run's folder inside the study's.
+
+    ``settings`` is what its ``run.json`` must say, JSON-like. ``target`` is None for a pre-training.
+    """
+
+    run: str
+    arguments: tuple[str, ...]
+    pretraining: str
+    model: str
+    seed: int
+    settings: dict[str, Any]
+    target: str | None = None
+    per_class: int | None = None
+    subset_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A pre-training and all fine-tunings of it, or those from scratch. Groups need nothing of each other."""
+
+    pretraining: Step | None
+    finetunings: tuple[Step, ...]
+
+
+def plan_study(study: Study, out: Path, data_dir: Path) -> tuple[Group, ...]:
+    """All groups. Training from scratch comes first: it tells within minutes whether images are missing."""
+    groups = []
+    for row in (*([None] if study.scratch is not None else []), *study.rows):
+        for model in study.models:
+            if row is None or not row.models or model.name in row.models:
+                groups += [_group(study, row, model, seed, out, data_dir) for seed in study.seeds]
+    return tuple(groups)
+
+
+def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, data_dir: Path) -> Group:
+    common = ("--image-size", str(study.image_size), "--seed", str(seed))
+    known = {"model": model.name, "image_size": study.image_size, "seed": seed}
+    name = SCRATCH if row is None else row.name
+    ending = f"{name}--{model.name}--seed{seed}"
+    pretraining: Step | None = None
+    start: tuple[str, ...] = ("--weights", "none", "--model", model.name)
+    default, own = "anderson-scratch", study.scratch or Figures()
+    if row is not None:
+        run = f"pt/{ending}"
+        asked = Figures("anderson").then(model.pretraining).then(row.figures)
+        what = ("pt", "--shards", row.shards, "--model", model.name)
+        arguments = (*what, *_options(asked), *common, "--out", str(out / run))
+        pretraining = Step(run, arguments, name, model.name, seed, {"task": "pt", **known, **_recipe(asked, "pt")})
+        start, default, own = ("--weights", str(out / run)), "anderson", row.finetuning
+    steps = []
+    for target, per_class, subset_seed in _subsets(study.targets):
+        few = () if per_class is None else ("--per-class", str(per_class), "--subset-seed", str(subset_seed))
+        label = target.name + ("" if per_class is None else f"-{per_class}-per-class-{subset_seed}")
+        run = f"ft/{label}--{ending}"
+        asked = Figures(default).then(model.finetuning).then(target.figures).then(own)
+        task = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
+        arguments = (*task, *_options(asked), *common, "--out", str(out / run))
+        settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
+        settings |= {"per_class": per_class, "subset_seed": subset_seed}
+        steps.append(Step(run, arguments, name, model.name, seed, settings, target.name, per_class, subset_seed))
+    return Group(pretraining, tuple(steps))
+
+
+def _subsets(targets: tuple[Target, ...]) -> Iterator[tuple[Target, int | None, int]]:
+    for target in targets:
+        for per_class in target.per_class:
+            for subset_seed in target.subset_seeds:
+                yield target, per_class, subset_seed
+
+
+def _options(figures: Figures) -> tuple[str, ...]:
+    options = ["--recipe", figures.recipe or "anderson"]
+    for name, value in figures.changes:
+        options += ["--set", f"{name}={value}"]
+    return tuple(options)
+
+
+def _recipe(figures: Figures, task: str) -> dict[str, Any]:
+    """The figures that a run must have; those that follow the kind of its dataset only where the study sets them."""
+    recipes = PRETRAINING if task == "pt" else FINETUNING
+    name, changes = figures.recipe or "anderson", dict(figures.changes)
+    by_kind = {figure for own in BY_KIND.get(name, {}).values() for figure in own} if task == "pt" else set()
+    recipe = asdict(change(recipes[name], changes))
+    return {"recipe": {figure: recipe[figure] for figure in recipe if figure not in by_kind - changes.keys()}}
