@@ -130,5 +130,5 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., En
 
     yield run
     server.stdin.close()
-    server.wait(10)
+    server.wait(60)
     server.stdout.close()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ def started(*command: object) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
@@ -42,9 +42,22 @@ def pretraining(dataset: Path, out: Path, epochs: int) -> tuple[object, ...]:
 
 
 def training_processes(launcher: int) -> list[int]:
-    """Children of the launcher that train: all but the resource tracker of multiprocessing."""
+    """Children of the launcher that train: neither multiprocessing's resource tracker nor what torch's imports run."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in children if "spawn_main" in read_of(child, "cmdline")]
+
+
+def read_of(process: object, name: str) -> str:
+    """What the system tells of a process, nothing if it has ended."""
+    try:
+        return Path(f"/proc/{process}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def importing(process: int) -> bool:
+    """Whether it has begun to import torch."""
+    return "libtorch" in read_of(process, "maps")
 
 
 @pytest.mark.slow
@@ -90,7 +103,7 @@ def test_processes_end_with_a_killed_launcher(dataset, tmp_path):
 def test_ctrl_c_while_processes_start_is_one_line(dataset, tmp_path):
     """At a terminal all of them get it; they would show what they are importing."""
     with started("fractaltrain.cli", *pretraining(dataset, tmp_path / "run", 1000), "--nproc", 2) as launcher:
-        while len(training_processes(launcher.pid)) < 2:
+        while [importing(process) for process in training_processes(launcher.pid)] != [True, True]:
             assert launcher.poll() is None
         os.killpg(launcher.pid, signal.SIGINT)
         out, err = launcher.communicate(timeout=60)

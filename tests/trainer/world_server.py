@@ -26,7 +26,7 @@ import torch.utils.tensorboard
 
 from fractaltrain import cli, finetune, launch, pretrain, train  # noqa: F401
 
-_PATIENCE = 60.0
+_PATIENCE = 140.0  # seconds; a tenth of it is enough, unless other programs have the cores
 
 
 def serve() -> None:

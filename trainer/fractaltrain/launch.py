@@ -119,7 +119,7 @@ def _interrupts_held_from_children() -> Iterator[None]:
 def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     """The error of a process as this one's own. What is no FractalError is a bug of ours: show where."""
     message = failure.message
-    if -failure.exitcode in SIGNALS:
+    if -failure.exitcode in (*SIGNALS, signal.SIGINT):
         return stopped(-failure.exitcode)
     if not isinstance(message, dict):
         return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from fractalshards.errors import StoppedError
+from fractalshards.errors import StoppedError, Terminated
 from fractalshards.workers import end_with_parent
 
 EXIT_STOPPED = 75
@@ -50,13 +50,25 @@ def stopped(number: int) -> StoppedError:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGUSR1 raise ``StoppedError``: before the first step there is nothing to save."""
+    """Before the loop there is nothing to save: SIGTERM and SIGUSR1 end the block by a ``StoppedError``.
+
+    Inside it is a KeyboardInterrupt, which nothing takes for the error of a damaged file.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise stopped(number)
+        came.append(number)
+        raise KeyboardInterrupt
 
-    with _handling(stop):
-        yield
+    try:
+        with _handling(stop):
+            yield
+    except Terminated as error:  # by who minds SIGTERM as Ctrl-C, pools of workers for one
+        raise stopped(signal.SIGTERM) from error
+    except KeyboardInterrupt as error:
+        if not came:
+            raise
+        raise stopped(came[0]) from error
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class World:
         It may take hours: rank 0 says every minute that it is at work, for no collective operation waits that long.
         """
         if not self.main:
-            while self.max(0):
+            while self.max(0):  # at work
                 pass
             yield
             return
