@@ -32,7 +32,7 @@ def test_without_torch_the_extra_is_named(tmp_path, arguments):
     ("arguments", "message"),
     [
         ("pt", "Missing option '--shards'"),
-        ("pt --shards x --recipe deit", "'deit' is not 'anderson'"),
+        ("pt --shards x --recipe diet", "'diet' is not one of 'anderson', 'deit'"),
         ("pt --shards x --set lr", "--set lr: expected NAME=VALUE"),
         ("pt --shards x --set lerning=1", "unknown parameter 'lerning'"),
         ("pt --shards x --batch-size many", "batch_size=many: expected an integer"),

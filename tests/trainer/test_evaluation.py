@@ -31,8 +31,19 @@ def test_scores_of_several_classes_by_hand():
     logits = np.array([[3, 0, -1], [2, -1, -1], [1, -2, -1], [-1, -3, 1]], np.float32)
     shown = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], np.bool_)
     assert mean_average_precision(logits, shown) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
-    assert micro_f1(logits, shown) == pytest.approx(2 * 3 / (5 + 3))  # guessed where at least 0: three of five
-    assert micro_f1(np.full((2, 2), -1, np.float32), np.zeros((2, 2), np.bool_)) == 0
+    # 12 places, 3 shown: 1.39 is what the weight of 4 adds, and two logits of class 0 are above, one of them rightly
+    assert micro_f1(logits, shown) == pytest.approx(2 * 1 / (2 + 3))
+    assert micro_f1(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.bool_)) == 0
+
+
+def test_guesses_of_rare_classes_are_rare():
+    """1000 classes of which images show one: a class that is certain to be there is guessed, a possible one is not."""
+    shown = np.eye(10, 1000, dtype=np.bool_)
+    prior = np.log(1 / 999) + np.log(1000)  # what the loss teaches where nothing is known
+    logits = np.full((10, 1000), prior, np.float32)
+    assert micro_f1(logits, shown) == 0
+    logits[shown] += 10
+    assert micro_f1(logits, shown) == 1
 
 
 def test_loss_of_several_classes_weighs_the_shown_ones_per_image():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 from fractaltrain.models import create_model, head_names
 
 
@@ -63,3 +63,11 @@ def test_unknown_model_suggests_close_ones():
         create_model("deit_smal_patch32_224", 10, 224)
     with pytest.raises(FractalError, match=r"^no model 'qqqqq'; timm.list_models\(\) names them all$"):
         create_model("qqqqq", 10, 224)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg11"])
+def test_model_without_drop_path(name):
+    with pytest.raises(
+        UsageError, match=f"^{name} has no drop path, which the recipe asks for; add --set drop_path=0$"
+    ):
+        create_model(name, 3, 32, drop_path=0.1)

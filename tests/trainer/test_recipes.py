@@ -97,6 +97,7 @@ def test_change():
         ("label_smoothing", "-0.1", "label_smoothing is -0.1, but must be from 0 to 1"),
         ("mixup", "-1", "mixup is -1.0, but must be at least 0"),
         ("repeats", "0", "repeats is 0, but must be at least 1"),
+        ("schedule", "linear", "schedule=linear: expected onecycle or cosine or step"),
         ("ema", "1", "ema is 1.0, but must be at least 0 and below 1"),
         ("milestones", "60,30", "milestones is .*, but must be two epochs, the earlier one first"),
         ("optimizer", "adam", "optimizer=adam: expected sgd or adamw"),
@@ -106,6 +107,11 @@ def test_change():
 def test_change_with_nonsense(name, text, message):
     with pytest.raises(UsageError, match=message):
         change(FINETUNING["anderson"], {name: text})
+
+
+def test_warmup_longer_than_training_is_refused():
+    with pytest.raises(UsageError, match="warmup_epochs is 5, but must be below the number of epochs, 4"):
+        change(PRETRAINING["deit"], {"epochs": "4"})
 
 
 def test_scaling_the_learning_rate():

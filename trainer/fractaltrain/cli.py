@@ -19,6 +19,7 @@ from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, Da
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.settings import (
+    WINDOW,
     Amp,
     Caching,
     Evaluation,
@@ -32,9 +33,13 @@ from fractaltrain.settings import (
     finetuning_folder,
     pretraining_folder,
 )
+from fractaltrain.study.check import check_datasets, check_models
 from fractaltrain.study.config import read_study
+from fractaltrain.study.cost import find_sizes, find_speeds
+from fractaltrain.study.forecast import describe
 from fractaltrain.study.plan import plan_study
-from fractaltrain.study.run import check_datasets, describe, run_groups
+from fractaltrain.study.record import write_record
+from fractaltrain.study.run import any_finished, run_groups
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -87,8 +92,13 @@ def _running_options(command: _Command) -> _Command:
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
 @click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
-@click.option("--image-size", type=click.IntRange(8), metavar="PX", help="What the model sees  [default: as stored]")
-@click.option("--window", type=click.IntRange(1), default=16, show_default=True, help="Shards shuffled together.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(8),
+    metavar="PX",
+    help="What the model sees  [default: as stored; 224 where the recipe crops]",
+)
+@click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Shards shuffled together.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
@@ -268,7 +278,7 @@ def export(run: Path, out: Path) -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
 @click.option("--out", type=click.Path(path_type=Path), help="The study's folder  [default: runs/NAME]")
-@click.option("--dry-run", is_flag=True, help="Show all steps and their command lines, and run none.")
+@click.option("--dry-run", is_flag=True, help="Show all steps, their cost and command lines; run none.")
 @click.option(
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
 )
@@ -285,13 +295,15 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
     folder = out or Path("runs") / asked.name
     groups = plan_study(asked, folder, data_dir)
     mine = part.of(groups) if part else groups
+    check_models(groups, asked.image_size, file)
     if dry_run:
-        for line in describe(mine, folder):
+        for line in describe(mine, folder, find_sizes(asked), find_speeds(groups, folder, asked.image_size)):
             click.echo(line)
         return
     check_datasets(asked, file)
+    write_record(asked, groups, folder)
     missing = run_groups(mine, folder, nproc)
-    if len(missing) < sum(len(group.finetunings) for group in mine):
+    if any_finished(groups, folder):
         click.echo(write_comparison([folder], folder))
     if missing:
         raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fractalshards.atomic import atomic_file
 from fractalshards.human import one_line
 from fractaltrain.data.source import Indices
+from fractaltrain.plotting import INK, MUTED, plain, save
 
 FILE = "confusion.png"
-_INK, _MUTED = "#1f2933", "#66727f"
 _NUMBERED = 25  # with more classes, numbers in cells cannot be read
 _NAMED = 120  # with more classes, axes have every so-manieth index
 _LONGEST_NAME = 24
@@ -35,24 +34,23 @@ def draw_confusion(path: Path, counts: Indices, classes: int, names: Sequence[st
     figure = Figure(figsize=(side + 0.8, side), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
     panel = figure.subplots()
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    panel.set_title(_plain(one_line(title)), loc="left", color=_INK, fontsize=12, fontweight="bold")
-    panel.set_ylabel("class", color=_MUTED)
-    panel.set_xlabel("taken for", color=_MUTED)
+    panel.set_title(plain(one_line(title)), loc="left", color=INK, fontsize=12, fontweight="bold")
+    panel.set_ylabel("class", color=MUTED)
+    panel.set_xlabel("taken for", color=MUTED)
     panel.spines[:].set_visible(False)
-    panel.tick_params(colors=_INK, length=0, labelsize=9 if size <= _NUMBERED else 6.5)
+    panel.tick_params(colors=INK, length=0, labelsize=9 if size <= _NUMBERED else 6.5)
     ticks, labels = _ticks(size, classes, names)
     upright = size <= _NUMBERED and all(len(label) <= 3 for label in labels)
     panel.set_xticks(ticks, labels, rotation=0 if upright else 90)
     panel.set_yticks(ticks, labels)
     bar = figure.colorbar(image, ax=panel, fraction=0.035, format=lambda share, _: f"{100 * share:.0f} %")
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=_MUTED, labelsize=9, length=0)
+    bar.ax.tick_params(colors=MUTED, labelsize=9, length=0)
     if size <= _NUMBERED:
         for row, column in np.argwhere(counts):
-            color = "white" if shares[row, column] > 0.55 else _INK
+            color = "white" if shares[row, column] > 0.55 else INK
             panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=9)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+    save(figure, path)
 
 
 def _ticks(size: int, classes: int, names: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -65,9 +63,4 @@ def _ticks(size: int, classes: int, names: Sequence[str]) -> tuple[list[int], li
 
 def _short(name: str) -> str:
     shown = one_line(name)
-    return _plain(shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…")
-
-
-def _plain(text: str) -> str:
-    """Without what matplotlib would take for a formula."""
-    return text.replace("$", r"\$")
+    return plain(shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…")

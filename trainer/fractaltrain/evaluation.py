@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fractalshards.errors import FractalError
 from fractaltrain.inputs import to_input
 from fractaltrain.losses import multi_label_loss
 from fractaltrain.recipes.recipe import Recipe
@@ -17,8 +19,6 @@ from fractaltrain.world import World
 
 LEADING = ("top1", "map")
 """The score that tells which epoch was best, by what images show: one class, or several."""
-
-_LIKELY = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class MultiLabelScores:
         loss: mean of ``losses.multi_label_loss``, in nats.
         map: mean average precision in [0, 1], over the classes that some sample shows: how well samples that show a
             class are ranked before those that do not.
-        f1: harmonic mean in [0, 1] of precision and recall of all (sample, class) pairs together, a class being
-            guessed where its probability is at least one half.
+        f1: harmonic mean in [0, 1] of precision and recall of all (sample, class) pairs together, see ``micro_f1``.
     """
 
     samples: int
@@ -76,7 +75,8 @@ def predict(
             images = to_input(batch.images.to(world.device), recipe)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
-            yield logits.float(), batch.labels.to(world.device)
+            logits = logits.float()
+        yield logits, batch.labels.to(world.device)
 
 
 def evaluate(
@@ -91,6 +91,9 @@ def evaluate(
 
     Args:
         multi_label: labels are (b, classes) float32 instead of (b,) int64.
+
+    Raises:
+        FractalError: on all ranks, if the loss is no number.
     """
     predictions = predict(model, batches, recipe, dtype, world)
     return _multi_label_scores(predictions, world) if multi_label else _scores(predictions, world)
@@ -104,6 +107,7 @@ def _scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]], world: Wor
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([torch.ones_like(labels).sum(), loss, hits[:, 0].sum(), hits.sum()])
     samples, loss_sum, first, first_five = world.sum(totals).tolist()
+    _check_loss(loss_sum)
     count = max(int(samples), 1)  # of a run that is being stopped, there may be none
     return Scores(int(samples), loss_sum / count, first / count, first_five / count)
 
@@ -116,10 +120,19 @@ def _multi_label_scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]
         mine.append((logits.cpu().numpy(), targets.cpu().numpy() > 0))
     found = [batch for part in world.gather(mine) for batch in part]
     loss = float(world.sum(loss_sum))
+    _check_loss(loss)
     if not found:
         return MultiLabelScores(0, 0.0, 0.0, 0.0)
     said, shown = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return MultiLabelScores(len(said), loss / len(said), mean_average_precision(said, shown), micro_f1(said, shown))
+
+
+def _check_loss(loss: float) -> None:
+    if not isfinite(loss):
+        raise FractalError(
+            f"the loss on held-out images is {loss}; lower --lr or limit the gradients (--set clip_grad=1), and start "
+            "again in another folder (--out)"
+        )
 
 
 def mean_average_precision(scores: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> float:
@@ -136,7 +149,12 @@ def mean_average_precision(scores: npt.NDArray[np.float32], shown: npt.NDArray[n
 
 
 def micro_f1(logits: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> float:
-    """2 TP / (2 TP + FP + FN) over all samples and classes (n, classes); 0 if nothing is guessed or shown."""
-    guessed = logits >= np.log(_LIKELY / (1 - _LIKELY))
-    wanted = int(guessed.sum()) + int(shown.sum())
-    return 2 * int((guessed & shown).sum()) / wanted if wanted else 0.0
+    """2 TP / (2 TP + FP + FN) over all samples and classes (n, classes); 0 if nothing is shown.
+
+    A class is guessed where its probability is at least one half. The loss weighs the classes shown ``classes / number
+    shown`` times, which adds the logarithm of that to the logits: it is taken out first.
+    """
+    if not shown.any():
+        return 0.0
+    guessed = logits >= np.log(shown.size / shown.sum())
+    return 2 * int((guessed & shown).sum()) / (int(guessed.sum()) + int(shown.sum()))

@@ -14,13 +14,11 @@ from fractaltrain.data.finetuning import open_data
 from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone
 from fractaltrain.published import load_published
 from fractaltrain.run_folder import trained_model
-from fractaltrain.settings import Finetuning
+from fractaltrain.settings import WINDOW, Finetuning
 from fractaltrain.train import Job, train
 from fractaltrain.trained import sound_checkpoint
 from fractaltrain.weights import load_backbone
 from fractaltrain.world import World, join_world
-
-_WINDOW = 1  # the order is that of single images, wherever they lie
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def finetune(choice: Finetuning) -> None:
             running=choice.running,
             model=model,
             training=data.training,
-            window=_WINDOW,
+            window=WINDOW,
             held_out=data.held_out,
             image_size=image_size,
             settings={

@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fractalshards.atomic import atomic_file
 from fractalshards.human import one_line
+from fractaltrain.plotting import BLUE, INK, MUTED, OCHRE, PALE_BLUE, RED, YELLOW, save, style
 from fractaltrain.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE = "history.png"
-_INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e3e8ed"
-_TRAIN, _HELD_OUT, _SECOND = "#9db8d9", "#d1495b", "#edae49"
-_MEAN = "#2b5c9e"
+_TRAIN, _MEAN, _HELD_OUT, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
 _REST = 19  # times as long as drawing took
 _ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precision", "f1": "F1"})
 _FEW = 40  # points that are marked, each
@@ -62,16 +60,16 @@ def draw_history(folder: Path) -> None:
 
     figure = Figure(figsize=(10, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
     (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True)
-    figure.suptitle(folder.resolve().name, color=_INK, fontsize=13, fontweight="bold")
+    figure.suptitle(folder.resolve().name, color=INK, fontsize=13, fontweight="bold")
 
-    _style(loss, "Loss", "cross-entropy, nats")
+    style(loss, "Loss", "cross-entropy, nats")
     loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
     _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
     if epochs and "loss" in epochs[-1]:
         _curve(loss, ends, [line["loss"] for line in epochs], _HELD_OUT, "held out")
-    loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    loss.legend(frameon=False, fontsize=9, labelcolor=INK)
 
-    _style(accuracy, "Accuracy on held-out images", "%")
+    style(accuracy, "Accuracy on held-out images", "%")
     shown = next((names for names in _ACCURACIES if epochs and all(name in epochs[-1] for name in names)), None)
     if shown:
         (first, leading), (second, other) = shown.items()
@@ -80,43 +78,33 @@ def draw_history(folder: Path) -> None:
         label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
         _curve(accuracy, ends, leading_curve, _HELD_OUT, label)
         accuracy.set_ylim(0, 102)
-        accuracy.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right")
+        accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
     else:
         accuracy.set_yticks([])
         accuracy.text(
-            0.5, 0.5, "no held-out images", transform=accuracy.transAxes, ha="center", va="center", color=_MUTED
+            0.5, 0.5, "no held-out images", transform=accuracy.transAxes, ha="center", va="center", color=MUTED
         )
 
-    _style(lr, "Learning rate", "")
+    style(lr, "Learning rate", "")
     lr.plot(x, [line["lr"] for line in steps], color=_MEAN, linewidth=1.6)
     lr.set_ylim(bottom=0)
-    lr.set_xlabel("epoch", color=_MUTED)
+    lr.set_xlabel("epoch", color=MUTED)
 
-    _style(throughput, "Throughput", "images/s")
+    style(throughput, "Throughput", "images/s")
     throughput.plot(x, [line["images_per_s"] for line in steps], color=_MEAN, linewidth=1.2, label="images/s")
     throughput.set_ylim(bottom=0)
-    throughput.set_xlabel("epoch", color=_MUTED)
+    throughput.set_xlabel("epoch", color=MUTED)
     waiting = throughput.twinx()
     waiting.plot(x, [100 * line["waiting"] for line in steps], color=_SECOND, linewidth=1)
     waiting.set_ylim(0, 100)
-    waiting.set_ylabel("waiting for data, % of the time", color="#b07a1e", fontsize=9)
-    waiting.tick_params(colors="#b07a1e", labelsize=9, length=0)
+    waiting.set_ylabel("waiting for data, % of the time", color=_SECOND_TEXT, fontsize=9)
+    waiting.tick_params(colors=_SECOND_TEXT, labelsize=9, length=0)
     waiting.spines[:].set_visible(False)
 
     for panel in (loss, accuracy, lr, throughput):
         panel.set_xlim(0, max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
-    with atomic_file(folder / FILE) as file:
-        figure.savefig(file, dpi=130, format="png")
-
-
-def _style(panel: "Axes", title: str, unit: str) -> None:
-    panel.set_title(title, loc="left", color=_INK, fontsize=11)
-    panel.set_ylabel(unit, color=_MUTED, fontsize=9)
-    panel.grid(color=_GRID, linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(colors=_MUTED, labelsize=9, length=0)
+    save(figure, folder / FILE)
 
 
 def _curve(panel: "Axes", x: Sequence[float], y: Sequence[Any], color: str, label: str) -> None:

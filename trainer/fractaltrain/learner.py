@@ -24,20 +24,18 @@ class Learner:
     Attributes:
         model: neither wrapped nor compiled.
         averaged: exponential moving average of its weights, where the recipe asks for one.
-        network: the model as it is called: perhaps wrapped by DDP and compiled.
         take_step: the optimiser step.
         parts: all that has a state, by the name it has in checkpoints.
     """
 
     model: nn.Module
     averaged: ModelEmaV3 | None
-    network: nn.Module
     take_step: Step
     parts: Mapping[str, Any]
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step; that of the backbone where the classifier has its own."""
+        """Learning rate of the next step; that of the backbone where it learns and the classifier has its own."""
         rate: float = self.take_step.optimizer.param_groups[0]["lr"]
         return rate
 
@@ -54,7 +52,7 @@ class Learner:
         """Take a step and follow it with the average; see ``Step``."""
         loss = self.take_step(images, labels)
         if self.averaged:
-            self.averaged.update(self.model)
+            self.averaged.update(self.model, step=self.take_step.schedule.last_epoch)  # which counts steps
         return loss
 
 
@@ -79,7 +77,7 @@ def build_learner(model: nn.Module, running: Running, multi_label: bool, epoch_s
     schedule = build_schedule(optimizer, recipe, epoch_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    averaged = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
+    averaged = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     if averaged:
         parts["ema"] = averaged.module
     wrapped = DistributedDataParallel(model) if world.size > 1 else None
@@ -96,4 +94,4 @@ def build_learner(model: nn.Module, running: Running, multi_label: bool, epoch_s
         accumulate=running.accumulate,
         clip_grad=recipe.clip_grad,
     )
-    return Learner(model, averaged, network, take_step, parts)
+    return Learner(model, averaged, take_step, parts)

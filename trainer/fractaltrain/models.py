@@ -18,7 +18,7 @@ IMAGE_SIZE = 224  # of square images, where neither data nor pre-training say ot
 def _resnet50(classes: int, image_size: int, drop_path: float) -> nn.Module:
     """torchvision's, as in the published code; it sees any size."""
     if drop_path:
-        raise TypeError("it has no drop path (--set drop_path=0)")
+        raise _no_drop_path("resnet50")
     model: nn.Module = torchvision.models.resnet50(num_classes=classes)
     return model
 
@@ -52,8 +52,8 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
         drop_path: largest rate of stochastic depth.
 
     Raises:
-        UsageError: if there is no such model.
-        FractalError: if it cannot be built for that size, or has no stochastic depth.
+        UsageError: if there is no such model, or it has no stochastic depth.
+        FractalError: if it cannot be built for that size.
     """
     if name not in _OURS and not timm.is_model(name):
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
@@ -108,8 +108,15 @@ def from_timm(
     """timm's model, for images of a size where its weights depend on that; ``classes`` None: as many as it has."""
     options = timm_options(name, classes, image_size)
     options |= {"drop_path_rate": drop_path} if drop_path else {}
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise _no_drop_path(name) if "drop_path_rate" in str(error) else error from error
     return model
+
+
+def _no_drop_path(name: str) -> UsageError:
+    return UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0")
 
 
 def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:

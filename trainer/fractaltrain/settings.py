@@ -9,6 +9,9 @@ from fractalshards.sharing.urls import parse_location
 from fractaltrain.data.finetuning import DataChoice
 from fractaltrain.recipes.recipe import Recipe
 
+WINDOW = 16
+"""Shards that are shuffled together, unless asked otherwise."""
+
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]

@@ -1,51 +1,118 @@
-"""The grouped bar chart of a comparison: data and model along x, a bar for every pre-training set."""
+"""The grouped bar chart of a comparison: a panel per data set, a group per model, a bar per pre-training set."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
 
-from fractalshards.atomic import atomic_file
-from fractaltrain.comparison.collect import Run, Score
+from fractaltrain.comparison.collect import Cell, Comparison, Score
+from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
+from fractaltrain.study.config import SCRATCH
 
-_INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e3e8ed"  # as in history.py
-_COLORS = ("#2b5c9e", "#d1495b", "#edae49", "#3a8f7b", "#9db8d9", "#7b5ea7")
-_SCRATCH_COLOR = "#b4bdc7"
-_WIDTH = 0.9  # of a group
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BAR = 0.84  # of the room that a bar has
+_GAP = 1.1  # between groups, in bars
+_LEAST_GROUP = 3.4  # in bars: below it stands the name of the model
+_INCHES_PER_BAR = 0.52
+_WIDEST = 17.0  # inches; further panels go below
+_PANEL_HEIGHT = 3.9
+_LEGEND_INCHES = 1.6  # of an entry
+_CAPTION_INCHES = 8.0  # of the longest one
+_TOP = 114  # of the axis: 100 %, and the figure above such a bar
+_Group = tuple[str, tuple[Cell, ...]]  # a model, and its planned cells
 
 
-def draw_comparison(runs: Sequence[Run], path: Path) -> None:
-    """Draw means as bars and standard deviations as error bars; a cell without runs is hatched."""
-    groups = sorted({(run.target, run.model) for run in runs})
-    rows = sorted({run.pretraining for run in runs}, key=lambda name: (name == "scratch", name))
-    width = _WIDTH / len(rows)
-    figure = Figure(figsize=(max(7.0, 0.5 * len(groups) * len(rows)), 4.8), layout="constrained", facecolor="white")
-    panel = figure.subplots()
-    for place, row in enumerate(rows):
-        color = _SCRATCH_COLOR if row == "scratch" else _COLORS[place % len(_COLORS)]
-        panel.bar([0], [0], color=color, label=row)
-        for group, (target, model) in enumerate(groups):
-            x = group + (place - (len(rows) - 1) / 2) * width
-            shares = [run.top1 for run in runs if (run.target, run.model, run.pretraining) == (target, model, row)]
-            if not shares:
-                panel.bar([x], [6], width * 0.92, fill=False, edgecolor=color, hatch="////", linewidth=0.8)
-                panel.text(x, 8, "missing", rotation=90, ha="center", va="bottom", color=_MUTED, fontsize=8)
-                continue
-            score = Score.of(shares)
-            panel.bar([x], [score.mean], width * 0.92, color=color)
-            if score.std is not None:
-                panel.errorbar([x], [score.mean], [score.std], color=_INK, linewidth=1, capsize=3)
-            top = score.mean + (score.std or 0) + 1
-            panel.text(x, top, f"{score.mean:.1f}\nn={score.n}", ha="center", va="bottom", color=_INK, fontsize=7)
-    panel.set_xticks(range(len(groups)), [f"{model}\n{target}" for target, model in groups], color=_INK, fontsize=9)
-    panel.set_ylim(0, 112)
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw means as bars, standard deviations as error bars and runs as dots; a cell without runs is hatched.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    panels: dict[str, list[_Group]] = {}
+    for target, model, cells in comparison.groups():
+        planned = tuple(cell for cell in cells if cell in comparison.planned)
+        panels.setdefault(target, []).append((model, planned))
+    widths = [sum(max(len(cells), _LEAST_GROUP) + _GAP for _, cells in groups) for groups in panels.values()]
+    widest = max(widths) * _INCHES_PER_BAR
+    columns = max(1, min(len(panels), int(_WIDEST // widest)))
+    lines = -(-len(panels) // columns)
+    wide = max(columns * widest + 0.9, 6.0)
+    figure = Figure(
+        figsize=(wide, lines * _PANEL_HEIGHT + 0.9),
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
+        facecolor="white",
+    )
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    colors = _colors(comparison.rows)
+    for panel, (target, groups), width in zip(axes, panels.items(), widths, strict=False):
+        _draw_panel(panel, comparison, target, groups, colors)
+        spare = (max(widths) - width) / 2  # bars are equally wide in all panels
+        panel.set_xlim(-_GAP / 2 - spare, width - _GAP / 2 + spare)
+    for panel in list(axes)[len(panels) :]:
+        panel.set_visible(False)
+    figure.suptitle(_caption(comparison, wide), color=MUTED, fontsize=9, x=0.01, ha="left")
+    handles = [Patch(color=color, label=plain(row)) for row, color in colors.items()]
+    legend_lines = -(-len(handles) // max(1, int(wide // _LEGEND_INCHES)))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=-(-len(handles) // legend_lines),
+        frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1, handleheight=1,
+    )  # fmt: skip
+    save(figure, path)
+
+
+def _colors(rows: Sequence[str]) -> dict[str, str]:
+    others = [row for row in rows if row != SCRATCH]
+    named = {row: SERIES[place % len(SERIES)] for place, row in enumerate(others)}
+    return {row: named.get(row, NEUTRAL) for row in rows}
+
+
+def _caption(comparison: Comparison, width: float) -> str:
+    """What is shown, what bars, whiskers and dots are, and the number of runs where it is that of all cells."""
+    what = "Top-1 on held-out images after the last epoch."
+    numbers = set(comparison.planned.values())
+    if numbers == {1}:
+        return what
+    of = f"{max(numbers)} runs" if len(numbers) == 1 else "all runs"
+    end_of_line = "\n" if width < _CAPTION_INCHES else " "
+    return f"{what}{end_of_line}Bars: mean of {of}; whiskers: ± one standard deviation; dots: runs."
+
+
+def _draw_panel(
+    panel: "Axes", comparison: Comparison, target: str, groups: Sequence[_Group], colors: dict[str, str]
+) -> None:
+    style(panel, target, "top-1, %", weight="bold")
+    panel.grid(visible=False, axis="x")
+    middles, start = [], 0.0
+    for _, cells in groups:
+        room = max(len(cells), _LEAST_GROUP)
+        middles.append(start + room / 2)
+        for place, cell in enumerate(cells):
+            x = start + (room - len(cells)) / 2 + place + 0.5
+            _draw_bar(panel, comparison, cell, x, colors[cell.row])
+        start += room + _GAP
+    panel.set_xticks(middles, [plain(model) for model, _ in groups], color=INK)
+    panel.set_ylim(0, _TOP)
     panel.set_yticks(range(0, 101, 20))
-    panel.set_ylabel("top-1 after the last epoch, %", color=_MUTED, fontsize=9)
-    panel.set_title("mean over runs, ± one standard deviation", loc="left", color=_INK, fontsize=11)
-    panel.grid(color=_GRID, linewidth=0.8, axis="y")
-    panel.set_axisbelow(True)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-    figure.legend(loc="outside lower center", ncols=min(len(rows), 6), frameon=False, fontsize=9, labelcolor=_INK)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+
+
+def _draw_bar(panel: "Axes", comparison: Comparison, cell: Cell, x: float, color: str) -> None:
+    shares, planned = [run.top1 for run in comparison.of(cell)], comparison.planned[cell]
+    if not shares:
+        panel.bar([x], [5], _BAR, fill=False, edgecolor=color, hatch="/////", linewidth=0.8)
+        panel.text(x, 7, "missing", rotation=90, ha="center", va="bottom", color=MUTED, fontsize=8)
+        return
+    score = Score.of(shares)
+    panel.bar([x], [score.mean], _BAR, color=color)
+    top = score.mean
+    if score.std is not None:
+        panel.errorbar([x], [score.mean], [score.std], color=INK, linewidth=1.1, capsize=3)
+        panel.scatter([x] * score.n, [100 * share for share in shares], 9, "white", edgecolors=INK, linewidths=0.6,
+                      zorder=3)  # fmt: skip
+        top = max(score.mean + score.std, 100 * max(shares))
+    number = f"\n{score.n} of {planned}" if score.n < planned else ""
+    panel.text(x, top + 2, f"{score.mean:.1f}{number}", ha="center", va="bottom", color=INK, fontsize=8, linespacing=1)

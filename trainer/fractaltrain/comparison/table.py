@@ -4,40 +4,39 @@ import csv
 import io
 from collections.abc import Sequence
 
-from fractaltrain.comparison.collect import Run, Score
+from fractaltrain.comparison.collect import Comparison, Score
+
+_COLUMNS = ("data", "model", "pretraining", "planned", "n", "top1", "top1_std", "best_top1", "best_top1_std")
 
 
-def to_csv(runs: Sequence[Run]) -> str:
-    """A line per cell; a cell without runs has n 0 and no figures. Accuracies in per cent."""
+def to_csv(comparison: Comparison) -> str:
+    """A line per planned cell; one without runs has n 0 and no figures. Accuracies in per cent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("data", "model", "pretraining", "n", "top1", "top1_std", "best_top1", "best_top1_std"))
-    for target in _distinct(runs, "target"):
-        for model in _distinct(runs, "model"):
-            for row in _distinct(runs, "pretraining"):
-                cell = _cell(runs, target, model, row)
-                writer.writerow((target, model, row, len(cell), *_figures([run.top1 for run in cell]),
-                                 *_figures([run.best_top1 for run in cell])))  # fmt: skip
+    writer.writerow(_COLUMNS)
+    for _, _, cells in comparison.groups():
+        for cell in cells:
+            if cell in comparison.planned:
+                runs = comparison.of(cell)
+                figures = (*_figures([run.top1 for run in runs]), *_figures([run.best_top1 for run in runs]))
+                writer.writerow((*cell, comparison.planned[cell], len(runs), *figures))
     return text.getvalue()
 
 
-def to_markdown(runs: Sequence[Run]) -> str:
+def to_markdown(comparison: Comparison) -> str:
     """Data and model down, pre-training sets across: mean and standard deviation of top-1 in %, and the number."""
-    rows = _distinct(runs, "pretraining")
-    lines = ["| data | model | " + " | ".join(rows) + " |", "|---|---|" + "---:|" * len(rows)]
-    for target in _distinct(runs, "target"):
-        for model in _distinct(runs, "model"):
-            cells = [_shown([run.top1 for run in _cell(runs, target, model, row)]) for row in rows]
-            lines.append(f"| {target} | {model} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "Top-1 in % after the last epoch: mean ± standard deviation (number of runs).", ""])
-
-
-def _distinct(runs: Sequence[Run], name: str) -> list[str]:
-    return sorted({getattr(run, name) for run in runs})
-
-
-def _cell(runs: Sequence[Run], target: str, model: str, row: str) -> list[Run]:
-    return [run for run in runs if (run.target, run.model, run.pretraining) == (target, model, row)]
+    lines = ["| data | model | " + " | ".join(map(_plain, comparison.rows)) + " |"]
+    lines.append("|---|---|" + "---:|" * len(comparison.rows))
+    for target, model, cells in comparison.groups():
+        shown = [
+            _shown([run.top1 for run in comparison.of(cell)], comparison.planned[cell])
+            if cell in comparison.planned
+            else "–"
+            for cell in cells
+        ]
+        lines.append(f"| {_plain(target)} | {_plain(model)} | " + " | ".join(shown) + " |")
+    notes = "Top-1 in % after the last epoch: mean ± standard deviation (number of runs)."
+    return "\n".join([*lines, "", notes, ""])
 
 
 def _figures(shares: Sequence[float]) -> tuple[str, str]:
@@ -47,8 +46,14 @@ def _figures(shares: Sequence[float]) -> tuple[str, str]:
     return f"{score.mean:.4f}", "" if score.std is None else f"{score.std:.4f}"
 
 
-def _shown(shares: Sequence[float]) -> str:
+def _shown(shares: Sequence[float], planned: int) -> str:
     if not shares:
         return "missing"
     score = Score.of(shares)
-    return f"{score.mean:.1f}" + ("" if score.std is None else f" ± {score.std:.1f}") + f" ({score.n})"
+    number = f"{score.n}" if score.n >= planned else f"{score.n} of {planned}"
+    return f"{score.mean:.1f}" + ("" if score.std is None else f" ± {score.std:.1f}") + f" ({number})"
+
+
+def _plain(name: str) -> str:
+    """A name that does not end the cell it stands in; loose runs name paths."""
+    return name.replace("|", r"\|")

@@ -53,7 +53,8 @@ class Recipe:
         cutmix: the same for pasted rectangles; with both, each batch takes one or the other.
         label_smoothing: share of a label that is spread over all classes.
         drop_path: largest rate of stochastic depth, of the last block (Huang et al. 2016); models without it refuse.
-        ema: decay per step of an average of the weights, which is then what is evaluated and fine-tuned; 0: none.
+        ema: decay per step of an average of the weights, which is then what is evaluated and fine-tuned; 0: none. It
+            grows to this: after step k it is at most 1 - k^(-2/3), so that the random start is soon forgotten.
         repeats: repeated augmentation: an epoch takes so many times fewer samples, each so many times.
         mean: subtracted per channel from images in [0, 1].
         std: divided by per channel afterwards.
@@ -121,6 +122,10 @@ class Recipe:
             _check(self, name, (getattr(self, name) or 0) >= 0, "at least 0")
         for name in shares:
             _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        if self.schedule == "cosine":
+            _check(
+                self, "warmup_epochs", self.warmup_epochs < self.epochs, f"below the number of epochs, {self.epochs}"
+            )
         _check(self, "ema", 0 <= self.ema < 1, "at least 0 and below 1")
         _check(self, "milestones", 0 < self.milestones[0] <= self.milestones[1], "two epochs, the earlier one first")
         _check(self, "std", min(self.std) > 0, "above 0")

@@ -35,10 +35,13 @@ class Ahead:
         if self._ends[0] != epoch:
             sizes = (sum(self.lengths[shard] for shard in shards) for shards in self._windows(epoch))
             self._ends = (epoch, list(accumulate(sizes)))
-        number = bisect_right(self._ends[1], position // self.repeats)
+        ends, taken = self._ends[1], sum(self.lengths) // self.repeats  # the first so many samples of the order
+        windows = bisect_right(ends, taken - 1) + 1  # that hold them
+        sample = position // self.repeats
+        number = bisect_right(ends, sample) if sample < taken else windows
         if self._told != (epoch, number):
             self._told = (epoch, number)
-            upcoming = [*self._windows(epoch), *self._windows(epoch + 1)[:1]][number : number + 2]
+            upcoming = [*self._windows(epoch)[:windows], *self._windows(epoch + 1)[:1]][number : number + 2]
             self.want([self.names[shard] for shards in upcoming for shard in shards])
 
     def _windows(self, epoch: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import change
+from fractaltrain.settings import dataset_name
 from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Target
 
 
@@ -14,7 +15,8 @@ from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Targe
 class Step:
     """One run: ``arguments`` of ``fractaltrain``, and the run's folder inside the study's.
 
-    ``settings`` is what its ``run.json`` must say, JSON-like. ``target`` is None for a pre-training.
+    ``settings`` is what its ``run.json`` must say, JSON-like. ``source`` is what it trains on, as the file says.
+    ``target`` is None for a pre-training.
     """
 
     run: str
@@ -23,6 +25,7 @@ class Step:
     model: str
     seed: int
     settings: dict[str, Any]
+    source: str
     target: str | None = None
     per_class: int | None = None
     subset_seed: int = 0
@@ -34,6 +37,10 @@ class Group:
 
     pretraining: Step | None
     finetunings: tuple[Step, ...]
+
+    def steps(self) -> tuple[Step, ...]:
+        """All of them, in the order in which they run."""
+        return (*((self.pretraining,) if self.pretraining else ()), *self.finetunings)
 
 
 def plan_study(study: Study, out: Path, data_dir: Path) -> tuple[Group, ...]:
@@ -59,7 +66,8 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         asked = Figures("anderson").then(model.pretraining).then(row.figures)
         what = ("pt", "--shards", row.shards, "--model", model.name)
         arguments = (*what, *_options(asked), *common, "--out", str(out / run))
-        pretraining = Step(run, arguments, name, model.name, seed, {"task": "pt", **known, **_recipe(asked, "pt")})
+        settings = {"task": "pt", **known, **_recipe(asked, "pt"), "dataset": dataset_name(row.shards)}
+        pretraining = Step(run, arguments, name, model.name, seed, settings, row.shards)
         start, default, own = ("--weights", str(out / run)), "anderson", row.finetuning
     steps = []
     for target, per_class, subset_seed in _subsets(study.targets):
@@ -71,7 +79,8 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         arguments = (*task, *_options(asked), *common, "--out", str(out / run))
         settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
         settings |= {"per_class": per_class, "subset_seed": subset_seed}
-        steps.append(Step(run, arguments, name, model.name, seed, settings, target.name, per_class, subset_seed))
+        place = (target.data, target.name, per_class, subset_seed)
+        steps.append(Step(run, arguments, name, model.name, seed, settings, *place))
     return Group(pretraining, tuple(steps))
 
 
