@@ -1,5 +1,8 @@
 """What the trainer's tests share: small datasets made with the real writer, and the command run in this process."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from fractaltrain.cli import main
 
 CLASSES = 5
 SIZE = 32
+SERVER = Path(__file__).with_name("world_server.py")
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,42 @@ def fractaltrain(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(int(end.value.code or 0), out, err)
 
     return run
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a world ended: exit codes by rank, seconds from the first failure to the last end, and what each wrote."""
+
+    codes: list[int]
+    seconds: float
+    folder: Path
+    out: list[str]
+    err: list[str]
+
+    def said(self) -> str:
+        """What all processes wrote to stderr."""
+        return "".join(self.err)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ended]]:
+    """Runs the command in so many processes, as torchrun would; see ``world_server``."""
+    server = subprocess.Popen(
+        [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def run(size: int, *arguments: object, **request: object) -> Ended:
+        folder = tmp_path_factory.mktemp("world")
+        request |= {"size": size, "arguments": [str(some) for some in arguments], "folder": str(folder)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        out, err = ([(folder / f"{name}-{rank}").read_text() for rank in range(size)] for name in ("out", "err"))
+        return Ended(answer["codes"], answer["seconds"], folder, out, err)
+
+    yield run
+    server.stdin.close()
+    server.wait(60)
+    server.stdout.close()

@@ -1,6 +1,8 @@
 """How failures reach the user; real ones of two processes are in test_processes.py."""
 
 import json
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractalshards.workers import sigterm_interrupts
 from fractaltrain import world as world_module
 from fractaltrain.launch import _explain, launch
 from fractaltrain.world import World, join_world
@@ -30,12 +33,14 @@ def failure(folder: Path, exitcode: int, message: str | None) -> ProcessFailure:
         (1, "WorkerLostError: a worker was killed", "a worker was killed", ""),
         (1, "TypeError: oops", "rank 3 failed: TypeError: oops; please report this", "Traceback: the place\n"),
         (-9, None, "rank 3 was killed (Signal 9 (SIGKILL) received by PID 7); if memory ran out, lower", ""),
+        (-2, None, "stopped by SIGINT; run the same command to continue", ""),
     ],
 )
 def test_failure_of_a_process_is_told_as_this_ones(tmp_path, capfd, exitcode, message, expected, shown):
     error = _explain(3, failure(tmp_path, exitcode, message))
     assert str(error).startswith(expected)
     assert capfd.readouterr().err == shown
+    assert isinstance(error, UsageError) == bool(message and message.startswith("UsageError"))  # exits with 2, not 1
 
 
 def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
@@ -44,6 +49,66 @@ def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     launch(seen.append, "under torchrun", 2)
     assert seen == ["alone", "under torchrun"]
+
+
+def signalled_while_reading(number: int) -> None:
+    """Where errors of ours mean that a file is damaged."""
+    try:
+        signal.raise_signal(number)
+    except FractalError as error:
+        raise FractalError("damaged") from error
+
+
+def signalled_with_workers(number: int) -> None:
+    with sigterm_interrupts():
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("entry", [signalled_while_reading, signalled_with_workers])
+def test_a_signal_before_the_loop_is_one_line_and_the_code_of_a_stop(entry, number):
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedError, match=f"^stopped by {number.name}; run the same command to continue$") as error:
+        launch(entry, number, 1)
+    assert error.value.code == 75
+    assert signal.getsignal(number) == before
+
+
+def test_others_wait_for_the_first_process_that_says_it_is_at_work(monkeypatch):
+    meeting = threading.Barrier(2)
+    worked_on = threading.Event()
+    said: dict[int, int] = {}
+    told: list[int] = []
+
+    def largest(self: World, value: int) -> int:
+        said[self.rank] = value
+        meeting.wait(30)
+        found = max(said.values())
+        meeting.wait(30)
+        if self.main:
+            told.append(value)
+            if len(told) == 3:
+                worked_on.set()
+        return found
+
+    monkeypatch.setattr(World, "max", largest)
+    monkeypatch.setattr(world_module, "_AT_WORK_SECONDS", 0.0)
+    first, second = (World(rank=rank, size=2, local_size=2, device=torch.device("cpu")) for rank in range(2))
+    order = []
+
+    def wait() -> None:
+        with second.main_first():
+            order.append("second")
+
+    other = threading.Thread(target=wait, daemon=True)
+    other.start()
+    with first.main_first():
+        assert worked_on.wait(30)
+        order.append("first")
+    other.join(30)
+    assert order == ["first", "second"]
+    assert told[-1] == 0
+    assert set(told[:-1]) == {1}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +120,7 @@ def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):
         ),
         (OSError(28, "No space left on device", "runs/x"), r"^runs/x: No space left on device; free some space"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"^cpu: out of memory; lower --batch-size"),
+        (ValueError("Expected more than 1 value per channel when training, got"), r"^batch norm needs .*--batch-size"),
         (FractalError("ours"), r"^ours$"),
     ],
 )

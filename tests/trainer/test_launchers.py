@@ -2,13 +2,14 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def started(*command: object) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
@@ -41,9 +42,22 @@ def pretraining(dataset: Path, out: Path, epochs: int) -> tuple[object, ...]:
 
 
 def training_processes(launcher: int) -> list[int]:
-    """Children of the launcher that train: all but the resource tracker of multiprocessing."""
+    """Children of the launcher that train: neither multiprocessing's resource tracker nor what torch's imports run."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in children if "spawn_main" in read_of(child, "cmdline")]
+
+
+def read_of(process: object, name: str) -> str:
+    """What the system tells of a process, nothing if it has ended."""
+    try:
+        return Path(f"/proc/{process}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def importing(process: int) -> bool:
+    """Whether it has begun to import torch."""
+    return "libtorch" in read_of(process, "maps")
 
 
 @pytest.mark.slow
@@ -69,6 +83,32 @@ def test_launcher_in_mid_run(dataset, tmp_path, number):
         assert launcher.returncode == 75
         assert err == f"error: stopped by {number.name}; run the same command to continue\n"
         assert rest.splitlines()[-1].startswith(f"{out}: saved at epoch ")
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_killed_launcher(dataset, tmp_path):
+    with started("fractaltrain.cli", *pretraining(dataset, tmp_path / "run", 1000), "--nproc", 2) as launcher:
+        assert launcher.stdout is not None
+        while not (line := launcher.stdout.readline()).startswith("epoch 2/"):
+            assert line, launcher.communicate()
+        ends = [os.pidfd_open(process) for process in training_processes(launcher.pid)]
+        launcher.kill()
+        assert [select.select([end], [], [], 20)[0] for end in ends] == [[end] for end in ends]
+        assert len(ends) == 2
+        for end in ends:
+            os.close(end)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_processes_start_is_one_line(dataset, tmp_path):
+    """At a terminal all of them get it; they would show what they are importing."""
+    with started("fractaltrain.cli", *pretraining(dataset, tmp_path / "run", 1000), "--nproc", 2) as launcher:
+        while [importing(process) for process in training_processes(launcher.pid)] != [True, True]:
+            assert launcher.poll() is None
+        os.killpg(launcher.pid, signal.SIGINT)
+        out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, out) == (130, "")
+    assert err == "error: stopped by SIGINT; run the same command to continue\n"
 
 
 @pytest.mark.slow

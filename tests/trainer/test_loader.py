@@ -1,6 +1,10 @@
 import os
+import select
 import shutil
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -233,6 +237,40 @@ def test_killed_worker_is_one_line():
     )
     with pytest.raises(FractalError, match=r"^a loader worker died .*lower --workers$"):
         read(batches, workers=1)
+
+
+ORPHANS = """
+import multiprocessing, os
+import numpy as np
+from fractaltrain.data.source import ArraySource
+from fractaltrain.inputs import evaluation_geometry
+from fractaltrain.recipes import PRETRAINING
+from fractaltrain.stream.loader import Batches, Loading, iterate
+source = ArraySource("long" * 10_000, np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40, np.int64), 1)
+positions = np.arange(40).reshape(20, 2)
+batches = Batches(source, evaluation_geometry(PRETRAINING["anderson"], 8), positions, np.arange(40), 0, 0)
+stream = iterate(batches, 0, Loading(2, pin_memory=False))
+next(stream)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+input()
+"""
+
+
+def test_workers_end_with_a_killed_parent_though_nobody_takes_their_batches():
+    """The names of their samples fill the pipe that they write to, and each holds the end that is read."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], text=True, **pipes) as parent:
+        assert parent.stdout is not None
+        workers = [int(worker) for worker in parent.stdout.readline().split()]
+        ends = [os.pidfd_open(worker) for worker in workers]
+        parent.kill()
+        try:
+            assert [select.select([end], [], [], 20)[0] for end in ends] == [[end] for end in ends] != []
+        finally:
+            for end in ends:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(end, signal.SIGKILL)
+                os.close(end)
 
 
 def test_open_files_stay_few_and_are_closed(dataset, monkeypatch):

@@ -3,10 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,47 +10,6 @@ import torch
 
 from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
 from fractaltrain.run_folder import read_metrics
-
-SERVER = Path(__file__).with_name("world_server.py")
-
-
-@dataclass(frozen=True)
-class Ended:
-    codes: list[int]
-    seconds: float
-    out: list[str]
-    err: list[str]
-
-    def said(self) -> str:
-        """What all processes wrote to stderr."""
-        return "".join(self.err)
-
-
-World = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Runs the command in so many processes, as torchrun would."""
-    server = subprocess.Popen(
-        [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def run(size: int, *arguments: object, **request: object) -> Ended:
-        folder = tmp_path_factory.mktemp("world")
-        request |= {"size": size, "arguments": [str(some) for some in arguments], "folder": str(folder)}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
-        out, err = ([(folder / f"{name}-{rank}").read_text() for rank in range(size)] for name in ("out", "err"))
-        return Ended(answer["codes"], answer["seconds"], out, err)
-
-    yield run
-    server.stdin.close()
-    server.wait(10)
-    server.stdout.close()
 
 
 def pretraining(dataset: Path, out: Path, *more: object) -> tuple[object, ...]:
@@ -75,7 +30,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["whole", "accumulated"])
-def undisturbed(request, world: World, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def undisturbed(request, world, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     ended = world(2, *pretraining(dataset, folder, "--accumulate", request.param))
     assert (ended.codes, ended.said()) == ([0, 0], "")
@@ -150,6 +105,13 @@ def test_loss_that_is_no_number_names_the_samples_of_all_ranks(world, dataset, t
     samples = ended.said().split("on the samples ")[1].split(";")[0].split(", ")
     assert len(set(samples)) == 8
     assert all(len(sample) == 9 and sample.isdigit() for sample in samples)
+
+
+def test_batch_norm_of_a_single_value(world, dataset, tmp_path):
+    """A sample per rank, of which no more than a pixel is left."""
+    ended = world(2, *pretraining(dataset, tmp_path / "run", "--batch-size", 2))
+    assert ended.said().startswith("error: batch norm needs more than the one value per channel that it sees here; ")
+    assert (ended.said().count("\n"), 1 in ended.codes) == (1, True)
 
 
 def test_fewer_held_out_images_than_ranks(world, tmp_path, write_dataset):

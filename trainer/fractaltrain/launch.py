@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import TypeVar, cast
 
@@ -18,7 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
-from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
+from fractalshards.workers import end_with_parent
+from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, signals_raise, stopped
 
 _Choice = TypeVar("_Choice")
 
@@ -31,11 +34,20 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
 
     Raises:
         FractalError: of the process that failed first; by then all are down.
+        StoppedError: if a signal came, before the training loop began, too.
     """
-    nproc = nproc or max(torch.cuda.device_count(), 1)
-    if nproc == 1 or "RANK" in os.environ:
+    if "RANK" in os.environ:  # whoever started this one tells why it ends it
         entry(choice)
         return
+    nproc = nproc or max(torch.cuda.device_count(), 1)
+    with signals_raise():
+        if nproc == 1:
+            entry(choice)
+        else:
+            _launch_all(entry, choice, nproc)
+
+
+def _launch_all(entry: Callable[[_Choice], None], choice: _Choice, nproc: int) -> None:
     asked: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -48,12 +60,12 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
             with suppress(ProcessLookupError):
                 os.kill(cast(int, child.pid), number)
 
-    before = signal.signal(signal.SIGUSR1, pass_on)
+    signal.signal(signal.SIGUSR1, pass_on)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of processes that were stopped
     logging.disable(logging.ERROR)  # the launcher reports each failure, with tracebacks; we say it in one line
     try:
-        with tempfile.TemporaryDirectory() as log_dir:
+        with tempfile.TemporaryDirectory() as log_dir, _interrupts_held_from_children():
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -65,7 +77,7 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
                 max_restarts=0,
                 logs_specs=DefaultLogsSpecs(log_dir=log_dir),
             )
-            elastic_launch(config, entry)(choice)
+            elastic_launch(config, _take_part)(entry, choice)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == EXIT_STOPPED:  # of one that left it to another to say why
@@ -74,14 +86,40 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
     except SignalException as error:
         raise stopped(error.sigval) from error
     finally:
-        signal.signal(signal.SIGUSR1, before)
         logging.disable(logging.NOTSET)
+
+
+def _take_part(entry: Callable[[_Choice], None], choice: _Choice) -> None:
+    """What each of the processes runs. It ends when the launcher is killed, and from here on by Ctrl-C, silently."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    entry(choice)
+
+
+@contextmanager
+def _interrupts_held_from_children() -> Iterator[None]:
+    """Block Ctrl-C in processes started inside the block: each would show a traceback of what it was importing.
+
+    They inherit the mask of this thread; another one takes the signal instead, and Python then acts here.
+    """
+    resource_tracker.ensure_running()  # else the first child would start it, which unblocks the signal
+    ended = threading.Event()
+    taker = threading.Thread(target=ended.wait, daemon=True)
+    taker.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        ended.set()
+        taker.join()
 
 
 def _explain(rank: int, failure: ProcessFailure) -> FractalError:
     """The error of a process as this one's own. What is no FractalError is a bug of ours: show where."""
     message = failure.message
-    if -failure.exitcode in SIGNALS:
+    if -failure.exitcode in (*SIGNALS, signal.SIGINT):
         return stopped(-failure.exitcode)
     if not isinstance(message, dict):
         return FractalError(f"rank {rank} was killed ({message}); if memory ran out, lower --batch-size or --workers")

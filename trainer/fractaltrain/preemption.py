@@ -6,12 +6,13 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from fractalshards.errors import StoppedError
+from fractalshards.errors import StoppedError, Terminated
+from fractalshards.workers import end_with_parent
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL: the same command continues)."""
@@ -48,6 +49,29 @@ def stopped(number: int) -> StoppedError:
 
 
 @contextmanager
+def signals_raise() -> Iterator[None]:
+    """Before the loop there is nothing to save: SIGTERM and SIGUSR1 end the block by a ``StoppedError``.
+
+    Inside it is a KeyboardInterrupt, which nothing takes for the error of a damaged file.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        with _handling(stop):
+            yield
+    except Terminated as error:  # by who minds SIGTERM as Ctrl-C, pools of workers for one
+        raise stopped(signal.SIGTERM) from error
+    except KeyboardInterrupt as error:
+        if not came:
+            raise
+        raise stopped(came[0]) from error
+
+
+@contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Inside the block SIGTERM and SIGUSR1 only set a mark, for the loop to find.
 
@@ -60,27 +84,41 @@ def stop_signals() -> Iterator[Stop]:
     def mark(number: int, frame: FrameType | None) -> None:
         stop.number = number
 
-    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, mark) for number in SIGNALS}
-    try:
-        with _ended_in_time():
-            yield stop
-    except RuntimeError:  # as collective operations raise when another process is gone
-        if stop.number == signal.SIGTERM:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _handling(mark):
+        try:
+            with _ended_in_time():
+                yield stop
+        except RuntimeError:  # as collective operations raise when another process is gone
+            if stop.number == signal.SIGTERM:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGTERM)
+            raise
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For loader workers: batch systems signal all processes at once, but workers end when their parent does."""
+def prepare_worker(worker: int) -> None:
+    """For loader workers: batch systems signal all processes at once, but workers end when their parent does.
+
+    However often they signal: a worker that is missing would make a failure of a stop. By itself torch's worker may
+    wait for ever after a SIGKILL of its parent, to hand over a batch.
+    """
+    end_with_parent()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGUSR1, in the main thread: others cannot."""
+    here = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in here}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from fractaltrain.preemption import EXIT_STOPPED
 _ECHO = re.compile(r"gloo|nccl|c10d|connection|socket|TCPStore", re.IGNORECASE)
 _ECHO_SECONDS = 15.0
 _SILENT_SECONDS = 10.0
+_AT_WORK_SECONDS = 60.0
 _Any = TypeVar("_Any")
 
 
@@ -83,12 +84,30 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on all others: for what must happen once per shared file system."""
+        """Run the block on rank 0, then on all others: for what must happen once per shared file system.
+
+        It may take hours: rank 0 says every minute that it is at work, for no collective operation waits that long.
+        """
         if not self.main:
-            self.barrier()
-        yield
-        if self.main:
-            self.barrier()
+            while self.max(0):  # at work
+                pass
+            yield
+            return
+        done = threading.Event()
+
+        def keep_waiting() -> None:
+            with suppress(RuntimeError):  # another process is gone; the last operation fails as well, and is heard
+                while not done.wait(_AT_WORK_SECONDS):
+                    self.max(1)
+
+        thread = threading.Thread(target=keep_waiting, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        self.barrier()
 
 
 @contextmanager
@@ -99,9 +118,9 @@ def join_world() -> Iterator[World]:
     about the CPU's own tensors goes through gloo.
 
     Raises:
-        FractalError: if there are fewer GPUs than processes, the processes do not find each other, memory runs out, or
-            another process went away; a process that only notices the end of another one waits first, so that the
-            one with the cause is heard.
+        FractalError: if there are fewer GPUs than processes, the processes do not find each other, memory runs out,
+            batch norm sees a single value, or another process went away; a process that only notices the end of another
+            one waits first, so that the one with the cause is heard.
     """
     world = _read_environment()
     if world.device.type == "cuda":
@@ -112,6 +131,14 @@ def join_world() -> Iterator[World]:
     try:
         yield world
         world.barrier()
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        _stay_silent_unless_first(store, 1, wait=_SILENT_SECONDS)
+        advice = "raise --batch-size or --image-size, or lower --accumulate or the number of processes"
+        raise FractalError(
+            f"batch norm needs more than the one value per channel that it sees here; {advice}"
+        ) from error
     except RuntimeError as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):

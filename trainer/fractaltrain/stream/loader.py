@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
 from fractaltrain.data.source import BadSampleError, Example, Images, Source
-from fractaltrain.preemption import ignore_stop_signals
+from fractaltrain.preemption import prepare_worker
 from fractaltrain.stream.bits import Bits, Purpose, mix
 from fractaltrain.stream.order import Indices
 
@@ -182,7 +182,7 @@ def _loader(batches: Batches, start: int, loading: Loading) -> DataLoader[Batch 
         prefetch_factor=_PREFETCH if loading.workers else None,
         pin_memory=loading.pin_memory,
         generator=torch.Generator(),  # otherwise it would draw from the global one
-        worker_init_fn=ignore_stop_signals if loading.workers else None,
+        worker_init_fn=prepare_worker if loading.workers else None,
     )
 
 
