@@ -25,7 +25,7 @@ class Position:
     """How far a run is: ``step`` optimiser steps of ``epoch`` are done, both counted from 0.
 
     ``loss_sum`` adds up the losses of this epoch's global batches so far, ``logged_sum`` those up to the last line of
-    the metrics. ``history`` has, for every finished epoch, its ``train_loss`` and the scores of its evaluation.
+    the metrics. ``history`` has, for every finished epoch, its ``train_loss``, and the scores of its evaluation if there was one.
     """
 
     epoch: int = 0

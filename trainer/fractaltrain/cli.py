@@ -37,6 +37,7 @@ from fractaltrain.study.check import check_datasets, check_models
 from fractaltrain.study.config import read_study
 from fractaltrain.study.cost import find_sizes, find_speeds
 from fractaltrain.study.forecast import describe
+from fractaltrain.study.lineage import find_digests
 from fractaltrain.study.plan import plan_study
 from fractaltrain.study.record import write_record
 from fractaltrain.study.run import any_finished, run_groups
@@ -71,6 +72,8 @@ def _running_options(command: _Command) -> _Command:
         click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
         click.option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop", show_default=True,
                      help="What a sample that cannot be read does; skip: another takes its place."),
+        click.option("--eval-every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+                     help="Evaluate on held-out images after every N-th epoch, and after the last."),
         click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
                      help="Checkpoint inside long epochs, too."),
         click.option("--keep", type=click.IntRange(1), default=3, show_default=True, metavar="K",
@@ -240,6 +243,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         accumulate=options["accumulate"],
         compile=options["compile"],
         deterministic=options["deterministic"],
+        eval_every=options["eval_every"],
     )
 
 
@@ -285,7 +289,11 @@ def export(run: Path, out: Path) -> None:
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
               help="Where CIFAR's archives are, or go.")  # fmt: skip
 @click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.")
-def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None) -> None:
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Steps that run at once; on CPUs they share the cores.")  # fmt: skip
+def study(
+    file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None, jobs: int
+) -> None:
     """Run a grid of pre-training sets, models and fine-tuning sets. What is done is skipped, what was stopped goes on.
 
     Example: fractaltrain study studies/mini.toml --dry-run
@@ -293,7 +301,7 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     asked = read_study(file)
     folder = out or Path("runs") / asked.name
-    groups = plan_study(asked, folder, data_dir)
+    groups = plan_study(asked, folder, data_dir, find_digests(asked))
     mine = part.of(groups) if part else groups
     check_models(groups, asked.image_size, file)
     if dry_run:
@@ -302,7 +310,7 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
         return
     check_datasets(asked, file)
     write_record(asked, groups, folder)
-    missing = run_groups(mine, folder, nproc)
+    missing = run_groups(mine, folder, nproc, jobs)
     if any_finished(groups, folder):
         click.echo(write_comparison([folder], folder))
     if missing:

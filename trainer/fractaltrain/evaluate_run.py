@@ -16,7 +16,7 @@ from fractalshards.human import one_line
 from fractaltrain.confusion import FILE as PICTURE
 from fractaltrain.confusion import draw_confusion
 from fractaltrain.data.finetuning import Data, DataChoice, open_data
-from fractaltrain.evaluation import predict
+from fractaltrain.evaluation import evaluation_batch, predict
 from fractaltrain.inputs import evaluation_geometry
 from fractaltrain.settings import Evaluation
 from fractaltrain.stream.loader import Batches, Loading, iterate
@@ -83,7 +83,7 @@ def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
     batches = Batches(
         data.held_out,
         evaluation_geometry(run.recipe, run.image_size),
-        evaluation_positions(held_out, run.recipe.batch_size, world.rank, world.size),
+        evaluation_positions(held_out, evaluation_batch(run.recipe, world), world.rank, world.size),
         np.arange(held_out),
         seed=0,
         epoch=0,
