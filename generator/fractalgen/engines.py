@@ -60,7 +60,7 @@ def open_engine(workers: int, scheduler: str | None = None) -> Iterator[Engine]:
 def _open_dask(scheduler: str) -> Iterator[Engine]:
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
-        from distributed.comm import get_address_host_port
+        from distributed.comm.addressing import get_address_host_port
     try:
         get_address_host_port(scheduler)  # first: a client of a bad address is never closed, and stalls the next one
         client = Client(scheduler, timeout=_SECONDS)
