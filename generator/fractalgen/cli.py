@@ -245,7 +245,7 @@ def preview(
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
 
 
-@main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed", "File": "--out"})
+@main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed --out"})
 @click.option("--params", required=True, type=_PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="2 changes nothing.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kataoka.DRAWS), help="How to draw.")
@@ -259,7 +259,7 @@ def render(
 ) -> None:
     """Render one FractalDB image, to the pixel as the published code does.
 
-    Example: fractalgen render --params 00000.csv --weight-row 4 --draw point-gray --out image.png
+    Example: fractalgen render --params 00000.csv --draw point-gray --out image.png
     """
     if picture_format(out) != "PNG":
         raise UsageError(f"--out is {out}: expected a name that ends in .png")

@@ -19,6 +19,13 @@ from fractalshards.errors import FractalError, StoppedError, Terminated, UsageEr
 from fractalshards.human import human_bytes, human_seconds, one_line
 
 _QUIET = f"{__name__}.quiet"
+_SHORT = {
+    "INTEGER RANGE": "N",
+    "INTEGER": "N",
+    "FLOAT RANGE": "X",
+    "FLOAT": "X",
+    f"0<=x<={2**63 - 1}": "x>=0",
+}
 _LOG_SECONDS = 10.0
 _NOTICE_SECONDS = 1.0
 _ADVICE = {
@@ -63,11 +70,20 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                sections[headings.get(parameter.opts[0], "Options")].append(record)
+                sections[headings.get(parameter.opts[0], "Options")].append(
+                    (_in_few_words(record[0]), _in_few_words(record[1]))
+                )
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
+
+
+def _in_few_words(text: str) -> str:
+    """A part of a help record without click's long words."""
+    for long, short in _SHORT.items():
+        text = text.replace(long, short)
+    return text
 
 
 class Commands(click.Group):
@@ -81,6 +97,12 @@ class Commands(click.Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.context_settings = {"show_default": True, **self.context_settings}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what each command is for, its whole first sentence."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in commands if one])
 
     def main(
         self,
