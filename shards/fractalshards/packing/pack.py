@@ -32,7 +32,7 @@ _NAMED = 10  # of the images that cannot be packed
 
 @dataclass(frozen=True)
 class PackRecipe:
-    """What a packed dataset is: equal recipes of files with equal bytes give equal samples (law 1).
+    """What a packed dataset is: equal recipes of files with equal bytes give equal samples.
 
     Attributes:
         kind: of the source, ``imagefolder`` or ``imagenet``.
