@@ -124,7 +124,7 @@ def train(job: Job, world: World) -> None:
         while position.epoch < recipe.epochs:
             epoch = position.epoch
             batches = training_batches(job, positions, epoch, world)
-            bad = BadSamples()
+            bad = BadSamples(position.bad_samples)
             loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=world.device)
             recent: list[Taken] = []
             set_training(learner.model)
@@ -145,6 +145,8 @@ def train(job: Job, world: World) -> None:
                     continue
 
                 position = replace(position, step=step, loss_sum=float(loss_sum))
+                if running.on_bad_sample == "skip":
+                    position = replace(position, bad_samples=bad.total(world))
                 if not math.isfinite(position.loss_sum):
                     raise diverged(recent, epoch, world)
                 if logging:
@@ -159,7 +161,7 @@ def train(job: Job, world: World) -> None:
             report.clock.pause()
 
             summary = {"train_loss": position.loss_sum / steps}
-            if running.on_bad_sample == "skip" and (replaced := bad.total(world)):
+            if replaced := position.bad_samples:
                 summary["bad_samples"] = replaced
                 report.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
             if job.held_out is not None:
