@@ -60,9 +60,9 @@ def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
     if choice.caching is None:
         return None
     cache = open_cache(choice.shards, choice.caching.folder, choice.caching.size, choice.window, TRAINING)
-    if world.local_rank == 0:
-        cache.prepare(progress if world.main else unseen)
-    world.barrier()
+    with world.local_main_first():
+        if world.local_rank == 0:
+            cache.prepare(progress if world.main else unseen)
     return cache
 
 
