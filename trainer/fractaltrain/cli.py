@@ -81,6 +81,7 @@ def _running_options(command: _Command) -> _Command:
         click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
                      help="Compute each process's batch in N parts, to save memory."),
         click.option("--compile", is_flag=True, help="Run the model through torch.compile."),
+        click.option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
         click.option("--deterministic", is_flag=True, help="The same bits again on the same hardware; slower."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -106,6 +107,9 @@ def _running_options(command: _Command) -> _Command:
     help="Keep shards of a URL below this folder of the machine  [default: $TMPDIR or ~/.cache]",
 )
 @click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them  [default: 20GB]")
+@click.option(
+    "--nodes-split", is_flag=True, help="Each machine reads its own part of an epoch's shards, where none is shared."
+)
 @_running_options
 def pt(
     shards: str,
@@ -115,6 +119,7 @@ def pt(
     image_size: int | None,
     cache_dir: Path | None,
     cache_size: str | None,
+    nodes_split: bool,
     nproc: int | None,
     **options: Any,
 ) -> None:
@@ -133,6 +138,7 @@ def pt(
         model=model,
         image_size=image_size,
         window=window,
+        nodes_split=nodes_split,
     )
     with needs_extra("train", "training"):
         from fractaltrain.launch import launch
@@ -240,6 +246,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         accumulate=options["accumulate"],
         compile=options["compile"],
         deterministic=options["deterministic"],
+        sync_batchnorm=options["sync_batchnorm"],
     )
 
 

@@ -56,8 +56,9 @@ class Job:
         image_size: side in pixels of what the model sees.
         settings: JSON-like; what tells this run from others, see ``run_folder.open_run``.
         multi_label: images show several classes each.
-        reached: told the epoch and the position in its order that training has come to, before its first step and after
-            every step; datasets that lie elsewhere are fetched ahead of it.
+        nodes: machines that share out an epoch's shards among them; 1: they do not.
+        reached: told the epoch and how many of its steps are done, before its first step and after every step; datasets
+            that lie elsewhere are fetched ahead of it.
     """
 
     running: Running
@@ -68,7 +69,8 @@ class Job:
     image_size: int
     settings: Mapping[str, Any]
     multi_label: bool = False
-    reached: Callable[[int, int], None] = lambda epoch, position: None
+    nodes: int = 1
+    reached: Callable[[int, int], None] = lambda epoch, step: None
 
 
 def train(job: Job, world: World) -> None:
@@ -87,7 +89,7 @@ def train(job: Job, world: World) -> None:
     check_batch(recipe, world.size, running.accumulate)
     samples = epoch_samples(sum(job.training.lengths), recipe.repeats)
     steps = steps_per_epoch(samples, recipe.batch_size, running.pad)
-    positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad)
+    positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad, job.nodes)
     learner = build_learner(job.model, running, job.multi_label, steps, world)
     loading = Loading(loader_workers(running.workers, world), pin_memory=world.device.type == "cuda")
     settings = run_settings(job, learner)
@@ -129,7 +131,7 @@ def train(job: Job, world: World) -> None:
             recent: list[Taken] = []
             set_training(learner.model)
             report.clock.start()
-            job.reached(epoch, position.step * recipe.batch_size)
+            job.reached(epoch, position.step)
             for step, batch in enumerate(  # no name keeps the batches, or their workers would outlive an error
                 report.clock.steps_of(bad.noting(iterate(batches, position.step, loading))), position.step + 1
             ):
@@ -138,7 +140,7 @@ def train(job: Job, world: World) -> None:
                 loss = learner.learn(*training_batch(batch, recipe, job.training.classes, world.device))
                 recent.append(Taken(step, lr, loss, batch.keys))
                 loss_sum += world.sum(loss.double()) / world.size
-                job.reached(epoch, step * recipe.batch_size)
+                job.reached(epoch, step)
                 stopping = world.max(stop.number)
                 logging = step % LOG_EVERY == 0 or step == steps
                 if not (logging or stopping):
@@ -277,6 +279,7 @@ def run_settings(job: Job, learner: Learner) -> dict[str, Any]:
         "seed": running.seed,
         "pad": running.pad,
         "precision": str(learner.take_step.dtype),
+        **({"sync_batchnorm": True} if running.sync_batchnorm else {}),
     }
 
 

@@ -43,6 +43,17 @@ class World:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
+    def nodes(self) -> int:
+        """The number of machines, which have equally many processes. Collective.
+
+        Raises:
+            UsageError: if they have not.
+        """
+        sizes = {*self.gather(self.local_size)}
+        if len(sizes) > 1 or self.size % self.local_size:
+            raise UsageError("--nodes-split needs equally many processes on every machine; start it so, or drop it")
+        return self.size // self.local_size
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of ``tensor`` over all processes, in place."""
         if self.size > 1:
