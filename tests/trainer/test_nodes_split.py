@@ -48,7 +48,9 @@ def test_a_machine_has_the_shards_of_its_part_fetched_and_no_others():
 def test_machines_with_other_numbers_of_processes_are_refused(monkeypatch):
     world = World(rank=0, size=6, local_size=4, device=None)
     monkeypatch.setattr(World, "gather", lambda self, value: [4, 4, 4, 4, 2, 2])
-    with pytest.raises(UsageError, match=r"^--nodes-split needs equally many processes on every machine; start it so, or drop it$"):
+    with pytest.raises(
+        UsageError, match=r"^--nodes-split needs equally many processes on every machine; start it so, or drop it$"
+    ):
         world.nodes()
 
 

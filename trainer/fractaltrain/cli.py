@@ -14,6 +14,7 @@ from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
+from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.write import write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
@@ -140,7 +141,7 @@ def pt(
         window=window,
         nodes_split=nodes_split,
     )
-    with needs_extra("train", "training"):
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
     launch(pretrain, choice, nproc)
@@ -208,7 +209,7 @@ def ft(
         image_size=image_size,
         freeze=freeze,
     )
-    with needs_extra("train", "training"):
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
         from fractaltrain.launch import launch
     launch(finetune, finetuning, nproc)
@@ -261,7 +262,7 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
     choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
-    with needs_extra("train", "evaluation"):
+    with ends_at_once(), needs_extra("train", "evaluation"):
         from fractaltrain.evaluate_run import evaluate_run
         from fractaltrain.launch import launch
     launch(evaluate_run, Evaluation(run=weights, data=choice, out=out), nproc=1)
@@ -275,7 +276,7 @@ def export(run: Path, out: Path) -> None:
 
     Example: fractaltrain export runs/single --out model.safetensors
     """
-    with needs_extra("train", "export"):
+    with ends_at_once(), needs_extra("train", "export"):
         from fractaltrain.export import export_run
     exported = export_run(run, out)
     click.echo(f"{exported.origin}: {exported.path}")
