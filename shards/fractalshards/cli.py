@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -71,7 +72,7 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     with progress("verifying", samples, "images") as advance:
         problems = verify_dataset(manifest, workers or available_cores(), advance)
     if as_json:
-        click.echo(json.dumps({"sound": not problems, "problems": list(problems)}, indent=1))
+        click.echo(json.dumps({"sound": not problems, "problems": [asdict(problem) for problem in problems]}, indent=1))
     else:
         for problem in problems:
             click.echo(one_line(f"bad: {folder}/{problem}"))
