@@ -193,9 +193,10 @@ _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of 
 @_JOBS
 @quiet_option
 def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
-    """Store a dataset elsewhere: a folder, s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+    """Store a dataset elsewhere: in another folder, on S3, Google Cloud Storage or Hugging Face.
 
-    Only what is missing or different travels. What arrived is checked.
+    URL is a path, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is missing or different
+    travels. What arrived is checked.
 
     Example: fractalshards push shards/single s3://bucket/single
     """
@@ -210,9 +211,10 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 @_JOBS
 @quiet_option
 def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
-    """Fetch a dataset from a folder, https://..., s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+    """Fetch a dataset from another folder, a web server, S3, Google Cloud Storage or Hugging Face.
 
-    Only what is missing or different travels, and every file is checked.
+    URL is a path, https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is
+    missing or different travels, and every file is checked.
 
     Example: fractalshards pull s3://bucket/single shards/single
     """
