@@ -378,3 +378,7 @@ def _parse_workers(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     return int(text)
+
+
+if __name__ == "__main__":
+    main()

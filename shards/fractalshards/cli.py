@@ -291,3 +291,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
         run_pack(plan, count)
     click.echo(one_line(load_manifest(out).summary()))
     click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")
+
+
+if __name__ == "__main__":
+    main()

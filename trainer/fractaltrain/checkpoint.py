@@ -25,13 +25,15 @@ class Position:
     """How far a run is: ``step`` optimiser steps of ``epoch`` are done, both counted from 0.
 
     ``loss_sum`` adds up the losses of this epoch's global batches so far, ``logged_sum`` those up to the last line of
-    the metrics. ``history`` has, for every finished epoch, its ``train_loss`` and the scores of its evaluation.
+    the metrics; ``bad_samples`` of this epoch were replaced so far. ``history`` has, for every finished epoch, its
+    ``train_loss`` and the scores of its evaluation.
     """
 
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
     logged_sum: float = 0.0
+    bad_samples: int = 0
     history: tuple[dict[str, float], ...] = ()
 
 

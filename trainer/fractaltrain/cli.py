@@ -14,6 +14,7 @@ from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
+from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.write import write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
@@ -47,7 +48,7 @@ _CACHE_SIZE = "20GB"
 
 _RUNNING = {
     "Recipe": "--recipe --epochs --batch-size --lr --scale-lr --set",
-    "Processes": "--nproc --workers --amp --accumulate --compile --deterministic",
+    "Processes": "--nproc --workers --amp --accumulate --compile --sync-batchnorm --deterministic",
     "Run": "--out --resume --save-every-minutes --keep --seed --pad --on-bad-sample",
 }
 
@@ -89,6 +90,7 @@ def _running_options(command: _Command) -> _Command:
         click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
                      help="Compute each process's batch in N parts, to save memory."),
         click.option("--compile", is_flag=True, help="Run the model through torch.compile."),
+        click.option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
         click.option("--deterministic", is_flag=True, help="The same bits again on the same hardware; slower."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -96,7 +98,12 @@ def _running_options(command: _Command) -> _Command:
     return command
 
 
-@main.command(groups={"Data and model": "--shards --model --image-size --window --cache-dir --cache-size", **_RUNNING})
+@main.command(
+    groups={
+        "Data and model": "--shards --model --image-size --window --cache-dir --cache-size --nodes-split",
+        **_RUNNING,
+    }
+)
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
 @click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True,
@@ -115,6 +122,9 @@ def _running_options(command: _Command) -> _Command:
     help="Keep shards of a URL below this folder of the machine.  [default: $TMPDIR or ~/.cache]",
 )
 @click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them.  [default: 20GB]")
+@click.option(
+    "--nodes-split", is_flag=True, help="Each machine reads its own part of an epoch's shards, where none is shared."
+)
 @_running_options
 def pt(
     shards: str,
@@ -124,6 +134,7 @@ def pt(
     image_size: int | None,
     cache_dir: Path | None,
     cache_size: str | None,
+    nodes_split: bool,
     nproc: int | None,
     **options: Any,
 ) -> None:
@@ -144,8 +155,9 @@ def pt(
         model=model,
         image_size=image_size,
         window=window,
+        nodes_split=nodes_split,
     )
-    with needs_extra("train", "training"):
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
     launch(pretrain, choice, nproc)
@@ -221,7 +233,7 @@ def ft(
         image_size=image_size,
         freeze=freeze,
     )
-    with needs_extra("train", "training"):
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
         from fractaltrain.launch import launch
     launch(finetune, finetuning, nproc)
@@ -259,6 +271,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         accumulate=options["accumulate"],
         compile=options["compile"],
         deterministic=options["deterministic"],
+        sync_batchnorm=options["sync_batchnorm"],
     )
 
 
@@ -273,7 +286,7 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
     choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
-    with needs_extra("train", "evaluation"):
+    with ends_at_once(), needs_extra("train", "evaluation"):
         from fractaltrain.evaluate_run import evaluate_run
         from fractaltrain.launch import launch
     launch(evaluate_run, Evaluation(run=weights, data=choice, out=out), nproc=1)
@@ -287,7 +300,7 @@ def export(run: Path, out: Path) -> None:
 
     Example: fractaltrain export runs/single --out model.safetensors
     """
-    with needs_extra("train", "export"):
+    with ends_at_once(), needs_extra("train", "export"):
         from fractaltrain.export import export_run
     exported = export_run(run, out)
     click.echo(f"{exported.origin}: {exported.path}")

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from fractalshards.errors import FractalError, UsageError
@@ -39,6 +40,18 @@ def set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms whose statistics are those of all processes together; names and parameters stay.
+
+    Raises:
+        UsageError: on a CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise UsageError("--sync-batchnorm needs GPUs; drop it")
+    synchronised_model: nn.Module = convert_sync_batchnorm(model)  # timm's own batch norms, too
+    return synchronised_model
 
 
 def compiled(network: nn.Module) -> nn.Module:

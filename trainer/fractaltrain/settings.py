@@ -37,6 +37,7 @@ class Running:
         accumulate: parts of each process's batch that are computed one after the other, to save memory.
         compile: run the model through torch.compile.
         deterministic: the same bits again on the same hardware, at the price of speed.
+        sync_batchnorm: batch norm sees the whole batch, not each process's part.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class Running:
     accumulate: int = 1
     compile: bool = False
     deterministic: bool = False
+    sync_batchnorm: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Pretraining:
     """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
 
     ``shards`` is a local folder; with ``caching``, a URL. ``by_kind`` has recipes for kinds of datasets that take
-    another one than ``running`` has.
+    another one than ``running`` has. With ``nodes_split`` machines share out the shards of an epoch among them.
     """
 
     running: Running
@@ -77,6 +79,7 @@ class Pretraining:
     model: str
     image_size: int | None
     window: int
+    nodes_split: bool = False
 
 
 @dataclass(frozen=True)
