@@ -23,7 +23,7 @@ types: .venv/test.stamp  ## Static types
 
 docs: .venv/test.stamp  ## The documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with search: $(BIN)/mkdocs serve"
 
 bench: .venv/demo.stamp  ## Speed of the generator, stage by stage
 	$(BIN)/python tools/bench_generator.py

@@ -30,7 +30,8 @@ class Recipe:
 
     Attributes:
         kind: name of a kind, see ``fractalgen kinds``.
-        n, val: samples to train on and to evaluate on.
+        n: samples to train on.
+        val: samples to evaluate on.
         classes: number of classes, each with one system; at most n for kinds whose images show one class.
         size: side length of the square images in pixels.
         points: points of a chaos game.

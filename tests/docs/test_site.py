@@ -58,7 +58,7 @@ def test_pages_hold_what_they_take_from_elsewhere(site: Path) -> None:
         "add-a-kind": "GlowParams",
         "paper": "deit_small_patch32_224",
     }.items():
-        text = re.sub(r"<[^>]*>", "", (site / page / "index.html").read_text())
+        text = re.sub(r"<[^>]*>", "", (site / f"{page}.html").read_text())
         assert words in text, page
 
 

@@ -36,7 +36,8 @@ class PackRecipe:
 
     Attributes:
         kind: of the source, ``imagefolder`` or ``imagenet``.
-        n, val: samples of the splits.
+        n: samples of the split ``train``.
+        val: samples of the split ``val``.
         classes: number of classes.
         seed: of the order of the images, and of which are held out.
         shard_size: samples per shard.
