@@ -155,6 +155,14 @@ def make_recipe(
     """A recipe with the kind's defaults for what is not given.
 
     Args:
+        kind: name of a kind: ``fractaldb``, ``single``, ``multi``.
+        n: samples to train on, at least 1.
+        val: samples to evaluate on, of the same classes; they share no render with those to train on.
+        classes: number of classes, 1 to 100,000; at most n for kinds whose images show one class.
+        size: side length of the images in pixels, 16 to 4096.
+        points: points of a chaos game, 1 to 100,000,000.
+        seed: of everything random, 0 to 2**63 - 1.
+        shard_size: samples per shard.
         overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
 
     Raises:
