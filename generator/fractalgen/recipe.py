@@ -10,7 +10,7 @@ from fractalgen.limits import MAX_POINTS, SIZES
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.fields import Fields
-from fractalshards.manifest import MAX_CLASSES
+from fractalshards.manifest import MAX_CLASSES, MAX_SHARD_SIZE, MAX_SHARDS
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
@@ -77,11 +77,11 @@ class Recipe:
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it may be 0 to 2**63 - 1")
         least = kind.images_per_unit
         _require(
-            least <= self.shard_size <= 100_000,
-            f"shard_size is {self.shard_size}: a shard of kind {self.kind} has {least} to 100,000 samples",
+            least <= self.shard_size <= MAX_SHARD_SIZE,
+            f"shard_size is {self.shard_size}: a shard of kind {self.kind} has {least} to {MAX_SHARD_SIZE:,} samples",
         )
         shards = (self.n + self.val) // self.shard_size
-        _require(shards <= 100_000, f"{shards:,} shards are too many for a manifest: raise shard_size")
+        _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
 
     def _check_units(self, kind: Kind) -> None:
