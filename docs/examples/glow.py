@@ -18,8 +18,8 @@ from fractalshards.png import Indexed
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
 
-_GREYS = np.minimum(np.arange(32) * 15, 255).astype(np.uint8)
-_PALETTE = np.stack([_GREYS] * 3, axis=1)
+_GREYS = [0] + [min(60 + 25 * doublings, 255) for doublings in range(31)]
+_PALETTE = np.array([(grey, grey, grey) for grey in _GREYS], np.uint8)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ def parameter(default: Any, help: str, low: float | None = None, high: float | N
     """A dataclass field with a default, a line for ``fractalgen kinds``, and the range of numbers that it takes.
 
     Args:
-        low, high: both ends of the range, which belong to it; of numbers alone, not of texts or ``True`` and ``False``.
+        default: its value unless ``--set`` changes it.
+        help: what it is, in one line.
+        low: the least value; None for texts and for true and false.
+        high: the greatest value.
     """
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -71,7 +72,7 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     with progress("verifying", samples, "images") as advance:
         problems = verify_dataset(manifest, workers or available_cores(), advance)
     if as_json:
-        click.echo(json.dumps({"sound": not problems, "problems": list(problems)}, indent=1))
+        click.echo(json.dumps({"sound": not problems, "problems": [asdict(problem) for problem in problems]}, indent=1))
     else:
         for problem in problems:
             click.echo(one_line(f"bad: {folder}/{problem}"))
@@ -192,9 +193,10 @@ _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of 
 @_JOBS
 @quiet_option
 def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
-    """Store a dataset elsewhere: a folder, s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+    """Store a dataset elsewhere: in another folder, on S3, Google Cloud Storage or Hugging Face.
 
-    Only what is missing or different travels. What arrived is checked.
+    URL is a path, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is missing or different
+    travels. What arrived is checked.
 
     Example: fractalshards push shards/single s3://bucket/single
     """
@@ -209,9 +211,10 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 @_JOBS
 @quiet_option
 def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
-    """Fetch a dataset from a folder, https://..., s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+    """Fetch a dataset from another folder, a web server, S3, Google Cloud Storage or Hugging Face.
 
-    Only what is missing or different travels, and every file is checked.
+    URL is a path, https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is
+    missing or different travels, and every file is checked.
 
     Example: fractalshards pull s3://bucket/single shards/single
     """

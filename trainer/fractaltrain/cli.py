@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.console import Commands
+from fractalshards.console import Commands, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
@@ -280,6 +280,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where the report goes.  [default: eval-DATA in the run's folder]")  # fmt: skip
+@quiet_option
 def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None:
     """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
 

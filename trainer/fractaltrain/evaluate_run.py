@@ -11,6 +11,7 @@ from rich.text import Text
 from torch.nn import functional
 
 from fractalshards.atomic import write_json
+from fractalshards.console import progress, unseen
 from fractalshards.errors import FractalError
 from fractalshards.human import one_line
 from fractaltrain.confusion import FILE as PICTURE
@@ -80,10 +81,11 @@ def check_classes(run: Trained, data: Data, choice: DataChoice) -> None:
 def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
     """Predict every held-out image once, each rank its share, and bring together what was said. Collective."""
     held_out = sum(data.held_out.lengths)
+    share = evaluation_positions(held_out, run.recipe.batch_size, world.rank, world.size)
     batches = Batches(
         data.held_out,
         evaluation_geometry(run.recipe, run.image_size),
-        evaluation_positions(held_out, run.recipe.batch_size, world.rank, world.size),
+        share,
         np.arange(held_out),
         seed=0,
         epoch=0,
@@ -93,10 +95,13 @@ def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
     precision = torch.float32 if half_on_cpu else run.precision
     labels, guesses, losses = [_none(1)], [_none(min(5, run.classes))], 0.0
     model = run.rebuilt().to(world.device)
-    for logits, truth in predict(model, iterate(batches, 0, loading), run.recipe, precision, world):
-        labels.append(truth[:, None].cpu().numpy())
-        guesses.append(logits.topk(min(5, run.classes)).indices.cpu().numpy())
-        losses += float(functional.cross_entropy(logits, truth, reduction="sum"))
+    show = progress if world.main else unseen
+    with show("evaluating", sum(map(len, share)), "images") as advance:
+        for logits, truth in predict(model, iterate(batches, 0, loading), run.recipe, precision, world):
+            labels.append(truth[:, None].cpu().numpy())
+            guesses.append(logits.topk(min(5, run.classes)).indices.cpu().numpy())
+            losses += float(functional.cross_entropy(logits, truth, reduction="sum"))
+            advance(len(truth))
     parts = world.gather((np.concatenate(labels)[:, 0], np.concatenate(guesses), losses))
     return Tally(
         classes=run.classes,

@@ -25,7 +25,9 @@ class Kind:
         name: as ``--kind`` calls it.
         summary: one line for ``--help``.
         params: a frozen dataclass whose fields are ``params.parameter``, with defaults, checked when made.
-        classes, size, points: defaults of a recipe.
+        classes: default of a recipe; so are
+        size: the side length in pixels, and
+        points: the points of a chaos game.
         draw_systems: (params, seed, classes) -> the systems of all classes, float64 arrays.
         render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels; an image is
             (size, size, 3) uint8 or indexed. All random numbers come from the unit's identity.
