@@ -118,7 +118,7 @@ def _multi_label_scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]
     for logits, targets in predictions:
         loss_sum += multi_label_loss(logits, targets).double() * len(logits)
         mine.append((logits.cpu().numpy(), targets.cpu().numpy() > 0))
-    found = [batch for part in world.gather(mine) for batch in part]
+    found = [batch for part in world.gather_at_main(mine) for batch in part]
     loss = float(world.sum(loss_sum))
     _check_loss(loss)
     nothing = MultiLabelScores(0, 0.0, 0.0, 0.0)

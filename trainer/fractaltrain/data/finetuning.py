@@ -60,7 +60,7 @@ class Data:
 
     Attributes:
         class_names: by class index; empty where classes have none.
-        digest: tells datasets of shards apart; None for other images.
+        digest: tells datasets of shards and image folders apart, on rank 0; None for other images.
         multi_label: images show several classes each.
     """
 
@@ -120,9 +120,11 @@ def _open_whole(choice: DataChoice, world: "World") -> _Whole:
         return _open_shards(Path(choice.name.removeprefix(SHARDS_PREFIX)), world)
     with world.main_first():  # it may download
         if choice.name.startswith(FOLDER_PREFIX):
-            from fractaltrain.data.folder import load_folders
+            from fractaltrain.data.folder import folders_digest, load_folders
 
-            return _Whole(*load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX))))
+            train, held_out = load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX)))
+            digest = folders_digest(train, held_out) if world.main else None
+            return _Whole(train, held_out, digest)
         from fractaltrain.data.cifar import load_cifar
 
         return _Whole(*load_cifar(choice.name, choice.folder))
