@@ -19,9 +19,10 @@ _ENDINGS = {  # as ``preemption`` and ``fractalshards.console`` have them
 def ends_at_once() -> Iterator[None]:
     """Inside the block nothing has begun yet, and Ctrl-C, SIGTERM and SIGUSR1 end the process without a traceback.
 
-    Not where torchrun started it, which ends its processes itself and tells why.
+    Not where torchrun started it, which ends its processes itself and tells why; and none that is ignored (``nohup``).
     """
-    numbers = () if "RANK" in os.environ else _ENDINGS
+    heard = () if "RANK" in os.environ else _ENDINGS
+    numbers = [number for number in heard if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, _end) for number in numbers}
     try:
         yield

@@ -280,9 +280,13 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where the report goes.  [default: eval-DATA in the run's folder]")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
+              help="Images at a time; it changes nothing but memory and speed.")  # fmt: skip
 @quiet_option
-def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None:
+def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int) -> None:
     """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
+
+    Where images show several classes each: mean average precision, F1, and average precision by class.
 
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
@@ -290,7 +294,7 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None
     with ends_at_once(), needs_extra("train", "evaluation"):
         from fractaltrain.evaluate_run import evaluate_run
         from fractaltrain.launch import launch
-    launch(evaluate_run, Evaluation(run=weights, data=choice, out=out), nproc=1)
+    launch(evaluate_run, Evaluation(weights, choice, out, batch_size), nproc=1)
 
 
 @main.command()

@@ -9,7 +9,14 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_determinism, synchronised
+from fractaltrain.compute import (
+    autocast_dtype,
+    compiled,
+    memory_format,
+    set_determinism,
+    synchronised,
+    with_gradients_laid_out,
+)
 from fractaltrain.losses import find_loss
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.settings import Running
@@ -82,7 +89,7 @@ def build_learner(model: nn.Module, running: Running, multi_label: bool, epoch_s
     averaged = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     if averaged:
         parts["ema"] = averaged.module
-    wrapped = DistributedDataParallel(model) if world.size > 1 else None
+    wrapped = DistributedDataParallel(with_gradients_laid_out(model)) if world.size > 1 else None
     network = model if wrapped is None else wrapped
     take_step = Step(
         network=compiled(network) if running.compile else network,

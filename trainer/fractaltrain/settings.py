@@ -104,6 +104,7 @@ class Evaluation:
     run: Path
     data: DataChoice
     out: Path | None
+    batch_size: int
 
 
 def dataset_name(shards: str) -> str:

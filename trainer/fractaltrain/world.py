@@ -89,6 +89,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_at_main(self, value: _Any) -> list[_Any]:
+        """What each process gives, by rank, on rank 0; nothing on the others. It is pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.max(0)
