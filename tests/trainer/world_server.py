@@ -5,8 +5,8 @@ It reads requests from stdin, a line of JSON each, and answers with a line. A re
 ``[rank, epoch, step, number]``: when that rank has fetched that batch (epoch from 0, step from 1), it sends itself that
 signal. With ``record``, ``keys-RANK.jsonl`` in that folder gets a line per batch: its step from 0, and its keys.
 ``agent``: whether to do what torchrun does, which ends all processes when one has failed; it keeps the store
-where they meet in any case, unless ``port`` names another. The answer has the exit ``codes``, negative for a signal,
-and the ``seconds`` from the first failure to the end of the last process.
+where they meet in any case, unless ``port`` names another. ``nodes``: machines that they seem to be on. The answer has
+the exit ``codes``, negative for a signal, and the ``seconds`` from the first failure to the end of the last process.
 """
 
 import faulthandler
@@ -75,7 +75,9 @@ def store_at(meeting: socket.socket) -> dist.TCPStore:
 
 def run_rank(rank: int, port: int, agent_store: bool, request: dict) -> None:
     size = str(request["size"])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    local_size = request["size"] // request.get("nodes", 1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % local_size)}
+    os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": str(local_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     if agent_store:
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}

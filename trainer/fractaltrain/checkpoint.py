@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to continue, written atomically, read without running code."""
 
 import errno
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from fractalshards.human import one_line
 _FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 _FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT)
-_UNSOUND = (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,15 @@ class Position:
     """How far a run is: ``step`` optimiser steps of ``epoch`` are done, both counted from 0.
 
     ``loss_sum`` adds up the losses of this epoch's global batches so far, ``logged_sum`` those up to the last line of
-    the metrics. ``history`` has, for every finished epoch, its ``train_loss``, and the scores of its evaluation if there was one.
+    the metrics; ``bad_samples`` of this epoch were replaced so far. ``history`` has, for every finished epoch, its
+    ``train_loss``, and the scores of its evaluation if there was one.
     """
 
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
     logged_sum: float = 0.0
+    bad_samples: int = 0
     history: tuple[dict[str, float], ...] = ()
 
 
@@ -95,13 +96,16 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     passed_over: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
             if state["format"] != _FORMAT:
                 raise FractalError(f"{path}: written by another version; choose another folder with --out")
             position = Position(**state["position"])
             parts = {name: part for name, part in state.items() if name not in ("format", "position")}
             return Checkpoint(path, position, parts, tuple(passed_over))
-        except _UNSOUND as error:
+        except FractalError:
+            raise
+        except Exception as error:  # any kind, as torch meets the bytes of a damaged file
             if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
                 raise
             passed_over.append(f"{path}: damaged ({_reason(error)})")

@@ -7,13 +7,14 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.console import Commands
+from fractalshards.console import Commands, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
+from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.write import write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
@@ -46,6 +47,12 @@ _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
 _CACHE_SIZE = "20GB"
 
+_RUNNING = {
+    "Recipe": "--recipe --epochs --batch-size --lr --scale-lr --set",
+    "Processes": "--nproc --workers --amp --accumulate --compile --sync-batchnorm --deterministic",
+    "Run": "--out --resume --eval-every --save-every-minutes --keep --seed --pad --on-bad-sample",
+}
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -57,16 +64,18 @@ def main() -> None:
 
 def _running_options(command: _Command) -> _Command:
     options = [
-        click.option("--epochs", metavar="E", help="Epochs  [default: the recipe's]"),
-        click.option("--batch-size", metavar="B", help="Batch of all processes together  [default: the recipe's]"),
-        click.option("--lr", metavar="LR", help="Peak learning rate  [default: the recipe's, for any batch]"),
+        click.option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
+        click.option("--batch-size", metavar="B", help="Batch of all processes together.  [default: the recipe's]"),
+        click.option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
         click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
         click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
-        click.option("--out", type=click.Path(path_type=Path), help="The run's folder  [default: runs/...]"),
-        click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes  [default: one per GPU, or 1]"),
+        click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/...]"),
+        click.option("--nproc", type=click.IntRange(1), metavar="N",
+                     help="Training processes.  [default: one per GPU, or 1]"),
         click.option("--workers", type=click.IntRange(0), metavar="W",
-                     help="Loader processes of each process  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+                     help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+                     help="Seed of everything random."),
         click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
                      help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
         click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
@@ -84,6 +93,7 @@ def _running_options(command: _Command) -> _Command:
         click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
                      help="Compute each process's batch in N parts, to save memory."),
         click.option("--compile", is_flag=True, help="Run the model through torch.compile."),
+        click.option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
         click.option("--deterministic", is_flag=True, help="The same bits again on the same hardware; slower."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -91,24 +101,33 @@ def _running_options(command: _Command) -> _Command:
     return command
 
 
-@main.command()
+@main.command(
+    groups={
+        "Data and model": "--shards --model --image-size --window --cache-dir --cache-size --nodes-split",
+        **_RUNNING,
+    }
+)
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
-@click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
+@click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True,
+              help="Published recipe to follow.")  # fmt: skip
 @click.option(
     "--image-size",
     type=click.IntRange(8),
     metavar="PX",
-    help="What the model sees  [default: as stored; 224 where the recipe crops]",
+    help="What the model sees.  [default: as stored; 224 where the recipe crops]",
 )
 @click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Shards shuffled together.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keep shards of a URL below this folder of the machine  [default: $TMPDIR or ~/.cache]",
+    help="Keep shards of a URL below this folder of the machine.  [default: $TMPDIR or ~/.cache]",
 )
-@click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them  [default: 20GB]")
+@click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them.  [default: 20GB]")
+@click.option(
+    "--nodes-split", is_flag=True, help="Each machine reads its own part of an epoch's shards, where none is shared."
+)
 @_running_options
 def pt(
     shards: str,
@@ -118,12 +137,15 @@ def pt(
     image_size: int | None,
     cache_dir: Path | None,
     cache_size: str | None,
+    nodes_split: bool,
     nproc: int | None,
     **options: Any,
 ) -> None:
     """Pre-train on a dataset of shards. The same command continues a run that was stopped.
 
     SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+
+    Example: fractaltrain pt --shards shards/single --model resnet50
     """
     figures = _resolve(PRETRAINING[recipe], options)
     choice = Pretraining(
@@ -136,8 +158,9 @@ def pt(
         model=model,
         image_size=image_size,
         window=window,
+        nodes_split=nodes_split,
     )
-    with needs_extra("train", "training"):
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
     launch(pretrain, choice, nproc)
@@ -157,15 +180,21 @@ def _data_options(command: _Command) -> _Command:
                         help="Where CIFAR's archives are, or go.")(command)  # fmt: skip
 
 
-@main.command()
+@main.command(
+    groups={
+        "Data and model": "--weights --model --freeze --data --data-dir --per-class --subset-seed --image-size",
+        **_RUNNING,
+    }
+)
 @click.option("--weights", required=True, metavar="RUN|none|timm",
               help="Folder of a pre-training run; none: from scratch; timm: the weights it publishes.")  # fmt: skip
 @_data_options
-@click.option("--model", help=f"With --weights none or timm only  [default: {_DEFAULT_MODEL}]")
+@click.option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]")
 @click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
-              help="[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
+              help="Published recipe to follow.  "
+              "[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
 @click.option("--image-size", type=click.IntRange(8), metavar="PX",
-              help="What the model sees  [default: the pre-training's; 224 from scratch]")  # fmt: skip
+              help="What the model sees.  [default: the pre-training's; 224 from scratch]")  # fmt: skip
 @click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
 @click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
@@ -188,6 +217,8 @@ def ft(
     The accuracy on held-out images after the last epoch is the figure; result.json in the run's folder has it.
 
     SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+
+    Example: fractaltrain ft --weights runs/single-resnet50-anderson --data cifar100
     """
     start: Start = None if weights == _SCRATCH else "timm" if weights == "timm" else Path(weights)
     if isinstance(start, Path) and model is not None:
@@ -205,7 +236,7 @@ def ft(
         image_size=image_size,
         freeze=freeze,
     )
-    with needs_extra("train", "training"):
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
         from fractaltrain.launch import launch
     launch(finetune, finetuning, nproc)
@@ -244,6 +275,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         compile=options["compile"],
         deterministic=options["deterministic"],
         eval_every=options["eval_every"],
+        sync_batchnorm=options["sync_batchnorm"],
     )
 
 
@@ -251,17 +283,22 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
 @click.option("--weights", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Folder of a run.")
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where the report goes  [default: eval-DATA in the run's folder]")  # fmt: skip
-def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None) -> None:
+              help="Where the report goes.  [default: eval-DATA in the run's folder]")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
+              help="Images at a time; it changes nothing but memory and speed.")  # fmt: skip
+@quiet_option
+def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int) -> None:
     """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
+
+    Where images show several classes each: mean average precision, F1, and average precision by class.
 
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
     choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
-    with needs_extra("train", "evaluation"):
+    with ends_at_once(), needs_extra("train", "evaluation"):
         from fractaltrain.evaluate_run import evaluate_run
         from fractaltrain.launch import launch
-    launch(evaluate_run, Evaluation(run=weights, data=choice, out=out), nproc=1)
+    launch(evaluate_run, Evaluation(weights, choice, out, batch_size), nproc=1)
 
 
 @main.command()
@@ -272,7 +309,7 @@ def export(run: Path, out: Path) -> None:
 
     Example: fractaltrain export runs/single --out model.safetensors
     """
-    with needs_extra("train", "export"):
+    with ends_at_once(), needs_extra("train", "export"):
         from fractaltrain.export import export_run
     exported = export_run(run, out)
     click.echo(f"{exported.origin}: {exported.path}")
@@ -281,14 +318,16 @@ def export(run: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
-@click.option("--out", type=click.Path(path_type=Path), help="The study's folder  [default: runs/NAME]")
+@click.option("--out", type=click.Path(path_type=Path), help="The study's folder.  [default: runs/NAME]")
 @click.option("--dry-run", is_flag=True, help="Show all steps, their cost and command lines; run none.")
 @click.option(
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
               help="Where CIFAR's archives are, or go.")  # fmt: skip
-@click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.")
+@click.option(
+    "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.  [default: one per GPU, or 1]"
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Steps that run at once; on CPUs they share the cores.")  # fmt: skip
 def study(

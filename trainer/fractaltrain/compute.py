@@ -2,8 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Sequence
+from functools import partial
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from fractalshards.errors import FractalError, UsageError
@@ -39,6 +42,36 @@ def set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms whose statistics are those of all processes together; names and parameters stay.
+
+    Raises:
+        UsageError: on a CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise UsageError("--sync-batchnorm needs GPUs; drop it")
+    synchronised_model: nn.Module = convert_sync_batchnorm(model)  # timm's own batch norms, too
+    return synchronised_model
+
+
+def with_gradients_laid_out(model: nn.Module) -> nn.Module:
+    """The model, of which gradients have the strides of their parameters, as DDP wants them.
+
+    Where a dimension has a single entry its stride means nothing, and autograd leaves whatever it found: the gradient
+    of a class token is a piece of that of all tokens if there is a single image. DDP compares all strides, and warns.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_laid_out_as, parameter.stride()))  # type: ignore[no-untyped-call]
+    return model
+
+
+def _laid_out_as(wanted: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
+    dimensions = zip(gradient.shape, gradient.stride(), wanted, strict=True)
+    same = all(size == 1 or stride == other for size, stride, other in dimensions)
+    return gradient.as_strided(gradient.shape, wanted) if same else gradient  # autograd itself mends the others
 
 
 def compiled(network: nn.Module) -> nn.Module:

@@ -1,7 +1,9 @@
 """``fractaltrain eval``: what a trained run says of held-out images, over all and by class."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,22 +13,28 @@ from rich.text import Text
 from torch.nn import functional
 
 from fractalshards.atomic import write_json
+from fractalshards.console import progress, unseen
 from fractalshards.errors import FractalError
 from fractalshards.human import one_line
 from fractaltrain.confusion import FILE as PICTURE
 from fractaltrain.confusion import draw_confusion
 from fractaltrain.data.finetuning import Data, DataChoice, open_data
-from fractaltrain.evaluation import evaluation_batch, predict
+from fractaltrain.evaluation import predict
 from fractaltrain.inputs import evaluation_geometry
+from fractaltrain.losses import multi_label_loss
 from fractaltrain.settings import Evaluation
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import Indices, evaluation_positions
 from fractaltrain.tally import ClassScore, Tally
+from fractaltrain.tally_several import ClassPrecision, SeveralTally
 from fractaltrain.train import loader_workers
 from fractaltrain.trained import Trained, load_trained
 from fractaltrain.world import World, join_world
 
 REPORT = "eval.json"
+Prediction = tuple[torch.Tensor, torch.Tensor]
+Score = ClassScore | ClassPrecision
+
 _ALL_SHOWN = 99  # with more classes, only the ends of the list are printed
 _END = 10
 
@@ -35,7 +43,8 @@ def evaluate_run(choice: Evaluation) -> None:
     """Evaluate the held-out images; print the scores, write ``eval.json`` and ``confusion.png``.
 
     Geometry, normalisation and precision are those of the run. Of a run that was fine-tuned on some images of every
-    class of the same data, the same choice is made again, so that nothing it has learnt from is held out.
+    class of the same data, the same choice is made again, so that nothing it has learnt from is held out. Where images
+    show several classes each, none is taken for another: there is no confusion matrix.
 
     Raises:
         FractalError: if run or images are missing or damaged, or their classes differ.
@@ -43,17 +52,19 @@ def evaluate_run(choice: Evaluation) -> None:
     with join_world() as world:
         run = load_trained(choice.run)
         chosen = replace(choice.data, per_class=run.per_class, subset_seed=run.subset_seed)
-        data = open_data(chosen if run.data == choice.data.name else choice.data, world, every_class=False)
+        data = open_data(chosen if run.data == choice.data.name else choice.data, world, for_training=False)
         check_classes(run, data, choice.data)
-        tally = tally_predictions(run, data, world)
+        predictions = predict_held_out(run, data, choice.batch_size, world)
+        tally = add_up_several(predictions, run, world) if data.multi_label else add_up(predictions, run, world)
         if world.main:
             names = data.class_names or run.class_names
             print(run.origin(), flush=True)
             folder = choice.out or choice.run / f"eval-{choice.data.identity}"
             folder.mkdir(parents=True, exist_ok=True)
             _write_report(folder, choice.data, run, tally, names)
-            title = f"{choice.run.resolve().name} on {choice.data.label}: top-1 {tally.top1:.1%}"
-            draw_confusion(folder / PICTURE, tally.confusion(), tally.classes, names, title)
+            if isinstance(tally, Tally):
+                title = f"{choice.run.resolve().name} on {choice.data.label}: top-1 {tally.top1:.1%}"
+                draw_confusion(folder / PICTURE, tally.confusion(), tally.classes, names, title)
             _print(tally, names, folder)
 
 
@@ -77,13 +88,14 @@ def check_classes(run: Trained, data: Data, choice: DataChoice) -> None:
         )
 
 
-def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
-    """Predict every held-out image once, each rank its share, and bring together what was said. Collective."""
+def predict_held_out(run: Trained, data: Data, batch_size: int, world: World) -> Iterator[Prediction]:
+    """What the run says of every held-out image, each rank of its share."""
     held_out = sum(data.held_out.lengths)
+    share = evaluation_positions(held_out, batch_size, world.rank, world.size)
     batches = Batches(
         data.held_out,
         evaluation_geometry(run.recipe, run.image_size),
-        evaluation_positions(held_out, evaluation_batch(run.recipe, world), world.rank, world.size),
+        share,
         np.arange(held_out),
         seed=0,
         epoch=0,
@@ -91,9 +103,18 @@ def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
     loading = Loading(loader_workers(None, world), pin_memory=world.device.type == "cuda")
     half_on_cpu = world.device.type == "cpu" and run.precision == torch.float16
     precision = torch.float32 if half_on_cpu else run.precision
-    labels, guesses, losses = [_none(1)], [_none(min(5, run.classes))], 0.0
     model = run.rebuilt().to(world.device)
-    for logits, truth in predict(model, iterate(batches, 0, loading), run.recipe, precision, world):
+    show = progress if world.main else unseen
+    with show("evaluating", sum(map(len, share)), "images") as advance:
+        for prediction in predict(model, iterate(batches, 0, loading), run.recipe, precision, world):
+            yield prediction
+            advance(len(prediction[0]))
+
+
+def add_up(predictions: Iterable[Prediction], run: Trained, world: World) -> Tally:
+    """Bring together what all ranks said of images of one class each. Collective."""
+    labels, guesses, losses = [_none(1)], [_none(min(5, run.classes))], 0.0
+    for logits, truth in predictions:
         labels.append(truth[:, None].cpu().numpy())
         guesses.append(logits.topk(min(5, run.classes)).indices.cpu().numpy())
         losses += float(functional.cross_entropy(logits, truth, reduction="sum"))
@@ -106,52 +127,71 @@ def tally_predictions(run: Trained, data: Data, world: World) -> Tally:
     )
 
 
+def add_up_several(predictions: Iterable[Prediction], run: Trained, world: World) -> SeveralTally:
+    """Bring together what all ranks said of images of several classes each. Collective."""
+    said, shown, losses = [np.empty((0, run.classes), np.float32)], [np.empty((0, run.classes), np.bool_)], 0.0
+    for logits, truth in predictions:
+        said.append(logits.cpu().numpy())
+        shown.append(truth.cpu().numpy() > 0)
+        losses += float(multi_label_loss(logits, truth)) * len(logits)
+    parts = world.gather((np.concatenate(said), np.concatenate(shown), losses))
+    return SeveralTally(
+        logits=np.concatenate([part[0] for part in parts]),
+        shown=np.concatenate([part[1] for part in parts]),
+        loss_sum=sum(part[2] for part in parts),
+    )
+
+
 def _none(width: int) -> Indices:
     return np.empty((0, width), np.int64)
 
 
-def _write_report(folder: Path, data: DataChoice, run: Trained, tally: Tally, names: tuple[str, ...]) -> None:
+def _write_report(
+    folder: Path, data: DataChoice, run: Trained, tally: Tally | SeveralTally, names: tuple[str, ...]
+) -> None:
     report = {
         "data": data.name,
         "model": run.model,
         "epochs": run.position.epoch,
         "checkpoint_sha256": run.sha256,
-        "samples": len(tally.labels),
-        "loss": tally.loss,
-        "top1": tally.top1,
-        "top5": tally.top5,
-        "classes": [
-            {"class": score.label, **({"name": names[score.label]} if names else {}),
-             "samples": score.samples, "top1": score.top1, "top5": score.top5}
-            for score in tally.by_class()
-        ],
-        "confusion": tally.confusion().tolist(),
-    }  # fmt: skip
+        **tally.figures(),
+        "classes": [_class_entry(score, names) for score in tally.by_class()],
+        **({"confusion": tally.confusion().tolist()} if isinstance(tally, Tally) else {}),
+    }
     write_json(folder / REPORT, report, indent=1)
 
 
-def _print(tally: Tally, names: tuple[str, ...], folder: Path) -> None:
+def _class_entry(score: Score, names: tuple[str, ...]) -> dict[str, Any]:
+    figures = score._asdict()
+    label = figures.pop("label")
+    return {"class": label, **({"name": names[label]} if names else {}), **figures}
+
+
+def _print(tally: Tally | SeveralTally, names: tuple[str, ...], folder: Path) -> None:
     scores = tally.by_class()
     console = Console()
     if tally.classes <= _ALL_SHOWN:
-        console.print(_table("every class", scores, names))
+        console.print(_table("every class", scores, names, tally.headings))
     else:
-        ranked = sorted((score for score in scores if score.top1 is not None), key=lambda score: score.top1 or 0)
-        console.print(_table("the worst ten", ranked[:_END], names))
-        console.print(_table("the best ten", ranked[: -_END - 1 : -1], names))
+        ranked = sorted((score for score in scores if score[2] is not None), key=lambda score: score[2] or 0)
+        console.print(_table("the worst ten", ranked[:_END], names, tally.headings))
+        console.print(_table("the best ten", ranked[: -_END - 1 : -1], names, tally.headings))
         print(f"all {tally.classes:,} classes: {folder / REPORT}")
-    print(
-        f"top-1 {tally.top1:.2%}  top-5 {tally.top5:.2%}  loss {tally.loss:.4f}  {len(tally.labels):,} held-out images"
-    )
-    print(f"{folder}: {REPORT}, {PICTURE}")
+    print(tally)
+    if isinstance(tally, Tally):
+        print(f"{folder}: {REPORT}, {PICTURE}")
+    else:
+        print(f"{folder}: {REPORT}; no confusion matrix, for images show several classes each")
 
 
-def _table(title: str, scores: list[ClassScore], names: tuple[str, ...]) -> Table:
+def _table(title: str, scores: Sequence[Score], names: tuple[str, ...], headings: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("class", *(["name"] if names else []), "images", "top-1", "top-5"):
+    for heading in ("class", *(["name"] if names else []), "images", *headings):
         table.add_column(heading, justify="left" if heading == "name" else "right")
     for score in scores:
-        name = [Text(one_line(names[score.label]))] if names else []
-        shares = ["-" if share is None else f"{share:.1%}" for share in (score.top1, score.top5)]
-        table.add_row(str(score.label), *name, f"{score.samples:,}", *shares)
+        label, samples, *shares = score
+        name = [Text(one_line(names[label]))] if names else []
+        table.add_row(
+            str(label), *name, f"{samples:,}", *("-" if share is None else f"{share:.1%}" for share in shares)
+        )
     return table

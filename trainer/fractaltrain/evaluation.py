@@ -127,7 +127,7 @@ def _multi_label_scores(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]
     for logits, targets in predictions:
         loss_sum += multi_label_loss(logits, targets).double() * len(logits)
         mine.append((logits.cpu().numpy(), targets.cpu().numpy() > 0))
-    found = [batch for part in world.gather(mine) for batch in part]
+    found = [batch for part in world.gather_at_main(mine) for batch in part]
     loss = float(world.sum(loss_sum))
     _check_loss(loss)
     nothing = MultiLabelScores(0, 0.0, 0.0, 0.0)
@@ -157,10 +157,18 @@ def mean_average_precision(scores: npt.NDArray[np.float32], shown: npt.NDArray[n
         scores: (n, classes), higher where the class is more likely.
         shown: (n, classes), whether the sample shows the class; one of them must.
     """
+    return float(np.nanmean(average_precisions(scores, shown)))
+
+
+def average_precisions(scores: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """The same by class, (classes,); NaN for those that no sample shows."""
     from sklearn.metrics import average_precision_score  # it takes a second, which single labels do not need
 
-    some = shown.any(0)
-    return float(average_precision_score(shown[:, some], scores[:, some], average="macro"))
+    some = shown.sum(0) > 0
+    found = np.full(shown.shape[1], np.nan)
+    if some.any():
+        found[some] = average_precision_score(shown[:, some], scores[:, some], average=None)
+    return found
 
 
 def micro_f1(logits: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> float:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fractaltrain.augment.crop import centre_crop, random_crop, random_resized_crop
+from fractaltrain.augment.crop import centre_crop, random_crop, random_resized_crop, resized_centre_crop
 from fractaltrain.augment.erasing import erase
 from fractaltrain.augment.mixing import mixed
 from fractaltrain.augment.operations import Fill
@@ -61,8 +61,13 @@ def training_geometry(recipe: Recipe, image_size: int, device: torch.device) -> 
 
 
 def evaluation_geometry(recipe: Recipe, image_size: int) -> Geometry:
-    """The geometry of held-out images: resized; or their middle, where training sees pieces at full scale."""
-    fit = centre_crop if recipe.crop == "random" else _fit
+    """The geometry of held-out images: resized; or their middle, where training sees pieces.
+
+    Of pieces at full scale it is the middle at full scale; of resized ones that of the image whose shorter side is 8/7
+    of what the model sees (256 for 224, as DeiT and torchvision's references have it): squares lose a little of their
+    border, and no image its shape.
+    """
+    fit = {"none": _fit, "random": centre_crop, "resized": resized_centre_crop}[recipe.crop]
     return Geometry(image_size, (partial(fit, size=image_size),))
 
 

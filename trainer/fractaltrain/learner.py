@@ -9,7 +9,14 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fractaltrain.compute import autocast_dtype, compiled, memory_format, set_determinism
+from fractaltrain.compute import (
+    autocast_dtype,
+    compiled,
+    memory_format,
+    set_determinism,
+    synchronised,
+    with_gradients_laid_out,
+)
 from fractaltrain.losses import find_loss
 from fractaltrain.optim import build_optimizer, build_schedule
 from fractaltrain.settings import Running
@@ -65,12 +72,14 @@ def build_learner(model: nn.Module, running: Running, multi_label: bool, epoch_s
         epoch_steps: optimiser steps in an epoch.
 
     Raises:
-        UsageError: if the precision does not fit the device.
+        UsageError: if precision or batch norm do not fit the device.
         FractalError: if it cannot be compiled.
     """
     recipe, device = running.recipe, world.device
     dtype = autocast_dtype(running.amp, device)
     set_determinism(running.deterministic)
+    if running.sync_batchnorm:
+        model = synchronised(model, device)
     layout = memory_format(model, device)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # as its documentation has it
     optimizer = build_optimizer(model, recipe)
@@ -80,7 +89,7 @@ def build_learner(model: nn.Module, running: Running, multi_label: bool, epoch_s
     averaged = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     if averaged:
         parts["ema"] = averaged.module
-    wrapped = DistributedDataParallel(model) if world.size > 1 else None
+    wrapped = DistributedDataParallel(with_gradients_laid_out(model)) if world.size > 1 else None
     network = model if wrapped is None else wrapped
     take_step = Step(
         network=compiled(network) if running.compile else network,

@@ -15,6 +15,7 @@ from fractaltrain.data.dataset import TRAINING, open_cached, open_dataset
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.settings import Pretraining, Running, dataset_name
 from fractaltrain.stream.ahead import Ahead
+from fractaltrain.stream.order import epoch_samples, node_positions
 from fractaltrain.train import Job, train
 from fractaltrain.world import World, join_world
 
@@ -34,7 +35,8 @@ def pretrain(choice: Pretraining) -> None:
         image_size = choice.image_size or stored or IMAGE_SIZE
         torch.manual_seed(running.seed)
         model = create_model(choice.model, dataset.classes, image_size, running.recipe.drop_path)
-        with _fetching_ahead(cache, choice, running, dataset.training.lengths, world) as reached:
+        nodes = world.nodes() if choice.nodes_split else 1
+        with _fetching_ahead(cache, choice, running, dataset.training.lengths, nodes, world) as reached:
             job = Job(
                 running=running,
                 model=model,
@@ -48,8 +50,10 @@ def pretrain(choice: Pretraining) -> None:
                     "dataset_digest": dataset.digest,
                     "model": choice.model,
                     "classes": dataset.classes,
+                    **({"nodes_split": nodes} if choice.nodes_split else {}),
                 },
                 multi_label=dataset.multi_label,
+                nodes=nodes,
                 reached=reached,
             )
             train(job, world)
@@ -60,20 +64,24 @@ def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
     if choice.caching is None:
         return None
     cache = open_cache(choice.shards, choice.caching.folder, choice.caching.size, choice.window, TRAINING)
-    if world.local_rank == 0:
-        cache.prepare(progress if world.main else unseen)
-    world.barrier()
+    with world.local_main_first():
+        if world.local_rank == 0:
+            cache.prepare(progress if world.main else unseen)
     return cache
 
 
 @contextmanager
 def _fetching_ahead(
-    cache: ShardCache | None, choice: Pretraining, running: Running, lengths: Sequence[int], world: World
+    cache: ShardCache | None, choice: Pretraining, running: Running, lengths: Sequence[int], nodes: int, world: World
 ) -> Iterator[Callable[[int, int], None]]:
-    """What shall be told where training is: one process of a machine has the shards fetched that all need next."""
+    """What shall be told which steps are done: one process of a machine has the shards fetched that all need next."""
     if cache is None or world.local_rank:
-        yield lambda epoch, position: None
+        yield lambda epoch, step: None
         return
+    repeats, batch = running.recipe.repeats, running.recipe.batch_size
+    node = world.rank * nodes // world.size
+    part = node_positions(epoch_samples(sum(lengths), repeats), batch, node, nodes, running.pad)
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
     with prefetching(cache) as want:
-        yield Ahead(names, lengths, running.seed, choice.window, running.recipe.repeats, want).reached
+        ahead = Ahead(names, lengths, running.seed, choice.window, repeats, want, part)
+        yield lambda epoch, step: ahead.reached(epoch, part.start + step * batch // nodes)

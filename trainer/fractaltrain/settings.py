@@ -38,6 +38,7 @@ class Running:
         compile: run the model through torch.compile.
         deterministic: the same bits again on the same hardware, at the price of speed.
         eval_every: epochs from one evaluation on held-out images to the next; after the last epoch there is one anyway.
+        sync_batchnorm: batch norm sees the whole batch, not each process's part.
     """
 
     recipe: Recipe
@@ -54,6 +55,7 @@ class Running:
     compile: bool = False
     deterministic: bool = False
     eval_every: int = 1
+    sync_batchnorm: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Pretraining:
     """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
 
     ``shards`` is a local folder; with ``caching``, a URL. ``by_kind`` has recipes for kinds of datasets that take
-    another one than ``running`` has.
+    another one than ``running`` has. With ``nodes_split`` machines share out the shards of an epoch among them.
     """
 
     running: Running
@@ -79,6 +81,7 @@ class Pretraining:
     model: str
     image_size: int | None
     window: int
+    nodes_split: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Evaluation:
     run: Path
     data: DataChoice
     out: Path | None
+    batch_size: int
 
 
 def dataset_name(shards: str) -> str:

@@ -26,10 +26,21 @@ class Tally:
     ``loss_sum`` is the cross-entropy of all in nats.
     """
 
+    headings = ("top-1", "top-5")
+
     classes: int
     labels: Indices
     guesses: Indices
     loss_sum: float
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1:.2%}  top-5 {self.top5:.2%}  loss {self.loss:.4f}  {len(self.labels):,} held-out images"
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Those over all images, by name."""
+        return {"samples": len(self.labels), "loss": self.loss, "top1": self.top1, "top5": self.top5}
 
     @property
     def loss(self) -> float:

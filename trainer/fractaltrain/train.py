@@ -56,8 +56,9 @@ class Job:
         image_size: side in pixels of what the model sees.
         settings: JSON-like; what tells this run from others, see ``run_folder.open_run``.
         multi_label: images show several classes each.
-        reached: told the epoch and the position in its order that training has come to, before its first step and after
-            every step; datasets that lie elsewhere are fetched ahead of it.
+        nodes: machines that share out an epoch's shards among them; 1: they do not.
+        reached: told the epoch and how many of its steps are done, before its first step and after every step; datasets
+            that lie elsewhere are fetched ahead of it.
     """
 
     running: Running
@@ -68,7 +69,8 @@ class Job:
     image_size: int
     settings: Mapping[str, Any]
     multi_label: bool = False
-    reached: Callable[[int, int], None] = lambda epoch, position: None
+    nodes: int = 1
+    reached: Callable[[int, int], None] = lambda epoch, step: None
 
 
 def train(job: Job, world: World) -> None:
@@ -87,7 +89,7 @@ def train(job: Job, world: World) -> None:
     check_batch(recipe, world.size, running.accumulate)
     samples = epoch_samples(sum(job.training.lengths), recipe.repeats)
     steps = steps_per_epoch(samples, recipe.batch_size, running.pad)
-    positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad)
+    positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad, job.nodes)
     learner = build_learner(job.model, running, job.multi_label, steps, world)
     loading = Loading(loader_workers(running.workers, world), pin_memory=world.device.type == "cuda")
     settings = run_settings(job, learner)
@@ -124,12 +126,12 @@ def train(job: Job, world: World) -> None:
         while position.epoch < recipe.epochs:
             epoch = position.epoch
             batches = training_batches(job, positions, epoch, world)
-            bad = BadSamples()
+            bad = BadSamples(position.bad_samples)
             loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=world.device)
             recent: list[Taken] = []
             set_training(learner.model)
             report.clock.start()
-            job.reached(epoch, position.step * recipe.batch_size)
+            job.reached(epoch, position.step)
             for step, batch in enumerate(  # no name keeps the batches, or their workers would outlive an error
                 report.clock.steps_of(bad.noting(iterate(batches, position.step, loading))), position.step + 1
             ):
@@ -138,13 +140,15 @@ def train(job: Job, world: World) -> None:
                 loss = learner.learn(*training_batch(batch, recipe, job.training.classes, world.device))
                 recent.append(Taken(step, lr, loss, batch.keys))
                 loss_sum += world.sum(loss.double()) / world.size
-                job.reached(epoch, step * recipe.batch_size)
+                job.reached(epoch, step)
                 stopping = world.max(stop.number)
                 logging = step % LOG_EVERY == 0 or step == steps
                 if not (logging or stopping):
                     continue
 
                 position = replace(position, step=step, loss_sum=float(loss_sum))
+                if running.on_bad_sample == "skip":
+                    position = replace(position, bad_samples=bad.total(world))
                 if not math.isfinite(position.loss_sum):
                     raise diverged(recent, epoch, world)
                 if logging:
@@ -159,7 +163,7 @@ def train(job: Job, world: World) -> None:
             report.clock.pause()
 
             summary = {"train_loss": position.loss_sum / steps}
-            if running.on_bad_sample == "skip" and (replaced := bad.total(world)):
+            if replaced := position.bad_samples:
                 summary["bad_samples"] = replaced
                 report.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
             if job.held_out is not None and is_evaluated(epoch, running):
@@ -281,6 +285,7 @@ def run_settings(job: Job, learner: Learner) -> dict[str, Any]:
         "seed": running.seed,
         "pad": running.pad,
         "precision": str(learner.take_step.dtype),
+        **({"sync_batchnorm": True} if running.sync_batchnorm else {}),
     }
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from fractaltrain.preemption import EXIT_STOPPED
 _ECHO = re.compile(r"gloo|nccl|c10d|connection|socket|TCPStore", re.IGNORECASE)
 _ECHO_SECONDS = 15.0
 _SILENT_SECONDS = 10.0
-_AT_WORK_SECONDS = 60.0
+_AT_WORK_SECONDS = 10.0
 _Any = TypeVar("_Any")
 
 
@@ -42,6 +42,17 @@ class World:
     def main(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
+
+    def nodes(self) -> int:
+        """The number of machines, which have equally many processes. Collective.
+
+        Raises:
+            UsageError: if they have not.
+        """
+        sizes = {*self.gather(self.local_size)}
+        if len(sizes) > 1 or self.size % self.local_size:
+            raise UsageError("--nodes-split needs equally many processes on every machine; start it so, or drop it")
+        return self.size // self.local_size
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of ``tensor`` over all processes, in place."""
@@ -78,19 +89,34 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_at_main(self, value: _Any) -> list[_Any]:
+        """What each process gives, by rank, on rank 0; nothing on the others. It is pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.max(0)
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on all others: for what must happen once per shared file system.
+    def main_first(self) -> AbstractContextManager[None]:
+        """Run the block on rank 0, then on all others: for what must happen once per shared file system."""
+        return self._first(self.main)
 
-        It may take hours: rank 0 says every minute that it is at work, for no collective operation waits that long.
+    def local_main_first(self) -> AbstractContextManager[None]:
+        """Run the block on one process of every machine, then on all others: for what a machine needs once."""
+        return self._first(self.local_rank == 0)
+
+    @contextmanager
+    def _first(self, mine: bool) -> Iterator[None]:
+        """Run the block where it is ``mine``, then on all others.
+
+        It may take hours: who is at work says so every ten seconds, for no collective operation waits that long.
         """
-        if not self.main:
-            while self.max(0):  # at work
-                pass
+        if not mine:
+            self._wait_for_workers()
             yield
             return
         done = threading.Event()
@@ -107,7 +133,11 @@ class World:
         finally:
             done.set()
             thread.join()
-        self.barrier()
+        self._wait_for_workers()
+
+    def _wait_for_workers(self) -> None:
+        while self.max(0):  # some are at work
+            pass
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from fractaltrain.data.source import Images
 from fractaltrain.stream.bits import Draw, uniforms
 
 _TRIES = 10  # of a piece that fits, then the largest one in the middle
+_EVALUATION_SCALE = 256 / 224
 _LOG_RATIOS = (math.log(3 / 4), math.log(4 / 3))
 
 Box = tuple[int, int, int, int]
@@ -33,6 +34,12 @@ def centre_crop(image: Images, _key: int, size: int) -> Images:
         return resize(image, size)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
+
+
+def resized_centre_crop(image: Images, key: int, size: int) -> Images:
+    """The middle of ``size`` x ``size`` of the image resized, in its shape, to a shorter side of 8/7 of that."""
+    square = centre_crop(image, key, min(image.shape[:2]))  # what is left and right of it is not needed
+    return centre_crop(resize(square, round(size * _EVALUATION_SCALE)), key, size)
 
 
 def random_resized_crop(image: Images, key: int, size: int, scale: tuple[float, float]) -> Images:

@@ -3,14 +3,12 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fractalshards.errors import FractalError
-from fractalshards.foreign import is_foreign
 from fractalshards.human import human_list
-from fractalshards.manifest import load_manifest
 from fractaltrain.data.source import LabelledSource, Source, split_per_class, split_share
 
 if TYPE_CHECKING:
@@ -62,38 +60,48 @@ class Data:
 
     Attributes:
         class_names: by class index; empty where classes have none.
-        digest: tells datasets of shards apart; None for other images.
+        digest: tells datasets of shards and image folders apart, on rank 0; None for other images.
+        multi_label: images show several classes each.
     """
 
     training: Source
     held_out: Source
     class_names: tuple[str, ...]
     digest: str | None = None
+    multi_label: bool = False
 
 
-def open_data(choice: DataChoice, world: "World", every_class: bool = True) -> Data:
+class _Whole(NamedTuple):
+    """All there is, with labels."""
+
+    training: LabelledSource
+    held_out: LabelledSource
+    digest: str | None = None
+    multi_label: bool = False
+
+
+def open_data(choice: DataChoice, world: "World", for_training: bool = True) -> Data:
     """Open the images on every rank.
 
     CIFAR, image folders and shards come with their own held-out part, which is always whole. The digits have none: of
     them everything is held out that ``per_class`` does not choose, or a fifth of every class without it.
 
     Args:
-        every_class: whether each class must be there in both parts.
+        for_training: each class must be there in both parts, and images must show a single class each.
 
     Raises:
         FractalError: if the images are missing, damaged, without a held-out part, or too few for ``per_class``.
     """
     if choice.name == "digits":
         return _open_digits(choice)
-    train, held_out, digest = _open_split(choice, world)
-    if every_class:
-        _check_classes(choice, "training", train)
-        _check_classes(choice, "held-out", held_out)
-    if choice.per_class is None:
-        return Data(train, held_out, train.class_names, digest)
-    with world.main_first():  # labels of shards are listed once
-        few, _ = split_per_class(train, choice.per_class, choice.subset_seed)
-    return Data(few, held_out, train.class_names, digest)
+    whole = _open_whole(choice, world)
+    if for_training:
+        _check_trainable(choice, whole)
+    training: Source = whole.training
+    if choice.per_class is not None:
+        with world.main_first():  # labels of shards are listed once
+            training, _ = split_per_class(whole.training, choice.per_class, choice.subset_seed)
+    return Data(training, whole.held_out, whole.training.class_names, whole.digest, whole.multi_label)
 
 
 def _open_digits(choice: DataChoice) -> Data:
@@ -107,39 +115,44 @@ def _open_digits(choice: DataChoice) -> Data:
     return Data(train, held_out, digits.class_names)
 
 
-def _open_split(choice: DataChoice, world: "World") -> tuple[LabelledSource, LabelledSource, str | None]:
+def _open_whole(choice: DataChoice, world: "World") -> _Whole:
     if choice.name.startswith(SHARDS_PREFIX):
         return _open_shards(Path(choice.name.removeprefix(SHARDS_PREFIX)), world)
     with world.main_first():  # it may download
         if choice.name.startswith(FOLDER_PREFIX):
-            from fractaltrain.data.folder import load_folders
+            from fractaltrain.data.folder import folders_digest, load_folders
 
-            return *load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX))), None
+            train, held_out = load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX)))
+            digest = folders_digest(train, held_out) if world.main else None
+            return _Whole(train, held_out, digest)
         from fractaltrain.data.cifar import load_cifar
 
-        return *load_cifar(choice.name, choice.folder), None
+        return _Whole(*load_cifar(choice.name, choice.folder))
 
 
-def _open_shards(folder: Path, world: "World") -> tuple[LabelledSource, LabelledSource, str]:
+def _open_shards(folder: Path, world: "World") -> _Whole:
     from fractaltrain.data.dataset import HELD_OUT, open_dataset
 
-    if not is_foreign(folder) and load_manifest(folder).label_type != "single":
-        raise FractalError(
-            f"{folder}: its images show several classes each; fine-tune on a dataset with one class per image"
-        )
     dataset = open_dataset(folder, world)
     if dataset.held_out is None:
         raise FractalError(
             f"{folder}: no split of held-out images ({' or '.join(HELD_OUT)}) to evaluate on; build or pack it with one"
         )
-    return dataset.training, dataset.held_out, dataset.digest
+    return _Whole(dataset.training, dataset.held_out, dataset.digest, dataset.multi_label)
 
 
-def _check_classes(choice: DataChoice, part: str, source: LabelledSource) -> None:
-    missing = np.flatnonzero(source.label_counts == 0).tolist()
-    if missing:
-        names = [f"{label} ({source.class_names[label]})" if source.class_names else f"{label}" for label in missing]
+def _check_trainable(choice: DataChoice, whole: _Whole) -> None:
+    if whole.multi_label:
         raise FractalError(
-            f"{choice.path or choice.name}: no {part} images of class {human_list(names, _NAMED)}; add some, or "
-            "number the classes without gaps"
+            f"{choice.path}: its images show several classes each; fine-tune on a dataset with one class per image"
         )
+    for part, source in (("training", whole.training), ("held-out", whole.held_out)):
+        missing = np.flatnonzero(source.label_counts == 0).tolist()
+        if missing:
+            names = [
+                f"{label} ({source.class_names[label]})" if source.class_names else f"{label}" for label in missing
+            ]
+            raise FractalError(
+                f"{choice.path or choice.name}: no {part} images of class {human_list(names, _NAMED)}; add some, or "
+                "number the classes without gaps"
+            )

@@ -2,7 +2,7 @@
 
     fractaltrain ft --weights runs/fractaldb-deit_small_patch16_224-nakashima --data cifar10 --recipe nakashima
 
-The learning rate is 0.01 for every 512 images of the batch. Held-out images are seen whole.
+The learning rate is 0.01 for every 512 images of the batch. Of held-out images the middle is seen.
 
 Not run at full size yet: the time it takes and the result to expect are still to be measured on a GPU.
 """

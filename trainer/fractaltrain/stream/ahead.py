@@ -19,6 +19,7 @@ class Ahead:
         window: shards that are shuffled together.
         repeats: how often in a row each sample is taken, see ``order.repeated``.
         want: told the names of the shards of this window and then of the next one, in their order, once per window.
+        part: positions of every epoch's order that this machine trains on; None: all.
     """
 
     names: Sequence[str]
@@ -27,22 +28,35 @@ class Ahead:
     window: int
     repeats: int
     want: Callable[[Sequence[str]], None]
+    part: range | None = None
     _told: tuple[int, int] = field(default=(-1, -1), init=False)
     _ends: tuple[int, list[int]] = field(default=(-1, []), init=False)
 
     def reached(self, epoch: int, position: int) -> None:
         """Training has come to a position of an epoch's order; cheap where it is in the same window as before."""
         if self._ends[0] != epoch:
-            sizes = (sum(self.lengths[shard] for shard in shards) for shards in self._windows(epoch))
-            self._ends = (epoch, list(accumulate(sizes)))
-        ends, taken = self._ends[1], sum(self.lengths) // self.repeats  # the first so many samples of the order
-        windows = bisect_right(ends, taken - 1) + 1  # that hold them
+            self._ends = (epoch, self._window_ends(epoch))
+        ends, (first, end) = self._ends[1], self._samples()
+        windows = bisect_right(ends, end - 1) + 1  # up to the last one that is needed
         sample = position // self.repeats
-        number = bisect_right(ends, sample) if sample < taken else windows
+        number = bisect_right(ends, sample) if sample < end else windows
         if self._told != (epoch, number):
             self._told = (epoch, number)
-            upcoming = [*self._windows(epoch)[:windows], *self._windows(epoch + 1)[:1]][number : number + 2]
+            following = self._windows(epoch + 1)[bisect_right(self._window_ends(epoch + 1), first)]
+            upcoming = [*self._windows(epoch)[number:windows], following][:2]
             self.want([self.names[shard] for shards in upcoming for shard in shards])
+
+    def _samples(self) -> tuple[int, int]:
+        """The first sample of the order that is needed, and the end of the last."""
+        all_of_them = sum(self.lengths) // self.repeats
+        if self.part is None:
+            return 0, all_of_them
+        return min(self.part.start // self.repeats, all_of_them - 1), min(
+            -(-self.part.stop // self.repeats), all_of_them
+        )
+
+    def _window_ends(self, epoch: int) -> list[int]:
+        return list(accumulate(sum(self.lengths[shard] for shard in shards) for shards in self._windows(epoch)))
 
     def _windows(self, epoch: int) -> list[list[int]]:
         return [shards.tolist() for shards in shard_windows(len(self.lengths), self.seed, epoch, self.window)]

@@ -10,9 +10,10 @@ from fractaltrain.world import World
 
 
 class BadSamples:
-    """What one rank met in one pass over its batches."""
+    """What one rank met in one pass over its batches, and what all ranks had met ``before`` it was interrupted."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: int = 0) -> None:
+        self._before = before
         self._count = 0
 
     def noting(self, batches: Iterable[Batch]) -> Generator[Batch]:
@@ -24,5 +25,5 @@ class BadSamples:
             yield batch
 
     def total(self, world: World) -> int:
-        """The number that all ranks met; all must ask."""
-        return int(world.sum(torch.tensor(self._count, device=world.device)))
+        """The number that all ranks met, before and now; all must ask."""
+        return self._before + int(world.sum(torch.tensor(self._count, device=world.device)))

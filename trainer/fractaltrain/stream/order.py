@@ -1,4 +1,4 @@
-"""The order of an epoch, as pure functions (law 4).
+"""The order of an epoch, as pure functions: every sample once, the same number of steps on every rank.
 
 Permute the shards by (seed, epoch); cut the sequence into windows of W shards; permute the samples inside each
 window: that is the global order. Global batch b is its positions [bB, (b + 1)B), and rank r of R takes the r-th of
@@ -98,17 +98,28 @@ def rank_batch(batch: int, world: int) -> int:
     return batch // world
 
 
-def training_positions(samples: int, batch: int, rank: int, world: int, pad: bool) -> Indices:
+def training_positions(samples: int, batch: int, rank: int, world: int, pad: bool, nodes: int = 1) -> Indices:
     """Positions in the epoch's order that a rank trains on: (steps, batch / world) int64, the same shape on all ranks.
 
     With ``pad`` the last positions run past the end of the order and mean its beginning (take them modulo
     ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
 
+    Args:
+        nodes: machines, each with as many consecutive ranks as the others. With more than one each has a part of the
+            order to itself, see ``node_positions``, so that it reads its share of the shards and not all of them.
+
     Raises:
         UsageError: as ``steps_per_epoch`` and ``rank_batch`` do.
     """
-    steps = steps_per_epoch(samples, batch, pad)
-    return np.arange(steps * batch, dtype=np.int64).reshape(steps, world, rank_batch(batch, world))[:, rank]
+    steps, size, local = steps_per_epoch(samples, batch, pad), rank_batch(batch, world), world // nodes
+    positions = np.arange(steps * batch, dtype=np.int64).reshape(nodes, steps, local, size)
+    return positions[rank // local, :, rank % local]
+
+
+def node_positions(samples: int, batch: int, node: int, nodes: int, pad: bool) -> range:
+    """The part of an epoch's order that one of several machines trains on: equal ones, one after the other."""
+    size = steps_per_epoch(samples, batch, pad) * batch // nodes
+    return range(node * size, (node + 1) * size)
 
 
 def evaluation_positions(samples: int, batch: int, rank: int, world: int) -> list[Indices]:

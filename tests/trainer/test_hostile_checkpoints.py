@@ -1,0 +1,37 @@
+"""Files that are called checkpoints and are none, whatever their bytes make of torch's reader."""
+
+from pathlib import Path
+
+import pytest
+
+from fractalshards.errors import FractalError
+from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
+
+BYTES = [
+    b"",
+    b"rubbish\n",
+    b"lorem ipsum",
+    b"(",
+    b"\x80\x02X",
+    b"cos\nsystem\n",
+    b"\x80\x05.",
+    b"V\n",
+    b"PK\x03\x04abc",
+]
+
+
+@pytest.mark.parametrize("data", BYTES)
+def test_it_is_passed_over_or_refused_in_one_line(tmp_path: Path, recwarn: pytest.WarningsRecorder, data: bytes):
+    save_checkpoint(tmp_path, Position(epoch=1), {"model": {}}, keep=2)
+    newest = checkpoint_path(tmp_path, Position(epoch=2))
+    newest.write_bytes(data)
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.position == Position(epoch=1)
+    [problem] = found.passed_over
+    assert problem.startswith(f"{newest}: damaged (")
+    assert "\n" not in problem
+    checkpoint_path(tmp_path, Position(epoch=1)).unlink()
+    with pytest.raises(FractalError, match="damaged"):
+        load_checkpoint(tmp_path)
+    assert len(recwarn) == 0
