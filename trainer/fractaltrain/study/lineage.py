@@ -27,7 +27,7 @@ def find_digests(study: Study) -> dict[str, str]:
 
 
 def outdated(folder: Path, run: str, start: str | None) -> str | None:
-    """What is wrong with a fine-tuning in a study's folder that began from other weights than the run ``start`` has now.
+    """What is wrong with a fine-tuning in a study's folder: it began from other weights than the run ``start`` has now.
 
     None: nothing; or there is no such run, or nothing left to tell by.
 

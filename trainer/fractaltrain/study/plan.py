@@ -64,9 +64,8 @@ def plan_study(
 def _group(
     study: Study, row: Row | None, model: Model, seed: int, out: Path, data_dir: Path, digests: Mapping[str, str]
 ) -> Group:
-    common = ("--image-size", str(study.image_size), "--seed", str(seed))
-    if study.eval_every > 1:
-        common += ("--eval-every", str(study.eval_every))
+    sparse = ("--eval-every", str(study.eval_every)) if study.eval_every > 1 else ()
+    common = ("--image-size", str(study.image_size), "--seed", str(seed), *sparse)
     known = {"model": model.name, "image_size": study.image_size, "seed": seed}
     name = SCRATCH if row is None else row.name
     ending = f"{name}--{model.name}--seed{seed}"
@@ -93,7 +92,8 @@ def _group(
         settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
         settings |= {"per_class": per_class, "subset_seed": subset_seed}
         settings |= _digest("data_digest", target.data, digests)
-        place = (target.data, pretraining and pretraining.run, target.name, per_class, subset_seed)
+        first = pretraining.run if pretraining else None
+        place = (target.data, first, target.name, per_class, subset_seed)
         steps.append(Step(run, arguments, name, model.name, seed, settings, *place))
     return Group(pretraining, tuple(steps))
 
