@@ -1,12 +1,14 @@
 """Studies: what a file says, the steps that come of it, what they cost, and how they are run."""
 
+import hashlib
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from fractaltrain.study import run
 from fractaltrain.study.config import read_study
 from fractaltrain.study.cost import KNOWN, Cost, Size, Total, find_sizes, find_speeds, step_cost
 from fractaltrain.study.forecast import describe
+from fractaltrain.study.lineage import find_digests, outdated
 from fractaltrain.study.plan import plan_study
 from fractaltrain.study.processes import step_processes
 from fractaltrain.study.record import read_record, write_record
@@ -185,16 +188,20 @@ def test_a_signal_goes_to_all_steps(tmp_path, fractaltrain, dataset):
 
     before = signal.getsignal(signal.SIGTERM)
     expected = pytest.raises(StoppedError, match="stopped by SIGTERM; run the same command")
-    with step_processes(threads=1) as processes, expected as caught:
-        for name in ("a", "b"):
-            processes.start(name, arguments(name), tmp_path / f"{name}.txt")
-        until(lambda: all("epoch 1/" in (tmp_path / f"{name}.txt").read_text() for name in ("a", "b")))
-        signal.raise_signal(signal.SIGTERM)
-        processes.start("c", arguments("c"))
+    logs = []
+    with ExitStack() as stack:
+        with step_processes(threads=1) as processes, expected as caught:
+            for name in ("a", "b"):
+                os.mkfifo(tmp_path / f"{name}.txt")  # to wait for what it says
+                processes.start(name, arguments(name), tmp_path / f"{name}.txt")
+                logs.append(stack.enter_context(open(tmp_path / f"{name}.txt")))
+                assert any(line.startswith("epoch 1/") for line in logs[-1])
+            signal.raise_signal(signal.SIGTERM)
+            processes.start("c", arguments("c"))
+        assert all("saved at epoch" in log.read() for log in logs)
     assert caught.value.code == 75
     assert signal.getsignal(signal.SIGTERM) == before
     for name in ("a", "b"):
-        assert "saved at epoch" in (tmp_path / f"{name}.txt").read_text()
         assert list((tmp_path / name).glob("checkpoint-*.pt"))
     assert not (tmp_path / "c").exists()
 
@@ -208,12 +215,39 @@ def test_a_step_that_fails_leaves_the_others_alone(tmp_path):
     assert "fractaltrain" in (tmp_path / "good.txt").read_text()
 
 
-def until(condition) -> None:
-    """Wait for what another process does, a minute at most."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def test_a_dataset_that_was_built_again_is_noticed(tmp_path, write_dataset, monkeypatch, capsys):
+    """By both: the pre-training on it, and the fine-tuning from it, which is run again with it."""
+    dataset = write_dataset(tmp_path / "set", train=(20,))
+    text = STUDY.replace("shards/small", str(dataset))
+    (tmp_path / "s.toml").write_text(text)
+    asked = read_study(tmp_path / "s.toml")
+
+    def plan():
+        return plan_study(asked, tmp_path, Path("data"), find_digests(asked))
+
+    groups = plan()
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(tmp_path, groups)))
+    assert run.run_groups(groups, tmp_path, None) == []
+    shutil.rmtree(dataset)
+    write_dataset(dataset, train=(21,))
+    missing = run.run_groups(plan(), tmp_path, None)
+    assert missing == [step.run for group in plan() if group.pretraining for step in group.steps()]
+    said = capsys.readouterr().err
+    assert "the dataset that it was trained on was built again, with other content; remove it" in said
+
+
+def test_weights_that_were_trained_again_are_noticed(tmp_path):
+    finish(tmp_path / "pt", {})
+    finish(tmp_path / "ft", {"weights": hashlib.sha256(b"first").hexdigest()})
+    weights = tmp_path / "pt" / "checkpoint-00000001-00000000.pt"
+    assert outdated(tmp_path, "ft", "pt") is None  # no checkpoint is left to tell by
+    weights.write_bytes(b"first")
+    assert outdated(tmp_path, "ft", "pt") is None
+    weights.with_name("new").write_bytes(b"second")
+    weights.with_name("new").rename(weights)
+    problem = outdated(tmp_path, "ft", "pt")
+    assert problem == f"began from other weights than {tmp_path / 'pt'} has now, which was trained again; remove it"
+    assert outdated(tmp_path, "ft", None) is None
 
 
 def test_the_plan_is_written_down(tmp_path):
@@ -319,7 +353,8 @@ def test_a_dataset_that_is_missing_is_found_before_anything_runs(fractaltrain, t
 def test_the_comparison_is_left_out_only_if_nothing_is_finished(fractaltrain, tmp_path, dataset, monkeypatch):
     (tmp_path / "s.toml").write_text(STUDY.replace("shards/small", str(dataset)))
     out = tmp_path / "out"
-    groups = plan_study(read_study(tmp_path / "s.toml"), out, Path("data"))
+    asked = read_study(tmp_path / "s.toml")
+    groups = plan_study(asked, out, Path("data"), find_digests(asked))
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(out, groups, failing="/")))
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", out)
     assert outcome.code == 1
