@@ -11,7 +11,7 @@ demo: .venv/demo.stamp  ## Generate, stream, pre-train and fine-tune, end to end
 	$(BIN)/python tools/demo.py
 
 test: .venv/test.stamp lint types  ## Everything that CI checks; its tests build the documentation, too
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test.stamp  ## Style and import rules
 	$(BIN)/ruff check .
