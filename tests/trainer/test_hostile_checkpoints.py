@@ -7,7 +7,17 @@ import pytest
 from fractalshards.errors import FractalError
 from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
 
-BYTES = [b"", b"rubbish\n", b"lorem ipsum", b"(", b"\x80\x02X", b"cos\nsystem\n", b"\x80\x05.", b"V\n", b"PK\x03\x04abc"]
+BYTES = [
+    b"",
+    b"rubbish\n",
+    b"lorem ipsum",
+    b"(",
+    b"\x80\x02X",
+    b"cos\nsystem\n",
+    b"\x80\x05.",
+    b"V\n",
+    b"PK\x03\x04abc",
+]
 
 
 @pytest.mark.parametrize("data", BYTES)
