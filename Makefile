@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types docs bench clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -10,7 +10,7 @@ help:  ## Show the targets
 demo: .venv/demo.stamp  ## Generate, stream, pre-train and fine-tune, end to end, in some minutes
 	$(BIN)/python tools/demo.py
 
-test: .venv/test.stamp lint types  ## Everything that CI checks
+test: .venv/test.stamp lint types  ## Everything that CI checks; its tests build the documentation, too
 	$(BIN)/pytest
 
 lint: .venv/test.stamp  ## Style and import rules
@@ -21,11 +21,15 @@ lint: .venv/test.stamp  ## Style and import rules
 types: .venv/test.stamp  ## Static types
 	$(BIN)/mypy
 
+docs: .venv/test.stamp  ## The documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/mkdocs serve"
+
 bench: .venv/demo.stamp  ## Speed of the generator, stage by stage
 	$(BIN)/python tools/bench_generator.py
 
 clean:  ## Remove the environment and caches; datasets and runs stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -40,5 +44,5 @@ clean:  ## Remove the environment and caches; datasets and runs stay
 
 .venv/test.stamp: pyproject.toml | .venv/bin/python
 	@echo "installing into .venv, PyTorch included (about 6 GB, a few minutes)"
-	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,imagenet,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,imagenet,docs,dev]'
 	touch $@ .venv/demo.stamp

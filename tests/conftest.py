@@ -3,6 +3,7 @@
 import http.server
 import io
 import os
+import signal
 import subprocess
 import threading
 import urllib.request
@@ -19,6 +20,7 @@ from PIL import Image
 
 from fractalshards.sharing import remote as remote_module
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored in what they run behind them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
 settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")

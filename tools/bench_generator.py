@@ -23,7 +23,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen import anderson, build, draw_systems, kataoka, make_recipe
+from fractalgen import anderson, build, draw_systems, kataoka, make_recipe, render
 from fractalgen.build import build_shard
 from fractalgen.kinds import KINDS, multi, single
 from fractalgen.plan import shard_tasks
@@ -39,6 +39,7 @@ Stage = tuple[Any, str]  # where a function is looked up when it is called, and 
 _MILLION = 1_000_000
 _BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
 _STORED: list[Stage] = [(build, "encode_image"), (build, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
+_WHOLE: list[Stage] = [(render, "render_unit")]  # of kinds without stages of their own below
 _STAGES: dict[str, list[Stage]] = {
     "fractaldb": [(kataoka, name) for name in ("masks", "orbit", "_draw_patches")],
     "single": [(single, name) for name in ("jitter", "chaos_game", "bounding_box", "splat", "paint")] + _BLURRED,
@@ -134,7 +135,7 @@ def _measure_stages(folder: Path, recipe: Recipe, systems: Systems) -> tuple[dic
     def measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return _timed(spent, name, _sized(sizes, function) if name == "encode_image" else function)
 
-    with _replaced(_STAGES[recipe.kind] + _STORED, measured):
+    with _replaced(_STAGES.get(recipe.kind, _WHOLE) + _STORED, measured):
         start = time.perf_counter()
         build_shard(folder, recipe, systems, task)
         total = time.perf_counter() - start

@@ -8,8 +8,9 @@ import numpy.typing as npt
 from fractalgen.background import BLACK, HeightColors, Heights, diamond_square, draw_height_colors
 from fractalgen.color import Pixels
 from fractalgen.ifs import SIGMA_FACTOR, sample_system
+from fractalgen.limits import MAX_MAPS
 from fractalgen.paint import FractalColors, gaussian_blur
-from fractalgen.params import check_number, check_range, parameter
+from fractalgen.params import check_parameters, parameter
 from fractalgen.raster import POINT, Orientation
 from fractalgen.rng import Stream
 from fractalshards.systems import Systems
@@ -21,28 +22,22 @@ _GRID = 2.0**24  # systems are rounded to multiples of 1 / _GRID, so that every 
 class AndersonParams:
     """What the paper varies in both kinds, with its values as defaults; pairs bound a uniform distribution."""
 
-    maps: tuple[int, int] = parameter((2, 4), "number of maps of a system, both ends included")
+    maps: tuple[int, int] = parameter((2, 4), "number of maps of a system, both ends included", 2, MAX_MAPS)
     sigma_factor: tuple[float, float] = parameter(
-        SIGMA_FACTOR, "a, b: the singular values' weighted sum is U((a + maps) / 2, (b + maps) / 2)"
+        SIGMA_FACTOR, "a, b: the singular values' weighted sum is U((a + maps) / 2, (b + maps) / 2)", 0.0, 6.0
     )
     patch: bool = parameter(True, "draw every point as one random 3 x 3 patch per fractal, else as a pixel")
     flips: bool = parameter(True, "transpose and mirror at random")
     color: bool = parameter(True, "colour the fractal by how often a pixel is hit, else grey 127")
-    saturation: tuple[float, float] = parameter((0.3, 1.0), "saturation of a fractal, 0..1")
-    value: tuple[float, float] = parameter((0.5, 1.0), "value (brightness) of a fractal, 0..1")
+    saturation: tuple[float, float] = parameter((0.3, 1.0), "saturation of a fractal", 0.0, 1.0)
+    value: tuple[float, float] = parameter((0.5, 1.0), "value (brightness) of a fractal", 0.0, 1.0)
     background: bool = parameter(True, "diamond-square noise behind the fractal, else black")
-    decay: tuple[float, float] = parameter((0.4, 0.8), "how fast the background's detail loses amplitude")
-    blur_probability: float = parameter(0.5, "share of images that are blurred")
-    blur_sigma: tuple[float, float] = parameter((0.5, 1.0), "sigma of the 3 x 3 Gaussian blur in pixels")
+    decay: tuple[float, float] = parameter((0.4, 0.8), "how fast the background's detail loses amplitude", 0.0, 10.0)
+    blur_probability: float = parameter(0.5, "share of images that are blurred", 0.0, 1.0)
+    blur_sigma: tuple[float, float] = parameter((0.5, 1.0), "sigma of the 3 x 3 Gaussian blur in pixels", 0.05, 10.0)
 
     def __post_init__(self) -> None:
-        check_range("maps", self.maps, 2, 255)
-        check_range("sigma_factor", self.sigma_factor, 0.0, 6.0)
-        check_range("saturation", self.saturation, 0.0, 1.0)
-        check_range("value", self.value, 0.0, 1.0)
-        check_range("decay", self.decay, 0.0, 10.0)
-        check_number("blur_probability", self.blur_probability, 0.0, 1.0)
-        check_range("blur_sigma", self.blur_sigma, 0.05, 10.0)
+        check_parameters(self)
 
 
 def draw_systems(params: AndersonParams, seed: int, classes: int) -> Systems:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fractalgen.kataoka import MAX_MAPS
+from fractalgen.limits import MAX_MAPS
 from fractalshards.errors import FractalError
 from fractalshards.systems import read_systems, write_systems
 

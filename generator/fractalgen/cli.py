@@ -1,10 +1,12 @@
 """The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
 
 import errno
+import json
 import os
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -15,13 +17,15 @@ from fractalgen import kataoka
 from fractalgen.build import Plan, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, write_categories
 from fractalgen.engines import Engine, open_engine
-from fractalgen.kinds import KINDS
+from fractalgen.kinds import KINDS, Kind
+from fractalgen.limits import MAX_POINTS, SIZES
+from fractalgen.params import show_range
 from fractalgen.preview import preview as draw_preview
 from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
 from fractalshards.atomic import atomic_file
-from fractalshards.console import Commands, continuable, progress
+from fractalshards.console import Commands, continuable, note, progress, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
@@ -34,7 +38,15 @@ from fractalshards.systems import Systems
 from fractalshards.workers import available_cores
 
 _ALL = "all"
-_WORKERS = click.option("--workers", default=_ALL, show_default=True, metavar="all|N", help="Processes that work.")
+_KIND = click.option(
+    "--kind",
+    metavar="|".join(KINDS),
+    shell_complete=lambda context, option, typed: [name for name in KINDS if name.startswith(typed)],
+    help="Family of images; 'fractalgen kinds' tells about them.",
+)
+_SIZE = click.IntRange(SIZES.start, SIZES.stop - 1)
+_POINTS = click.IntRange(1, MAX_POINTS)
+_WORKERS = click.option("--workers", default=_ALL, metavar="all|N", help="Processes that work.")
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
 )
@@ -51,15 +63,21 @@ def main() -> None:
     """Render labelled fractal image datasets into WebDataset shards."""
 
 
-@main.command()
-@click.option("--kind", metavar="|".join(KINDS), help="Family of images.")
+@main.command(
+    groups={
+        "Dataset": "--kind --n --val --classes --size --points --seed --shard-size --set --out",
+        "Dataset, from files": "--recipe --categories --from-csv",
+        "Work": "--workers --slice --executor --scheduler",
+    }
+)
+@_KIND
 @click.option("--n", type=int, help="Images to train on.")
-@click.option("--val", default=0, show_default=True, help="Further images of the same classes, for evaluation.")
+@click.option("--val", default=0, help="Further images of the same classes, for evaluation.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind, see 'fractalgen kinds']")
 @click.option("--points", type=int, help="Points of a chaos game.  [default: by kind]")
-@click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
-@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
+@click.option("--seed", default=0, help="Seed of everything random.")
+@click.option("--shard-size", default=1000, help="Images per shard.")
 @click.option("--categories", type=_PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
 @click.option("--from-csv", type=_PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
 @click.option("--recipe", "recipe_file", type=_PATH, metavar="FILE", help="Build what 'fractalshards recipe' wrote.")
@@ -68,13 +86,13 @@ def main() -> None:
     "--executor",
     type=click.Choice(["local", "dask"]),
     default="local",
-    show_default=True,
     help="What renders: processes here, or a Dask cluster.",
 )
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="The Dask cluster's scheduler.")
 @click.option("--slice", "slice_", metavar="I/K|auto", help="Only every K-th shard, from the I-th: for job arrays.")
 @_WORKERS
 @_SET
+@quiet_option
 @click.pass_context
 def build(
     context: click.Context,
@@ -125,7 +143,7 @@ def build(
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     with continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler, workers)) as engine:
         plan = plan_build(folder, recipe, engine.workers, given, part)
-        click.echo(f"{folder}: {_describe(plan, part, engine)}", err=True)
+        note(f"{folder}: {_describe(plan, part, engine)}")
         missing = run_build(plan, engine.executor)
     if missing:
         left = f"{human_count(len(missing), 'shard')} of other slices"
@@ -144,6 +162,7 @@ def build(
 @main.command()
 @click.argument("folder", metavar="DIR", type=_PATH)
 @_WORKERS
+@quiet_option
 def repair(folder: Path, workers: str) -> None:
     """Verify a dataset, and render again exactly what is damaged or missing.
 
@@ -162,57 +181,85 @@ def repair(folder: Path, workers: str) -> None:
 
 
 @main.command()
-def kinds() -> None:
-    """List the kinds of images with their parameters and defaults, to be changed with --set.
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def kinds(as_json: bool) -> None:
+    """List the kinds of images with their parameters, to be changed with --set.
 
     Example: fractalgen kinds
     """
+    if as_json:
+        click.echo(json.dumps([_kind_as_json(kind) for kind in KINDS.values()], indent=1))
+        return
     console = Console(soft_wrap=True)
     for name, kind in KINDS.items():
         console.print(f"[bold]{name}[/bold]  {kind.summary}")
         console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px, {kind.points:,} points")
-        table = Table("--set", "default", "what it is", box=None, padding=(0, 2))
+        table = Table("--set", "default", "range", "what it is", box=None, padding=(0, 2))
         for field in fields(kind.params):
-            table.add_row(field.name, show_value(field.default), field.metadata["help"])
+            table.add_row(field.name, show_value(field.default), show_range(kind.params, field), field.metadata["help"])
         console.print(table)
 
 
-@main.command()
-@click.option("--kind", required=True, metavar="|".join((*KINDS, "all")), help="Family of images.")
-@click.option("--classes", default=16, show_default=True, type=click.IntRange(1, 1000), help="Rows.")
-@click.option("--per-class", default=8, show_default=True, type=click.IntRange(1, 100), help="Images in a row.")
-@click.option("--out", required=True, type=_PATH, help="Picture to write: .png or .jpg.")
+@main.command(groups={"Images": "--kind --size --points --seed --set", "Sheet": "--classes --per-class --tile --out"})
+@click.option(
+    "--kind",
+    required=True,
+    metavar="|".join((*KINDS, _ALL)),
+    shell_complete=lambda context, option, typed: [name for name in (*KINDS, _ALL) if name.startswith(typed)],
+    help="Family of images.",
+)
+@click.option("--size", type=_SIZE, help="Side length in pixels.  [default: by kind]")
+@click.option("--points", type=_POINTS, help="Points of a chaos game.  [default: by kind]")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of everything random.")
 @_SET
-def preview(kind: str, classes: int, per_class: int, out: Path, settings: tuple[str, ...]) -> None:
+@click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Rows.")
+@click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images in a row.")
+@click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Pixels of an image on the sheet.")
+@click.option("--out", required=True, type=_PATH, help="Picture to write: .png or .jpg.")
+def preview(
+    kind: str,
+    size: int | None,
+    points: int | None,
+    seed: int,
+    settings: tuple[str, ...],
+    classes: int,
+    per_class: int,
+    tile: int,
+    out: Path,
+) -> None:
     """Draw a contact sheet of what a build would hold; all kinds side by side with --kind all.
 
     Example: fractalgen preview --kind single --set blur_probability=0 --out sheet.png
     """
     picture_format(out)
     overrides = parse_settings(settings)
-    if kind == "all" and overrides:
+    if kind == _ALL and overrides:
         raise UsageError("--set changes one kind, but --kind is 'all'")
-    sheets = [draw_preview(name, classes, per_class, overrides) for name in (KINDS if kind == "all" else (kind,))]
-    picture = side_by_side(sheets)
+    names = KINDS if kind == _ALL else (kind,)
+    recipes = [
+        make_recipe(name, classes, classes=classes, size=size, points=points, seed=seed, overrides=overrides)
+        for name in names
+    ]
+    picture = side_by_side([draw_preview(recipe, per_class, tile) for recipe in recipes])
     save_picture(picture, out)
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
 
 
-@main.command()
+@main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed --out"})
 @click.option("--params", required=True, type=_PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
-@click.option("--weight-row", default=2, show_default=True, type=click.IntRange(0, 24), help="2 changes nothing.")
-@click.option("--draw", default="patch-gray", show_default=True, type=click.Choice(kataoka.DRAWS), help="How to draw.")
-@click.option("--size", default=362, show_default=True, type=click.IntRange(16, 4096), help="Side length in pixels.")
-@click.option("--points", default=200_000, show_default=True, type=click.IntRange(1, 10**8), help="Points to draw.")
-@click.option("--flip", default=0, show_default=True, type=click.IntRange(0, 3), help="1 top-bottom, 2 sides, 3 both.")
-@click.option("--mask-seed", default=0, show_default=True, type=int, help="Of Python's random, for patches.")
+@click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="2 changes nothing.")
+@click.option("--draw", default="patch-gray", type=click.Choice(kataoka.DRAWS), help="How to draw.")
+@click.option("--size", default=362, type=_SIZE, help="Side length in pixels.")
+@click.option("--points", default=200_000, type=_POINTS, help="Points to draw.")
+@click.option("--flip", default=0, type=click.IntRange(0, 3), help="1 top-bottom, 2 sides, 3 both.")
+@click.option("--mask-seed", default=0, type=int, help="Of Python's random, for patches.")
 @click.option("--out", required=True, type=_PATH, metavar="IMG.png", help="Picture to write.")
 def render(
     params: Path, weight_row: int, draw: kataoka.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
 ) -> None:
     """Render one FractalDB image, to the pixel as the published code does.
 
-    Example: fractalgen render --params 00000.csv --weight-row 4 --draw point-gray --out image.png
+    Example: fractalgen render --params 00000.csv --draw point-gray --out image.png
     """
     if picture_format(out) != "PNG":
         raise UsageError(f"--out is {out}: expected a name that ends in .png")
@@ -226,12 +273,13 @@ def render(
 
 
 @main.command()
-@click.option("--classes", default=1000, show_default=True, help="Categories to find.")
-@click.option("--seed", default=1, show_default=True, help="Of the search; the published one is 1.")
-@click.option("--fill-rate", default=0.2, show_default=True, help="Share of pixels that a category must hit.")
+@click.option("--classes", default=1000, help="Categories to find.")
+@click.option("--seed", default=1, help="Of the search; the published one is 1.")
+@click.option("--fill-rate", default=0.2, help="Share of pixels that a category must hit.")
 @click.option("--from-csv", type=_PATH, metavar="DIR", help="Read published CSV files instead of searching.")
 @click.option("--out", required=True, type=_PATH, metavar="FILE.npz", help="File to write.")
 @_WORKERS
+@quiet_option
 def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out: Path, workers: str) -> None:
     """Find FractalDB's categories, bit for bit those of the published search for the same seed.
 
@@ -245,7 +293,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
         with progress("searching", classes, "categories") as advance:
             found = search_categories(classes, seed, fill_rate, count, lambda new, _: advance(new))
         categories = tuple(one.category for one in found)
-        click.echo(f"tried {found[-1].candidate:,} candidates", err=True)
+        note(f"tried {found[-1].candidate:,} candidates")
     write_categories(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
     click.echo(f"next: fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
@@ -272,6 +320,21 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
     if classes is not None and classes > len(given):
         raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most those")
     return given[:classes]
+
+
+def _kind_as_json(kind: Kind) -> dict[str, Any]:
+    """What ``fractalgen kinds`` says of a kind."""
+    parameters = [
+        {
+            "name": field.name,
+            "default": field.default,
+            "range": show_range(kind.params, field),
+            "help": field.metadata["help"],
+        }
+        for field in fields(kind.params)
+    ]
+    about = ("name", "summary", "classes", "size", "points", "label_type")
+    return {**{name: getattr(kind, name) for name in about}, "parameters": parameters}
 
 
 def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:

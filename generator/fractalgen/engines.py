@@ -60,9 +60,11 @@ def open_engine(workers: int, scheduler: str | None = None) -> Iterator[Engine]:
 def _open_dask(scheduler: str) -> Iterator[Engine]:
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
+        from distributed.comm.addressing import get_address_host_port
     try:
+        get_address_host_port(scheduler)  # first: a client of a bad address is never closed, and stalls the next one
         client = Client(scheduler, timeout=_SECONDS)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: TLS without certificates
         raise FractalError(f"{scheduler}: no Dask scheduler answers ({error}); check the address") from error
     with _quiet(), client, sigterm_interrupts():
         threads = sum(client.nthreads().values())

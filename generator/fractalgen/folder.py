@@ -1,4 +1,4 @@
-"""The folder of a dataset under construction: recipe and systems come first and fix what the folder is (law 3)."""
+"""The folder of a dataset under construction: recipe and systems come first and fix what the folder is."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fractalgen.kinds import find_kind
+from fractalgen.limits import MAX_MAPS
 from fractalgen.recipe import Recipe, parse_recipe
 from fractalgen.render import draw_systems
 from fractalshards.claim import claim_folder, refuse_other, stored_recipe
@@ -15,8 +16,6 @@ from fractalshards.fields import Fields
 from fractalshards.names import INFO, RECIPE, SYSTEMS
 from fractalshards.recipes import recipe_problems
 from fractalshards.systems import Systems, read_systems, write_systems
-
-_MAX_MAPS = 255
 
 
 def settle(folder: Path, recipe: Recipe, given: Systems | None = None) -> tuple[Recipe, Systems]:
@@ -99,10 +98,10 @@ def _sound_systems(path: Path, recipe: Recipe) -> Systems:
 def _check_systems(recipe: Recipe, systems: Systems, where: str) -> None:
     """Refuse systems that the recipe's kind cannot render: they may come from elsewhere."""
     shape = find_kind(recipe.kind).map_shape
-    fitting = all(system.shape[1:] == shape and 1 <= len(system) <= _MAX_MAPS for system in systems)
+    fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
     if len(systems) != recipe.classes or not fitting:
         raise FractalError(
-            f"{where}: not {recipe.classes} systems of 1 to {_MAX_MAPS} maps of shape {shape}, as kind {recipe.kind} "
+            f"{where}: not {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape {shape}, as kind {recipe.kind} "
             "renders them; check the file"
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint8, uint16, uint32, uint64
 
+from fractalgen.limits import MAX_MAPS, MAX_POINTS, SIZES
 from fractalgen.rng import hash32
 from fractalshards.errors import UsageError
 
@@ -23,9 +24,6 @@ Masks = npt.NDArray[np.uint16]
 Draw = Literal["point-gray", "patch-gray", "point-color", "patch-color"]
 
 DRAWS: tuple[Draw, ...] = get_args(Draw)
-SIZES = range(16, 4097)
-MAX_POINTS = 10**8
-MAX_MAPS = 255  # the number of a map is a byte, and one more means none
 
 _PAD = 6
 _COLORS = 128

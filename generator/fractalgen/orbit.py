@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fractalgen.limits import MAX_MAPS
 from fractalgen.rng import hash32
 from fractalshards.errors import UsageError
 
@@ -33,8 +34,8 @@ def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint3
     Raises:
         UsageError: if there are no maps, or more than 255.
     """
-    if not 1 <= len(system) <= 255:
-        raise UsageError(f"{len(system)} maps: a system has 1 to 255")
+    if not 1 <= len(system) <= MAX_MAPS:
+        raise UsageError(f"{len(system)} maps: a system has 1 to {MAX_MAPS}")
     total = max(_HEAD, -(-points // _LANES) * _LANES)
     choices = np.empty(total, np.uint8)
     _choose_maps(_thresholds(system), *key, choices)

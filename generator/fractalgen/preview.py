@@ -1,32 +1,29 @@
 """A contact sheet of what a recipe would build, without building it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from PIL import Image
 
 from fractalgen.color import Pixels, pixels_of
 from fractalgen.kinds import find_kind
-from fractalgen.recipe import Recipe, make_recipe
+from fractalgen.recipe import Recipe
 from fractalgen.render import draw_systems, render_unit
 from fractalgen.unit import Unit
 from fractalshards.labels import Label
 from fractalshards.sheet import class_rows, contact_sheet
 
-_TILE = 96
 _PATIENCE = 8  # images per image shown, until rows of a multi-label kind may stay short
 
 
-def preview(kind: str, classes: int, per_class: int, overrides: Mapping[str, str]) -> Image.Image:
-    """Draw a labelled sheet of a kind, a row per class; images of several classes stand in the row of one of them.
+def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
+    """Draw a labelled sheet, a row per class; images of several classes stand in the row of one of them.
 
     Args:
-        overrides: parameters of the kind by name, as text.
-
-    Raises:
-        UsageError: if a value is unknown, malformed or out of range.
+        per_class: images in a row.
+        tile: side length of an image on the sheet in pixels.
     """
-    recipe = make_recipe(kind, classes, classes=classes, overrides=overrides)
-    return contact_sheet(class_rows(_samples(recipe, per_class), range(classes), per_class, _TILE), _TILE, title=kind)
+    rows = class_rows(_samples(recipe, per_class), range(recipe.classes), per_class, tile)
+    return contact_sheet(rows, tile, title=recipe.kind)
 
 
 def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:

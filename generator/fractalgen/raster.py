@@ -44,7 +44,8 @@ def splat(
     the patch applied once to the counts, which gives the same sums.
 
     Args:
-        xs, ys: (n,) float32 or float64; the arithmetic is done in that type. Non-finite points are dropped.
+        xs: (n,) float32 or float64; the arithmetic is done in that type. Non-finite points are dropped.
+        ys: likewise.
         size: side length in pixels, at least 1.
         patch: (k, 2) cells, each in 0..2.
         orientation: applied to the image of the points; the patch is laid on after that.

@@ -3,15 +3,19 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fractalgen.kinds import KINDS, Kind, KindParams, find_kind
+from fractalgen.kinds import KINDS, Kind, find_kind
+from fractalgen.limits import MAX_POINTS, SIZES
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.fields import Fields
-from fractalshards.manifest import MAX_CLASSES
+from fractalshards.manifest import MAX_CLASSES, MAX_SHARD_SIZE, MAX_SHARDS
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
 _MAX_SAMPLES = 10**9  # keys have nine digits
@@ -20,13 +24,14 @@ _COUNTS = ("n", "val", "classes", "size", "points", "seed", "shard_size")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a dataset is. Equal recipes with equal systems give equal samples, everywhere and always (law 1).
+    """What a dataset is. Equal recipes with equal systems give equal samples, everywhere and always.
 
     Samples are numbered 0..n-1 in the ``train`` split and n..n+val-1 in ``val``.
 
     Attributes:
         kind: name of a kind, see ``fractalgen kinds``.
-        n, val: samples to train on and to evaluate on.
+        n: samples to train on.
+        val: samples to evaluate on.
         classes: number of classes, each with one system; at most n for kinds whose images show one class.
         size: side length of the square images in pixels.
         points: points of a chaos game.
@@ -44,7 +49,7 @@ class Recipe:
     points: int
     seed: int
     shard_size: int
-    params: KindParams
+    params: "DataclassInstance"
     systems_digest: str = ""
     version: int = RECIPE_VERSION
 
@@ -63,16 +68,20 @@ class Recipe:
         )
         self._check_units(kind)
         _require(self.n + self.val <= _MAX_SAMPLES, f"n + val is over {_MAX_SAMPLES:,}: build several datasets")
-        _require(16 <= self.size <= 4096, f"size is {self.size}: images may be 16 to 4096 pixels wide")
-        _require(1 <= self.points <= 10**8, f"points is {self.points}: a chaos game has 1 to 100,000,000 points")
+        _require(
+            self.size in SIZES, f"size is {self.size}: images may be {SIZES.start} to {SIZES.stop - 1} pixels wide"
+        )
+        _require(
+            1 <= self.points <= MAX_POINTS, f"points is {self.points}: a chaos game has 1 to {MAX_POINTS:,} points"
+        )
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it may be 0 to 2**63 - 1")
         least = kind.images_per_unit
         _require(
-            least <= self.shard_size <= 100_000,
-            f"shard_size is {self.shard_size}: a shard of kind {self.kind} has {least} to 100,000 samples",
+            least <= self.shard_size <= MAX_SHARD_SIZE,
+            f"shard_size is {self.shard_size}: a shard of kind {self.kind} has {least} to {MAX_SHARD_SIZE:,} samples",
         )
         shards = (self.n + self.val) // self.shard_size
-        _require(shards <= 100_000, f"{shards:,} shards are too many for a manifest: raise shard_size")
+        _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
 
     def _check_units(self, kind: Kind) -> None:
@@ -146,6 +155,14 @@ def make_recipe(
     """A recipe with the kind's defaults for what is not given.
 
     Args:
+        kind: name of a kind: ``fractaldb``, ``single``, ``multi``.
+        n: samples to train on, at least 1.
+        val: samples to evaluate on, of the same classes; they share no render with those to train on.
+        classes: number of classes, 1 to 100,000; at most n for kinds whose images show one class.
+        size: side length of the images in pixels, 16 to 4096.
+        points: points of a chaos game, 1 to 100,000,000.
+        seed: of everything random, 0 to 2**63 - 1.
+        shard_size: samples per shard.
         overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A sample from its index: the pure function that a dataset is made of (law 1)."""
+"""A sample from its index: the pure function that a dataset is made of."""
 
 import operator
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """Repairs a dataset: verifies every shard, then builds what is damaged or missing again.
 
-A damaged shard loses its sidecar, which makes it unfinished (law 2); the rest is an ordinary build. So a repair that is
+A damaged shard loses its sidecar, which makes it unfinished; the rest is an ordinary build. So a repair that is
 killed is continued by the same command, or by ``fractalgen build``.
 """
 

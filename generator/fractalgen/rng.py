@@ -1,4 +1,4 @@
-"""Our own random numbers (law 1): the same for every numpy version, CPU and order of work.
+"""Our own random numbers: the same for every numpy version, CPU and order of work.
 
 ``Stream`` gives scalars to Python code; ``hash32`` gives kernels one word per counter, so that a loop over counters
 vectorises and any element can be computed without the ones before it.

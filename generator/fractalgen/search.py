@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from fractalgen.kataoka import fill_rate as measure
 from fractalshards.errors import UsageError
+from fractalshards.manifest import MAX_CLASSES
 from fractalshards.workers import worker_pool
-
-MAX_CLASSES = 100_000  # categories are named by five digits
 
 _POINTS = 100_000
 _SIZE = 512

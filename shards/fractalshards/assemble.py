@@ -1,4 +1,4 @@
-"""From shards to be written to a finished dataset: which are missing, an executor, then the manifest (law 2)."""
+"""From shards to be written to a finished dataset: which are missing, an executor, then the manifest."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed

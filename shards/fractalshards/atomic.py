@@ -1,4 +1,4 @@
-"""Files that are visible only when they are whole (law 2): write beside, fsync, rename, fsync the folder."""
+"""Files that are visible only when they are whole: write beside, fsync, rename, fsync the folder."""
 
 import json
 import os

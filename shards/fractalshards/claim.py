@@ -1,4 +1,4 @@
-"""The recipe of a dataset folder comes first and fixes what the folder is: another recipe is refused (law 3)."""
+"""The recipe of a dataset folder comes first and fixes what the folder is: another recipe is refused."""
 
 from collections.abc import Mapping
 from contextlib import suppress

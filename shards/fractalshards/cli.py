@@ -1,6 +1,8 @@
 """The command ``fractalshards``: parses options, calls one function per command, prints what came of it."""
 
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -10,7 +12,7 @@ from rich.text import Text
 
 from fractalshards.atomic import atomic_file
 from fractalshards.comparing.compare import compare_datasets
-from fractalshards.console import Commands, continuable, notice, progress
+from fractalshards.console import Commands, continuable, note, notice, progress, quiet_option
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
@@ -29,6 +31,7 @@ from fractalshards.verify import repair_advice, verify_dataset
 from fractalshards.workers import available_cores
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_JSON = click.option("--json", "as_json", is_flag=True, help="For programs, on stdout.")
 
 
 @click.group(cls=Commands)
@@ -39,11 +42,15 @@ def main() -> None:
 
 @main.command()
 @_FOLDER
-def info(folder: Path) -> None:
+@_JSON
+def info(folder: Path, as_json: bool) -> None:
     """Show what a dataset is.
 
     Example: fractalshards info shards/single
     """
+    if as_json:
+        click.echo(json.dumps(_facts(load_manifest(folder)), indent=1))
+        return
     table = Table(show_header=False, box=None)
     for name, value in _describe(load_manifest(folder)):
         table.add_row(Text(one_line(name)), Text(one_line(value)))
@@ -53,7 +60,9 @@ def info(folder: Path) -> None:
 @main.command()
 @_FOLDER
 @click.option("--workers", type=click.IntRange(1), help="Processes that check.  [default: all cores]")
-def verify(folder: Path, workers: int | None) -> None:
+@_JSON
+@quiet_option
+def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     """Check hashes and counts and decode every image; name what is wrong, and exit with 1 if anything is.
 
     Example: fractalshards verify shards/single
@@ -62,20 +71,24 @@ def verify(folder: Path, workers: int | None) -> None:
     samples = sum(map(manifest.samples, manifest.splits))
     with progress("verifying", samples, "images") as advance:
         problems = verify_dataset(manifest, workers or available_cores(), advance)
-    for problem in problems:
-        click.echo(one_line(f"bad: {folder}/{problem}"))
+    if as_json:
+        click.echo(json.dumps({"sound": not problems, "problems": [asdict(problem) for problem in problems]}, indent=1))
+    else:
+        for problem in problems:
+            click.echo(one_line(f"bad: {folder}/{problem}"))
     if problems:
         raise FractalError(f"{folder}: {human_count(len(problems), 'problem')}; {repair_advice(manifest)}")
-    click.echo(f"sound: {manifest.summary()}")
+    if not as_json:
+        click.echo(f"sound: {manifest.summary()}")
 
 
 @main.command()
 @_FOLDER
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write: .png or .jpg.")
-@click.option("--split", default="train", show_default=True)
-@click.option("--classes", default=16, show_default=True, type=click.IntRange(1), help="Rows.")
-@click.option("--per-class", default=8, show_default=True, type=click.IntRange(1), help="Images in a row.")
-@click.option("--tile", default=96, show_default=True, type=click.IntRange(8), help="Pixels of an image.")
+@click.option("--split", default="train", help="Split to show.")
+@click.option("--classes", default=16, type=click.IntRange(1), help="Rows.")
+@click.option("--per-class", default=8, type=click.IntRange(1), help="Images in a row.")
+@click.option("--tile", default=96, type=click.IntRange(8), help="Pixels of an image.")
 def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, tile: int) -> None:
     """Draw a contact sheet of a dataset, a row per class.
 
@@ -91,6 +104,7 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 @_FOLDER
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Page to write: .html.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that look.  [default: all cores]")
+@quiet_option
 def report(folder: Path, out: Path, workers: int | None) -> None:
     """Write a page about a dataset: samples of every class, distributions, recipe, how to share it.
 
@@ -129,7 +143,9 @@ def recipe(folder: Path, out: Path | None) -> None:
 @click.argument("first", metavar="A", type=click.Path(path_type=Path))
 @click.argument("second", metavar="B", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(1), help="Processes that compare.  [default: all cores]")
-def diff(first: Path, second: Path, workers: int | None) -> int:
+@_JSON
+@quiet_option
+def diff(first: Path, second: Path, workers: int | None, as_json: bool) -> int:
     """Tell whether two datasets hold the same samples, and where not; exit with 0 if they do, else with 1.
 
     Content digests are compared as the manifests promise them; images are read only to name what differs.
@@ -137,6 +153,9 @@ def diff(first: Path, second: Path, workers: int | None) -> int:
     Example: fractalshards diff shards/single /mnt/copy/single
     """
     found = compare_datasets(load_manifest(first), load_manifest(second), workers or available_cores())
+    if as_json:
+        click.echo(json.dumps({"same": found.same, "findings": list(found.findings)}, indent=1))
+        return 0 if found.same else 1
     for line in found.findings:
         click.echo(one_line(line))
     verdict = "same samples" if found.same else "not the same samples"
@@ -149,6 +168,7 @@ def diff(first: Path, second: Path, workers: int | None) -> int:
 @main.command()
 @_FOLDER
 @click.option("--dali", is_flag=True, help="For the WebDataset reader of NVIDIA DALI: an .idx file beside every shard.")
+@quiet_option
 def index(folder: Path, dali: bool) -> None:
     """Write the index files that other software wants.
 
@@ -162,7 +182,7 @@ def index(folder: Path, dali: bool) -> None:
     click.echo(f"{folder}: {human_count(written, 'index file')} for DALI")
 
 
-_JOBS = click.option("--jobs", default=8, show_default=True, type=click.IntRange(1), help="Files moved at a time.")
+_JOBS = click.option("--jobs", default=8, type=click.IntRange(1), help="Files moved at a time.")
 _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of each split.  [default: all]")
 
 
@@ -171,10 +191,12 @@ _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of 
 @click.argument("url", metavar="URL")
 @_SHARDS
 @_JOBS
+@quiet_option
 def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
-    """Store a dataset elsewhere: a folder, s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+    """Store a dataset elsewhere: in another folder, on S3, Google Cloud Storage or Hugging Face.
 
-    Only what is missing or different travels. What arrived is checked.
+    URL is a path, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is missing or different
+    travels. What arrived is checked.
 
     Example: fractalshards push shards/single s3://bucket/single
     """
@@ -187,15 +209,35 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 @_FOLDER
 @_SHARDS
 @_JOBS
+@quiet_option
 def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
-    """Fetch a dataset from a folder, https://..., s3://BUCKET/..., gs://... or hf://datasets/USER/NAME.
+    """Fetch a dataset from another folder, a web server, S3, Google Cloud Storage or Hugging Face.
 
-    Only what is missing or different travels, and every file is checked.
+    URL is a path, https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is
+    missing or different travels, and every file is checked.
 
     Example: fractalshards pull s3://bucket/single shards/single
     """
     moved = pull_dataset(url, folder, parse_numbers(shards) if shards is not None else None, jobs, progress)
     click.echo(moved.summary())
+
+
+def _facts(manifest: Manifest) -> dict[str, object]:
+    """What ``info --json`` says."""
+    return {
+        "folder": str(manifest.folder),
+        "splits": {
+            name: {"samples": manifest.samples(name), "shards": len(shards)} for name, shards in manifest.splits.items()
+        },
+        "bytes": manifest.bytes(),
+        "image_size": manifest.image_size,
+        "classes": manifest.classes,
+        "label_type": manifest.label_type,
+        "content_digest": manifest.content_digest(),
+        "recipe_digest": manifest.recipe_digest,
+        "recipe": manifest.recipe,
+        "software": manifest.software,
+    }
 
 
 def _describe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -217,9 +259,10 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @click.argument("source", metavar="imagefolder:PATH|imagenet:PATH")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--split", metavar="train=X,val=Y", help="Shares (0.9) or folders below PATH, see above.")
-@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
-@click.option("--seed", default=0, show_default=True, help="Of the order, and of which images a share takes.")
+@click.option("--shard-size", default=1000, help="Images per shard.")
+@click.option("--seed", default=0, help="Of the order, and of which images a share takes.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that work.  [default: all cores]")
+@quiet_option
 def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int | None) -> None:
     """Pack images that exist into shards, or continue: what is done is skipped. JPEG, PNG and WebP stay as they are.
 
@@ -236,14 +279,13 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     images = parse_source(source, split)
     with notice(f"listing the images of {one_line(str(images.path))} ..."):
         plan = plan_pack(out, images, seed, shard_size)
-    for note in plan.notes:
-        click.echo(one_line(f"note: {note}"), err=True)
+    for remark in plan.notes:
+        note(f"note: {remark}")
     missing = plan.missing()
     done = f", {len(plan.finished):,} of them done" if plan.finished else ""
-    click.echo(
+    note(
         f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.parts), 'shard')}{done}; "
-        f"to pack: {sum(task.stop - task.first for task in missing):,} images",
-        err=True,
+        f"to pack: {sum(task.stop - task.first for task in missing):,} images"
     )
     with continuable(out):
         run_pack(plan, count)

@@ -1,11 +1,12 @@
-"""What all three commands share at the terminal: one-line errors, exit codes, progress on a terminal or in a log."""
+"""What all three commands share at the terminal: help, one-line errors, exit codes, progress on it or in a log."""
 
 import errno
+import inspect
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError
 from fractalshards.human import human_bytes, human_seconds, one_line
 
+_QUIET = f"{__name__}.quiet"
+_SHORT = {
+    "INTEGER RANGE": "N",
+    "INTEGER": "N",
+    "FLOAT RANGE": "X",
+    "FLOAT": "X",
+    f"0<=x<={2**63 - 1}": "x>=0",
+}
 _LOG_SECONDS = 10.0
 _NOTICE_SECONDS = 1.0
 _ADVICE = {
@@ -33,11 +42,67 @@ _ADVICE = {
 }
 
 
+class Command(click.Command):
+    """A command whose help shows its options under headings, and its example as it is typed.
+
+    The example is the last paragraph of the help, ``Example: COMMAND``; further lines of it are indented.
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        """``groups`` are options by heading, ``{"Dataset": "--kind --n"}``; options in none come last."""
+        super().__init__(*args, **kwargs)
+        self.groups = {heading: names.split() for heading, names in (groups or {}).items()}
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what the command is for, and its example, which is not wrapped."""
+        text, _, example = inspect.cleandoc(self.help or "").partition("Example: ")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(text.strip())
+        if example:
+            with formatter.section("Example"):
+                formatter.write("".join(f"  {line}\n" for line in example.strip().splitlines()))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, a section for every heading."""
+        headings = {name: heading for heading, names in self.groups.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in [*self.groups, "Options"]}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[headings.get(parameter.opts[0], "Options")].append(
+                    (_in_few_words(record[0]), _in_few_words(record[1]))
+                )
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def _in_few_words(text: str) -> str:
+    """A part of a help record without click's long words."""
+    for long, short in _SHORT.items():
+        text = text.replace(long, short)
+    return text
+
+
 class Commands(click.Group):
-    """A group of commands whose errors are one line.
+    """A group of commands whose errors are one line, and whose help shows all defaults.
 
     Exit codes are 2 for wrong usage, 1 for failure, 130 for Ctrl-C and 143 for SIGTERM.
     """
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context_settings = {"show_default": True, **self.context_settings}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what each command is for, its whole first sentence."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in commands if one])
 
     def main(
         self,
@@ -94,6 +159,27 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--quiet``: for this command ``progress``, ``notice`` and ``note`` say nothing."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        context.meta[_QUIET] = value
+
+    text = "No progress and notes on stderr, only errors."
+    return click.option("--quiet", is_flag=True, expose_value=False, callback=remember, help=text)(command)
+
+
+def note(text: str) -> None:
+    """Say something by the way, on stderr."""
+    if not _is_quiet():
+        click.echo(one_line(text), err=True)
+
+
+def _is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_QUIET, False)
+
+
 def unseen(*_: object) -> AbstractContextManager[Callable[[int], None]]:
     """In place of ``progress``, where another process shows it."""
     return nullcontext(lambda count: None)
@@ -106,6 +192,9 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
     The unit ``B`` is shown as kB, MB and so on.
     On a terminal a bar; elsewhere a line every ten seconds, without carriage returns.
     """
+    if _is_quiet():
+        yield lambda count: None
+        return
     meter = _Meter(total, unit)
     if not sys.stderr.isatty():
 
@@ -132,7 +221,8 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
 def notice(text: str) -> Iterator[None]:
     """Say on stderr what is going on, if it takes more than a second."""
     timer = threading.Timer(_NOTICE_SECONDS, click.echo, [text], {"err": True})
-    timer.start()
+    if not _is_quiet():
+        timer.start()
     try:
         yield
     finally:

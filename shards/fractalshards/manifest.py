@@ -20,6 +20,8 @@ from fractalshards.names import INFO, check_plain, sidecar_name
 FORMAT_VERSION = 1
 MAX_CLASSES = 100_000  # systems have names of five digits
 MAX_IMAGE_SIZE = 100_000
+MAX_SHARD_SIZE = 100_000  # samples of a shard that this software writes
+MAX_SHARDS = 100_000  # of a dataset that this software writes
 MAX_SAMPLE_BYTES = 64 << 20  # a reader holds a sample in memory
 _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
 

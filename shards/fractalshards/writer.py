@@ -1,4 +1,4 @@
-"""Writes one shard: the tar first, then its sidecar record, each visible only when whole (law 2)."""
+"""Writes one shard: the tar first, then its sidecar record, each visible only when whole."""
 
 import hashlib
 from collections.abc import Callable, Iterable

@@ -203,12 +203,29 @@ def test_preview_shows_what_set_changes(tmp_path: Path) -> None:
     assert (sheets[0] == 0).all(-1).mean() < 0.05 < 0.2 < (sheets[1] == 0).all(-1).mean()
 
 
+def test_preview_takes_size_points_and_seed(tmp_path: Path) -> None:
+    plain = ["preview", "--kind", "fractaldb", "--classes", 2, "--per-class", 2, "--tile", 32]
+    sheets = {}
+    for name, options in {
+        "plain": [],
+        "size": ["--size", 64],
+        "points": ["--points", 50],
+        "seed": ["--seed", 1],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert run(*plain, *options, "--out", out).exit_code == 0
+        sheets[name] = pixels(out)
+    assert {sheet.shape for sheet in sheets.values()} == {(28 + 2 * 36 + 4, 44 + 2 * 36, 3)}
+    assert len({sheet.tobytes() for sheet in sheets.values()}) == 4
+
+
 def test_preview_refuses_in_one_line(tmp_path: Path) -> None:
     for options, words in (
         (["--kind", "fractl"], "unknown kind"),
         (["--kind", "all", "--set", "maps=2,3"], "--set changes one kind"),
         (["--kind", "single", "--set", "mops=2,3"], "did you mean 'maps'"),
         (["--kind", "single", "--classes", 0], "--classes"),
+        (["--kind", "single", "--size", 8], "--size"),
         (["--kind", "single", "--out", tmp_path / "x.tiff"], "ends in .png or .jpg"),
     ):
         result = run("preview", "--out", tmp_path / "x.png", *options)
@@ -218,10 +235,13 @@ def test_preview_refuses_in_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kinds_lists_every_parameter_with_its_default() -> None:
+def test_kinds_lists_every_parameter_with_default_and_range() -> None:
     result = run("kinds")
     assert result.exit_code == 0
     for name in KINDS:
         assert f"\n{name}  " in f"\n{result.stdout}"
     for text in ("patch-gray", "weight_rows", "0,24", "objects", "1,5", "object_size", "0.15,0.6", "jitter", "0.8,1.1"):
         assert text in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    for row in (["jitter", "0.8,1.1", "0.0", "to", "10.0"], ["objects", "1,5", "1", "to", "255"]):
+        assert row in [found[:5] for found in rows]

@@ -123,13 +123,27 @@ def test_dask_errors_are_one_line(small: list[str], tmp_path: Path, monkeypatch:
         (["--executor", "dask", "--scheduler", "tcp://localhost:1", "--workers", "2"], 2, "leave it out"),
         (["--slice", ""], 2, "expected I/K"),
         (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1"], 1, "no Dask scheduler answers"),
-        (["--executor", "dask", "--scheduler", "nonsense://x"], 1, "no Dask scheduler answers"),
     ):
         result = run(*without_workers(small), "--out", tmp_path / "out", *options)
         assert result.exit_code == code, result.output
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert words in line
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("nonsense://x", "unknown address scheme"), ("localhost", "missing port"), ("ucx://x:1", "don't know how to")],
+)
+def test_an_address_that_cannot_be_is_refused_without_a_client(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, reason: str
+) -> None:
+    """Dask leaves its client open then; when that is collected as another one starts, both wait until one gives up."""
+    monkeypatch.setattr("distributed.Client", lambda *arguments, **named: pytest.fail("made a client"))
+    options = [*without_workers(small), "--out", tmp_path / "out", "--executor", "dask"]
+    result = run(*options, "--scheduler", address)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {address}: no Dask scheduler answers ({reason}")
 
 
 def test_a_cluster_without_workers_is_refused(small: list[str], tmp_path: Path) -> None:

@@ -285,8 +285,8 @@ def test_stopped_half_way_it_continues_to_the_same_dataset(
 ) -> None:
     big = image_folder(tmp_path / "big", {"a": 80, "b": 80})
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
-    assert pack(f"imagefolder:{big}", undisturbed, "--shard-size", "2").exit_code == 0
-    command = [FRACTALSHARDS, "pack", f"imagefolder:{big}", out, "--shard-size", "2", "--workers", "1"]
+    assert pack(f"imagefolder:{big}", undisturbed, "--shard-size", "1").exit_code == 0
+    command = [FRACTALSHARDS, "pack", f"imagefolder:{big}", out, "--shard-size", "1", "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(out.glob("train-*.json"))) < 3:

@@ -94,7 +94,8 @@ def test_averages_mixing_several_classes_and_parts_of_a_batch_in_two_processes(w
     assert curve(stopped) == curve(whole)
     assert all(same(state(stopped, part), state(whole, part)) for part in ("model", "ema"))
     result = json.loads((stopped / "result.json").read_text())
-    evaluated = fractaltrain("eval", "--weights", stopped, "--data", f"shards:{several}", "--out", tmp_path / "eval")
+    arguments = ("eval", "--weights", stopped, "--data", f"shards:{several}", "--out", tmp_path / "eval", "--quiet")
+    evaluated = fractaltrain(*arguments)
     assert (evaluated.code, evaluated.err) == (0, "")
     report = json.loads((tmp_path / "eval" / "eval.json").read_text())
     for name in ("samples", "loss", "map", "f1"):

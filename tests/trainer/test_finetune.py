@@ -31,7 +31,7 @@ def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
     run = Path("runs/small-4-per-class-0-resnet10t-anderson-scratch")
     result = json.loads((run / "result.json").read_text())
     assert result["samples"] == 13
-    done = fractaltrain("eval", "--weights", run, "--data", data, "--out", "report")
+    done = fractaltrain("eval", "--weights", run, "--data", data, "--out", "report", "--quiet")
     assert (done.code, done.err) == (0, "")
     assert json.loads(Path("report/eval.json").read_text())["top1"] == result["top1"]
 

@@ -1,9 +1,15 @@
 """Files that are called checkpoints and are none, whatever their bytes make of torch's reader."""
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+import torch
 
+from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
 from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
 
@@ -35,3 +41,23 @@ def test_it_is_passed_over_or_refused_in_one_line(tmp_path: Path, recwarn: pytes
     with pytest.raises(FractalError, match="damaged"):
         load_checkpoint(tmp_path)
     assert len(recwarn) == 0
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_stays_ctrl_c(tmp_path, monkeypatch):
+    """torch then fails to end the file, and says only that; nothing is left of it."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, data) -> int:
+            if self.tell() > 200:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    @contextmanager
+    def interrupted_file(path: Path) -> Iterator[BinaryIO]:
+        with atomic_file(path):
+            yield Interrupted()
+
+    monkeypatch.setattr("fractaltrain.checkpoint.atomic_file", interrupted_file)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, Position(), {"model": {"weight": torch.zeros(10_000)}}, keep=1)
+    assert list(tmp_path.iterdir()) == []

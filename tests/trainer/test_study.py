@@ -1,11 +1,14 @@
 """Studies: what a file says, the steps that come of it, what they cost, and how they are run."""
 
+import hashlib
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,12 @@ from fractalshards.slices import Slice
 from fractaltrain.data.finetuning import DataChoice, open_data
 from fractaltrain.run_folder import append_metrics
 from fractaltrain.study import run
-from fractaltrain.study.commands import passing_signals
 from fractaltrain.study.config import read_study
 from fractaltrain.study.cost import KNOWN, Cost, Size, Total, find_sizes, find_speeds, step_cost
 from fractaltrain.study.forecast import describe
+from fractaltrain.study.lineage import find_digests, outdated
 from fractaltrain.study.plan import plan_study
+from fractaltrain.study.processes import step_processes
 from fractaltrain.study.record import read_record, write_record
 
 STUDY = """
@@ -45,20 +49,33 @@ def planned(folder, text=STUDY):
 
 
 class Runner:
-    """Takes the place of the commands: writes what a finished run has, unless its folder contains ``failing``."""
+    """Takes the place of the processes: writes what a finished run has, unless its folder contains ``failing``.
+
+    Of those that run at once, the last one ends first.
+    """
 
     def __init__(self, folder: Path, groups, failing: str = "never") -> None:
         self._settings = {str(folder / step.run): step.settings for group in groups for step in group.steps()}
         self._failing = failing
+        self._ended: list[tuple[str, int]] = []
         self.ran: list[str] = []
+        self.most = 0
 
-    def __call__(self, command) -> int:
-        out = command[command.index("--out") + 1]
+    @property
+    def running(self) -> int:
+        return len(self._ended)
+
+    def start(self, name, arguments, log=None) -> None:
+        out = arguments[arguments.index("--out") + 1]
         self.ran.append(Path(out).name)
-        if self._failing in out:
-            return 1
-        finish(Path(out), self._settings[out])
-        return 0
+        code = 1 if self._failing in out else 0
+        if not code:
+            finish(Path(out), self._settings[out])
+        self._ended.append((name, code))
+        self.most = max(self.most, self.running)
+
+    def wait(self) -> tuple[str, int]:
+        return self._ended.pop()
 
 
 def finish(folder: Path, settings, top1: float = 0.5) -> None:
@@ -123,14 +140,14 @@ def test_slices_share_out_the_groups(tmp_path, parts):
 def test_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
     _, groups = planned(tmp_path)
     runner = Runner(tmp_path, groups, failing="pt/small--resnet10t--seed0")
-    monkeypatch.setattr(run, "passing_signals", lambda: nullcontext(runner))
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
     missing = run.run_groups(groups, tmp_path, nproc=None)
     assert missing == [step.run for step in groups[2].steps()]
     assert len(runner.ran) == 6 + 6 + 1 + 7
     assert "pt/small--resnet10t--seed0: failed with exit code 1; going on" in capsys.readouterr().err
 
     runner = Runner(tmp_path, groups)
-    monkeypatch.setattr(run, "passing_signals", lambda: nullcontext(runner))
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
     assert run.run_groups(groups, tmp_path, nproc=2) == []
     assert runner.ran == [Path(step.run).name for step in groups[2].steps()]  # all others are done
 
@@ -142,7 +159,7 @@ def test_a_run_of_other_settings_is_neither_used_nor_run_again(tmp_path, monkeyp
     assert run.any_finished(groups, tmp_path)
     _, changed = planned(tmp_path, STUDY.replace("epochs = 3", "epochs = 4").replace("[scratch]", ""))
     runner = Runner(tmp_path, changed)
-    monkeypatch.setattr(run, "passing_signals", lambda: nullcontext(runner))
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
     missing = run.run_groups(changed, tmp_path, nproc=None)
     assert missing == [step.run for group in changed for step in group.steps()]
     assert runner.ran == []
@@ -150,29 +167,87 @@ def test_a_run_of_other_settings_is_neither_used_nor_run_again(tmp_path, monkeyp
     assert not run.any_finished(changed, tmp_path)
 
 
-def test_signals_are_passed_on_to_the_step(tmp_path):
-    """The step asks its own parent to stop, and then waits for the signal to come back."""
-    code = """
-import os, signal, sys
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
-os.kill(os.getppid(), signal.SIGTERM)
-signal.pause()
-"""
+@pytest.mark.parametrize("jobs", [1, 2, 5])
+def test_steps_at_once(tmp_path, monkeypatch, jobs):
+    """No more than asked for, a fine-tuning only after its pre-training has ended, and all of them."""
+    _, groups = planned(tmp_path)
+    runner = Runner(tmp_path, groups, failing="pt/small--resnet10t--seed0")
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
+    missing = run.run_groups(groups, tmp_path, None, jobs)
+    assert missing == [step.run for step in groups[2].steps()]
+    assert len(set(runner.ran)) == len(runner.ran) == 6 + 6 + 1 + 7
+    assert runner.most == jobs
+
+
+def test_a_signal_goes_to_all_steps(tmp_path, fractaltrain, dataset):
+    """Two that train, and a third one that must not start any more."""
+
+    def arguments(name):
+        common = ("--model", "resnet10t", "--image-size", "16", "--batch-size", "10", "--epochs", "10000")
+        return ("pt", "--shards", str(dataset), *common, "--out", str(tmp_path / name))
+
     before = signal.getsignal(signal.SIGTERM)
     expected = pytest.raises(StoppedError, match="stopped by SIGTERM; run the same command")
-    with passing_signals() as start, expected as caught:
-        start([sys.executable, "-c", code])
+    logs = []
+    with ExitStack() as stack:
+        with step_processes(threads=1) as processes, expected as caught:
+            for name in ("a", "b"):
+                os.mkfifo(tmp_path / f"{name}.txt")  # to wait for what it says
+                processes.start(name, arguments(name), tmp_path / f"{name}.txt")
+                logs.append(stack.enter_context(open(tmp_path / f"{name}.txt")))
+                assert any(line.startswith("epoch 1/") for line in logs[-1])
+            signal.raise_signal(signal.SIGTERM)
+            processes.start("c", arguments("c"))
+        assert all("saved at epoch" in log.read() for log in logs)
     assert caught.value.code == 75
     assert signal.getsignal(signal.SIGTERM) == before
+    for name in ("a", "b"):
+        assert list((tmp_path / name).glob("checkpoint-*.pt"))
+    assert not (tmp_path / "c").exists()
 
 
-def test_a_signal_between_two_steps_keeps_the_next_from_starting(tmp_path):
-    with passing_signals() as start:
-        assert start([sys.executable, "-c", ""]) == 0
-        signal.raise_signal(signal.SIGUSR1)
-        with pytest.raises(StoppedError, match="stopped by SIGUSR1"):
-            start([sys.executable, "-c", f"open({str(tmp_path / 'started')!r}, 'w')"])
-    assert not (tmp_path / "started").exists()
+def test_a_step_that_fails_leaves_the_others_alone(tmp_path):
+    with step_processes(threads=1) as processes:
+        processes.start("good", ["--version"], tmp_path / "good.txt")
+        processes.start("bad", ["ft", "--weights", str(tmp_path / "none"), "--data", "digits"])
+        ended = dict(processes.wait() for _ in range(2))
+    assert ended == {"good": 0, "bad": 1}
+    assert "fractaltrain" in (tmp_path / "good.txt").read_text()
+
+
+def test_a_dataset_that_was_built_again_is_noticed(tmp_path, write_dataset, monkeypatch, capsys):
+    """By both: the pre-training on it, and the fine-tuning from it, which is run again with it."""
+    dataset = write_dataset(tmp_path / "set", train=(20,))
+    text = STUDY.replace("shards/small", str(dataset))
+    (tmp_path / "s.toml").write_text(text)
+    asked = read_study(tmp_path / "s.toml")
+
+    def plan():
+        return plan_study(asked, tmp_path, Path("data"), find_digests(asked))
+
+    groups = plan()
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(tmp_path, groups)))
+    assert run.run_groups(groups, tmp_path, None) == []
+    shutil.rmtree(dataset)
+    write_dataset(dataset, train=(21,))
+    missing = run.run_groups(plan(), tmp_path, None)
+    assert missing == [step.run for group in plan() if group.pretraining for step in group.steps()]
+    said = capsys.readouterr().err
+    assert "the dataset that it was trained on was built again, with other content; remove it" in said
+
+
+def test_weights_that_were_trained_again_are_noticed(tmp_path):
+    finish(tmp_path / "pt", {})
+    finish(tmp_path / "ft", {"weights": hashlib.sha256(b"first").hexdigest()})
+    weights = tmp_path / "pt" / "checkpoint-00000001-00000000.pt"
+    assert outdated(tmp_path, "ft", "pt") is None  # no checkpoint is left to tell by
+    weights.write_bytes(b"first")
+    assert outdated(tmp_path, "ft", "pt") is None
+    weights.with_name("new").write_bytes(b"second")
+    weights.with_name("new").rename(weights)
+    problem = outdated(tmp_path, "ft", "pt")
+    assert problem == f"began from other weights than {tmp_path / 'pt'} has now, which was trained again; remove it"
+    assert outdated(tmp_path, "ft", None) is None
 
 
 def test_the_plan_is_written_down(tmp_path):
@@ -278,13 +353,14 @@ def test_a_dataset_that_is_missing_is_found_before_anything_runs(fractaltrain, t
 def test_the_comparison_is_left_out_only_if_nothing_is_finished(fractaltrain, tmp_path, dataset, monkeypatch):
     (tmp_path / "s.toml").write_text(STUDY.replace("shards/small", str(dataset)))
     out = tmp_path / "out"
-    groups = plan_study(read_study(tmp_path / "s.toml"), out, Path("data"))
-    monkeypatch.setattr(run, "passing_signals", lambda: nullcontext(Runner(out, groups, failing="/")))
+    asked = read_study(tmp_path / "s.toml")
+    groups = plan_study(asked, out, Path("data"), find_digests(asked))
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(out, groups, failing="/")))
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", out)
     assert outcome.code == 1
     assert "26 steps missing" in outcome.err
     assert not (out / "table.md").exists()
-    monkeypatch.setattr(run, "passing_signals", lambda: nullcontext(Runner(out, groups, failing="--seed1")))
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(out, groups, failing="--seed1")))
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", out, "--slice", "1/2")  # both of seed 0
     assert outcome.code == 0
     assert "| digits, 5 per class | resnet10t | 50.0 ± 0.0 (3 of 6) | 50.0 ± 0.0 (3 of 6) |" in outcome.out

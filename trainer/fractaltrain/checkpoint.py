@@ -25,7 +25,7 @@ class Position:
 
     ``loss_sum`` adds up the losses of this epoch's global batches so far, ``logged_sum`` those up to the last line of
     the metrics; ``bad_samples`` of this epoch were replaced so far. ``history`` has, for every finished epoch, its
-    ``train_loss`` and the scores of its evaluation.
+    ``train_loss``, and the scores of its evaluation if there was one.
     """
 
     epoch: int = 0
@@ -75,10 +75,12 @@ def save_checkpoint(folder: Path, position: Position, state: Mapping[str, Any], 
     with atomic_file(path) as file:
         try:
             torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
-        except RuntimeError as error:  # torch hides what the file system said
+        except RuntimeError as error:  # torch hides what came in the way: the file system, or Ctrl-C
             cause = error.__context__
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from error
             raise
     names = list_checkpoints(folder)
     place = names.index(path) + 1

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.console import Commands
+from fractalshards.console import Commands, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
@@ -38,6 +38,7 @@ from fractaltrain.study.check import check_datasets, check_models
 from fractaltrain.study.config import read_study
 from fractaltrain.study.cost import find_sizes, find_speeds
 from fractaltrain.study.forecast import describe
+from fractaltrain.study.lineage import find_digests
 from fractaltrain.study.plan import plan_study
 from fractaltrain.study.record import write_record
 from fractaltrain.study.run import any_finished, run_groups
@@ -45,6 +46,12 @@ from fractaltrain.study.run import any_finished, run_groups
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
 _CACHE_SIZE = "20GB"
+
+_RUNNING = {
+    "Recipe": "--recipe --epochs --batch-size --lr --scale-lr --set",
+    "Processes": "--nproc --workers --amp --accumulate --compile --sync-batchnorm --deterministic",
+    "Run": "--out --resume --eval-every --save-every-minutes --keep --seed --pad --on-bad-sample",
+}
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -57,21 +64,25 @@ def main() -> None:
 
 def _running_options(command: _Command) -> _Command:
     options = [
-        click.option("--epochs", metavar="E", help="Epochs  [default: the recipe's]"),
-        click.option("--batch-size", metavar="B", help="Batch of all processes together  [default: the recipe's]"),
-        click.option("--lr", metavar="LR", help="Peak learning rate  [default: the recipe's, for any batch]"),
+        click.option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
+        click.option("--batch-size", metavar="B", help="Batch of all processes together.  [default: the recipe's]"),
+        click.option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
         click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
         click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
-        click.option("--out", type=click.Path(path_type=Path), help="The run's folder  [default: runs/...]"),
-        click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes  [default: one per GPU, or 1]"),
+        click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/...]"),
+        click.option("--nproc", type=click.IntRange(1), metavar="N",
+                     help="Training processes.  [default: one per GPU, or 1]"),
         click.option("--workers", type=click.IntRange(0), metavar="W",
-                     help="Loader processes of each process  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+                     help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+                     help="Seed of everything random."),
         click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
                      help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
         click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
         click.option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop", show_default=True,
                      help="What a sample that cannot be read does; skip: another takes its place."),
+        click.option("--eval-every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+                     help="Evaluate on held-out images after every N-th epoch, and after the last."),
         click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
                      help="Checkpoint inside long epochs, too."),
         click.option("--keep", type=click.IntRange(1), default=3, show_default=True, metavar="K",
@@ -90,24 +101,30 @@ def _running_options(command: _Command) -> _Command:
     return command
 
 
-@main.command()
+@main.command(
+    groups={
+        "Data and model": "--shards --model --image-size --window --cache-dir --cache-size --nodes-split",
+        **_RUNNING,
+    }
+)
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
-@click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True)
+@click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True,
+              help="Published recipe to follow.")  # fmt: skip
 @click.option(
     "--image-size",
     type=click.IntRange(8),
     metavar="PX",
-    help="What the model sees  [default: as stored; 224 where the recipe crops]",
+    help="What the model sees.  [default: as stored; 224 where the recipe crops]",
 )
 @click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Shards shuffled together.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keep shards of a URL below this folder of the machine  [default: $TMPDIR or ~/.cache]",
+    help="Keep shards of a URL below this folder of the machine.  [default: $TMPDIR or ~/.cache]",
 )
-@click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them  [default: 20GB]")
+@click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them.  [default: 20GB]")
 @click.option(
     "--nodes-split", is_flag=True, help="Each machine reads its own part of an epoch's shards, where none is shared."
 )
@@ -127,6 +144,8 @@ def pt(
     """Pre-train on a dataset of shards. The same command continues a run that was stopped.
 
     SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+
+    Example: fractaltrain pt --shards shards/single --model resnet50
     """
     figures = _resolve(PRETRAINING[recipe], options)
     choice = Pretraining(
@@ -161,15 +180,21 @@ def _data_options(command: _Command) -> _Command:
                         help="Where CIFAR's archives are, or go.")(command)  # fmt: skip
 
 
-@main.command()
+@main.command(
+    groups={
+        "Data and model": "--weights --model --freeze --data --data-dir --per-class --subset-seed --image-size",
+        **_RUNNING,
+    }
+)
 @click.option("--weights", required=True, metavar="RUN|none|timm",
               help="Folder of a pre-training run; none: from scratch; timm: the weights it publishes.")  # fmt: skip
 @_data_options
-@click.option("--model", help=f"With --weights none or timm only  [default: {_DEFAULT_MODEL}]")
+@click.option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]")
 @click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
-              help="[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
+              help="Published recipe to follow.  "
+              "[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
 @click.option("--image-size", type=click.IntRange(8), metavar="PX",
-              help="What the model sees  [default: the pre-training's; 224 from scratch]")  # fmt: skip
+              help="What the model sees.  [default: the pre-training's; 224 from scratch]")  # fmt: skip
 @click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
 @click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
@@ -192,6 +217,8 @@ def ft(
     The accuracy on held-out images after the last epoch is the figure; result.json in the run's folder has it.
 
     SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+
+    Example: fractaltrain ft --weights runs/single-resnet50-anderson --data cifar100
     """
     start: Start = None if weights == _SCRATCH else "timm" if weights == "timm" else Path(weights)
     if isinstance(start, Path) and model is not None:
@@ -247,6 +274,7 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
         accumulate=options["accumulate"],
         compile=options["compile"],
         deterministic=options["deterministic"],
+        eval_every=options["eval_every"],
         sync_batchnorm=options["sync_batchnorm"],
     )
 
@@ -255,9 +283,10 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
 @click.option("--weights", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Folder of a run.")
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where the report goes  [default: eval-DATA in the run's folder]")  # fmt: skip
+              help="Where the report goes.  [default: eval-DATA in the run's folder]")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
               help="Images at a time; it changes nothing but memory and speed.")  # fmt: skip
+@quiet_option
 def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int) -> None:
     """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
 
@@ -289,15 +318,21 @@ def export(run: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
-@click.option("--out", type=click.Path(path_type=Path), help="The study's folder  [default: runs/NAME]")
+@click.option("--out", type=click.Path(path_type=Path), help="The study's folder.  [default: runs/NAME]")
 @click.option("--dry-run", is_flag=True, help="Show all steps, their cost and command lines; run none.")
 @click.option(
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
               help="Where CIFAR's archives are, or go.")  # fmt: skip
-@click.option("--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.")
-def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None) -> None:
+@click.option(
+    "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.  [default: one per GPU, or 1]"
+)
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Steps that run at once; on CPUs they share the cores.")  # fmt: skip
+def study(
+    file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None, jobs: int
+) -> None:
     """Run a grid of pre-training sets, models and fine-tuning sets. What is done is skipped, what was stopped goes on.
 
     Example: fractaltrain study studies/mini.toml --dry-run
@@ -305,7 +340,7 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     asked = read_study(file)
     folder = out or Path("runs") / asked.name
-    groups = plan_study(asked, folder, data_dir)
+    groups = plan_study(asked, folder, data_dir, find_digests(asked))
     mine = part.of(groups) if part else groups
     check_models(groups, asked.image_size, file)
     if dry_run:
@@ -314,7 +349,7 @@ def study(file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_
         return
     check_datasets(asked, file)
     write_record(asked, groups, folder)
-    missing = run_groups(mine, folder, nproc)
+    missing = run_groups(mine, folder, nproc, jobs)
     if any_finished(groups, folder):
         click.echo(write_comparison([folder], folder))
     if missing:

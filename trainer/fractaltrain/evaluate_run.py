@@ -13,6 +13,7 @@ from rich.text import Text
 from torch.nn import functional
 
 from fractalshards.atomic import write_json
+from fractalshards.console import progress, unseen
 from fractalshards.errors import FractalError
 from fractalshards.human import one_line
 from fractaltrain.confusion import FILE as PICTURE
@@ -90,10 +91,11 @@ def check_classes(run: Trained, data: Data, choice: DataChoice) -> None:
 def predict_held_out(run: Trained, data: Data, batch_size: int, world: World) -> Iterator[Prediction]:
     """What the run says of every held-out image, each rank of its share."""
     held_out = sum(data.held_out.lengths)
+    share = evaluation_positions(held_out, batch_size, world.rank, world.size)
     batches = Batches(
         data.held_out,
         evaluation_geometry(run.recipe, run.image_size),
-        evaluation_positions(held_out, batch_size, world.rank, world.size),
+        share,
         np.arange(held_out),
         seed=0,
         epoch=0,
@@ -102,7 +104,11 @@ def predict_held_out(run: Trained, data: Data, batch_size: int, world: World) ->
     half_on_cpu = world.device.type == "cpu" and run.precision == torch.float16
     precision = torch.float32 if half_on_cpu else run.precision
     model = run.rebuilt().to(world.device)
-    return predict(model, iterate(batches, 0, loading), run.recipe, precision, world)
+    show = progress if world.main else unseen
+    with show("evaluating", sum(map(len, share)), "images") as advance:
+        for prediction in predict(model, iterate(batches, 0, loading), run.recipe, precision, world):
+            yield prediction
+            advance(len(prediction[0]))
 
 
 def add_up(predictions: Iterable[Prediction], run: Trained, world: World) -> Tally:

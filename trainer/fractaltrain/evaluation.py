@@ -21,6 +21,9 @@ LEADING = ("top1", "map")
 """The score that tells which epoch was best, by what images show: one class, or several."""
 
 
+_LEAST_BATCH = 64  # of a process
+
+
 @dataclass(frozen=True)
 class Scores:
     """Mean cross-entropy in nats, and shares in [0, 1] of samples whose class is the first guess or in the first 5."""
@@ -52,6 +55,12 @@ class MultiLabelScores:
 
     def __str__(self) -> str:
         return f"mAP {self.map:.2%}  F1 {self.f1:.2%}  loss {self.loss:.4f}  {self.samples:,} images"
+
+
+def evaluation_batch(recipe: Recipe, world: World) -> int:
+    """Images of all processes together that are evaluated at once: without gradients a small training batch, which
+    takes long, needs not be so small."""
+    return max(recipe.batch_size, _LEAST_BATCH * world.size)
 
 
 def predict(

@@ -57,6 +57,8 @@ def draw_history(folder: Path) -> None:
     per_epoch = max((line["step"] for line in lines), default=1)
     x = [line["epoch"] + line["step"] / per_epoch for line in steps]
     ends = [line["epoch"] + 1 for line in epochs]
+    evaluated = [line for line in epochs if "loss" in line]
+    moments = [line["epoch"] + 1 for line in evaluated]
 
     figure = Figure(figsize=(10, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
     (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True)
@@ -65,24 +67,30 @@ def draw_history(folder: Path) -> None:
     style(loss, "Loss", "cross-entropy, nats")
     loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
     _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
-    if epochs and "loss" in epochs[-1]:
-        _curve(loss, ends, [line["loss"] for line in epochs], _HELD_OUT, "held out")
+    if evaluated:
+        _curve(loss, moments, [line["loss"] for line in evaluated], _HELD_OUT, "held out")
     loss.legend(frameon=False, fontsize=9, labelcolor=INK)
 
     style(accuracy, "Accuracy on held-out images", "%")
-    shown = next((names for names in _ACCURACIES if epochs and all(name in epochs[-1] for name in names)), None)
+    shown = next((names for names in _ACCURACIES if evaluated and all(name in evaluated[-1] for name in names)), None)
     if shown:
         (first, leading), (second, other) = shown.items()
-        leading_curve, other_curve = ([100 * line[name] for line in epochs] for name in (first, second))
-        _curve(accuracy, ends, other_curve, _SECOND, f"{other}: {other_curve[-1]:.1f} %")
+        leading_curve, other_curve = ([100 * line[name] for line in evaluated] for name in (first, second))
+        _curve(accuracy, moments, other_curve, _SECOND, f"{other}: {other_curve[-1]:.1f} %")
         label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
-        _curve(accuracy, ends, leading_curve, _HELD_OUT, label)
+        _curve(accuracy, moments, leading_curve, _HELD_OUT, label)
         accuracy.set_ylim(0, 102)
         accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
     else:
         accuracy.set_yticks([])
         accuracy.text(
-            0.5, 0.5, "no held-out images", transform=accuracy.transAxes, ha="center", va="center", color=MUTED
+            0.5,
+            0.5,
+            "no evaluation on held-out images",
+            transform=accuracy.transAxes,
+            ha="center",
+            va="center",
+            color=MUTED,
         )
 
     style(lr, "Learning rate", "")

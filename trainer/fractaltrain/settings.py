@@ -37,6 +37,7 @@ class Running:
         accumulate: parts of each process's batch that are computed one after the other, to save memory.
         compile: run the model through torch.compile.
         deterministic: the same bits again on the same hardware, at the price of speed.
+        eval_every: epochs from one evaluation on held-out images to the next; after the last epoch there is one anyway.
         sync_batchnorm: batch norm sees the whole batch, not each process's part.
     """
 
@@ -53,6 +54,7 @@ class Running:
     accumulate: int = 1
     compile: bool = False
     deterministic: bool = False
+    eval_every: int = 1
     sync_batchnorm: bool = False
 
 

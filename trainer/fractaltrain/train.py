@@ -18,7 +18,7 @@ from fractalshards.human import human_count, human_list
 from fractalshards.workers import available_cores
 from fractaltrain.checkpoint import Position, load_checkpoint, restore, save_checkpoint
 from fractaltrain.data.source import Source
-from fractaltrain.evaluation import LEADING, evaluate
+from fractaltrain.evaluation import LEADING, evaluate, evaluation_batch
 from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
 from fractaltrain.learner import Learner, build_learner
 from fractaltrain.models import set_training
@@ -52,7 +52,7 @@ class Job:
     Attributes:
         model: with its starting weights, the same on every rank.
         training: its samples; ``window`` of its shards are shuffled together.
-        held_out: evaluated after every epoch, where there is one.
+        held_out: evaluated after every ``running.eval_every`` epochs and the last, where there is one.
         image_size: side in pixels of what the model sees.
         settings: JSON-like; what tells this run from others, see ``run_folder.open_run``.
         multi_label: images show several classes each.
@@ -166,7 +166,7 @@ def train(job: Job, world: World) -> None:
             if replaced := position.bad_samples:
                 summary["bad_samples"] = replaced
                 report.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
-            if job.held_out is not None:
+            if job.held_out is not None and is_evaluated(epoch, running):
                 shown = BadSamples().noting(
                     stop.until_requested(iterate(held_out_batches(job, job.held_out, epoch, world), 0, loading))
                 )
@@ -192,6 +192,11 @@ def train(job: Job, world: World) -> None:
         report.say(f"{folder}: {ending}")
 
 
+def is_evaluated(epoch: int, running: Running) -> bool:
+    """Whether the held-out images are looked at after an epoch, counted from 0."""
+    return (epoch + 1) % running.eval_every == 0 or epoch + 1 == running.recipe.epochs
+
+
 def training_batches(job: Job, positions: Indices, epoch: int, world: World) -> Batches:
     """This rank's batches of an epoch, all of them."""
     running, recipe = job.running, job.running.recipe
@@ -205,7 +210,7 @@ def held_out_batches(job: Job, held_out: Source, epoch: int, world: World) -> Ba
     """This rank's share of the held-out samples; ranks may have a batch more or less."""
     running, recipe = job.running, job.running.recipe
     count = sum(held_out.lengths)
-    positions = evaluation_positions(count, recipe.batch_size, world.rank, world.size)
+    positions = evaluation_positions(count, evaluation_batch(recipe, world), world.rank, world.size)
     geometry = evaluation_geometry(recipe, job.image_size)
     on_bad: OnBad = "drop" if running.on_bad_sample == "skip" else "stop"
     return Batches(held_out, geometry, positions, np.arange(count), running.seed, epoch, on_bad)
@@ -244,13 +249,14 @@ def loader_workers(wanted: int | None, world: World) -> int:
 
 
 def final_result(position: Position) -> dict[str, Any]:
-    """``result.json``: the last epoch's figures, the best of the leading one and its epoch, counted from 1; shares in
-    [0, 1]."""
+    """``result.json``: the last epoch's figures, the best of the leading one among the epochs that were evaluated, and
+    which that was, counted from 1; shares in [0, 1]."""
     last = position.history[-1]
     result: dict[str, Any] = {"epochs": position.epoch, **last}
     leading = next((name for name in LEADING if name in last), None)
     if leading:
-        best = max(range(position.epoch), key=lambda epoch: position.history[epoch][leading])
+        evaluated = (epoch for epoch in range(position.epoch) if leading in position.history[epoch])
+        best = max(evaluated, key=lambda epoch: position.history[epoch][leading])
         result |= {f"best_{leading}": position.history[best][leading], "best_epoch": best + 1}
     return result
 

@@ -144,8 +144,8 @@ class World:
 def join_world() -> Iterator[World]:
     """Take part in the group that torchrun's environment variables describe; alone without them.
 
-    CUDA devices where there are any, with NCCL; otherwise CPUs, each process with its share of the cores. What is said
-    about the CPU's own tensors goes through gloo.
+    CUDA devices where there are any, with NCCL; otherwise CPUs, each process with its share of the cores, unless
+    OMP_NUM_THREADS says how many threads it takes. What is said about the CPU's own tensors goes through gloo.
 
     Raises:
         FractalError: if there are fewer GPUs than processes, the processes do not find each other, memory runs out,
@@ -155,7 +155,7 @@ def join_world() -> Iterator[World]:
     world = _read_environment()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    else:
+    elif not os.environ.get("OMP_NUM_THREADS"):  # which torch has read
         torch.set_num_threads(max(available_cores() // world.local_size, 1))
     store = _meet(world) if world.size > 1 else None
     try:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fractalgen import kataoka
 from fractalgen.categories import shipped_categories
-from fractalgen.params import check_number, check_range, parameter
+from fractalgen.kinds.kind import Kind
+from fractalgen.params import check_parameters, parameter
 from fractalgen.rng import Stream
 from fractalgen.unit import Unit
 from fractalshards.errors import UsageError
@@ -22,13 +23,16 @@ FLIPS = 4
 class FractaldbParams:
     """What the paper varies, with its values as defaults."""
 
-    draw: kataoka.Draw = parameter("patch-gray", "patch-gray, point-gray, patch-color or point-color")
-    weight_step: float = parameter(0.4, "s: one of a..f is multiplied by 1-2s, 1-s, 1+s or 1+2s, in 24 weight rows")
-    weight_rows: tuple[int, int] = parameter((0, 24), "first and last weight row that is used; row 2 changes nothing")
+    draw: kataoka.Draw = parameter("patch-gray", "points as pixels or as random 3 x 3 patches, grey or coloured")
+    weight_step: float = parameter(
+        0.4, "s: one of a..f is multiplied by 1-2s, 1-s, 1+s or 1+2s, in 24 weight rows", 0.0, 1.0
+    )
+    weight_rows: tuple[int, int] = parameter(
+        (0, 24), "first and last weight row that is used; row 2 changes nothing", 0, 24
+    )
 
     def __post_init__(self) -> None:
-        check_number("weight_step", self.weight_step, 0.0, 1.0)
-        check_range("weight_rows", self.weight_rows, 0, 24)
+        check_parameters(self)
 
     @property
     def rows(self) -> int:
@@ -81,3 +85,18 @@ def render(
 def _first_number(params: FractaldbParams, before: int) -> int:
     """Where a split counts on after ``before`` renders per class: patches with a new draw of all weight rows."""
     return -(-before // params.rows) * params.rows if kataoka.is_patch(params.draw) else before
+
+
+KIND = Kind(
+    name="fractaldb",
+    summary="one category of FractalDB, grey or coloured, on black (Kataoka et al. 2020)",
+    params=FractaldbParams,
+    classes=1000,
+    size=362,
+    points=200_000,
+    draw_systems=draw_systems,
+    render=render,
+    map_shape=(7,),
+    images_per_unit=FLIPS,
+    units_per_class=units_per_class,
+)

@@ -14,12 +14,14 @@ from fractalgen.anderson import (
     draw_fractal_colors,
     draw_orientation,
     draw_patch,
+    draw_systems,
 )
 from fractalgen.background import BLACK
 from fractalgen.color import Pixels
+from fractalgen.kinds.kind import Kind
 from fractalgen.orbit import chaos_game
 from fractalgen.paint import paint
-from fractalgen.params import check_range, parameter
+from fractalgen.params import parameter
 from fractalgen.paste import Canvas
 from fractalgen.raster import bounding_box, splat
 from fractalgen.resize import resize
@@ -37,13 +39,8 @@ _TRIES = 100  # images drawn until one shows an object; with the published param
 class MultiParams(AndersonParams):
     """What the paper varies, with its values as defaults; pairs are (low, high) of a uniform distribution."""
 
-    objects: tuple[int, int] = parameter((1, 5), "objects of an image, both ends included")
-    object_size: tuple[float, float] = parameter((0.15, 0.6), "side of an object as a share of the image's")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("objects", self.objects, 1, 255)
-        check_range("object_size", self.object_size, 0.01, 1.0)
+    objects: tuple[int, int] = parameter((1, 5), "objects of an image, both ends included", 1, 255)
+    object_size: tuple[float, float] = parameter((0.15, 0.6), "side of an object as a share of the image's", 0.01, 1.0)
 
 
 def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
@@ -87,3 +84,16 @@ def _draw_object(params: MultiParams, size: int, points: int, system: np.ndarray
     patch = draw_patch(params, rng)
     counts = splat(xs, ys, size, bounding_box(xs, ys), patch, draw_orientation(params, rng))
     return paint(counts, draw_fractal_colors(params, rng), np.zeros((size, size), np.float32), BLACK)
+
+
+KIND = Kind(
+    name="multi",
+    summary="several coloured fractals of several classes on a noise background (Anderson & Farrell 2022)",
+    params=MultiParams,
+    classes=1000,
+    size=224,
+    points=100_000,
+    draw_systems=draw_systems,
+    render=render,
+    label_type="multi",
+)

@@ -16,10 +16,12 @@ from fractalgen.anderson import (
     draw_fractal_colors,
     draw_orientation,
     draw_patch,
+    draw_systems,
 )
+from fractalgen.kinds.kind import Kind
 from fractalgen.orbit import chaos_game
 from fractalgen.paint import paint
-from fractalgen.params import check_number, check_range, parameter
+from fractalgen.params import parameter
 from fractalgen.raster import Window, bounding_box, splat
 from fractalgen.rng import Stream
 from fractalgen.unit import Unit
@@ -33,15 +35,11 @@ _JITTER_TRIES = 4
 class SingleParams(AndersonParams):
     """What the paper varies, with its values as defaults; pairs are (low, high) of a uniform distribution."""
 
-    jitter: tuple[float, float] = parameter((0.8, 1.1), "factor on one map of the system; 1,1 for none")
-    window_shift: float = parameter(0.2, "centre of the window moves by up to this share of the extent")
-    window_scale: tuple[float, float] = parameter((0.5, 2.0), "factor on the extent of the window; 1,1 for none")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("jitter", self.jitter, 0.0, 10.0)
-        check_number("window_shift", self.window_shift, 0.0, 10.0)
-        check_range("window_scale", self.window_scale, 0.01, 100.0)
+    jitter: tuple[float, float] = parameter((0.8, 1.1), "factor on one map of the system; 1,1 for none", 0.0, 10.0)
+    window_shift: float = parameter(0.2, "centre of the window moves by up to this share of the extent", 0.0, 10.0)
+    window_scale: tuple[float, float] = parameter(
+        (0.5, 2.0), "factor on the extent of the window; 1,1 for none", 0.01, 100.0
+    )
 
 
 def render(params: SingleParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
@@ -86,3 +84,15 @@ def _draw_window(box: Window, params: SingleParams, rng: Stream) -> Window:
         edges.append((centre - half, centre + half))
     (xmin, xmax), (ymin, ymax) = edges
     return xmin, ymin, xmax, ymax
+
+
+KIND = Kind(
+    name="single",
+    summary="one coloured fractal on a noise background (Anderson & Farrell 2022)",
+    params=SingleParams,
+    classes=1000,
+    size=224,
+    points=100_000,
+    draw_systems=draw_systems,
+    render=render,
+)

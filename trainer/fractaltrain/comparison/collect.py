@@ -14,6 +14,7 @@ from fractalshards.fields import MAX_JSON_BYTES
 from fractalshards.files import read_bounded
 from fractaltrain.run_folder import RESULT, RUN, read_settings
 from fractaltrain.study.config import SCRATCH
+from fractaltrain.study.lineage import outdated
 from fractaltrain.study.record import FILE, PlannedFinetuning, disagreement, read_record
 
 _ENDING = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # as a study calls its runs
@@ -159,7 +160,9 @@ def _read_planned(folder: Path, plan: PlannedFinetuning, cell: Cell, seeds: tupl
     run = folder / plan.run
     if not ((run / RUN).is_file() and (run / RESULT).is_file()) or disagreement(run, plan.settings):
         return None
-    if plan.start and disagreement(folder / plan.start.run, plan.start.settings):
+    if plan.start and (
+        disagreement(folder / plan.start.run, plan.start.settings) or outdated(folder, plan.run, plan.start.run)
+    ):
         return None
     scores = _read_scores(run)
     return scores and Run(run, cell, seeds, *scores)

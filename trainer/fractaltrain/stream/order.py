@@ -1,4 +1,4 @@
-"""The order of an epoch, as pure functions (law 4).
+"""The order of an epoch, as pure functions: every sample once, the same number of steps on every rank.
 
 Permute the shards by (seed, epoch); cut the sequence into windows of W shards; permute the samples inside each
 window: that is the global order. Global batch b is its positions [bB, (b + 1)B), and rank r of R takes the r-th of

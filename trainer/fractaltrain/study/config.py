@@ -63,7 +63,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Study:
-    """A grid. ``scratch`` None: no training from random weights to compare with."""
+    """A grid. ``scratch`` None: no training from random weights to compare with. ``eval_every`` is in epochs."""
 
     name: str
     image_size: int
@@ -72,6 +72,7 @@ class Study:
     rows: tuple[Row, ...]
     targets: tuple[Target, ...]
     scratch: Figures | None
+    eval_every: int = 1
 
 
 def read_study(path: Path) -> Study:
@@ -86,7 +87,7 @@ def read_study(path: Path) -> Study:
     except ValueError as error:
         raise UsageError(f"{path}: not valid TOML ({error})") from error
     top = Table(data, path, "", ("study", "models", "pretraining", "finetuning", "scratch"))
-    head = top.inner("study", ("name", "image_size", "seeds", "pretraining", "finetuning"))
+    head = top.inner("study", ("name", "image_size", "seeds", "eval_every", "pretraining", "finetuning"))
     shared_pt, shared_ft = (
         _figures(head.inner("pretraining", _FIGURES), PRETRAINING),
         _figures(head.inner("finetuning", _FIGURES), FINETUNING),
@@ -109,6 +110,7 @@ def read_study(path: Path) -> Study:
         rows=tuple(_row(rows, name, models.names()) for name in rows.names()),
         targets=tuple(_target(targets, name) for name in targets.names()),
         scratch=_figures(top.inner(SCRATCH, _FIGURES), FINETUNING) if SCRATCH in top else None,
+        eval_every=head.count("eval_every", 1) or 1,
     )
 
 

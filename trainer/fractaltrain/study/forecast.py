@@ -8,8 +8,7 @@ from pathlib import Path
 from fractalshards.human import human_count, human_seconds
 from fractaltrain.study.cost import Cost, Size, Total, step_cost
 from fractaltrain.study.plan import Group, Step
-from fractaltrain.study.record import disagreement
-from fractaltrain.study.run import is_done
+from fractaltrain.study.run import is_done, problem_of
 
 _HEAD = ("pre-training", "model", "seed", "to do", "images", "training")
 _UNKNOWN = "unknown"
@@ -53,8 +52,8 @@ def describe(
 
 
 def _state(step: Step, folder: Path) -> str:
-    if disagreement(folder / step.run, step.settings):
-        return "other settings"
+    if problem_of(step, folder):
+        return "not usable"
     return "done" if is_done(step, folder) else "to do"
 
 

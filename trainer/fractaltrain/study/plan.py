@@ -1,8 +1,9 @@
 """The steps of a study, and how they depend on each other. Pure functions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
@@ -16,7 +17,7 @@ class Step:
     """One run: ``arguments`` of ``fractaltrain``, and the run's folder inside the study's.
 
     ``settings`` is what its ``run.json`` must say, JSON-like. ``source`` is what it trains on, as the file says.
-    ``target`` is None for a pre-training.
+    ``start`` is the run of the pre-training that it starts from, if any. ``target`` is None for a pre-training.
     """
 
     run: str
@@ -26,6 +27,7 @@ class Step:
     seed: int
     settings: dict[str, Any]
     source: str
+    start: str | None = None
     target: str | None = None
     per_class: int | None = None
     subset_seed: int = 0
@@ -43,18 +45,27 @@ class Group:
         return (*((self.pretraining,) if self.pretraining else ()), *self.finetunings)
 
 
-def plan_study(study: Study, out: Path, data_dir: Path) -> tuple[Group, ...]:
-    """All groups. Training from scratch comes first: it tells within minutes whether images are missing."""
+def plan_study(
+    study: Study, out: Path, data_dir: Path, digests: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Group, ...]:
+    """All groups. Training from scratch comes first: it tells within minutes whether images are missing.
+
+    Args:
+        digests: what datasets contain, by ``Step.source``, as far as it is known.
+    """
     groups = []
     for row in (*([None] if study.scratch is not None else []), *study.rows):
         for model in study.models:
             if row is None or not row.models or model.name in row.models:
-                groups += [_group(study, row, model, seed, out, data_dir) for seed in study.seeds]
+                groups += [_group(study, row, model, seed, out, data_dir, digests) for seed in study.seeds]
     return tuple(groups)
 
 
-def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, data_dir: Path) -> Group:
-    common = ("--image-size", str(study.image_size), "--seed", str(seed))
+def _group(
+    study: Study, row: Row | None, model: Model, seed: int, out: Path, data_dir: Path, digests: Mapping[str, str]
+) -> Group:
+    sparse = ("--eval-every", str(study.eval_every)) if study.eval_every > 1 else ()
+    common = ("--image-size", str(study.image_size), "--seed", str(seed), *sparse)
     known = {"model": model.name, "image_size": study.image_size, "seed": seed}
     name = SCRATCH if row is None else row.name
     ending = f"{name}--{model.name}--seed{seed}"
@@ -67,6 +78,7 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         what = ("pt", "--shards", row.shards, "--model", model.name)
         arguments = (*what, *_options(asked), *common, "--out", str(out / run))
         settings = {"task": "pt", **known, **_recipe(asked, "pt"), "dataset": dataset_name(row.shards)}
+        settings |= _digest("dataset_digest", row.shards, digests)
         pretraining = Step(run, arguments, name, model.name, seed, settings, row.shards)
         start, default, own = ("--weights", str(out / run)), "anderson", row.finetuning
     steps = []
@@ -79,9 +91,16 @@ def _group(study: Study, row: Row | None, model: Model, seed: int, out: Path, da
         arguments = (*task, *_options(asked), *common, "--out", str(out / run))
         settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
         settings |= {"per_class": per_class, "subset_seed": subset_seed}
-        place = (target.data, target.name, per_class, subset_seed)
+        settings |= _digest("data_digest", target.data, digests)
+        first = pretraining.run if pretraining else None
+        place = (target.data, first, target.name, per_class, subset_seed)
         steps.append(Step(run, arguments, name, model.name, seed, settings, *place))
     return Group(pretraining, tuple(steps))
+
+
+def _digest(name: str, source: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """What a run says its images are, where that is known."""
+    return {name: digests[source]} if source in digests else {}
 
 
 def _subsets(targets: tuple[Target, ...]) -> Iterator[tuple[Target, int | None, int]]:

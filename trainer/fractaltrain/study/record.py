@@ -13,6 +13,7 @@ from fractaltrain.study.config import SCRATCH, Study
 from fractaltrain.study.plan import Group, Step
 
 FILE = "study.json"
+_DIGESTS = ("dataset_digest", "data_digest")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def write_record(study: Study, groups: Sequence[Group], folder: Path) -> None:
         "models": [model.name for model in study.models],
         "targets": [target.name for target in study.targets],
         "pretrainings": [{"run": step.run, "settings": step.settings} for step in starts],
-        "finetunings": [_to_json(step, group) for group in groups for step in group.finetunings],
+        "finetunings": [_to_json(step) for group in groups for step in group.finetunings],
     }
     write_json(folder / FILE, content, indent=1)
 
@@ -97,10 +98,15 @@ def disagreement(run: Path, wanted: Mapping[str, Any]) -> str | None:
         return None
     found, flat = read_settings(run), flatten(wanted)
     name = next((name for name in flat if found.get(name) != flat[name]), None)
+    if name in _DIGESTS:
+        return (
+            "the dataset that it was trained on was built again, with other content; remove it and what was fine-tuned "
+            "from it, or choose another --out"
+        )
     return name and f"holds a run with {name} {found.get(name)}, not {flat[name]}; remove it, or choose another --out"
 
 
-def _to_json(step: Step, group: Group) -> dict[str, Any]:
+def _to_json(step: Step) -> dict[str, Any]:
     return {
         "run": step.run,
         "row": step.pretraining,
@@ -109,7 +115,7 @@ def _to_json(step: Step, group: Group) -> dict[str, Any]:
         "per_class": step.per_class,
         "seed": step.seed,
         "subset_seed": step.subset_seed,
-        "start": group.pretraining and group.pretraining.run,
+        "start": step.start,
         "settings": step.settings,
     }
 

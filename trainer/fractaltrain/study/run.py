@@ -1,16 +1,19 @@
-"""Runs the steps of a study as commands, one after the other; each is skipped when done, and continues when stopped."""
+"""Runs the steps of a study, some at once; each is skipped when done, continues when stopped, and may fail alone."""
 
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 
+from fractalshards.workers import available_cores
 from fractaltrain.run_folder import RESULT
-from fractaltrain.study.commands import RunCommand, passing_signals
+from fractaltrain.study.lineage import outdated
 from fractaltrain.study.plan import Group, Step
+from fractaltrain.study.processes import Processes, step_processes
 from fractaltrain.study.record import disagreement
+
+_LOGS = "log"
 
 
 def is_done(step: Step, folder: Path) -> bool:
@@ -18,41 +21,78 @@ def is_done(step: Step, folder: Path) -> bool:
     return (folder / step.run / RESULT).exists()
 
 
+def problem_of(step: Step, folder: Path) -> str | None:
+    """Why the run in a step's folder is not the one that is asked for; None: it is, or there is none yet."""
+    return disagreement(folder / step.run, step.settings) or outdated(folder, step.run, step.start)
+
+
 def any_finished(groups: Sequence[Group], folder: Path) -> bool:
     """Whether there is a fine-tuning to compare: done as the study asks, and so is what it starts from."""
     return any(
-        is_done(step, folder) and not disagreement(folder / step.run, step.settings)
+        is_done(step, folder) and not problem_of(step, folder)
         for group in groups
-        if not (start := group.pretraining) or not disagreement(folder / start.run, start.settings)
+        if not (start := group.pretraining) or not problem_of(start, folder)
         for step in group.finetunings
     )
 
 
-def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None) -> list[str]:
+def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: int = 1) -> list[str]:
     """Run all that is not done; return the runs that are missing in the end. A failure stops only what needs it.
 
+    Args:
+        nproc: processes of each step; None: as many as there are GPUs.
+        jobs: steps that run at once. If several, what they say is written into the study's folder.
+
     Raises:
-        StoppedError: if a signal asked for it, after the step under way has saved.
+        StoppedError: if a signal asked for it, after the steps under way have saved.
     """
-    missing = []
-    with passing_signals() as run:
-        for group in groups:
-            if group.pretraining and not _finish(group.pretraining, folder, nproc, run):
-                missing += [step.run for step in group.steps()]
-                continue
-            missing += [step.run for step in group.finetunings if not _finish(step, folder, nproc, run)]
-    return missing
+    waiting = [step for group in groups for step in group.steps()]
+    done: dict[str, bool] = {}  # whether a step that has been tried came to its end
+    threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
+    with step_processes(threads) as processes:
+        while waiting or processes.running:
+            step = _startable(waiting, done) if processes.running < jobs else None
+            if step:
+                waiting.remove(step)
+                settled = _settled(step, folder, done)
+                if settled is None:
+                    _start(step, folder, nproc, processes, quiet=jobs > 1)
+                else:
+                    done[step.run] = settled
+            else:
+                run, code = processes.wait()
+                done[run] = code == 0
+                _tell_end(folder, run, code, quiet=jobs > 1)
+    return [step.run for group in groups for step in group.steps() if not done[step.run]]
 
 
-def _finish(step: Step, folder: Path, nproc: int | None, run: RunCommand) -> bool:
-    if problem := disagreement(folder / step.run, step.settings):
+def _startable(waiting: Sequence[Step], done: Mapping[str, bool]) -> Step | None:
+    """The first step that starts from nothing, or from what has been tried."""
+    return next((step for step in waiting if step.start is None or step.start in done), None)
+
+
+def _settled(step: Step, folder: Path, done: Mapping[str, bool]) -> bool | None:
+    """Whether a step is done, or never will be; None: it is to be run."""
+    if step.start and not done[step.start]:
+        return False
+    if problem := problem_of(step, folder):
         click.echo(f"{folder / step.run}: {problem}", err=True)
         return False
-    if is_done(step, folder):
-        return True
-    processes = () if nproc is None else ("--nproc", str(nproc))
-    click.echo(f"\n$ fractaltrain {shlex.join((*step.arguments, *processes))}")
-    code = run([sys.executable, "-m", "fractaltrain.cli", *step.arguments, *processes])
+    return True if is_done(step, folder) else None
+
+
+def _start(step: Step, folder: Path, nproc: int | None, processes: Processes, quiet: bool) -> None:
+    arguments = step.arguments + (() if nproc is None else ("--nproc", str(nproc)))
+    click.echo(f"{'' if quiet else chr(10)}$ fractaltrain {shlex.join(arguments)}")
+    processes.start(step.run, arguments, _log(folder, step.run) if quiet else None)
+
+
+def _tell_end(folder: Path, run: str, code: int, quiet: bool) -> None:
     if code:
-        click.echo(f"{folder / step.run}: failed with exit code {code}; going on with what does not need it", err=True)
-    return code == 0
+        click.echo(f"{folder / run}: failed with exit code {code}; going on with what does not need it", err=True)
+    elif quiet:
+        click.echo(f"{folder / run}: done")
+
+
+def _log(folder: Path, run: str) -> Path:
+    return folder / _LOGS / f"{run}.txt"

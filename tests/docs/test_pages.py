@@ -1,0 +1,62 @@
+"""Pages do not drift from the software: command lines in them parse, and every parameter of a kind is explained."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from fractalgen.cli import main as fractalgen
+from fractalgen.kinds import KINDS
+from fractalshards.cli import main as fractalshards
+from fractaltrain.cli import main as fractaltrain
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "shards" / "README.md"]
+PROGRAMS: dict[str, click.Group] = {
+    "fractalgen": fractalgen,
+    "fractalshards": fractalshards,
+    "fractaltrain": fractaltrain,
+}
+
+
+def command_lines() -> Iterator[tuple[Path, list[str]]]:
+    """What stands on a line of its own in a block of code, and in `...` if it does not just name an option."""
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", "", page.read_text())
+        lines = re.findall(r"^(?: {4}|\$ )?((?:fractalgen|fractalshards|fractaltrain) \w+ .*)$", text, re.MULTILINE)
+        prose = re.findall(r"`((?:fractalgen|fractalshards|fractaltrain) \w+ [^`]+)`", text.replace("\n", " "))
+        for line in lines + [line for line in prose if not re.search(r"--[a-z-]+$", line)]:
+            code = line.rstrip(" &'").partition(" > ")[0]
+            if "`" not in code and "..." not in code:
+                yield page, shlex.split(code, comments=True)
+
+
+LINES = [pytest.param(line, id=f"{page.name}: {shlex.join(line)}") for page, line in command_lines()]
+
+
+def test_there_are_many() -> None:
+    assert len(LINES) > 60
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_parses(line: list[str]) -> None:
+    program, name, *arguments = line
+    command = PROGRAMS[program].commands[name]
+    context = click.Context(command, info_name=name)
+    given, rest, _ = command.make_parser(context).parse_args(arguments)
+    assert not rest
+    chosen = [option for option in command.params if isinstance(option.type, click.Choice) and option.name in given]
+    for option in chosen:
+        option.type.convert(given[option.name], option, context)
+
+
+def test_every_parameter_of_every_kind_is_explained() -> None:
+    page = (ROOT / "docs" / "kinds.md").read_text()
+    for kind in KINDS.values():
+        assert f"## {kind.name}\n" in page
+        for field in fields(kind.params):
+            assert f"`{field.name}`" in page, f"{kind.name}: {field.name}"

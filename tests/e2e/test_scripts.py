@@ -1,0 +1,94 @@
+"""What docs/quickstart.md promises to scripts: what goes where, ``--quiet``, ``--json``, logs of whole lines."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+BUILD = "fractalgen build --kind single --n 60 --val 10 --classes 5 --size 32 --points 2000 --shard-size 25 --workers 1"
+
+
+def run(command: str, folder: Path, code: int = 0) -> tuple[str, str]:
+    program, *arguments = command.split()
+    result = subprocess.run([BIN / program, *arguments], cwd=folder, text=True, capture_output=True, timeout=200)
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``shards/single``, and a copy of it in ``damaged`` of which one byte differs."""
+    folder = tmp_path_factory.mktemp("scripts")
+    out, err = run(f"{BUILD} --quiet", folder)
+    assert "next: fractaltrain" in out
+    assert err == ""
+    run("fractalshards push shards/single damaged --quiet", folder)
+    shard = folder / "damaged" / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    return folder
+
+
+def test_a_log_has_whole_lines(tmp_path: Path) -> None:
+    out, err = run(BUILD, tmp_path)
+    assert "rendering: 70 / 70 images" in err
+    assert "rendering" not in out
+    assert not {"\r", "\x1b"} & set(out + err)
+
+
+def on_a_terminal(command: Sequence[str | Path], folder: Path) -> str:
+    """What a command writes to the terminal that its stderr is."""
+    reader, writer = pty.openpty()
+    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=writer, check=True, timeout=100)
+    os.close(writer)
+    shown = b""
+    try:
+        while chunk := os.read(reader, 65536):
+            shown += chunk
+    except OSError:  # how Linux tells the end of a terminal
+        pass
+    os.close(reader)
+    return shown.decode()
+
+
+def test_a_terminal_has_a_bar_unless_quiet(folder: Path) -> None:
+    command = [BIN / "fractalshards", "verify", "shards/single", "--workers", "1"]
+    assert "\x1b[" in (shown := on_a_terminal(command, folder))
+    assert "70 / 70 images" in shown
+    assert on_a_terminal([*command, "--quiet"], folder) == ""
+
+
+def test_info_and_kinds_for_programs(folder: Path) -> None:
+    facts = json.loads(run("fractalshards info --json shards/single", folder)[0])
+    assert facts["splits"] == {"train": {"samples": 60, "shards": 3}, "val": {"samples": 10, "shards": 1}}
+    assert (facts["recipe"]["kind"], facts["classes"], len(facts["content_digest"])) == ("single", 5, 32)
+    kinds = {kind["name"]: kind for kind in json.loads(run("fractalgen kinds --json", folder)[0])}
+    assert {"fractaldb", "single", "multi"} <= set(kinds)
+    parameters = {one["name"]: one for one in kinds["multi"]["parameters"]}
+    assert (parameters["objects"]["default"], parameters["objects"]["range"]) == ([1, 5], "1 to 255")
+    assert parameters["flips"]["range"] == "true, false"
+
+
+def test_verify_for_programs(folder: Path) -> None:
+    assert json.loads(run("fractalshards verify --json shards/single", folder)[0]) == {"sound": True, "problems": []}
+    out, err = run("fractalshards verify --json --quiet damaged", folder, code=1)
+    found = json.loads(out)
+    assert not found["sound"]
+    assert {problem["file"] for problem in found["problems"]} == {"train-000001.tar"}
+    assert err.startswith("error: damaged: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_diff_for_programs(folder: Path) -> None:
+    assert json.loads(run("fractalshards diff --json --quiet shards/single damaged", folder)[0])["same"]
+    run(f"{BUILD} --quiet --seed 1 --out other", folder)
+    found = json.loads(run("fractalshards diff --json --quiet shards/single other", folder, code=1)[0])
+    assert not found["same"]
+    assert found["findings"]

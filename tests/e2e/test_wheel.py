@@ -1,0 +1,136 @@
+"""The wheel, in an environment that holds it and its base dependencies alone: no extras, no torch, no network."""
+
+import json
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("fractalgen", "fractalshards", "fractaltrain")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that a release has, built with what is installed here."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a new environment: what pip would fetch is linked from here, so nothing is fetched."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
+    (libraries,) = folder.glob("lib/python*/site-packages")
+    for name in base_dependencies(wheel):
+        link(distribution(name), libraries)
+    return folder / "bin"
+
+
+def base_dependencies(wheel: Path) -> set[str]:
+    """Names of all distributions that the wheel requires without extras, and what these require."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    waiting = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+    found: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    base = waiting_for(waiting, "")
+    while base:
+        requirement = base.pop()
+        name = canonicalize_name(requirement.name)
+        found.add(name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                base += waiting_for(map(Requirement, distribution(name).requires or ()), extra)
+    return found
+
+
+def waiting_for(requirements: Iterator[Requirement] | list[Requirement], extra: str) -> list[Requirement]:
+    """Those that apply on this machine, for one extra."""
+    return [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": extra})]
+
+
+def link(installed: Distribution, libraries: Path) -> None:
+    """Make what a distribution installed importable from another folder."""
+    for name in {file.parts[0] for file in installed.files or ()} - {"..", "__pycache__"}:
+        target = Path(str(installed.locate_file(name)))
+        if not (libraries / name).exists():
+            (libraries / name).symlink_to(target)
+
+
+def run(program: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "NUMBA_CACHE_DIR": str(folder / "cache"), "HOME": str(folder)}
+    return subprocess.run(
+        [program, *arguments], cwd=folder, env=environment, text=True, capture_output=True, timeout=200
+    )
+
+
+def test_the_wheel_holds_what_is_needed_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    for needed in (*(f"{package}/py.typed" for package in PACKAGES), "fractalshards/report/templates/report.css"):
+        assert needed in names
+    assert "fractalgen/data/fractaldb_categories.npz" in names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert not [name for name in names if "__pycache__" in name or "test" in name]
+
+
+def test_torch_is_not_in_the_empty_environment(empty: Path, tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([n for n in ('torch', 'timm', 'jinja2', 'pytest') if u.find_spec(n)])"
+    assert run(empty / "python", tmp_path, "-c", code).stdout == "[]\n"
+
+
+def test_a_dataset_is_built_and_looked_after(empty: Path, tmp_path: Path) -> None:
+    build = "build --kind fractaldb --n 40 --val 8 --classes 5 --size 64 --points 2000 --workers 1"
+    built = run(empty / "fractalgen", tmp_path, *build.split())
+    assert built.returncode == 0, built.stderr
+    assert "next: fractaltrain pt --shards shards/fractaldb" in built.stdout
+    told = run(empty / "fractalshards", tmp_path, "info", "--json", "shards/fractaldb")
+    assert json.loads(told.stdout)["splits"]["train"] == {"samples": 40, "shards": 1}
+    for command in ("verify shards/fractaldb", "sheet shards/fractaldb --out sheet.png", "push shards/fractaldb copy"):
+        result = run(empty / "fractalshards", tmp_path, *command.split())
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "extra"),
+    [
+        ("fractaltrain", "pt --shards shards/single", "train"),
+        ("fractaltrain", "ft --weights none --data digits", "train"),
+        ("fractalshards", "report shards/single --out page.html", "report"),
+        ("fractalgen", "build --kind single --n 9 --classes 3 --executor dask --scheduler tcp://localhost:1", "dask"),
+    ],
+)
+def test_what_is_missing_says_how_to_get_it(
+    empty: Path, tmp_path: Path, program: str, arguments: str, extra: str
+) -> None:
+    result = run(empty / program, tmp_path, *arguments.split())
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"run pip install '.[{extra}]' in a clone of the project" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("program", PACKAGES)
+def test_help_and_version_need_no_extras(empty: Path, tmp_path: Path, program: str) -> None:
+    assert "Commands:" in run(empty / program, tmp_path, "--help").stdout
+    assert run(empty / program, tmp_path, "--version").returncode == 0
