@@ -11,6 +11,8 @@ from fractalshards.manifest import write_manifest
 from fractalshards.names import RECIPE, SYSTEMS, sample_key, shard_name
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
+from packed_flowers import CLASSES as FLOWERS
+from packed_flowers import Make, pack
 
 CLASSES = 3
 
@@ -42,3 +44,19 @@ def dataset(tmp_path: Path) -> Path:
         image_size=16,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def flowers(tmp_path_factory: pytest.TempPathFactory, image_folder: Make) -> Path:
+    """35 JPEGs of three classes."""
+    return image_folder(tmp_path_factory.mktemp("source") / "flowers", FLOWERS)
+
+
+@pytest.fixture(scope="session")
+def packed(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The flowers in shards of eight, a fifth of every class held out."""
+    out = tmp_path_factory.mktemp("packed") / "flowers"
+    result = pack(f"imagefolder:{flowers}", out, "--split", "train=0.8,val=0.2", "--shard-size", "8")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"next: fractaltrain pt --shards {out}"
+    return out

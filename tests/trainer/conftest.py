@@ -14,7 +14,10 @@ import torch
 from fractalshards.manifest import write_manifest
 from fractalshards.names import sample_key, shard_name
 from fractalshards.writer import write_shard
+from fractaltrain import history
 from fractaltrain.cli import main
+from fractaltrain.train import train
+from tiny_job import ALONE, job
 
 CLASSES = 5
 SIZE = 32
@@ -132,3 +135,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., En
     server.stdin.close()
     server.wait(60)
     server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of ``tiny_job``; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(job(folder), ALONE)
+    return folder
+
+
+@pytest.fixture
+def no_pictures(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs; the undisturbed one has its picture."""
+    monkeypatch.setattr(history, "draw_history", lambda folder: None)

@@ -1,0 +1,80 @@
+"""However large a hostile dataset claims or unfolds to be, the memory of a command is bounded."""
+
+import io
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from damages import SMALL, Damage, in_manifest, npz, whole, with_files, with_image
+from fractalshards.names import INFO
+from fractalshards.png import encode_png
+
+MEMORY = 1500  # megabytes, the bound that shards/README.md states
+MEASURE = """
+import resource, subprocess, sys
+command = [sys.executable, "-c", "from fractalshards.cli import main; main()", *sys.argv[1:]]
+result = subprocess.run(command, capture_output=True, text=True)
+print(result.stdout, result.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, sep="\\n")
+"""
+
+
+def run_measured(*arguments: str) -> tuple[str, int]:
+    """What a command says, and the most megabytes that it or one of its workers held.
+
+    It runs as a grandchild, for the memory of a process counts from that of its parent.
+    """
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    *output, kilobytes = result.stdout.splitlines()
+    return "\n".join(output), int(kilobytes) // 1000
+
+
+def big_picture() -> bytes:
+    """An image of 64 million pixels in the format that takes most memory: WebP, transparent."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8000, 8000)).save(buffer, "WEBP", method=0)
+    return buffer.getvalue()
+
+
+def recipe_of_lists(folder: Path) -> None:
+    in_manifest(recipe={"a": "HERE"})(folder)
+    lists = "[" + "[]," * 1_000_000 + "[]]"
+    (folder / INFO).write_text((folder / INFO).read_text().replace('"HERE"', lists))
+
+
+@pytest.mark.parametrize(
+    ("damage", "command", "words", "most"),
+    [
+        (lambda: whole(INFO, "[" + "[]," * 5_500_000 + "[]]"), "info", "expected a JSON object", 600),
+        (lambda: recipe_of_lists, "info", "recipe has more than 1,000,000 values", 300),
+        (lambda: npz(bytes(4 * 10**8), zipfile.ZIP_DEFLATED), "verify", "400,000,000 bytes when inflated", 200),
+        (lambda: with_files(txt=bytes(60 << 20)), "verify", "expected one image", 300),
+        (lambda: with_image(big_picture()), "verify", "its image is named .png but is a .webp", MEMORY),
+        (lambda: with_image(encode_png(np.zeros((4000, 4000, 3), np.uint8))), "report", "page.html: ", 300),
+        (lambda: with_image(SMALL + bytes(60 << 20)), "verify", "more than 100,000 chunks", 400),
+    ],
+    ids=[
+        "JSON",
+        "recipe",
+        "systems",
+        "sample",
+        "image",
+        "image in a report",
+        "chunks of an image",
+    ],
+)
+def test_memory_is_bounded(
+    dataset: Path, tmp_path: Path, damage: Callable[[], Damage], command: str, words: str, most: int
+) -> None:
+    damage()(dataset)
+    options = ("--out", str(tmp_path / "page.html"), "--workers", "1") if command == "report" else ()
+    output, megabytes = run_measured(command, str(dataset), *options)
+    assert words in output
+    assert "Traceback" not in output
+    assert megabytes < most

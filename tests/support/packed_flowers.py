@@ -1,0 +1,38 @@
+"""Packing in this process, and looking at what came of it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from fractalshards.cli import main
+from fractalshards.labels import decode_label
+from fractalshards.manifest import load_manifest
+from fractalshards.reader import index_split, iterate_shard
+from fractalshards.tarball import Sample
+
+Make = Callable[..., Path]
+Encode = Callable[..., bytes]
+FRACTALSHARDS = Path(sys.executable).with_name("fractalshards")
+CLASSES = {"tulip": 11, "aster": 14, "rose": 10}
+
+
+def pack(source: object, out: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["pack", str(source), str(out), "--workers", "1", *options])
+
+
+def samples(dataset: Path, split: str) -> list[Sample]:
+    return [sample for shard in index_split(load_manifest(dataset), split) for sample in iterate_shard(shard)]
+
+
+def images(dataset: Path, split: str) -> dict[bytes, int]:
+    """The class of every image file of a split, by its bytes."""
+    found = samples(dataset, split)
+    pairs = [(data, decode_label(one.files)) for one in found for end, data in one.files.items() if end != "cls"]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
