@@ -22,6 +22,7 @@ from fractalshards.sharing import remote as remote_module
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored in what they run behind them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
+os.environ["OMP_NUM_THREADS"] = "1"  # in all commands that are run: images this small lose much to more threads
 settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")
 

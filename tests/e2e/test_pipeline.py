@@ -44,8 +44,8 @@ def test_timm_reads_it_unchanged(workspace: Path) -> None:
 
 
 def test_from_fractals_to_digits(workspace: Path) -> None:
-    pretrain = "fractaltrain pt --shards shards/single --model resnet10t --epochs 1 --batch-size 20 --nproc 2"
-    run(pretrain, workspace)
+    pretrain = "fractaltrain pt --shards shards/single --model resnet10t --epochs 1 --batch-size 20"
+    run(f"{pretrain} --nproc 2", workspace)
     run_folder = workspace / "runs/single-resnet10t-anderson"
     again = run(pretrain, workspace)
     assert "1 epoch done" in again.stdout + again.stderr
