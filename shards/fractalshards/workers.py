@@ -54,7 +54,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
         with sigterm_interrupts():
             yield pool
     finally:
-        with _handling(_stop_at_once, *_SIGNALS):
+        with handling(_stop_at_once, *_SIGNALS):
             error = sys.exc_info()[1]
             if error and pool.running():
                 again = " again" if isinstance(error, KeyboardInterrupt) else ""
@@ -67,8 +67,20 @@ def worker_pool(workers: int) -> Iterator[Executor]:
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Inside the block SIGTERM does what Ctrl-C does: it raises ``Terminated``, a KeyboardInterrupt."""
-    with _handling(_terminate, signal.SIGTERM):
+    with handling(_terminate, signal.SIGTERM):
         yield
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], object], *signals: signal.Signals) -> Iterator[None]:
+    """Inside the block the signals call ``handler``; only in the main thread, for others cannot handle any."""
+    here = signals if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in here}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def available_cores() -> int:
@@ -137,17 +149,6 @@ class _Pool(Executor):
             process = self._own.process = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
             self._processes.add(process)
         return process
-
-
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], NoReturn], *signals: signal.Signals) -> Iterator[None]:
-    here = signals if threading.current_thread() is threading.main_thread() else ()  # others may not
-    before = {number: signal.signal(number, handler) for number in here}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 def _block_signals() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def evaluate_run(choice: Evaluation) -> None:
     show several classes each, none is taken for another: there is no confusion matrix.
 
     Raises:
-        FractalError: if run or images are missing or damaged, or their classes differ.
+        FractalError: if run or images are missing or damaged, their classes differ, or the loss is no number.
     """
     with join_world() as world:
         run = load_trained(choice.run)
@@ -56,6 +57,11 @@ def evaluate_run(choice: Evaluation) -> None:
         check_classes(run, data, choice.data)
         predictions = predict_held_out(run, data, choice.batch_size, world)
         tally = add_up_several(predictions, run, world) if data.multi_label else add_up(predictions, run, world)
+        if not isfinite(tally.loss_sum):
+            raise FractalError(
+                f"{choice.run}: its loss on these images is {tally.loss_sum}, so its figures mean nothing; train it "
+                "again with a lower --lr"
+            )
         if world.main:
             names = data.class_names or run.class_names
             print(run.origin(), flush=True)

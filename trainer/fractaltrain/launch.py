@@ -39,8 +39,8 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
     if "RANK" in os.environ:  # whoever started this one tells why it ends it
         entry(choice)
         return
-    nproc = nproc or max(torch.cuda.device_count(), 1)
     with signals_raise():
+        nproc = nproc or max(torch.cuda.device_count(), 1)  # asking the driver may take seconds
         if nproc == 1:
             entry(choice)
         else:
