@@ -112,7 +112,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 raise
             passed_over.append(f"{path}: damaged ({_reason(error)})")
     if passed_over:
-        others = f", and so are {len(passed_over) - 1} older ones" if passed_over[1:] else ""
+        older = len(passed_over) - 1
+        others = (f", and so are {older} older ones" if older > 1 else ", and so is the older one") if older else ""
         raise FractalError(f"{passed_over[0]}{others}; remove {folder} to start again")
     return None
 
