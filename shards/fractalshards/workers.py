@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from fractalshards.errors import Terminated, WorkerLostError
+from fractalshards.signals import handling
 
 TRIES = 3  # of a task whose worker is killed
 
@@ -69,18 +70,6 @@ def sigterm_interrupts() -> Iterator[None]:
     """Inside the block SIGTERM does what Ctrl-C does: it raises ``Terminated``, a KeyboardInterrupt."""
     with handling(_terminate, signal.SIGTERM):
         yield
-
-
-@contextmanager
-def handling(handler: Callable[[int, FrameType | None], object], *signals: signal.Signals) -> Iterator[None]:
-    """Inside the block the signals call ``handler``; only in the main thread, for others cannot handle any."""
-    here = signals if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in here}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 def available_cores() -> int:

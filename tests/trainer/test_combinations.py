@@ -101,7 +101,7 @@ def test_averages_mixing_several_classes_and_parts_of_a_batch_in_two_processes(w
     for name in ("samples", "loss", "map", "f1"):
         assert report[name] == pytest.approx(result[name], rel=1e-5)
     assert np.mean([entry["average_precision"] for entry in report["classes"]]) == pytest.approx(report["map"])
-    assert f"mAP {report['map']:.2%}  micro F1 {report['f1']:.2%}" in evaluated.out
+    assert f"mAP {report['map']:.2%}  F1 {report['f1']:.2%}" in evaluated.out
     assert "no confusion matrix, for images show several classes each\n" in evaluated.out
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["eval.json"]
 

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from fractalshards.errors import StoppedError, Terminated
-from fractalshards.workers import end_with_parent, handling
+from fractalshards.signals import handling
+from fractalshards.workers import end_with_parent
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL: the same command continues)."""
