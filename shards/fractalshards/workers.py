@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from fractalshards.errors import Terminated, WorkerLostError
+from fractalshards.signals import handling
 
 TRIES = 3  # of a task whose worker is killed
 
@@ -54,7 +55,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
         with sigterm_interrupts():
             yield pool
     finally:
-        with _handling(_stop_at_once, *_SIGNALS):
+        with handling(_stop_at_once, *_SIGNALS):
             error = sys.exc_info()[1]
             if error and pool.running():
                 again = " again" if isinstance(error, KeyboardInterrupt) else ""
@@ -67,7 +68,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Inside the block SIGTERM does what Ctrl-C does: it raises ``Terminated``, a KeyboardInterrupt."""
-    with _handling(_terminate, signal.SIGTERM):
+    with handling(_terminate, signal.SIGTERM):
         yield
 
 
@@ -137,17 +138,6 @@ class _Pool(Executor):
             process = self._own.process = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
             self._processes.add(process)
         return process
-
-
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], NoReturn], *signals: signal.Signals) -> Iterator[None]:
-    here = signals if threading.current_thread() is threading.main_thread() else ()  # others may not
-    before = {number: signal.signal(number, handler) for number in here}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 def _block_signals() -> None:

@@ -34,5 +34,5 @@ def test_they_are_counted_over_all_restarts_of_an_epoch(world, damaged, tmp_path
     assert stopped.codes == [75, 75], stopped.said()
     done = world(2, *arguments)
     assert done.codes == [0, 0], done.said()
-    assert f"epoch 1/1  {len(BAD)} bad samples, replaced by others\n" in done.out[0]
+    assert f"epoch 1/1  {len(BAD)} bad samples replaced by others\n" in done.out[0]
     assert [line["bad_samples"] for line in read_metrics(out) if line["split"] == "epoch"] == [len(BAD)]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fractaltrain.data.folder import FolderSource
+
 OPTIONS = ("--weights", "none", "--data", "imagefolder:photos", "--model", "resnet10t", "--image-size", 16,
            "--batch-size", 4, "--epochs", 1, "--out", "run")  # fmt: skip
 
@@ -35,3 +37,13 @@ def test_a_run_is_not_continued_on_other_images(fractaltrain, image_folder, tmp_
     assert (refused.code, refused.err.count("\n")) == (1, 1)
     assert refused.err.startswith("error: run: holds a run with data_digest ")
     assert refused.err.endswith("; choose another folder with --out, or remove this one\n")
+
+
+def test_eval_looks_at_no_file_that_it_does_not_read(fractaltrain, image_folder, tmp_path, monkeypatch):
+    """There may be millions of them, on a file system that many share."""
+    monkeypatch.chdir(tmp_path)
+    for first, name in enumerate(("train", "val")):
+        image_folder(Path("photos") / name, {"ant": 3, "bee": 3}, first=10 * first)
+    assert fractaltrain("ft", *OPTIONS).code == 0
+    monkeypatch.setattr(FolderSource, "describe", lambda self: pytest.fail("all files are looked at"))
+    assert fractaltrain("eval", "--weights", "run", "--data", "imagefolder:photos").code == 0

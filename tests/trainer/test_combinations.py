@@ -12,7 +12,7 @@ from fractalshards.labels import MultiLabel, Object
 from fractalshards.manifest import write_manifest
 from fractalshards.names import sample_key, shard_name
 from fractalshards.writer import write_shard
-from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
 from fractaltrain.run_folder import read_metrics
 
 CLASSES, SIZE = 5, 32
@@ -101,7 +101,7 @@ def test_averages_mixing_several_classes_and_parts_of_a_batch_in_two_processes(w
     for name in ("samples", "loss", "map", "f1"):
         assert report[name] == pytest.approx(result[name], rel=1e-5)
     assert np.mean([entry["average_precision"] for entry in report["classes"]]) == pytest.approx(report["map"])
-    assert f"mAP {report['map']:.2%}  micro F1 {report['f1']:.2%}" in evaluated.out
+    assert f"mAP {report['map']:.2%}  F1 {report['f1']:.2%}" in evaluated.out
     assert "no confusion matrix, for images show several classes each\n" in evaluated.out
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["eval.json"]
 
@@ -122,3 +122,21 @@ def test_a_vit_with_a_sample_per_process_is_silent(world, dataset, tmp_path):
     done = world(2, "pt", "--shards", dataset, "--model", "test_vit", "--batch-size", 2, "--epochs", 1,
                  "--out", tmp_path / "run")  # fmt: skip
     assert (done.codes, done.said()) == ([0, 0], "")
+
+
+@pytest.mark.parametrize("images", ["dataset", "several"])
+def test_a_run_whose_weights_are_no_numbers_has_no_figures(fractaltrain, request, tmp_path, images):
+    folder, run = request.getfixturevalue(images), tmp_path / "run"
+    arguments = ("pt", "--shards", folder, "--model", "resnet10t", "--batch-size", 24, "--epochs", 1, "--out", run)
+    assert fractaltrain(*arguments).code == 0
+    [path] = list_checkpoints(run)
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["fc.bias"][2] = torch.nan
+    torch.save(saved, path)
+    evaluated = fractaltrain("eval", "--weights", run, "--data", f"shards:{folder}", "--out", tmp_path / "e", "--quiet")
+    assert (evaluated.code, evaluated.out) == (1, "")
+    assert evaluated.err == (
+        f"error: {run}: its loss on these images is nan, so its figures mean nothing; "
+        "train it again with a lower --lr\n"
+    )
+    assert not (tmp_path / "e").exists()

@@ -108,6 +108,18 @@ def test_a_damaged_foreign_image_is_named(tmp_path, image_file):
         source.read(0)
 
 
+def test_a_damaged_foreign_tar_brings_both_processes_down(world, tmp_path, image_file):
+    """The first one scans, while the other waits."""
+    folder = write_foreign(tmp_path / "foreign", image_file, {"train": [9, 8]})
+    (folder / "in-train-001.tar").write_bytes(b"no tar" * 1000)
+    ended = world(2, "pt", "--shards", folder, "--model", "resnet10t", "--batch-size", 4, "--out", tmp_path / "run")
+    assert ended.codes[0] == 1
+    assert 0 not in ended.codes
+    assert ended.seconds < 30
+    assert (ended.err[0].count("\n"), ended.err[1]) == (1, "")
+    assert ended.err[0].startswith(f"error: {folder / 'in-train-001.tar'}: ")
+
+
 def test_pre_training_on_a_foreign_folder_and_again(tmp_path, image_file, fractaltrain):
     folder = write_foreign(tmp_path / "foreign", image_file, {"train": [9, 8], "validation": [3]})
     before = sorted(folder.iterdir())

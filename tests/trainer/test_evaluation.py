@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fractaltrain.data.source import ArraySource
-from fractaltrain.evaluation import evaluate, mean_average_precision, micro_f1
+from fractaltrain.evaluation import MultiLabelScores, average_precisions, evaluate, micro_f1, multi_label_scores
 from fractaltrain.inputs import evaluation_geometry
 from fractaltrain.losses import multi_label_loss
 from fractaltrain.recipes import PRETRAINING
@@ -30,7 +30,9 @@ def test_scores_of_several_classes_by_hand():
     """Class 0: the two images that show it come first and third: (1 + 2/3) / 2. Class 1: first: 1. Class 2: nowhere."""
     logits = np.array([[3, 0, -1], [2, -1, -1], [1, -2, -1], [-1, -3, 1]], np.float32)
     shown = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], np.bool_)
-    assert mean_average_precision(logits, shown) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    assert average_precisions(logits, shown) == pytest.approx([(1 + 2 / 3) / 2, 1, np.nan], nan_ok=True)
+    scores = multi_label_scores(logits, shown, 2.0, average_precisions(logits, shown))
+    assert scores == MultiLabelScores(4, 0.5, pytest.approx(((1 + 2 / 3) / 2 + 1) / 2), micro_f1(logits, shown))
     # 12 places, 3 shown: 1.39 is what the weight of 4 adds, and two logits of class 0 are above, one of them rightly
     assert micro_f1(logits, shown) == pytest.approx(2 * 1 / (2 + 3))
     assert micro_f1(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.bool_)) == 0

@@ -61,3 +61,17 @@ def test_ctrl_c_while_a_checkpoint_is_written_stays_ctrl_c(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, Position(), {"model": {"weight": torch.zeros(10_000)}}, keep=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_a_checkpoint_that_memory_cannot_hold_is_not_called_damaged(tmp_path, monkeypatch, error):
+    """The one before would be taken, and the next save would remove this one."""
+
+    def load(path: Path, **options: object) -> None:
+        raise error
+
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, Position(epoch), {"model": {}}, keep=2)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(FractalError, match=r"checkpoint-0002-0000000\.pt: no memory to load it; free some"):
+        load_checkpoint(tmp_path)

@@ -74,6 +74,16 @@ def test_a_signal_before_the_loop_is_one_line_and_the_code_of_a_stop(entry, numb
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_while_gpus_are_counted_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: signal.raise_signal(signal.SIGUSR1) or 0)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)  # else it would end the tests
+    try:
+        with pytest.raises(StoppedError, match=r"^stopped by SIGUSR1; run the same command to continue$"):
+            launch(pytest.fail, "began", None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_others_wait_for_the_first_process_that_says_it_is_at_work(monkeypatch):
     meeting = threading.Barrier(2)
     worked_on = threading.Event()

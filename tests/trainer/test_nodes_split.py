@@ -9,7 +9,7 @@ import pytest
 
 from fractalshards.errors import UsageError
 from fractaltrain.stream.ahead import Ahead
-from fractaltrain.stream.order import epoch_order, node_positions, training_positions
+from fractaltrain.stream.order import epoch_order, epoch_samples, node_positions, repeated, training_positions
 from fractaltrain.world import World
 
 
@@ -45,6 +45,27 @@ def test_a_machine_has_the_shards_of_its_part_fetched_and_no_others():
     assert said == expected
 
 
+@pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (3, 5, 2, 7), (1, 1, 9), (10,)])
+def test_what_a_machine_needs_next_is_always_asked_for(lengths):
+    """Whatever window, repeats and padding: the shard of its next sample, and at the end that of the next epoch's."""
+    shard_of = np.repeat(np.arange(len(lengths)), lengths)
+    for window, repeats, nodes, pad in product((1, 2, 3), (1, 2, 3), (1, 2, 3), (False, True)):
+        samples, batch = epoch_samples(len(shard_of), repeats), 6
+        steps = -(-samples // batch) if pad else samples // batch
+        shards = [shard_of[repeated(epoch_order(lengths, 1, epoch, window), repeats)] for epoch in range(3)]
+        for node in range(nodes):
+            part = node_positions(samples, batch, node, nodes, pad)
+            said: list[list[int]] = []
+            ahead = Ahead(range(len(lengths)), lengths, 1, window, repeats, said.append, part)
+            for epoch, step in product(range(2), range(steps + 1)):
+                position = part.start + step * batch // nodes
+                ahead.reached(epoch, position)
+                if step == steps:
+                    epoch, position = epoch + 1, part.start
+                if position < samples:  # what pads the end is fetched when it is read
+                    assert shards[epoch][position] in said[-1]
+
+
 def test_machines_with_other_numbers_of_processes_are_refused(monkeypatch):
     world = World(rank=0, size=6, local_size=4, device=None)
     monkeypatch.setattr(World, "gather", lambda self, value: [4, 4, 4, 4, 2, 2])
@@ -69,7 +90,7 @@ def test_two_machines(world, fractaltrain, write_dataset, tmp_path):
         assert seen == order[24 * rank : 24 * (rank + 1)].tolist()
     refused = fractaltrain(*arguments)
     assert (refused.code, refused.err.count("\n")) == (1, 1)
-    assert "holds a run with nodes_split 2, not 1; choose another folder" in refused.err
+    assert "holds a run with nodes_split 2, not None; choose another folder" in refused.err
 
 
 def read_lines(path: Path) -> list[list]:

@@ -188,7 +188,7 @@ def test_bad_samples_are_replaced_and_counted_and_ranks_stay_in_step(world, data
         replaced.append(good[: STEPS * BATCH].count(False))
     assert trained_on(done.folder, 2) == expected
     said = [
-        f"epoch {epoch}/{EPOCHS}  {count} bad samples, replaced by others" for epoch, count in enumerate(replaced, 1)
+        f"epoch {epoch}/{EPOCHS}  {count} bad samples replaced by others" for epoch, count in enumerate(replaced, 1)
     ]
     assert [line for line in said if line in done.out[0]] == said
     assert "bad sample, going on without it: " in done.said()

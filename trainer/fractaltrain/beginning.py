@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from fractalshards.signals import handling
+
 _CONTINUING = "run the same command to continue"
 _ENDINGS = {  # as ``preemption`` and ``fractalshards.console`` have them
     signal.SIGINT: ("stopped", 130),
@@ -23,12 +25,8 @@ def ends_at_once() -> Iterator[None]:
     """
     heard = () if "RANK" in os.environ else _ENDINGS
     numbers = [number for number in heard if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _end) for number in numbers}
-    try:
+    with handling(_end, *numbers):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

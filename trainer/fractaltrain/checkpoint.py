@@ -108,11 +108,14 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except FractalError:
             raise
         except Exception as error:  # any kind, as torch meets the bytes of a damaged file
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # a sound one may be too large
+                raise FractalError(f"{path}: no memory to load it; free some, or remove it if it is damaged") from error
             if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
                 raise
             passed_over.append(f"{path}: damaged ({_reason(error)})")
     if passed_over:
-        others = f", and so are {len(passed_over) - 1} older ones" if passed_over[1:] else ""
+        older = len(passed_over) - 1
+        others = (f", and so are {older} older ones" if older > 1 else ", and so is the older one") if older else ""
         raise FractalError(f"{passed_over[0]}{others}; remove {folder} to start again")
     return None
 

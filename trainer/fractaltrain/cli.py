@@ -113,7 +113,7 @@ def _running_options(command: _Command) -> _Command:
               help="Published recipe to follow.")  # fmt: skip
 @click.option(
     "--image-size",
-    type=click.IntRange(8),
+    type=click.IntRange(8, 4096),
     metavar="PX",
     help="What the model sees.  [default: as stored; 224 where the recipe crops]",
 )
@@ -193,7 +193,7 @@ def _data_options(command: _Command) -> _Command:
 @click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
               help="Published recipe to follow.  "
               "[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
-@click.option("--image-size", type=click.IntRange(8), metavar="PX",
+@click.option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
               help="What the model sees.  [default: the pre-training's; 224 from scratch]")  # fmt: skip
 @click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")

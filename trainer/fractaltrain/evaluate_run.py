@@ -1,7 +1,9 @@
 """``fractaltrain eval``: what a trained run says of held-out images, over all and by class."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from fractaltrain.settings import Evaluation
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import Indices, evaluation_positions
 from fractaltrain.tally import ClassScore, Tally
-from fractaltrain.tally_several import ClassPrecision, SeveralTally
+from fractaltrain.tally_multi_label import ClassPrecision, MultiLabelTally
 from fractaltrain.train import loader_workers
 from fractaltrain.trained import Trained, load_trained
 from fractaltrain.world import World, join_world
@@ -47,15 +49,21 @@ def evaluate_run(choice: Evaluation) -> None:
     show several classes each, none is taken for another: there is no confusion matrix.
 
     Raises:
-        FractalError: if run or images are missing or damaged, or their classes differ.
+        FractalError: if run or images are missing or damaged, their classes differ, or the loss is no number.
     """
     with join_world() as world:
         run = load_trained(choice.run)
         chosen = replace(choice.data, per_class=run.per_class, subset_seed=run.subset_seed)
         data = open_data(chosen if run.data == choice.data.name else choice.data, world, for_training=False)
         check_classes(run, data, choice.data)
-        predictions = predict_held_out(run, data, choice.batch_size, world)
-        tally = add_up_several(predictions, run, world) if data.multi_label else add_up(predictions, run, world)
+        with closing(predict_held_out(run, data, choice.batch_size, world)) as predictions:
+            add = add_up_multi_label if data.multi_label else add_up
+            tally = add(predictions, run, world)
+        if not isfinite(tally.loss_sum):
+            raise FractalError(
+                f"{choice.run}: its loss on these images is {tally.loss_sum}, so its figures mean nothing; train it "
+                "again with a lower --lr"
+            )
         if world.main:
             names = data.class_names or run.class_names
             print(run.origin(), flush=True)
@@ -88,7 +96,7 @@ def check_classes(run: Trained, data: Data, choice: DataChoice) -> None:
         )
 
 
-def predict_held_out(run: Trained, data: Data, batch_size: int, world: World) -> Iterator[Prediction]:
+def predict_held_out(run: Trained, data: Data, batch_size: int, world: World) -> Generator[Prediction]:
     """What the run says of every held-out image, each rank of its share."""
     held_out = sum(data.held_out.lengths)
     share = evaluation_positions(held_out, batch_size, world.rank, world.size)
@@ -127,7 +135,7 @@ def add_up(predictions: Iterable[Prediction], run: Trained, world: World) -> Tal
     )
 
 
-def add_up_several(predictions: Iterable[Prediction], run: Trained, world: World) -> SeveralTally:
+def add_up_multi_label(predictions: Iterable[Prediction], run: Trained, world: World) -> MultiLabelTally:
     """Bring together what all ranks said of images of several classes each. Collective."""
     said, shown, losses = [np.empty((0, run.classes), np.float32)], [np.empty((0, run.classes), np.bool_)], 0.0
     for logits, truth in predictions:
@@ -135,7 +143,7 @@ def add_up_several(predictions: Iterable[Prediction], run: Trained, world: World
         shown.append(truth.cpu().numpy() > 0)
         losses += float(multi_label_loss(logits, truth)) * len(logits)
     parts = world.gather((np.concatenate(said), np.concatenate(shown), losses))
-    return SeveralTally(
+    return MultiLabelTally(
         logits=np.concatenate([part[0] for part in parts]),
         shown=np.concatenate([part[1] for part in parts]),
         loss_sum=sum(part[2] for part in parts),
@@ -147,7 +155,7 @@ def _none(width: int) -> Indices:
 
 
 def _write_report(
-    folder: Path, data: DataChoice, run: Trained, tally: Tally | SeveralTally, names: tuple[str, ...]
+    folder: Path, data: DataChoice, run: Trained, tally: Tally | MultiLabelTally, names: tuple[str, ...]
 ) -> None:
     report = {
         "data": data.name,
@@ -167,7 +175,7 @@ def _class_entry(score: Score, names: tuple[str, ...]) -> dict[str, Any]:
     return {"class": label, **({"name": names[label]} if names else {}), **figures}
 
 
-def _print(tally: Tally | SeveralTally, names: tuple[str, ...], folder: Path) -> None:
+def _print(tally: Tally | MultiLabelTally, names: tuple[str, ...], folder: Path) -> None:
     scores = tally.by_class()
     console = Console()
     if tally.classes <= _ALL_SHOWN:

@@ -138,8 +138,21 @@ def _score_together(
     found: Sequence[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]], loss: float
 ) -> MultiLabelScores:
     """The scores of all batches, on one rank: ranking every class takes time and memory."""
-    said, shown = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return MultiLabelScores(len(said), loss / len(said), mean_average_precision(said, shown), micro_f1(said, shown))
+    logits, shown = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return multi_label_scores(logits, shown, loss, average_precisions(logits, shown))
+
+
+def multi_label_scores(
+    logits: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_], loss: float, precisions: npt.NDArray[np.float64]
+) -> MultiLabelScores:
+    """The scores of samples, of which there may be none: (n, classes) each.
+
+    Args:
+        loss: of all samples together, in nats.
+        precisions: ``average_precisions`` of them; their mean is over the classes that are shown at all.
+    """
+    mean = float(np.nanmean(precisions)) if shown.any() else 0.0
+    return MultiLabelScores(len(logits), loss / max(len(logits), 1), mean, micro_f1(logits, shown))
 
 
 def _check_loss(loss: float) -> None:
@@ -150,21 +163,16 @@ def _check_loss(loss: float) -> None:
         )
 
 
-def mean_average_precision(scores: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> float:
-    """Mean over the classes that are shown at all of the area under their precision-recall steps.
+def average_precisions(scores: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Of each class the area under its precision-recall steps, (classes,); NaN for those that no sample shows.
 
     Args:
         scores: (n, classes), higher where the class is more likely.
-        shown: (n, classes), whether the sample shows the class; one of them must.
+        shown: (n, classes), whether the sample shows the class.
     """
-    return float(np.nanmean(average_precisions(scores, shown)))
-
-
-def average_precisions(scores: npt.NDArray[np.float32], shown: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """The same by class, (classes,); NaN for those that no sample shows."""
     from sklearn.metrics import average_precision_score  # it takes a second, which single labels do not need
 
-    some = shown.sum(0) > 0
+    some = shown.any(0)
     found = np.full(shown.shape[1], np.nan)
     if some.any():
         found[some] = average_precision_score(shown[:, some], scores[:, some], average=None)

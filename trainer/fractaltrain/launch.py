@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -39,8 +39,8 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
     if "RANK" in os.environ:  # whoever started this one tells why it ends it
         entry(choice)
         return
-    nproc = nproc or max(torch.cuda.device_count(), 1)
     with signals_raise():
+        nproc = nproc or max(torch.cuda.device_count(), 1)  # asking the driver may take seconds
         if nproc == 1:
             entry(choice)
         else:
@@ -54,13 +54,13 @@ def _launch_all(entry: Callable[[_Choice], None], choice: _Choice, nproc: int) -
         """Give SIGUSR1 to the training processes, which save and end; torch's launcher passes on SIGTERM itself."""
         children = multiprocessing.active_children()
         if not children:
-            raise stopped(number)
+            before(number, frame)
         asked.append(number)
         for child in children:
             with suppress(ProcessLookupError):
                 os.kill(cast(int, child.pid), number)
 
-    signal.signal(signal.SIGUSR1, pass_on)
+    before = cast(Callable[[int, FrameType | None], NoReturn], signal.signal(signal.SIGUSR1, pass_on))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of processes that were stopped
     logging.disable(logging.ERROR)  # the launcher reports each failure, with tracebacks; we say it in one line

@@ -6,12 +6,13 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TypeVar
 
 from fractalshards.errors import StoppedError, Terminated
+from fractalshards.signals import handling
 from fractalshards.workers import end_with_parent
 
 EXIT_STOPPED = 75
@@ -61,7 +62,7 @@ def signals_raise() -> Iterator[None]:
         raise KeyboardInterrupt
 
     try:
-        with _handling(stop):
+        with handling(stop, *SIGNALS):
             yield
     except Terminated as error:  # by who minds SIGTERM as Ctrl-C, pools of workers for one
         raise stopped(signal.SIGTERM) from error
@@ -87,7 +88,7 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    with _handling(mark):
+    with handling(mark, *SIGNALS):
         try:
             with _ended_in_time():
                 yield stop
@@ -107,18 +108,6 @@ def prepare_worker(worker: int) -> None:
     end_with_parent()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGUSR1, in the main thread: others cannot."""
-    here = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in here}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def pretrain(choice: Pretraining) -> None:
                     "dataset_digest": dataset.digest,
                     "model": choice.model,
                     "classes": dataset.classes,
-                    **({"nodes_split": nodes} if choice.nodes_split else {}),
+                    **({"nodes_split": nodes} if nodes > 1 else {}),
                 },
                 multi_label=dataset.multi_label,
                 nodes=nodes,

@@ -165,7 +165,8 @@ def train(job: Job, world: World) -> None:
             summary = {"train_loss": position.loss_sum / steps}
             if replaced := position.bad_samples:
                 summary["bad_samples"] = replaced
-                report.say(f"epoch {epoch + 1}/{recipe.epochs}  {replaced:,} bad samples, replaced by others")
+                many = human_count(replaced, "bad sample")
+                report.say(f"epoch {epoch + 1}/{recipe.epochs}  {many} replaced by others")
             if job.held_out is not None and is_evaluated(epoch, running):
                 shown = BadSamples().noting(
                     stop.until_requested(iterate(held_out_batches(job, job.held_out, epoch, world), 0, loading))

@@ -115,6 +115,9 @@ class World:
 
         It may take hours: who is at work says so every ten seconds, for no collective operation waits that long.
         """
+        if self.size == 1:
+            yield
+            return
         if not mine:
             self._wait_for_workers()
             yield

@@ -60,7 +60,7 @@ class Data:
 
     Attributes:
         class_names: by class index; empty where classes have none.
-        digest: tells datasets of shards and image folders apart, on rank 0; None for other images.
+        digest: tells datasets of shards apart, and image folders on rank 0 for training; None for other images.
         multi_label: images show several classes each.
     """
 
@@ -94,7 +94,7 @@ def open_data(choice: DataChoice, world: "World", for_training: bool = True) -> 
     """
     if choice.name == "digits":
         return _open_digits(choice)
-    whole = _open_whole(choice, world)
+    whole = _open_whole(choice, world, for_training)
     if for_training:
         _check_trainable(choice, whole)
     training: Source = whole.training
@@ -115,7 +115,7 @@ def _open_digits(choice: DataChoice) -> Data:
     return Data(train, held_out, digits.class_names)
 
 
-def _open_whole(choice: DataChoice, world: "World") -> _Whole:
+def _open_whole(choice: DataChoice, world: "World", for_training: bool) -> _Whole:
     if choice.name.startswith(SHARDS_PREFIX):
         return _open_shards(Path(choice.name.removeprefix(SHARDS_PREFIX)), world)
     with world.main_first():  # it may download
@@ -123,7 +123,7 @@ def _open_whole(choice: DataChoice, world: "World") -> _Whole:
             from fractaltrain.data.folder import folders_digest, load_folders
 
             train, held_out = load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX)))
-            digest = folders_digest(train, held_out) if world.main else None
+            digest = folders_digest(train, held_out) if for_training and world.main else None  # it looks at every file
             return _Whole(train, held_out, digest)
         from fractaltrain.data.cifar import load_cifar
 

@@ -1,13 +1,13 @@
 """What was said of images that show several classes each, added up: over all, and by class."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fractaltrain.evaluation import average_precisions, micro_f1
+from fractaltrain.evaluation import MultiLabelScores, average_precisions, multi_label_scores
 
 
 class ClassPrecision(NamedTuple):
@@ -19,7 +19,7 @@ class ClassPrecision(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeveralTally:
+class MultiLabelTally:
     """``logits`` (n, classes) float32, and whether an image shows a class, ``shown`` (n, classes).
 
     ``loss_sum`` is ``losses.multi_label_loss`` of all in nats.
@@ -32,11 +32,7 @@ class SeveralTally:
     loss_sum: float
 
     def __str__(self) -> str:
-        figures = self.figures()
-        return (
-            f"mAP {figures['map']:.2%}  micro F1 {figures['f1']:.2%}  loss {figures['loss']:.4f}  "
-            f"{figures['samples']:,} held-out images"
-        )
+        return str(self._scores)
 
     @property
     def classes(self) -> int:
@@ -47,15 +43,13 @@ class SeveralTally:
     def _precisions(self) -> npt.NDArray[np.float64]:
         return average_precisions(self.logits, self.shown)
 
+    @cached_property
+    def _scores(self) -> MultiLabelScores:
+        return multi_label_scores(self.logits, self.shown, self.loss_sum, self._precisions)
+
     def figures(self) -> dict[str, float]:
         """Those over all images, by name, see ``evaluation.MultiLabelScores``."""
-        samples = len(self.shown)
-        return {
-            "samples": samples,
-            "loss": self.loss_sum / max(samples, 1),
-            "map": float(np.nanmean(self._precisions)) if self.shown.any() else 0.0,
-            "f1": micro_f1(self.logits, self.shown),
-        }
+        return asdict(self._scores)
 
     def by_class(self) -> list[ClassPrecision]:
         """The average precision of every class, by index."""
