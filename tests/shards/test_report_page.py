@@ -18,7 +18,6 @@ from fractalshards.labels import MultiLabel, Object
 from fractalshards.names import INFO
 from painted_dataset import HOSTILE_NAME, HOSTILE_VALUE, NAMES, plain, report, write_dataset
 
-
 # Chromium reads commands from descriptor 3 and answers on 4
 START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"

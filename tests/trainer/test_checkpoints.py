@@ -50,7 +50,7 @@ def test_finished_run_is_not_trained_again(tiny_run, monkeypatch, capfd):
     before = lines(tiny_run)
     train(job(tiny_run), ALONE)
     assert lines(tiny_run) == before
-    assert "tiny_run: 2 epochs done" in capfd.readouterr().out
+    assert f"{tiny_run}: 2 epochs done" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
