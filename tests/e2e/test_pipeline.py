@@ -10,6 +10,7 @@ import pytest
 import timm.data
 
 from fractalshards.manifest import load_manifest
+from in_this_process import fractaltrain
 
 BIN = Path(sys.executable).parent
 
@@ -44,13 +45,10 @@ def test_timm_reads_it_unchanged(workspace: Path) -> None:
 
 
 def test_from_fractals_to_digits(workspace: Path) -> None:
-    pretrain = "fractaltrain pt --shards shards/single --model resnet10t --epochs 1 --batch-size 20"
-    run(f"{pretrain} --nproc 2", workspace)
-    run_folder = workspace / "runs/single-resnet10t-anderson"
-    again = run(pretrain, workspace)
-    assert "1 epoch done" in again.stdout + again.stderr
+    run("fractaltrain pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20 --nproc 2", workspace)
+    run_folder = workspace / "runs/single-test_resnet-anderson"
     result = run(
-        "fractaltrain ft --weights runs/single-resnet10t-anderson --data digits --per-class 2 --epochs 1"
+        "fractaltrain ft --weights runs/single-test_resnet-anderson --data digits --per-class 2 --epochs 1"
         " --batch-size 10 --out runs/ft",
         workspace,
     )
@@ -61,33 +59,34 @@ def test_from_fractals_to_digits(workspace: Path) -> None:
     assert (run_folder / "metrics.jsonl").exists()
 
 
-def test_a_truncated_tar_stops_training_in_one_line(workspace: Path) -> None:
+def test_a_truncated_tar_stops_training_in_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = workspace / "shards/single/train-000001.tar"
     whole = shard.read_bytes()
     os.truncate(shard, 4000)
-    command = "fractaltrain pt --shards shards/single --model resnet10t --epochs 1 --batch-size 20 --out runs/truncated"
-    result = subprocess.run(
-        [BIN / "fractaltrain", *command.split()[1:]], cwd=workspace, text=True, capture_output=True, timeout=120
+    monkeypatch.chdir(workspace)
+    result = fractaltrain(
+        "pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20 --out runs/truncated"
     )
     shard.write_bytes(whole)
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "train-000001.tar: 4000 bytes instead of" in line
     assert not (workspace / "runs/truncated/result.json").exists()
 
 
-def test_a_fractaldb_and_a_multi_label_dataset_train(workspace: Path) -> None:
+def test_a_fractaldb_and_a_multi_label_dataset_train(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
     run("fractalgen build --kind fractaldb --n 40 --classes 5 --size 32 --points 2000", workspace)
-    result = run("fractaltrain pt --shards shards/fractaldb --model resnet10t --epochs 1 --batch-size 20", workspace)
+    result = fractaltrain("pt --shards shards/fractaldb --model test_resnet --epochs 1 --batch-size 20")
     assert "1 epoch done" in result.stdout
-    recipe = json.loads((workspace / "runs/fractaldb-resnet10t-anderson/run.json").read_text())["settings"]["recipe"]
+    recipe = json.loads((workspace / "runs/fractaldb-test_resnet-anderson/run.json").read_text())["settings"]["recipe"]
     assert (recipe["crop"], recipe["mean"]) == ("random", [0.2] * 3)  # as its authors saw it
     built = run("fractalgen build --kind multi --n 40 --val 20 --classes 5 --size 32 --points 2000", workspace)
     assert "next: fractaltrain pt --shards shards/multi" in built.stdout
-    result = run("fractaltrain pt --shards shards/multi --model resnet10t --epochs 2 --batch-size 10", workspace)
+    result = fractaltrain("pt --shards shards/multi --model test_resnet --epochs 2 --batch-size 10")
     assert "20 held-out images" in result.stdout
-    scores = json.loads((workspace / "runs/multi-resnet10t-anderson/result.json").read_text())
+    scores = json.loads((workspace / "runs/multi-test_resnet-anderson/result.json").read_text())
     assert 0.1 < scores["map"] <= 1
     assert 0 <= scores["f1"] <= 1
     assert "top1" not in scores

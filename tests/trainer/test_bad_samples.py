@@ -27,7 +27,7 @@ def damaged(dataset: Path, tmp_path: Path) -> Path:
 def test_they_are_counted_over_all_restarts_of_an_epoch(world, damaged, tmp_path):
     out = tmp_path / "run"
     arguments = (
-        "pt", "--shards", damaged, "--out", out, "--model", "resnet10t", "--epochs", 1, "--batch-size", 8,
+        "pt", "--shards", damaged, "--out", out, "--model", "test_resnet", "--epochs", 1, "--batch-size", 8,
         "--image-size", 16, "--on-bad-sample", "skip",
     )  # fmt: skip
     stopped = world(2, *arguments, signals=[[1, 0, 2, signal.SIGTERM]], agent=False)  # it has met one of them

@@ -6,7 +6,7 @@ import pytest
 
 from fractaltrain.data.folder import FolderSource
 
-OPTIONS = ("--weights", "none", "--data", "imagefolder:photos", "--model", "resnet10t", "--image-size", 16,
+OPTIONS = ("--weights", "none", "--data", "imagefolder:photos", "--model", "test_resnet", "--image-size", 16,
            "--batch-size", 4, "--epochs", 1, "--out", "run")  # fmt: skip
 
 

@@ -179,7 +179,7 @@ def test_signal_during_the_evaluation(tiny_run, tmp_path, monkeypatch):
 
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, fractaltrain, dataset):
     """A limit on the size of files stands in for a full disk: the write fails in the same place."""
-    arguments = ("pt", "--shards", dataset, "--model", "resnet10t", "--batch-size", 25, "--out", tmp_path / "run")
+    arguments = ("pt", "--shards", dataset, "--model", "test_resnet", "--batch-size", 25, "--out", tmp_path / "run")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:

@@ -65,10 +65,10 @@ def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
     [
         ("pt --shards nowhere", 1, "nowhere: no such folder; fix the path, or build a dataset there"),
         ("pt --shards DATASET --model resnet51", 2, "no model 'resnet51'; did you mean resnet5"),
-        ("pt --shards DATASET --model resnet10t --batch-size 51", 2, "larger than the 50 training samples"),
-        ("pt --shards DATASET --model resnet10t --batch-size 5 --amp fp16", 2, "--amp fp16 needs a GPU"),
+        ("pt --shards DATASET --model test_resnet --batch-size 51", 2, "larger than the 50 training samples"),
+        ("pt --shards DATASET --model test_resnet --batch-size 5 --amp fp16", 2, "--amp fp16 needs a GPU"),
         ("ft --weights nowhere --data digits", 1, "nowhere: no run.json, so not the folder of a run"),
-        ("ft --weights none --model resnet10t --data shards:nowhere", 1, "nowhere: no such folder"),
+        ("ft --weights none --model test_resnet --data shards:nowhere", 1, "nowhere: no such folder"),
         (
             "ft --weights timm --model deit_small_patch32_224 --data digits",
             2,
@@ -76,10 +76,10 @@ def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
         ),
         ("eval --weights nowhere --data digits", 1, "nowhere: no run.json, so not the folder of a run"),
         ("export nowhere --out x.safetensors", 1, "nowhere: no run.json, so not the folder of a run"),
-        ("ft --weights none --model resnet10t --data imagefolder:nowhere", 1, "nowhere/train: no such folder"),
-        ("ft --weights none --model resnet10t --data digits --per-class 180", 1, "lower --per-class"),
-        ("ft --weights none --model resnet10t --data digits --per-class 5", 2, "larger than the 50 training samples"),
-        ("pt --shards DATASET --model resnet10t --batch-size 5 --out /proc/nowhere", 1, "/proc/nowhere: "),
+        ("ft --weights none --model test_resnet --data imagefolder:nowhere", 1, "nowhere/train: no such folder"),
+        ("ft --weights none --model test_resnet --data digits --per-class 180", 1, "lower --per-class"),
+        ("ft --weights none --model test_resnet --data digits --per-class 5", 2, "larger than the 50 training samples"),
+        ("pt --shards DATASET --model test_resnet --batch-size 5 --out /proc/nowhere", 1, "/proc/nowhere: "),
     ],
 )
 def test_failures_are_one_line(fractaltrain, tmp_path, monkeypatch, dataset, arguments, code, message):
@@ -96,12 +96,12 @@ def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
     """The two commands of the README in small, with everything the user will look at."""
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 25, "--image-size", 16)
-    done = fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *common, "--epochs", 2)
+    done = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2)
     assert (done.code, done.err) == (0, "")
-    run = Path("runs/small-resnet10t-anderson")
+    run = Path("runs/small-test_resnet-anderson")
     settings = json.loads((run / "run.json").read_text())["settings"]
     assert settings["recipe"] | {"epochs": 2, "batch_size": 25, "lr": 0.1} == settings["recipe"]
-    assert (settings["model"], settings["classes"], settings["image_size"]) == ("resnet10t", 5, 16)
+    assert (settings["model"], settings["classes"], settings["image_size"]) == ("test_resnet", 5, 16)
     assert json.loads((run / "result.json").read_text())["samples"] == 13  # the val split
 
     digits = ("--data", "digits", "--per-class", 3, "--batch-size", 25, "--epochs", 1)
@@ -109,7 +109,7 @@ def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
     assert (done.code, done.err) == (0, "")
     assert f"weights of {run} after 2 epochs: " in done.out
     assert "not loaded: fc.weight, fc.bias; new: fc.weight, fc.bias" in done.out
-    run = Path("runs/digits-3-per-class-0-from-small-resnet10t-anderson-anderson")
+    run = Path("runs/digits-3-per-class-0-from-small-test_resnet-anderson-anderson")
     result = json.loads((run / "result.json").read_text())
     assert result["samples"] == 1767
     assert 0 <= result["top1"] <= result["top5"] <= 1
@@ -117,9 +117,10 @@ def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
     assert (settings["image_size"], settings["classes"]) == (16, 10)
     assert "top-1" in done.out
 
-    done = fractaltrain("ft", "--weights", "none", "--model", "resnet10t", *digits, "--image-size", 16)
+    done = fractaltrain("ft", "--weights", "none", "--model", "test_resnet", *digits, "--image-size", 16)
     assert (done.code, done.err) == (0, "")
-    settings = json.loads(Path("runs/digits-3-per-class-0-resnet10t-anderson-scratch/run.json").read_text())["settings"]
+    run = Path("runs/digits-3-per-class-0-test_resnet-anderson-scratch")
+    settings = json.loads((run / "run.json").read_text())["settings"]
     assert (settings["recipe"]["lr"], settings["weights"]) == (0.15, None)
 
 
@@ -127,7 +128,7 @@ def test_finetuning_notices_that_the_weights_have_changed(fractaltrain, tmp_path
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 20, "--image-size", 16, "--epochs", 1)
     for seed in (0, 1):
-        fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *common, "--seed", seed, "--out", f"pt{seed}")
+        fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--seed", seed, "--out", f"pt{seed}")
     finetune = ("--data", "digits", "--per-class", 2, *common, "--out", "ft")
     assert fractaltrain("ft", "--weights", "pt0", *finetune).code == 0
     outcome = fractaltrain("ft", "--weights", "pt1", *finetune)
@@ -147,7 +148,7 @@ def test_learning_rate_follows_the_batch_only_when_told_to(options, lr):
 def test_finetuning_takes_the_newest_sound_checkpoint(fractaltrain, tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 20, "--image-size", 16)
-    fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *common, "--epochs", 2, "--out", "pt")
+    fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2, "--out", "pt")
     finetune = ("ft", "--weights", "pt", "--data", "digits", "--per-class", 2, *common, "--epochs", 1, "--out", "ft")
     before, newest = sorted(Path("pt").glob("checkpoint-*.pt"))
     newest.write_bytes(newest.read_bytes()[:1000])

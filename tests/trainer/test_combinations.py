@@ -60,7 +60,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         ("--recipe", "deit", "--model", "test_vit", "--set", "repeats=1", "--set", "warmup_epochs=1"),
-        ("--recipe", "kataoka", "--model", "resnet10t", "--set", "milestones=1,2", "--image-size", 24),
+        ("--recipe", "kataoka", "--model", "test_resnet", "--set", "milestones=1,2", "--image-size", 24),
     ],
     ids=["adamw-cosine", "step"],
 )
@@ -82,7 +82,7 @@ def test_a_killed_run_continues_bit_for_bit(world, dataset, tmp_path, options):
 def test_averages_mixing_several_classes_and_parts_of_a_batch_in_two_processes(world, fractaltrain, several, tmp_path):
     """Stopped and continued it is the same run, and what was evaluated are the averages of both processes."""
     common = (
-        "pt", "--shards", several, "--model", "resnet10t", "--batch-size", 8, "--epochs", 2, "--accumulate", 2,
+        "pt", "--shards", several, "--model", "test_resnet", "--batch-size", 8, "--epochs", 2, "--accumulate", 2,
         "--set", "ema=0.9", "--set", "mixup=0.8", "--set", "cutmix=1",
     )  # fmt: skip
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -108,7 +108,7 @@ def test_averages_mixing_several_classes_and_parts_of_a_batch_in_two_processes(w
 
 def test_a_linear_probe_of_two_processes(world, dataset, tmp_path):
     small = ("--batch-size", 10, "--epochs", 1)
-    done = world(1, "pt", "--shards", dataset, "--model", "resnet10t", *small, "--out", tmp_path / "pt")
+    done = world(1, "pt", "--shards", dataset, "--model", "test_resnet", *small, "--out", tmp_path / "pt")
     assert done.codes == [0], done.said()
     probe = ("ft", "--weights", tmp_path / "pt", "--data", f"shards:{dataset}", "--freeze", "backbone", *small)
     done = world(2, *probe, "--out", tmp_path / "ft")
@@ -127,7 +127,7 @@ def test_a_vit_with_a_sample_per_process_is_silent(world, dataset, tmp_path):
 @pytest.mark.parametrize("images", ["dataset", "several"])
 def test_a_run_whose_weights_are_no_numbers_has_no_figures(fractaltrain, request, tmp_path, images):
     folder, run = request.getfixturevalue(images), tmp_path / "run"
-    arguments = ("pt", "--shards", folder, "--model", "resnet10t", "--batch-size", 24, "--epochs", 1, "--out", run)
+    arguments = ("pt", "--shards", folder, "--model", "test_resnet", "--batch-size", 24, "--epochs", 1, "--out", run)
     assert fractaltrain(*arguments).code == 0
     [path] = list_checkpoints(run)
     saved = torch.load(path, weights_only=True)

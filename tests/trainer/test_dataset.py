@@ -112,7 +112,7 @@ def test_a_damaged_foreign_tar_brings_both_processes_down(world, tmp_path, image
     """The first one scans, while the other waits."""
     folder = write_foreign(tmp_path / "foreign", image_file, {"train": [9, 8]})
     (folder / "in-train-001.tar").write_bytes(b"no tar" * 1000)
-    ended = world(2, "pt", "--shards", folder, "--model", "resnet10t", "--batch-size", 4, "--out", tmp_path / "run")
+    ended = world(2, "pt", "--shards", folder, "--model", "test_resnet", "--batch-size", 4, "--out", tmp_path / "run")
     assert ended.codes[0] == 1
     assert 0 not in ended.codes
     assert ended.seconds < 30
@@ -123,7 +123,7 @@ def test_a_damaged_foreign_tar_brings_both_processes_down(world, tmp_path, image
 def test_pre_training_on_a_foreign_folder_and_again(tmp_path, image_file, fractaltrain):
     folder = write_foreign(tmp_path / "foreign", image_file, {"train": [9, 8], "validation": [3]})
     before = sorted(folder.iterdir())
-    command = ("pt", "--shards", folder, "--out", tmp_path / "run", "--model", "resnet10t", "--batch-size", 4)
+    command = ("pt", "--shards", folder, "--out", tmp_path / "run", "--model", "test_resnet", "--batch-size", 4)
     augmented = ("--image-size", 32, "--set", "crop=resized", "--set", "repeats=3", "--set", "mixup=0.8")
     done = fractaltrain(*command, *augmented, "--epochs", 1)
     assert (done.code, done.out.count("error")) == (0, 0), done.err

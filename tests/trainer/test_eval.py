@@ -33,7 +33,7 @@ def test_scores_by_hand():
 
 def test_a_finetuned_run(fractaltrain):
     common = ("--data", "digits", "--per-class", 3, "--subset-seed", 4)
-    fractaltrain("ft", "--weights", "none", "--model", "resnet10t", *SMALL, *common, "--out", "run")
+    fractaltrain("ft", "--weights", "none", "--model", "test_resnet", *SMALL, *common, "--out", "run")
     result = json.loads(Path("run/result.json").read_text())
     done = fractaltrain("eval", "--weights", "run", "--data", "digits")
     assert done.code == 0
@@ -52,7 +52,7 @@ def test_a_finetuned_run(fractaltrain):
 
 
 def test_a_pretraining_run_on_its_own_classes(fractaltrain, dataset):
-    fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", *SMALL, "--out", "run")
+    fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *SMALL, "--out", "run")
     done = fractaltrain("eval", "--weights", "run", "--data", f"shards:{dataset}", "--quiet")
     assert (done.code, done.err) == (0, "")
     [folder] = Path("run").glob("eval-small-*")
@@ -68,7 +68,7 @@ def test_classes_of_the_same_number_but_other_names(fractaltrain, image_folder):
     for folder, names in (("animals", ("ant", "bee")), ("plants", ("ant", "oak"))):
         for part in ("train", "val"):
             image_folder(Path(folder) / part, dict.fromkeys(names, 2))
-    common = ("--model", "resnet10t", "--image-size", 16, "--batch-size", 2, "--epochs", 1, "--out", "run")
+    common = ("--model", "test_resnet", "--image-size", 16, "--batch-size", 2, "--epochs", 1, "--out", "run")
     fractaltrain("ft", "--weights", "none", "--data", "imagefolder:animals", *common)
     assert fractaltrain("eval", "--weights", "run", "--data", "imagefolder:animals").code == 0
     outcome = fractaltrain("eval", "--weights", "run", "--data", "imagefolder:plants")

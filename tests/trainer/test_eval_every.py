@@ -20,7 +20,7 @@ def test_the_last_epoch_is_evaluated_whatever_the_number(every, evaluated):
 
 
 def test_training_is_the_same_and_a_run_continues_with_another_number(fractaltrain, dataset, tmp_path):
-    arguments = ("pt", "--shards", dataset, "--model", "resnet10t", "--image-size", 16, "--batch-size", 10)
+    arguments = ("pt", "--shards", dataset, "--model", "test_resnet", "--image-size", 16, "--batch-size", 10)
     assert fractaltrain(*arguments, "--out", tmp_path / "all", "--epochs", 3).code == 0
     assert fractaltrain(*arguments, "--out", tmp_path / "few", "--epochs", 3, "--eval-every", 2).code == 0
     everything, few = (epochs_of(tmp_path / name) for name in ("all", "few"))

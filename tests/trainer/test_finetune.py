@@ -15,7 +15,7 @@ from fractaltrain.models import create_model, freeze_backbone, set_training
 from fractaltrain.world import World
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
-SMALL = ("--model", "resnet10t", "--image-size", 16, "--batch-size", 10, "--epochs", 1)
+SMALL = ("--model", "test_resnet", "--image-size", 16, "--batch-size", 10, "--epochs", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
     data = f"shards:{dataset}"
     done = fractaltrain("ft", "--weights", "none", *SMALL, "--data", data, "--per-class", 4)
     assert (done.code, done.err) == (0, "")
-    run = Path("runs/small-4-per-class-0-resnet10t-anderson-scratch")
+    run = Path("runs/small-4-per-class-0-test_resnet-anderson-scratch")
     result = json.loads((run / "result.json").read_text())
     assert result["samples"] == 13
     done = fractaltrain("eval", "--weights", run, "--data", data, "--out", "report", "--quiet")
@@ -95,7 +95,7 @@ def test_a_frozen_backbone_stays_as_it_was(fractaltrain, dataset):
     assert changed == ["fc.weight", "fc.bias"]  # not even the statistics of batch norm
 
 
-@pytest.mark.parametrize(("name", "head"), [("resnet10t", "fc"), ("vit_tiny_patch16_224", "head")])
+@pytest.mark.parametrize(("name", "head"), [("test_resnet", "fc"), ("test_vit", "head")])
 def test_set_training(name, head):
     model = create_model(name, 5, 32).eval()
     set_training(model)
@@ -119,10 +119,10 @@ def test_weights_that_timm_publishes(fractaltrain, monkeypatch):
     data = ("--data", "digits", "--per-class", 2, "--lr", 1e-12)
     done = fractaltrain("ft", "--weights", "timm", *SMALL, *data)
     assert (done.code, done.err) == (0, "")
-    assert "published weights of timm's resnet10t.c3_in1k: " in done.out
+    assert "published weights of timm's test_resnet.r160_in1k: " in done.out
     assert "not loaded: fc.weight, fc.bias; new: fc.weight, fc.bias" in done.out
-    run = Path("runs/digits-2-per-class-0-from-timm-resnet10t-anderson")
-    assert json.loads((run / "run.json").read_text())["settings"]["weights"] == "timm:resnet10t.c3_in1k"
+    run = Path("runs/digits-2-per-class-0-from-timm-test_resnet-anderson")
+    assert json.loads((run / "run.json").read_text())["settings"]["weights"] == "timm:test_resnet.r160_in1k"
     start = load_checkpoint(run).state["model"]["conv1.0.weight"]
     assert torch.allclose(start, made[0].state_dict()["conv1.0.weight"], atol=1e-6)
 
@@ -138,6 +138,8 @@ def test_timms_weights_where_no_hub_can_be_reached(fractaltrain, monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     outcome = fractaltrain("ft", "--weights", "timm", *SMALL, "--data", "digits")
     assert outcome.code == 1
-    assert outcome.err.startswith("error: timm's resnet10t.c3_in1k: weights cannot be fetched (name resolution failed")
+    assert outcome.err.startswith(
+        "error: timm's test_resnet.r160_in1k: weights cannot be fetched (name resolution failed"
+    )
     assert "HF_HUB_OFFLINE=1" in outcome.err
     assert outcome.err.count("\n") == 1

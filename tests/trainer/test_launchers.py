@@ -36,7 +36,7 @@ def started(*command: object) -> Iterator[subprocess.Popen[str]]:
 
 def pretraining(dataset: Path, out: Path, epochs: int) -> tuple[object, ...]:
     return (
-        "pt", "--shards", dataset, "--out", out, "--model", "resnet10t", "--epochs", epochs, "--batch-size", 8,
+        "pt", "--shards", dataset, "--out", out, "--model", "test_resnet", "--epochs", epochs, "--batch-size", 8,
         "--image-size", 16,
     )  # fmt: skip
 

@@ -79,8 +79,8 @@ def test_two_machines(world, fractaltrain, write_dataset, tmp_path):
     """Each trains on whole shards that the other does not read; the run continues on as many machines only."""
     dataset = write_dataset(tmp_path / "four", train=(12, 12, 12, 12))
     arguments = (
-        "pt", "--shards", dataset, "--out", tmp_path / "run", "--model", "resnet10t", "--epochs", 1, "--batch-size", 8,
-        "--image-size", 16, "--window", 1, "--nodes-split",
+        "pt", "--shards", dataset, "--out", tmp_path / "run", "--model", "test_resnet", "--epochs", 1,
+        "--batch-size", 8, "--image-size", 16, "--window", 1, "--nodes-split",
     )  # fmt: skip
     done = world(2, *arguments, nodes=2, record=True)
     assert done.codes == [0, 0], done.said()

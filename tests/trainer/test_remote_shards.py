@@ -24,7 +24,7 @@ from fractaltrain.stream.order import epoch_order, repeated, shard_windows, trai
 pytestmark = pytest.mark.usefixtures("impatient")
 TRAIN = [f"train-00000{number}.tar" for number in range(3)]
 NAMES = [*TRAIN, "val-000000.tar"]
-OPTIONS = ("--model", "resnet10t", "--epochs", 2, "--batch-size", 10)
+OPTIONS = ("--model", "test_resnet", "--epochs", 2, "--batch-size", 10)
 
 
 @pytest.fixture(scope="module")

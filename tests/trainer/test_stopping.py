@@ -14,7 +14,7 @@ from fractaltrain.run_folder import read_metrics
 
 def pretraining(dataset: Path, out: Path, *more: object) -> tuple[object, ...]:
     return (
-        "pt", "--shards", dataset, "--out", out, "--model", "resnet10t", "--epochs", 2, "--batch-size", 8,
+        "pt", "--shards", dataset, "--out", out, "--model", "test_resnet", "--epochs", 2, "--batch-size", 8,
         "--image-size", 16, "--save-every-minutes", 10, *more,
     )  # fmt: skip
 
@@ -29,20 +29,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return saved.state["model"]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["whole", "accumulated"])
-def undisturbed(request, world, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    ended = world(2, *pretraining(dataset, folder, "--accumulate", request.param))
-    assert (ended.codes, ended.said()) == ([0, 0], "")
-    return folder, request.param
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_one_rank_is_signalled_and_all_stop_at_the_same_step(undisturbed, world, dataset, tmp_path, number):
+@pytest.mark.parametrize(("number", "parts"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+def test_one_rank_is_signalled_and_all_stop_at_the_same_step(world, dataset, tmp_path, number, parts):
     """Between two lines of the metrics, with loader workers; the same command then gives the same curve."""
-    expected, accumulate = undisturbed
-    out = tmp_path / "run"
-    arguments = pretraining(dataset, out, "--accumulate", accumulate)
+    out, expected = tmp_path / "run", tmp_path / "undisturbed"
+    ended = world(2, *pretraining(dataset, expected, "--accumulate", parts))
+    assert (ended.codes, ended.said()) == ([0, 0], "")
+    arguments = pretraining(dataset, out, "--accumulate", parts)
     stopped = world(2, *arguments, "--workers", 1, signals=[[1, 1, 4, number]], agent=False)
     assert stopped.codes == [75, 75]
     assert stopped.said() == f"error: stopped by {number.name}; run the same command to continue\n"

@@ -25,7 +25,7 @@ STUDY = """
 [study]
 image_size = 16
 seeds = [0, 1]
-[models.resnet10t]
+[models.test_resnet]
 [scratch]
 [pretraining.small]
 shards = "shards/small"
@@ -110,7 +110,7 @@ def test_a_pretraining_is_shared_by_its_finetunings(tmp_path):
         ("per_class = [5, 10]", "per_class = [0]", "must be a whole number of at least 1"),
         ("seeds = [0, 1]", "seeds = [true]", "must be a whole number of at least 0"),
         ("image_size = 16", "", "needs image_size"),
-        ("[models.resnet10t]", "", r"needs a table \[models.NAME\]"),
+        ("[models.test_resnet]", "", r"needs a table \[models.NAME\]"),
         ("[study]", "[study", "not valid TOML"),
     ],
 )
@@ -134,12 +134,12 @@ def test_slices_share_out_the_groups(tmp_path, parts):
 
 def test_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
     _, groups = planned(tmp_path)
-    runner = Runner(tmp_path, groups, failing="pt/small--resnet10t--seed0")
+    runner = Runner(tmp_path, groups, failing="pt/small--test_resnet--seed0")
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
     missing = run.run_groups(groups, tmp_path, nproc=None)
     assert missing == [step.run for step in groups[2].steps()]
     assert len(runner.ran) == 6 + 6 + 1 + 7
-    assert "pt/small--resnet10t--seed0: failed with exit code 1; going on" in capsys.readouterr().err
+    assert "pt/small--test_resnet--seed0: failed with exit code 1; going on" in capsys.readouterr().err
 
     runner = Runner(tmp_path, groups)
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
@@ -166,7 +166,7 @@ def test_a_run_of_other_settings_is_neither_used_nor_run_again(tmp_path, monkeyp
 def test_steps_at_once(tmp_path, monkeypatch, jobs):
     """No more than asked for, a fine-tuning only after its pre-training has ended, and all of them."""
     _, groups = planned(tmp_path)
-    runner = Runner(tmp_path, groups, failing="pt/small--resnet10t--seed0")
+    runner = Runner(tmp_path, groups, failing="pt/small--test_resnet--seed0")
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
     missing = run.run_groups(groups, tmp_path, None, jobs)
     assert missing == [step.run for step in groups[2].steps()]
@@ -213,14 +213,14 @@ def test_the_plan_is_written_down(tmp_path):
     study, groups = planned(tmp_path)
     write_record(study, groups, tmp_path / "out")
     record = read_record(tmp_path / "out")
-    assert (record.rows, record.models, record.targets) == (("scratch", "small"), ("resnet10t",), ("digits",))
+    assert (record.rows, record.models, record.targets) == (("scratch", "small"), ("test_resnet",), ("digits",))
     steps = [step for group in groups for step in group.finetunings]
     assert [run.run for run in record.finetunings] == [step.run for step in steps]
     last = record.finetunings[-1]
     assert (last.row, last.model, last.target, last.per_class, last.seed, last.subset_seed) == (
-        "small", "resnet10t", "digits", 10, 1, 2,
+        "small", "test_resnet", "digits", 10, 1, 2,
     )  # fmt: skip
-    assert last.start.run == "pt/small--resnet10t--seed1"
+    assert last.start.run == "pt/small--test_resnet--seed1"
     assert record.finetunings[0].start is None
 
 
@@ -239,10 +239,10 @@ def test_cost_by_hand(tmp_path):
     """Scratch: 90 epochs or so of 50 and of 100 images; pre-training: 3 epochs of 200 images."""
     _, groups = planned(tmp_path, STUDY.replace("[scratch]", "[scratch]\nepochs = 7"))
     sizes = {**KNOWN, "shards/small": Size(10, 200)}
-    costs = [step_cost(step, sizes, {"resnet10t": 50.0}) for step in groups[0].steps()]
+    costs = [step_cost(step, sizes, {"test_resnet": 50.0}) for step in groups[0].steps()]
     assert costs == [Cost(350, 7.0)] * 3 + [Cost(700, 14.0)] * 3
     assert step_cost(groups[2].pretraining, sizes, {}) == Cost(600, None)
-    assert step_cost(groups[2].pretraining, KNOWN, {"resnet10t": 50.0}) == Cost(None, None)
+    assert step_cost(groups[2].pretraining, KNOWN, {"test_resnet": 50.0}) == Cost(None, None)
     assert Total.of([Cost(350, 7.0), Cost(600, None), Cost(None, None)]) == Total(3, 950, 1, 7.0, 2)
 
 
@@ -266,12 +266,12 @@ def test_dry_run_tells_what_is_done_and_what_the_rest_costs(tmp_path):
     for speed in (40.0, 100.0, 50.0):
         append_metrics(tmp_path / first.run, {"split": "train", "global_step": 1, "images_per_s": speed})
     speeds = find_speeds(groups, tmp_path, 16)
-    assert speeds == {"resnet10t": 50.0}
+    assert speeds == {"test_resnet": 50.0}
     assert find_speeds(groups, tmp_path, 32) == {}
     lines = list(describe(groups, tmp_path, find_sizes(study), speeds))
     table = [line.split("  ") for line in lines[:5]]
     assert [[cell.strip() for cell in row if cell.strip()] for row in table][1] == [
-        "scratch", "resnet10t", "0", "5 of 6", "2,800", "0:00:56",
+        "scratch", "test_resnet", "0", "5 of 6", "2,800", "0:00:56",
     ]  # fmt: skip
     total = next(line for line in lines if "steps to do" in line)
     assert total.startswith("25 of 26 steps to do; images: ")
@@ -282,7 +282,7 @@ def test_dry_run_tells_what_is_done_and_what_the_rest_costs(tmp_path):
 
 
 def test_a_model_that_there_is_not_is_found_before_anything_runs(fractaltrain, tmp_path, dataset):
-    text = STUDY.replace("shards/small", str(dataset)).replace("resnet10t", "resnet10x")
+    text = STUDY.replace("shards/small", str(dataset)).replace("test_resnet", "resnet10x")
     (tmp_path / "s.toml").write_text(text)
     for options in ((), ("--dry-run",)):
         outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out", *options)
@@ -293,7 +293,7 @@ def test_a_model_that_there_is_not_is_found_before_anything_runs(fractaltrain, t
 
 
 def test_a_recipe_that_a_model_cannot_follow_is_found_before_anything_runs(fractaltrain, tmp_path):
-    (tmp_path / "s.toml").write_text(STUDY.replace("resnet10t", "resnet50").replace("epochs = 3", 'recipe = "deit"'))
+    (tmp_path / "s.toml").write_text(STUDY.replace("test_resnet", "resnet50").replace("epochs = 3", 'recipe = "deit"'))
     outcome = fractaltrain("study", tmp_path / "s.toml", "--dry-run")
     assert outcome.code == 2
     assert "[models.resnet50] resnet50 has no drop path" in outcome.err
@@ -322,7 +322,7 @@ def test_the_comparison_is_left_out_only_if_nothing_is_finished(fractaltrain, tm
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(out, groups, failing="--seed1")))
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", out, "--slice", "1/2")  # both of seed 0
     assert outcome.code == 0
-    assert "| digits, 5 per class | resnet10t | 50.0 ± 0.0 (3 of 6) | 50.0 ± 0.0 (3 of 6) |" in outcome.out
+    assert "| digits, 5 per class | test_resnet | 50.0 ± 0.0 (3 of 6) | 50.0 ± 0.0 (3 of 6) |" in outcome.out
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", out)
     assert outcome.code == 1
     assert "13 steps missing" in outcome.err

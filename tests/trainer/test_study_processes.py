@@ -16,7 +16,7 @@ def test_a_signal_goes_to_all_steps(tmp_path, fractaltrain, dataset):
     """Two that train, and a third one that must not start any more."""
 
     def arguments(name):
-        common = ("--model", "resnet10t", "--image-size", "16", "--batch-size", "10", "--epochs", "10000")
+        common = ("--model", "test_resnet", "--image-size", "16", "--batch-size", "10", "--epochs", "10000")
         return ("pt", "--shards", str(dataset), *common, "--out", str(tmp_path / name))
 
     before = signal.getsignal(signal.SIGTERM)
@@ -56,7 +56,7 @@ def test_a_study_that_is_stopped_goes_on(fractaltrain, tmp_path, dataset, monkey
 image_size = 16
 pretraining = {{ epochs = 1, batch_size = 10 }}
 finetuning = {{ epochs = 1, batch_size = 250 }}
-[models.resnet10t]
+[models.test_resnet]
 [pretraining.small]
 shards = "{dataset}"
 [finetuning.digits]
@@ -76,7 +76,7 @@ per_class = [25]
     assert not list(out.rglob("result.json"))
     done = fractaltrain(*arguments)
     assert (done.code, done.err) == (0, "")
-    assert "| digits, 25 per class | resnet10t |" in done.out
+    assert "| digits, 25 per class | test_resnet |" in done.out
     assert {path.name for path in out.iterdir()} == {"pt", "ft", "study.json", "table.csv", "table.md", "figure.png"}
     again = fractaltrain(*arguments)
     assert again.code == 0

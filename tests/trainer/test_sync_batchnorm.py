@@ -19,7 +19,7 @@ def test_every_batch_norm_is_replaced_and_the_weights_stay_where_they_were():
 
 
 def test_a_cpu_is_refused_in_one_line(fractaltrain, dataset, tmp_path):
-    outcome = fractaltrain("pt", "--shards", dataset, "--model", "resnet10t", "--batch-size", 10, "--sync-batchnorm",
+    outcome = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", "--batch-size", 10, "--sync-batchnorm",
                            "--out", tmp_path / "run")  # fmt: skip
     assert (outcome.code, outcome.err) == (2, "error: --sync-batchnorm needs GPUs; drop it\n")
     assert not (tmp_path / "run").exists()
