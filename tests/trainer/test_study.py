@@ -89,6 +89,13 @@ def test_a_pretraining_is_shared_by_its_finetunings(tmp_path):
     assert {step.settings["recipe"]["name"] for step in groups[0].finetunings} == {"anderson-scratch"}
 
 
+def test_random_weights_of_a_model_may_be_trained_otherwise(tmp_path):
+    own = "[models.test_resnet]\nfinetuning = { lr = 0.1 }\nscratch = { lr = 0.3 }"
+    _, groups = planned(tmp_path, STUDY.replace("[models.test_resnet]", own))
+    rates = {(bool(group.pretraining), step.settings["recipe"]["lr"]) for group in groups for step in group.finetunings}
+    assert rates == {(False, 0.3), (True, 0.1)}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -31,11 +31,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and what is different when it is trained."""
+    """A model, and what is different when it is trained; ``scratch``: from random weights."""
 
     name: str
     pretraining: Figures
     finetuning: Figures
+    scratch: Figures
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def read_study(path: Path) -> Study:
 
 
 def _model(models: Table, name: str, shared_pt: Figures, shared_ft: Figures) -> Model:
-    table = models.inner(name, ("pretraining", "finetuning"))
+    table = models.inner(name, ("pretraining", "finetuning", SCRATCH))
     own_pt = _figures(table.inner("pretraining", _FIGURES), PRETRAINING)
     own_ft = _figures(table.inner("finetuning", _FIGURES), FINETUNING)
-    return Model(name, shared_pt.then(own_pt), shared_ft.then(own_ft))
+    own_scratch = _figures(table.inner(SCRATCH, _FIGURES), FINETUNING)
+    return Model(name, shared_pt.then(own_pt), shared_ft.then(own_ft), own_scratch)
 
 
 def _row(rows: Table, name: str, models: tuple[str, ...]) -> Row:

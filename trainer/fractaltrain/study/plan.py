@@ -71,7 +71,7 @@ def _group(
     ending = f"{name}--{model.name}--seed{seed}"
     pretraining: Step | None = None
     start: tuple[str, ...] = ("--weights", "none", "--model", model.name)
-    default, own = "anderson-scratch", study.scratch or Figures()
+    default, own = "anderson-scratch", (study.scratch or Figures()).then(model.scratch)
     if row is not None:
         run = f"pt/{ending}"
         asked = Figures("anderson").then(model.pretraining).then(row.figures)
