@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 from rich.console import Console
@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError
 from fractalshards.human import human_bytes, human_seconds, one_line
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _QUIET = f"{__name__}.quiet"
 _SHORT = {
@@ -159,23 +161,32 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
-def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--quiet``: for this command ``progress``, ``notice`` and ``note`` say nothing."""
+def quiet_option(command: _Command) -> _Command:
+    """``--quiet``: for this command ``progress``, ``notice`` and ``note`` say nothing, and ``is_quiet`` says so."""
 
     def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         context.meta[_QUIET] = value
 
-    text = "No progress and notes on stderr, only errors."
+    text = "No progress and no notes, only results and errors."
     return click.option("--quiet", is_flag=True, expose_value=False, callback=remember, help=text)(command)
+
+
+@contextmanager
+def as_quiet_as(quiet: bool) -> Iterator[None]:
+    """In a process that works for a command: as quiet as that one is."""
+    with click.Context(click.Command(None)) as context:
+        context.meta[_QUIET] = quiet
+        yield
 
 
 def note(text: str) -> None:
     """Say something by the way, on stderr."""
-    if not _is_quiet():
+    if not is_quiet():
         click.echo(one_line(text), err=True)
 
 
-def _is_quiet() -> bool:
+def is_quiet() -> bool:
+    """Whether the command was called with ``--quiet``."""
     context = click.get_current_context(silent=True)
     return context is not None and context.meta.get(_QUIET, False)
 
@@ -192,7 +203,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
     The unit ``B`` is shown as kB, MB and so on.
     On a terminal a bar; elsewhere a line every ten seconds, without carriage returns.
     """
-    if _is_quiet():
+    if is_quiet():
         yield lambda count: None
         return
     meter = _Meter(total, unit)
@@ -221,7 +232,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
 def notice(text: str) -> Iterator[None]:
     """Say on stderr what is going on, if it takes more than a second."""
     timer = threading.Timer(_NOTICE_SECONDS, click.echo, [text], {"err": True})
-    if not _is_quiet():
+    if not is_quiet():
         timer.start()
     try:
         yield

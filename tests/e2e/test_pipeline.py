@@ -45,7 +45,12 @@ def test_timm_reads_it_unchanged(workspace: Path) -> None:
 
 
 def test_from_fractals_to_digits(workspace: Path) -> None:
-    run("fractaltrain pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20 --nproc 2", workspace)
+    pretraining = "fractaltrain pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20"
+    result = run(f"{pretraining} --nproc 2 --quiet", workspace)
+    done, scores = result.stdout.splitlines()
+    assert done.startswith("runs/single-test_resnet-anderson: 1 epoch done, training loss ")
+    assert "on 20 held-out images" in scores
+    assert result.stderr == ""
     run_folder = workspace / "runs/single-test_resnet-anderson"
     result = run(
         "fractaltrain ft --weights runs/single-test_resnet-anderson --data digits --per-class 2 --epochs 1"

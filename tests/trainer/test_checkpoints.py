@@ -58,7 +58,7 @@ def test_finished_run_is_not_trained_again(tiny_run, monkeypatch, capfd):
     [
         ({"recipe": replace(RECIPE, lr=0.5)}, r"holds a run with recipe\.lr 0\.015, not 0\.5; choose another folder"),
         ({"seed": 1}, "holds a run with seed 0, not 1"),
-        ({"pad": True, "seed": 1}, "holds a run with seed 0 and 1 more settings, not 1"),
+        ({"pad": True, "seed": 1}, "holds a run with seed 0, not 1, and 1 other difference;"),
     ],
 )
 def test_folder_of_another_run_is_refused(tiny_run, changes, message):

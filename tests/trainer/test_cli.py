@@ -19,7 +19,7 @@ def test_help_does_not_wait_for_torch(tmp_path):
     assert python(code, tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["pt", "--shards", "x"], ["ft", "--weights", "none", "--data", "digits"]])
+@pytest.mark.parametrize("arguments", [["pt", "--shards", "s3://x/y"], ["ft", "--weights", "none", "--data", "digits"]])
 def test_without_torch_the_extra_is_named(tmp_path, arguments):
     done = python(NO_TORCH.format(arguments=arguments), tmp_path)
     assert done.returncode == 1
@@ -38,6 +38,11 @@ def test_without_torch_the_extra_is_named(tmp_path, arguments):
         ("pt --shards x --batch-size many", "batch_size=many: expected an integer"),
         ("pt --shards x --epochs 0", "epochs is 0, but must be at least 1"),
         ("pt --shards x --nproc 0", "--nproc"),
+        ("pt --shards x --nproc 3", "3 processes cannot share a batch of 64 equally; choose --batch-size 63"),
+        (
+            "ft --weights none --data digits --nproc 2 --accumulate 3",
+            "--accumulate 3 cannot cut a process's batch of",
+        ),
         ("pt --shards x --image-size 9999999", "9999999 is not in the range 8<=x<=4096"),
         ("ft --data digits", "Missing option '--weights'"),
         ("ft --weights none --data mnist", "'mnist' is none of digits, cifar10, cifar100, imagefolder:PATH"),
@@ -122,6 +127,19 @@ def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
     run = Path("runs/digits-3-per-class-0-test_resnet-anderson-scratch")
     settings = json.loads((run / "run.json").read_text())["settings"]
     assert (settings["recipe"]["lr"], settings["weights"]) == (0.15, None)
+
+
+def test_quiet_says_what_came_out_and_nothing_else(fractaltrain, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    common = ("--batch-size", 25, "--image-size", 16, "--epochs", 2, "--quiet")
+    done = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", "--out", "run", *common)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("run: 2 epochs done, training loss ")
+    assert done.out.count("\n") == 2
+    frozen = ("--freeze", "backbone", "--out", "probe")
+    done = fractaltrain("ft", "--weights", "run", "--data", "digits", "--per-class", 3, *frozen, *common)
+    assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)
+    assert "probe: top-1 " in done.out
 
 
 def test_finetuning_notices_that_the_weights_have_changed(fractaltrain, tmp_path, monkeypatch, dataset):

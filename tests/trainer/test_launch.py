@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.workers import sigterm_interrupts
 from fractaltrain import world as world_module
-from fractaltrain.launch import _explain, launch
+from fractaltrain.launch import _explain, _explain_all, launch
 from fractaltrain.world import World, join_world
 
 
@@ -41,6 +41,24 @@ def test_failure_of_a_process_is_told_as_this_ones(tmp_path, capfd, exitcode, me
     assert str(error).startswith(expected)
     assert capfd.readouterr().err == shown
     assert isinstance(error, UsageError) == bool(message and message.startswith("UsageError"))  # exits with 2, not 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([None, "StoppedError: stopped by SIGUSR1; run"], "stopped by SIGUSR1; run"),
+        ([None, None], "stopped by SIGTERM; run the same command to continue"),
+    ],
+)
+def test_of_processes_that_stopped_one_says_why(tmp_path, messages, expected):
+    """The first to end may have left it to another: then it wrote no error."""
+    failures = {}
+    for rank, message in enumerate(messages):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        failures[rank] = failure(folder, 75, message)
+    error = _explain_all(ChildFailedError("fractaltrain", failures), signal.SIGTERM)
+    assert (str(error), error.code) == (expected, 75)
 
 
 def test_one_process_is_this_one_and_so_is_each_of_torchruns(monkeypatch):

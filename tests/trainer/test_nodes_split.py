@@ -90,7 +90,7 @@ def test_two_machines(world, fractaltrain, write_dataset, tmp_path):
         assert seen == order[24 * rank : 24 * (rank + 1)].tolist()
     refused = fractaltrain(*arguments)
     assert (refused.code, refused.err.count("\n")) == (1, 1)
-    assert "holds a run with nodes_split 2, not None; choose another folder" in refused.err
+    assert "holds a run with nodes_split 2, not without; choose another folder" in refused.err
 
 
 def read_lines(path: Path) -> list[list]:

@@ -1,3 +1,6 @@
+import pytest
+
+from fractalshards.console import as_quiet_as, note
 from fractaltrain import progress
 from fractaltrain.progress import Clock, Pace, ProgressLine
 
@@ -42,3 +45,11 @@ def test_line_says_it_all(capfd):
     assert capfd.readouterr().out == expected
     ProgressLine(epochs=3, steps=100, show=False).print(1, 100, 0.1, 0.05, Pace(1, 0), 1.0)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_process_is_as_quiet_as_the_command_that_started_it(capfd, quiet):
+    with as_quiet_as(quiet):
+        ProgressLine(epochs=3, steps=100, show=True).say("said")
+        note("noted")
+    assert capfd.readouterr() == (("", "") if quiet else ("said\n", "noted\n"))

@@ -30,8 +30,8 @@ def test_same_settings_open_the_same_run(tmp_path):
     ("change", "message"),
     [
         ({"recipe": {"lr": 2}}, r"holds a run with recipe\.lr 1, not 2; choose another folder"),
-        ({"recipe": {"lr": 1, "new": 3}}, r"holds a run with recipe\.new None, not 3"),
-        ({"seed": 1, "recipe": {"lr": 2}}, r"holds a run with seed 0 and 1 more settings, not 1"),
+        ({"recipe": {"lr": 1, "new": 3}}, r"holds a run without recipe\.new, not with 3"),
+        ({"seed": 1, "recipe": {"lr": 2}}, r"holds a run with seed 0, not 1, and 1 other difference; choose"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, change, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fractalshards.console import as_quiet_as
 from fractalshards.errors import UsageError
 from fractalshards.slices import Slice
 from fractaltrain.data.finetuning import DataChoice, open_data
@@ -54,6 +55,7 @@ class Runner:
         self._failing = failing
         self._ended: list[tuple[str, int]] = []
         self.ran: list[str] = []
+        self.arguments: list[tuple[str, ...]] = []
         self.most = 0
 
     @property
@@ -63,6 +65,7 @@ class Runner:
     def start(self, name, arguments, log=None) -> None:
         out = arguments[arguments.index("--out") + 1]
         self.ran.append(Path(out).name)
+        self.arguments.append(arguments)
         code = 1 if self._failing in out else 0
         if not code:
             finish(Path(out), self._settings[out])
@@ -179,6 +182,16 @@ def test_steps_at_once(tmp_path, monkeypatch, jobs):
     assert missing == [step.run for step in groups[2].steps()]
     assert len(set(runner.ran)) == len(runner.ran) == 6 + 6 + 1 + 7
     assert runner.most == jobs
+
+
+def test_quiet_steps_of_a_quiet_study(tmp_path, monkeypatch, capsys):
+    _, groups = planned(tmp_path)
+    runner = Runner(tmp_path, groups)
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
+    with as_quiet_as(True):
+        assert run.run_groups(groups, tmp_path, None, jobs=2) == []
+    assert capsys.readouterr() == ("", "")
+    assert all(arguments[-1] == "--quiet" for arguments in runner.arguments)
 
 
 def test_a_dataset_that_was_built_again_is_noticed(tmp_path, write_dataset, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from fractalshards.console import Commands, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
+from fractalshards.manifest import find_manifest
 from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
@@ -18,7 +19,9 @@ from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.write import write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
+from fractaltrain.recipes.batch import check_batch
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
+from fractaltrain.run_folder import trained_model
 from fractaltrain.settings import (
     WINDOW,
     Amp,
@@ -98,7 +101,7 @@ def _running_options(command: _Command) -> _Command:
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
-    return command
+    return quiet_option(command)
 
 
 @main.command(
@@ -148,13 +151,17 @@ def pt(
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
     figures = _resolve(PRETRAINING[recipe], options)
+    _check_batch(figures, nproc, options)
+    caching = _caching(shards, cache_dir, cache_size)
+    if caching is None:
+        find_manifest(Path(parse_location(shards).root))
     choice = Pretraining(
         by_kind={
             kind: _resolve(override(PRETRAINING[recipe], own), options) for kind, own in BY_KIND.get(recipe, {}).items()
         },
         running=_running(figures, options, default_out=pretraining_folder(shards, model, figures)),
         shards=shards,
-        caching=_caching(shards, cache_dir, cache_size),
+        caching=caching,
         model=model,
         image_size=image_size,
         window=window,
@@ -226,6 +233,9 @@ def ft(
     if start is None and freeze is not None:
         raise UsageError("--freeze goes with weights that were trained; --weights none has none")
     figures = _resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
+    _check_batch(figures, nproc, options)
+    if isinstance(start, Path):
+        trained_model(start)
     choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
     folder = finetuning_folder(start, model or _DEFAULT_MODEL, choice, figures, freeze)
     finetuning = Finetuning(
@@ -257,6 +267,12 @@ def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
     changes |= {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
     recipe = change(published, changes)
     return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
+
+
+def _check_batch(recipe: Recipe, nproc: int | None, options: dict[str, Any]) -> None:
+    """What training would refuse, before processes are started, which takes seconds."""
+    if nproc is not None:
+        check_batch(recipe, nproc, options["accumulate"])
 
 
 def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Running:
@@ -330,6 +346,7 @@ def export(run: Path, out: Path) -> None:
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Steps that run at once; on CPUs they share the cores.")  # fmt: skip
+@quiet_option
 def study(
     file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None, jobs: int
 ) -> None:

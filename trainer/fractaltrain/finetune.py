@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fractalshards.console import is_quiet
 from fractalshards.digest import sha256_file
 from fractaltrain.checkpoint import model_weights
 from fractaltrain.data.finetuning import open_data
@@ -57,12 +58,10 @@ def finetune(choice: Finetuning) -> None:
         model = create_model(name, classes, image_size, choice.running.recipe.drop_path)
         if pretrained:
             report = load_backbone(model, pretrained.weights, pretrained.where)
-            if world.main:
-                print(f"{pretrained.origin}: {report}", flush=True)
+            _say(f"{pretrained.origin}: {report}", world)
         if choice.freeze:
             freeze_backbone(model)
-            if world.main:
-                print(f"backbone frozen: {_learning(model)}", flush=True)
+            _say(f"backbone frozen: {_learning(model)}", world)
         job = Job(
             running=choice.running,
             model=model,
@@ -115,6 +114,11 @@ def _of_run(run: Path) -> Pretrained:
         where=str(run),
         origin=describe_origin(run, checkpoint.position, checkpoint.passed_over),
     )
+
+
+def _say(text: str, world: World) -> None:
+    if world.main and not is_quiet():
+        print(text, flush=True)
 
 
 def _learning(model: nn.Module) -> str:

@@ -17,6 +17,7 @@ _TRAIN, _MEAN, _HELD_OUT, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, 
 _REST = 19  # times as long as drawing took
 _ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precision", "f1": "F1"})
 _FEW = 40  # points that are marked, each
+_ROOM = 1.015  # or the last ones would be cut at the edge
 
 
 class History:
@@ -80,7 +81,7 @@ def draw_history(folder: Path) -> None:
         label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
         _curve(accuracy, moments, leading_curve, _HELD_OUT, label)
         accuracy.set_ylim(0, 102)
-        accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+        accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
     else:
         accuracy.set_yticks([])
         accuracy.text(
@@ -110,7 +111,7 @@ def draw_history(folder: Path) -> None:
     waiting.spines[:].set_visible(False)
 
     for panel in (loss, accuracy, lr, throughput):
-        panel.set_xlim(0, max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
+        panel.set_xlim(0, _ROOM * max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
     save(figure, folder / FILE)
 

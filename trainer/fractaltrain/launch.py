@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fractalshards.console import as_quiet_as, is_quiet
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.workers import end_with_parent
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, signals_raise, stopped
@@ -77,24 +78,22 @@ def _launch_all(entry: Callable[[_Choice], None], choice: _Choice, nproc: int) -
                 max_restarts=0,
                 logs_specs=DefaultLogsSpecs(log_dir=log_dir),
             )
-            elastic_launch(config, _take_part)(entry, choice)
+            elastic_launch(config, _take_part)(entry, choice, is_quiet())
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == EXIT_STOPPED:  # of one that left it to another to say why
-            raise stopped(asked[0] if asked else signal.SIGTERM) from error
-        raise _explain(rank, failure) from error
+        raise _explain_all(error, asked[0] if asked else signal.SIGTERM) from error
     except SignalException as error:
         raise stopped(error.sigval) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _take_part(entry: Callable[[_Choice], None], choice: _Choice) -> None:
+def _take_part(entry: Callable[[_Choice], None], choice: _Choice, quiet: bool) -> None:
     """What each of the processes runs. It ends when the launcher is killed, and from here on by Ctrl-C, silently."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    entry(choice)
+    with as_quiet_as(quiet):
+        entry(choice)
 
 
 @contextmanager
@@ -114,6 +113,15 @@ def _interrupts_held_from_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ended.set()
         taker.join()
+
+
+def _explain_all(error: ChildFailedError, asked: int) -> FractalError:
+    """The error of the process that failed first; of processes that stopped, of one that says why, else ``asked``."""
+    rank, first = error.get_first_failure()
+    if first.exitcode != EXIT_STOPPED:
+        return _explain(rank, first)
+    told = (_explain(rank, failure) for rank, failure in error.failures.items() if isinstance(failure.message, dict))
+    return next(told, stopped(asked))
 
 
 def _explain(rank: int, failure: ProcessFailure) -> FractalError:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
+from fractalshards.console import is_quiet
 from fractalshards.human import human_seconds
 
 _LOG_SECONDS = 10.0
@@ -78,10 +79,10 @@ class ProgressLine:
     """Prints, on one process of all."""
 
     def __init__(self, epochs: int, steps: int, show: bool) -> None:
-        """``steps`` per epoch; nothing is printed unless ``show``."""
+        """``steps`` per epoch; nothing is printed unless ``show``, nor by a command that is to be quiet."""
         self._epochs = epochs
         self._steps = steps
-        self._show = show
+        self._show = show and not is_quiet()
         self._printed = time.monotonic()
 
     def print(self, epoch: int, step: int, loss: float, lr: float, pace: Pace, seconds_per_step: float) -> None:

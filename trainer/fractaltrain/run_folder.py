@@ -8,11 +8,14 @@ from typing import Any
 from fractalshards.atomic import atomic_file, remove_leftovers, write_json
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
+from fractalshards.human import human_count
 from fractaltrain.settings import Resume
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+
+_DAMAGED = "the file is damaged; choose another run, or remove this one's folder and train it again"
 
 
 def open_run(
@@ -42,12 +45,19 @@ def open_run(
     found, wanted = read_settings(folder), flatten(settings)
     differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differing:
-        name = differing[0]
-        others = f" and {len(differing) - 1} more settings" if differing[1:] else ""
+        others = f", and {human_count(len(differing) - 1, 'other difference')}" if differing[1:] else ""
         raise FractalError(
-            f"{folder}: holds a run with {name} {found.get(name)}{others}, not {wanted.get(name)}; "
+            f"{folder}: holds a run {difference(differing[0], found, wanted)}{others}; "
             "choose another folder with --out, or remove this one"
         )
+
+
+def difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """A setting of a run that is not as wanted, in words: ``with seed 0, not 1``, ``without ema, not with 0.9``."""
+    has, wants = found.get(name), wanted.get(name)
+    if has is None:
+        return f"without {name}, not with {wants}"
+    return f"with {name} {has}, " + ("not without" if wants is None else f"not {wants}")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -57,7 +67,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
         FractalError: if it is damaged.
         OSError: if it cannot be read.
     """
-    return flatten(Fields.read(folder / RUN).mapping("settings"))
+    return flatten(Fields.read(folder / RUN, _DAMAGED).mapping("settings"))
+
+
+def settings_of(folder: Path) -> Fields:
+    """The settings in the ``run.json`` of a run, each still to be checked.
+
+    Raises:
+        FractalError: if the folder holds no run, or its ``run.json`` is damaged.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise FractalError(f"{folder}: no {RUN}, so not the folder of a run; check the path")
+    return Fields.read(path, _DAMAGED).inner("settings")
 
 
 def trained_model(folder: Path) -> tuple[str, int]:
@@ -66,10 +88,7 @@ def trained_model(folder: Path) -> tuple[str, int]:
     Raises:
         FractalError: if the folder holds no run, or its ``run.json`` is damaged.
     """
-    path = folder / RUN
-    if not path.is_file():
-        raise FractalError(f"{folder}: no {RUN}, so not the folder of a run; check the path")
-    settings = Fields.read(path).inner("settings")
+    settings = settings_of(folder)
     return settings.text("model"), settings.count("image_size")
 
 

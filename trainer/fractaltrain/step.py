@@ -8,10 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from fractalshards.errors import UsageError
 from fractaltrain.losses import Loss
-from fractaltrain.recipes.recipe import Recipe
-from fractaltrain.stream.order import rank_batch
 
 
 @dataclass(frozen=True)
@@ -68,20 +65,3 @@ class Step:
     def _gradients_kept_here(self, keep: bool) -> AbstractContextManager[None]:
         """Only with the last part the ranks add up their gradients."""
         return self.wrapped.no_sync() if keep and self.wrapped else nullcontext()
-
-
-def check_batch(recipe: Recipe, processes: int, accumulate: int) -> None:
-    """Refuse what no step could be taken with: unequal parts of a process's batch, or an odd one to mix in pairs.
-
-    Raises:
-        UsageError: saying what to change.
-    """
-    batch = rank_batch(recipe.batch_size, processes)
-    if batch % accumulate:
-        raise UsageError(
-            f"--accumulate {accumulate} cannot cut a process's batch of {batch} into equal parts; choose a divisor"
-        )
-    if recipe.mixes and batch % 2:
-        raise UsageError(
-            f"mixup and cutmix take pairs of images, but a process has {batch} of a batch; change --batch-size"
-        )

@@ -23,10 +23,10 @@ from fractaltrain.inputs import evaluation_geometry, training_batch, training_ge
 from fractaltrain.learner import Learner, build_learner
 from fractaltrain.models import set_training
 from fractaltrain.preemption import stop_signals, stopped
+from fractaltrain.recipes.batch import check_batch
 from fractaltrain.report import Report
 from fractaltrain.run_folder import open_run, write_result
 from fractaltrain.settings import Running
-from fractaltrain.step import check_batch
 from fractaltrain.stream.bad import BadSamples
 from fractaltrain.stream.bits import Purpose, mix
 from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
@@ -188,9 +188,8 @@ def train(job: Job, world: World) -> None:
     result = final_result(position)
     if world.main:
         write_result(folder, result)
-    report.say(f"{folder}: {human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}")
-    if ending := describe_result(result):
-        report.say(f"{folder}: {ending}")
+        done = f"{human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}"
+        print(*(f"{folder}: {line}" for line in (done, describe_result(result)) if line), sep="\n", flush=True)
 
 
 def is_evaluated(epoch: int, running: Running) -> bool:

@@ -15,7 +15,7 @@ from fractalshards.human import human_count, one_line
 from fractaltrain.checkpoint import Checkpoint, Position, load_checkpoint, model_weights
 from fractaltrain.models import create_model
 from fractaltrain.recipes.recipe import Recipe
-from fractaltrain.run_folder import RUN, trained_model
+from fractaltrain.run_folder import RUN, settings_of
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ def load_trained(folder: Path) -> Trained:
     Raises:
         FractalError: if the folder holds no run, or none with a sound checkpoint, or ``run.json`` is damaged.
     """
-    model, image_size = trained_model(folder)
+    settings = settings_of(folder)
     path = folder / RUN
-    settings = Fields.read(path).inner("settings")
     classes = settings.count("classes")
     names = settings.texts("class_names") if "class_names" in settings else ()
     if len(names) not in (0, classes):
@@ -87,9 +86,9 @@ def load_trained(folder: Path) -> Trained:
     checkpoint = sound_checkpoint(folder)
     return Trained(
         folder=folder,
-        model=model,
+        model=settings.text("model"),
         classes=classes,
-        image_size=image_size,
+        image_size=settings.count("image_size"),
         class_names=names,
         data=settings.text("data") if "data" in settings else None,
         per_class=_count_or_none(settings, "per_class"),

@@ -200,9 +200,13 @@ def _meet(world: World) -> Store:
     """Join the group of processes; the store is where they met.
 
     Raises:
-        FractalError: if they do not find each other, or the port where they are to meet is in use.
+        UsageError: if the port where they are to meet is no number.
+        FractalError: if they do not find each other, or the port is in use.
     """
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    port = os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal():
+        raise UsageError(f"MASTER_PORT is {port!r}; set it to the number of a free port on the machine of rank 0")
+    place = f"{os.environ.get('MASTER_ADDR')}:{port}"
     try:
         store: Store
         store, rank, size = next(iter(rendezvous("env://")))

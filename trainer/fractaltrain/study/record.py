@@ -8,7 +8,7 @@ from typing import Any
 from fractalshards.atomic import remove_leftovers, write_json
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractaltrain.run_folder import RUN, flatten, read_settings
+from fractaltrain.run_folder import RUN, difference, flatten, read_settings
 from fractaltrain.study.config import SCRATCH, Study
 from fractaltrain.study.plan import Group, Step
 
@@ -103,7 +103,7 @@ def disagreement(run: Path, wanted: Mapping[str, Any]) -> str | None:
             "the dataset that it was trained on was built again, with other content; remove it and what was fine-tuned "
             "from it, or choose another --out"
         )
-    return name and f"holds a run with {name} {found.get(name)}, not {flat[name]}; remove it, or choose another --out"
+    return name and f"holds a run {difference(name, found, flat)}; remove it, or choose another --out"
 
 
 def _to_json(step: Step) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from fractalshards.console import is_quiet
 from fractalshards.workers import available_cores
 from fractaltrain.run_folder import RESULT
 from fractaltrain.study.lineage import outdated
@@ -56,13 +57,13 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
                 waiting.remove(step)
                 settled = _settled(step, folder, done)
                 if settled is None:
-                    _start(step, folder, nproc, processes, quiet=jobs > 1)
+                    _start(step, folder, nproc, processes, logged=jobs > 1)
                 else:
                     done[step.run] = settled
             else:
                 run, code = processes.wait()
                 done[run] = code == 0
-                _tell_end(folder, run, code, quiet=jobs > 1)
+                _tell_end(folder, run, code, logged=jobs > 1)
     return [step.run for group in groups for step in group.steps() if not done[step.run]]
 
 
@@ -81,16 +82,19 @@ def _settled(step: Step, folder: Path, done: Mapping[str, bool]) -> bool | None:
     return True if is_done(step, folder) else None
 
 
-def _start(step: Step, folder: Path, nproc: int | None, processes: Processes, quiet: bool) -> None:
+def _start(step: Step, folder: Path, nproc: int | None, processes: Processes, logged: bool) -> None:
     arguments = step.arguments + (() if nproc is None else ("--nproc", str(nproc)))
-    click.echo(f"{'' if quiet else chr(10)}$ fractaltrain {shlex.join(arguments)}")
-    processes.start(step.run, arguments, _log(folder, step.run) if quiet else None)
+    if is_quiet():
+        arguments += ("--quiet",)
+    else:
+        click.echo(f"{'' if logged else chr(10)}$ fractaltrain {shlex.join(arguments)}")
+    processes.start(step.run, arguments, _log(folder, step.run) if logged else None)
 
 
-def _tell_end(folder: Path, run: str, code: int, quiet: bool) -> None:
+def _tell_end(folder: Path, run: str, code: int, logged: bool) -> None:
     if code:
         click.echo(f"{folder / run}: failed with exit code {code}; going on with what does not need it", err=True)
-    elif quiet:
+    elif logged and not is_quiet():
         click.echo(f"{folder / run}: done")
 
 
