@@ -191,5 +191,8 @@ def test_bugs_keep_their_traceback():
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(FractalError, match="4 processes on a machine with 2 GPUs; lower --nproc to 2"), join_world():
+    message = "4 processes on a machine with 2 GPUs; lower --nproc to 2"
+    with pytest.raises(FractalError, match=message), join_world():
         pass
+    with pytest.raises(FractalError, match=message):  # before any is started
+        launch(pytest.fail, "began", 4)

@@ -14,7 +14,6 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn, TypeVar, cast
 
-import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -23,6 +22,7 @@ from fractalshards.console import as_quiet_as, is_quiet
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.workers import end_with_parent
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, signals_raise, stopped
+from fractaltrain.world import count_gpus
 
 _Choice = TypeVar("_Choice")
 
@@ -34,14 +34,15 @@ def launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None)
     ``choice`` picklable.
 
     Raises:
-        FractalError: of the process that failed first; by then all are down.
+        FractalError: if there are fewer GPUs than processes; of the process that failed first, by then all are down.
         StoppedError: if a signal came, before the training loop began, too.
     """
     if "RANK" in os.environ:  # whoever started this one tells why it ends it
         entry(choice)
         return
     with signals_raise():
-        nproc = nproc or max(torch.cuda.device_count(), 1)  # asking the driver may take seconds
+        gpus = count_gpus(nproc or 1)
+        nproc = nproc or max(gpus, 1)
         if nproc == 1:
             entry(choice)
         else:

@@ -262,12 +262,22 @@ def _exit_code(error: FractalError) -> int:
     return 2 if isinstance(error, UsageError) else 1
 
 
+def count_gpus(processes: int) -> int:
+    """The GPUs of this machine, each for one of its processes; 0 where all compute on CPUs.
+
+    Raises:
+        FractalError: if there are fewer GPUs than processes.
+    """
+    gpus = torch.cuda.device_count()  # asking the driver may take seconds
+    if 0 < gpus < processes:
+        raise FractalError(f"{processes} processes on a machine with {gpus} GPUs; lower --nproc to {gpus}")
+    return gpus
+
+
 def _read_environment() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < local_size:
-        raise FractalError(f"{local_size} processes on a machine with {gpus} GPUs; lower --nproc to {gpus}")
+    gpus = count_gpus(local_size)
     return World(
         rank=int(os.environ.get("RANK", 0)),
         size=int(os.environ.get("WORLD_SIZE", 1)),
