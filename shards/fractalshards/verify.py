@@ -1,7 +1,6 @@
 """Checks a finished dataset to the last pixel: hashes, counts, names, every image, every label."""
 
 import hashlib
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
@@ -21,7 +20,7 @@ from fractalshards.names import RECIPE, SYSTEMS, sample_key
 from fractalshards.reader import decode_sample, read_blocks
 from fractalshards.recipes import recipe_problems
 from fractalshards.systems import read_systems
-from fractalshards.tarball import END_OF_TAR, Sample, parse_sample
+from fractalshards.tarball import END_OF_TAR, Sample, parse_sample, shown_key
 from fractalshards.workers import worker_pool
 
 _CHUNK = 1 << 20
@@ -125,7 +124,7 @@ def _verify_samples(
             counts.update(classes_of(label))
         except FractalError as error:
             sound = False
-            yield Problem(record.name, _key_of(blocks) or f"byte {start}", str(error))
+            yield Problem(record.name, shown_key(blocks) or f"byte {start}", str(error))
     file.seek(record.offsets[-1])
     if (end_of_tar := file.read(len(END_OF_TAR) + 1)) != END_OF_TAR:
         yield Problem(record.name, "", "the tar does not end after its last sample")
@@ -162,12 +161,6 @@ def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> No
         x, y, box_width, box_height = thing.bbox
         if x + box_width > width or y + box_height > height:
             raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {width} x {height}")
-
-
-def _key_of(blocks: bytes) -> str:
-    """The key in the first tar header of a sample, as far as it can be read, to name a damaged sample."""
-    name = blocks[: tarfile.LENGTH_NAME].split(b"\0")[0].decode("ascii", "replace")
-    return name.partition(".")[0]
 
 
 def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:
