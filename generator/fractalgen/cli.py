@@ -24,7 +24,7 @@ from fractalgen.preview import preview as draw_preview
 from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
-from fractalshards.atomic import atomic_file
+from fractalshards.atomic import write_bytes
 from fractalshards.console import PATH, Commands, continuable, note, progress, quiet_option, workers_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
@@ -264,9 +264,7 @@ def render(
     masks = kataoka.published_masks(mask_seed, points) if kataoka.is_patch(draw) else None
     indices = kataoka.render(read_csv(params), kataoka.weight_rows()[weight_row], size, points, draw, masks)
     data = encode_png(Indexed(kataoka.flip(indices, flip), kataoka.palette(draw)).rgb())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(data)
+    write_bytes(out, data)
     click.echo(f"{out}: {size} x {size} pixels")
 
 

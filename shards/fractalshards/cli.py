@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.atomic import atomic_file
+from fractalshards.atomic import write_bytes
 from fractalshards.comparing.compare import compare_datasets
 from fractalshards.console import PATH, Commands, continuable, note, notice, progress, quiet_option, workers_option
 from fractalshards.dali import write_dali_indices
@@ -114,9 +114,7 @@ def report(folder: Path, out: Path, workers: int) -> None:
     check_page_name(out)
     template = load_template()
     page = render_page(template, survey_dataset(load_manifest(folder), workers)).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(page)
+    write_bytes(out, page)
     click.echo(f"{out}: {human_bytes(len(page))}")
 
 
@@ -132,9 +130,7 @@ def recipe(folder: Path, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(text)
+    write_bytes(out, text)
     click.echo(f"{out}: {human_bytes(len(text))}; next: fractalgen build --recipe {shlex.quote(str(out))}")
 
 

@@ -1,6 +1,7 @@
 """The commands beside ``build``: what they write is right, what they refuse is refused in one line."""
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from fractalgen import forecast
 from fractalgen.categories import read_categories, shipped_categories, write_categories
 from fractalgen.cli import main
 from fractalgen.kinds import KINDS
@@ -197,8 +199,13 @@ def test_empty_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_build_that_compiles_for_long_says_so_unless_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(console, "_NOTICE_SECONDS", 0.0)
-    build = ["build", "--kind", "single", "--n", 2, "--classes", 1, "--size", 512, "--workers", 1]
+    def compiling(*arguments: object) -> list[int]:
+        time.sleep(0.3)
+        return [1000]
+
+    monkeypatch.setattr(console, "_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(forecast, "_stored_bytes", compiling)
+    build = ["build", "--kind", "single", "--n", 2, "--classes", 1, "--size", 32, "--workers", 1]
     loud = run(*build, "--out", tmp_path / "loud")
     assert "getting ready; the first run after an install compiles ...\n" in loud.stderr
     assert run(*build, "--quiet", "--out", tmp_path / "quiet").stderr == ""
