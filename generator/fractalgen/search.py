@@ -25,7 +25,10 @@ State = Any  # of a numpy RandomState
 
 @dataclass(frozen=True)
 class Found:
-    """A category: (maps, 7) float64; the number of the candidate that became it, from 1; the share of pixels hit."""
+    """A category: (maps, 7) float64; the number of the candidate that became it, from 1; the share of pixels hit.
+
+    That share is what the published search prints: by it, a search that strays is seen before it accepts another.
+    """
 
     category: npt.NDArray[np.float64]
     candidate: int

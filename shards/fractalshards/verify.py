@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +26,7 @@ from fractalshards.workers import worker_pool
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Problem:
     """Something wrong with a dataset: the file, the key of the sample (empty if it is the file as a whole), what."""
 
@@ -57,18 +57,27 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
         FractalError: if a worker process was killed.
     """
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
-    shards = [shard for split in manifest.splits.values() for shard in split]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
-    firsts = [first for split in manifest.splits for first in manifest.first_samples[split]]
-    with worker_pool(min(workers, max(len(shards), 1))) as pool:
-        tasks = {
-            pool.submit(verify_shard, manifest.folder, shard, first, promise): shard
-            for shard, first in zip(shards, firsts, strict=True)
-        }
-        for task in as_completed(tasks):
-            problems.extend(task.result())
-            advance(tasks[task].samples)
-    return sorted(problems, key=lambda problem: (problem.file, problem.key))
+    shards = chain.from_iterable(
+        zip(shards, manifest.first_samples[split], strict=True) for split, shards in manifest.splits.items()
+    )
+    with worker_pool(workers) as pool:
+        problems += verify_shards(pool, manifest.folder, shards, promise, advance)
+    return sorted(problems)
+
+
+def verify_shards(
+    executor: Executor,
+    folder: Path,
+    shards: Iterable[tuple[Shard, int]],
+    promise: Promise,
+    advance: Callable[[int], None],
+) -> Iterator[Problem]:
+    """Verify shards, each given with the index of its first sample; problems come as they are found."""
+    tasks = {executor.submit(verify_shard, folder, shard, first, promise): shard for shard, first in shards}
+    for task in as_completed(tasks):
+        yield from task.result()
+        advance(tasks[task].samples)
 
 
 def repair_advice(manifest: Manifest) -> str:

@@ -187,7 +187,7 @@ def _scattered(manifest: Manifest) -> Iterator[tuple[str, int, Shard]]:
 def _run(tasks: list[LookTask], workers: int) -> list[ShardLooks]:
     """What the tasks give, in their order."""
     images = sum(len(task.looked) + sum(task.wanted.values()) for task in tasks)
-    with progress("looking", images, "images") as advance, worker_pool(min(workers, len(tasks))) as pool:
+    with progress("looking", images, "images") as advance, worker_pool(workers) as pool:
         futures = {pool.submit(look_at_shard, task): task for task in tasks}
         for future in as_completed(futures):
             task = futures[future]
