@@ -27,7 +27,7 @@ State = Any  # of a numpy RandomState
 class Found:
     """A category: (maps, 7) float64; the number of the candidate that became it, from 1; the share of pixels hit.
 
-    That share is what the published search prints: by it, a search that strays is seen before it accepts another.
+    The share is kept to be held against that of the published search.
     """
 
     category: npt.NDArray[np.float64]
