@@ -10,7 +10,6 @@ storage is not measured. The whole of verify has the start of its worker process
 """
 
 import io
-import json
 import resource
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fractalshards.atomic import write_json
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest, load_manifest
@@ -84,7 +84,7 @@ def main(folder: Path | None, images: int, rounds: int, workers: str, json_path:
     _print(results)
     if json_path:
         report = {"dataset": summary, "results": [result.to_json() for result in results]}
-        json_path.write_text(json.dumps(report, indent=1))
+        write_json(json_path, report, indent=1)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ machine only slows down. Loader workers are measured by the clock.
 """
 
 import io
-import json
 import multiprocessing
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fractalshards.atomic import write_json
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.png import decode_image
 from fractalshards.reader import ShardIndex, index_split, iterate_shard
@@ -76,7 +76,7 @@ def main(
         }
     _print(report)
     if json_path:
-        json_path.write_text(json.dumps(report, indent=1))
+        write_json(json_path, report, indent=1)
 
 
 def _render(folder: Path, images: int) -> Path:

@@ -13,7 +13,6 @@ less.
 import functools
 import hashlib
 import http.server
-import json
 import multiprocessing
 import os
 import shutil
@@ -64,7 +63,7 @@ def main(shards: int, megabytes: int, rounds: int, jobs: int, folder: Path | Non
     reports = {name: _report(total, spends[1:]) for name, spends in spent.items()}  # the first warms up
     _print(reports, total)
     if json_path:
-        json_path.write_text(json.dumps({"bytes": total, "jobs": jobs, "rounds": rounds, "ways": reports}, indent=1))
+        write_json(json_path, {"bytes": total, "jobs": jobs, "rounds": rounds, "ways": reports}, indent=1)
 
 
 class Spent(NamedTuple):

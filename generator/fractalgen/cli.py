@@ -24,8 +24,8 @@ from fractalgen.preview import preview as draw_preview
 from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
-from fractalshards.atomic import atomic_file
-from fractalshards.console import Commands, continuable, note, progress, quiet_option
+from fractalshards.atomic import write_bytes
+from fractalshards.console import PATH, Commands, continuable, note, progress, quiet_option, workers_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
@@ -35,7 +35,6 @@ from fractalshards.portable import read_portable
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
 from fractalshards.systems import Systems
-from fractalshards.workers import available_cores
 
 _ALL = "all"
 _KIND = click.option(
@@ -46,11 +45,9 @@ _KIND = click.option(
 )
 _SIZE = click.IntRange(SIZES.start, SIZES.stop - 1)
 _POINTS = click.IntRange(1, MAX_POINTS)
-_WORKERS = click.option("--workers", default=_ALL, metavar="all|N", help="Processes that work.")
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
 )
-_PATH = click.Path(path_type=Path)
 _SAID_BY_RECIPE = (
     *("kind", "n", "val", "classes", "size", "points", "seed", "shard_size"),
     *("categories", "from_csv", "settings"),
@@ -78,10 +75,10 @@ def main() -> None:
 @click.option("--points", type=int, help="Points of a chaos game.  [default: by kind]")
 @click.option("--seed", default=0, help="Seed of everything random.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--categories", type=_PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
-@click.option("--from-csv", type=_PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
-@click.option("--recipe", "recipe_file", type=_PATH, metavar="FILE", help="Build what 'fractalshards recipe' wrote.")
-@click.option("--out", type=_PATH, help="Folder of the dataset.  [default: shards/KIND]")
+@click.option("--categories", type=PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
+@click.option("--from-csv", type=PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
+@click.option("--recipe", "recipe_file", type=PATH, metavar="FILE", help="Build what 'fractalshards recipe' wrote.")
+@click.option("--out", type=PATH, help="Folder of the dataset.  [default: shards/KIND]")
 @click.option(
     "--executor",
     type=click.Choice(["local", "dask"]),
@@ -90,7 +87,7 @@ def main() -> None:
 )
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="The Dask cluster's scheduler.")
 @click.option("--slice", "slice_", metavar="I/K|auto", help="Only every K-th shard, from the I-th: for job arrays.")
-@_WORKERS
+@workers_option
 @_SET
 @quiet_option
 @click.pass_context
@@ -111,7 +108,7 @@ def build(
     executor: str,
     scheduler: str | None,
     slice_: str | None,
-    workers: str,
+    workers: int,
     settings: tuple[str, ...],
 ) -> None:
     """Build a dataset, or continue one: what is done is skipped.
@@ -141,7 +138,8 @@ def build(
         )
     folder = out if out is not None else Path("shards") / recipe.kind
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
-    with continuable(folder), open_engine(_parse_workers(workers), _scheduler(executor, scheduler, workers)) as engine:
+    address = _scheduler(executor, scheduler, _is_given(context, "workers"))
+    with continuable(folder), open_engine(workers, address) as engine:
         plan = plan_build(folder, recipe, engine.workers, given, part)
         note(f"{folder}: {_describe(plan, part, engine)}")
         missing = run_build(plan, engine.executor)
@@ -160,15 +158,15 @@ def build(
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=_PATH)
-@_WORKERS
+@click.argument("folder", metavar="DIR", type=PATH)
+@workers_option
 @quiet_option
-def repair(folder: Path, workers: str) -> None:
+def repair(folder: Path, workers: int) -> None:
     """Verify a dataset, and render again exactly what is damaged or missing.
 
     Example: fractalgen repair shards/single
     """
-    with continuable(folder), open_engine(_parse_workers(workers)) as engine:
+    with continuable(folder), open_engine(workers) as engine:
         repaired = repair_dataset(folder, engine)
     for problem in repaired.problems:
         click.echo(one_line(f"was bad: {folder}/{problem}"))
@@ -215,7 +213,7 @@ def kinds(as_json: bool) -> None:
 @click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Rows.")
 @click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images in a row.")
 @click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Pixels of an image on the sheet.")
-@click.option("--out", required=True, type=_PATH, help="Picture to write: .png or .jpg.")
+@click.option("--out", required=True, type=PATH, help="Picture to write: .png or .jpg.")
 def preview(
     kind: str,
     size: int | None,
@@ -246,14 +244,14 @@ def preview(
 
 
 @main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed --out"})
-@click.option("--params", required=True, type=_PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
+@click.option("--params", required=True, type=PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="2 changes nothing.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kataoka.DRAWS), help="How to draw.")
 @click.option("--size", default=362, type=_SIZE, help="Side length in pixels.")
 @click.option("--points", default=200_000, type=_POINTS, help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="1 top-bottom, 2 sides, 3 both.")
 @click.option("--mask-seed", default=0, type=int, help="Of Python's random, for patches.")
-@click.option("--out", required=True, type=_PATH, metavar="IMG.png", help="Picture to write.")
+@click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Picture to write.")
 def render(
     params: Path, weight_row: int, draw: kataoka.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
 ) -> None:
@@ -266,9 +264,7 @@ def render(
     masks = kataoka.published_masks(mask_seed, points) if kataoka.is_patch(draw) else None
     indices = kataoka.render(read_csv(params), kataoka.weight_rows()[weight_row], size, points, draw, masks)
     data = encode_png(Indexed(kataoka.flip(indices, flip), kataoka.palette(draw)).rgb())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(data)
+    write_bytes(out, data)
     click.echo(f"{out}: {size} x {size} pixels")
 
 
@@ -276,22 +272,21 @@ def render(
 @click.option("--classes", default=1000, help="Categories to find.")
 @click.option("--seed", default=1, help="Of the search; the published one is 1.")
 @click.option("--fill-rate", default=0.2, help="Share of pixels that a category must hit.")
-@click.option("--from-csv", type=_PATH, metavar="DIR", help="Read published CSV files instead of searching.")
-@click.option("--out", required=True, type=_PATH, metavar="FILE.npz", help="File to write.")
-@_WORKERS
+@click.option("--from-csv", type=PATH, metavar="DIR", help="Read published CSV files instead of searching.")
+@click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="File to write.")
+@workers_option
 @quiet_option
-def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out: Path, workers: str) -> None:
+def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out: Path, workers: int) -> None:
     """Find FractalDB's categories, bit for bit those of the published search for the same seed.
 
     Example: fractalgen search --classes 2000 --out categories.npz
     """
-    count = _parse_workers(workers)
     _check_writable(out)  # before a long search, not after it
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
     else:
         with progress("searching", classes, "categories") as advance:
-            found = search_categories(classes, seed, fill_rate, count, lambda new, _: advance(new))
+            found = search_categories(classes, seed, fill_rate, workers, advance)
         categories = tuple(one.category for one in found)
         note(f"tried {found[-1].candidate:,} candidates")
     write_categories(out, categories)
@@ -303,8 +298,13 @@ def _refuse_beside_recipe(context: click.Context) -> None:
     """A recipe says all of these; what is given beside it would be ignored."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if name in _SAID_BY_RECIPE and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+        if name in _SAID_BY_RECIPE and _is_given(context, name):
             raise UsageError(f"{parameter.opts[0]} and --recipe: give one of them, for the recipe says it too")
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    """Whether a parameter was given, rather than left as it is by default."""
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
@@ -345,17 +345,18 @@ def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:
     if plan.cost is None:
         return f"nothing to render, all {human_count(len(plan.own), 'shard')}{whose} there already"
     done = len(plan.own) - len(plan.missing)
+    workers = human_count(min(engine.workers, len(plan.missing)), "worker")
     return (
         f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in {shards}; to render"
         f"{whose}: {plan.cost.samples:,} images in {human_count(len(plan.missing), 'shard')}"
-        f"{f' ({done:,} done)' if done else ''}, {plan.cost} with {engine.name}"
+        f"{f' ({done:,} done)' if done else ''}, {plan.cost} with {workers}{engine.where}"
     )
 
 
-def _scheduler(executor: str, scheduler: str | None, workers: str) -> str | None:
+def _scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str | None:
     """The address of the Dask scheduler to use, if any."""
-    if executor == "dask" and workers != _ALL:
-        raise UsageError(f"--workers is {workers}, but a Dask cluster has its own: leave it out")
+    if executor == "dask" and workers_given:
+        raise UsageError("--workers is given, but a Dask cluster has its own: leave it out")
     if executor == "dask" and not scheduler:
         raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
     if executor != "dask" and scheduler:
@@ -370,14 +371,6 @@ def _check_writable(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
-
-
-def _parse_workers(text: str) -> int:
-    if text == _ALL:
-        return available_cores()
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,6 @@ from fractalshards.png import Indexed
 Pixels = npt.NDArray[np.uint8]
 
 
-def hsv_to_rgb(array: Pixels) -> Pixels:
-    """Convert 8-bit HSV to RGB as OpenCV's ``COLOR_HSV2RGB``: hue in units of 2 degrees, wrapping past 180.
-
-    This rounds, as OpenCV's scalar code. Its vector code, which converts whole images, truncates instead and so gives
-    a third of the bytes one less; ``paint`` does as that.
-
-    Args:
-        array: (..., 3) uint8 of hue, saturation, value, each 0..255.
-
-    Returns:
-        The same shape, uint8.
-    """
-    flat = np.ascontiguousarray(array).reshape(-1, 3)
-    rgb = np.empty_like(flat)
-    _convert(flat, rgb)
-    return rgb.reshape(array.shape)
-
-
 def pixels_of(image: Pixels | Indexed) -> Pixels:
     """The pixels (H, W, 3) uint8 of a rendered image; those of two colours ten times as fast as ``Indexed.rgb``."""
     if not isinstance(image, Indexed):
@@ -57,25 +39,6 @@ def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tup
     blue = p if sector <= 1 else t if sector == 2 else v if sector <= 4 else q
     scale = np.float32(255)
     return red * scale, green * scale, blue * scale
-
-
-@njit(inline="always")
-def to_byte(level: np.float32) -> np.uint8:
-    """Round a float32 in 0..255 to the nearest integer, ties to even, as OpenCV's ``cvRound``.
-
-    Adding 1.5 * 2**23 leaves exactly the rounded integer in the low bits of a float32: no libm call, any CPU.
-    """
-    magic = np.float32(12582912.0)
-    return np.uint8(np.int32((level + magic) - magic))
-
-
-@njit(cache=True)
-def _convert(hsv: Pixels, rgb: Pixels) -> None:
-    for i in range(len(hsv)):
-        red, green, blue = hsv_pixel(np.float32(hsv[i, 0]), np.float32(hsv[i, 1]), np.float32(hsv[i, 2]))
-        rgb[i, 0] = to_byte(red)
-        rgb[i, 1] = to_byte(green)
-        rgb[i, 2] = to_byte(blue)
 
 
 @njit(cache=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from fractalshards.errors import FractalError
 from fractalshards.extras import needs_extra
-from fractalshards.human import human_count
 from fractalshards.workers import sigterm_interrupts, worker_pool
 
 if TYPE_CHECKING:
@@ -27,14 +26,14 @@ _RUNNING = "running"  # status of a client
 
 @dataclass(frozen=True)
 class Engine:
-    """An executor, how many tasks it runs at once, and what to call it in a sentence.
+    """An executor, how many tasks it runs at once, and what follows "4 workers" to say whose they are, perhaps nothing.
 
     A task whose worker dies is tried on others by the executor itself; ``workers.is_lost`` tells when it gave up.
     """
 
     executor: Executor
     workers: int
-    name: str
+    where: str
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def open_engine(workers: int, scheduler: str | None = None) -> Iterator[Engine]:
     """
     if scheduler is None:
         with worker_pool(workers) as pool:
-            yield Engine(pool, workers, human_count(workers, "worker"))
+            yield Engine(pool, workers, "")
     else:
         with _open_dask(scheduler) as engine:
             yield engine
@@ -72,7 +71,7 @@ def _open_dask(scheduler: str) -> Iterator[Engine]:
             raise FractalError(f"{scheduler}: the Dask cluster has no workers yet; start some, then run this again")
         executor = _Watched(client, scheduler)
         try:
-            yield Engine(executor, threads, f"{human_count(threads, 'worker')} of {scheduler}")
+            yield Engine(executor, threads, f" of {scheduler}")
         finally:
             executor.shutdown(wait=False)
 

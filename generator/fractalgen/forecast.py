@@ -4,18 +4,16 @@ import errno
 import os
 import shutil
 import statistics
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import click
 
 from fractalgen.color import pixels_of
 from fractalgen.deflate import encode_image
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
 from fractalgen.render import render_unit
+from fractalshards.console import notice
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_seconds
 from fractalshards.names import sample_key
@@ -45,7 +43,8 @@ def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Fo
     The median of their times counts, for some may pay for compilation, once after an install.
     """
     total = recipe.n + recipe.val
-    _compile(recipe, systems)
+    with notice("getting ready; the first run after an install compiles ..."):
+        _stored_bytes(recipe, systems, 0)
     sizes: list[int] = []
     seconds: list[float] = []
     while len(seconds) < min(_PROBES, total) and sum(seconds) < _PROBE_SECONDS:
@@ -73,18 +72,6 @@ def check_space(folder: Path, expected: Forecast) -> None:
             f"{folder}: needs about {human_bytes(expected.bytes)}, the disk has {human_bytes(free)} free; "
             "free some space, choose another --out, or ask for fewer or smaller images"
         )
-
-
-def _compile(recipe: Recipe, systems: Systems) -> None:
-    """Render one unit, and say what is going on if that takes more than a second."""
-    notice = threading.Timer(
-        1.0, click.echo, ["getting ready; the first run after an install compiles ..."], {"err": True}
-    )
-    notice.start()
-    try:
-        _stored_bytes(recipe, systems, 0)
-    finally:
-        notice.cancel()
 
 
 def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> list[int]:

@@ -59,6 +59,9 @@ def rasterize(
 ) -> npt.NDArray[np.float64] | npt.NDArray[np.uint8]:
     """Render points as the published rasteriser does, through the same splat that builds datasets.
 
+    For whoever looks at systems, and so that the splat can be held against what the published code gives. Datasets do
+    not go through it: they are painted from the counts.
+
     Args:
         points: (n, 2), at least one; x selects the row, y the column. Computed with in float64, or float32 if they are.
         size: side length in pixels.

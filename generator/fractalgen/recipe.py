@@ -10,7 +10,7 @@ from fractalgen.limits import MAX_POINTS, SIZES
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.fields import Fields
-from fractalshards.manifest import MAX_CLASSES, MAX_SHARD_SIZE, MAX_SHARDS
+from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS
 from fractalshards.overrides import override
 from fractalshards.systems import Systems
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
-_MAX_SAMPLES = 10**9  # keys have nine digits
 _COUNTS = ("n", "val", "classes", "size", "points", "seed", "shard_size")
 
 
@@ -67,7 +66,7 @@ class Recipe:
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
         )
         self._check_units(kind)
-        _require(self.n + self.val <= _MAX_SAMPLES, f"n + val is over {_MAX_SAMPLES:,}: build several datasets")
+        _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
         _require(
             self.size in SIZES, f"size is {self.size}: images may be {SIZES.start} to {SIZES.stop - 1} pixels wide"
         )

@@ -4,7 +4,6 @@ A damaged shard loses its sidecar, which makes it unfinished; the rest is an ord
 killed is continued by the same command, or by ``fractalgen build``.
 """
 
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from fractalshards.errors import FractalError
 from fractalshards.human import human_list
 from fractalshards.manifest import Shard, load_manifest
 from fractalshards.names import INFO, sidecar_name
-from fractalshards.verify import Problem, Promise, verify_shard
+from fractalshards.verify import Problem, Promise, verify_shards
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,10 @@ def _find_damage(folder: Path, recipe: Recipe, promised: dict[str, Shard], engin
     promise = Promise(recipe.classes, recipe.size, find_kind(recipe.kind).label_type)
     tasks = shard_tasks(recipe)
     records = finished_shards(folder, tasks, contents_of(recipe))
-    present = {task: promised.get(task.name, records[task.name].shard()) for task in tasks if task.name in records}
-    problems: list[Problem] = []
-    samples = sum(shard.samples for shard in present.values())
-    with progress("verifying", samples, "images") as advance:
-        futures = {
-            engine.executor.submit(verify_shard, folder.absolute(), shard, task.first, promise): shard
-            for task, shard in present.items()
-        }
-        for future in as_completed(futures):
-            problems += future.result()
-            advance(futures[future].samples)
-    return sorted(problems, key=lambda problem: (problem.file, problem.key))
+    present = [task for task in tasks if task.name in records]
+    shards = [(promised.get(task.name, records[task.name].shard()), task.first) for task in present]
+    with progress("verifying", sum(shard.samples for shard, _ in shards), "images") as advance:
+        return sorted(verify_shards(engine.executor, folder.absolute(), shards, promise, advance))
 
 
 def _check_promise(plan: Plan, promised: dict[str, Shard]) -> None:

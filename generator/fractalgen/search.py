@@ -25,7 +25,10 @@ State = Any  # of a numpy RandomState
 
 @dataclass(frozen=True)
 class Found:
-    """A category: (maps, 7) float64; the number of the candidate that became it, from 1; the share of pixels hit."""
+    """A category: (maps, 7) float64; the number of the candidate that became it, from 1; the share of pixels hit.
+
+    The share is kept to be held against that of the published search.
+    """
 
     category: npt.NDArray[np.float64]
     candidate: int
@@ -37,7 +40,7 @@ def search_categories(
     seed: int = 1,
     fill_rate: float = 0.2,
     workers: int = 1,
-    advance: Callable[[int, int], None] = lambda found, tried: None,
+    advance: Callable[[int], None] = lambda found: None,
 ) -> list[Found]:
     """Try random candidates one after the other until so many hit a large enough share of 512 x 512 pixels.
 
@@ -50,7 +53,7 @@ def search_categories(
         fill_rate: least share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so that a
             search may take forever.
         workers: processes.
-        advance: called again and again with the categories found since the last call, and all candidates tried so far.
+        advance: called again and again with the number of categories found since the last call, perhaps 0.
 
     Raises:
         UsageError: if an argument is out of its range.
@@ -58,7 +61,6 @@ def search_categories(
     """
     _check(classes, seed, fill_rate)
     found: list[Found] = []
-    tried = 0
     batches = _batches(seed)
     running: deque[Future[list[Found]]] = deque()
     with worker_pool(workers) as pool:
@@ -67,8 +69,7 @@ def search_categories(
                 running.append(pool.submit(_try_batch, *next(batches), fill_rate))
             accepted = running.popleft().result()[: classes - len(found)]
             found += accepted
-            tried += _BATCH
-            advance(len(accepted), tried)
+            advance(len(accepted))
     return found
 
 

@@ -56,7 +56,7 @@ def run_jobs(jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, fol
     A shard whose workers die again and again is left out, and the others are written all the same.
 
     Args:
-        jobs: picklable calls.
+        jobs: picklable calls; what a job returns is nothing, or tells why it has written no shard.
         folder: of the dataset, for errors.
         verb: what is done to the images, for the progress: ``rendering``.
 
@@ -71,8 +71,9 @@ def run_jobs(jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, fol
         for future in as_completed(futures):
             task = futures[future]
             if (error := _outcome(future)) is None:
-                yield future.result()
-                advance(task.stop - task.first)
+                yield (result := future.result())
+                if not result:
+                    advance(task.stop - task.first)
             elif is_lost(error):
                 lost[task.name] = error
             else:

@@ -45,6 +45,13 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     _fsync_folder(path.parent)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, atomically, and the folders that it lies in; see ``atomic_file``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(data)
+
+
 def write_json(path: Path, data: Mapping[str, object], indent: int | None = None, exclusive: bool = False) -> None:
     """Write a mapping as JSON, atomically; see ``atomic_file``."""
     with atomic_file(path, exclusive) as file:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.atomic import atomic_file
+from fractalshards.atomic import write_bytes
 from fractalshards.comparing.compare import compare_datasets
-from fractalshards.console import Commands, continuable, note, notice, progress, quiet_option
+from fractalshards.console import PATH, Commands, continuable, note, notice, progress, quiet_option, workers_option
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
@@ -28,9 +28,8 @@ from fractalshards.sharing.pull import pull as pull_dataset
 from fractalshards.sharing.push import push as push_dataset
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
 from fractalshards.verify import repair_advice, verify_dataset
-from fractalshards.workers import available_cores
 
-_FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_FOLDER = click.argument("folder", metavar="DIR", type=PATH)
 _JSON = click.option("--json", "as_json", is_flag=True, help="For programs, on stdout.")
 
 
@@ -59,10 +58,10 @@ def info(folder: Path, as_json: bool) -> None:
 
 @main.command()
 @_FOLDER
-@click.option("--workers", type=click.IntRange(1), help="Processes that check.  [default: all cores]")
+@workers_option
 @_JSON
 @quiet_option
-def verify(folder: Path, workers: int | None, as_json: bool) -> None:
+def verify(folder: Path, workers: int, as_json: bool) -> None:
     """Check hashes and counts and decode every image; name what is wrong, and exit with 1 if anything is.
 
     Example: fractalshards verify shards/single
@@ -70,7 +69,7 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     manifest = load_manifest(folder)
     samples = sum(map(manifest.samples, manifest.splits))
     with progress("verifying", samples, "images") as advance:
-        problems = verify_dataset(manifest, workers or available_cores(), advance)
+        problems = verify_dataset(manifest, workers, advance)
     if as_json:
         click.echo(json.dumps({"sound": not problems, "problems": [asdict(problem) for problem in problems]}, indent=1))
     else:
@@ -84,7 +83,7 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write: .png or .jpg.")
+@click.option("--out", type=PATH, required=True, help="Picture to write: .png or .jpg.")
 @click.option("--split", default="train", help="Split to show.")
 @click.option("--classes", default=16, type=click.IntRange(1), help="Rows.")
 @click.option("--per-class", default=8, type=click.IntRange(1), help="Images in a row.")
@@ -102,10 +101,10 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Page to write: .html.")
-@click.option("--workers", type=click.IntRange(1), help="Processes that look.  [default: all cores]")
+@click.option("--out", type=PATH, required=True, help="Page to write: .html.")
+@workers_option
 @quiet_option
-def report(folder: Path, out: Path, workers: int | None) -> None:
+def report(folder: Path, out: Path, workers: int) -> None:
     """Write a page about a dataset: samples of every class, distributions, recipe, how to share it.
 
     One file of 12 MB at most that loads nothing, to be opened in a browser, mailed or put on a server.
@@ -114,16 +113,14 @@ def report(folder: Path, out: Path, workers: int | None) -> None:
     """
     check_page_name(out)
     template = load_template()
-    page = render_page(template, survey_dataset(load_manifest(folder), workers or available_cores())).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(page)
+    page = render_page(template, survey_dataset(load_manifest(folder), workers)).encode()
+    write_bytes(out, page)
     click.echo(f"{out}: {human_bytes(len(page))}")
 
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
+@click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 def recipe(folder: Path, out: Path | None) -> None:
     """Write a dataset as a recipe, a small file from which 'fractalgen build' renders the same images.
 
@@ -133,26 +130,24 @@ def recipe(folder: Path, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(text)
+    write_bytes(out, text)
     click.echo(f"{out}: {human_bytes(len(text))}; next: fractalgen build --recipe {shlex.quote(str(out))}")
 
 
 @main.command()
-@click.argument("first", metavar="A", type=click.Path(path_type=Path))
-@click.argument("second", metavar="B", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(1), help="Processes that compare.  [default: all cores]")
+@click.argument("first", metavar="A", type=PATH)
+@click.argument("second", metavar="B", type=PATH)
+@workers_option
 @_JSON
 @quiet_option
-def diff(first: Path, second: Path, workers: int | None, as_json: bool) -> int:
+def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
     """Tell whether two datasets hold the same samples, and where not; exit with 0 if they do, else with 1.
 
     Content digests are compared as the manifests promise them; images are read only to name what differs.
 
     Example: fractalshards diff shards/single /mnt/copy/single
     """
-    found = compare_datasets(load_manifest(first), load_manifest(second), workers or available_cores())
+    found = compare_datasets(load_manifest(first), load_manifest(second), workers)
     if as_json:
         click.echo(json.dumps({"same": found.same, "findings": list(found.findings)}, indent=1))
         return 0 if found.same else 1
@@ -257,13 +252,13 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 
 @main.command()
 @click.argument("source", metavar="imagefolder:PATH|imagenet:PATH")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=PATH)
 @click.option("--split", metavar="train=X,val=Y", help="Shares (0.9) or folders below PATH, see above.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
 @click.option("--seed", default=0, help="Of the order, and of which images a share takes.")
-@click.option("--workers", type=click.IntRange(1), help="Processes that work.  [default: all cores]")
+@workers_option
 @quiet_option
-def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int | None) -> None:
+def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int) -> None:
     """Pack images that exist into shards, or continue: what is done is skipped. JPEG, PNG and WebP stay as they are.
 
     imagefolder:PATH is PATH/train/CLASS/* and PATH/val/CLASS/*, or PATH/CLASS/*, of which all is train.
@@ -275,7 +270,6 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """
-    count = workers or available_cores()
     images = parse_source(source, split)
     with notice(f"listing the images of {one_line(str(images.path))} ..."):
         plan = plan_pack(out, images, seed, shard_size)
@@ -288,7 +282,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
         f"to pack: {sum(task.stop - task.first for task in missing):,} images"
     )
     with continuable(out):
-        run_pack(plan, count)
+        run_pack(plan, workers)
     click.echo(one_line(load_manifest(out).summary()))
     click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")
 

@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError
-from fractalshards.human import human_bytes, human_seconds, one_line
+from fractalshards.human import human_bytes, human_count, human_seconds, one_line
+from fractalshards.workers import available_cores
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -28,6 +30,7 @@ _SHORT = {
     "FLOAT": "X",
     f"0<=x<={2**63 - 1}": "x>=0",
 }
+_ALL = "all"
 _LOG_SECONDS = 10.0
 _NOTICE_SECONDS = 1.0
 _ADVICE = {
@@ -167,8 +170,54 @@ def quiet_option(command: _Command) -> _Command:
     def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         context.meta[_QUIET] = value
 
-    text = "No progress and no notes, only results and errors."
-    return click.option("--quiet", is_flag=True, expose_value=False, callback=remember, help=text)(command)
+    option = click.option(
+        "--quiet",
+        is_flag=True,
+        is_eager=True,  # other options may have something to note
+        expose_value=False,
+        callback=remember,
+        help="No progress and no notes, only results and errors.",
+    )
+    return option(command)
+
+
+class _NamedPath(click.Path):
+    """A path as text that is not empty: an empty one, of a shell's variable that is not set, would mean ``.``."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if not os.fspath(value):
+            self.fail("is empty; give a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _NamedPath(path_type=Path)  # the type of options and arguments that are a ``Path``
+
+
+def _parse_workers(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    """A number of processes, at most as many as there are cores, for more would only wait for each other."""
+    cores = available_cores()
+    if text == _ALL:
+        return cores
+    try:
+        workers = int(text)
+    except ValueError:
+        workers = 0
+    if workers < 1:
+        raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
+    if workers > cores:
+        note(f"note: {human_count(cores, 'worker')} instead of {workers:,}, for there are no more cores")
+    return min(workers, cores)
+
+
+workers_option = click.option(
+    "--workers",
+    default=_ALL,
+    metavar=f"{_ALL}|N",
+    callback=_parse_workers,
+    help="Processes that work, one per core at most.",
+)
 
 
 @contextmanager

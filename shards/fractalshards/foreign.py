@@ -168,7 +168,7 @@ def _scan_all(paths: list[Path]) -> Iterator[tuple[Path, Listing]]:
     if len(paths) <= _ALONE:
         yield from map(_scan_and_keep, paths)
         return
-    with worker_pool(min(available_cores(), len(paths))) as pool:
+    with worker_pool(available_cores()) as pool:
         for future in as_completed([pool.submit(_scan_and_keep, path) for path in paths]):
             yield future.result()
 

@@ -22,6 +22,7 @@ MAX_CLASSES = 100_000  # systems have names of five digits
 MAX_IMAGE_SIZE = 100_000
 MAX_SHARD_SIZE = 100_000  # samples of a shard that this software writes
 MAX_SHARDS = 100_000  # of a dataset that this software writes
+MAX_SAMPLES = 10**9  # of a dataset, for keys have nine digits
 MAX_SAMPLE_BYTES = 64 << 20  # a reader holds a sample in memory
 _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
 

@@ -10,6 +10,7 @@ from fractalshards.errors import FractalError
 
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
+_LONGEST_KEY = 32  # that is shown
 
 # of a regular file; its fields are name 0, mode 100, uid 108, gid 116, size 124, mtime 136, sum 148, type 156
 _EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
@@ -79,6 +80,13 @@ def sample_members(read_block: Callable[[int], bytes], start: int, end: int) -> 
 def extension_of(name: str) -> str:
     """What a member is in its sample: its name after the key, ``png`` of ``000000007.png``."""
     return name.partition(".")[2]
+
+
+def shown_key(blocks: bytes) -> str:
+    """The key in the first header of a sample that may be damaged, to name it: ASCII, short, perhaps empty."""
+    name = blocks[: tarfile.LENGTH_NAME].partition(b"\0")[0].decode("latin-1")
+    key = ascii(name.partition(".")[0])[1:-1]
+    return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
 
 
 def _walk(read_block: Callable[[int], bytes], start: int, end: int) -> Iterator[Member]:

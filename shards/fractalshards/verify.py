@@ -1,12 +1,11 @@
 """Checks a finished dataset to the last pixel: hashes, counts, names, every image, every label."""
 
 import hashlib
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,13 +20,13 @@ from fractalshards.names import RECIPE, SYSTEMS, sample_key
 from fractalshards.reader import decode_sample, read_blocks
 from fractalshards.recipes import recipe_problems
 from fractalshards.systems import read_systems
-from fractalshards.tarball import END_OF_TAR, Sample, parse_sample
+from fractalshards.tarball import END_OF_TAR, Sample, parse_sample, shown_key
 from fractalshards.workers import worker_pool
 
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Problem:
     """Something wrong with a dataset: the file, the key of the sample (empty if it is the file as a whole), what."""
 
@@ -58,18 +57,27 @@ def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], No
         FractalError: if a worker process was killed.
     """
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
-    shards = [shard for split in manifest.splits.values() for shard in split]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
-    firsts = [first for split in manifest.splits for first in manifest.first_samples[split]]
-    with worker_pool(min(workers, max(len(shards), 1))) as pool:
-        tasks = {
-            pool.submit(verify_shard, manifest.folder, shard, first, promise): shard
-            for shard, first in zip(shards, firsts, strict=True)
-        }
-        for task in as_completed(tasks):
-            problems.extend(task.result())
-            advance(tasks[task].samples)
-    return sorted(problems, key=lambda problem: (problem.file, problem.key))
+    shards = chain.from_iterable(
+        zip(shards, manifest.first_samples[split], strict=True) for split, shards in manifest.splits.items()
+    )
+    with worker_pool(workers) as pool:
+        problems += verify_shards(pool, manifest.folder, shards, promise, advance)
+    return sorted(problems)
+
+
+def verify_shards(
+    executor: Executor,
+    folder: Path,
+    shards: Iterable[tuple[Shard, int]],
+    promise: Promise,
+    advance: Callable[[int], None],
+) -> Iterator[Problem]:
+    """Verify shards, each given with the index of its first sample; problems come as they are found."""
+    tasks = {executor.submit(verify_shard, folder, shard, first, promise): shard for shard, first in shards}
+    for task in as_completed(tasks):
+        yield from task.result()
+        advance(tasks[task].samples)
 
 
 def repair_advice(manifest: Manifest) -> str:
@@ -125,7 +133,7 @@ def _verify_samples(
             counts.update(classes_of(label))
         except FractalError as error:
             sound = False
-            yield Problem(record.name, _key_of(blocks) or f"byte {start}", str(error))
+            yield Problem(record.name, shown_key(blocks) or f"byte {start}", str(error))
     file.seek(record.offsets[-1])
     if (end_of_tar := file.read(len(END_OF_TAR) + 1)) != END_OF_TAR:
         yield Problem(record.name, "", "the tar does not end after its last sample")
@@ -162,12 +170,6 @@ def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> No
         x, y, box_width, box_height = thing.bbox
         if x + box_width > width or y + box_height > height:
             raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {width} x {height}")
-
-
-def _key_of(blocks: bytes) -> str:
-    """The key in the first tar header of a sample, as far as it can be read, to name a damaged sample."""
-    name = blocks[: tarfile.LENGTH_NAME].split(b"\0")[0].decode("ascii", "replace")
-    return name.partition(".")[0]
 
 
 def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:

@@ -38,7 +38,9 @@ _T = TypeVar("_T")
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Executor]:
-    """An executor of processes; what has not begun when the block ends is given up, what runs is waited for.
+    """An executor of up to so many processes, which start as there are tasks for them.
+
+    What has not begun when the block ends is given up, what runs is waited for.
 
     SIGTERM, which batch systems send, ends the block as Ctrl-C does. A second signal while running tasks are waited
     for ends the process at once.

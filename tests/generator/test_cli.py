@@ -1,16 +1,21 @@
 """The commands beside ``build``: what they write is right, what they refuse is refused in one line."""
 
 import json
+import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from fractalgen import forecast
 from fractalgen.categories import read_categories, shipped_categories, write_categories
 from fractalgen.cli import main
 from fractalgen.kinds import KINDS
+from fractalshards import console
+from fractalshards.console import PATH
 from fractalshards.manifest import load_manifest
 
 
@@ -179,6 +184,31 @@ def test_search_refuses_in_one_line(tmp_path: Path, options: list[object], code:
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "found.npz").exists()
+
+
+def test_empty_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [parameter for command in main.commands.values() for parameter in command.params]
+    assert all(parameter.type is PATH for parameter in parameters if isinstance(parameter.type, click.Path))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["build", "--kind", "single", "--n", 1000, "--out", ""], ["repair", ""]):
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert "is empty; give a path" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_compiles_for_long_says_so_unless_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def compiling(*arguments: object) -> list[int]:
+        time.sleep(0.3)
+        return [1000]
+
+    monkeypatch.setattr(console, "_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(forecast, "_stored_bytes", compiling)
+    build = ["build", "--kind", "single", "--n", 2, "--classes", 1, "--size", 32, "--workers", 1]
+    loud = run(*build, "--out", tmp_path / "loud")
+    assert "getting ready; the first run after an install compiles ...\n" in loud.stderr
+    assert run(*build, "--quiet", "--out", tmp_path / "quiet").stderr == ""
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "all"])

@@ -9,9 +9,9 @@ import pytest
 from numba import njit
 
 from fractalgen.background import BLACK, HeightColors, diamond_square, draw_height_colors
-from fractalgen.color import hsv_to_rgb
 from fractalgen.paint import FractalColors, gaussian_blur, paint
 from fractalgen.rng import Stream, hash32
+from hsv import hsv_to_rgb
 
 
 def test_hsv_equals_the_published_conversion(reference: Path) -> None:

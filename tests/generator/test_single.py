@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractalgen import anderson, draw_systems, make_recipe, render_sample
-from fractalgen.color import hsv_to_rgb
 from fractalgen.ifs import rasterize, sample_system
 from fractalgen.kinds import single
 from fractalgen.kinds.single import SingleParams, jitter, render
 from fractalgen.raster import Orientation
 from fractalgen.rng import Stream
 from fractalgen.unit import Unit
+from hsv import hsv_to_rgb
 
 Identity = tuple[int, str, int, int]  # seed, split, label, number
 

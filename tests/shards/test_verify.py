@@ -136,6 +136,13 @@ def test_hostile_names_do_not_reach_the_terminal(dataset: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
+def test_a_name_that_is_no_text_is_shown_escaped_and_short(dataset: Path) -> None:
+    start = read_record(dataset, SHARD, "single").offsets[2]
+    overwrite(dataset / SHARD, start, b"\xff" * 512)
+    (line,) = [line for line in verify(dataset).stdout.splitlines() if "damaged tar header" in line]
+    assert line.startswith(rf"bad: {dataset}/{SHARD}: \xff\xff\xff\xff\xff\xff\xff\xff...: damaged tar header")
+
+
 def test_recipe_and_systems_are_checked(dataset: Path) -> None:
     write_systems(dataset / SYSTEMS, [np.zeros((2, 2, 3))] * 3)
     assert f"{SYSTEMS}: systems digest differs" in verify(dataset).stdout

@@ -119,7 +119,7 @@ def _match(manifests: Manifests, split: str, pairs: Sequence[Pair], workers: int
     matcher = Matcher()
     tasks = list(_tasks(manifests, split, pairs))
     samples = sum(len(task.index.offsets) - 1 for task in tasks)
-    with progress("comparing", samples, "samples") as advance, worker_pool(min(workers, len(tasks))) as pool:
+    with progress("comparing", samples, "samples") as advance, worker_pool(workers) as pool:
         # futures are let go one by one, for together they may hold what they found in a million samples
         for future in as_completed([pool.submit(digest_shard, task) for task in tasks]):
             task, digests = future.result()

@@ -13,7 +13,7 @@ from fractalshards.claim import claim_folder, refuse_other, stored_recipe
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.images import PNG, image_format
 from fractalshards.labels import encode_label
-from fractalshards.manifest import MAX_SHARD_SIZE, MAX_SHARDS, ShardRecord
+from fractalshards.manifest import MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS, ShardRecord
 from fractalshards.names import sample_key, shard_name
 from fractalshards.packing.listing import ImageListing, Part
 from fractalshards.packing.order import deal, shuffled
@@ -24,7 +24,6 @@ from fractalshards.workers import worker_pool
 from fractalshards.writer import Encoded, check_size, write_samples
 
 RECIPE_VERSION = 1  # raised whenever another dataset is made of the same files
-_MAX_SAMPLES = 10**9  # keys have nine digits
 _ADVICE = "replace {them} and run the same command again, or remove {them} and pack into a new folder"
 _NAMED = 10  # of the images that cannot be packed
 
@@ -59,8 +58,8 @@ class PackRecipe:
             raise UsageError(f"shard_size is {self.shard_size}: a shard has 1 to {MAX_SHARD_SIZE:,} samples")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: it may be 0 to 2**63 - 1")
-        if self.n + self.val > _MAX_SAMPLES:
-            raise UsageError(f"{self.n + self.val:,} images are over {_MAX_SAMPLES:,}: pack several datasets")
+        if self.n + self.val > MAX_SAMPLES:
+            raise UsageError(f"{self.n + self.val:,} images are over {MAX_SAMPLES:,}: pack several datasets")
         if (shards := (self.n + self.val) // self.shard_size) > MAX_SHARDS:
             raise UsageError(f"{shards:,} shards are too many for a manifest: raise shard_size")
 

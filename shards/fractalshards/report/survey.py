@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.files import regular_size
-from fractalshards.manifest import Manifest, Shard, read_record
+from fractalshards.manifest import MAX_SAMPLES, Manifest, Shard, read_record
 from fractalshards.reader import ShardIndex
 from fractalshards.report.looks import Look, LookTask, ShardLooks, Thumbnail, look_at_shard
 from fractalshards.workers import worker_pool
@@ -21,7 +21,6 @@ MAX_THUMBNAIL_BYTES = 5_000_000  # of all together; base64 makes 6.7 MB of them
 _PER_CLASS = 8
 _LARGE, _SMALL = 96, 64  # pixels of a thumbnail
 _MAX_LARGE = 800  # so many thumbnails are large
-_MAX_SAMPLES = 10**9
 _GOLDEN = 0.6180339887498949
 
 Counts = npt.NDArray[np.int64]
@@ -69,7 +68,7 @@ def survey_dataset(manifest: Manifest, workers: int) -> Survey:
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits), "")
     if not split or not manifest.samples(split):
         raise FractalError(f"{manifest.folder}: no image in it, so there is nothing to report; build or fetch it again")
-    if manifest.samples(split) > _MAX_SAMPLES:
+    if manifest.samples(split) > MAX_SAMPLES:
         raise FractalError(f"{manifest.folder}: more samples than keys of nine digits; fetch or build it again")
     shown = spread(manifest.classes, MAX_THUMBNAILS)
     per_class = min(_PER_CLASS, MAX_THUMBNAILS // len(shown))
@@ -188,7 +187,7 @@ def _scattered(manifest: Manifest) -> Iterator[tuple[str, int, Shard]]:
 def _run(tasks: list[LookTask], workers: int) -> list[ShardLooks]:
     """What the tasks give, in their order."""
     images = sum(len(task.looked) + sum(task.wanted.values()) for task in tasks)
-    with progress("looking", images, "images") as advance, worker_pool(min(workers, len(tasks))) as pool:
+    with progress("looking", images, "images") as advance, worker_pool(workers) as pool:
         futures = {pool.submit(look_at_shard, task): task for task in tasks}
         for future in as_completed(futures):
             task = futures[future]

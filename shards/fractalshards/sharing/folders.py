@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fractalshards.atomic import atomic_file, remove_leftovers
+from fractalshards.atomic import atomic_file, remove_leftovers, write_bytes
 from fractalshards.digest import sha256_file
 from fractalshards.sharing.locks import passing_lock
 from fractalshards.sharing.stores import Advance, Change, Told, Upload, file_pieces, read_small
@@ -50,5 +50,4 @@ class LocalStore:
         with passing_lock(self.folder / f"{_LOCK}{name}"):
             before = read_small(self, name, most)
             if (after := change(before)) != before:
-                with atomic_file(self.folder / name) as file:
-                    file.write(after)
+                write_bytes(self.folder / name, after)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from fractalshards.atomic import atomic_file
+from fractalshards.atomic import atomic_file, write_bytes
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.fields import MAX_JSON_BYTES, Fields
@@ -88,8 +88,7 @@ def fetch_sidecar(remote: Remote[Source], folder: Path, manifest: Manifest, shar
         raise FractalError(f"{where}: not there; it must be pushed again")
     if not describes(text, manifest, shard, where):
         raise FractalError(f"{where}: manifest and sidecar disagree; it must be pushed again")
-    with atomic_file(folder / name) as file:
-        file.write(text)
+    write_bytes(folder / name, text)
 
 
 def _pull_shard(remote: Remote[Source], folder: Path, manifest: Manifest, shard: Shard, advance: Advance) -> None:
@@ -113,8 +112,7 @@ def _pull_recipe(remote: Remote[Source], folder: Path, manifest: Manifest) -> No
         check_systems(systems, manifest, str(folder / SYSTEMS))
     elif (found := remote.read(SYSTEMS, MAX_SYSTEMS_BYTES)) is not None:
         check_systems(found, manifest, f"{remote.shown}/{SYSTEMS}")
-        with atomic_file(folder / SYSTEMS) as file:
-            file.write(found)
+        write_bytes(folder / SYSTEMS, found)
     elif "systems_digest" in manifest.recipe:
         raise FractalError(f"{remote.shown}: no {SYSTEMS} there; it must be pushed again")
 
