@@ -13,9 +13,12 @@ from fractalgen.cli import main as fractalgen
 from fractalgen.kinds import KINDS
 from fractalshards.cli import main as fractalshards
 from fractaltrain.cli import main as fractaltrain
+from fractaltrain.study.config import read_study
+from fractaltrain.study.plan import plan_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "shards" / "README.md"]
+STUDIES = sorted(ROOT.glob("studies/*.toml"))
 PROGRAMS: dict[str, click.Group] = {
     "fractalgen": fractalgen,
     "fractalshards": fractalshards,
@@ -52,6 +55,18 @@ def test_a_command_line_parses(line: list[str]) -> None:
     chosen = [option for option in command.params if isinstance(option.type, click.Choice) and option.name in given]
     for option in chosen:
         option.type.convert(given[option.name], option, context)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
+def test_studies_can_be_read_and_their_datasets_be_made(file: Path) -> None:
+    study = read_study(file)
+    assert plan_study(study, Path("runs"), Path("data"))
+    for row in study.rows:
+        assert row.build is not None
+        words = shlex.split(row.build)
+        test_a_command_line_parses(words)
+        default = [f"shards/{words[words.index('--kind') + 1]}"] if "--kind" in words and "--out" not in words else []
+        assert row.shards in words + default
 
 
 def test_every_parameter_of_every_kind_is_explained() -> None:
