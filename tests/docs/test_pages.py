@@ -61,12 +61,12 @@ def test_a_command_line_parses(line: list[str]) -> None:
 def test_studies_can_be_read_and_their_datasets_be_made(file: Path) -> None:
     study = read_study(file)
     assert plan_study(study, Path("runs"), Path("data"))
-    for row in study.rows:
-        assert row.build is not None
-        words = shlex.split(row.build)
+    commands = {row.shards: shlex.split(row.build) for row in study.rows if row.build}
+    assert {*commands} == {row.shards for row in study.rows}
+    for shards, words in commands.items():
         test_a_command_line_parses(words)
-        default = [f"shards/{words[words.index('--kind') + 1]}"] if "--kind" in words and "--out" not in words else []
-        assert row.shards in words + default
+        default = [f"shards/{words[words.index('--kind') + 1]}"] if "--out" not in words and "--kind" in words else []
+        assert shards in words + default
 
 
 def test_every_parameter_of_every_kind_is_explained() -> None:
