@@ -86,8 +86,8 @@ def train(job: Job, world: World) -> None:
     """
     running, recipe = job.running, job.running.recipe
     folder = running.out
-    check_batch(recipe, world.size, running.accumulate)
     samples = epoch_samples(sum(job.training.lengths), recipe.repeats)
+    check_batch(recipe, world.size, running.accumulate, samples)
     steps = steps_per_epoch(samples, recipe.batch_size, running.pad)
     positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad, job.nodes)
     learner = build_learner(job.model, running, job.multi_label, steps, world)
