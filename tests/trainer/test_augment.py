@@ -124,6 +124,16 @@ def test_batches_are_augmented_by_the_keys_of_their_samples_alone(augment):
     assert not torch.equal(together, augment(images, KEYS[16:32]))
 
 
+@pytest.mark.parametrize("magnitude", [0.5, 9.0, 9.5])
+def test_timms_randaugment_takes_any_magnitude_of_a_recipe(monkeypatch, magnitude):
+    drawn = []
+    monkeypatch.setattr(random, "gauss", lambda mean, deviation: drawn.append((mean, deviation)) or mean)
+    augment = timm_randaugment(16, magnitude, FILL)
+    for key in range(20):
+        augment(smooth(16), key)
+    assert set(drawn) == {(magnitude, 0.5)}
+
+
 def test_timms_randaugment_goes_by_the_key_and_leaves_global_generators_alone():
     augment = timm_randaugment(32, 9, FILL)
     random.seed(0)

@@ -179,6 +179,9 @@ def test_damaged_image_is_named(tmp_path):
     train = open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE).training
     with pytest.raises(FractalError, match=r"ant/1\.png: image cannot be decoded.*; replace or remove it"):
         train.read(1)
+    (tmp_path / "train" / "ant" / "1.png").unlink()
+    with pytest.raises(FractalError, match=rf"^{tmp_path}/train/ant/1\.png: No such file or directory"):
+        train.read(1)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

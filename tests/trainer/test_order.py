@@ -16,7 +16,6 @@ from fractaltrain.stream.order import (
     evaluation_positions,
     rank_batch,
     repeated,
-    steps_per_epoch,
     training_positions,
 )
 
@@ -197,11 +196,6 @@ def test_evaluation_sees_every_sample_once(samples, batch, world):
     seen = [index for rank in ranks for part in rank for index in part.tolist()]
     assert sorted(seen) == list(range(samples))
     assert all(1 <= len(part) <= -(-batch // world) for rank in ranks for part in rank)
-
-
-def test_batch_larger_than_the_dataset():
-    with pytest.raises(FractalError, match=r"a batch of 8 is larger than the 7 training samples; lower --batch-size"):
-        steps_per_epoch(7, 8, pad=True)
 
 
 def test_world_that_does_not_divide_the_batch():

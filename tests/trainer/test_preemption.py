@@ -1,4 +1,3 @@
-import os
 import signal
 import subprocess
 import sys
@@ -6,7 +5,8 @@ import threading
 
 import pytest
 
-from fractaltrain.preemption import stop_signals
+from fractalshards.errors import StoppedError
+from fractaltrain.preemption import signals_raise, stop_signals
 
 BLOCKED = """
 import ctypes, os, signal
@@ -73,4 +73,27 @@ def test_other_threads_train_without_handling_signals():
     thread.start()
     thread.join()
     assert seen == [0]
-    assert os.getpid()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_signal_inside_a_finalizer_ends_the_run_before_its_first_step():
+    """Python drops what a handler raises there."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+    reached = []
+
+    def run_with_a_signal() -> None:
+        with signals_raise():
+            Finalized()
+            reached.append("the loop")
+            with stop_signals():
+                reached.append("its first step")
+
+    with pytest.raises(StoppedError, match="stopped by SIGUSR1; run the same command to continue") as caught:
+        run_with_a_signal()
+    assert (reached, caught.value.code) == (["the loop"], 75)
+    with signals_raise(), stop_signals() as stop:
+        assert stop.number == 0  # the next run in this process knows nothing of it

@@ -47,6 +47,21 @@ def test_line_says_it_all(capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_what_is_said_beside_the_line_of_a_terminal_stands_alone(capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    line = ProgressLine(epochs=3, steps=100, show=True)
+    line.print(0, 10, 0.1, 0.05, Pace(1, 0), 1.0)
+    line.say("saved")
+    line.say("stopped")
+    line.print(0, 20, 0.1, 0.05, Pace(1, 0), 1.0)
+    line.finish()
+    first, said, again, second, end = capfd.readouterr().out.split("\n")
+    assert first.startswith("\r\033[Kepoch 1/3  step 10/100")
+    assert (said, again) == ("saved", "stopped")
+    assert second.startswith("\r\033[Kepoch 1/3  step 20/100")
+    assert end == ""
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_process_is_as_quiet_as_the_command_that_started_it(capfd, quiet):
     with as_quiet_as(quiet):

@@ -82,9 +82,9 @@ def save_checkpoint(folder: Path, position: Position, state: Mapping[str, Any], 
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from error
             raise
-    names = list_checkpoints(folder)
-    place = names.index(path) + 1
-    for old in {*names} - {*names[max(place - keep, 0) : place]}:
+    paths = list_checkpoints(folder)
+    place = paths.index(path) + 1
+    for old in {*paths} - {*paths[max(place - keep, 0) : place]}:
         old.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
 from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.write import write_comparison
-from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice
+from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, is_data
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.batch import check_batch
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
@@ -174,7 +174,7 @@ def pt(
 
 
 def _check_data(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    if name in NAMES or any(name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX)):
+    if is_data(name):
         return name
     raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
 

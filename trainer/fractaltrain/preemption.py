@@ -53,23 +53,30 @@ def stopped(number: int) -> StoppedError:
 def signals_raise() -> Iterator[None]:
     """Before the loop there is nothing to save: SIGTERM and SIGUSR1 end the block by a ``StoppedError``.
 
-    Inside it is a KeyboardInterrupt, which nothing takes for the error of a damaged file.
+    Inside it is a KeyboardInterrupt, which nothing takes for the error of a damaged file. Python drops it where it is
+    raised inside a finalizer; then ``stop_signals`` ends the block.
     """
-    came: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        came.append(number)
-        raise KeyboardInterrupt
-
+    raiser = _Raiser()
     try:
-        with handling(stop, *SIGNALS):
+        with handling(raiser, *SIGNALS):
             yield
     except Terminated as error:  # by who minds SIGTERM as Ctrl-C, pools of workers for one
         raise stopped(signal.SIGTERM) from error
     except KeyboardInterrupt as error:
-        if not came:
+        if not raiser.came:
             raise
-        raise stopped(came[0]) from error
+        raise stopped(raiser.came) from error
+
+
+class _Raiser:
+    """A handler that raises, and remembers which signal ``came`` first; 0: none."""
+
+    def __init__(self) -> None:
+        self.came = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.came = self.came or number
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -79,6 +86,9 @@ def stop_signals() -> Iterator[Stop]:
     Launchers send SIGTERM for another reason, too: because a process beside this one failed. Then there is nothing to
     save: this one may be blocked inside a collective operation, where no Python runs, or fail for the lack of the
     other. So SIGTERM ends it after 25 s at the latest, and at once if such an operation fails after it came.
+
+    Raises:
+        StoppedError: if a signal came before the block, inside ``signals_raise``, and what that raised was dropped.
     """
     stop = Stop()
 
@@ -88,7 +98,10 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    before = signal.getsignal(SIGNALS[0])
     with handling(mark, *SIGNALS):
+        if isinstance(before, _Raiser) and before.came:
+            raise stopped(before.came)
         try:
             with _ended_in_time():
                 yield stop

@@ -84,6 +84,7 @@ class ProgressLine:
         self._steps = steps
         self._show = show and not is_quiet()
         self._printed = time.monotonic()
+        self._unfinished = False  # the line on the terminal, which the next one would replace
 
     def print(self, epoch: int, step: int, loss: float, lr: float, pace: Pace, seconds_per_step: float) -> None:
         """Print where training is; without a terminal at most every ten seconds, and at the end of every epoch."""
@@ -98,10 +99,18 @@ class ProgressLine:
             f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.3g}  "
             f"{pace.images_per_s:,.0f} images/s  {pace.waiting:.0%} waiting for data  {human_seconds(left)} left"
         )
-        sys.stdout.write((_CLEAR if terminal else "") + line + ("\n" if last or not terminal else ""))
+        self._unfinished = terminal and not last
+        sys.stdout.write((_CLEAR if terminal else "") + line + ("" if self._unfinished else "\n"))
         sys.stdout.flush()
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
         if self._show:
+            self.finish()
             print(text, flush=True)
+
+    def finish(self) -> None:
+        """What is printed next begins a line of its own."""
+        if self._unfinished:
+            self._unfinished = False
+            print(flush=True)

@@ -57,6 +57,7 @@ class Report:
 
     def close(self) -> None:
         """Write what is left."""
+        self._line.finish()
         if self._main:
             self._board.close()
 

@@ -86,8 +86,8 @@ def train(job: Job, world: World) -> None:
     """
     running, recipe = job.running, job.running.recipe
     folder = running.out
-    check_batch(recipe, world.size, running.accumulate)
     samples = epoch_samples(sum(job.training.lengths), recipe.repeats)
+    check_batch(recipe, world.size, running.accumulate, samples)
     steps = steps_per_epoch(samples, recipe.batch_size, running.pad)
     positions = training_positions(samples, recipe.batch_size, world.rank, world.size, running.pad, job.nodes)
     learner = build_learner(job.model, running, job.multi_label, steps, world)
@@ -122,7 +122,7 @@ def train(job: Job, world: World) -> None:
         report.say(f"{folder}: saved at epoch {position.epoch + 1}, step {position.step}")
         raise stopped(number)
 
-    with stop_signals() as stop:
+    with closing(report), stop_signals() as stop:
         while position.epoch < recipe.epochs:
             epoch = position.epoch
             batches = training_batches(job, positions, epoch, world)
@@ -184,7 +184,6 @@ def train(job: Job, world: World) -> None:
             save()
             report.draw(position.epoch)
 
-    report.close()
     result = final_result(position)
     if world.main:
         write_result(folder, result)

@@ -12,6 +12,7 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.human import human_count, one_line
+from fractalshards.overrides import override
 from fractaltrain.checkpoint import Checkpoint, Position, load_checkpoint, model_weights
 from fractaltrain.models import create_model
 from fractaltrain.recipes.recipe import Recipe
@@ -129,10 +130,11 @@ def _read_recipe(figures: Mapping[str, Any], path: Path) -> Recipe:
     """The recipe of ``run.json``; figures that this version does not know are passed over."""
     known = {field.name for field in fields(Recipe)}
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in figures.items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in figures.items() if name in known
     }
     try:
-        return Recipe(**{name: value for name, value in values.items() if name in known})
+        recipe = Recipe(**values)
+        return override(recipe, {name: value for name, value in values.items() if name != "name"})  # checks their types
     except (TypeError, ValueError, FractalError) as error:
         raise FractalError(f"{path}: its recipe cannot be read ({one_line(str(error))}); train it again") from error
 

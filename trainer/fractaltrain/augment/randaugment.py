@@ -66,7 +66,9 @@ def timm_randaugment(image_size: int, magnitude: float, fill: Fill) -> Callable[
         "interpolation": Image.Resampling.BICUBIC,
         "magnitude_max": _MOST,
     }
-    augment = rand_augment_transform(f"rand-m{magnitude:g}-mstd{_DEVIATION:g}-inc1", figures)
+    augment = rand_augment_transform(f"rand-mstd{_DEVIATION:g}-inc1", figures)
+    for operation in augment.ops:
+        operation.magnitude = magnitude  # in its text timm takes whole numbers only
 
     def apply(image: Images, key: int) -> Images:
         with seeded_numpy(mix(key, Draw.RANDAUGMENT)):

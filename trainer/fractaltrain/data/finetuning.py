@@ -21,11 +21,16 @@ _DIGITS_TRAINING_SHARE = 0.8
 _NAMED = 3  # of the classes that are missing
 
 
+def is_data(name: str) -> bool:
+    """Whether ``--data`` takes a name: one of ``NAMES``, ``imagefolder:PATH`` or ``shards:PATH``."""
+    return name in NAMES or any(name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX))
+
+
 @dataclass(frozen=True)
 class DataChoice:
     """What ``--data`` and its companions say.
 
-    ``name`` is one of ``NAMES``, ``imagefolder:PATH`` or ``shards:PATH``; with ``per_class`` only so many training
+    ``name`` is as ``is_data`` takes it; with ``per_class`` only so many training
     images of every class are used, chosen by ``subset_seed``; ``folder`` is where CIFAR's archives are or go.
     """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import ImageFolder
 
+from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
 from fractalshards.png import decode_image
 from fractaltrain.data.source import BadSampleError, Example
@@ -75,8 +76,10 @@ class FolderSource:
         path = Path(self._paths[index])
         try:
             image = decode_image(path.read_bytes())
-        except (FractalError, OSError) as error:
+        except FractalError as error:
             raise BadSampleError(f"{path}: {error}; replace or remove it") from error
+        except OSError as error:
+            raise BadSampleError(describe_os_error(error)) from error
         return Example(str(path.relative_to(self._folder)), image, int(self._labels[index]))
 
 

@@ -74,13 +74,7 @@ def repeated(order: Indices, repeats: int) -> Indices:
 
 
 def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:
-    """Optimiser steps of an epoch: floor(samples / batch), or the ceiling where ``pad`` fills the last batch.
-
-    Raises:
-        UsageError: if one global batch is larger than the dataset.
-    """
-    if batch > samples:
-        raise UsageError(f"a batch of {batch} is larger than the {samples} training samples; lower --batch-size")
+    """Optimiser steps of an epoch: floor(samples / batch), or the ceiling where ``pad`` fills the last batch."""
     return -(-samples // batch) if pad else samples // batch
 
 
@@ -105,11 +99,12 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
     ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
 
     Args:
+        batch: global, at most ``samples``, see ``recipes.batch``.
         nodes: machines, each with as many consecutive ranks as the others. With more than one each has a part of the
             order to itself, see ``node_positions``, so that it reads its share of the shards and not all of them.
 
     Raises:
-        UsageError: as ``steps_per_epoch`` and ``rank_batch`` do.
+        UsageError: as ``rank_batch`` does.
     """
     steps, size, local = steps_per_epoch(samples, batch, pad), rank_batch(batch, world), world // nodes
     positions = np.arange(steps * batch, dtype=np.int64).reshape(nodes, steps, local, size)

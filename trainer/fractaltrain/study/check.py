@@ -14,19 +14,21 @@ _CLASSES = 2  # any number: only the classifier depends on it
 
 
 def check_datasets(study: Study, file: Path) -> None:
-    """Look for all datasets on this machine.
+    """Look for all datasets of shards on this machine.
 
     Raises:
         FractalError: naming the first that is missing, and the command that makes it.
     """
-    for row in study.rows:
-        location = parse_location(row.shards)
-        if location.scheme == "file":
+    shards = study.shards()
+    rows = ((f"pretraining.{row.name}", row.shards, row.build) for row in study.rows)
+    targets = ((f"finetuning.{target.name}", shards.get(target.data), None) for target in study.targets)
+    for table, place, build in (*rows, *targets):
+        if place and (location := parse_location(place)).scheme == "file":
             try:
                 find_manifest(Path(location.root))
             except FractalError as error:
-                advice = f"{row.shards}: no finished dataset; run {row.build}" if row.build else str(error)
-                raise FractalError(f"{file}: [pretraining.{row.name}] {advice}") from error
+                advice = f"{place}: no finished dataset; run {build}" if build else str(error)
+                raise FractalError(f"{file}: [{table}] {advice}") from error
 
 
 def check_models(groups: Sequence[Group], image_size: int, file: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fractalshards.errors import UsageError
 from fractalshards.overrides import nearest, show_value
-from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES
+from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, is_data
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change
 from fractaltrain.study.table import Table
@@ -74,6 +74,11 @@ class Study:
     targets: tuple[Target, ...]
     scratch: Figures | None
     eval_every: int = 1
+
+    def shards(self) -> dict[str, str]:
+        """All datasets of shards, by the name that ``--data`` has for them: their folders and URLs."""
+        names = (*(SHARDS_PREFIX + row.shards for row in self.rows), *(target.data for target in self.targets))
+        return {name: name.removeprefix(SHARDS_PREFIX) for name in names if name.startswith(SHARDS_PREFIX)}
 
 
 def read_study(path: Path) -> Study:
@@ -143,8 +148,9 @@ def _row(rows: Table, name: str, models: tuple[str, ...]) -> Row:
 def _target(targets: Table, name: str) -> Target:
     table = targets.inner(name, ("data", "per_class", "subset_seeds", *_FIGURES))
     data = table.text("data") or name
-    if data not in NAMES and not data.startswith((FOLDER_PREFIX, "shards:")):
-        raise table.error(f"data is {data!r}{nearest(data, (*NAMES, FOLDER_PREFIX + 'PATH', 'shards:PATH'))}")
+    if not is_data(data):
+        known = (*NAMES, f"{FOLDER_PREFIX}PATH", f"{SHARDS_PREFIX}PATH")
+        raise table.error(f"data is {data!r}{nearest(data, known)}")
     few = table.counts("per_class", 1)
     if "subset_seeds" in table and not few:
         raise table.error("subset_seeds goes with per_class only")

@@ -9,7 +9,6 @@ from fractalshards.errors import FractalError
 from fractalshards.foreign import is_foreign, load_foreign
 from fractalshards.manifest import load_manifest
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.finetuning import SHARDS_PREFIX
 from fractaltrain.run_folder import RESULT, RUN, read_metrics, read_settings
 from fractaltrain.study.config import Study
 from fractaltrain.study.plan import Group, Step
@@ -74,12 +73,8 @@ def step_cost(step: Step, sizes: Mapping[str, Size], speeds: Mapping[str, float]
 
 def find_sizes(study: Study) -> dict[str, Size]:
     """Sizes of all training sets that are known or lie finished on this machine, by the name that steps use."""
-    sources = {row.shards for row in study.rows} | {target.data for target in study.targets}
-    sizes = dict(KNOWN)
-    for source in sources - sizes.keys():
-        if size := _size_of(source.removeprefix(SHARDS_PREFIX)):
-            sizes[source] = size
-    return sizes
+    found = {source: _size_of(place) for source, place in study.shards().items()}
+    return KNOWN | {source: size for source, size in found.items() if size}
 
 
 def find_speeds(groups: Sequence[Group], folder: Path, image_size: int) -> dict[str, float]:
@@ -98,10 +93,10 @@ def find_speeds(groups: Sequence[Group], folder: Path, image_size: int) -> dict[
     return {model: median(speeds) for model, speeds in found.items() if speeds}
 
 
-def _size_of(source: str) -> Size | None:
+def _size_of(place: str) -> Size | None:
     """Of a dataset of shards on this machine."""
     try:
-        location = parse_location(source)
+        location = parse_location(place)
         if location.scheme != "file":
             return None
         folder = Path(location.root)

@@ -8,7 +8,6 @@ from fractalshards.errors import FractalError
 from fractalshards.foreign import is_foreign
 from fractalshards.manifest import load_manifest
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.finetuning import SHARDS_PREFIX
 from fractaltrain.run_folder import RUN, read_settings
 from fractaltrain.study.config import Study
 
@@ -16,9 +15,9 @@ from fractaltrain.study.config import Study
 def find_digests(study: Study) -> dict[str, str]:
     """Content digests of all datasets of ours that lie finished on this machine, by the name that steps use."""
     digests = {}
-    for source in (*(row.shards for row in study.rows), *(target.data for target in study.targets)):
+    for source, place in study.shards().items():
         try:
-            location = parse_location(source.removeprefix(SHARDS_PREFIX))
+            location = parse_location(place)
             if location.scheme == "file" and not is_foreign(Path(location.root)):
                 digests[source] = load_manifest(Path(location.root)).content_digest()
         except (FractalError, OSError):

@@ -6,8 +6,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fractalshards.errors import UsageError
+from fractaltrain.data.finetuning import SHARDS_PREFIX
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
-from fractaltrain.recipes.recipe import change
+from fractaltrain.recipes.recipe import Recipe, change
 from fractaltrain.settings import dataset_name
 from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Target
 
@@ -16,7 +18,7 @@ from fractaltrain.study.config import SCRATCH, Figures, Model, Row, Study, Targe
 class Step:
     """One run: ``arguments`` of ``fractaltrain``, and the run's folder inside the study's.
 
-    ``settings`` is what its ``run.json`` must say, JSON-like. ``source`` is what it trains on, as the file says.
+    ``settings`` is what its ``run.json`` must say, JSON-like. ``source`` is what it trains on, as ``--data`` has it.
     ``start`` is the run of the pre-training that it starts from, if any. ``target`` is None for a pre-training.
     """
 
@@ -77,9 +79,15 @@ def _group(
         asked = Figures("anderson").then(model.pretraining).then(row.figures)
         what = ("pt", "--shards", row.shards, "--model", model.name)
         arguments = (*what, *_options(asked), *common, "--out", str(out / run))
-        settings = {"task": "pt", **known, **_recipe(asked, "pt"), "dataset": dataset_name(row.shards)}
-        settings |= _digest("dataset_digest", row.shards, digests)
-        pretraining = Step(run, arguments, name, model.name, seed, settings, row.shards)
+        settings = {
+            "task": "pt",
+            **known,
+            **_recipe(run, asked, PRETRAINING, BY_KIND),
+            "dataset": dataset_name(row.shards),
+        }
+        source = SHARDS_PREFIX + row.shards
+        settings |= _digest("dataset_digest", source, digests)
+        pretraining = Step(run, arguments, name, model.name, seed, settings, source)
         start, default, own = ("--weights", str(out / run)), "anderson", row.finetuning
     steps = []
     for target, per_class, subset_seed in _subsets(study.targets):
@@ -89,7 +97,7 @@ def _group(
         asked = Figures(default).then(model.finetuning).then(target.figures).then(own)
         task = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
         arguments = (*task, *_options(asked), *common, "--out", str(out / run))
-        settings = {"task": "ft", **known, **_recipe(asked, "ft"), "data": target.data}
+        settings = {"task": "ft", **known, **_recipe(run, asked, FINETUNING, {}), "data": target.data}
         settings |= {"per_class": per_class, "subset_seed": subset_seed}
         settings |= _digest("data_digest", target.data, digests)
         first = pretraining.run if pretraining else None
@@ -117,10 +125,18 @@ def _options(figures: Figures) -> tuple[str, ...]:
     return tuple(options)
 
 
-def _recipe(figures: Figures, task: str) -> dict[str, Any]:
-    """The figures that a run must have; those that follow the kind of its dataset only where the study sets them."""
-    recipes = PRETRAINING if task == "pt" else FINETUNING
+def _recipe(
+    run: str, figures: Figures, recipes: Mapping[str, Recipe], by_kind: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """The figures that a run must have; those that follow the kind of its dataset only where the study sets them.
+
+    Raises:
+        UsageError: if figures from several tables do not go together.
+    """
     name, changes = figures.recipe or "anderson", dict(figures.changes)
-    by_kind = {figure for own in BY_KIND.get(name, {}).values() for figure in own} if task == "pt" else set()
-    recipe = asdict(change(recipes[name], changes))
-    return {"recipe": {figure: recipe[figure] for figure in recipe if figure not in by_kind - changes.keys()}}
+    try:
+        recipe = asdict(change(recipes[name], changes))
+    except UsageError as error:
+        raise UsageError(f"{run}, recipe {name}: {error}") from error
+    following = {figure for own in by_kind.get(name, {}).values() for figure in own}
+    return {"recipe": {figure: recipe[figure] for figure in recipe if figure not in following - changes.keys()}}

@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
+from fractalshards.signals import handling
 from fractalshards.workers import end_with_parent
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
 
@@ -100,13 +101,11 @@ def step_processes(threads: int | None = None) -> Iterator[Processes]:
     """
     processes = Processes()
     _start_server(threads)
-    before = {number: signal.signal(number, processes.pass_on) for number in SIGNALS}
-    try:
-        yield processes
-    finally:
-        processes.end()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(processes.pass_on, *SIGNALS):
+        try:
+            yield processes
+        finally:
+            processes.end()
 
 
 def _start_server(threads: int | None) -> None:

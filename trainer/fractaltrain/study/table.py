@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fractalshards.errors import UsageError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.names import check_plain
 from fractalshards.overrides import nearest
 
@@ -24,7 +24,7 @@ class Table:
         self._data = data
         for key in data:
             if known is None:
-                check_plain(key, f"{file}: [{name}]")
+                self._check_name(key)
             elif key not in known:
                 raise self.error(f"has no field {key!r}{nearest(key, known)}")
 
@@ -80,6 +80,12 @@ class Table:
     def plain(self) -> dict[str, Any]:
         """All fields as they are."""
         return dict(self._data)
+
+    def _check_name(self, key: str) -> None:
+        try:
+            check_plain(key, self._name)
+        except FractalError as error:
+            raise self.error(f"{key!r} cannot be part of a file's name; choose letters, digits, -, _ and .") from error
 
     def _count(self, key: str, value: object, least: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
