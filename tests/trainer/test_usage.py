@@ -8,6 +8,7 @@ from typing import Any
 import click
 import pytest
 
+from fractalshards.console import PATH
 from fractaltrain import cli
 from fractaltrain import launch as launch_module
 from fractaltrain.settings import Caching
@@ -118,3 +119,13 @@ def test_a_study_passes_its_options_on(tmp_path, monkeypatch):
     arguments = groups[0].finetunings[0].arguments
     assert arguments[arguments.index("--data-dir") + 1] == "archives"
     assert arguments[arguments.index("--out") + 1].startswith(f"{out}/ft/")
+
+
+def test_every_path_refuses_empty_text(fractaltrain):
+    parameters = [parameter for command in cli.main.commands.values() for parameter in command.params]
+    paths = [parameter.type for parameter in parameters if isinstance(parameter.type, click.Path)]
+    assert len(paths) > 10
+    assert all(kind is PATH or kind.exists for kind in paths)
+    refused = fractaltrain("export", "run", "--out", "")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "is empty; give a path" in refused.err

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.console import Commands, quiet_option
+from fractalshards.console import PATH, Commands, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
@@ -72,7 +72,7 @@ def _running_options(command: _Command) -> _Command:
         click.option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
         click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
         click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
-        click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/...]"),
+        click.option("--out", type=PATH, help="The run's folder.  [default: runs/...]"),
         click.option("--nproc", type=click.IntRange(1), metavar="N",
                      help="Training processes.  [default: one per GPU, or 1]"),
         click.option("--workers", type=click.IntRange(0), metavar="W",
@@ -123,7 +123,7 @@ def _running_options(command: _Command) -> _Command:
 @click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Shards shuffled together.")
 @click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Keep shards of a URL below this folder of the machine.  [default: $TMPDIR or ~/.cache]",
 )
@@ -183,7 +183,7 @@ def _data_options(command: _Command) -> _Command:
     command = click.option("--data", required=True, callback=_check_data, metavar="DATA",
                            help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or "
                            "shards:PATH, with a held-out split.")(command)  # fmt: skip
-    return click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+    return click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
                         help="Where CIFAR's archives are, or go.")(command)  # fmt: skip
 
 
@@ -296,9 +296,9 @@ def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Runn
 
 
 @main.command("eval")
-@click.option("--weights", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Folder of a run.")
+@click.option("--weights", required=True, type=PATH, metavar="RUN", help="Folder of a run.")
 @_data_options
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--out", type=PATH, metavar="DIR",
               help="Where the report goes.  [default: eval-DATA in the run's folder]")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
               help="Images at a time; it changes nothing but memory and speed.")  # fmt: skip
@@ -318,8 +318,8 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_s
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file.")
+@click.argument("run", type=PATH)
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="A .safetensors file.")
 def export(run: Path, out: Path) -> None:
     """Write the weights of a run as a file that timm.create_model loads.
 
@@ -333,13 +333,13 @@ def export(run: Path, out: Path) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
-@click.option("--out", type=click.Path(path_type=Path), help="The study's folder.  [default: runs/NAME]")
+@click.argument("file", type=PATH, metavar="STUDY.toml")
+@click.option("--out", type=PATH, help="The study's folder.  [default: runs/NAME]")
 @click.option("--dry-run", is_flag=True, help="Show all steps, their cost and command lines; run none.")
 @click.option(
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
 )
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
+@click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
               help="Where CIFAR's archives are, or go.")  # fmt: skip
 @click.option(
     "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.  [default: one per GPU, or 1]"
@@ -375,7 +375,7 @@ def study(
 
 @main.command()
 @click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the tables.")
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="Folder of the tables.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Compare fine-tuning runs, or folders of them: table.csv, table.md and figure.png, mean and spread over seeds.
 
