@@ -122,7 +122,7 @@ def build(
         promise = read_portable(recipe_file)
         recipe, given = parse_recipe(promise.recipe, str(recipe_file)), promise.systems
     elif kind is None or n is None:
-        raise UsageError("say what to build: --kind and --n, or --recipe")
+        raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n, or --recipe")
     else:
         given = _read_given(kind, classes, categories, from_csv)
         recipe = make_recipe(

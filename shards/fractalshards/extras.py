@@ -20,7 +20,9 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise _missing(what, str(error.name), f"pip install '.[{extra}]' in a clone of the project") from error
+        raise _missing(
+            what, str(error.name).partition(".")[0], f"pip install '.[{extra}]' in a clone of the project"
+        ) from error
 
 
 @contextmanager

@@ -206,6 +206,8 @@ def find_manifest(folder: Path) -> Path:
         FractalError: if folder or manifest is missing.
     """
     path = folder / INFO
+    if folder.is_file():
+        raise FractalError(f"{folder}: a file; give the folder of a dataset, in which its {INFO} lies")
     if not folder.is_dir():
         raise FractalError(
             f"{folder}: no such folder; fix the path, or build a dataset there with "

@@ -69,6 +69,12 @@ def test_studies_can_be_read_and_their_datasets_be_made(file: Path) -> None:
         assert shards in words + default
 
 
+def test_the_example_of_a_study_is_one(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
+    (tmp_path / "example.toml").write_text(example)
+    test_studies_can_be_read_and_their_datasets_be_made(tmp_path / "example.toml")
+
+
 def test_every_parameter_of_every_kind_is_explained() -> None:
     page = (ROOT / "docs" / "kinds.md").read_text()
     for kind in KINDS.values():

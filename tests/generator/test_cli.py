@@ -275,3 +275,10 @@ def test_kinds_lists_every_parameter_with_default_and_range() -> None:
     rows = [line.split() for line in result.stdout.splitlines()]
     for row in (["jitter", "0.8,1.1", "0.0", "to", "10.0"], ["objects", "1,5", "1", "to", "255"]):
         assert row in [found[:5] for found in rows]
+
+
+@pytest.mark.parametrize(("given", "missing"), [(("--kind", "single"), "--n"), (("--n", 20), "--kind")])
+def test_a_build_names_the_option_that_is_missing(given, missing):
+    result = run("build", *given)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {missing} is missing; give --kind and --n, or --recipe\n"

@@ -19,7 +19,7 @@ def test_help_does_not_wait_for_torch(tmp_path):
     assert python(code, tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["pt", "--shards", "s3://x/y"], ["ft", "--weights", "none", "--data", "digits"]])
+@pytest.mark.parametrize("arguments", [["pt", "--shards", "x"], ["ft", "--weights", "none", "--data", "digits"]])
 def test_without_torch_the_extra_is_named(tmp_path, arguments):
     done = python(NO_TORCH.format(arguments=arguments), tmp_path)
     assert done.returncode == 1
@@ -38,6 +38,7 @@ def test_without_torch_the_extra_is_named(tmp_path, arguments):
         ("pt --shards x --batch-size many", "batch_size=many: expected an integer"),
         ("pt --shards x --epochs 0", "epochs is 0, but must be at least 1"),
         ("pt --shards x --nproc 0", "--nproc"),
+        ("pt --shards x --workers 999", "999 is not in the range 0<=x<=128"),
         ("pt --shards x --nproc 3", "3 processes cannot share a batch of 64 equally; choose --batch-size 63"),
         (
             "ft --weights none --data digits --nproc 2 --accumulate 3",
@@ -69,6 +70,7 @@ def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
     ("arguments", "code", "message"),
     [
         ("pt --shards nowhere", 1, "nowhere: no such folder; fix the path, or build a dataset there"),
+        ("pt --shards DATASET/_info.json", 1, "_info.json: a file; give the folder of a dataset"),
         ("pt --shards DATASET --model resnet51", 2, "no model 'resnet51'; did you mean resnet5"),
         ("pt --shards DATASET --model test_resnet --batch-size 51", 2, "larger than the 50 training samples"),
         ("pt --shards DATASET --model test_resnet --batch-size 5 --amp fp16", 2, "--amp fp16 needs a GPU"),

@@ -337,9 +337,11 @@ def test_a_dataset_that_is_missing_is_found_before_anything_runs(fractaltrain, t
     (tmp_path / "s.toml").write_text(
         STUDY.replace("shards/small", str(tmp_path / "none")).replace("epochs = 3", 'build = "make it"')
     )
+    advice = f"[pretraining.small] {tmp_path / 'none'}: no finished dataset; run make it\n"
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out")
-    assert outcome.code == 1
-    assert f"[pretraining.small] {tmp_path / 'none'}: no finished dataset; run make it" in outcome.err
+    assert (outcome.code, outcome.err) == (1, f"error: {tmp_path / 's.toml'}: {advice}")
+    outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out", "--dry-run")
+    assert (outcome.code, outcome.err) == (0, f"note: {advice}")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.console import PATH, Commands, quiet_option
+from fractalshards.console import PATH, Commands, note, quiet_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
@@ -37,7 +38,7 @@ from fractaltrain.settings import (
     finetuning_folder,
     pretraining_folder,
 )
-from fractaltrain.study.check import check_datasets, check_models
+from fractaltrain.study.check import check_datasets, check_models, missing_datasets
 from fractaltrain.study.config import read_study
 from fractaltrain.study.cost import find_sizes, find_speeds
 from fractaltrain.study.forecast import describe
@@ -75,7 +76,7 @@ def _running_options(command: _Command) -> _Command:
         click.option("--out", type=PATH, help="The run's folder.  [default: runs/...]"),
         click.option("--nproc", type=click.IntRange(1), metavar="N",
                      help="Training processes.  [default: one per GPU, or 1]"),
-        click.option("--workers", type=click.IntRange(0), metavar="W",
+        click.option("--workers", type=click.IntRange(0, 128), metavar="W",
                      help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
                      help="Seed of everything random."),
@@ -151,6 +152,7 @@ def pt(
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
     figures = _resolve(PRETRAINING[recipe], options)
+    _check_install()
     _check_batch(figures, nproc, options)
     caching = _caching(shards, cache_dir, cache_size)
     if caching is None:
@@ -233,6 +235,7 @@ def ft(
     if start is None and freeze is not None:
         raise UsageError("--freeze goes with weights that were trained; --weights none has none")
     figures = _resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
+    _check_install()
     _check_batch(figures, nproc, options)
     if isinstance(start, Path):
         trained_model(start)
@@ -267,6 +270,13 @@ def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
     changes |= {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
     recipe = change(published, changes)
     return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
+
+
+def _check_install() -> None:
+    """Refuse what cannot train before anything else, but without importing PyTorch, which takes seconds."""
+    with needs_extra("train", "training"):
+        if find_spec("torch") is None:
+            raise ModuleNotFoundError(name="torch")
 
 
 def _check_batch(recipe: Recipe, nproc: int | None, options: dict[str, Any]) -> None:
@@ -363,6 +373,8 @@ def study(
     if dry_run:
         for line in describe(mine, folder, find_sizes(asked), find_speeds(groups, folder, asked.image_size)):
             click.echo(line)
+        for problem in missing_datasets(asked):
+            note(f"note: {problem}")
         return
     check_datasets(asked, file)
     write_record(asked, groups, folder)

@@ -1,6 +1,6 @@
 """What can be known to go wrong in a study before anything runs: missing datasets, and models that cannot be built."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fractalshards.errors import FractalError, UsageError
@@ -19,6 +19,12 @@ def check_datasets(study: Study, file: Path) -> None:
     Raises:
         FractalError: naming the first that is missing, and the command that makes it.
     """
+    for problem in missing_datasets(study):
+        raise FractalError(f"{file}: {problem}")
+
+
+def missing_datasets(study: Study) -> Iterator[str]:
+    """Of each dataset of shards that is not on this machine, though it should be: its table, and what to do."""
     shards = study.shards()
     rows = ((f"pretraining.{row.name}", row.shards, row.build) for row in study.rows)
     targets = ((f"finetuning.{target.name}", shards.get(target.data), None) for target in study.targets)
@@ -28,7 +34,7 @@ def check_datasets(study: Study, file: Path) -> None:
                 find_manifest(Path(location.root))
             except FractalError as error:
                 advice = f"{place}: no finished dataset; run {build}" if build else str(error)
-                raise FractalError(f"{file}: [{table}] {advice}") from error
+                yield f"[{table}] {advice}"
 
 
 def check_models(groups: Sequence[Group], image_size: int, file: Path) -> None:
