@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fractaltrain import evaluate_run
 from fractaltrain.confusion import draw_confusion
 from fractaltrain.tally import Tally
 
@@ -85,3 +86,18 @@ def test_pictures_of_few_and_many_classes(tmp_path, classes):
     draw_confusion(tmp_path / "x.png", tally.confusion(), classes, names, "run $x$")
     with Image.open(tmp_path / "x.png") as picture:
         assert 400 < min(picture.size) < 2500
+
+
+def test_of_many_classes_only_the_ends_of_the_list_are_printed(tmp_path, capsys):
+    """Class k of 120 has 120 images, k of them guessed right."""
+    labels = np.repeat(np.arange(120), 120)
+    right = np.tile(np.arange(120), 120) < labels
+    first = np.where(right, labels, (labels + 1) % 120)
+    guesses = np.stack([(first + shift) % 120 for shift in range(5)], axis=1)
+    evaluate_run._print(Tally(120, labels, guesses, loss_sum=1.0), (), tmp_path)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    worst, best = lines.index("the worst ten"), lines.index("the best ten")
+    shown = [int(line.split()[0]) for line in lines[worst + 2 : best]]
+    assert shown == list(range(10))
+    assert [int(line.split()[0]) for line in lines[best + 2 : best + 12]] == list(range(119, 109, -1))
+    assert f"all 120 classes: {tmp_path / 'eval.json'}" in lines

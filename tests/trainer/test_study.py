@@ -35,6 +35,7 @@ epochs = 3
 per_class = [5, 10]
 subset_seeds = [0, 1, 2]
 """
+DIGITS = STUDY[STUDY.index("[finetuning.digits]") :]
 
 
 def planned(folder, text=STUDY):
@@ -126,6 +127,7 @@ def test_random_weights_of_a_model_may_be_trained_otherwise(tmp_path):
         ("image_size = 16", "", "needs image_size"),
         ("[models.test_resnet]", "", r"needs a table \[models.NAME\]"),
         ("[study]", "[study", "not valid TOML"),
+        (DIGITS, "", r"needs a table \[finetuning.NAME\]"),
     ],
 )
 def test_what_is_wrong_in_a_file(tmp_path, old, new, words):
