@@ -25,7 +25,7 @@ from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.repair import repair_dataset
 from fractalgen.search import search_categories
 from fractalshards.atomic import write_bytes
-from fractalshards.console import PATH, Commands, continuable, note, progress, quiet_option, workers_option
+from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
@@ -154,7 +154,7 @@ def build(
             "pixels; install the version of fractalpretrain that made it, and say so to its authors"
         )
     click.echo(manifest.summary())
-    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(folder))}")
+    next_step(f"fractaltrain pt --shards {shlex.quote(str(folder))}")
 
 
 @main.command()
@@ -291,7 +291,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
         note(f"tried {found[-1].candidate:,} candidates")
     write_categories(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
-    click.echo(f"next: fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
+    next_step(f"fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
 
 
 def _refuse_beside_recipe(context: click.Context) -> None:

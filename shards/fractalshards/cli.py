@@ -12,7 +12,17 @@ from rich.text import Text
 
 from fractalshards.atomic import write_bytes
 from fractalshards.comparing.compare import compare_datasets
-from fractalshards.console import PATH, Commands, continuable, note, notice, progress, quiet_option, workers_option
+from fractalshards.console import (
+    PATH,
+    Commands,
+    continuable,
+    next_step,
+    note,
+    notice,
+    progress,
+    quiet_option,
+    workers_option,
+)
 from fractalshards.dali import write_dali_indices
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
@@ -284,7 +294,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     with continuable(out):
         run_pack(plan, workers)
     click.echo(one_line(load_manifest(out).summary()))
-    click.echo(f"next: fractaltrain pt --shards {shlex.quote(str(out))}")
+    next_step(f"fractaltrain pt --shards {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

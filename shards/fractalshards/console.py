@@ -234,6 +234,12 @@ def note(text: str) -> None:
         click.echo(one_line(text), err=True)
 
 
+def next_step(command: str) -> None:
+    """Name the command that usually comes next; it is no result, so quiet commands do not."""
+    if not is_quiet():
+        click.echo(f"next: {command}")
+
+
 def is_quiet() -> bool:
     """Whether the command was called with ``--quiet``."""
     context = click.get_current_context(silent=True)
