@@ -281,7 +281,7 @@ def test_without_scipy_the_extra_is_named(archives: Path, tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     result = pack(archives, tmp_path / "out")
     assert result.exit_code == 1
-    assert "needs scipy.io, which is not installed; run pip install '.[imagenet]'" in result.stderr
+    assert "needs scipy, which is not installed; run pip install '.[imagenet]'" in result.stderr
 
 
 def test_an_archive_is_listed_without_reading_its_images(archives: Path, tmp_path: Path) -> None:
