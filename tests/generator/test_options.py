@@ -85,7 +85,9 @@ def test_search_looks_for_what_was_asked_for_and_can_be_quiet(
     assert loud.exit_code == 0, loud.output
     assert "searching: 2 / 2" in loud.stderr
     quiet = run(*arguments, "--quiet", "--out", tmp_path / "found.npz")
-    assert (quiet.stdout, quiet.stderr) == (loud.stdout, "")
+    result, advice = loud.stdout.splitlines()
+    assert advice.startswith("next: fractalgen build ")
+    assert (quiet.stdout, quiet.stderr) == (f"{result}\n", "")
     assert searches == [[2, 7, 0.1, 3]] * 2
 
 
