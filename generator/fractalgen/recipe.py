@@ -63,7 +63,7 @@ class Recipe:
         _require(1 <= self.classes <= MAX_CLASSES, f"classes is {self.classes}: ask for 1 to {MAX_CLASSES:,} classes")
         _require(
             self.n >= self.classes or kind.label_type == "multi",
-            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
+            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes (--classes)",
         )
         self._check_units(kind)
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")

@@ -104,9 +104,11 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
     Example: fractalshards sheet shards/single --out single.png
     """
     picture_format(out)
-    image = contact_sheet(sample_rows(load_manifest(folder), split, classes, per_class, tile), tile)
+    manifest = load_manifest(folder)
+    rows = sample_rows(manifest, split, classes, per_class, tile)
+    image = contact_sheet(rows, tile)
     save_picture(image, out)
-    click.echo(f"{out}: {image.width} x {image.height} pixels")
+    click.echo(f"{out}: {image.width} x {image.height} pixels, {len(rows):,} of {manifest.classes:,} classes")
 
 
 @main.command()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_CLOSE = 0.55  # of 1: so much alike, as difflib counts, is a name that was mistyped or cut off
 _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -52,9 +53,17 @@ def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] =
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """Words for the end of an error: the name that was probably meant, and all there are."""
-    close = get_close_matches(name, names, 1, cutoff=0.55)
-    return (f", did you mean {close[0]!r}?" if close else "") + f" (there is {', '.join(names)})"
+    """Words for the end of an error: the names that were probably meant, or all there are."""
+    alike = {known: max(_likeness(name, known), _likeness(name, known[: len(name)])) for known in names}
+    best = max(alike.values(), default=0.0)
+    if best < _CLOSE:
+        return f" (there is {', '.join(names)})"
+    meant = [known for known in names if alike[known] == best]
+    return f", did you mean {' or '.join(map(repr, meant))}?"
+
+
+def _likeness(one: str, other: str) -> float:
+    return SequenceMatcher(a=other, b=one).ratio()
 
 
 def _parse(text: str, kind: Any, name: str) -> Any:

@@ -93,6 +93,8 @@ def test_a_sheet_has_the_rows_columns_tiles_and_split_that_were_asked_for(packed
     def sheet(*options: object) -> np.ndarray:
         result = run("sheet", packed, "--out", tmp_path / "sheet.png", *options)
         assert result.exit_code == 0, result.output
+        classes = options[options.index("--classes") + 1]
+        assert result.output.endswith(f" pixels, {classes} of 3 classes\n")
         with Image.open(tmp_path / "sheet.png") as picture:
             return np.asarray(picture)
 

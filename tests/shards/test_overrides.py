@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from fractalshards.errors import UsageError
-from fractalshards.overrides import override, parse_settings
+from fractalshards.overrides import nearest, override, parse_settings
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,19 @@ def test_every_type_is_read(text: str, value: object) -> None:
         ("pair=1,2,3", "expected one value, or 2"),
         ("decay=x", "expected a number"),
         ("conut=3", "did you mean 'count'"),
+        ("xyz=3", r"unknown parameter 'xyz' \(there is count, rate, "),
         ("name=x", "unknown parameter 'name'"),
     ],
 )
 def test_what_does_not_fit_is_refused(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         override(Record(), parse_settings([text]), fixed=("name",))
+
+
+def test_names_that_begin_like_a_mistyped_one_are_suggested() -> None:
+    assert nearest("blurr", ["lr", "blur_sigma", "blur_probability"]) == (
+        ", did you mean 'blur_sigma' or 'blur_probability'?"
+    )
 
 
 def test_the_last_of_two_settings_counts() -> None:

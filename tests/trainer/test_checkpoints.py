@@ -147,7 +147,8 @@ def test_signal_saves_after_the_step_and_the_curve_is_the_same(tiny_run, tmp_pat
         train(job(folder), ALONE)
     assert error.value.code == 75
     assert signal.getsignal(number) == before
-    assert capfd.readouterr().out.splitlines()[-1] == f"{folder}: saved at epoch 2, step {step}"
+    newest = list_checkpoints(folder)[-1].name
+    assert capfd.readouterr().out.splitlines()[-1] == f"{folder}: saved at epoch 2, step {step}, as {newest}"
     monkeypatch.undo()
     train(job(folder, resume="must"), ALONE)
     assert lines(folder) == lines(tiny_run)

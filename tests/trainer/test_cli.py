@@ -110,6 +110,9 @@ def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
     assert settings["recipe"] | {"epochs": 2, "batch_size": 25, "lr": 0.1} == settings["recipe"]
     assert (settings["model"], settings["classes"], settings["image_size"]) == ("test_resnet", 5, 16)
     assert json.loads((run / "result.json").read_text())["samples"] == 13  # the val split
+    result = done.out.splitlines()[-2:]
+    again = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2)
+    assert (again.code, again.out.splitlines()) == (0, [f"{run}: was finished already", *result])
 
     digits = ("--data", "digits", "--per-class", 3, "--batch-size", 25, "--epochs", 1)
     done = fractaltrain("ft", "--weights", run, *digits)

@@ -63,11 +63,13 @@ def test_means_and_spread_by_hand():
     assert Score.of([0.25]) == Score(1, 25, None)
 
 
-def test_loose_runs(tmp_path):
+def test_loose_runs(fractaltrain, tmp_path):
     for row, model, shares in (("small", "a", (0.5, 0.7)), ("scratch", "a", (0.25,)), ("scratch", "b", (0.2, 0.2))):
         for seed, share in enumerate(shares):
             loose(tmp_path, row, model, seed, share)
-    table = write_comparison([tmp_path], tmp_path / "out")
+    told = fractaltrain("compare", tmp_path, "--out", tmp_path / "out")
+    table = told.out.removesuffix("\n")
+    assert (told.code, told.err) == (0, f"{tmp_path / 'out'}: table.csv, table.md, figure.png\n")
     assert "| data | model | scratch | small |" in table
     assert "| digits | a | 25.0 (1) | 60.0 ± 14.1 (2) |" in table
     assert "| digits | b | 20.0 ± 0.0 (2) | missing |" in table
@@ -83,7 +85,7 @@ def test_planned_cells_in_the_order_of_the_file(tmp_path, groups):
                 "single", "digits", True,
             ):  # fmt: skip
                 finish(tmp_path / step.run, step.settings, 0.5 + step.seed / 10)
-    table = write_comparison([tmp_path], tmp_path)
+    table = write_comparison(gather([tmp_path]), tmp_path)
     assert table.splitlines()[:8] == [
         "| data | model | scratch | single | fractaldb |",
         "|---|---|---:|---:|---:|",

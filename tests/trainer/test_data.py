@@ -166,6 +166,7 @@ def test_image_folders_that_do_not_fit(tmp_path, folders, message):
 
 def test_empty_image_folder(tmp_path):
     (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
     with pytest.raises(FractalError, match=r"train: Couldn't find any class folder.*images belong into"):
         open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
     (tmp_path / "train" / "ant").mkdir()

@@ -75,6 +75,12 @@ def test_other_threads_train_without_handling_signals():
     assert seen == [0]
 
 
+def test_ctrl_c_says_what_becomes_of_the_run():
+    with pytest.raises(StoppedError, match="SIGINT, which saves nothing; the same command") as caught, signals_raise():
+        signal.raise_signal(signal.SIGINT)
+    assert caught.value.code == 130
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_signal_inside_a_finalizer_ends_the_run_before_its_first_step():
     """Python drops what a handler raises there."""

@@ -39,7 +39,7 @@ def test_one_rank_is_signalled_and_all_stop_at_the_same_step(world, dataset, tmp
     stopped = world(2, *arguments, "--workers", 1, signals=[[1, 1, 4, number]], agent=False)
     assert stopped.codes == [75, 75]
     assert stopped.said() == f"error: stopped by {number.name}; run the same command to continue\n"
-    assert stopped.out[0].endswith(f"{out}: saved at epoch 2, step 4\n")
+    assert stopped.out[0].endswith(f"{out}: saved at epoch 2, step 4, as checkpoint-0001-0000004.pt\n")
     assert stopped.out[1] == ""
     assert list_checkpoints(out)[-1].name == "checkpoint-0001-0000004.pt"
     continued = world(2, *arguments, "--resume", "must")

@@ -12,6 +12,7 @@ import pytest
 from fractalshards.console import as_quiet_as
 from fractalshards.errors import UsageError
 from fractalshards.slices import Slice
+from fractaltrain.comparison.collect import gather
 from fractaltrain.data.finetuning import DataChoice, open_data
 from fractaltrain.run_folder import append_metrics
 from fractaltrain.study import run
@@ -163,18 +164,20 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_of_other_settings_is_neither_used_nor_run_again(tmp_path, monkeypatch, capsys):
-    _, groups = planned(tmp_path)
+    study, groups = planned(tmp_path)
     for step in (step for group in groups for step in group.steps()):
         finish(tmp_path / step.run, step.settings)
-    assert run.any_finished(groups, tmp_path)
-    _, changed = planned(tmp_path, STUDY.replace("epochs = 3", "epochs = 4").replace("[scratch]", ""))
+    write_record(study, groups, tmp_path)
+    assert gather([tmp_path]).runs
+    study, changed = planned(tmp_path, STUDY.replace("epochs = 3", "epochs = 4").replace("[scratch]", ""))
     runner = Runner(tmp_path, changed)
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(runner))
     missing = run.run_groups(changed, tmp_path, nproc=None)
     assert missing == [step.run for group in changed for step in group.steps()]
     assert runner.ran == []
     assert "holds a run with recipe.epochs 3, not 4; remove it, or choose another --out" in capsys.readouterr().err
-    assert not run.any_finished(changed, tmp_path)
+    write_record(study, changed, tmp_path)
+    assert not gather([tmp_path]).runs
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])
@@ -347,8 +350,9 @@ def test_a_dataset_that_is_missing_is_found_before_anything_runs(fractaltrain, t
     assert not (tmp_path / "out").exists()
 
 
-def test_fine_tuning_shards_that_are_missing_are_found_before_anything_runs(fractaltrain, tmp_path, dataset):
-    own = f'[finetuning.own]\ndata = "shards:{tmp_path}/none"\n'
+@pytest.mark.parametrize("prefix", ["shards", "imagefolder"])
+def test_fine_tuning_images_that_are_missing_are_found_before_anything_runs(fractaltrain, tmp_path, dataset, prefix):
+    own = f'[finetuning.own]\ndata = "{prefix}:{tmp_path}/none"\n'
     (tmp_path / "s.toml").write_text(STUDY.replace("shards/small", str(dataset)) + own)
     outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out")
     assert outcome.code == 1

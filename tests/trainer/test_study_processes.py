@@ -75,9 +75,10 @@ per_class = [25]
     )  # fmt: skip
     assert not list(out.rglob("result.json"))
     done = fractaltrain(*arguments)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, f"{out}: table.csv, table.md, figure.png\n")
     assert "| digits, 25 per class | test_resnet |" in done.out
     assert {path.name for path in out.iterdir()} == {"pt", "ft", "study.json", "table.csv", "table.md", "figure.png"}
     again = fractaltrain(*arguments)
     assert again.code == 0
     assert "$ fractaltrain" not in again.out
+    assert again.err == f"{out}: done already: 2 of 2 steps\n{out}: table.csv, table.md, figure.png\n"

@@ -8,9 +8,11 @@ from typing import Any
 import click
 import pytest
 
+from fractalshards.atomic import write_json
 from fractalshards.console import PATH
 from fractaltrain import cli
 from fractaltrain import launch as launch_module
+from fractaltrain.run_folder import RUN
 from fractaltrain.settings import Caching
 
 RUNNING = [
@@ -71,8 +73,12 @@ COMMANDS = {"pt": (PT, PRETRAINING), "ft": (FT, FINETUNING), "eval": (EVAL, EVAL
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Any, int | None]]:
-    """What a command line hands to the launcher: the choice, and how many processes."""
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Any, int | None]]:
+    """What a command line hands to the launcher, where there are two runs: the choice, and how many processes."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("run", "other"):
+        Path(run).mkdir()
+        write_json(Path(run) / RUN, {"settings": {"model": "test_resnet", "image_size": 16}})
     taken: list[tuple[Any, int | None]] = []
     monkeypatch.setattr(launch_module, "launch", lambda entry, choice, nproc: taken.append((choice, nproc)))
 

@@ -17,8 +17,9 @@ from fractalshards.overrides import override, parse_settings
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
 from fractaltrain.beginning import ends_at_once
-from fractaltrain.comparison.write import write_comparison
-from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, is_data
+from fractaltrain.comparison.collect import Comparison, gather
+from fractaltrain.comparison.write import FILES, write_comparison
+from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, find_data, is_data
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.batch import check_batch
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
@@ -45,7 +46,7 @@ from fractaltrain.study.forecast import describe
 from fractaltrain.study.lineage import find_digests
 from fractaltrain.study.plan import plan_study
 from fractaltrain.study.record import write_record
-from fractaltrain.study.run import any_finished, run_groups
+from fractaltrain.study.run import run_groups
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
@@ -152,7 +153,7 @@ def pt(
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
     figures = _resolve(PRETRAINING[recipe], options)
-    _check_install()
+    _check_install("training")
     _check_batch(figures, nproc, options)
     caching = _caching(shards, cache_dir, cache_size)
     if caching is None:
@@ -235,8 +236,9 @@ def ft(
     if start is None and freeze is not None:
         raise UsageError("--freeze goes with weights that were trained; --weights none has none")
     figures = _resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
-    _check_install()
+    _check_install("training")
     _check_batch(figures, nproc, options)
+    find_data(data)
     if isinstance(start, Path):
         trained_model(start)
     choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
@@ -272,9 +274,9 @@ def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
     return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
 
 
-def _check_install() -> None:
-    """Refuse what cannot train before anything else, but without importing PyTorch, which takes seconds."""
-    with needs_extra("train", "training"):
+def _check_install(purpose: str) -> None:
+    """Refuse what cannot run before anything else, but without importing PyTorch, which takes seconds."""
+    with needs_extra("train", purpose):
         if find_spec("torch") is None:
             raise ModuleNotFoundError(name="torch")
 
@@ -320,6 +322,9 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_s
 
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
+    _check_install("evaluation")
+    trained_model(weights)
+    find_data(data)
     choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
     with ends_at_once(), needs_extra("train", "evaluation"):
         from fractaltrain.evaluate_run import evaluate_run
@@ -379,8 +384,9 @@ def study(
     check_datasets(asked, file)
     write_record(asked, groups, folder)
     missing = run_groups(mine, folder, nproc, jobs)
-    if any_finished(groups, folder):
-        click.echo(write_comparison([folder], folder))
+    comparison = gather([folder])
+    if comparison.runs:
+        _show_comparison(comparison, folder)
     if missing:
         raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
 
@@ -393,7 +399,15 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 
     Example: fractaltrain compare runs/mini --out runs/mini
     """
-    click.echo(write_comparison(runs, out))
+    comparison = gather(runs)
+    if not comparison.runs:
+        raise FractalError(f"{human_list([str(run) for run in runs])}: no finished fine-tuning run; check the path")
+    _show_comparison(comparison, out)
+
+
+def _show_comparison(comparison: Comparison, out: Path) -> None:
+    click.echo(write_comparison(comparison, out))
+    note(f"{out}: {', '.join(FILES)}")
 
 
 if __name__ == "__main__":

@@ -45,13 +45,16 @@ class Stop:
 
 def stopped(number: int) -> StoppedError:
     """The end of a run that a signal stopped; its exit code says whether the run could save before."""
-    code = EXIT_STOPPED if number in SIGNALS else 128 + number
-    return StoppedError(f"stopped by {signal.Signals(number).name}; run the same command to continue", code)
+    by = f"stopped by {signal.Signals(number).name}"
+    if number in SIGNALS:
+        return StoppedError(f"{by}; run the same command to continue", EXIT_STOPPED)
+    advice = "the same command continues from the last checkpoint, if there is one"
+    return StoppedError(f"{by}, which saves nothing; {advice}", 128 + number)
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Before the loop there is nothing to save: SIGTERM and SIGUSR1 end the block by a ``StoppedError``.
+    """Where there is nothing to save, SIGTERM, SIGUSR1 and Ctrl-C end the block by a ``StoppedError``.
 
     Inside it is a KeyboardInterrupt, which nothing takes for the error of a damaged file. Python drops it where it is
     raised inside a finalizer; then ``stop_signals`` ends the block.
@@ -63,9 +66,7 @@ def signals_raise() -> Iterator[None]:
     except Terminated as error:  # by who minds SIGTERM as Ctrl-C, pools of workers for one
         raise stopped(signal.SIGTERM) from error
     except KeyboardInterrupt as error:
-        if not raiser.came:
-            raise
-        raise stopped(raiser.came) from error
+        raise stopped(raiser.came or signal.SIGINT) from error
 
 
 class _Raiser:

@@ -16,7 +16,7 @@ from torch import nn
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.workers import available_cores
-from fractaltrain.checkpoint import Position, load_checkpoint, restore, save_checkpoint
+from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, restore, save_checkpoint
 from fractaltrain.data.source import Source
 from fractaltrain.evaluation import LEADING, evaluate, evaluation_batch
 from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
@@ -108,6 +108,8 @@ def train(job: Job, world: World) -> None:
         report.say(f"{problem}; taking the one before")
     if saved and position.epoch < recipe.epochs:
         report.say(f"{folder}: continuing at epoch {position.epoch + 1}, step {position.step}")
+    elif saved:
+        report.say(f"{folder}: was finished already")
     saved_at = time.monotonic()
 
     def save() -> None:
@@ -119,7 +121,8 @@ def train(job: Job, world: World) -> None:
     def save_and_stop(number: int) -> NoReturn:
         save()
         world.barrier()  # no process ends while another one saves
-        report.say(f"{folder}: saved at epoch {position.epoch + 1}, step {position.step}")
+        place = f"epoch {position.epoch + 1}, step {position.step}"
+        report.say(f"{folder}: saved at {place}, as {checkpoint_path(folder, position).name}")
         raise stopped(number)
 
     with closing(report), stop_signals() as stop:

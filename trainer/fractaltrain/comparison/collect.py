@@ -14,8 +14,7 @@ from fractalshards.fields import MAX_JSON_BYTES
 from fractalshards.files import read_bounded
 from fractaltrain.run_folder import RESULT, RUN, read_settings
 from fractaltrain.study.config import SCRATCH
-from fractaltrain.study.lineage import outdated
-from fractaltrain.study.record import FILE, PlannedFinetuning, disagreement, read_record
+from fractaltrain.study.record import FILE, PlannedFinetuning, problem_of, read_record
 
 _ENDING = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # as a study calls its runs
 
@@ -157,12 +156,12 @@ def _check_distinct(runs: Sequence[Run]) -> None:
 
 def _read_planned(folder: Path, plan: PlannedFinetuning, cell: Cell, seeds: tuple[int, int]) -> Run | None:
     """The run that a study plans, if it is finished and as planned, and so is what it starts from."""
-    run = folder / plan.run
-    if not ((run / RUN).is_file() and (run / RESULT).is_file()) or disagreement(run, plan.settings):
+    run, start = folder / plan.run, plan.start
+    if not ((run / RUN).is_file() and (run / RESULT).is_file()):
         return None
-    if plan.start and (
-        disagreement(folder / plan.start.run, plan.start.settings) or outdated(folder, plan.run, plan.start.run)
-    ):
+    if problem_of(folder, plan.run, plan.settings, start.run if start else None):
+        return None
+    if start and problem_of(folder, start.run, start.settings, None):
         return None
     scores = _read_scores(run)
     return scores and Run(run, cell, seeds, *scores)

@@ -9,6 +9,8 @@ import numpy as np
 
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
+from fractalshards.manifest import find_manifest
+from fractaltrain.data.folder import find_folders, folders_digest, load_folders
 from fractaltrain.data.source import LabelledSource, Source, split_per_class, split_share
 
 if TYPE_CHECKING:
@@ -24,6 +26,18 @@ _NAMED = 3  # of the classes that are missing
 def is_data(name: str) -> bool:
     """Whether ``--data`` takes a name: one of ``NAMES``, ``imagefolder:PATH`` or ``shards:PATH``."""
     return name in NAMES or any(name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX))
+
+
+def find_data(name: str) -> None:
+    """Look whether shards or image folders are there, as far as takes no time; of other data it says nothing.
+
+    Raises:
+        FractalError: if they are not.
+    """
+    if name.startswith(SHARDS_PREFIX):
+        find_manifest(Path(name.removeprefix(SHARDS_PREFIX)))
+    elif name.startswith(FOLDER_PREFIX):
+        find_folders(Path(name.removeprefix(FOLDER_PREFIX)))
 
 
 @dataclass(frozen=True)
@@ -125,8 +139,6 @@ def _open_whole(choice: DataChoice, world: "World", for_training: bool) -> _Whol
         return _open_shards(Path(choice.name.removeprefix(SHARDS_PREFIX)), world)
     with world.main_first():  # it may download
         if choice.name.startswith(FOLDER_PREFIX):
-            from fractaltrain.data.folder import folders_digest, load_folders
-
             train, held_out = load_folders(Path(choice.name.removeprefix(FOLDER_PREFIX)))
             digest = folders_digest(train, held_out) if for_training and world.main else None  # it looks at every file
             return _Whole(train, held_out, digest)

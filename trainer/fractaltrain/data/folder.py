@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
 from fractalshards.console import describe_os_error
 from fractalshards.errors import FractalError
@@ -25,10 +24,10 @@ class FolderSource:
         """List the images.
 
         Raises:
-            FractalError: if the folder, its class folders or the images in one of them are missing.
+            FractalError: if its class folders or the images in one of them are missing.
         """
-        if not folder.is_dir():
-            raise FractalError(f"{folder}: no such folder; {_LAYOUT}")
+        from torchvision.datasets import ImageFolder  # seconds, for which ``find_folders`` does not wait
+
         try:
             listing = ImageFolder(folder)
         except FileNotFoundError as error:
@@ -83,13 +82,26 @@ class FolderSource:
         return Example(str(path.relative_to(self._folder)), image, int(self._labels[index]))
 
 
+def find_folders(path: Path) -> tuple[Path, Path]:
+    """``path/train`` and ``path/val``.
+
+    Raises:
+        FractalError: if one is missing.
+    """
+    parts = (path / "train", path / "val")
+    for folder in parts:
+        if not folder.is_dir():
+            raise FractalError(f"{folder}: no such folder; {_LAYOUT}")
+    return parts
+
+
 def load_folders(path: Path) -> tuple[FolderSource, FolderSource]:
     """The images for training and the held-out ones.
 
     Raises:
         FractalError: if either part is missing or empty, or they have other classes.
     """
-    train, held_out = FolderSource(path / "train"), FolderSource(path / "val")
+    train, held_out = map(FolderSource, find_folders(path))
     if train.class_names != held_out.class_names:
         odd = sorted(set(train.class_names) ^ set(held_out.class_names))
         raise FractalError(

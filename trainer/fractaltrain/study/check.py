@@ -7,6 +7,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.manifest import find_manifest
 from fractalshards.sharing.urls import parse_location
+from fractaltrain.data.finetuning import find_data
 from fractaltrain.study.config import Study
 from fractaltrain.study.plan import Group
 
@@ -14,7 +15,7 @@ _CLASSES = 2  # any number: only the classifier depends on it
 
 
 def check_datasets(study: Study, file: Path) -> None:
-    """Look for all datasets of shards on this machine.
+    """Look for all that shall lie on this machine.
 
     Raises:
         FractalError: naming the first that is missing, and the command that makes it.
@@ -24,17 +25,20 @@ def check_datasets(study: Study, file: Path) -> None:
 
 
 def missing_datasets(study: Study) -> Iterator[str]:
-    """Of each dataset of shards that is not on this machine, though it should be: its table, and what to do."""
-    shards = study.shards()
-    rows = ((f"pretraining.{row.name}", row.shards, row.build) for row in study.rows)
-    targets = ((f"finetuning.{target.name}", shards.get(target.data), None) for target in study.targets)
-    for table, place, build in (*rows, *targets):
-        if place and (location := parse_location(place)).scheme == "file":
+    """Of shards and image folders that are not on this machine, though they should be: the table, and what to do."""
+    for row in study.rows:
+        location = parse_location(row.shards)
+        if location.scheme == "file":
             try:
                 find_manifest(Path(location.root))
             except FractalError as error:
-                advice = f"{place}: no finished dataset; run {build}" if build else str(error)
-                yield f"[{table}] {advice}"
+                advice = f"{row.shards}: no finished dataset; run {row.build}" if row.build else str(error)
+                yield f"[pretraining.{row.name}] {advice}"
+    for target in study.targets:
+        try:
+            find_data(target.data)
+        except FractalError as error:
+            yield f"[finetuning.{target.name}] {error}"
 
 
 def check_models(groups: Sequence[Group], image_size: int, file: Path) -> None:

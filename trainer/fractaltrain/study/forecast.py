@@ -8,7 +8,8 @@ from pathlib import Path
 from fractalshards.human import human_count, human_seconds
 from fractaltrain.study.cost import Cost, Size, Total, step_cost
 from fractaltrain.study.plan import Group, Step
-from fractaltrain.study.run import is_done, problem_of
+from fractaltrain.study.record import problem_of
+from fractaltrain.study.run import is_done
 
 _HEAD = ("pre-training", "model", "seed", "to do", "images", "training")
 _UNKNOWN = "unknown"
@@ -52,7 +53,7 @@ def describe(
 
 
 def _state(step: Step, folder: Path) -> str:
-    if problem_of(step, folder):
+    if problem_of(folder, step.run, step.settings, step.start):
         return "not usable"
     return "done" if is_done(step, folder) else "to do"
 

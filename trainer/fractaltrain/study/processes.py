@@ -98,12 +98,17 @@ def step_processes(threads: int | None = None) -> Iterator[Processes]:
 
     Args:
         threads: that each computes with, unless OMP_NUM_THREADS says so; None: as it chooses.
+
+    Raises:
+        StoppedError: if Ctrl-C ends the block, or one of the processes.
     """
     processes = Processes()
     _start_server(threads)
     with handling(processes.pass_on, *SIGNALS):
         try:
             yield processes
+        except KeyboardInterrupt as error:
+            raise stopped(signal.SIGINT) from error
         finally:
             processes.end()
 

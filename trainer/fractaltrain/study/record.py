@@ -10,6 +10,7 @@ from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractaltrain.run_folder import RUN, difference, flatten, read_settings
 from fractaltrain.study.config import SCRATCH, Study
+from fractaltrain.study.lineage import outdated
 from fractaltrain.study.plan import Group, Step
 
 FILE = "study.json"
@@ -104,6 +105,12 @@ def disagreement(run: Path, wanted: Mapping[str, Any]) -> str | None:
             "from it, or choose another --out"
         )
     return name and f"holds a run {difference(name, found, flat)}; remove it, or choose another --out"
+
+
+def problem_of(folder: Path, run: str, wanted: Mapping[str, Any], start: str | None) -> str | None:
+    """Why a run in a study's folder, ``wanted`` to start from the run ``start``, is not to be used; None: it is, or
+    there is none yet."""
+    return disagreement(folder / run, wanted) or outdated(folder, run, start)
 
 
 def _to_json(step: Step) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from fractalshards.console import is_quiet
+from fractalshards.console import is_quiet, note
+from fractalshards.human import human_count
 from fractalshards.workers import available_cores
 from fractaltrain.run_folder import RESULT
-from fractaltrain.study.lineage import outdated
 from fractaltrain.study.plan import Group, Step
 from fractaltrain.study.processes import Processes, step_processes
-from fractaltrain.study.record import disagreement
+from fractaltrain.study.record import problem_of
 
 _LOGS = "log"
 
@@ -20,21 +20,6 @@ _LOGS = "log"
 def is_done(step: Step, folder: Path) -> bool:
     """Whether a step came to its end."""
     return (folder / step.run / RESULT).exists()
-
-
-def problem_of(step: Step, folder: Path) -> str | None:
-    """Why the run in a step's folder is not the one that is asked for; None: it is, or there is none yet."""
-    return disagreement(folder / step.run, step.settings) or outdated(folder, step.run, step.start)
-
-
-def any_finished(groups: Sequence[Group], folder: Path) -> bool:
-    """Whether there is a fine-tuning to compare: done as the study asks, and so is what it starts from."""
-    return any(
-        is_done(step, folder) and not problem_of(step, folder)
-        for group in groups
-        if not (start := group.pretraining) or not problem_of(start, folder)
-        for step in group.finetunings
-    )
 
 
 def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: int = 1) -> list[str]:
@@ -48,6 +33,8 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
         StoppedError: if a signal asked for it, after the steps under way have saved.
     """
     waiting = [step for group in groups for step in group.steps()]
+    if ready := sum(_is_ready(step, folder) for step in waiting):
+        note(f"{folder}: done already: {ready:,} of {human_count(len(waiting), 'step')}")
     done: dict[str, bool] = {}  # whether a step that has been tried came to its end
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
     with step_processes(threads) as processes:
@@ -67,6 +54,10 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
     return [step.run for group in groups for step in group.steps() if not done[step.run]]
 
 
+def _is_ready(step: Step, folder: Path) -> bool:
+    return is_done(step, folder) and not problem_of(folder, step.run, step.settings, step.start)
+
+
 def _startable(waiting: Sequence[Step], done: Mapping[str, bool]) -> Step | None:
     """The first step that starts from nothing, or from what has been tried."""
     return next((step for step in waiting if step.start is None or step.start in done), None)
@@ -76,7 +67,7 @@ def _settled(step: Step, folder: Path, done: Mapping[str, bool]) -> bool | None:
     """Whether a step is done, or never will be; None: it is to be run."""
     if step.start and not done[step.start]:
         return False
-    if problem := problem_of(step, folder):
+    if problem := problem_of(folder, step.run, step.settings, step.start):
         click.echo(f"{folder / step.run}: {problem}", err=True)
         return False
     return True if is_done(step, folder) else None
