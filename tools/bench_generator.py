@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -52,11 +52,13 @@ _STAGES: dict[str, list[Stage]] = {
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
 @click.option("--shard-size", default=400, show_default=True, help="Images of one shard; a worker renders one a round.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="The median of so many counts.")
-@click.option("--workers", default="1,2", show_default=True, help="Worker counts to compare.")
+@click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
+              help="Worker counts to compare, each with an option of its own.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
-def main(kind: str, size: int | None, shard_size: int, rounds: int, workers: str, json_path: Path | None) -> None:
+def main(
+    kind: str, size: int | None, shard_size: int, rounds: int, counts: tuple[int, ...], json_path: Path | None
+) -> None:
     """Measure the generator on this machine."""
-    counts = [int(count) for count in workers.split(",") if count.isdigit()] or [1]
     kinds = list(KINDS) if kind == "all" else [kind]
     reports = []
     for name in kinds:
@@ -88,7 +90,7 @@ class Report:
         return {count: _MILLION / rate for count, rate in self.images_per_second.items()}
 
 
-def _measure(recipe: Recipe, counts: list[int], rounds: int) -> Report:
+def _measure(recipe: Recipe, counts: Sequence[int], rounds: int) -> Report:
     systems = draw_systems(recipe)
     recipe = recipe.with_systems(systems)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +102,7 @@ def _measure(recipe: Recipe, counts: list[int], rounds: int) -> Report:
 
 
 def _measure_workers(
-    folder: Path, recipe: Recipe, systems: Systems, counts: list[int], rounds: int
+    folder: Path, recipe: Recipe, systems: Systems, counts: Sequence[int], rounds: int
 ) -> dict[int, float]:
     """Images per second for each number of workers, the median of the rounds."""
     with ExitStack() as stack:

@@ -69,11 +69,11 @@ class Result:
 @click.argument("folder", required=False, metavar="[DIR]", type=click.Path(path_type=Path, exists=True))
 @click.option("--images", default=4000, show_default=True, type=click.IntRange(1), help="Of the dataset to build.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="The median of so many.")
-@click.option("--workers", default="1,2", show_default=True, help="Worker counts of verify to compare.")
+@click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
+              help="Worker counts of verify to compare, each with an option of its own.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
-def main(folder: Path | None, images: int, rounds: int, workers: str, json_path: Path | None) -> None:
+def main(folder: Path | None, images: int, rounds: int, counts: tuple[int, ...], json_path: Path | None) -> None:
     """Measure on this machine how fast shards are checked, of the dataset in DIR or of one built for it."""
-    counts = [int(count) for count in workers.split(",") if count.isdigit() and int(count)] or [1]
     try:
         with _dataset(folder, images) as manifest:
             summary = manifest.summary()

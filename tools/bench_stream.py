@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -57,14 +57,20 @@ _GREY = (128, 128, 128)
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(2))
 @click.option("--batches", default=8, show_default=True, type=click.IntRange(1), help="Batches of one round.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="The best of so many counts.")
-@click.option("--workers", default="1,2", show_default=True, help="Counts of loader workers to compare.")
+@click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
+              help="Counts of loader workers to compare, each with an option of its own.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def main(
-    shards: Path | None, images: int, batch_size: int, batches: int, rounds: int, workers: str, json_path: Path | None
+    shards: Path | None,
+    images: int,
+    batch_size: int,
+    batches: int,
+    rounds: int,
+    counts: tuple[int, ...],
+    json_path: Path | None,
 ) -> None:
     """Measure the stream on this machine."""
     torch.set_num_threads(1)
-    counts = [int(count) for count in workers.split(",") if count.isdigit()] or [1]
     with nullcontext(str(shards)) if shards else tempfile.TemporaryDirectory() as name:
         folder = Path(name) if shards else _render(Path(name) / "single", images)
         manifest = load_manifest(folder)
@@ -98,7 +104,9 @@ def _decoding(manifest: Manifest, rounds: int) -> dict[str, float]:
     return {name: 1000 * time / len(files) for name, time in seconds.items()}
 
 
-def _streaming(manifest: Manifest, batch_size: int, batches: int, rounds: int, counts: list[int]) -> dict[str, float]:
+def _streaming(
+    manifest: Manifest, batch_size: int, batches: int, rounds: int, counts: Sequence[int]
+) -> dict[str, float]:
     """Images per second: in this process, with loader workers, and through webdataset in this process."""
     source = ShardSource(manifest, "train")
     images = batch_size * batches

@@ -8,6 +8,7 @@ from fractalshards.errors import FractalError
 INFO = "_info.json"
 RECIPE = "recipe.json"
 SYSTEMS = "systems.npz"
+TRAINING = "train"  # the split to train on
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -32,15 +33,21 @@ def sample_key(index: int) -> str:
     return f"{index:09d}"
 
 
-def check_plain(name: str, where: str) -> str:
-    """Return ``name`` if it is a plain file name, and nothing that could lead out of the folder.
+def is_plain(name: str) -> bool:
+    """Whether ``name`` is a plain file name, and nothing that could lead out of the folder.
 
-    Names in a manifest come from outside: separators, ``..``, a leading dot, and anything that could be read as
-    a URL (webdataset runs ``pipe:`` URLs in a shell) are refused.
+    Separators, ``..``, a leading dot, and anything that could be read as a URL are not: webdataset runs ``pipe:`` URLs
+    in a shell.
+    """
+    return _PLAIN.fullmatch(name) is not None and ".." not in name
+
+
+def check_plain(name: str, where: str) -> str:
+    """Return ``name``, which comes from a dataset that may be hostile, if it is a plain file name.
 
     Raises:
-        FractalError: if the name is not plain.
+        FractalError: if it is not.
     """
-    if not _PLAIN.fullmatch(name) or ".." in name:
+    if not is_plain(name):
         raise FractalError(f"{where}: {name!r} is not a plain file name; do not use this dataset")
     return name

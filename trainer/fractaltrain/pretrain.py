@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from fractalshards.console import progress, unseen
+from fractalshards.names import TRAINING
 from fractalshards.sharing.cache import ShardCache, open_cache
 from fractalshards.sharing.prefetch import prefetching
 from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.dataset import TRAINING, open_cached, open_dataset
+from fractaltrain.data.dataset import open_cached, open_dataset
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.settings import Pretraining, Running, dataset_name
 from fractaltrain.stream.ahead import Ahead

@@ -11,6 +11,7 @@ from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.files import regular_size
 from fractalshards.manifest import MAX_SAMPLES, Manifest, Shard, read_record
+from fractalshards.names import TRAINING
 from fractalshards.reader import ShardIndex
 from fractalshards.report.looks import Look, LookTask, ShardLooks, Thumbnail, look_at_shard
 from fractalshards.workers import worker_pool
@@ -65,7 +66,7 @@ def survey_dataset(manifest: Manifest, workers: int) -> Survey:
         FractalError: if there is no image, or a sidecar or sample is damaged.
         OSError: if a file cannot be read.
     """
-    split = "train" if "train" in manifest.splits else next(iter(manifest.splits), "")
+    split = TRAINING if TRAINING in manifest.splits else next(iter(manifest.splits), "")
     if not split or not manifest.samples(split):
         raise FractalError(f"{manifest.folder}: no image in it, so there is nothing to report; build or fetch it again")
     if manifest.samples(split) > MAX_SAMPLES:

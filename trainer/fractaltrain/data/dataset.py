@@ -9,13 +9,13 @@ from fractalshards.console import progress, unseen
 from fractalshards.errors import FractalError
 from fractalshards.foreign import ForeignInfo, Listing, is_foreign, list_shards, listings_digest, load_foreign
 from fractalshards.manifest import MAX_CLASSES, Manifest, load_manifest
+from fractalshards.names import TRAINING
 from fractalshards.sharing.cache import ShardCache
 from fractaltrain.data.foreign import ForeignSource
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import LabelledSource
 from fractaltrain.world import World
 
-TRAINING = "train"
 HELD_OUT = ("val", "validation")  # what splits of held-out images are called
 
 

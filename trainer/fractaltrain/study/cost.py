@@ -8,12 +8,11 @@ from statistics import median
 from fractalshards.errors import FractalError
 from fractalshards.foreign import is_foreign, load_foreign
 from fractalshards.manifest import load_manifest
+from fractalshards.names import TRAINING
 from fractalshards.sharing.urls import parse_location
 from fractaltrain.run_folder import RESULT, RUN, read_metrics, read_settings
 from fractaltrain.study.config import Study
 from fractaltrain.study.plan import Group, Step
-
-_TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ def _size_of(place: str) -> Size | None:
         folder = Path(location.root)
         if is_foreign(folder):
             info = load_foreign(folder)
-            samples = sum(count for _, count in info.splits.get(_TRAIN, ()))
+            samples = sum(count for _, count in info.splits.get(TRAINING, ()))
             return Size(info.classes, samples) if samples else None
         manifest = load_manifest(folder)
-        return Size(manifest.classes, manifest.samples(_TRAIN)) if _TRAIN in manifest.splits else None
+        return Size(manifest.classes, manifest.samples(TRAINING)) if TRAINING in manifest.splits else None
     except (FractalError, OSError):
         return None  # not made yet, or of no use: what runs says so

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fractalshards.errors import FractalError, UsageError
-from fractalshards.names import check_plain
+from fractalshards.errors import UsageError
+from fractalshards.names import is_plain
 from fractalshards.overrides import nearest
 
 
@@ -23,10 +23,10 @@ class Table:
             raise self.error("must be a table")
         self._data = data
         for key in data:
-            if known is None:
-                self._check_name(key)
-            elif key not in known:
+            if known is not None and key not in known:
                 raise self.error(f"has no field {key!r}{nearest(key, known)}")
+            if known is None and not is_plain(key):
+                raise self.error(f"{key!r} cannot be part of a file's name; choose letters, digits, -, _ and .")
 
     def error(self, text: str) -> UsageError:
         """An error about this table."""
@@ -80,12 +80,6 @@ class Table:
     def plain(self) -> dict[str, Any]:
         """All fields as they are."""
         return dict(self._data)
-
-    def _check_name(self, key: str) -> None:
-        try:
-            check_plain(key, self._name)
-        except FractalError as error:
-            raise self.error(f"{key!r} cannot be part of a file's name; choose letters, digits, -, _ and .") from error
 
     def _count(self, key: str, value: object, least: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
