@@ -1,7 +1,4 @@
-"""Runs commands of ours in processes, and passes on to them the signals by which batch systems stop a study.
-
-A command spends seconds on importing PyTorch and the like. Here a server imports it once, and every command is a fork.
-"""
+"""Runs commands of ours in processes, and passes on to them the signals by which batch systems stop a study."""
 
 import multiprocessing
 import os
@@ -9,21 +6,15 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
 from fractalshards.signals import handling
-from fractalshards.workers import end_with_parent
+from fractaltrain.forking import METHOD, join_in, start_server
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
 
-_IMPORTED = (
-    *("fractaltrain.launch", "fractaltrain.pretrain", "fractaltrain.finetune", "fractaltrain.history"),
-    *("torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"),
-)
-_HELD = (*SIGNALS, signal.SIGINT)
-_THREADS = "OMP_NUM_THREADS"
 _INTERRUPT_SECONDS = 5.0
 
 
@@ -31,7 +22,7 @@ class Processes:
     """Commands of ``fractaltrain`` that run beside each other, by name."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
+        self._context = multiprocessing.get_context(METHOD)
         self._processes: dict[str, ForkServerProcess] = {}
         self._asked = 0
 
@@ -103,7 +94,7 @@ def step_processes(threads: int | None = None) -> Iterator[Processes]:
         StoppedError: if Ctrl-C ends the block, or one of the processes.
     """
     processes = Processes()
-    _start_server(threads)
+    start_server(threads)
     with handling(processes.pass_on, *SIGNALS):
         try:
             yield processes
@@ -113,29 +104,13 @@ def step_processes(threads: int | None = None) -> Iterator[Processes]:
             processes.end()
 
 
-def _start_server(threads: int | None) -> None:
-    """Start what forks the processes. Signals that come to all processes of a job must not end it: it holds them."""
-    multiprocessing.set_forkserver_preload(list(_IMPORTED))
-    chosen = threads is not None and _THREADS not in os.environ
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        if chosen:
-            os.environ[_THREADS] = str(threads)
-        forkserver.ensure_running()
-    finally:
-        if chosen:
-            del os.environ[_THREADS]
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _run(arguments: tuple[str, ...], log: Path | None) -> None:
     """What each of the processes runs: the command line, as its own process would."""
     from fractaltrain.cli import main
 
-    end_with_parent()
     if log:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, sys.__stdout__.fileno() if sys.__stdout__ else 1)
         os.close(file)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    join_in()
     main(list(arguments), prog_name="fractaltrain")
