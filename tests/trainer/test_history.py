@@ -62,4 +62,4 @@ def test_short_epochs_are_drawn_together_but_never_without_the_last(tmp_path, mo
     for epoch in range(10):
         time.now += 5.0
         picture.redraw(last=epoch == 9)
-    assert drawn == [5.0, 26.0, 47.0, 53.0]
+    assert drawn == [10.0, 31.0, 52.0]

@@ -14,18 +14,24 @@ if TYPE_CHECKING:
 
 FILE = "history.png"
 _TRAIN, _MEAN, _HELD_OUT, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
+_FIRST = 10.0  # seconds until the first picture
 _REST = 19  # times as long as drawing took
 _ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precision", "f1": "F1"})
 _FEW = 40  # points that are marked, each
+_PLACES = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.885, "wspace": 0.22, "hspace": 0.26}
+"""Of the panels; an engine that finds places draws everything once more."""
 _ROOM = 1.015  # or the last ones would be cut at the edge
 
 
 class History:
-    """Keeps the picture of a run up to date, at no more than a twentieth of its time."""
+    """Keeps the picture of a run up to date, at no more than a twentieth of its time.
+
+    So one that takes a few seconds has a single picture, of its end.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._next = time.monotonic()
+        self._next = time.monotonic() + _FIRST
 
     def redraw(self, last: bool) -> None:
         """After an epoch; several short ones are drawn together, but the last is never left out.
@@ -50,7 +56,6 @@ def draw_history(folder: Path) -> None:
         OSError: if it cannot be written.
     """
     from matplotlib.figure import Figure  # it takes a second, which only the main process needs
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = read_metrics(folder)
     epochs = [line for line in lines if line["split"] == "epoch"]
@@ -61,8 +66,8 @@ def draw_history(folder: Path) -> None:
     evaluated = [line for line in epochs if "loss" in line]
     moments = [line["epoch"] + 1 for line in evaluated]
 
-    figure = Figure(figsize=(10, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
-    (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True)
+    figure = Figure(figsize=(10, 6.4), facecolor="white")
+    (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True, gridspec_kw=_PLACES)
     figure.suptitle(folder.resolve().name, color=INK, fontsize=13, fontweight="bold")
 
     style(loss, "Loss", "cross-entropy, nats")

@@ -236,7 +236,7 @@ def _leave() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()
+        gc.collect()
 
 
 def _stay_silent_unless_first(store: Store | None, code: int, wait: float) -> None:
