@@ -57,6 +57,27 @@ with stop_signals():
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
+def test_sigterm_just_after_the_failure_is_not_lost():
+    """Both tell of the same death, at about the same time."""
+    code = """
+import signal
+from fractaltrain.preemption import stop_signals
+
+handle = signal.signal
+
+def give_back(number, handler):
+    signal.signal = handle
+    signal.raise_signal(signal.SIGTERM)
+    return handle(number, handler)
+
+with stop_signals():
+    signal.signal = give_back
+    raise RuntimeError("Connection closed by peer")
+"""
+    done = run(code)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
 def test_failure_without_a_signal_is_a_failure():
     with pytest.raises(RuntimeError, match="a bug"), stop_signals():
         raise RuntimeError("a bug")

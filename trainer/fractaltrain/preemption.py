@@ -100,17 +100,17 @@ def stop_signals() -> Iterator[Stop]:
         yield stop
         return
     before = signal.getsignal(SIGNALS[0])
-    with handling(mark, *SIGNALS):
-        if isinstance(before, _Raiser) and before.came:
-            raise stopped(before.came)
-        try:
+    try:
+        with handling(mark, *SIGNALS):
+            if isinstance(before, _Raiser) and before.came:
+                raise stopped(before.came)
             with _ended_in_time():
                 yield stop
-        except RuntimeError:  # as collective operations raise when another process is gone
-            if stop.number == signal.SIGTERM:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.raise_signal(signal.SIGTERM)
-            raise
+    except RuntimeError:  # as collective operations raise when another process is gone
+        if stop.number == signal.SIGTERM:  # asked only here, where none that comes is marked any more
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        raise
 
 
 def prepare_worker(worker: int) -> None:
