@@ -1,10 +1,8 @@
 """What holds for every kind: the same pixels on any CPU, extremes that render, systems that are degenerate."""
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kind_variants
 from fractalgen import draw_systems, kataoka, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
 from fractalgen.kinds import KINDS
@@ -23,55 +22,45 @@ from fractalshards.labels import MultiLabel, classes_of
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
 
-FRACTALGEN = Path(sys.executable).with_name("fractalgen")
 FEWER_INSTRUCTIONS = {
     "NUMBA_CPU_NAME": "generic",
     "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
     "OPENBLAS_CORETYPE": "Prescott",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA",
 }
-VARIANTS = [(kind, ()) for kind in KINDS] + [("fractaldb", ("draw=patch-color",)), ("single", ("maps=6,9",))]
-
-
-def build(kind: str, out: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
-    command = [FRACTALGEN, "build", "--kind", kind, "--n", "60", "--val", "8", "--classes", "12", "--size", "96"]
-    command += ["--points", "20000", "--shard-size", "40", "--workers", "1", *options, "--out", str(out)]
-    result = subprocess.run(command, text=True, capture_output=True, env={**os.environ, **(environment or {})})
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
-def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where kernels are kept that are compiled for fewer instructions, each once; empty at first."""
-    return tmp_path_factory.mktemp("kernels")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All variants, built with all that this processor has."""
+    out = tmp_path_factory.mktemp("native")
+    kind_variants.build_variants(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_fewer_instructions(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same from the same systems (numpy's matmul may differ by CPU, which is why systems are stored), elsewhere."""
+    out, kernels = tmp_path_factory.mktemp("fewer"), tmp_path_factory.mktemp("kernels")
+    environment = {**os.environ, **FEWER_INSTRUCTIONS, "NUMBA_CACHE_DIR": str(kernels)}
+    subprocess.run([sys.executable, kind_variants.__file__, out, native], env=environment, check=True)
+    assert list(kernels.rglob("*.nbc")), "the kernels were not compiled anew"
+    return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "settings"), VARIANTS, ids=str)
-def test_fewer_instructions_build_the_same(
-    kind: str, settings: tuple[str, ...], tmp_path: Path, compiled_anew: Path
-) -> None:
-    """From the same systems: numpy's matmul may differ by CPU, which is why systems are stored.
-
-    The files of single and multi are equal to the byte, for their PNGs are not made by ISA-L.
-    """
-    options = [word for setting in settings for word in ("--set", setting)]
-    native, generic = tmp_path / "native", tmp_path / "generic"
-    build(kind, native, *options)
-    generic.mkdir()
-    for name in ("recipe.json", "systems.npz"):
-        shutil.copy(native / name, generic / name)
-    build(kind, generic, *options, environment={**FEWER_INSTRUCTIONS, "NUMBA_CACHE_DIR": str(compiled_anew)})
-    assert list(compiled_anew.rglob("*.nbc")), "the kernels were not compiled anew"
-    ours, theirs = load_manifest(native), load_manifest(generic)
+@pytest.mark.parametrize("name", kind_variants.VARIANTS)
+def test_fewer_instructions_build_the_same(name: str, native: Path, with_fewer_instructions: Path) -> None:
+    """The files of single and multi are equal to the byte, for their PNGs are not made by ISA-L."""
+    ours, theirs = load_manifest(native / name), load_manifest(with_fewer_instructions / name)
     assert ours.content_digest() == theirs.content_digest()
-    if kind != "fractaldb":
+    if "fractaldb" not in name:
         assert ours.splits == theirs.splits
 
 
 def test_a_built_fractaldb_holds_the_pixels_that_render_gives(tmp_path: Path) -> None:
-    build("fractaldb", tmp_path / "built", "--n", "612", "--classes", "6")
-    recipe = make_recipe("fractaldb", 612, val=8, classes=6, size=96, points=20_000, shard_size=40)
+    recipe = kind_variants.small_recipe("fractaldb", n=612, classes=6)
+    kind_variants.build(recipe, tmp_path / "built")
     manifest = load_manifest(tmp_path / "built")
     seen = set()
     for split in manifest.splits:

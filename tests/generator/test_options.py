@@ -1,6 +1,5 @@
 """Every option of ``fractalgen`` that other tests do not need: that it does what its help says."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,21 +8,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fractalgen import cli, engines
+from fractalgen import cli
 from fractalgen.categories import shipped_categories
 from fractalgen.cli import main
 from fractalgen.folder import restore
 from fractalgen.search import Found
 from recorded_pools import RecordedPools
-
-
-@pytest.fixture
-def pools(monkeypatch: pytest.MonkeyPatch) -> RecordedPools:
-    """Threads instead of processes, on a machine of five cores."""
-    recorded = RecordedPools()
-    monkeypatch.setattr(engines, "worker_pool", recorded)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(5)))
-    return recorded
 
 
 def run(*arguments: object) -> Result:

@@ -1,0 +1,41 @@
+"""Small datasets of every kind, built in this process, or by ``python kind_variants.py OUT SYSTEMS`` in another one."""
+
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fractalgen import make_recipe
+from fractalgen.build import plan_build, run_build
+from fractalgen.kinds import KINDS
+from fractalgen.recipe import Recipe
+from fractalshards.overrides import parse_settings
+
+VARIANTS = {
+    **{kind: (kind, ()) for kind in KINDS},
+    "fractaldb in colour": ("fractaldb", ("draw=patch-color",)),
+    "single of more maps": ("single", ("maps=6,9",)),
+}
+
+
+def small_recipe(kind: str, settings: tuple[str, ...] = (), n: int = 60, classes: int = 12) -> Recipe:
+    overrides = parse_settings(settings)
+    return make_recipe(kind, n, val=8, classes=classes, size=96, points=20_000, shard_size=40, overrides=overrides)
+
+
+def build(recipe: Recipe, out: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert run_build(plan_build(out, recipe, 1), pool) == ()
+
+
+def build_variants(out: Path, systems: Path | None = None) -> None:
+    """A folder of each, with the systems of its like below ``systems``, where that is given."""
+    for name, (kind, settings) in VARIANTS.items():
+        (out / name).mkdir(parents=True)
+        for file in ("recipe.json", "systems.npz") if systems else ():
+            shutil.copy(systems / name / file, out / name)
+        build(small_recipe(kind, settings), out / name)
+
+
+if __name__ == "__main__":
+    build_variants(*map(Path, sys.argv[1:]))
