@@ -62,8 +62,8 @@ def nearest(name: str, names: Collection[str]) -> str:
     return f", did you mean {' or '.join(map(repr, meant))}?"
 
 
-def _likeness(one: str, other: str) -> float:
-    return SequenceMatcher(a=other, b=one).ratio()
+def _likeness(name: str, known: str) -> float:
+    return SequenceMatcher(a=known, b=name).ratio()
 
 
 def _parse(text: str, kind: Any, name: str) -> Any:

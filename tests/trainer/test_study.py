@@ -180,6 +180,18 @@ def test_a_run_of_other_settings_is_neither_used_nor_run_again(tmp_path, monkeyp
     assert not gather([tmp_path]).runs
 
 
+def test_what_starts_from_another_pretraining_is_not_done(tmp_path, monkeypatch, capsys):
+    _, groups = planned(tmp_path)
+    for step in (step for group in groups for step in group.steps()):
+        finish(tmp_path / step.run, step.settings)
+    _, changed = planned(tmp_path, STUDY.replace("epochs = 3", "epochs = 4"))
+    assert {state for group in changed[:2] for _, state in run.states(group, tmp_path)} == {"done"}
+    assert {state for group in changed[2:] for _, state in run.states(group, tmp_path)} == {"not usable"}
+    monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(tmp_path, changed)))
+    run.run_groups(changed, tmp_path, nproc=None)
+    assert capsys.readouterr().err.startswith(f"{tmp_path}: done already: 12 of 26 steps\n")
+
+
 @pytest.mark.parametrize("jobs", [1, 2, 5])
 def test_steps_at_once(tmp_path, monkeypatch, jobs):
     """No more than asked for, a fine-tuning only after its pre-training has ended, and all of them."""

@@ -1,5 +1,6 @@
 """Studies whose steps are real processes: signals, failures, and going on."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -37,6 +38,26 @@ def test_a_signal_goes_to_all_steps(tmp_path, fractaltrain, dataset):
     for name in ("a", "b"):
         assert list((tmp_path / name).glob("checkpoint-*.pt"))
     assert not (tmp_path / "c").exists()
+
+
+def test_ctrl_c_is_told_once(tmp_path, dataset, capfd):
+    """At a terminal it comes to the steps and to the study."""
+    common = ("--model", "test_resnet", "--image-size", "16", "--batch-size", "10", "--epochs", "10000")
+    arguments = ("pt", "--shards", str(dataset), *common, "--out", str(tmp_path / "a"))
+    os.mkfifo(tmp_path / "log")
+
+    def interrupted() -> None:
+        with step_processes(threads=1) as processes:
+            processes.start("a", arguments, tmp_path / "log")
+            with open(tmp_path / "log") as log:
+                assert any(line.startswith("epoch 1/") for line in log)
+                [step] = multiprocessing.active_children()
+                os.kill(step.pid, signal.SIGINT)
+                processes.wait()
+
+    with pytest.raises(StoppedError, match="stopped by SIGINT, which saves nothing") as caught:
+        interrupted()
+    assert (caught.value.code, capfd.readouterr().err) == (130, "")
 
 
 def test_a_step_that_fails_leaves_the_others_alone(tmp_path):

@@ -20,7 +20,6 @@ from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.collect import Comparison, gather
 from fractaltrain.comparison.write import FILES, write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, find_data, is_data
-from fractaltrain.forking import start_server
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.batch import check_batch
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
@@ -172,7 +171,6 @@ def pt(
         nodes_split=nodes_split,
     )
     with ends_at_once(), needs_extra("train", "training"):
-        _start_server(nproc)
         from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
     launch(pretrain, choice, nproc)
@@ -254,7 +252,6 @@ def ft(
         freeze=freeze,
     )
     with ends_at_once(), needs_extra("train", "training"):
-        _start_server(nproc)
         from fractaltrain.finetune import finetune
         from fractaltrain.launch import launch
     launch(finetune, finetuning, nproc)
@@ -282,12 +279,6 @@ def _check_install(purpose: str) -> None:
     with needs_extra("train", purpose):
         if find_spec("torch") is None:
             raise ModuleNotFoundError(name="torch")
-
-
-def _start_server(nproc: int | None) -> None:
-    """Where processes will be forked, let their server import PyTorch while this process does."""
-    if nproc is not None and nproc > 1 and "RANK" not in os.environ:
-        start_server()
 
 
 def _check_batch(recipe: Recipe, nproc: int | None, options: dict[str, Any]) -> None:

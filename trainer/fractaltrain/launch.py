@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn, TypeVar, cast
 
@@ -18,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fractalshards.console import as_quiet_as, is_quiet
 from fractalshards.errors import FractalError, StoppedError, UsageError
-from fractaltrain.forking import METHOD, join_in, start_server
+from fractalshards.workers import end_with_parent
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, signals_raise, stopped
 from fractaltrain.world import count_gpus
 
@@ -61,10 +63,11 @@ def _launch_all(entry: Callable[[_Choice], None], choice: _Choice, nproc: int) -
                 os.kill(cast(int, child.pid), number)
 
     before = cast(Callable[[int, FrameType | None], NoReturn], signal.signal(signal.SIGUSR1, pass_on))
-    start_server()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of processes that were stopped
     logging.disable(logging.ERROR)  # the launcher reports each failure, with tracebacks; we say it in one line
     try:
-        with tempfile.TemporaryDirectory() as log_dir:
+        with tempfile.TemporaryDirectory() as log_dir, _interrupts_held_from_children():
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -74,7 +77,6 @@ def _launch_all(entry: Callable[[_Choice], None], choice: _Choice, nproc: int) -
                 rdzv_endpoint="localhost:0",
                 local_addr="localhost",
                 max_restarts=0,
-                start_method=METHOD,
                 logs_specs=DefaultLogsSpecs(log_dir=log_dir),
             )
             elastic_launch(config, _take_part)(entry, choice, is_quiet())
@@ -87,12 +89,31 @@ def _launch_all(entry: Callable[[_Choice], None], choice: _Choice, nproc: int) -
 
 
 def _take_part(entry: Callable[[_Choice], None], choice: _Choice, quiet: bool) -> None:
-    """What each of the processes runs. It ends when the launcher is killed, and by Ctrl-C, silently."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve
+    """What each of the processes runs. It ends when the launcher is killed, and from here on by Ctrl-C, silently."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    join_in()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     with as_quiet_as(quiet):
         entry(choice)
+
+
+@contextmanager
+def _interrupts_held_from_children() -> Iterator[None]:
+    """Block Ctrl-C in processes started inside the block: each would show a traceback of what it was importing.
+
+    They inherit the mask of this thread; another one takes the signal instead, and Python then acts here.
+    """
+    resource_tracker.ensure_running()  # else the first child would start it, which unblocks the signal
+    ended = threading.Event()
+    taker = threading.Thread(target=ended.wait, daemon=True)
+    taker.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        ended.set()
+        taker.join()
 
 
 def _explain_all(error: ChildFailedError, asked: int) -> FractalError:

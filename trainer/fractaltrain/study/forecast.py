@@ -8,8 +8,7 @@ from pathlib import Path
 from fractalshards.human import human_count, human_seconds
 from fractaltrain.study.cost import Cost, Size, Total, step_cost
 from fractaltrain.study.plan import Group, Step
-from fractaltrain.study.record import problem_of
-from fractaltrain.study.run import is_done
+from fractaltrain.study.run import State, states
 
 _HEAD = ("pre-training", "model", "seed", "to do", "images", "training")
 _UNKNOWN = "unknown"
@@ -18,7 +17,7 @@ _UNKNOWN = "unknown"
 @dataclass(frozen=True)
 class _Priced:
     step: Step
-    state: str
+    state: State
     cost: Cost
 
 
@@ -32,7 +31,7 @@ def describe(
         speeds: as ``find_speeds`` gives them.
     """
     priced = [
-        [_Priced(step, _state(step, folder), step_cost(step, sizes, speeds)) for step in group.steps()]
+        [_Priced(step, state, step_cost(step, sizes, speeds)) for step, state in states(group, folder)]
         for group in groups
     ]
     rows = [_HEAD]
@@ -50,12 +49,6 @@ def describe(
         images, seconds = _shown([step.cost])
         yield f"# {step.step.run}: {step.state}; images: {images}, training: {seconds}"
         yield f"fractaltrain {shlex.join(step.step.arguments)}"
-
-
-def _state(step: Step, folder: Path) -> str:
-    if problem_of(folder, step.run, step.settings, step.start):
-        return "not usable"
-    return "done" if is_done(step, folder) else "to do"
 
 
 def _to_do(steps: Iterable[_Priced]) -> list[_Priced]:

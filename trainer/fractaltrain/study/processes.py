@@ -1,4 +1,7 @@
-"""Runs commands of ours in processes, and passes on to them the signals by which batch systems stop a study."""
+"""Runs commands of ours in processes, and passes on to them the signals by which batch systems stop a study.
+
+A command spends seconds on importing PyTorch and the like. Here a server imports it once, and every command is a fork.
+"""
 
 import multiprocessing
 import os
@@ -6,15 +9,21 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
 from fractalshards.signals import handling
-from fractaltrain.forking import METHOD, join_in, start_server
+from fractalshards.workers import end_with_parent
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
 
+_IMPORTED = (
+    *("fractaltrain.launch", "fractaltrain.pretrain", "fractaltrain.finetune", "fractaltrain.history"),
+    *("torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"),
+)
+_HELD = (*SIGNALS, signal.SIGINT)
+_THREADS = "OMP_NUM_THREADS"
 _INTERRUPT_SECONDS = 5.0
 
 
@@ -22,7 +31,7 @@ class Processes:
     """Commands of ``fractaltrain`` that run beside each other, by name."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context(METHOD)
+        self._context = multiprocessing.get_context("forkserver")
         self._processes: dict[str, ForkServerProcess] = {}
         self._asked = 0
 
@@ -61,7 +70,7 @@ class Processes:
             code = self._processes.pop(name).exitcode or 0
             if code == EXIT_STOPPED or -code in SIGNALS:
                 self.pass_on(self._asked or signal.SIGTERM)
-            if code == 128 + signal.SIGINT:
+            if code in (-signal.SIGINT, 128 + signal.SIGINT):
                 raise KeyboardInterrupt
             if not self._asked:
                 return name, code
@@ -94,7 +103,7 @@ def step_processes(threads: int | None = None) -> Iterator[Processes]:
         StoppedError: if Ctrl-C ends the block, or one of the processes.
     """
     processes = Processes()
-    start_server(threads)
+    _start_server(threads)
     with handling(processes.pass_on, *SIGNALS):
         try:
             yield processes
@@ -104,13 +113,31 @@ def step_processes(threads: int | None = None) -> Iterator[Processes]:
             processes.end()
 
 
+def _start_server(threads: int | None) -> None:
+    """Start what forks the processes. Signals that come to all processes of a job must not end it: it holds them."""
+    multiprocessing.set_forkserver_preload(list(_IMPORTED))
+    resource_tracker.ensure_running()  # else the server would start it, which unblocks the signals
+    chosen = threads is not None and _THREADS not in os.environ
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        if chosen:
+            os.environ[_THREADS] = str(threads)
+        forkserver.ensure_running()
+    finally:
+        if chosen:
+            del os.environ[_THREADS]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(arguments: tuple[str, ...], log: Path | None) -> None:
-    """What each of the processes runs: the command line, as its own process would."""
+    """What each of the processes runs: the command line, as its own process would, but Ctrl-C ends it silently."""
     from fractaltrain.cli import main
 
+    end_with_parent()
     if log:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, sys.__stdout__.fileno() if sys.__stdout__ else 1)
         os.close(file)
-    join_in()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the study says it, once for all
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
     main(list(arguments), prog_name="fractaltrain")

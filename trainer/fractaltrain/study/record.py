@@ -108,8 +108,12 @@ def disagreement(run: Path, wanted: Mapping[str, Any]) -> str | None:
 
 
 def problem_of(folder: Path, run: str, wanted: Mapping[str, Any], start: str | None) -> str | None:
-    """Why a run in a study's folder, ``wanted`` to start from the run ``start``, is not to be used; None: it is, or
-    there is none yet."""
+    """Why a run in a study's folder is not to be used; None: it is, or there is none yet.
+
+    Args:
+        wanted: settings that it must have.
+        start: the run that it starts from.
+    """
     return disagreement(folder / run, wanted) or outdated(folder, run, start)
 
 

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -14,12 +15,25 @@ from fractaltrain.study.plan import Group, Step
 from fractaltrain.study.processes import Processes, step_processes
 from fractaltrain.study.record import problem_of
 
+State = Literal["done", "to do", "not usable"]
+
 _LOGS = "log"
 
 
 def is_done(step: Step, folder: Path) -> bool:
     """Whether a step came to its end."""
     return (folder / step.run / RESULT).exists()
+
+
+def states(group: Group, folder: Path) -> list[tuple[Step, State]]:
+    """The steps of a group, and how far they are; none can be used that starts from what cannot be."""
+    states: dict[str, State] = {}
+    for step in group.steps():
+        if problem_of(folder, step.run, step.settings, step.start) or states.get(step.start or "") == "not usable":
+            states[step.run] = "not usable"
+        else:
+            states[step.run] = "done" if is_done(step, folder) else "to do"
+    return [(step, states[step.run]) for step in group.steps()]
 
 
 def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: int = 1) -> list[str]:
@@ -33,7 +47,7 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
         StoppedError: if a signal asked for it, after the steps under way have saved.
     """
     waiting = [step for group in groups for step in group.steps()]
-    if ready := sum(_is_ready(step, folder) for step in waiting):
+    if ready := sum(state == "done" for group in groups for _, state in states(group, folder)):
         note(f"{folder}: done already: {ready:,} of {human_count(len(waiting), 'step')}")
     done: dict[str, bool] = {}  # whether a step that has been tried came to its end
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
@@ -52,10 +66,6 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
                 done[run] = code == 0
                 _tell_end(folder, run, code, logged=jobs > 1)
     return [step.run for group in groups for step in group.steps() if not done[step.run]]
-
-
-def _is_ready(step: Step, folder: Path) -> bool:
-    return is_done(step, folder) and not problem_of(folder, step.run, step.settings, step.start)
 
 
 def _startable(waiting: Sequence[Step], done: Mapping[str, bool]) -> Step | None:
