@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fractaltrain import cli
+from fractaltrain.options import resolve
+from fractaltrain.recipes import PRETRAINING
 
 NO_TORCH = "import sys; sys.modules['torch'] = None; from fractaltrain.cli import main; main({arguments!r})"
 
@@ -164,7 +165,7 @@ def test_finetuning_notices_that_the_weights_have_changed(fractaltrain, tmp_path
 )
 def test_learning_rate_follows_the_batch_only_when_told_to(options, lr):
     defaults = {"changes": ("epochs=3",), "epochs": None, "batch_size": "128", "lr": None, "scale_lr": False}
-    recipe = cli._resolve(cli.PRETRAINING["anderson"], {**defaults, **options})
+    recipe = resolve(PRETRAINING["anderson"], {**defaults, **options})
     assert (recipe.lr, recipe.batch_size, recipe.epochs) == (pytest.approx(lr), 128, 3)
 
 

@@ -91,6 +91,7 @@ def test_processes_end_with_a_killed_launcher(dataset, tmp_path):
         assert launcher.stdout is not None
         while not (line := launcher.stdout.readline()).startswith("epoch 2/"):
             assert line, launcher.communicate()
+        assert "torchvision" not in read_of(launcher.pid, "maps")  # it would wait for that in vain
         ends = [os.pidfd_open(process) for process in training_processes(launcher.pid)]
         launcher.kill()
         assert [select.select([end], [], [], 20)[0] for end in ends] == [[end] for end in ends]

@@ -13,28 +13,23 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.extras import needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.manifest import find_manifest
-from fractalshards.overrides import override, parse_settings
+from fractalshards.overrides import override
 from fractalshards.sharing.urls import parse_location
 from fractalshards.slices import parse_slice
 from fractaltrain.beginning import ends_at_once
 from fractaltrain.comparison.collect import Comparison, gather
 from fractaltrain.comparison.write import FILES, write_comparison
 from fractaltrain.data.finetuning import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, find_data, is_data
+from fractaltrain.options import HEADINGS, check_processes, resolve, running_of, running_options
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
-from fractaltrain.recipes.batch import check_batch
-from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 from fractaltrain.run_folder import trained_model
 from fractaltrain.settings import (
     WINDOW,
-    Amp,
     Caching,
     Evaluation,
     Finetuning,
     Freeze,
-    OnBadSample,
     Pretraining,
-    Resume,
-    Running,
     Start,
     finetuning_folder,
     pretraining_folder,
@@ -52,13 +47,8 @@ _DEFAULT_MODEL = "deit_small_patch16_224"
 _SCRATCH = "none"
 _CACHE_SIZE = "20GB"
 
-_RUNNING = {
-    "Recipe": "--recipe --epochs --batch-size --lr --scale-lr --set",
-    "Processes": "--nproc --workers --amp --accumulate --compile --sync-batchnorm --deterministic",
-    "Run": "--out --resume --eval-every --save-every-minutes --keep --seed --pad --on-bad-sample",
-}
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Choice = TypeVar("_Choice")
 
 
 @click.group(cls=Commands)
@@ -67,49 +57,10 @@ def main() -> None:
     """Pre-train vision models on fractals, fine-tune them on real images."""
 
 
-def _running_options(command: _Command) -> _Command:
-    options = [
-        click.option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
-        click.option("--batch-size", metavar="B", help="Batch of all processes together.  [default: the recipe's]"),
-        click.option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
-        click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
-        click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
-        click.option("--out", type=PATH, help="The run's folder.  [default: runs/...]"),
-        click.option("--nproc", type=click.IntRange(1), metavar="N",
-                     help="Training processes.  [default: one per GPU, or 1]"),
-        click.option("--workers", type=click.IntRange(0, 128), metavar="W",
-                     help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-                     help="Seed of everything random."),
-        click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
-                     help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
-        click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
-        click.option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop", show_default=True,
-                     help="What a sample that cannot be read does; skip: another takes its place."),
-        click.option("--eval-every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-                     help="Evaluate on held-out images after every N-th epoch, and after the last."),
-        click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
-                     help="Checkpoint inside long epochs, too."),
-        click.option("--keep", type=click.IntRange(1), default=3, show_default=True, metavar="K",
-                     help="Checkpoints that are kept, the newest ones."),
-        click.option("--resume", type=click.Choice(get_args(Resume)), default="auto", show_default=True,
-                     help="auto: continue the run in the folder, if there is one; never: refuse if there is; "
-                     "must: refuse if there is none."),
-        click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-                     help="Compute each process's batch in N parts, to save memory."),
-        click.option("--compile", is_flag=True, help="Run the model through torch.compile."),
-        click.option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
-        click.option("--deterministic", is_flag=True, help="The same bits again on the same hardware; slower."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return quiet_option(command)
-
-
 @main.command(
     groups={
         "Data and model": "--shards --model --image-size --window --cache-dir --cache-size --nodes-split",
-        **_RUNNING,
+        **HEADINGS,
     }
 )
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
@@ -133,7 +84,7 @@ def _running_options(command: _Command) -> _Command:
 @click.option(
     "--nodes-split", is_flag=True, help="Each machine reads its own part of an epoch's shards, where none is shared."
 )
-@_running_options
+@running_options
 def pt(
     shards: str,
     model: str,
@@ -152,17 +103,17 @@ def pt(
 
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
-    figures = _resolve(PRETRAINING[recipe], options)
+    figures = resolve(PRETRAINING[recipe], options)
     _check_install("training")
-    _check_batch(figures, nproc, options)
+    check_processes(figures, nproc, options)
     caching = _caching(shards, cache_dir, cache_size)
     if caching is None:
         find_manifest(Path(parse_location(shards).root))
     choice = Pretraining(
         by_kind={
-            kind: _resolve(override(PRETRAINING[recipe], own), options) for kind, own in BY_KIND.get(recipe, {}).items()
+            kind: resolve(override(PRETRAINING[recipe], own), options) for kind, own in BY_KIND.get(recipe, {}).items()
         },
-        running=_running(figures, options, default_out=pretraining_folder(shards, model, figures)),
+        running=running_of(figures, options, default_out=pretraining_folder(shards, model, figures)),
         shards=shards,
         caching=caching,
         model=model,
@@ -170,10 +121,13 @@ def pt(
         window=window,
         nodes_split=nodes_split,
     )
+    _launch(_pretrain, choice, nproc)
+
+
+def _pretrain(choice: Pretraining) -> None:
     with ends_at_once(), needs_extra("train", "training"):
-        from fractaltrain.launch import launch
         from fractaltrain.pretrain import pretrain
-    launch(pretrain, choice, nproc)
+    pretrain(choice)
 
 
 def _check_data(context: click.Context, parameter: click.Parameter, name: str) -> str:
@@ -193,7 +147,7 @@ def _data_options(command: _Command) -> _Command:
 @main.command(
     groups={
         "Data and model": "--weights --model --freeze --data --data-dir --per-class --subset-seed --image-size",
-        **_RUNNING,
+        **HEADINGS,
     }
 )
 @click.option("--weights", required=True, metavar="RUN|none|timm",
@@ -208,7 +162,7 @@ def _data_options(command: _Command) -> _Command:
 @click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
 @click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
-@_running_options
+@running_options
 def ft(
     weights: str,
     data: str,
@@ -235,26 +189,36 @@ def ft(
         raise UsageError("--model goes with --weights none or timm only; a run knows its model")
     if start is None and freeze is not None:
         raise UsageError("--freeze goes with weights that were trained; --weights none has none")
-    figures = _resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
+    figures = resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
     _check_install("training")
-    _check_batch(figures, nproc, options)
+    check_processes(figures, nproc, options)
     find_data(data)
     if isinstance(start, Path):
         trained_model(start)
     choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
     folder = finetuning_folder(start, model or _DEFAULT_MODEL, choice, figures, freeze)
     finetuning = Finetuning(
-        running=_running(figures, options, default_out=folder),
+        running=running_of(figures, options, default_out=folder),
         weights=start,
         model=model or _DEFAULT_MODEL,
         data=choice,
         image_size=image_size,
         freeze=freeze,
     )
+    _launch(_finetune, finetuning, nproc)
+
+
+def _finetune(choice: Finetuning) -> None:
     with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.finetune import finetune
+    finetune(choice)
+
+
+def _launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None) -> None:
+    """Run a command in its processes. Only they import what it needs: a launcher that waits for them does not."""
+    with ends_at_once(), needs_extra("train", "training"):
         from fractaltrain.launch import launch
-    launch(finetune, finetuning, nproc)
+    launch(entry, choice, nproc)
 
 
 def _caching(shards: str, folder: Path | None, size: str | None) -> Caching | None:
@@ -266,45 +230,11 @@ def _caching(shards: str, folder: Path | None, size: str | None) -> Caching | No
     return None
 
 
-def _resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
-    """The recipe with ``--set`` and then the options of its own applied."""
-    changes = parse_settings(options["changes"])
-    changes |= {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
-    recipe = change(published, changes)
-    return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
-
-
 def _check_install(purpose: str) -> None:
     """Refuse what cannot run before anything else, but without importing PyTorch, which takes seconds."""
     with needs_extra("train", purpose):
         if find_spec("torch") is None:
             raise ModuleNotFoundError(name="torch")
-
-
-def _check_batch(recipe: Recipe, nproc: int | None, options: dict[str, Any]) -> None:
-    """What training would refuse, before processes are started, which takes seconds."""
-    if nproc is not None:
-        check_batch(recipe, nproc, options["accumulate"])
-
-
-def _running(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Running:
-    return Running(
-        recipe=recipe,
-        out=options["out"] or default_out,
-        seed=options["seed"],
-        pad=options["pad"],
-        amp=options["amp"],
-        workers=options["workers"],
-        save_every_minutes=options["save_every_minutes"],
-        on_bad_sample=options["on_bad_sample"],
-        keep=options["keep"],
-        resume=options["resume"],
-        accumulate=options["accumulate"],
-        compile=options["compile"],
-        deterministic=options["deterministic"],
-        eval_every=options["eval_every"],
-        sync_batchnorm=options["sync_batchnorm"],
-    )
 
 
 @main.command("eval")
@@ -326,10 +256,13 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_s
     trained_model(weights)
     find_data(data)
     choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
+    _launch(_evaluate, Evaluation(weights, choice, out, batch_size), nproc=1)
+
+
+def _evaluate(choice: Evaluation) -> None:
     with ends_at_once(), needs_extra("train", "evaluation"):
         from fractaltrain.evaluate_run import evaluate_run
-        from fractaltrain.launch import launch
-    launch(evaluate_run, Evaluation(weights, choice, out, batch_size), nproc=1)
+    evaluate_run(choice)
 
 
 @main.command()
