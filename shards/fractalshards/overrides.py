@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_CLOSE = 0.55  # of 1: so much alike, as difflib counts, is a name that was mistyped or cut off
+_CLOSE = 0.6  # of 1: so much alike, as difflib counts, is a name that was mistyped or cut off
 _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -57,7 +57,7 @@ def nearest(name: str, names: Collection[str]) -> str:
     alike = {known: max(_likeness(name, known), _likeness(name, known[: len(name)])) for known in names}
     best = max(alike.values(), default=0.0)
     if best < _CLOSE:
-        return f" (there is {', '.join(names)})"
+        return f" (there are {', '.join(names)})"
     meant = [known for known in names if alike[known] == best]
     return f", did you mean {' or '.join(map(repr, meant))}?"
 

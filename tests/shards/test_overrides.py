@@ -53,7 +53,7 @@ def test_every_type_is_read(text: str, value: object) -> None:
         ("pair=1,2,3", "expected one value, or 2"),
         ("decay=x", "expected a number"),
         ("conut=3", "did you mean 'count'"),
-        ("xyz=3", r"unknown parameter 'xyz' \(there is count, rate, "),
+        ("xyz=3", r"unknown parameter 'xyz' \(there are count, rate, "),
         ("name=x", "unknown parameter 'name'"),
     ],
 )
@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_refused(text: str, words: str) -> None:
 
 
 def test_names_that_begin_like_a_mistyped_one_are_suggested() -> None:
+    assert nearest("blurr", ["lr"]) == " (there are lr)"
     assert nearest("blurr", ["lr", "blur_sigma", "blur_probability"]) == (
         ", did you mean 'blur_sigma' or 'blur_probability'?"
     )

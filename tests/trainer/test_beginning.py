@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ENDINGS = [
-    (signal.SIGINT, 130, "error: stopped\n"),
+    (signal.SIGINT, 130, "error: stopped by Ctrl-C; run the same command to continue\n"),
     (signal.SIGTERM, 75, "error: stopped by SIGTERM; run the same command to continue\n"),
     (signal.SIGUSR1, 75, "error: stopped by SIGUSR1; run the same command to continue\n"),
 ]

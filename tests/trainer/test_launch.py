@@ -33,7 +33,7 @@ def failure(folder: Path, exitcode: int, message: str | None) -> ProcessFailure:
         (1, "WorkerLostError: a worker was killed", "a worker was killed", ""),
         (1, "TypeError: oops", "rank 3 failed: TypeError: oops; please report this", "Traceback: the place\n"),
         (-9, None, "rank 3 was killed (Signal 9 (SIGKILL) received by PID 7); if memory ran out, lower", ""),
-        (-2, None, "stopped by SIGINT, which saves nothing; the same command continues from the last checkpoint", ""),
+        (-2, None, "stopped by Ctrl-C, which saves nothing; the same command continues from the last checkpoint", ""),
     ],
 )
 def test_failure_of_a_process_is_told_as_this_ones(tmp_path, capfd, exitcode, message, expected, shown):

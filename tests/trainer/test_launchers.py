@@ -109,7 +109,7 @@ def test_ctrl_c_while_processes_start_is_one_line(dataset, tmp_path):
         os.killpg(launcher.pid, signal.SIGINT)
         out, err = launcher.communicate(timeout=60)
     assert (launcher.returncode, out) == (130, "")
-    assert err.startswith("error: stopped by SIGINT, which saves nothing; the same command continues from the last ")
+    assert err.startswith("error: stopped by Ctrl-C, which saves nothing; the same command continues from the last ")
     assert err.count("\n") == 1
 
 

@@ -97,7 +97,7 @@ def test_other_threads_train_without_handling_signals():
 
 
 def test_ctrl_c_says_what_becomes_of_the_run():
-    with pytest.raises(StoppedError, match="SIGINT, which saves nothing; the same command") as caught, signals_raise():
+    with pytest.raises(StoppedError, match="Ctrl-C, which saves nothing; the same command") as caught, signals_raise():
         signal.raise_signal(signal.SIGINT)
     assert caught.value.code == 130
 

@@ -78,7 +78,7 @@ def test_change():
     ("name", "text", "message"),
     [
         ("epoch", "3", "unknown parameter 'epoch', did you mean 'epochs'"),
-        ("quux", "3", "there is epochs, batch_size, lr"),
+        ("quux", "3", "there are epochs, batch_size, lr"),
         ("name", "x", "unknown parameter 'name'"),
         ("epochs", "1.5", "epochs=1.5: expected an integer"),
         ("epochs", "0", "epochs is 0, but must be at least 1"),

@@ -185,11 +185,18 @@ def test_what_starts_from_another_pretraining_is_not_done(tmp_path, monkeypatch,
     for step in (step for group in groups for step in group.steps()):
         finish(tmp_path / step.run, step.settings)
     _, changed = planned(tmp_path, STUDY.replace("epochs = 3", "epochs = 4"))
-    assert {state for group in changed[:2] for _, state in run.states(group, tmp_path)} == {"done"}
-    assert {state for group in changed[2:] for _, state in run.states(group, tmp_path)} == {"not usable"}
+    assert all(standing.done for group in changed[:2] for standing in run.standings(group, tmp_path))
+    assert not any(standing.done for group in changed[2:] for standing in run.standings(group, tmp_path))
     monkeypatch.setattr(run, "step_processes", lambda threads: nullcontext(Runner(tmp_path, changed)))
     run.run_groups(changed, tmp_path, nproc=None)
-    assert capsys.readouterr().err.startswith(f"{tmp_path}: done already: 12 of 26 steps\n")
+    *problems, last = capsys.readouterr().err.splitlines()
+    assert last == f"{tmp_path}: done already: 12 of 26 steps"
+    pretraining = "pt/small--test_resnet--seed0"
+    assert problems[0].startswith(f"{tmp_path}/{pretraining}: holds a run with recipe.epochs 3, not 4; remove it")
+    assert problems[1].endswith(f": starts from {pretraining}, which is not usable; remove it, too")
+    assert len(problems) == 14
+    told = "\n".join(describe(changed, tmp_path, KNOWN, {}))
+    assert f"# {pretraining}: not usable: holds a run with recipe.epochs 3, not 4; remove it" in told
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])

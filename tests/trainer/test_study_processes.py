@@ -55,7 +55,7 @@ def test_ctrl_c_is_told_once(tmp_path, dataset, capfd):
                 os.kill(step.pid, signal.SIGINT)
                 processes.wait()
 
-    with pytest.raises(StoppedError, match="stopped by SIGINT, which saves nothing") as caught:
+    with pytest.raises(StoppedError, match="stopped by Ctrl-C, which saves nothing") as caught:
         interrupted()
     assert (caught.value.code, capfd.readouterr().err) == (130, "")
 

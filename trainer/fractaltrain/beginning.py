@@ -11,7 +11,7 @@ from fractalshards.signals import handling
 
 _CONTINUING = "run the same command to continue"
 _ENDINGS = {  # as ``preemption`` and ``fractalshards.console`` have them
-    signal.SIGINT: ("stopped", 130),
+    signal.SIGINT: (f"stopped by Ctrl-C; {_CONTINUING}", 130),
     signal.SIGTERM: (f"stopped by SIGTERM; {_CONTINUING}", 75),
     signal.SIGUSR1: (f"stopped by SIGUSR1; {_CONTINUING}", 75),
 }

@@ -20,6 +20,7 @@ _ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precisi
 _FEW = 40  # points that are marked, each
 _PLACES = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.885, "wspace": 0.22, "hspace": 0.26}
 """Of the panels; an engine that finds places draws everything once more."""
+_HEADROOM = 1.08
 _ROOM = 1.015  # or the last ones would be cut at the edge
 
 
@@ -101,12 +102,12 @@ def draw_history(folder: Path) -> None:
 
     style(lr, "Learning rate", "")
     lr.plot(x, [line["lr"] for line in steps], color=_MEAN, linewidth=1.6)
-    lr.set_ylim(bottom=0)
+    _from_zero(lr, [line["lr"] for line in steps])
     lr.set_xlabel("epoch", color=MUTED)
 
     style(throughput, "Throughput", "images/s")
     throughput.plot(x, [line["images_per_s"] for line in steps], color=_MEAN, linewidth=1.2, label="images/s")
-    throughput.set_ylim(bottom=0)
+    _from_zero(throughput, [line["images_per_s"] for line in steps])
     throughput.set_xlabel("epoch", color=MUTED)
     waiting = throughput.twinx()
     waiting.plot(x, [100 * line["waiting"] for line in steps], color=_SECOND, linewidth=1)
@@ -119,6 +120,11 @@ def draw_history(folder: Path) -> None:
         panel.set_xlim(0, _ROOM * max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
     save(figure, folder / FILE)
+
+
+def _from_zero(panel: "Axes", y: Sequence[float]) -> None:
+    """Room above what is shown, however flat it is."""
+    panel.set_ylim(0, _HEADROOM * max(y, default=0) or 1)
 
 
 def _curve(panel: "Axes", x: Sequence[float], y: Sequence[Any], color: str, label: str) -> None:

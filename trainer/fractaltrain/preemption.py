@@ -45,7 +45,7 @@ class Stop:
 
 def stopped(number: int) -> StoppedError:
     """The end of a run that a signal stopped; its exit code says whether the run could save before."""
-    by = f"stopped by {signal.Signals(number).name}"
+    by = f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
     if number in SIGNALS:
         return StoppedError(f"{by}; run the same command to continue", EXIT_STOPPED)
     advice = "the same command continues from the last checkpoint, if there is one"

@@ -18,10 +18,10 @@ def check_datasets(study: Study, file: Path) -> None:
     """Look for all that shall lie on this machine.
 
     Raises:
-        FractalError: naming the first that is missing, and the command that makes it.
+        FractalError: naming all that is missing, and the commands that make it.
     """
-    for problem in missing_datasets(study):
-        raise FractalError(f"{file}: {problem}")
+    if problems := list(missing_datasets(study)):
+        raise FractalError(f"{file}: {'; '.join(problems)}")
 
 
 def missing_datasets(study: Study) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fractalshards.human import human_count, human_seconds
 from fractaltrain.study.cost import Cost, Size, Total, step_cost
 from fractaltrain.study.plan import Group, Step
-from fractaltrain.study.run import State, states
+from fractaltrain.study.run import standings
 
 _HEAD = ("pre-training", "model", "seed", "to do", "images", "training")
 _UNKNOWN = "unknown"
@@ -17,7 +17,8 @@ _UNKNOWN = "unknown"
 @dataclass(frozen=True)
 class _Priced:
     step: Step
-    state: State
+    done: bool
+    problem: str | None
     cost: Cost
 
 
@@ -31,7 +32,7 @@ def describe(
         speeds: as ``find_speeds`` gives them.
     """
     priced = [
-        [_Priced(step, state, step_cost(step, sizes, speeds)) for step, state in states(group, folder)]
+        [_Priced(*standing, step_cost(standing.step, sizes, speeds)) for standing in standings(group, folder)]
         for group in groups
     ]
     rows = [_HEAD]
@@ -47,12 +48,13 @@ def describe(
     yield ""
     for step in everything:
         images, seconds = _shown([step.cost])
-        yield f"# {step.step.run}: {step.state}; images: {images}, training: {seconds}"
+        state = f"not usable: {step.problem}" if step.problem else "done" if step.done else "to do"
+        yield f"# {step.step.run}: {state}; images: {images}, training: {seconds}"
         yield f"fractaltrain {shlex.join(step.step.arguments)}"
 
 
 def _to_do(steps: Iterable[_Priced]) -> list[_Priced]:
-    return [step for step in steps if step.state != "done"]
+    return [step for step in steps if not step.done]
 
 
 def _shown(costs: Iterable[Cost]) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import click
 
@@ -15,9 +15,15 @@ from fractaltrain.study.plan import Group, Step
 from fractaltrain.study.processes import Processes, step_processes
 from fractaltrain.study.record import problem_of
 
-State = Literal["done", "to do", "not usable"]
-
 _LOGS = "log"
+
+
+class Standing(NamedTuple):
+    """A step, whether it is done, and why what is in its folder cannot be used; None: it can be."""
+
+    step: Step
+    done: bool
+    problem: str | None
 
 
 def is_done(step: Step, folder: Path) -> bool:
@@ -25,15 +31,15 @@ def is_done(step: Step, folder: Path) -> bool:
     return (folder / step.run / RESULT).exists()
 
 
-def states(group: Group, folder: Path) -> list[tuple[Step, State]]:
-    """The steps of a group, and how far they are; none can be used that starts from what cannot be."""
-    states: dict[str, State] = {}
+def standings(group: Group, folder: Path) -> list[Standing]:
+    """How far the steps of a group are; none can be used that starts from what cannot be."""
+    found: dict[str, Standing] = {}
     for step in group.steps():
-        if problem_of(folder, step.run, step.settings, step.start) or states.get(step.start or "") == "not usable":
-            states[step.run] = "not usable"
-        else:
-            states[step.run] = "done" if is_done(step, folder) else "to do"
-    return [(step, states[step.run]) for step in group.steps()]
+        problem = problem_of(folder, step.run, step.settings, step.start)
+        if step.start and found[step.start].problem and (folder / step.run).exists():
+            problem = f"starts from {step.start}, which is not usable; remove it, too"
+        found[step.run] = Standing(step, is_done(step, folder) and not problem, problem)
+    return list(found.values())
 
 
 def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: int = 1) -> list[str]:
@@ -47,8 +53,14 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
         StoppedError: if a signal asked for it, after the steps under way have saved.
     """
     waiting = [step for group in groups for step in group.steps()]
-    if ready := sum(state == "done" for group in groups for _, state in states(group, folder)):
+    found = [standing for group in groups for standing in standings(group, folder)]
+    refused = {standing.step.run: standing.problem for standing in found if standing.problem}
+    for run, problem in refused.items():
+        click.echo(f"{folder / run}: {problem}", err=True)
+    if ready := sum(standing.done for standing in found):
         note(f"{folder}: done already: {ready:,} of {human_count(len(waiting), 'step')}")
+    if jobs > 1:
+        note(f"{folder / _LOGS}: what the steps say")
     done: dict[str, bool] = {}  # whether a step that has been tried came to its end
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
     with step_processes(threads) as processes:
@@ -56,7 +68,7 @@ def run_groups(groups: Sequence[Group], folder: Path, nproc: int | None, jobs: i
             step = _startable(waiting, done) if processes.running < jobs else None
             if step:
                 waiting.remove(step)
-                settled = _settled(step, folder, done)
+                settled = False if step.run in refused else _settled(step, folder, done)
                 if settled is None:
                     _start(step, folder, nproc, processes, logged=jobs > 1)
                 else:
@@ -77,7 +89,7 @@ def _settled(step: Step, folder: Path, done: Mapping[str, bool]) -> bool | None:
     """Whether a step is done, or never will be; None: it is to be run."""
     if step.start and not done[step.start]:
         return False
-    if problem := problem_of(folder, step.run, step.settings, step.start):
+    if problem := problem_of(folder, step.run, step.settings, step.start):  # what it starts from may be new
         click.echo(f"{folder / step.run}: {problem}", err=True)
         return False
     return True if is_done(step, folder) else None
