@@ -20,6 +20,7 @@ _ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precisi
 _FEW = 40  # points that are marked, each
 _PLACES = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.885, "wspace": 0.22, "hspace": 0.26}
 """Of the panels; an engine that finds places draws everything once more."""
+_LEGEND: dict[str, Any] = {"fontsize": 9, "labelcolor": INK, "framealpha": 0.85, "edgecolor": "none"}
 _HEADROOM = 1.08
 _ROOM = 1.015  # or the last ones would be cut at the edge
 
@@ -76,7 +77,7 @@ def draw_history(folder: Path) -> None:
     _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
     if evaluated:
         _curve(loss, moments, [line["loss"] for line in evaluated], _HELD_OUT, "held out")
-    loss.legend(frameon=False, fontsize=9, labelcolor=INK)
+    loss.legend(**_LEGEND)
 
     style(accuracy, "Accuracy on held-out images", "%")
     shown = next((names for names in _ACCURACIES if evaluated and all(name in evaluated[-1] for name in names)), None)
@@ -87,7 +88,7 @@ def draw_history(folder: Path) -> None:
         label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
         _curve(accuracy, moments, leading_curve, _HELD_OUT, label)
         accuracy.set_ylim(0, 102)
-        accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
+        accuracy.legend(**_LEGEND)
     else:
         accuracy.set_yticks([])
         accuracy.text(
