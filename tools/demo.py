@@ -23,7 +23,7 @@ RUNS = Path("runs/demo")
 SHEET = RUNS / "contact-sheet.png"
 PRETRAINED, FINETUNED, SCRATCH = RUNS / "pretrained", RUNS / "finetuned", RUNS / "scratch"
 
-# As in studies/fewshot.toml, with half its images: both learning rates of the fine-tuning were chosen on other digits.
+# As in studies/fewshot.toml, with half its images: both learning rates of the fine-tuning were chosen on other subsets.
 BUILD = (
     "fractalgen build --kind single --n 5000 --classes 50 --size 64 --set background=false --shard-size 500"
     f" --out {SHARDS}"

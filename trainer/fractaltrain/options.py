@@ -1,6 +1,7 @@
 """Options that pre-training and fine-tuning share, and what they ask for."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -78,20 +79,5 @@ def check_processes(recipe: Recipe, nproc: int | None, options: dict[str, Any]) 
 
 def running_of(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Running:
     """What the options ask for, with a recipe that ``resolve`` gave."""
-    return Running(
-        recipe=recipe,
-        out=options["out"] or default_out,
-        seed=options["seed"],
-        pad=options["pad"],
-        amp=options["amp"],
-        workers=options["workers"],
-        save_every_minutes=options["save_every_minutes"],
-        on_bad_sample=options["on_bad_sample"],
-        keep=options["keep"],
-        resume=options["resume"],
-        accumulate=options["accumulate"],
-        compile=options["compile"],
-        deterministic=options["deterministic"],
-        eval_every=options["eval_every"],
-        sync_batchnorm=options["sync_batchnorm"],
-    )
+    same = {field.name: options[field.name] for field in fields(Running) if field.name not in ("recipe", "out")}
+    return Running(recipe=recipe, out=options["out"] or default_out, **same)
