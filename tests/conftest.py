@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from fractalshards.sharing import remote as remote_module
+from fractalshards.remote import transfer as remote_module
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored in what they run behind them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools

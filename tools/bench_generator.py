@@ -23,9 +23,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen import anderson, build, draw_systems, kataoka, make_recipe, render
+from fractalgen import build, draw_systems, make_recipe, render
 from fractalgen.build import build_shard
-from fractalgen.kinds import KINDS, multi, single
+from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kinds import KINDS, anderson, multi, single
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
 from fractalshards import writer

@@ -28,12 +28,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fractalshards.atomic import write_json
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
+from fractalshards.storage import write_json
 from fractalshards.verify import verify_dataset
 from fractalshards.workers import available_cores, worker_pool
 

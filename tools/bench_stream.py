@@ -28,18 +28,17 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fractalshards.atomic import write_json
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.png import decode_image
 from fractalshards.reader import ShardIndex, index_split, iterate_shard
-from fractaltrain.augment.randaugment import randaugment, timm_randaugment
+from fractalshards.storage import write_json
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import Source
-from fractaltrain.inputs import training_batch, training_geometry
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.recipes.recipe import change
 from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
+from fractaltrain.transforms import randaugment, timm_randaugment, training_batch, training_geometry
 
 _WINDOW = 16
 _SHUFFLE = 1000  # samples in webdataset's buffer

@@ -19,19 +19,18 @@ import click
 import numpy as np
 import torch
 
-from fractalshards.atomic import write_json
 from fractalshards.human import human_bytes
 from fractalshards.manifest import load_manifest
+from fractalshards.storage import write_json
+from fractaltrain.config import Amp, Running
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.inputs import training_batch, training_geometry
-from fractaltrain.learner import build_learner
+from fractaltrain.distributed import World
 from fractaltrain.models import create_model
 from fractaltrain.recipes import PRETRAINING
-from fractaltrain.settings import Amp, Running
-from fractaltrain.step import Step
 from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
-from fractaltrain.world import World
+from fractaltrain.train import Step, build_learner
+from fractaltrain.transforms import training_batch, training_geometry
 
 _WINDOW = 16  # shards, as pt shuffles them
 _RECIPE = PRETRAINING["anderson"]

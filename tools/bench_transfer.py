@@ -31,13 +31,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest
-from fractalshards.manifest import Shard, ShardRecord, write_manifest
-from fractalshards.names import RECIPE, shard_name, sidecar_name
-from fractalshards.sharing.pull import pull
-from fractalshards.sharing.push import push
-from fractalshards.sharing.transfer import Moved
+from fractalshards.manifest import RECIPE, Shard, ShardRecord, shard_name, sidecar_name, write_manifest
+from fractalshards.remote.transfer import Moved, pull, push
+from fractalshards.storage import write_json
 
 _PAIRS = {"push": "cp", "pull from a folder": "cp", "pull over HTTP": "curl"}
 

@@ -21,8 +21,7 @@ import click
 
 from fractalshards.console import progress
 from fractalshards.digest import sha256_file
-from fractalshards.manifest import finished_record, load_manifest
-from fractalshards.names import INFO, sidecar_name
+from fractalshards.manifest import INFO, finished_record, load_manifest, sidecar_name
 from fractalshards.verify import verify_dataset
 
 _FRACTALGEN = Path(sys.executable).with_name("fractalgen")

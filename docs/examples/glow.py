@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fractalgen import anderson
-from fractalgen.kinds.kind import Kind
-from fractalgen.orbit import chaos_game
-from fractalgen.params import check_parameters, parameter
-from fractalgen.raster import Orientation, bounding_box, splat
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
+from fractalgen.kernels.chaos_game import chaos_game
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import Orientation, bounding_box, splat
+from fractalgen.kinds import anderson
+from fractalgen.kinds.kind import Kind, Unit, check_parameters, parameter
 from fractalshards.png import Indexed
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered

@@ -13,27 +13,25 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen import kataoka
 from fractalgen.build import Plan, plan_build, run_build
-from fractalgen.categories import read_categories, read_csv, read_csv_folder, write_categories
-from fractalgen.engines import Engine, open_engine
+from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, write_categories
+from fractalgen.executors import Engine, open_engine
+from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
-from fractalgen.limits import MAX_POINTS, SIZES
-from fractalgen.params import show_range
-from fractalgen.preview import preview as draw_preview
+from fractalgen.kinds.kind import MAX_POINTS, SIZES, show_range
 from fractalgen.recipe import make_recipe, parse_recipe
+from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset
-from fractalgen.search import search_categories
-from fractalshards.atomic import write_bytes
 from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
-from fractalshards.overrides import parse_settings, show_value
 from fractalshards.png import Indexed, encode_png
 from fractalshards.portable import read_portable
+from fractalshards.settings import parse_settings, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
+from fractalshards.storage import write_bytes
 from fractalshards.systems import Systems
 
 _ALL = "all"
@@ -246,14 +244,14 @@ def preview(
 @main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed --out"})
 @click.option("--params", required=True, type=PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="2 changes nothing.")
-@click.option("--draw", default="patch-gray", type=click.Choice(kataoka.DRAWS), help="How to draw.")
+@click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="How to draw.")
 @click.option("--size", default=362, type=_SIZE, help="Side length in pixels.")
 @click.option("--points", default=200_000, type=_POINTS, help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="1 top-bottom, 2 sides, 3 both.")
 @click.option("--mask-seed", default=0, type=int, help="Of Python's random, for patches.")
 @click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Picture to write.")
 def render(
-    params: Path, weight_row: int, draw: kataoka.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
+    params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
 ) -> None:
     """Render one FractalDB image, to the pixel as the published code does.
 
@@ -261,9 +259,9 @@ def render(
     """
     if picture_format(out) != "PNG":
         raise UsageError(f"--out is {out}: expected a name that ends in .png")
-    masks = kataoka.published_masks(mask_seed, points) if kataoka.is_patch(draw) else None
-    indices = kataoka.render(read_csv(params), kataoka.weight_rows()[weight_row], size, points, draw, masks)
-    data = encode_png(Indexed(kataoka.flip(indices, flip), kataoka.palette(draw)).rgb())
+    masks = kernel.published_masks(mask_seed, points) if kernel.is_patch(draw) else None
+    indices = kernel.render(read_csv(params), kernel.weight_rows()[weight_row], size, points, draw, masks)
+    data = encode_png(Indexed(kernel.flip(indices, flip), kernel.palette(draw)).rgb())
     write_bytes(out, data)
     click.echo(f"{out}: {size} x {size} pixels")
 

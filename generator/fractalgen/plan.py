@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fractalgen.kernels.random import Stream
 from fractalgen.kinds import find_kind
+from fractalgen.kinds.kind import Unit
 from fractalgen.recipe import Recipe
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
-from fractalshards.assemble import ShardTask
-from fractalshards.names import shard_name
-from fractalshards.splitmix import MASK64, mix64
+from fractalshards.manifest import shard_name
+from fractalshards.random import MASK64, mix64
+from fractalshards.writer import ShardTask
 
 _ROUNDS = 6
 _BLOCK_PIXELS = 1 << 25  # images of units are shuffled in blocks, of which a worker holds the renders

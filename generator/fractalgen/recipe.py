@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fractalgen.kinds import KINDS, Kind, find_kind
-from fractalgen.limits import MAX_POINTS, SIZES
+from fractalgen.kinds.kind import MAX_POINTS, SIZES
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.fields import Fields
 from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS
-from fractalshards.overrides import override
+from fractalshards.settings import override
 from fractalshards.systems import Systems
 
 if TYPE_CHECKING:

@@ -3,13 +3,16 @@
 import operator
 from collections.abc import Iterator, Sequence
 
-from fractalgen.color import Pixels, pixels_of
+from PIL import Image
+
+from fractalgen.kernels.paint import Pixels, pixels_of
 from fractalgen.kinds import find_kind
+from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
-from fractalgen.unit import Unit
-from fractalshards.labels import Label
-from fractalshards.names import sample_key
+from fractalshards.manifest import sample_key
+from fractalshards.sample import Label
+from fractalshards.sheet import class_rows, contact_sheet
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
 
@@ -35,7 +38,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
 
     Returns:
         The image, (size, size, 3) uint8 RGB, and its label: a class index, or for kind ``multi`` a
-        ``fractalshards.labels.MultiLabel`` of the classes and objects that are visible.
+        ``fractalshards.sample.MultiLabel`` of the classes and objects that are visible.
 
     Raises:
         IndexError: if the index is out of range.
@@ -64,3 +67,29 @@ def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Ite
         if left > 1:
             waiting[place.unit] = images, left - 1
         yield sample_key(index), images[place.part]
+
+
+_PATIENCE = 8  # images per image shown, until rows of a multi-label kind may stay short
+
+
+def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
+    """Draw a labelled sheet, a row per class; images of several classes stand in the row of one of them.
+
+    Args:
+        per_class: images in a row.
+        tile: side length of an image on the sheet in pixels.
+    """
+    rows = class_rows(_samples(recipe, per_class), range(recipe.classes), per_class, tile)
+    return contact_sheet(rows, tile, title=recipe.kind)
+
+
+def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:
+    """Images of different units, class after class."""
+    kind = find_kind(recipe.kind)
+    systems = draw_systems(recipe)
+    end = kind.units_per_class(recipe.params) or per_class * _PATIENCE
+    for number in range(end):
+        for label in range(recipe.classes):
+            images = render_unit(recipe, systems, Unit(recipe.seed, "train", label, number))
+            image, shown = images[number % len(images)]
+            yield pixels_of(image), shown

@@ -7,19 +7,17 @@ killed is continued by the same command, or by ``fractalgen build``.
 from dataclasses import dataclass
 from pathlib import Path
 
-from fractalgen.build import Plan, contents_of, finish_dataset, plan_build, render_missing
-from fractalgen.engines import Engine
-from fractalgen.folder import restore
+from fractalgen.build import Plan, contents_of, finish_dataset, plan_build, render_missing, restore
+from fractalgen.executors import Engine
 from fractalgen.kinds import find_kind
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
-from fractalshards.assemble import finished_shards
 from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
-from fractalshards.manifest import Shard, load_manifest
-from fractalshards.names import INFO, sidecar_name
+from fractalshards.manifest import INFO, Shard, load_manifest, sidecar_name
 from fractalshards.verify import Problem, Promise, verify_shards
+from fractalshards.writer import finished_shards
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.atomic import write_bytes
-from fractalshards.comparing.compare import compare_datasets
 from fractalshards.console import (
     PATH,
     Commands,
@@ -24,19 +22,18 @@ from fractalshards.console import (
     workers_option,
 )
 from fractalshards.dali import write_dali_indices
+from fractalshards.diff import compare_datasets
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
-from fractalshards.manifest import Manifest, load_manifest
-from fractalshards.packing.pack import plan_pack, run_pack
-from fractalshards.packing.source import parse_source
+from fractalshards.manifest import Manifest, flat_recipe, load_manifest
+from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractalshards.portable import export_recipe
-from fractalshards.recipes import flat_recipe
-from fractalshards.report.page import check_page_name, load_template, render_page
-from fractalshards.report.survey import survey_dataset
-from fractalshards.sharing.parts import parse_numbers
-from fractalshards.sharing.pull import pull as pull_dataset
-from fractalshards.sharing.push import push as push_dataset
+from fractalshards.remote.transfer import parse_numbers
+from fractalshards.remote.transfer import pull as pull_dataset
+from fractalshards.remote.transfer import push as push_dataset
+from fractalshards.report import check_page_name, load_template, render_page, survey_dataset
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
+from fractalshards.storage import write_bytes
 from fractalshards.verify import repair_advice, verify_dataset
 
 _FOLDER = click.argument("folder", metavar="DIR", type=PATH)

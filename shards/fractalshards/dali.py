@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
-from fractalshards.manifest import Manifest
-from fractalshards.names import check_plain, dali_index_name
+from fractalshards.manifest import Manifest, check_plain, dali_index_name
 from fractalshards.reader import ShardIndex, index_split
-from fractalshards.tarball import BLOCK, Member, extension_of, sample_members
+from fractalshards.sample import BLOCK, Member, extension_of, sample_members
+from fractalshards.storage import atomic_file
 
 _VERSION = "v1.2"
 

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from fractalshards.images import PNG, image_extension
-from fractalshards.labels import label_extension
-from fractalshards.tarball import Sample
+from fractalshards.sample import PNG, Sample, image_extension, label_extension
 
 _CHUNK = 1 << 20
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fractalshards.errors import FractalError
-from fractalshards.files import read_bounded
+from fractalshards.storage import read_bounded
 
 MAX_JSON_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
 _MAX_COUNT = 2**63 - 1

@@ -1,21 +1,69 @@
-"""What a dataset folder says of itself: a sidecar record per shard, and the manifest assembled from them."""
+"""Names inside a dataset folder: shards, sidecars, sample keys. Pure functions."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.files import regular_size
 from fractalshards.human import human_bytes, human_count
-from fractalshards.labels import LabelType, find_label_type
-from fractalshards.names import INFO, check_plain, sidecar_name
+from fractalshards.sample import LabelType, find_label_type
+from fractalshards.storage import regular_size, write_json
+
+INFO = "_info.json"
+RECIPE = "recipe.json"
+SYSTEMS = "systems.npz"
+TRAINING = "train"  # the split to train on
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def shard_name(split: str, shard: int) -> str:
+    """File name of a shard, e.g. ``train-000007.tar``."""
+    return f"{split}-{shard:06d}.tar"
+
+
+def sidecar_name(shard: str) -> str:
+    """File name of a shard's sidecar record, e.g. ``train-000007.json``."""
+    return Path(shard).with_suffix(".json").name
+
+
+def dali_index_name(shard: str) -> str:
+    """File name of a shard's index for NVIDIA DALI, e.g. ``train-000007.idx``."""
+    return Path(shard).with_suffix(".idx").name
+
+
+def sample_key(index: int) -> str:
+    """Key of a sample: its index in the dataset, nine digits."""
+    return f"{index:09d}"
+
+
+def is_plain(name: str) -> bool:
+    """Whether ``name`` is a plain file name, and nothing that could lead out of the folder.
+
+    Separators, ``..``, a leading dot, and anything that could be read as a URL are not: webdataset runs ``pipe:`` URLs
+    in a shell.
+    """
+    return _PLAIN.fullmatch(name) is not None and ".." not in name
+
+
+def check_plain(name: str, where: str) -> str:
+    """Return ``name``, which comes from a dataset that may be hostile, if it is a plain file name.
+
+    Raises:
+        FractalError: if it is not.
+    """
+    if not is_plain(name):
+        raise FractalError(f"{where}: {name!r} is not a plain file name; do not use this dataset")
+    return name
+
 
 FORMAT_VERSION = 1
 MAX_CLASSES = 100_000  # systems have names of five digits
@@ -365,3 +413,74 @@ def _first_samples(fields: Fields, splits: Mapping[str, tuple[Shard, ...]], path
 
 def _software() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}}
+
+
+_MAX_TEXT = 60  # letters of a value
+
+
+def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe with its parameters beside them; tuples as the lists that JSON makes of them."""
+    params = recipe.get("params")
+    if isinstance(params, dict):
+        recipe = {**{name: value for name, value in recipe.items() if name != "params"}, **params}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
+
+
+def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name and both values of the fields, parameters included, in which recipes differ; ``-`` where one has none."""
+    one, other = flat_recipe(first), flat_recipe(second)
+    names = [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
+    return [(name, _show(one, name), _show(other, name)) for name in names]
+
+
+def recipe_problems(recipe: Mapping[str, Any], digest: str, manifest: Manifest | None = None) -> Iterator[str]:
+    """What is wrong with a recipe and the digest beside it, which are also those of the manifest if one is given."""
+    if manifest and (recipe != manifest.recipe or digest != manifest.recipe_digest):
+        yield "recipe and manifest disagree"
+    if mapping_digest(recipe) != digest:
+        yield "recipe digest differs: the recipe was changed"
+
+
+def _show(recipe: Mapping[str, Any], name: str) -> str:
+    text = str(recipe[name]) if name in recipe else "-"
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+
+
+def stored_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of a folder; None if the folder is empty or not there, so that it can become any dataset.
+
+    Raises:
+        FractalError: if the recipe is damaged, or the folder holds something that is no dataset.
+        OSError: if it cannot be read.
+    """
+    present = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if RECIPE in present:
+        return Fields.read(folder / RECIPE).mapping("recipe")
+    strangers = [name for name in present if not name.startswith(".")]
+    if strangers:
+        raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
+    return None
+
+
+def refuse_other(folder: Path, found: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Raise a FractalError that names the differences, e.g. ``seed 0 there, 1 here``, if two recipes differ."""
+    if differences := recipe_differences(found, recipe):
+        other = ", ".join(f"{name} {there} there, {here} here" for name, there, here in differences)
+        raise FractalError(f"{folder}: holds another dataset ({other}); choose another folder or the same options")
+
+
+def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Write the recipe into a new folder; one that has it is left as it is.
+
+    Of two builds that begin at once in one folder, one publishes its recipe; the other finds it there.
+
+    Raises:
+        FractalError: if the folder holds another recipe by now.
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECIPE).exists():
+        with suppress(FileExistsError):
+            description = {"recipe": dict(recipe), "recipe_digest": mapping_digest(recipe)}
+            write_json(folder / RECIPE, description, indent=1, exclusive=True)
+    refuse_other(folder, stored_recipe(folder) or {}, recipe)

@@ -17,10 +17,8 @@ import numpy.typing as npt
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import MAX_JSON_BYTES, Fields
-from fractalshards.labels import LabelType, find_label_type
-from fractalshards.manifest import MAX_CLASSES, Manifest, Shard, shard_rows
-from fractalshards.names import SYSTEMS
-from fractalshards.recipes import recipe_problems
+from fractalshards.manifest import MAX_CLASSES, SYSTEMS, Manifest, Shard, recipe_problems, shard_rows
+from fractalshards.sample import LabelType, find_label_type
 from fractalshards.systems import MAP_SHAPES, read_systems
 
 PORTABLE_VERSION = 1

@@ -9,12 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import FractalError
-from fractalshards.files import regular_size
-from fractalshards.images import image_extension
-from fractalshards.labels import Label, classes_of, decode_label
 from fractalshards.manifest import Manifest, Shard, read_record, split_shards
 from fractalshards.png import Pixels, decode_image
-from fractalshards.tarball import Sample, parse_sample
+from fractalshards.sample import Label, Sample, classes_of, decode_label, image_extension, parse_sample
+from fractalshards.storage import regular_size
 
 
 @dataclass(frozen=True)

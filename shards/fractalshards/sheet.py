@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.labels import Label, classes_of
 from fractalshards.manifest import Manifest
 from fractalshards.png import Pixels
 from fractalshards.reader import decode_shard, index_split
+from fractalshards.sample import Label, classes_of
+from fractalshards.storage import atomic_file
 
 _GAP = 4
 _LABEL_WIDTH = 44

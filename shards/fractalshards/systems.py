@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
-from fractalshards.files import read_bounded
 from fractalshards.manifest import MAX_CLASSES
+from fractalshards.storage import atomic_file, read_bounded
 
 MAP_SHAPES = ((2, 3), (7,))  # of one map of a system
 MAX_SYSTEMS_BYTES = 64 << 20  # of the file, and of what is in it

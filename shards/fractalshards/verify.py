@@ -12,15 +12,32 @@ from typing import BinaryIO
 from fractalshards.digest import ContentDigest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
-from fractalshards.files import regular_size
-from fractalshards.images import image_extension, image_format
-from fractalshards.labels import Label, LabelType, MultiLabel, classes_of, label_extension
-from fractalshards.manifest import Manifest, Shard, ShardRecord, read_record
-from fractalshards.names import RECIPE, SYSTEMS, sample_key
+from fractalshards.manifest import (
+    RECIPE,
+    SYSTEMS,
+    Manifest,
+    Shard,
+    ShardRecord,
+    read_record,
+    recipe_problems,
+    sample_key,
+)
 from fractalshards.reader import decode_sample, read_blocks
-from fractalshards.recipes import recipe_problems
+from fractalshards.sample import (
+    END_OF_TAR,
+    Label,
+    LabelType,
+    MultiLabel,
+    Sample,
+    classes_of,
+    image_extension,
+    image_format,
+    label_extension,
+    parse_sample,
+    shown_key,
+)
+from fractalshards.storage import regular_size
 from fractalshards.systems import read_systems
-from fractalshards.tarball import END_OF_TAR, Sample, parse_sample, shown_key
 from fractalshards.workers import worker_pool
 
 _CHUNK = 1 << 20

@@ -1,4 +1,4 @@
-"""A pool of worker processes that outlives the death of any of them, never outlives its parent, and minds Ctrl-C."""
+"""Handlers of signals for a while. It imports little, for commands have some from their first moment on."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -16,7 +16,19 @@ from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from fractalshards.errors import Terminated, WorkerLostError
-from fractalshards.signals import handling
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], object], *signals: signal.Signals) -> Iterator[None]:
+    """Inside the block the signals call ``handler``; only in the main thread, for others cannot handle any."""
+    here = signals if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in here}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
 
 TRIES = 3  # of a task whose worker is killed
 

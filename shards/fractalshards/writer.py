@@ -1,19 +1,39 @@
 """Writes one shard: the tar first, then its sidecar record, each visible only when whole."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from fractalshards.atomic import atomic_file, write_json
-from fractalshards.digest import ContentDigest
+from fractalshards.console import progress
+from fractalshards.digest import ContentDigest, mapping_digest
 from fractalshards.errors import FractalError
-from fractalshards.images import PNG
-from fractalshards.labels import Label, classes_of, encode_label
-from fractalshards.manifest import MAX_SAMPLE_BYTES, ShardRecord
-from fractalshards.names import sidecar_name
+from fractalshards.human import human_count, human_list
+from fractalshards.manifest import (
+    MAX_SAMPLE_BYTES,
+    ShardRecord,
+    finished_record,
+    load_manifest,
+    recipe_problems,
+    sidecar_name,
+    write_manifest,
+)
 from fractalshards.png import Indexed, Pixels, encode_png
-from fractalshards.tarball import END_OF_TAR, Sample, pack_sample, packed_size
+from fractalshards.sample import (
+    END_OF_TAR,
+    PNG,
+    Label,
+    LabelType,
+    Sample,
+    classes_of,
+    encode_label,
+    pack_sample,
+    packed_size,
+)
+from fractalshards.storage import atomic_file, remove_leftovers, write_json
+from fractalshards.workers import is_lost
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
 Encode = Callable[[Pixels | Indexed], bytes]
@@ -113,3 +133,139 @@ def _encode_rendered(key: str, rendered: Rendered, encode: Encode) -> Sample:
     image, label = rendered
     extension, text = encode_label(label)
     return Sample(key, {PNG: encode(image), extension: text})
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: samples ``first`` to ``stop - 1`` of the dataset."""
+
+    split: str
+    name: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a dataset is, apart from its samples: the fields of its manifest that are known before it is written."""
+
+    recipe: Mapping[str, Any]
+    label_type: LabelType
+    classes: int
+    class_names: tuple[str, ...] = ()
+    class_ids: tuple[str, ...] = ()
+
+
+def finished_shards(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> dict[str, ShardRecord]:
+    """The records, by name, of the shards that are whole and have the samples and classes of their tasks."""
+    found = {task: finished_record(folder, task.name, contents.label_type) for task in tasks}
+    return {
+        task.name: record
+        for task, record in found.items()
+        if record and record.samples == task.stop - task.first and len(record.label_counts) == contents.classes
+    }
+
+
+def run_jobs(jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, folder: Path, verb: str) -> Iterator[_T]:
+    """Run what writes each shard, with progress on stderr; results come as they are ready.
+
+    A shard whose workers die again and again is left out, and the others are written all the same.
+
+    Args:
+        jobs: picklable calls; what a job returns is nothing, or tells why it has written no shard.
+        folder: of the dataset, for errors.
+        verb: what is done to the images, for the progress: ``rendering``.
+
+    Raises:
+        FractalError: at the end, if shards were left out, naming them.
+        Exception: whatever a job raises; shards that are finished stay.
+    """
+    lost: dict[str, BaseException] = {}
+    samples = sum(task.stop - task.first for task in jobs)
+    with progress(verb, samples, "images") as advance:
+        futures = {executor.submit(job): task for task, job in jobs.items()}
+        for future in as_completed(futures):
+            task = futures[future]
+            if (error := _outcome(future)) is None:
+                yield (result := future.result())
+                if not result:
+                    advance(task.stop - task.first)
+            elif is_lost(error):
+                lost[task.name] = error
+            else:
+                raise error
+    if lost:
+        raise FractalError(
+            f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: "
+            f"{_reason(next(iter(lost.values())))}; run the same command again"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Why a shard could not be had, and what may help."""
+    if isinstance(error, MemoryError):
+        return "memory ran out, lower --workers"
+    if isinstance(error, CancelledError):
+        return "the cluster gave it up"
+    return str(error)
+
+
+def _outcome(future: Future[_T]) -> BaseException | None:
+    """The error of a future that is done, if it has one."""
+    try:
+        return future.exception()
+    except CancelledError as error:
+        return error
+
+
+def publish(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> tuple[str, ...]:
+    """Assemble the manifest from the sidecars, if all shards are there and it is not; remove what killed builds left.
+
+    Returns:
+        The names of the shards that are missing; there is a manifest if there are none.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    records = finished_shards(folder, tasks, contents)
+    missing = tuple(task.name for task in tasks if task.name not in records)
+    if not missing:
+        names = dict.fromkeys(task.split for task in tasks)
+        splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
+        sides = {record.image_size for record in records.values()}
+        if not _listed(folder, splits, contents):
+            write_manifest(
+                folder,
+                splits,
+                recipe=contents.recipe,
+                recipe_digest=mapping_digest(contents.recipe),
+                label_type=contents.label_type,
+                classes=contents.classes,
+                image_size=sides.pop() if len(sides) == 1 else None,
+                class_names=contents.class_names,
+                class_ids=contents.class_ids,
+            )
+    remove_leftovers(folder)
+    return missing
+
+
+def refuse_vanished(folder: Path, names: Iterable[str]) -> None:
+    """Raise a FractalError if there are names: those of shards that were written and are not there."""
+    if vanished := sorted(names):
+        raise FractalError(
+            f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
+            "system, then run the same command again"
+        )
+
+
+def _listed(folder: Path, splits: Mapping[str, object], contents: Contents) -> bool:
+    """Whether there is a manifest of this recipe that lists just these shards."""
+    try:
+        manifest = load_manifest(folder)
+    except FractalError:
+        return False
+    sound = not any(recipe_problems(manifest.recipe, manifest.recipe_digest))
+    return sound and manifest.splits == splits and manifest.recipe_digest == mapping_digest(contents.recipe)

@@ -13,8 +13,7 @@ from fractalgen.cli import main as fractalgen
 from fractalgen.kinds import KINDS
 from fractalshards.cli import main as fractalshards
 from fractaltrain.cli import main as fractaltrain
-from fractaltrain.study.config import read_study
-from fractaltrain.study.plan import plan_study
+from fractaltrain.study import plan_study, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "shards" / "README.md"]

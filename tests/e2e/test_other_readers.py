@@ -18,9 +18,9 @@ import webdataset
 from PIL import Image
 from timm.data import create_dataset
 
-from fractalshards.labels import classes_of
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
+from fractalshards.sample import classes_of
 
 BIN = Path(sys.executable).parent
 README = Path(__file__).parents[2] / "shards" / "README.md"

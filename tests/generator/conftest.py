@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fractalgen import engines
+from fractalgen import executors as engines
 from fractalgen.cli import main
 from recorded_pools import RecordedPools
 

@@ -18,11 +18,11 @@ from click.testing import CliRunner
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.build import Plan, plan_build, run_build
 from fractalgen.cli import main
-from fractalgen.engines import open_engine
+from fractalgen.executors import open_engine
 from fractalshards.errors import FractalError
-from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import index_split, iterate_shard
+from fractalshards.sample import decode_label
 
 FRACTALGEN = Path(sys.executable).with_name("fractalgen")
 SMALL = ["--kind", "single", "--n", "110", "--val", "13", "--classes", "20", "--size", "32", "--points", "3000"]

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fractalgen import forecast
+from fractalgen import build as forecast
 from fractalgen.categories import read_categories, shipped_categories, write_categories
 from fractalgen.cli import main
 from fractalgen.kinds import KINDS

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fractalgen.background import BLACK, HeightColors, diamond_square, draw_height_colors
-from fractalgen.paint import FractalColors, gaussian_blur, paint
-from fractalgen.rng import Stream, hash32
+from fractalgen.kernels.paint import (
+    BLACK,
+    FractalColors,
+    HeightColors,
+    diamond_square,
+    draw_height_colors,
+    gaussian_blur,
+    paint,
+)
+from fractalgen.kernels.random import Stream, hash32
 from hsv import hsv_to_rgb
 
 

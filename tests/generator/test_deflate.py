@@ -15,10 +15,10 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
 from fractalgen import draw_systems, make_recipe
-from fractalgen.color import pixels_of
-from fractalgen.deflate import _code_lengths, encode_image, zlib_compress
+from fractalgen.kernels.deflate import _code_lengths, encode_image, zlib_compress
+from fractalgen.kernels.paint import pixels_of
+from fractalgen.kinds.kind import Unit
 from fractalgen.render import render_unit
-from fractalgen.unit import Unit
 from fractalshards.png import Indexed, decode_image, encode_png
 
 

@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster
 from fractalgen import make_recipe
 from fractalgen.build import plan_build, run_build
 from fractalgen.cli import main
-from fractalgen.engines import open_engine
+from fractalgen.executors import open_engine
 from fractalshards.errors import FractalError, WorkerLostError
 from fractalshards.manifest import load_manifest
 
@@ -116,7 +116,7 @@ def test_a_dask_cluster_that_loses_a_worker_builds_the_same(
 
 
 def test_dask_errors_are_one_line(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fractalgen.engines._SECONDS", 0.5)
+    monkeypatch.setattr("fractalgen.executors._SECONDS", 0.5)
     for options, code, words in (
         (["--executor", "dask"], 2, "needs --scheduler"),
         (["--scheduler", "tcp://localhost:1"], 2, "add --executor dask"),
@@ -157,7 +157,7 @@ def test_a_cluster_without_workers_is_refused(small: list[str], tmp_path: Path) 
 def test_a_scheduler_that_dies_ends_the_build_in_one_line(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fractalgen.engines._LOST_SECONDS", 1.0)
+    monkeypatch.setattr("fractalgen.executors._LOST_SECONDS", 1.0)
     out = tmp_path / "out"
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         cluster = subprocess.Popen([sys.executable, "-c", _CLUSTER], stdout=subprocess.PIPE, text=True)

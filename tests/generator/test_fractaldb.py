@@ -8,13 +8,14 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractalgen import draw_systems, kataoka, make_recipe, render_sample
+from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
+from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels.random import Stream
 from fractalgen.kinds import fractaldb
 from fractalgen.kinds.fractaldb import FractaldbParams
+from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
 from fractalshards.errors import UsageError
 from fractalshards.png import Indexed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fractalgen.ifs import rasterize, sample_system
+from fractalgen.kinds.anderson import rasterize, sample_system
 from fractalshards.errors import UsageError
 
 

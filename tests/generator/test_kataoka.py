@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fractalgen import kataoka
 from fractalgen.categories import shipped_categories
-from fractalgen.kataoka import (
+from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels.fractaldb import (
     DRAWS,
     Draw,
     flip,
@@ -28,7 +28,7 @@ from fractalgen.kataoka import (
     render,
     weight_rows,
 )
-from fractalgen.rng import Stream
+from fractalgen.kernels.random import Stream
 from fractalshards.errors import UsageError
 
 KEY = Stream.of("kataoka").key()

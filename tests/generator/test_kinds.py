@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kind_variants
-from fractalgen import draw_systems, kataoka, make_recipe, render_sample
+from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
+from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels.random import Stream
 from fractalgen.kinds import KINDS
 from fractalgen.plan import locate
-from fractalgen.rng import Stream
 from fractalshards.errors import FractalError
-from fractalshards.labels import MultiLabel, classes_of
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
+from fractalshards.sample import MultiLabel, classes_of
 
 FEWER_INSTRUCTIONS = {
     "NUMBA_CPU_NAME": "generic",

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractalgen import draw_systems, make_recipe, render_sample
-from fractalgen.ifs import sample_system
+from fractalgen.kernels.random import Stream
 from fractalgen.kinds import multi
+from fractalgen.kinds.anderson import sample_system
+from fractalgen.kinds.kind import Unit
 from fractalgen.kinds.multi import MultiParams, render
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
 from fractalshards.errors import FractalError
-from fractalshards.labels import MultiLabel
+from fractalshards.sample import MultiLabel
 
 
 def draw(params: MultiParams, size: int, points: int, number: int) -> tuple[np.ndarray, MultiLabel]:

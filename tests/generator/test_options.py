@@ -9,10 +9,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fractalgen import cli
-from fractalgen.categories import shipped_categories
+from fractalgen.build import restore
+from fractalgen.categories import Found, shipped_categories
 from fractalgen.cli import main
-from fractalgen.folder import restore
-from fractalgen.search import Found
 from recorded_pools import RecordedPools
 
 

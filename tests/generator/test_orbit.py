@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from fractalgen.ifs import rasterize, sample_system
-from fractalgen.orbit import chaos_game, determinants, fixed_point
-from fractalgen.raster import Orientation, bounding_box, splat
-from fractalgen.rng import Stream
+from fractalgen.kernels.chaos_game import chaos_game, determinants, fixed_point
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import Orientation, bounding_box, splat
+from fractalgen.kinds.anderson import rasterize, sample_system
 
 KEY = Stream.of("orbit").key()
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractalgen.paste import Canvas
-from fractalgen.resize import resize
+from fractalgen.kernels.compose import Canvas, resize
 
 
 def picture(side: int, seed: int = 0) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from fractalgen.rng import Stream, hash32
+from fractalgen.kernels.random import Stream, hash32
 
 
 @njit

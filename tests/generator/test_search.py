@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fractalgen.categories import shipped_categories
-from fractalgen.search import search_categories
+from fractalgen.categories import search_categories, shipped_categories
 from fractalshards.errors import UsageError
 
 

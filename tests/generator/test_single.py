@@ -9,13 +9,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractalgen import anderson, draw_systems, make_recipe, render_sample
-from fractalgen.ifs import rasterize, sample_system
-from fractalgen.kinds import single
+from fractalgen import draw_systems, make_recipe, render_sample
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import Orientation
+from fractalgen.kinds import anderson, single
+from fractalgen.kinds.anderson import rasterize, sample_system
+from fractalgen.kinds.kind import Unit
 from fractalgen.kinds.single import SingleParams, jitter, render
-from fractalgen.raster import Orientation
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
 from hsv import hsv_to_rgb
 
 Identity = tuple[int, str, int, int]  # seed, split, label, number

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest, systems_digest
-from fractalshards.manifest import write_manifest
-from fractalshards.names import RECIPE, SYSTEMS, sample_key, shard_name
+from fractalshards.manifest import RECIPE, SYSTEMS, sample_key, shard_name, write_manifest
+from fractalshards.storage import write_json
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
 from packed_flowers import CLASSES as FLOWERS

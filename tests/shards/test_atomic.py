@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fractalshards.atomic import atomic_file, remove_leftovers
+from fractalshards.storage import atomic_file, remove_leftovers
 
 
 def leftover(folder: Path, host: str, process: int, age: float = 0.0) -> Path:

@@ -19,12 +19,10 @@ import pytest
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import parse_bytes
-from fractalshards.manifest import Shard, load_manifest, write_manifest
-from fractalshards.names import sample_key, shard_name
-from fractalshards.sharing import cache as cache_module
-from fractalshards.sharing import prefetch as prefetch_module
-from fractalshards.sharing.cache import ShardCache, open_cache
-from fractalshards.sharing.prefetch import fetch_ahead, prefetching
+from fractalshards.manifest import Shard, load_manifest, sample_key, shard_name, write_manifest
+from fractalshards.remote import cache as cache_module
+from fractalshards.remote import cache as prefetch_module
+from fractalshards.remote.cache import ShardCache, fetch_ahead, open_cache, prefetching
 from fractalshards.writer import write_shard
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -162,7 +160,7 @@ def test_a_process_killed_while_it_fetches_holds_nobody_up(source: Path, root: P
     cache = opened(server.url, root, size)  # its room is taken by what the killed one was fetching
     server.faults[NAMES[0]] = ["hang"]
     code = (
-        "import sys; from pathlib import Path; from fractalshards.sharing.cache import open_cache;"
+        "import sys; from pathlib import Path; from fractalshards.remote.cache import open_cache;"
         "open_cache(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), 1, 'train').ensure(sys.argv[4])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(root), str(size), NAMES[0]])

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from fractalshards.atomic import write_json
 from fractalshards.cli import main
-from fractalshards.comparing.compare import MAX_READ, align
+from fractalshards.diff import MAX_READ, align
 from fractalshards.digest import mapping_digest
-from fractalshards.manifest import Shard, read_record, write_manifest
-from fractalshards.names import INFO, sample_key, shard_name
+from fractalshards.manifest import INFO, Shard, read_record, sample_key, shard_name, write_manifest
 from fractalshards.png import encode_png
+from fractalshards.storage import write_json
 from fractalshards.writer import Rendered, write_shard
 
 CLASSES = 3

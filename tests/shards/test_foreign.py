@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from fractalshards import foreign
+from fractalshards import webdataset as foreign
 from fractalshards.errors import FractalError
-from fractalshards.foreign import Listing, is_foreign, list_shards, listings_digest, load_foreign, scan_tar
+from fractalshards.webdataset import Listing, is_foreign, list_shards, listings_digest, load_foreign, scan_tar
 
 Files = dict[str, bytes]
 

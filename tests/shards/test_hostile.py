@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from damages import IMAGES, MANIFESTS, MARK, OTHERS, SHARDS, SIDECARS, Case, in_manifest
+from fractalshards import diff as compare
 from fractalshards import fields, verify
 from fractalshards import png as png_module
+from fractalshards import report as survey
 from fractalshards.cli import main
-from fractalshards.comparing import compare
-from fractalshards.names import INFO
-from fractalshards.report import survey
+from fractalshards.manifest import INFO
 
 PROGRESS = ("verifying: ", "indexing: ", "comparing: ", "reading sidecars: ", "looking: ")
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from damages import SMALL, Damage, in_manifest, npz, whole, with_files, with_image
-from fractalshards.names import INFO
+from fractalshards.manifest import INFO
 from fractalshards.png import encode_png
 
 MEMORY = 1500  # megabytes, the bound that shards/README.md states

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from fractalshards.cli import main
-from fractalshards.names import INFO, RECIPE, SYSTEMS
-from fractalshards.sharing import pull as pull_module
-from fractalshards.sharing.stores import Upload
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS
+from fractalshards.remote import transfer as pull_module
+from fractalshards.remote.stores import Upload
 
 SHARD, SIDECAR = "train-000001.tar", "train-000001.json"
 MEMORY = 1500  # megabytes, the bound that shards/README.md states

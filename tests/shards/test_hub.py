@@ -14,9 +14,9 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError
 
 from fractalshards.cli import main
-from fractalshards.names import INFO
-from fractalshards.sharing import hub as hub_module
-from fractalshards.sharing.remote import open_destination
+from fractalshards.manifest import INFO
+from fractalshards.remote import stores as hub_module
+from fractalshards.remote.transfer import open_destination
 
 pytestmark = pytest.mark.usefixtures("impatient")
 URL = "hf://datasets/me/set"

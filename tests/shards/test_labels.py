@@ -10,14 +10,21 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractalshards.atomic import write_json
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.labels import MultiLabel, Object, classes_of, decode_label, encode_label
-from fractalshards.manifest import finished_record, load_manifest, read_record, write_manifest
-from fractalshards.names import RECIPE, SYSTEMS, sample_key
+from fractalshards.manifest import (
+    RECIPE,
+    SYSTEMS,
+    finished_record,
+    load_manifest,
+    read_record,
+    sample_key,
+    write_manifest,
+)
 from fractalshards.reader import index_split, iterate_shard
+from fractalshards.sample import MultiLabel, Object, classes_of, decode_label, encode_label
+from fractalshards.storage import write_json
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from fractalshards.errors import FractalError
-from fractalshards.manifest import load_manifest
-from fractalshards.names import INFO
+from fractalshards.manifest import INFO, load_manifest
 from fractalshards.reader import index_split
 
 

@@ -11,11 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fractalshards import cli, verify
-from fractalshards.comparing import compare
-from fractalshards.names import INFO
-from fractalshards.packing import pack
-from fractalshards.report import survey
+from fractalshards import cli, pack, verify
+from fractalshards import diff as compare
+from fractalshards import report as survey
+from fractalshards.manifest import INFO
 from recorded_pools import RecordedPools
 
 

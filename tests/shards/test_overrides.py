@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from fractalshards.errors import UsageError
-from fractalshards.overrides import nearest, override, parse_settings
+from fractalshards.settings import nearest, override, parse_settings
 
 
 @dataclass(frozen=True)

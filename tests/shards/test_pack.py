@@ -18,12 +18,11 @@ from torchvision.datasets import ImageFolder
 
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest
-from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest, read_record
-from fractalshards.packing.image_folder import list_folder
-from fractalshards.packing.order import shuffled
+from fractalshards.pack import list_folder, shuffled
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
+from fractalshards.sample import decode_label
 from packed_flowers import Encode, Make, images, names, pack, samples
 
 

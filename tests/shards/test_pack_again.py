@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fractalshards import pack as pack_module
 from fractalshards.cli import main
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
-from fractalshards.packing import pack as pack_module
-from fractalshards.packing.pack import plan_pack, run_pack
-from fractalshards.packing.source import parse_source
+from fractalshards.pack import parse_source, plan_pack, run_pack
 from packed_flowers import FRACTALSHARDS, Encode, Make, images, names, pack
 
 

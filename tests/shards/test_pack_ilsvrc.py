@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from scipy.io import savemat
 
 from fractalshards.cli import main
-from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest
-from fractalshards.packing.ilsvrc import DEVKIT, TRAIN, VAL, list_ilsvrc
+from fractalshards.pack import DEVKIT, TRAIN, VAL, list_ilsvrc
 from fractalshards.reader import index_split, iterate_shard
+from fractalshards.sample import decode_label
 
 # by their numbers in the devkit, which are not in the order of the ids; the last has children, so it is no class
 SYNSETS = [

@@ -10,14 +10,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from fractalshards.atomic import write_json
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import load_manifest, write_manifest
-from fractalshards.names import INFO, RECIPE, sample_key, shard_name
-from fractalshards.sharing import pull as pull_module
-from fractalshards.sharing import push as push_module
-from fractalshards.sharing.remote import open_destination
+from fractalshards.manifest import INFO, RECIPE, load_manifest, sample_key, shard_name, write_manifest
+from fractalshards.remote import transfer as pull_module
+from fractalshards.remote import transfer as push_module
+from fractalshards.remote.transfer import open_destination
+from fractalshards.storage import write_json
 from fractalshards.writer import write_shard
 
 pytestmark = pytest.mark.usefixtures("impatient")

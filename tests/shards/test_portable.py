@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from fractalshards.atomic import write_json
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import load_manifest
-from fractalshards.names import INFO, RECIPE, SYSTEMS
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.portable import PortableRecipe, export_recipe, read_portable
+from fractalshards.storage import write_json
 from fractalshards.systems import read_systems, write_systems
 
 

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fractalshards.claim import refuse_other
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import load_manifest
-from fractalshards.recipes import flat_recipe, recipe_differences, recipe_problems
+from fractalshards.manifest import flat_recipe, load_manifest, recipe_differences, recipe_problems, refuse_other
 
 
 def test_parameters_are_fields() -> None:

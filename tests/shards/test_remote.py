@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fractalshards.errors import FractalError
-from fractalshards.sharing.remote import open_destination, open_remote
-from fractalshards.sharing.stores import Told, Upload
+from fractalshards.remote.stores import Told, Upload
+from fractalshards.remote.transfer import open_destination, open_remote
 
 pytestmark = pytest.mark.usefixtures("impatient")
 DATA = bytes(range(256)) * 2000

@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fractalshards.atomic import write_json
 from fractalshards.errors import FractalError
-from fractalshards.labels import MultiLabel, Object
-from fractalshards.manifest import load_manifest, read_record
-from fractalshards.names import sidecar_name
-from fractalshards.report.charts import class_chart, histogram, tally
-from fractalshards.report.looks import Thumbnail, measure
-from fractalshards.report.survey import ClassView, Survey, fit_thumbnails, survey_dataset
+from fractalshards.manifest import load_manifest, read_record, sidecar_name
+from fractalshards.report import (
+    ClassView,
+    Survey,
+    Thumbnail,
+    class_chart,
+    fit_thumbnails,
+    histogram,
+    measure,
+    survey_dataset,
+    tally,
+)
+from fractalshards.sample import MultiLabel, Object
+from fractalshards.storage import write_json
 from painted_dataset import color, plain, report, write_dataset
 
 
@@ -58,7 +65,7 @@ def test_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
 
 
 def test_measures_are_bounded_and_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fractalshards.report.survey.MAX_LOOKS", 10)
+    monkeypatch.setattr("fractalshards.report.MAX_LOOKS", 10)
     shards = [[(plain(0, 16 + number), 0)] * 20 for number in range(5)]
     seen = survey(write_dataset(tmp_path / "data", shards, classes=1))
     assert sorted(look.width for look in seen.looks) == [16, 16, 17, 17, 18, 18, 19, 19, 20, 20]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fractalshards.atomic import write_json
-from fractalshards.labels import MultiLabel, Object
-from fractalshards.names import INFO
+from fractalshards.manifest import INFO
+from fractalshards.sample import MultiLabel, Object
+from fractalshards.storage import write_json
 from painted_dataset import HOSTILE_NAME, HOSTILE_VALUE, NAMES, plain, report, write_dataset
 
 # Chromium reads commands from descriptor 3 and answers on 4

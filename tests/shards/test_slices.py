@@ -2,9 +2,9 @@
 
 import pytest
 
-from fractalshards.assemble import ShardTask
 from fractalshards.errors import UsageError
 from fractalshards.slices import Slice, parse_slice
+from fractalshards.writer import ShardTask
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])

@@ -15,11 +15,10 @@ import pytest
 import s3fs
 from click.testing import CliRunner, Result
 
-from fractalshards.atomic import write_json
 from fractalshards.cli import main
-from fractalshards.manifest import load_manifest, write_manifest
-from fractalshards.names import INFO, RECIPE, SYSTEMS, sample_key
-from fractalshards.sharing import pull as pull_module
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, sample_key, write_manifest
+from fractalshards.remote import transfer as pull_module
+from fractalshards.storage import write_json
 from fractalshards.writer import write_shard
 
 pytestmark = pytest.mark.usefixtures("impatient")

@@ -3,7 +3,7 @@
 import pytest
 
 from fractalshards.errors import UsageError
-from fractalshards.sharing.urls import parse_location, redact
+from fractalshards.remote.stores import parse_location, redact
 
 
 @pytest.mark.parametrize(

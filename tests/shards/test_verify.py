@@ -11,8 +11,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fractalshards.cli import main
-from fractalshards.manifest import load_manifest, read_record
-from fractalshards.names import INFO, RECIPE, SYSTEMS
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.systems import write_systems

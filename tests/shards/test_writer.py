@@ -15,11 +15,10 @@ from PIL import Image
 
 from fractalshards import writer
 from fractalshards.errors import FractalError
-from fractalshards.labels import decode_label
 from fractalshards.manifest import finished_record, load_manifest, read_record
 from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
-from fractalshards.tarball import Sample, _pack_header, _parse_header, pack_sample, parse_sample
+from fractalshards.sample import Sample, _pack_header, _parse_header, decode_label, pack_sample, parse_sample
 from fractalshards.writer import write_shard
 
 Encode = Callable[[np.ndarray], bytes]

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from fractalshards.manifest import read_record
-from fractalshards.names import INFO, RECIPE, SYSTEMS
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, read_record
 from fractalshards.png import encode_png
-from fractalshards.tarball import END_OF_TAR, Sample, pack_sample, parse_sample
+from fractalshards.sample import END_OF_TAR, Sample, pack_sample, parse_sample
 
 SHARD = "train-000001.tar"  # with the samples 5 to 9
 SIDECAR = "train-000001.json"

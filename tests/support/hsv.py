@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from fractalgen.color import hsv_pixel
+from fractalgen.kernels.paint import hsv_pixel
 
 
 def hsv_to_rgb(array: np.ndarray) -> np.ndarray:

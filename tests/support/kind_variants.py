@@ -9,7 +9,7 @@ from fractalgen import make_recipe
 from fractalgen.build import plan_build, run_build
 from fractalgen.kinds import KINDS
 from fractalgen.recipe import Recipe
-from fractalshards.overrides import parse_settings
+from fractalshards.settings import parse_settings
 
 VARIANTS = {
     **{kind: (kind, ()) for kind in KINDS},

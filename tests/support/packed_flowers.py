@@ -7,10 +7,9 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from fractalshards.cli import main
-from fractalshards.labels import decode_label
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import index_split, iterate_shard
-from fractalshards.tarball import Sample
+from fractalshards.sample import Sample, decode_label
 
 Make = Callable[..., Path]
 Encode = Callable[..., bytes]

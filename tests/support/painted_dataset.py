@@ -9,10 +9,9 @@ from click.testing import CliRunner, Result
 
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest
-from fractalshards.labels import Label, MultiLabel
-from fractalshards.manifest import write_manifest
-from fractalshards.names import sample_key, shard_name
+from fractalshards.manifest import sample_key, shard_name, write_manifest
 from fractalshards.png import Pixels
+from fractalshards.sample import Label, MultiLabel
 from fractalshards.writer import write_shard
 
 HOSTILE_NAME = "<script>window.hacked = 1</script>\"'><img src=x onerror='window.hacked = 2'>"

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fractaltrain.study.config import Study, read_study
-from fractaltrain.study.plan import Group, plan_study
+from fractaltrain.study import Group, Study, plan_study, read_study
 
 STUDY = """
 [study]

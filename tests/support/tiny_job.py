@@ -11,13 +11,13 @@ from torch import nn
 
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.config import Running
 from fractaltrain.data.source import ArraySource
+from fractaltrain.distributed import World
 from fractaltrain.recipes import FINETUNING
 from fractaltrain.recipes.recipe import Recipe
 from fractaltrain.run_folder import read_metrics
-from fractaltrain.settings import Running
 from fractaltrain.train import Job
-from fractaltrain.world import World
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 RECIPE = replace(FINETUNING["anderson"], epochs=2, batch_size=4)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fractalshards.manifest import write_manifest
-from fractalshards.names import sample_key, shard_name
+from fractalshards.manifest import sample_key, shard_name, write_manifest
 from fractalshards.writer import write_shard
-from fractaltrain import history
+from fractaltrain import log as history
 from fractaltrain.cli import main
 from fractaltrain.train import train
 from tiny_job import ALONE, job
@@ -79,7 +78,7 @@ def one_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from more threads, and lose much to them where other tests are running."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fractaltrain.world.available_cores", lambda: 1)
+        patch.setattr("fractaltrain.distributed.available_cores", lambda: 1)
         torch.set_num_threads(1)
         yield
 

@@ -10,13 +10,22 @@ from timm.data import auto_augment as timm_operations
 from timm.data.mixup import mixup_target
 from torchvision.transforms import RandomResizedCrop
 
-from fractaltrain.augment import operations
-from fractaltrain.augment.crop import random_crop, random_resized_crop, resize, resized_crop_box
-from fractaltrain.augment.erasing import erase, erased_boxes
-from fractaltrain.augment.mixing import mixed, smoothed
-from fractaltrain.augment.randaugment import color_jitter, randaugment, timm_randaugment
+from fractaltrain import transforms as operations
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change
+from fractaltrain.transforms import (
+    color_jitter,
+    erase,
+    erased_boxes,
+    mixed,
+    randaugment,
+    random_crop,
+    random_resized_crop,
+    resize,
+    resized_crop_box,
+    smoothed,
+    timm_randaugment,
+)
 
 FILL = (10, 128, 200)
 KEYS = np.arange(64, dtype=np.uint64)

@@ -7,7 +7,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractalshards.splitmix import GOLDEN64, mix64
+from fractalshards.random import GOLDEN64, mix64
 from fractaltrain.stream import bits
 from fractaltrain.stream.bits import Draw, mix, permutation, uniforms
 

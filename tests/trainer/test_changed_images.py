@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fractaltrain.data.folder import FolderSource
+from fractaltrain.data.images import FolderSource
 
 OPTIONS = ("--weights", "none", "--data", "imagefolder:photos", "--model", "test_resnet", "--image-size", 16,
            "--batch-size", 4, "--epochs", 1, "--out", "run")  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fractaltrain.options import resolve
+from fractaltrain.cli import resolve
 from fractaltrain.recipes import PRETRAINING
 
 NO_TORCH = "import sys; sys.modules['torch'] = None; from fractaltrain.cli import main; main({arguments!r})"

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fractalshards.labels import MultiLabel, Object
-from fractalshards.manifest import write_manifest
-from fractalshards.names import sample_key, shard_name
+from fractalshards.manifest import sample_key, shard_name, write_manifest
+from fractalshards.sample import MultiLabel, Object
 from fractalshards.writer import write_shard
 from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
 from fractaltrain.run_folder import read_metrics

@@ -8,11 +8,9 @@ import pytest
 from PIL import Image
 
 from fractalshards.errors import FractalError
-from fractaltrain.comparison.collect import Score, gather
+from fractaltrain.compare import Score, gather
 from fractaltrain.comparison.write import write_comparison
-from fractaltrain.study.config import read_study
-from fractaltrain.study.plan import plan_study
-from fractaltrain.study.record import write_record
+from fractaltrain.study import plan_study, read_study, write_record
 
 STUDY = """
 [study]

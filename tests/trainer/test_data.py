@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits as sklearn_digits
 from fractalshards.errors import FractalError
 from fractaltrain.data.cifar import DATASETS, load_cifar
 from fractaltrain.data.digits import load_digits
-from fractaltrain.data.finetuning import DataChoice, open_data
+from fractaltrain.data.images import DataChoice, open_data
 from fractaltrain.data.source import ArraySource, Source, split_per_class
-from fractaltrain.world import World
+from fractaltrain.distributed import World
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 

@@ -13,15 +13,15 @@ from PIL import Image
 
 from fractalshards.cli import main as fractalshards
 from fractalshards.errors import FractalError
-from fractaltrain.data.dataset import open_dataset
-from fractaltrain.data.finetuning import DataChoice, open_data
+from fractaltrain.data.images import DataChoice, open_data
+from fractaltrain.data.shards import open_dataset
 from fractaltrain.data.source import Source
-from fractaltrain.inputs import training_geometry
+from fractaltrain.distributed import World
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.recipes.recipe import change
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.loader import Batches, Loading, iterate
-from fractaltrain.world import World
+from fractaltrain.transforms import training_geometry
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_size=1, device=CPU)

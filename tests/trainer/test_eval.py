@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from fractaltrain import evaluate_run
-from fractaltrain.confusion import draw_confusion
-from fractaltrain.tally import Tally
+from fractaltrain.evaluate import Tally, draw_confusion
 
 SMALL = ("--image-size", 16, "--batch-size", 25, "--epochs", 1)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fractaltrain.config import Running
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.recipes.recipe import change
-from fractaltrain.settings import Running
 from fractaltrain.train import is_evaluated
 
 

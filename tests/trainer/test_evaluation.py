@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from fractaltrain.data.source import ArraySource
-from fractaltrain.evaluation import MultiLabelScores, average_precisions, evaluate, micro_f1, multi_label_scores
-from fractaltrain.inputs import evaluation_geometry
-from fractaltrain.losses import multi_label_loss
+from fractaltrain.distributed import World
+from fractaltrain.evaluate import MultiLabelScores, average_precisions, evaluate, micro_f1, multi_label_scores
+from fractaltrain.optim import multi_label_loss
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import evaluation_positions
-from fractaltrain.world import World
+from fractaltrain.transforms import evaluation_geometry
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 

@@ -10,9 +10,9 @@ import torch
 
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data import shards
-from fractaltrain.data.finetuning import DataChoice, open_data
+from fractaltrain.data.images import DataChoice, open_data
+from fractaltrain.distributed import World
 from fractaltrain.models import create_model, freeze_backbone, set_training
-from fractaltrain.world import World
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 SMALL = ("--model", "test_resnet", "--image-size", 16, "--batch-size", 10, "--epochs", 1)

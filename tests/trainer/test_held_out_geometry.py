@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fractaltrain.inputs import evaluation_geometry
 from fractaltrain.recipes import PRETRAINING
+from fractaltrain.transforms import evaluation_geometry
 
 RESIZED = PRETRAINING["deit"]
 

@@ -1,8 +1,8 @@
 import pytest
 from PIL import Image
 
-from fractaltrain import history
-from fractaltrain.history import FILE, History, draw_history
+from fractaltrain import log as history
+from fractaltrain.log import FILE, History, draw_history
 from fractaltrain.run_folder import append_metrics
 
 HELD_OUT = {"samples": 5, "loss": 1.2, "top1": 0.5, "top5": 0.9}

@@ -9,8 +9,8 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError
+from fractalshards.storage import atomic_file
 from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
 
 BYTES = [

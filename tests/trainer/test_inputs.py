@@ -3,9 +3,9 @@ import pytest
 import torch
 import xxhash
 
-from fractaltrain.inputs import evaluation_geometry, to_input, training_geometry
 from fractaltrain.recipes import FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import change
+from fractaltrain.transforms import evaluation_geometry, to_input, training_geometry
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)
 SQUARE = IMAGE[:24]

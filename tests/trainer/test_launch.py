@@ -12,9 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.workers import sigterm_interrupts
-from fractaltrain import world as world_module
-from fractaltrain.launch import _explain, _explain_all, launch
-from fractaltrain.world import World, join_world
+from fractaltrain import distributed as world_module
+from fractaltrain.distributed import World, _explain, _explain_all, join_world, launch
 
 
 def failure(folder: Path, exitcode: int, message: str | None) -> ProcessFailure:

@@ -16,10 +16,10 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest, read_record
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import ArraySource, BadSampleError, Example
-from fractaltrain.inputs import evaluation_geometry, training_geometry
 from fractaltrain.recipes import PRETRAINING, anderson_ft
 from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
+from fractaltrain.transforms import evaluation_geometry, training_geometry
 
 CPU = torch.device("cpu")
 AFFINE = training_geometry(anderson_ft.RECIPE, 32, CPU)
@@ -243,7 +243,7 @@ ORPHANS = """
 import multiprocessing, os
 import numpy as np
 from fractaltrain.data.source import ArraySource
-from fractaltrain.inputs import evaluation_geometry
+from fractaltrain.transforms import evaluation_geometry
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.stream.loader import Batches, Loading, iterate
 source = ArraySource("long" * 10_000, np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40, np.int64), 1)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fractalshards.errors import UsageError
-from fractaltrain.stream.ahead import Ahead
+from fractaltrain.distributed import World
+from fractaltrain.stream.loader import Ahead
 from fractaltrain.stream.order import epoch_order, epoch_samples, node_positions, repeated, training_positions
-from fractaltrain.world import World
 
 
 def test_every_small_epoch_is_exact_and_machines_have_parts_of_their_own():

@@ -16,14 +16,14 @@ import torch
 from fractalshards.manifest import load_manifest, read_record
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.evaluation import evaluate
-from fractaltrain.inputs import evaluation_geometry
+from fractaltrain.distributed import World
+from fractaltrain.evaluate import evaluate
 from fractaltrain.models import create_model
 from fractaltrain.recipes import PRETRAINING
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
-from fractaltrain.world import World
+from fractaltrain.transforms import evaluation_geometry
 
 EPOCHS, BATCH, STEPS = 2, 4, 12  # of 50 samples
 SMALL = ("--model", "test_vit")  # without batch norm, which cannot have a sample per rank

@@ -1,8 +1,8 @@
 import pytest
 
 from fractalshards.console import as_quiet_as, note
-from fractaltrain import progress
-from fractaltrain.progress import Clock, Pace, ProgressLine
+from fractaltrain import log as progress
+from fractaltrain.log import Clock, Pace, ProgressLine
 
 
 class Time:

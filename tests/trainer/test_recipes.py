@@ -1,7 +1,7 @@
 import pytest
 
 from fractalshards.errors import UsageError
-from fractalshards.overrides import override
+from fractalshards.settings import override
 from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
 from fractaltrain.recipes.recipe import Recipe, change, scale_lr
 

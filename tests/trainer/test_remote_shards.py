@@ -14,11 +14,11 @@ import s3fs
 import torch
 
 from fractalshards.manifest import load_manifest
-from fractalshards.sharing.cache import open_cache
+from fractalshards.remote.cache import open_cache
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.run_folder import read_metrics
-from fractaltrain.stream.ahead import Ahead
+from fractaltrain.stream.loader import Ahead
 from fractaltrain.stream.order import epoch_order, repeated, shard_windows, training_positions
 
 pytestmark = pytest.mark.usefixtures("impatient")

@@ -8,14 +8,23 @@ import pytest
 
 from fractalshards.errors import UsageError
 from fractalshards.slices import Slice
-from fractaltrain.data.finetuning import DataChoice, open_data
+from fractaltrain.data.images import DataChoice, open_data
 from fractaltrain.run_folder import append_metrics
-from fractaltrain.study.config import read_study
-from fractaltrain.study.cost import KNOWN, Cost, Size, Total, find_sizes, find_speeds, step_cost
-from fractaltrain.study.forecast import describe
-from fractaltrain.study.lineage import find_digests
-from fractaltrain.study.plan import plan_study
-from fractaltrain.study.record import read_record, write_record
+from fractaltrain.study import (
+    KNOWN,
+    Cost,
+    Size,
+    Total,
+    describe,
+    find_digests,
+    find_sizes,
+    find_speeds,
+    plan_study,
+    read_record,
+    read_study,
+    step_cost,
+    write_record,
+)
 from planned_study import STUDY, finish, planned
 
 DIGITS = STUDY[STUDY.index("[finetuning.digits]") :]

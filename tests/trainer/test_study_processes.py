@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from fractalshards.errors import StoppedError
-from fractaltrain.study.processes import step_processes
+from fractaltrain.study import step_processes
 
 
 def test_a_signal_goes_to_all_steps(tmp_path, fractaltrain, dataset):

@@ -8,14 +8,9 @@ from pathlib import Path
 import pytest
 
 from fractalshards.console import as_quiet_as
-from fractaltrain.comparison.collect import gather
-from fractaltrain.study import run
-from fractaltrain.study.config import read_study
-from fractaltrain.study.cost import KNOWN
-from fractaltrain.study.forecast import describe
-from fractaltrain.study.lineage import find_digests, outdated
-from fractaltrain.study.plan import plan_study
-from fractaltrain.study.record import write_record
+from fractaltrain import study as run
+from fractaltrain.compare import gather
+from fractaltrain.study import KNOWN, describe, find_digests, outdated, plan_study, read_study, write_record
 from planned_study import STUDY, Runner, finish, planned
 
 

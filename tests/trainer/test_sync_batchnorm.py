@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from fractaltrain.compute import synchronised
+from fractaltrain.train import synchronised
 
 
 def test_every_batch_norm_is_replaced_and_the_weights_stay_where_they_were():

@@ -12,12 +12,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fractalshards.errors import FractalError
-from fractaltrain import history, report
+from fractaltrain import log as history
+from fractaltrain import log as report
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint, model_weights
 from fractaltrain.data.source import ArraySource, Example
-from fractaltrain.learner import Learner
-from fractaltrain.train import train
+from fractaltrain.train import Learner, train
 from tiny_job import ALONE, RECIPE, STEPS, job, lines, source, stop_before, weights
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from fractalshards.errors import FractalError
-from fractaltrain.checkpoint import Position
-from fractaltrain.trained import describe_origin, load_trained
+from fractaltrain.checkpoint import Position, describe_origin, load_trained
 
 
 @pytest.mark.parametrize(

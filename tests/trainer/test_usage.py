@@ -8,12 +8,12 @@ from typing import Any
 import click
 import pytest
 
-from fractalshards.atomic import write_json
 from fractalshards.console import PATH
+from fractalshards.storage import write_json
 from fractaltrain import cli
-from fractaltrain import launch as launch_module
+from fractaltrain import distributed as launch_module
+from fractaltrain.config import Caching
 from fractaltrain.run_folder import RUN
-from fractaltrain.settings import Caching
 
 RUNNING = [
     ("--recipe deit", "running.recipe.name", "deit"),

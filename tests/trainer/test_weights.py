@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from fractalshards.errors import FractalError
-from fractaltrain.models import create_model
-from fractaltrain.weights import load_backbone
+from fractaltrain.models import create_model, load_backbone
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fractaltrain import world as module
-from fractaltrain.world import World
+from fractaltrain import distributed as module
+from fractaltrain.distributed import World
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ import timm  # noqa: F401
 import torch.distributed as dist
 import torch.utils.tensorboard  # noqa: F401
 
-from fractaltrain import cli, finetune, launch, pretrain, train, world  # noqa: F401
+from fractaltrain import cli, finetune, pretrain, train, world  # noqa: F401
 
 _PATIENCE = 140.0  # seconds; a tenth of it is enough, unless other programs have the cores
 

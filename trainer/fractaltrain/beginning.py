@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from fractalshards.signals import handling
+from fractalshards.workers import handling
 
 _CONTINUING = "run the same command to continue"
 _ENDINGS = {  # as ``preemption`` and ``fractalshards.console`` have them

@@ -14,24 +14,21 @@ from rich.table import Table
 from rich.text import Text
 from torch.nn import functional
 
-from fractalshards.atomic import write_json
 from fractalshards.console import progress, unseen
 from fractalshards.errors import FractalError
 from fractalshards.human import one_line
-from fractaltrain.confusion import FILE as PICTURE
-from fractaltrain.confusion import draw_confusion
-from fractaltrain.data.finetuning import Data, DataChoice, open_data
-from fractaltrain.evaluation import predict
-from fractaltrain.inputs import evaluation_geometry
-from fractaltrain.losses import multi_label_loss
-from fractaltrain.settings import Evaluation
+from fractalshards.storage import write_json
+from fractaltrain.checkpoint import Trained, load_trained
+from fractaltrain.config import Evaluation
+from fractaltrain.data.images import Data, DataChoice, open_data
+from fractaltrain.distributed import World, join_world
+from fractaltrain.evaluate import PICTURE as PICTURE
+from fractaltrain.evaluate import ClassPrecision, ClassScore, MultiLabelTally, Tally, draw_confusion, predict
+from fractaltrain.optim import multi_label_loss
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import Indices, evaluation_positions
-from fractaltrain.tally import ClassScore, Tally
-from fractaltrain.tally_multi_label import ClassPrecision, MultiLabelTally
 from fractaltrain.train import loader_workers
-from fractaltrain.trained import Trained, load_trained
-from fractaltrain.world import World, join_world
+from fractaltrain.transforms import evaluation_geometry
 
 REPORT = "eval.json"
 Prediction = tuple[torch.Tensor, torch.Tensor]

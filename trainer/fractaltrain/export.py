@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fractalshards.atomic import atomic_file
 from fractalshards.errors import FractalError, UsageError
+from fractalshards.storage import atomic_file
+from fractaltrain.checkpoint import Trained, load_trained
 from fractaltrain.models import timm_options
-from fractaltrain.trained import Trained, load_trained
 
 _EXTENSION = ".safetensors"
 _TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}  # what timm calls models of ours

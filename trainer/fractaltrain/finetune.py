@@ -9,16 +9,13 @@ from torch import nn
 
 from fractalshards.console import is_quiet
 from fractalshards.digest import sha256_file
-from fractaltrain.checkpoint import model_weights
-from fractaltrain.data.finetuning import open_data
-from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone
-from fractaltrain.published import load_published
+from fractaltrain.checkpoint import describe_origin, model_weights, sound_checkpoint
+from fractaltrain.config import WINDOW, Finetuning
+from fractaltrain.data.images import open_data
+from fractaltrain.distributed import World, join_world
+from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone, load_backbone, load_published
 from fractaltrain.run_folder import trained_model
-from fractaltrain.settings import WINDOW, Finetuning
 from fractaltrain.train import Job, train
-from fractaltrain.trained import describe_origin, sound_checkpoint
-from fractaltrain.weights import load_backbone
-from fractaltrain.world import World, join_world
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """Models by name: one entry, ``create_model``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import timm
+import torch
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import one_line
 
 IMAGE_SIZE = 224  # of square images, where neither data nor pre-training say otherwise
 
@@ -129,3 +132,92 @@ def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, A
         **({} if classes is None else {"num_classes": classes}),
         **({"img_size": image_size} if fixed else {}),
     }
+
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Names of the tensors that came from the checkpoint, of those left in it, and of those that start anew."""
+
+    loaded: tuple[str, ...]
+    left: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.loaded)} tensors loaded; not loaded: {', '.join(self.left) or 'none'}; "
+            f"new: {', '.join(self.new) or 'none'}"
+        )
+
+
+def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> LoadReport:
+    """Copy all weights but the classifier's into ``model``; its classifier keeps its random start.
+
+    Args:
+        weights: state dict of the same model with any number of classes.
+        where: what errors call them.
+
+    Raises:
+        FractalError: if tensors are missing, left over, or of another shape: the weights of another model.
+    """
+    heads = head_names(model)
+    own = model.state_dict()
+    expected = {name for name in own if not is_head(name, heads)}
+    given = {name for name in weights if not is_head(name, heads)}
+    odd = sorted(expected ^ given)
+    if odd:
+        raise FractalError(f"{where}: weights of another model ({_list(odd)} do not match); check --weights")
+    reshaped = sorted(name for name in expected if weights[name].shape != own[name].shape)
+    if reshaped:
+        raise FractalError(
+            f"{where}: {_list(reshaped)} have another shape here; fine-tune at the pre-training's --image-size"
+        )
+    model.load_state_dict({name: weights[name] for name in expected}, strict=False)
+    return LoadReport(
+        loaded=tuple(name for name in own if name in expected),
+        left=tuple(name for name in weights if name not in expected),
+        new=tuple(name for name in own if name not in expected),
+    )
+
+
+def _list(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+_MOST = 200  # characters of what a client says
+
+
+@dataclass(frozen=True)
+class Published:
+    """``name`` has the tag, which says what they were trained on; ``weights``, a state dict, have their classifier."""
+
+    name: str
+    weights: Mapping[str, torch.Tensor]
+
+
+def load_published(model: str, image_size: int) -> Published:
+    """The default weights of a model, or those of a tag (``resnet50.a1_in1k``), fitted to the image size.
+
+    torchvision's ``resnet50`` takes those of timm's: tensors have the same names and shapes.
+
+    Raises:
+        UsageError: if timm publishes none.
+        FractalError: if they cannot be fetched.
+    """
+    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if config is None or not config.has_weights:
+        raise UsageError(f"timm publishes no weights of {model}; choose another --model, or --weights none")
+    name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
+    from_timm(model, None, image_size)  # so that what fails below is the fetching
+    try:
+        return Published(name, from_timm(model, None, image_size, pretrained=True).state_dict())
+    except Exception as error:  # of whichever client fetches it: those of hubs raise many kinds
+        reason = (one_line(str(error)) or type(error).__name__)[:_MOST]
+        raise FractalError(
+            f"timm's {name}: weights cannot be fetched ({reason}); where compute nodes have no internet, run "
+            f"python -c \"import timm; timm.create_model('{model}', pretrained=True)\" on one that has, with HF_HOME "
+            "set to a folder that both see, then set HF_HOME and HF_HUB_OFFLINE=1 here"
+        ) from error

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fractalshards.atomic import atomic_file
+from fractalshards.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from fractalshards.errors import StoppedError, Terminated
-from fractalshards.signals import handling
-from fractalshards.workers import end_with_parent
+from fractalshards.workers import end_with_parent, handling
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL: the same command continues)."""

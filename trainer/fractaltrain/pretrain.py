@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 
 from fractalshards.console import progress, unseen
-from fractalshards.names import TRAINING
-from fractalshards.sharing.cache import ShardCache, open_cache
-from fractalshards.sharing.prefetch import prefetching
-from fractalshards.sharing.urls import parse_location
-from fractaltrain.data.dataset import open_cached, open_dataset
+from fractalshards.manifest import TRAINING
+from fractalshards.remote.cache import ShardCache, open_cache, prefetching
+from fractalshards.remote.stores import parse_location
+from fractaltrain.config import Pretraining, Running, dataset_name
+from fractaltrain.data.shards import open_cached, open_dataset
+from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model
-from fractaltrain.settings import Pretraining, Running, dataset_name
-from fractaltrain.stream.ahead import Ahead
+from fractaltrain.stream.loader import Ahead
 from fractaltrain.stream.order import epoch_samples, node_positions
 from fractaltrain.train import Job, train
-from fractaltrain.world import World, join_world
 
 
 def pretrain(choice: Pretraining) -> None:

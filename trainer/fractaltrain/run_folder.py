@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fractalshards.atomic import atomic_file, remove_leftovers, write_json
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.human import human_count
-from fractaltrain.settings import Resume
+from fractalshards.storage import atomic_file, remove_leftovers, write_json
+from fractaltrain.config import Resume
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"

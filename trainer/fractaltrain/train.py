@@ -1,35 +1,41 @@
-"""The training loop, for pre-training and fine-tuning alike. Read it from top to bottom."""
+"""How the arithmetic is done: precision, memory layout, compilation, determinism. None of it changes what is learnt."""
 
 import math
+import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list
 from fractalshards.workers import available_cores
 from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, restore, save_checkpoint
+from fractaltrain.config import Amp, Running
 from fractaltrain.data.source import Source
-from fractaltrain.evaluation import LEADING, evaluate, evaluation_batch
-from fractaltrain.inputs import evaluation_geometry, training_batch, training_geometry
-from fractaltrain.learner import Learner, build_learner
+from fractaltrain.distributed import World
+from fractaltrain.evaluate import LEADING, evaluate, evaluation_batch
+from fractaltrain.log import Report
 from fractaltrain.models import set_training
+from fractaltrain.optim import Loss, build_optimizer, build_schedule, find_loss
 from fractaltrain.preemption import stop_signals, stopped
 from fractaltrain.recipes.batch import check_batch
-from fractaltrain.report import Report
 from fractaltrain.run_folder import open_run, write_result
-from fractaltrain.settings import Running
-from fractaltrain.stream.bad import BadSamples
 from fractaltrain.stream.bits import Purpose, mix
-from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
+from fractaltrain.stream.loader import BadSamples, Batches, Loading, OnBad, iterate
 from fractaltrain.stream.order import (
     Indices,
     epoch_order,
@@ -39,7 +45,219 @@ from fractaltrain.stream.order import (
     steps_per_epoch,
     training_positions,
 )
-from fractaltrain.world import World
+from fractaltrain.transforms import evaluation_geometry, training_batch, training_geometry
+
+
+def autocast_dtype(amp: Amp, device: torch.device) -> torch.dtype:
+    """The precision of the forward pass; float32 means no autocast.
+
+    Raises:
+        UsageError: for float16 on a CPU, whose loss scaling nobody needs.
+    """
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; choose bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
+
+
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels last for convolutional networks on GPUs, whose tensor cores read it; contiguous otherwise.
+
+    A network is convolutional if it has more than one convolution: a ViT's only one cuts the image into patches.
+    """
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return torch.channels_last if device.type == "cuda" and convolutions > 1 else torch.contiguous_format
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Let the same run give the same bits on the same hardware, or let cuDNN try out which algorithms are fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product on a GPU
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms whose statistics are those of all processes together; names and parameters stay.
+
+    Raises:
+        UsageError: on a CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise UsageError("--sync-batchnorm needs GPUs; drop it")
+    synchronised_model: nn.Module = convert_sync_batchnorm(model)  # timm's own batch norms, too
+    return synchronised_model
+
+
+def with_gradients_laid_out(model: nn.Module) -> nn.Module:
+    """The model, of which gradients have the strides of their parameters, as DDP wants them.
+
+    Where a dimension has a single entry its stride means nothing, and autograd leaves whatever it found: the gradient
+    of a class token is a piece of that of all tokens if there is a single image. DDP compares all strides, and warns.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_laid_out_as, parameter.stride()))  # type: ignore[no-untyped-call]
+    return model
+
+
+def _laid_out_as(wanted: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
+    dimensions = zip(gradient.shape, gradient.stride(), wanted, strict=True)
+    same = all(size == 1 or stride == other for size, stride, other in dimensions)
+    return gradient.as_strided(gradient.shape, wanted) if same else gradient  # autograd itself mends the others
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """The same network through torch.compile, which works when it is called first.
+
+    Raises:
+        FractalError: if this machine has no C++ compiler, which torch needs then.
+    """
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        raise FractalError("--compile needs a C++ compiler; install g++, load a module that has it, or drop --compile")
+    network_like: nn.Module = torch.compile(network)  # type: ignore[assignment]  # it behaves like one
+    return network_like
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step works with.
+
+    Attributes:
+        network: what is called: the model, perhaps wrapped and compiled.
+        wrapped: the model as DDP wraps it, where there are several processes.
+        loss: of logits (b, classes) and labels.
+        dtype: of autocast; float32 means none.
+        layout: memory format of the model, and so of its images.
+        accumulate: parts of a rank's batch that are computed one after the other, their gradients added up.
+        clip_grad: largest norm of all gradients together; None: no limit.
+    """
+
+    network: nn.Module
+    wrapped: DistributedDataParallel | None
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    layout: torch.memory_format
+    accumulate: int
+    clip_grad: float | None
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take the step; return the mean loss of this rank's batch, a float32 scalar on its device.
+
+        Args:
+            images: (b, 3, S, S) float32 on the model's device.
+            labels: what the loss takes, there too: (b,) int64 or shares of classes (b, classes) float32.
+        """
+        images = images.contiguous(memory_format=self.layout)
+        parts = list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
+        losses = []
+        self.optimizer.zero_grad()
+        for number, (some_images, some_labels) in enumerate(parts, start=1):
+            with self._gradients_kept_here(number < len(parts)):
+                with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss = self.loss(self.network(some_images), some_labels) / len(parts)
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
+            losses.append(loss.detach())
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        return torch.stack(losses).sum()
+
+    def _gradients_kept_here(self, keep: bool) -> AbstractContextManager[None]:
+        """Only with the last part the ranks add up their gradients."""
+        return self.wrapped.no_sync() if keep and self.wrapped else nullcontext()
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training.
+
+    Attributes:
+        model: neither wrapped nor compiled.
+        averaged: exponential moving average of its weights, where the recipe asks for one.
+        take_step: the optimiser step.
+        parts: all that has a state, by the name it has in checkpoints.
+    """
+
+    model: nn.Module
+    averaged: ModelEmaV3 | None
+    take_step: Step
+    parts: Mapping[str, Any]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step; that of the backbone where it learns and the classifier has its own."""
+        rate: float = self.take_step.optimizer.param_groups[0]["lr"]
+        return rate
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts: the averaged one, where there is one."""
+        return self.averaged.module if self.averaged else self.model
+
+    def state(self) -> dict[str, Any]:
+        """State dicts by name, for a checkpoint."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def learn(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take a step and follow it with the average; see ``Step``."""
+        loss = self.take_step(images, labels)
+        if self.averaged:
+            self.averaged.update(self.model, step=self.take_step.schedule.last_epoch)  # which counts steps
+        return loss
+
+
+def build_learner(model: nn.Module, running: Running, multi_label: bool, epoch_steps: int, world: World) -> Learner:
+    """Place a model on this process's device and give it all that learning takes.
+
+    Args:
+        model: with its starting weights, the same on every rank.
+        multi_label: images show several classes each.
+        epoch_steps: optimiser steps in an epoch.
+
+    Raises:
+        UsageError: if precision or batch norm do not fit the device.
+        FractalError: if it cannot be compiled.
+    """
+    recipe, device = running.recipe, world.device
+    dtype = autocast_dtype(running.amp, device)
+    set_determinism(running.deterministic)
+    if running.sync_batchnorm:
+        model = synchronised(model, device)
+    layout = memory_format(model, device)
+    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # as its documentation has it
+    optimizer = build_optimizer(model, recipe)
+    schedule = build_schedule(optimizer, recipe, epoch_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    averaged = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+    if averaged:
+        parts["ema"] = averaged.module
+    wrapped = DistributedDataParallel(with_gradients_laid_out(model)) if world.size > 1 else None
+    network = model if wrapped is None else wrapped
+    take_step = Step(
+        network=compiled(network) if running.compile else network,
+        wrapped=wrapped,
+        loss=find_loss(multi_label),
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        dtype=dtype,
+        layout=layout,
+        accumulate=running.accumulate,
+        clip_grad=recipe.clip_grad,
+    )
+    return Learner(model, averaged, take_step, parts)
+
 
 LOG_EVERY = 10
 _MOST_WORKERS = 8

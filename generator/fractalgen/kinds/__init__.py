@@ -3,7 +3,7 @@
 from fractalgen.kinds import fractaldb, multi, single
 from fractalgen.kinds.kind import Kind
 from fractalshards.errors import UsageError
-from fractalshards.overrides import nearest
+from fractalshards.settings import nearest
 
 __all__ = ["KINDS", "Kind", "find_kind"]
 

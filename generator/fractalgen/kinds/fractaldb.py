@@ -5,12 +5,10 @@ fractalgen build --kind fractaldb --n 1000000
 
 from dataclasses import dataclass
 
-from fractalgen import kataoka
 from fractalgen.categories import shipped_categories
-from fractalgen.kinds.kind import Kind
-from fractalgen.params import check_parameters, parameter
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
+from fractalgen.kernels import fractaldb as kernel
+from fractalgen.kernels.random import Stream
+from fractalgen.kinds.kind import Kind, Unit, check_parameters, parameter
 from fractalshards.errors import UsageError
 from fractalshards.png import Indexed
 from fractalshards.systems import Systems
@@ -23,7 +21,7 @@ FLIPS = 4
 class FractaldbParams:
     """What the paper varies, with its values as defaults."""
 
-    draw: kataoka.Draw = parameter("patch-gray", "points as pixels or as random 3 x 3 patches, grey or coloured")
+    draw: kernel.Draw = parameter("patch-gray", "points as pixels or as random 3 x 3 patches, grey or coloured")
     weight_step: float = parameter(
         0.4, "s: one of a..f is multiplied by 1-2s, 1-s, 1+s or 1+2s, in 24 weight rows", 0.0, 1.0
     )
@@ -57,7 +55,7 @@ def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
 
 def units_per_class(params: FractaldbParams) -> int | None:
     """Renders of a category: one per weight row for points; patches are drawn anew without end."""
-    return None if kataoka.is_patch(params.draw) else params.rows
+    return None if kernel.is_patch(params.draw) else params.rows
 
 
 def render(
@@ -70,21 +68,21 @@ def render(
     """
     number = unit.number + _first_number(params, unit.before)
     draw, row = divmod(number, params.rows)
-    weights = kataoka.weight_rows(params.weight_step)[params.weight_rows[0] + row]
+    weights = kernel.weight_rows(params.weight_step)[params.weight_rows[0] + row]
     category = systems[unit.label]
     masks = None
-    if kataoka.is_patch(params.draw):
-        masks = kataoka.masks(Stream.of("fractaldb", unit.seed, unit.label, row, draw).key(), points)
-    indices = kataoka.render(category, weights, size, points, params.draw, masks)
-    palette = kataoka.palette(params.draw)
-    images = (Indexed(kataoka.flip(indices, flip), palette) for flip in range(FLIPS))
+    if kernel.is_patch(params.draw):
+        masks = kernel.masks(Stream.of("fractaldb", unit.seed, unit.label, row, draw).key(), points)
+    indices = kernel.render(category, weights, size, points, params.draw, masks)
+    palette = kernel.palette(params.draw)
+    images = (Indexed(kernel.flip(indices, flip), palette) for flip in range(FLIPS))
     none, top_bottom, left_right, both = ((image, unit.label) for image in images)
     return none, top_bottom, left_right, both
 
 
 def _first_number(params: FractaldbParams, before: int) -> int:
     """Where a split counts on after ``before`` renders per class: patches with a new draw of all weight rows."""
-    return -(-before // params.rows) * params.rows if kataoka.is_patch(params.draw) else before
+    return -(-before // params.rows) * params.rows if kernel.is_patch(params.draw) else before
 
 
 KIND = Kind(

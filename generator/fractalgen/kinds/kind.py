@@ -1,16 +1,83 @@
-"""What a kind is: the record that each of the files beside this one ends with."""
+"""How large an image, a chaos game and a system may be, for whoever draws one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from fractalgen.unit import Unit
-from fractalshards.labels import LabelType
+from fractalshards.errors import UsageError
+from fractalshards.sample import LabelType
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+SIZES = range(16, 4097)  # pixels of a side
+MAX_POINTS = 10**8
+MAX_MAPS = 255  # the number of a map is a byte, and one more means none
+
+
+def parameter(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with a default, a line for ``fractalgen kinds``, and the range of numbers that it takes.
+
+    Args:
+        default: its value unless ``--set`` changes it.
+        help: what it is, in one line.
+        low: the least value; None for texts and for true and false.
+        high: the greatest value.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def check_parameters(params: "DataclassInstance") -> None:
+    """Refuse numbers outside the range of their field, and pairs that are not (low, high); for ``__post_init__``.
+
+    Raises:
+        UsageError: then; it names the field.
+    """
+    for one in fields(params):
+        low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)
+        if low is None:
+            continue
+        if isinstance(value, tuple):
+            if not low <= value[0] <= value[1] <= high:
+                raise UsageError(f"{one.name} is {value[0]},{value[1]}: expected {low} <= low <= high <= {high}")
+        elif not low <= value <= high:
+            raise UsageError(f"{one.name} is {value}: expected {low} to {high}")
+
+
+def show_range(params: "type[DataclassInstance]", parameter: "Field[Any]") -> str:
+    """What a parameter may be, in the words of ``fractalgen kinds``: ``0.0 to 1.0`` or all that it takes."""
+    kind = get_type_hints(params)[parameter.name]
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    if kind is bool:
+        return "true, false"
+    return f"{parameter.metadata['low']} to {parameter.metadata['high']}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The ``number``-th render of a class in a split.
+
+    Attributes:
+        seed: of the recipe.
+        split: ``train`` or ``val``.
+        label: class index; kinds whose images show several classes take it as part of the identity only.
+        number: counts the renders of the class in the split from 0.
+        before: renders of a class in the splits before this one, at most; for kinds that number renders on.
+    """
+
+    seed: int
+    split: str
+    label: int
+    number: int
+    before: int = 0
+
+    def identity(self) -> tuple[str | int, ...]:
+        """What ``rng.Stream.of`` takes after the name of the kind."""
+        return self.seed, self.split, self.label, self.number
 
 
 def _without_end(params: Any) -> None:

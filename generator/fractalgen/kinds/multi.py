@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fractalgen.anderson import (
+from fractalgen.kernels.chaos_game import chaos_game
+from fractalgen.kernels.compose import Canvas, resize
+from fractalgen.kernels.paint import BLACK, Pixels, paint
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import bounding_box, splat
+from fractalgen.kinds.anderson import (
     AndersonParams,
     blur_at_random,
     draw_background,
@@ -16,19 +21,9 @@ from fractalgen.anderson import (
     draw_patch,
     draw_systems,
 )
-from fractalgen.background import BLACK
-from fractalgen.color import Pixels
-from fractalgen.kinds.kind import Kind
-from fractalgen.orbit import chaos_game
-from fractalgen.paint import paint
-from fractalgen.params import parameter
-from fractalgen.paste import Canvas
-from fractalgen.raster import bounding_box, splat
-from fractalgen.resize import resize
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
+from fractalgen.kinds.kind import Kind, Unit, parameter
 from fractalshards.errors import FractalError
-from fractalshards.labels import MultiLabel, Object
+from fractalshards.sample import MultiLabel, Object
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
 

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fractalgen.anderson import (
+from fractalgen.kernels.chaos_game import chaos_game
+from fractalgen.kernels.paint import paint
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import Window, bounding_box, splat
+from fractalgen.kinds.anderson import (
     AndersonParams,
     blur_at_random,
     draw_background,
@@ -18,13 +22,7 @@ from fractalgen.anderson import (
     draw_patch,
     draw_systems,
 )
-from fractalgen.kinds.kind import Kind
-from fractalgen.orbit import chaos_game
-from fractalgen.paint import paint
-from fractalgen.params import parameter
-from fractalgen.raster import Window, bounding_box, splat
-from fractalgen.rng import Stream
-from fractalgen.unit import Unit
+from fractalgen.kinds.kind import Kind, Unit, parameter
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
 

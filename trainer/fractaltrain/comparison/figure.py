@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from fractaltrain.comparison.collect import Cell, Comparison, Score
+from fractaltrain.compare import Cell, Comparison, Score
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
-from fractaltrain.study.config import SCRATCH
+from fractaltrain.study import SCRATCH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from fractalshards.atomic import write_bytes
-from fractalshards.extras import needs_extra
-from fractaltrain.comparison.collect import Comparison
-from fractaltrain.comparison.table import to_csv, to_markdown
+from fractalshards.errors import needs_extra
+from fractalshards.storage import write_bytes
+from fractaltrain.compare import Comparison, to_csv, to_markdown
 
 FILES = ("table.csv", "table.md", "figure.png")
 

@@ -2,21 +2,25 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fractalshards.console import describe_os_error, unseen
+from fractalshards.console import describe_os_error, progress, unseen
 from fractalshards.errors import FractalError
-from fractalshards.foreign import list_shards
-from fractalshards.labels import classes_of
-from fractalshards.manifest import Manifest, read_record
+from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest, read_record
+from fractalshards.png import decode_image
 from fractalshards.reader import decode_sample, index_split, read_sample
-from fractalshards.sharing.cache import ShardCache
-from fractaltrain.data.source import BadSampleError, Example
+from fractalshards.remote.cache import ShardCache
+from fractalshards.sample import classes_of
+from fractalshards.webdataset import ForeignInfo, Listing, is_foreign, list_shards, listings_digest, load_foreign
+from fractaltrain.data.source import BadSampleError, Example, LabelledSource
+from fractaltrain.distributed import World
 from fractaltrain.stream.order import Indices
 
 _OPEN_FILES = 64
@@ -153,3 +157,154 @@ class OpenFiles:
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
+
+
+class ForeignSource:
+    """One split; memory grows by 32 bytes and a key per sample."""
+
+    def __init__(self, paths: Sequence[Path], listings: Sequence[Listing], classes: int) -> None:
+        self._paths = paths
+        self._listings = listings
+        self._classes = classes
+        self._starts = np.cumsum([0, *self.lengths])
+        self._files = OpenFiles()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Samples per shard."""
+        return tuple(map(len, self._listings))
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the dataset."""
+        return self._classes
+
+    @property
+    def labels(self) -> Indices:
+        """(n,) int64, as the tars were listed."""
+        return np.concatenate([listing.labels for listing in self._listings])
+
+    @property
+    def label_counts(self) -> Indices:
+        """(classes,) int64."""
+        return np.bincount(self.labels, minlength=self._classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None are known."""
+        return ()
+
+    def read(self, index: int) -> Example:
+        """Read and decode a sample.
+
+        Raises:
+            FractalError: naming shard and key, if the image is damaged; naming the shard, if it cannot be opened.
+        """
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        path, listing = self._paths[number], self._listings[number]
+        place = index - int(self._starts[number])
+        key, start, size = listing.key(place), int(listing.starts[place]), int(listing.sizes[place])
+        descriptor = self._files.descriptor(path)
+        try:
+            data = os.pread(descriptor, size, start)
+            if len(data) != size:
+                raise FractalError(f"file ends at byte {start + len(data)}, image should reach {start + size}")
+            return Example(key, decode_image(data), int(listing.labels[place]))
+        except FractalError as error:
+            raise BadSampleError(f"{path}: {key}: {error}; fetch the file again") from error
+        except OSError as error:
+            raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error
+
+
+HELD_OUT = ("val", "validation")  # what splits of held-out images are called
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is trained on.
+
+    Attributes:
+        held_out: None if there is no such split.
+        image_size: side of its images in pixels, None if they differ or nobody knows.
+        digest: tells datasets apart.
+        kind: what its images are, as recipes distinguish them; empty for a foreign one.
+        multi_label: its images show several classes each.
+    """
+
+    training: LabelledSource
+    held_out: LabelledSource | None
+    classes: int
+    image_size: int | None
+    digest: str
+    kind: str = ""
+    multi_label: bool = False
+
+
+def open_dataset(folder: Path, world: World) -> Dataset:
+    """Open a folder on every rank. Foreign tars are scanned by rank 0 while the others wait, once and for all.
+
+    Raises:
+        FractalError: if the dataset is missing, damaged or of another kind than can be trained on.
+    """
+    if is_foreign(folder):
+        info = load_foreign(folder)
+        with world.main_first():
+            return _open_foreign(info, world)
+    manifest = load_manifest(folder)
+    return _ours(manifest, lambda split: ShardSource(manifest, split))
+
+
+def open_cached(cache: ShardCache, window: int) -> Dataset:
+    """A dataset of ours that lies elsewhere, behind the cache of its shards.
+
+    Args:
+        window: shards that training shuffles together; so many stay open, and of the held-out ones a single one.
+
+    Raises:
+        FractalError: as ``open_dataset`` does.
+    """
+    manifest = cache.manifest
+    return _ours(manifest, lambda split: ShardSource(manifest, split, cache, window if split == TRAINING else 1))
+
+
+def _ours(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Dataset:
+    training = open_split(TRAINING)
+    return Dataset(
+        training=training,
+        held_out=next((open_split(name) for name in HELD_OUT if name in manifest.splits), None),
+        classes=manifest.classes,
+        image_size=manifest.image_size,
+        digest=manifest.content_digest(),
+        kind=str(manifest.recipe.get("kind", "")),
+        multi_label=manifest.label_type == "multi",
+    )
+
+
+def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
+    names = [name for name in (TRAINING, *HELD_OUT) if name in info.splits][:2]
+    if TRAINING not in names:
+        found = ", ".join(info.splits) or "none"
+        raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
+    shards = [shard for name in names for shard in info.splits[name]]
+    listings = list_shards(shards, _show if world.main else unseen)
+    classes = _count_classes(info, listings)
+    sources, first = [], 0
+    for name in names:
+        paths = [path for path, _ in info.splits[name]]
+        sources.append(ForeignSource(paths, listings[first : first + len(paths)], classes))
+        first += len(paths)
+    held_out = sources[1] if len(sources) > 1 else None
+    return Dataset(sources[0], held_out, classes, None, listings_digest(listings))
+
+
+def _show(tars: int) -> AbstractContextManager[Callable[[int], object]]:
+    return progress("finding samples, once", tars, "tars")
+
+
+def _count_classes(info: ForeignInfo, listings: tuple[Listing, ...]) -> int:
+    """As ``_info.json`` says, else one more than the highest label."""
+    highest = max((int(listing.labels.max()) for listing in listings if len(listing)), default=-1)
+    classes = highest + 1 if info.classes is None else info.classes
+    if not highest < classes <= MAX_CLASSES or not classes:
+        raise FractalError(f"{info.folder}: labels reach {highest}, which does not fit {classes} classes")
+    return classes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fractalshards.errors import UsageError
-from fractalshards.overrides import override
+from fractalshards.settings import override
 
 Channels = tuple[float, float, float]
 

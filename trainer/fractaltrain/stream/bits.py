@@ -9,7 +9,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from fractalshards.splitmix import GOLDEN64, MASK64, mix64
+from fractalshards.random import GOLDEN64, MASK64, mix64
 
 Bits = npt.NDArray[np.uint64]
 

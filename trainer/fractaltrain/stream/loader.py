@@ -1,9 +1,12 @@
-"""Batches of an epoch, read and transformed by loader workers."""
+"""Says which shards training needs next, whenever it comes to another window."""
 
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -12,9 +15,65 @@ from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
 from fractaltrain.data.source import BadSampleError, Example, Images, Source
+from fractaltrain.distributed import World
 from fractaltrain.preemption import prepare_worker
 from fractaltrain.stream.bits import Bits, Purpose, mix
-from fractaltrain.stream.order import Indices
+from fractaltrain.stream.order import Indices, shard_windows
+
+
+@dataclass
+class Ahead:
+    """Follows a run through the windows of its epochs, see ``order``.
+
+    Attributes:
+        names: of the training shards.
+        lengths: samples in each.
+        seed: of the run.
+        window: shards that are shuffled together.
+        repeats: how often in a row each sample is taken, see ``order.repeated``.
+        want: told the names of the shards of this window and then of the next one, in their order, once per window.
+        part: positions of every epoch's order that this machine trains on; None: all.
+    """
+
+    names: Sequence[str]
+    lengths: Sequence[int]
+    seed: int
+    window: int
+    repeats: int
+    want: Callable[[Sequence[str]], None]
+    part: range | None = None
+    _told: tuple[int, int] = field(default=(-1, -1), init=False)
+    _ends: tuple[int, list[int]] = field(default=(-1, []), init=False)
+
+    def reached(self, epoch: int, position: int) -> None:
+        """Training has come to a position of an epoch's order; cheap where it is in the same window as before."""
+        if self._ends[0] != epoch:
+            self._ends = (epoch, self._window_ends(epoch))
+        ends, (first, end) = self._ends[1], self._samples()
+        windows = bisect_right(ends, end - 1) + 1  # up to the last one that is needed
+        sample = position // self.repeats
+        number = bisect_right(ends, sample) if sample < end else windows
+        if self._told != (epoch, number):
+            self._told = (epoch, number)
+            following = self._windows(epoch + 1)[bisect_right(self._window_ends(epoch + 1), first)]
+            upcoming = [*self._windows(epoch)[number:windows], following][:2]
+            self.want([self.names[shard] for shards in upcoming for shard in shards])
+
+    def _samples(self) -> tuple[int, int]:
+        """The first sample of the order that is needed, and the end of the last."""
+        all_of_them = sum(self.lengths) // self.repeats
+        if self.part is None:
+            return 0, all_of_them
+        return min(self.part.start // self.repeats, all_of_them - 1), min(
+            -(-self.part.stop // self.repeats), all_of_them
+        )
+
+    def _window_ends(self, epoch: int) -> list[int]:
+        return list(accumulate(sum(self.lengths[shard] for shard in shards) for shards in self._windows(epoch)))
+
+    def _windows(self, epoch: int) -> list[list[int]]:
+        return [shards.tolist() for shards in shard_windows(len(self.lengths), self.seed, epoch, self.window)]
+
 
 OnBad = Literal["stop", "replace", "drop"]
 
@@ -188,3 +247,23 @@ def _loader(batches: Batches, start: int, loading: Loading) -> DataLoader[Batch 
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+class BadSamples:
+    """What one rank met in one pass over its batches, and what all ranks had met ``before`` it was interrupted."""
+
+    def __init__(self, before: int = 0) -> None:
+        self._before = before
+        self._count = 0
+
+    def noting(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        """The batches as they come, while their bad samples are counted; the first one is printed."""
+        for batch in batches:
+            if batch.bad and not self._count:
+                print(f"bad sample, going on without it: {batch.bad[0]}", file=sys.stderr, flush=True)
+            self._count += len(batch.bad)
+            yield batch
+
+    def total(self, world: World) -> int:
+        """The number that all ranks met, before and now; all must ask."""
+        return self._before + int(world.sum(torch.tensor(self._count, device=world.device)))

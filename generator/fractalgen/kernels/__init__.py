@@ -1,0 +1,1 @@
+"""Compiled kernels: random bits, orbits, rasters, colours, compression. Pure functions of arrays."""

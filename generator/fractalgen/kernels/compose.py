@@ -1,0 +1,128 @@
+"""Resizing as OpenCV's ``INTER_LINEAR`` does it for 8 bits: bilinear, without antialiasing, in fixed point."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fractalgen.kernels.paint import Pixels
+
+Integers = npt.NDArray[np.int32]
+
+_ONE = 2048  # weights have 11 fractional bits
+
+
+def resize(image: Pixels, size: int) -> Pixels:
+    """Resize a square image (s, s, 3) uint8 to (size, size, 3).
+
+    Pixel centres are aligned: output i lies at (i + 0.5) s / size - 0.5 of the input, and beyond the border the last
+    pixel goes on. Equal to OpenCV's result byte for byte.
+
+    Args:
+        size: side length in pixels, at least 1.
+    """
+    taps = _taps(len(image), size)
+    resized = np.empty((size, size, 3), np.uint8)
+    _resize(image, taps.near, taps.far, taps.weight, resized)
+    return resized
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """For every output pixel the two input pixels it lies between, and the weight of the second, 0..2048."""
+
+    near: Integers
+    far: Integers
+    weight: Integers
+
+
+def _taps(source: int, target: int) -> _Taps:
+    place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
+    first = np.floor(place)
+    near, far = (np.clip(first + step, 0, source - 1).astype(np.int32) for step in (0, 1))
+    return _Taps(near, far, np.rint((place - first) * np.float32(_ONE)).astype(np.int32))
+
+
+@njit(cache=True)
+def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resized: Pixels) -> None:
+    """Every input row is mixed along x, then pairs of them along y, with OpenCV's two roundings."""
+    size = len(near)
+    mixed = np.empty((len(image), 3 * size), np.int32)
+    for row in range(len(image)):
+        for column in range(size):
+            left, right, share = near[column], far[column], weight[column]
+            for channel in range(3):
+                value = image[row, left, channel] * (_ONE - share) + image[row, right, channel] * share
+                mixed[row, 3 * column + channel] = value
+    for row in range(size):
+        above, below = mixed[near[row]], mixed[far[row]]
+        share = weight[row]
+        rest = np.int32(_ONE - share)
+        out = resized[row].reshape(-1)
+        for i in range(3 * size):
+            upper = np.int32(rest * np.int32(above[i] >> np.int32(4))) >> np.int32(16)
+            lower = np.int32(share * np.int32(below[i] >> np.int32(4))) >> np.int32(16)
+            out[i] = np.uint8((upper + lower + np.int32(2)) >> np.int32(2))
+
+
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels
+
+
+@dataclass
+class Canvas:
+    """An image (size, size, 3) uint8, and for every pixel the number of the object it shows, 0 for none.
+
+    At most 255 objects.
+    """
+
+    image: Pixels
+    owner: npt.NDArray[np.uint8]
+    pasted: int = field(default=0)
+
+    @classmethod
+    def of(cls, background: Pixels) -> "Canvas":
+        """A canvas with nothing on it but a background (size, size, 3) uint8, which is painted over."""
+        return cls(background, np.zeros(background.shape[:2], np.uint8))
+
+    def paste(self, pixels: Pixels, x: int, y: int) -> None:
+        """Lay an object (s, s, 3) uint8 with its top left corner at column x, row y; pixels that are black are clear.
+
+        What lies outside the canvas is cut off.
+        """
+        self.pasted += 1
+        _paste(self.image, self.owner, pixels, x, y, np.uint8(self.pasted))
+
+    def visible_boxes(self) -> list[Box | None]:
+        """For every object in order of pasting, the smallest box round its visible pixels; None if there are none."""
+        low = np.full((self.pasted + 1, 2), len(self.owner), np.int64)
+        high = np.full((self.pasted + 1, 2), -1, np.int64)
+        _find_boxes(self.owner, low, high)
+        corners = zip(low[1:].tolist(), high[1:].tolist(), strict=True)
+        return [(x, y, right - x + 1, down - y + 1) if right >= 0 else None for (x, y), (right, down) in corners]
+
+
+@njit(cache=True)
+def _paste(image: Pixels, owner: npt.NDArray[np.uint8], pixels: Pixels, x: int, y: int, number: np.uint8) -> None:
+    height, width, _ = image.shape
+    for row in range(max(0, -y), min(len(pixels), height - y)):
+        for column in range(max(0, -x), min(pixels.shape[1], width - x)):
+            red, green, blue = pixels[row, column, 0], pixels[row, column, 1], pixels[row, column, 2]
+            if red | green | blue:
+                image[y + row, x + column, 0] = red
+                image[y + row, x + column, 1] = green
+                image[y + row, x + column, 2] = blue
+                owner[y + row, x + column] = number
+
+
+@njit(cache=True)
+def _find_boxes(owner: npt.NDArray[np.uint8], low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]) -> None:
+    for row in range(len(owner)):
+        for column in range(owner.shape[1]):
+            number = owner[row, column]
+            if number == 0:
+                continue
+            low[number, 0] = min(low[number, 0], column)
+            low[number, 1] = min(low[number, 1], row)
+            high[number, 0] = max(high[number, 0], column)
+            high[number, 1] = max(high[number, 1], row)

@@ -1,0 +1,299 @@
+"""Backgrounds: diamond-square noise, and how its heights become colours (Anderson & Farrell 2022)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, uint64
+
+from fractalgen.kernels.random import Stream, hash32
+from fractalgen.kernels.raster import Counts, peak_of
+from fractalshards.png import Indexed
+
+Heights = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HeightColors:
+    """Affine maps of height x to hue, saturation and value, each (scale, shift) in units of 0..255.
+
+    hue = int(scale x + shift) mod 256; saturation and value are truncated and clamped to 0..255.
+    """
+
+    hue: tuple[float, float]
+    saturation: tuple[float, float]
+    value: tuple[float, float]
+
+
+BLACK = HeightColors((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
+
+
+def draw_height_colors(rng: Stream) -> HeightColors:
+    """Draw the colours of a background, with the published ranges."""
+    return HeightColors(
+        hue=(255 * rng.uniform(0.25, 1.0), 255 * rng.uniform(0.0, 1.0)),
+        saturation=(255 * rng.uniform(0.1, 0.3), 255 * rng.uniform(0.4, 0.6)),
+        value=(255 * rng.uniform(0.3, 0.6), 255 * rng.uniform(0.4, 0.6)),
+    )
+
+
+def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) -> Heights:
+    """Fractal noise by the diamond-square algorithm (Fournier, Fussell & Carpenter 1982).
+
+    On a grid of side 2**k + 1, k = ceil(log2 size), with corners U(0, 1); the displacement at level j = 1..k is
+    U(-m, m) with m = 0.5 exp(decay (1 - j)). At the border of the square step the missing neighbour is the one
+    that lies a step inside the opposite border.
+
+    Args:
+        size: side length in pixels, at least 2.
+        decay: how fast detail loses amplitude per level.
+        key: of ``rng.hash32``; the displacement of a cell depends on (key, cell) alone.
+
+    Returns:
+        The top left (size, size) float32 of the grid.
+    """
+    levels = (size - 1).bit_length()
+    amplitudes = np.array([0.5 * math.exp(decay * (1 - j)) for j in range(1, levels + 1)], np.float32)
+    grid = np.empty((2**levels + 1, 2**levels + 1), np.float32)
+    _fill_noise(grid.reshape(-1), *key)
+    _displace(grid, amplitudes)
+    return np.ascontiguousarray(grid[:size, :size])
+
+
+@njit(cache=True)
+def _fill_noise(cells: Heights, key0: np.uint32, key1: np.uint32) -> None:
+    """cells[i] = a uniform float32 in [-1, 1), of 24 random bits."""
+    for i in range(len(cells)):
+        bits = hash32(np.uint32(i), key0, key1) >> np.uint32(8)
+        cells[i] = np.float32(np.int32(bits)) * np.float32(2.0**-23) - np.float32(1)
+
+
+@njit(cache=True)
+def _displace(grid: Heights, amplitudes: Heights) -> None:
+    """Turn noise in [-1, 1) into heights, in place and level by level; a cell holds its noise until its level comes."""
+    last = len(grid) - 1
+    half = np.float32(0.5)
+    for row in (0, last):
+        for column in (0, last):
+            grid[row, column] = half + half * grid[row, column]
+    step = last
+    for level in range(len(amplitudes)):
+        step //= 2
+        for row in range(step, last, 2 * step):
+            _diamonds(grid[row - step], grid[row], grid[row + step], step, amplitudes[level])
+        for row in range(0, last + 1, step):
+            above = grid[row - step if row > 0 else last - step]
+            below = grid[row + step if row < last else step]
+            _squares(above, grid[row], below, step, (row // step) % 2 == 0, amplitudes[level])
+
+
+@njit(inline="always")
+def _diamonds(above: Heights, here: Heights, below: Heights, step: int, amplitude: np.float32) -> None:
+    """The centres of squares: every second column from the first."""
+    quarter = np.float32(0.25)
+    for k in range(len(here) // (2 * step)):
+        # unsigned, for numba checks signed indices for being negative, in every loop of a kernel
+        left = np.uint64(2 * step) * np.uint64(k)
+        centre, right = left + np.uint64(step), left + np.uint64(2 * step)
+        corners = (above[left] + above[right]) + (below[left] + below[right])
+        here[centre] = quarter * corners + amplitude * here[centre]
+
+
+@njit(inline="always")
+def _squares(above: Heights, here: Heights, below: Heights, step: int, odd: bool, amplitude: np.float32) -> None:
+    """The centres of edges: every second column, the odd ones or the even ones, whose ends have a neighbour missing."""
+    quarter = np.float32(0.25)
+    last = len(here) - 1
+    if not odd:
+        for end in (0, last):
+            around = above[end] + here[last - step] + here[step] + below[end]
+            here[end] = quarter * around + amplitude * here[end]
+    first = step if odd else 2 * step
+    for k in range((last - first + step) // (2 * step)):
+        column = np.uint64(first) + np.uint64(2 * step) * np.uint64(k)
+        left, right = column - np.uint64(step), column + np.uint64(step)
+        around = above[column] + here[left] + here[right] + below[column]
+        here[column] = quarter * around + amplitude * here[column]
+
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def pixels_of(image: Pixels | Indexed) -> Pixels:
+    """The pixels (H, W, 3) uint8 of a rendered image; those of two colours ten times as fast as ``Indexed.rgb``."""
+    if not isinstance(image, Indexed):
+        return image
+    if len(image.palette) != 2:
+        return image.rgb()
+    first, second = image.palette
+    pixels = np.empty((*image.indices.shape, 3), np.uint8)
+    _expand(np.ascontiguousarray(image.indices).reshape(-1), first, second, pixels.reshape(-1))
+    return pixels
+
+
+@njit(inline="always")
+def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tuple[np.float32, np.float32, np.float32]:
+    """One pixel: float32 hue, saturation, value in 0..255 to float32 r, g, b in 0..255, not yet rounded."""
+    one = np.float32(1)
+    sextant = hue * np.float32(6 / 180)
+    sextant = sextant - np.float32(6) if sextant >= np.float32(6) else sextant
+    sector = np.int32(sextant)
+    fraction = sextant - np.float32(sector)
+    s = saturation * np.float32(1 / 255)
+    v = value * np.float32(1 / 255)
+    p = v * (one - s)
+    q = v * (one - s * fraction)
+    t = v * (one - s * (one - fraction))
+    red = v if sector == 0 else q if sector == 1 else p if sector <= 3 else t if sector == 4 else v
+    green = t if sector == 0 else v if sector <= 2 else q if sector == 3 else p
+    blue = p if sector <= 1 else t if sector == 2 else v if sector <= 4 else q
+    scale = np.float32(255)
+    return red * scale, green * scale, blue * scale
+
+
+@njit(cache=True)
+def _expand(indices: Pixels, first: Pixels, second: Pixels, pixels: Pixels) -> None:
+    """Pixels of two colours: the first and, times the index, their difference modulo 256, which needs no look-up."""
+    red, green, blue = first[0], first[1], first[2]
+    more_red, more_green, more_blue = second[0] - red, second[1] - green, second[2] - blue
+    for i in range(len(indices)):
+        at = uint64(3) * uint64(i)
+        pixels[at] = np.uint8(red + indices[i] * more_red)
+        pixels[at + uint64(1)] = np.uint8(green + indices[i] * more_green)
+        pixels[at + uint64(2)] = np.uint8(blue + indices[i] * more_blue)
+
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FractalColors:
+    """Colours of a fractal: hue = int(255 count / peak + hue_shift) mod 256, one saturation and value, 0..255."""
+
+    hue_shift: float
+    saturation: int
+    value: int
+
+
+def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: HeightColors) -> Pixels:
+    """Colour an image: pixels with hits by their count, all others by the height of the background.
+
+    Args:
+        counts: (size, size) uint32 hits per pixel.
+        heights: (size, size) float32.
+
+    Returns:
+        (size, size, 3) uint8 RGB.
+    """
+    image = np.empty((*counts.shape, 3), np.uint8)
+    maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)
+    own = np.array([fractal.hue_shift, fractal.saturation, fractal.value], np.float32)
+    _paint(counts, peak_of(counts), own, heights, maps, image)
+    return image
+
+
+def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
+    """Blur with a 3 x 3 Gaussian in OpenCV's 8-bit fixed-point arithmetic, the border reflected without its edge.
+
+    Args:
+        image: (H, W, 3) uint8, at least 2 x 2.
+        sigma: in pixels, positive.
+    """
+    side = np.float32(math.exp(-0.5 / sigma**2))
+    weight = round(256 * float(side) / (1 + 2 * float(side)))
+    blurred = np.empty_like(image)
+    _blur(image, np.uint32(weight), np.uint32(256 - 2 * weight), blurred)
+    return blurred
+
+
+@njit(cache=True)
+def _paint(counts: Counts, peak: int, own: Floats, heights: Heights, maps: Floats, image: Pixels) -> None:
+    """Row by row in three loops that each vectorise, as one loop of all would not."""
+    width = counts.shape[1]
+    hsv = np.empty((3, width), np.uint8)
+    rgb = np.empty((3, width), np.uint8)
+    for row in range(len(counts)):
+        _color_row(counts[row], np.float32(peak), own, heights[row], maps, hsv[0], hsv[1], hsv[2])
+        _convert_row(hsv[0], hsv[1], hsv[2], rgb[0], rgb[1], rgb[2])
+        for column in range(width):
+            image[row, column, 0] = rgb[0, column]
+            image[row, column, 1] = rgb[1, column]
+            image[row, column, 2] = rgb[2, column]
+
+
+@njit(inline="always")
+def _color_row(
+    counts: npt.NDArray[np.uint32],
+    peak: np.float32,
+    own: Floats,
+    heights: Floats,
+    maps: Floats,
+    hue: Pixels,
+    saturation: Pixels,
+    value: Pixels,
+) -> None:
+    """Hue, saturation and value of each pixel: both colourings are computed, and one is taken, without a branch."""
+    full = np.float32(255)
+    own_hue, own_saturation, own_value = own[0], own[1], own[2]
+    hue_scale, hue_shift = maps[0], maps[1]
+    saturation_scale, saturation_shift = maps[2], maps[3]
+    value_scale, value_shift = maps[4], maps[5]
+    for i in range(len(counts)):
+        hit = counts[i] > np.uint32(0)
+        height = heights[i]
+        own_turn = np.float32(np.int32(counts[i])) / peak * full + own_hue
+        turn = own_turn if hit else height * hue_scale + hue_shift
+        hue[i] = np.uint8(np.int32(turn) & np.int32(255))
+        level = _clamp(height * saturation_scale + saturation_shift)
+        saturation[i] = np.uint8(np.int32(own_saturation if hit else level))
+        level = _clamp(height * value_scale + value_shift)
+        value[i] = np.uint8(np.int32(own_value if hit else level))
+
+
+@njit(inline="always")
+def _clamp(level: np.float32) -> np.float32:
+    """To 0..255; written out because ``min`` and ``max`` of floats do not vectorise."""
+    level = level if level > np.float32(0) else np.float32(0)
+    return level if level < np.float32(255) else np.float32(255)
+
+
+@njit(inline="always")
+def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, green: Pixels, blue: Pixels) -> None:
+    """HSV to RGB, truncated as OpenCV's vector code does, so that images are those of the published generator."""
+    for i in range(len(hue)):
+        r, g, b = hsv_pixel(np.float32(hue[i]), np.float32(saturation[i]), np.float32(value[i]))
+        red[i], green[i], blue[i] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
+
+
+@njit(cache=True)
+def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) -> None:
+    """Separable: sums of weights in 1/256 along rows, then along columns, rounded once at the end.
+
+    Shifted views instead of shifted indices, which numba would have to check for being negative.
+    """
+    height, width, _ = image.shape
+    sums = np.empty((height, 3 * width), np.uint32)
+    padded = np.empty(3 * width + 6, np.uint8)
+    for row in range(height):
+        padded[3:-3] = image[row].reshape(-1)
+        padded[:3] = image[row, 1]
+        padded[-3:] = image[row, width - 2]
+        _mix(padded[:-6], padded[3:-3], padded[6:], side, centre, sums[row])
+    for row in range(height):
+        above = sums[row - 1 if row > 0 else 1]
+        below = sums[row + 1 if row < height - 1 else height - 2]
+        out = blurred[row].reshape(-1)
+        here = sums[row]
+        for i in range(3 * width):
+            total = np.uint32(side * np.uint32(above[i] + below[i])) + np.uint32(centre * here[i])
+            out[i] = np.uint8(np.uint32(total + np.uint32(1 << 15)) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _mix(
+    before: Pixels, here: Pixels, after: Pixels, side: np.uint32, centre: np.uint32, sums: npt.NDArray[np.uint32]
+) -> None:
+    for i in range(len(sums)):
+        ends = np.uint32(np.uint32(before[i]) + np.uint32(after[i]))
+        sums[i] = np.uint32(side * ends) + np.uint32(centre * np.uint32(here[i]))

@@ -1,0 +1,192 @@
+"""Iterated function systems: drawing one as Anderson & Farrell do, and rendering points as their rasteriser does."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fractalgen.kernels.paint import (
+    BLACK,
+    FractalColors,
+    HeightColors,
+    Heights,
+    Pixels,
+    diamond_square,
+    draw_height_colors,
+    gaussian_blur,
+)
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import POINT, Orientation, bounding_box, peak_of, splat
+from fractalgen.kinds.kind import MAX_MAPS, check_parameters, parameter
+from fractalshards.errors import UsageError
+from fractalshards.systems import Systems
+
+Floats = npt.NDArray[np.float64]
+
+SIGMA_FACTOR = (5.0, 6.0)
+
+
+def sample_system(
+    n: int | tuple[int, int],
+    rng: np.random.Generator,
+    sigma_factor: tuple[float, float] = SIGMA_FACTOR,
+) -> Floats:
+    """Draw a contractive IFS (Anderson & Farrell 2022, section 3.2).
+
+    Every map is A = U diag(s) V with U and V random rotations times random signs on the axes, and singular values
+    that sum to the sigma factor alpha = sum(s1 + 2 s2); the draws come in the published order, so that the same
+    generator gives the same system.
+
+    Args:
+        n: number of maps, or a half-open range (low, high) to draw it from first.
+        rng: a numpy generator.
+        sigma_factor: (low, high); alpha is uniform in ((low + n) / 2, (high + n) / 2).
+
+    Returns:
+        (n, 2, 3) float64: the linear part in [..., :2], with singular values in [0, 1], and the translation, uniform
+        in [-1, 1), in [..., 2].
+
+    Raises:
+        UsageError: if n is or may be less than 2, for which the sigma factor cannot be reached.
+    """
+    maps = int(n) if isinstance(n, int | np.integer) else int(rng.integers(*n))
+    if maps < 2:
+        raise UsageError(f"{maps} maps: the singular values of a system are drawn for at least 2")
+    signs = np.sign(rng.random((2 * maps, 2, 1)) - 0.5) * np.eye(2)
+    angles = rng.uniform(-np.pi, np.pi, 2 * maps)
+    sine, cosine = np.sin(angles), np.cos(angles)
+    rotations = np.stack([np.stack([cosine, -sine], 1), np.stack([sine, cosine], 1)], 1)
+    frames = rotations @ signs
+    alpha = rng.uniform((sigma_factor[0] + maps) / 2, (sigma_factor[1] + maps) / 2)
+    values = _sample_singular_values(maps, alpha, rng)
+    system = np.empty((maps, 2, 3))
+    system[:, :, :2] = frames[:maps] * values[:, None, :] @ frames[maps:]
+    system[:, :, 2] = rng.uniform(-1, 1, (maps, 2))
+    return system
+
+
+def rasterize(
+    points: Floats,
+    size: int,
+    window: npt.ArrayLike | None = None,
+    patch: npt.NDArray[np.int64] | None = None,
+    graded: bool = True,
+) -> npt.NDArray[np.float64] | npt.NDArray[np.uint8]:
+    """Render points as the published rasteriser does, through the same splat that builds datasets.
+
+    For whoever looks at systems, and so that the splat can be held against what the published code gives. Datasets do
+    not go through it: they are painted from the counts.
+
+    Args:
+        points: (n, 2), at least one; x selects the row, y the column. Computed with in float64, or float32 if they are.
+        size: side length in pixels.
+        window: [xmin, ymin, xmax, ymax]; the bounding box of the points if None.
+        patch: (k, 2) cells of a 3 x 3 patch drawn at each point; a single pixel if None.
+        graded: counts divided by their maximum, rather than hit or not.
+
+    Returns:
+        (size, size) float64 in [0, 1] when graded, else uint8, 0 or 1. All zero if the patch is empty.
+
+    Raises:
+        UsageError: if points, size, window or patch are not of these shapes and ranges.
+    """
+    points = np.asarray(points)
+    points = points if points.dtype == np.float32 else points.astype(np.float64)
+    cells = POINT if patch is None else np.asarray(patch).astype(np.int64).reshape(-1, 2)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or size < 1:
+        raise UsageError(f"points of shape {points.shape} and size {size}: expected (n, 2), n and size at least 1")
+    if ((cells < 0) | (cells > 2)).any():
+        raise UsageError("patch: expected cells (row, column), each 0 to 2")
+    xs, ys = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
+    edges = np.asarray(bounding_box(xs, ys) if window is None else window, np.float64)
+    xmin, ymin, xmax, ymax = edges.tolist()
+    counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), cells)
+    return counts / peak_of(counts) if graded else (counts > 0).astype(np.uint8)
+
+
+def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> Floats:
+    """Draw n pairs s1 >= s2 in [0, 1] with sum(s1 + 2 s2) = alpha (Anderson & Farrell 2022, algorithm 1)."""
+    values = np.empty((n, 2))
+    above, below = alpha, alpha - 3 * n + 3
+    for i in range(n - 1):
+        first = rng.uniform(max(0, below / 3), min(1, above))
+        below -= first
+        above -= first
+        second = rng.uniform(max(0, below / 2), min(first, above / 2))
+        below += 3 - 2 * second
+        above -= 2 * second
+        values[i] = first, second
+    second = rng.uniform(max(0, (above - 1) / 2), above / 3)
+    values[-1] = above - 2 * second, second
+    return values
+
+
+_GRID = 2.0**24  # systems are rounded to multiples of 1 / _GRID, so that every machine stores the same
+
+
+@dataclass(frozen=True)
+class AndersonParams:
+    """What the paper varies in both kinds, with its values as defaults; pairs bound a uniform distribution."""
+
+    maps: tuple[int, int] = parameter((2, 4), "number of maps of a system, both ends included", 2, MAX_MAPS)
+    sigma_factor: tuple[float, float] = parameter(
+        SIGMA_FACTOR, "a, b: the singular values' weighted sum is U((a + maps) / 2, (b + maps) / 2)", 0.0, 6.0
+    )
+    patch: bool = parameter(True, "draw every point as one random 3 x 3 patch per fractal, else as a pixel")
+    flips: bool = parameter(True, "transpose and mirror at random")
+    color: bool = parameter(True, "colour the fractal by how often a pixel is hit, else grey 127")
+    saturation: tuple[float, float] = parameter((0.3, 1.0), "saturation of a fractal", 0.0, 1.0)
+    value: tuple[float, float] = parameter((0.5, 1.0), "value (brightness) of a fractal", 0.0, 1.0)
+    background: bool = parameter(True, "diamond-square noise behind the fractal, else black")
+    decay: tuple[float, float] = parameter((0.4, 0.8), "how fast the background's detail loses amplitude", 0.0, 10.0)
+    blur_probability: float = parameter(0.5, "share of images that are blurred", 0.0, 1.0)
+    blur_sigma: tuple[float, float] = parameter((0.5, 1.0), "sigma of the 3 x 3 Gaussian blur in pixels", 0.05, 10.0)
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+def draw_systems(params: AndersonParams, seed: int, classes: int) -> Systems:
+    """The systems of all classes, each (maps, 2, 3) float64, multiples of 2**-24; a class's own is always the same."""
+    return tuple(_draw_system(params, np.random.default_rng([seed, label])) for label in range(classes))
+
+
+def draw_patch(params: AndersonParams, rng: Stream) -> npt.NDArray[np.int64]:
+    """A random patch that is not empty: the cells of the bits of 1..511, as (k, 2); or a single pixel."""
+    if not params.patch:
+        return POINT
+    mask = rng.integer(1, 512)
+    return np.array([divmod(bit, 3) for bit in range(9) if mask >> bit & 1])
+
+
+def draw_orientation(params: AndersonParams, rng: Stream) -> Orientation:
+    """Transposed and mirrored each way with probability 1/2."""
+    return Orientation(*(rng.chance(0.5) for _ in range(3))) if params.flips else Orientation()
+
+
+def draw_fractal_colors(params: AndersonParams, rng: Stream) -> FractalColors:
+    """Hue shift, saturation and value of one fractal."""
+    shift, saturation, value = rng.uniform(0.0, 255.0), rng.uniform(*params.saturation), rng.uniform(*params.value)
+    if not params.color:
+        return FractalColors(0.0, 0, 127)
+    return FractalColors(shift, int(255 * saturation), int(255 * value))
+
+
+def draw_background(params: AndersonParams, size: int, rng: Stream) -> tuple[Heights, HeightColors]:
+    """Heights (size, size) float32 and how they are coloured."""
+    heights = diamond_square(size, rng.uniform(*params.decay), rng.key())
+    colors = draw_height_colors(rng)
+    return heights, colors if params.background else BLACK
+
+
+def blur_at_random(image: Pixels, params: AndersonParams, rng: Stream) -> Pixels:
+    """The image (H, W, 3) uint8, blurred or as it is."""
+    if rng.chance(params.blur_probability):
+        return gaussian_blur(image, rng.uniform(*params.blur_sigma))
+    return image
+
+
+def _draw_system(params: AndersonParams, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    low, high = params.maps
+    system = sample_system((low, high + 1), rng, params.sigma_factor)
+    return np.round(system * _GRID) / _GRID

@@ -1,1 +1,0 @@
-"""A page about a dataset: what to read of it, thumbnails and measures, charts, HTML."""

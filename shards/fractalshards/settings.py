@@ -1,0 +1,97 @@
+"""``NAME=VALUE`` on the command line, onto the fields of a frozen dataclass: kind parameters and training recipes."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from fractalshards.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+_T = TypeVar("_T", bound="DataclassInstance")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_CLOSE = 0.6  # of 1: so much alike, as difflib counts, is a name that was mistyped or cut off
+_WANTED = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["a=1", "b=2,3"]`` as ``{"a": "1", "b": "2,3"}``; of two settings of a name the last counts.
+
+    Raises:
+        UsageError: if one is not of the form NAME=VALUE.
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise UsageError(f"--set {name}: expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] = ()) -> _T:
+    """A frozen dataclass with other values in the named fields, given as text or as what they are.
+
+    Fields are int, float, bool, a ``Literal`` of texts, any of these or None (``none``), or tuples of them
+    (``low,high``; a single value stands for all).
+
+    Args:
+        fixed: fields that cannot be changed.
+
+    Raises:
+        UsageError: if there is no such field (the nearest is suggested), the text does not fit its type, or the
+            dataclass refuses the value.
+    """
+    types = {name: kind for name, kind in get_type_hints(type(record)).items() if name not in fixed}
+    for name in changes:
+        if name not in types:
+            raise UsageError(f"unknown parameter {name!r}{nearest(name, types)}")
+    texts = {name: value if isinstance(value, str) else show_value(value) for name, value in changes.items()}
+    values = {name: _parse(text, types[name], name) for name, text in texts.items()}
+    return replace(record, **values)
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """Words for the end of an error: the names that were probably meant, or all there are."""
+    alike = {known: max(_likeness(name, known), _likeness(name, known[: len(name)])) for known in names}
+    best = max(alike.values(), default=0.0)
+    if best < _CLOSE:
+        return f" (there are {', '.join(names)})"
+    meant = [known for known in names if alike[known] == best]
+    return f", did you mean {' or '.join(map(repr, meant))}?"
+
+
+def _likeness(name: str, known: str) -> float:
+    return SequenceMatcher(a=known, b=name).ratio()
+
+
+def _parse(text: str, kind: Any, name: str) -> Any:
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        parts = text.split(",")
+        if len(parts) not in (1, len(inner)):
+            raise UsageError(f"{name}={text}: expected one value, or {len(inner)} with commas between them")
+        parts = parts * (len(inner) // len(parts))
+        return tuple(_parse(part.strip(), kind, name) for part, kind in zip(parts, inner, strict=True))
+    if get_origin(kind) is Literal:
+        if text not in inner:
+            raise UsageError(f"{name}={text}: expected {' or '.join(inner)}")
+        return text
+    if type(None) in inner:
+        return None if text.lower() == "none" else _parse(text, inner[0], name)
+    try:
+        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{name}={text}: expected {_WANTED[kind]}") from error
+    if not math.isfinite(value):
+        raise UsageError(f"{name}={text}: expected a finite number")
+    return value
+
+
+def show_value(value: object) -> str:
+    """A value as one would type it after ``NAME=``."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(show_value, value))
+    return str(value).lower() if isinstance(value, bool | None) else str(value)

@@ -1,1 +1,0 @@
-"""Datasets elsewhere: pushed, pulled, or read through a bounded cache; over fsspec, and nothing is trusted."""

@@ -1,0 +1,184 @@
+"""Files that came from outside: only regular ones are opened, for a pipe blocks its reader and a device never ends."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from fractalshards.errors import FractalError
+
+
+def regular_size(path: Path) -> int:
+    """Size in bytes of a regular file, or of one that a link leads to.
+
+    Raises:
+        FractalError: if it is anything else.
+        OSError: if it is not there.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FractalError(f"{path}: not a regular file; do not use this dataset")
+    return status.st_size
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Read a regular file of at most ``most`` bytes.
+
+    Raises:
+        FractalError: if it is larger, or not a regular file.
+        OSError: if it cannot be read.
+    """
+    if regular_size(path) <= most:
+        with path.open("rb") as file:
+            if len(data := file.read(most + 1)) <= most:  # it may have grown, and some files do not tell their size
+                return data
+    raise FractalError(f"{path}: larger than {most >> 20} MiB, not a file of this format; fetch or build it again")
+
+
+_PREFIX = ".tmp~"
+_STALE_SECONDS = 3600.0
+
+
+@contextmanager
+def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` for writing; on success it becomes ``path``, on failure it is removed.
+
+    The temporary name holds host and process, so writers never share one and leftovers can be told apart.
+
+    Raises:
+        FileExistsError: if ``exclusive`` and ``path`` is there already, perhaps since a moment ago.
+        OSError: as the file system does (full disk, no permission).
+    """
+    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+    temporary = path.with_name(f"{_PREFIX}{writer}~{path.name}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            os.link(temporary, path)
+            temporary.unlink()
+        else:
+            temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):  # the error that led here is the one to tell
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a full disk names no file, and the temporary one tells the user nothing
+        raise
+    _fsync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, atomically, and the folders that it lies in; see ``atomic_file``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, data: Mapping[str, object], indent: int | None = None, exclusive: bool = False) -> None:
+    """Write a mapping as JSON, atomically; see ``atomic_file``."""
+    with atomic_file(path, exclusive) as file:
+        file.write(json.dumps(data, indent=indent).encode() + b"\n")
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove temporary files whose writer is gone; return how many.
+
+    A writer on this host is gone when its process is; of other hosts only files untouched for an hour are taken.
+    """
+    removed = 0
+    for path in folder.glob(f"{_PREFIX}*"):
+        if _abandoned(path):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _abandoned(path: Path) -> bool:
+    host, process, *_ = [*path.name.removeprefix(_PREFIX).split("~"), ""]
+    if host == socket.gethostname():
+        return not Path(f"/proc/{process}").exists()
+    try:
+        return time.time() - path.stat().st_mtime > _STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[int]:
+    """Hold the lock on a file, which is made if need be, waiting for it; yields the open descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def free_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock on a file if nobody else does, without waiting; yields whether it is held."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def passing_lock(path: Path) -> Iterator[None]:
+    """Hold the lock on a file that is there only meanwhile, waiting for it; some file systems know no locks."""
+    descriptor = _lock_present(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock_present(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # as the folder allows
+        try:
+            _flock_if_known(descriptor)
+            with suppress(FileNotFoundError):  # whoever held the lock removes the file
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock_if_known(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
