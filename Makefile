@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint types docs bench clean
+.PHONY: help demo test test-all lint types docs bench clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
 demo: .venv/demo.stamp  ## Generate, stream, pre-train and fine-tune, end to end, in some minutes
 	$(BIN)/python tools/demo.py
 
-test: .venv/test.stamp lint types  ## Everything that CI checks; its tests build the documentation, too
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: .venv/test.stamp lint types  ## Style, import rules, types and the fast tests
+	$(PYTEST) -m "not slow"
+
+test-all: test docs  ## The same, the slow tests (wheel, Dask, torchrun, memory bombs, ...) and the site
+	$(PYTEST) -m slow
 
 lint: .venv/test.stamp  ## Style and import rules
 	$(BIN)/ruff check .
@@ -23,6 +28,7 @@ types: .venv/test.stamp  ## Static types
 
 docs: .venv/test.stamp  ## The documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="?([a-z]+:)?//' site  # a page loads nothing from elsewhere
 	@echo "site/index.html; with search: $(BIN)/mkdocs serve"
 
 bench: .venv/demo.stamp  ## Speed of the generator, stage by stage

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from fractalshards.console import progress
+from fractalshards.console import old_progress as progress
 from fractalshards.digest import sha256_file
 from fractalshards.manifest import INFO, finished_record, load_manifest, sidecar_name
 from fractalshards.verify import verify_dataset

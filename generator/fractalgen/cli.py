@@ -22,7 +22,18 @@ from fractalgen.kinds.kind import MAX_POINTS, SIZES, show_range
 from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset
-from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
+from fractalshards.console import (
+    PATH,
+    Commands,
+    continuable,
+    next_step,
+    note,
+    quiet_option,
+    workers_option,
+)
+from fractalshards.console import (
+    old_progress as progress,
+)
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest

@@ -12,7 +12,7 @@ from fractalgen.executors import Engine
 from fractalgen.kinds import find_kind
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
-from fractalshards.console import progress
+from fractalshards.console import old_progress as progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
 from fractalshards.manifest import INFO, Shard, load_manifest, sidecar_name

@@ -17,9 +17,11 @@ from fractalshards.console import (
     next_step,
     note,
     notice,
-    progress,
     quiet_option,
     workers_option,
+)
+from fractalshards.console import (
+    old_progress as progress,
 )
 from fractalshards.dali import write_dali_indices
 from fractalshards.diff import compare_datasets

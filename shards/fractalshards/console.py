@@ -1,7 +1,7 @@
 """What all three commands share at the terminal: help, one-line errors, exit codes, progress on it or in a log."""
 
-import errno
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -16,13 +16,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError
+from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError, describe_os_error
 from fractalshards.human import human_bytes, human_count, human_seconds, one_line
-from fractalshards.workers import available_cores
+from fractalshards.workers import OnProgress, available_cores, no_progress
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-_QUIET = f"{__name__}.quiet"
+_LOGGERS = ("fractalgen", "fractalshards", "fractaltrain")
 _SHORT = {
     "INTEGER RANGE": "N",
     "INTEGER": "N",
@@ -33,18 +33,6 @@ _SHORT = {
 _ALL = "all"
 _LOG_SECONDS = 10.0
 _NOTICE_SECONDS = 1.0
-_ADVICE = {
-    errno.ENOSPC: "free some space or choose another folder, then run the same command again",
-    errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
-    errno.EACCES: "choose a folder you may read and write",
-    errno.EPERM: "choose a folder you may read and write",
-    errno.EROFS: "choose a folder you may write",
-    errno.ENOENT: "check the path, or that its file system is there",
-    errno.EISDIR: "choose a file, not a folder",
-    errno.ENOTDIR: "choose a path that is not a file",
-    errno.EEXIST: "choose a path that is not a file",
-    errno.EIO: "check the disk or the network file system, then run the same command again",
-}
 
 
 class Command(click.Command):
@@ -120,6 +108,7 @@ class Commands(click.Group):
         """Run the command line; see ``click.Command.main``."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        show_logs()
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -157,18 +146,11 @@ def continuable(folder: Path) -> Iterator[None]:
         raise StoppedError(text, interrupt_code(error)) from error
 
 
-def describe_os_error(error: OSError) -> str:
-    """An operating system's error as one line: which file, what, and what to do."""
-    where = f"{error.filename}: " if error.filename else ""
-    advice = _ADVICE.get(error.errno or 0, "")
-    return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
-
-
 def quiet_option(command: _Command) -> _Command:
     """``--quiet``: for this command ``progress``, ``notice`` and ``note`` say nothing, and ``is_quiet`` says so."""
 
     def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-        context.meta[_QUIET] = value
+        show_logs(value)
 
     option = click.option(
         "--quiet",
@@ -223,9 +205,12 @@ workers_option = click.option(
 @contextmanager
 def as_quiet_as(quiet: bool) -> Iterator[None]:
     """In a process that works for a command: as quiet as that one is."""
-    with click.Context(click.Command(None)) as context:
-        context.meta[_QUIET] = quiet
+    before = is_quiet()
+    show_logs(quiet)
+    try:
         yield
+    finally:
+        show_logs(before)
 
 
 def note(text: str) -> None:
@@ -242,8 +227,26 @@ def next_step(command: str) -> None:
 
 def is_quiet() -> bool:
     """Whether the command was called with ``--quiet``."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.meta.get(_QUIET, False)
+    return not logging.getLogger(_LOGGERS[0]).isEnabledFor(logging.INFO)
+
+
+class _LogHandler(logging.Handler):
+    """Prints log records to stderr, each on one line: ``note: ...`` or ``warning: ...``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "note" if record.levelno < logging.WARNING else record.levelname.lower()
+        click.echo(one_line(f"{level}: {record.getMessage()}"), err=True)
+
+
+_LOG_HANDLER = _LogHandler()
+
+
+def show_logs(quiet: bool = False) -> None:
+    """Print the log records of this project's packages to stderr; if ``quiet``, warnings and errors only."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        logger.addHandler(_LOG_HANDLER)
 
 
 def unseen(*_: object) -> AbstractContextManager[Callable[[int], None]]:
@@ -252,7 +255,7 @@ def unseen(*_: object) -> AbstractContextManager[Callable[[int], None]]:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def old_progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show progress of ``total`` units of long work on stderr; yields a function that advances it by so many.
 
     The unit ``B`` is shown as kB, MB and so on.
@@ -279,6 +282,48 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
         def draw(count: int) -> None:
             meter.done += count
             bar.update(task, completed=meter.done, reached=meter.reached(), pace=meter.pace())
+
+        yield draw
+
+
+@contextmanager
+def progress(label: str, unit: str) -> Iterator[OnProgress]:
+    """Show the progress of long work on stderr: a bar on a terminal, else a line every ten seconds.
+
+    Yields the function to call with (done, total). The unit ``B`` is shown as kB, MB and so on. With ``--quiet``
+    nothing is shown.
+    """
+    if is_quiet():
+        yield no_progress
+        return
+    start = time.monotonic()
+
+    def describe(done: int, total: int) -> tuple[str, str]:
+        rate = done / max(time.monotonic() - start, 1e-9)
+        left = human_seconds((total - done) / rate) if rate else "?"
+        if unit == "B":
+            return f"{human_bytes(done)} / {human_bytes(total)}", f"{human_bytes(rate)}/s, {left} left"
+        return f"{done:,} / {total:,} {unit}", f"{rate:,.0f} {unit}/s, {left} left"
+
+    if not sys.stderr.isatty():
+        shown = start
+
+        def log(done: int, total: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown >= _LOG_SECONDS or done == total:
+                shown = now
+                click.echo(f"{label}: {', '.join(describe(done, total))}", err=True)
+
+        yield log
+        return
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None, text="")
+
+        def draw(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, text=" ".join(describe(done, total)))
 
         yield draw
 

@@ -8,7 +8,7 @@ from itertools import accumulate, chain, pairwise, zip_longest
 
 import xxhash
 
-from fractalshards.console import progress
+from fractalshards.console import old_progress as progress
 from fractalshards.digest import hashed_image
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count

@@ -1,7 +1,21 @@
 """The exceptions that users see: their message is a single line saying what, where and what to do."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder, then run the same command again",
+    errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
+    errno.EACCES: "choose a folder you may read and write",
+    errno.EPERM: "choose a folder you may read and write",
+    errno.EROFS: "choose a folder you may write",
+    errno.ENOENT: "check the path, or that its file system is there",
+    errno.EISDIR: "choose a file, not a folder",
+    errno.ENOTDIR: "choose a path that is not a file",
+    errno.EEXIST: "choose a path that is not a file",
+    errno.EIO: "check the disk or the network file system, then run the same command again",
+}
 
 
 class FractalError(Exception):
@@ -26,6 +40,13 @@ class StoppedError(FractalError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def describe_os_error(error: OSError) -> str:
+    """An operating system's error as one line: which file, what, and what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    advice = _ADVICE.get(error.errno or 0, "")
+    return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
 @contextmanager

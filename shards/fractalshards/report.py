@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fractalshards.console import progress
+from fractalshards.console import old_progress as progress
 from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, Shard, flat_recipe, read_record

@@ -4,14 +4,18 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+import msgspec
 
 from fractalshards.errors import FractalError
 
@@ -41,6 +45,47 @@ def read_bounded(path: Path, most: int) -> bytes:
             if len(data := file.read(most + 1)) <= most:  # it may have grown, and some files do not tell their size
                 return data
     raise FractalError(f"{path}: larger than {most >> 20} MiB, not a file of this format; fetch or build it again")
+
+
+MAX_JSON_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
+_MAX_DEPTH = 32
+_MAX_COMMAS = 2_000_000  # 100,000 shards or classes have fewer
+_NOT_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[^][{}"]++', re.DOTALL)
+_T = TypeVar("_T")
+
+
+def read_json(path: Path, kind: type[_T]) -> _T:
+    """Read a JSON file of at most 16 MiB as a value of a type: a msgspec Struct, a dataclass, ``dict[str, Any]``.
+
+    Raises:
+        FractalError: naming file and field, if the file is larger, not regular, or not JSON of this type.
+        OSError: if it cannot be read.
+    """
+    return parse_json(read_bounded(path, MAX_JSON_BYTES), kind, str(path))
+
+
+def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
+    """Parse JSON that came from ``where`` as a value of a type; see ``read_json``.
+
+    Raises:
+        FractalError: naming ``where`` and the field, if the data is not JSON of this type, is nested more than 32
+            deep, or has more than two million commas.
+    """
+    advice = "the file is damaged or not of this format, fetch or build it again"
+    if data.count(b",") > _MAX_COMMAS or _depth(data) > _MAX_DEPTH:
+        raise FractalError(f"{where}: too many values, or nested too deep; {advice}")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise FractalError(f"{where}: {error}; {advice}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FractalError(f"{where}: not valid JSON ({error}); {advice}") from error
+
+
+def _depth(text: bytes) -> int:
+    """How deep the lists and objects of a JSON text are nested."""
+    steps = (1 if bracket in b"[{" else -1 for bracket in _NOT_BRACKETS.sub(b"", text))
+    return max(accumulate(steps), default=0)
 
 
 _PREFIX = ".tmp~"

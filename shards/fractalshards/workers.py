@@ -44,8 +44,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 0.05  # seconds
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
+OnProgress = Callable[[int, int], None]  # called with how much is done, and of how much
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore progress."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fractalshards.console import progress
+from fractalshards.console import old_progress as progress
 from fractalshards.digest import ContentDigest, mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list

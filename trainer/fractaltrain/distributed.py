@@ -27,8 +27,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 
-from fractalshards.console import as_quiet_as, describe_os_error, is_quiet
-from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractalshards.console import as_quiet_as, is_quiet
+from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error
 from fractalshards.workers import available_cores, end_with_parent
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, signals_raise, stopped
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from torch.nn import functional
 
-from fractalshards.console import progress, unseen
+from fractalshards.console import old_progress as progress
+from fractalshards.console import unseen
 from fractalshards.errors import FractalError
 from fractalshards.human import one_line
 from fractalshards.storage import write_json

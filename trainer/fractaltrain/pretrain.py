@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fractalshards.console import progress, unseen
+from fractalshards.console import old_progress as progress
+from fractalshards.console import unseen
 from fractalshards.manifest import TRAINING
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
 from fractalshards.remote.stores import parse_location

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fractalshards.console import describe_os_error
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.human import human_list
 from fractalshards.manifest import find_manifest
 from fractalshards.png import decode_image

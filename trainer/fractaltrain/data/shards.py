@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fractalshards.console import describe_os_error, progress, unseen
-from fractalshards.errors import FractalError
+from fractalshards.console import old_progress as progress
+from fractalshards.console import unseen
+from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import decode_sample, index_split, read_sample
