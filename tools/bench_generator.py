@@ -39,7 +39,7 @@ Stage = tuple[Any, str]  # where a function is looked up when it is called, and 
 
 _MILLION = 1_000_000
 _BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
-_STORED: list[Stage] = [(build, "encode_image"), (build, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
+_STORED: list[Stage] = [(build, "encode_image"), (writer, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
 _WHOLE: list[Stage] = [(render, "render_unit")]  # of kinds without stages of their own below
 _STAGES: dict[str, list[Stage]] = {
     "fractaldb": [(kataoka, name) for name in ("masks", "orbit", "_draw_patches")],

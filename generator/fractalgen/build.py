@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fractalgen.kernels.deflate import encode_image
-from fractalgen.kernels.paint import pixels_of
 from fractalgen.kinds import find_kind
 from fractalgen.kinds.kind import MAX_MAPS
 from fractalgen.plan import locate, shard_tasks
@@ -35,6 +34,7 @@ from fractalshards.manifest import (
     sample_key,
     stored_recipe,
 )
+from fractalshards.png import pixels_of
 from fractalshards.slices import Slice
 from fractalshards.storage import remove_leftovers
 from fractalshards.systems import Systems, read_systems, write_systems
@@ -299,7 +299,7 @@ def finish_dataset(plan: Plan) -> tuple[str, ...]:
 def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> None:
     """Render and write one shard; a pure function of its arguments but for the files it writes."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    write_shard(folder, task.name, recipe.classes, samples, encode_image, pixels_of)
+    write_shard(folder, task.name, recipe.classes, samples, encode_image)
 
 
 def _finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> None:

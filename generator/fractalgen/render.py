@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from fractalgen.kernels.paint import Pixels, pixels_of
 from fractalgen.kinds import find_kind
 from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
 from fractalshards.manifest import sample_key
+from fractalshards.png import Pixels, pixels_of
 from fractalshards.sample import Label
 from fractalshards.sheet import class_rows, contact_sheet
 from fractalshards.systems import Systems

@@ -20,7 +20,7 @@ from fractalshards.manifest import (
     sidecar_name,
     write_manifest,
 )
-from fractalshards.png import Indexed, Pixels, encode_png
+from fractalshards.png import Indexed, Pixels, encode_png, pixels_of
 from fractalshards.sample import (
     END_OF_TAR,
     PNG,
@@ -48,27 +48,21 @@ class Encoded:
     label: Label
 
 
-def pixels_of(image: Pixels | Indexed) -> Pixels:
-    """The pixels of an image, (H, W, 3) uint8."""
-    return image.rgb() if isinstance(image, Indexed) else image
-
-
 def write_shard(
     folder: Path,
     name: str,
     classes: int,
     samples: Iterable[tuple[str, Rendered]],
     encode: Encode = encode_png,
-    expand: Callable[[Pixels | Indexed], Pixels] = pixels_of,
 ) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from (key, (image, label)) samples; see ``write_samples``.
 
     Args:
         encode: turns an image into a PNG that decodes to the same pixels.
-        expand: turns an image into its pixels, which are hashed.
     """
     encoded = (
-        Encoded(_encode_rendered(key, (image, label), encode), expand(image), label) for key, (image, label) in samples
+        Encoded(_encode_rendered(key, (image, label), encode), pixels_of(image), label)
+        for key, (image, label) in samples
     )
     return write_samples(folder, name, classes, encoded)
 

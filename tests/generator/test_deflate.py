@@ -16,10 +16,9 @@ from torchvision.io import ImageReadMode, decode_png
 
 from fractalgen import draw_systems, make_recipe
 from fractalgen.kernels.deflate import _code_lengths, encode_image, zlib_compress
-from fractalgen.kernels.paint import pixels_of
 from fractalgen.kinds.kind import Unit
 from fractalgen.render import render_unit
-from fractalshards.png import Indexed, decode_image, encode_png
+from fractalshards.png import Indexed, decode_image, encode_png, pixels_of
 
 
 @given(st.binary(min_size=1, max_size=2000), st.integers(1, 256))

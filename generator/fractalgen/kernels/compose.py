@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fractalgen.kernels.paint import Pixels
+from fractalshards.png import Pixels
 
 Integers = npt.NDArray[np.int32]
 

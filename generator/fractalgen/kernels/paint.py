@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, uint64
+from numba import njit
 
 from fractalgen.kernels.random import Stream, hash32
 from fractalgen.kernels.raster import Counts, peak_of
-from fractalshards.png import Indexed
+from fractalshards.png import Pixels
 
 Heights = npt.NDArray[np.float32]
 
@@ -117,21 +117,6 @@ def _squares(above: Heights, here: Heights, below: Heights, step: int, odd: bool
         here[column] = quarter * around + amplitude * here[column]
 
 
-Pixels = npt.NDArray[np.uint8]
-
-
-def pixels_of(image: Pixels | Indexed) -> Pixels:
-    """The pixels (H, W, 3) uint8 of a rendered image; those of two colours ten times as fast as ``Indexed.rgb``."""
-    if not isinstance(image, Indexed):
-        return image
-    if len(image.palette) != 2:
-        return image.rgb()
-    first, second = image.palette
-    pixels = np.empty((*image.indices.shape, 3), np.uint8)
-    _expand(np.ascontiguousarray(image.indices).reshape(-1), first, second, pixels.reshape(-1))
-    return pixels
-
-
 @njit(inline="always")
 def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tuple[np.float32, np.float32, np.float32]:
     """One pixel: float32 hue, saturation, value in 0..255 to float32 r, g, b in 0..255, not yet rounded."""
@@ -150,18 +135,6 @@ def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tup
     blue = p if sector <= 1 else t if sector == 2 else v if sector <= 4 else q
     scale = np.float32(255)
     return red * scale, green * scale, blue * scale
-
-
-@njit(cache=True)
-def _expand(indices: Pixels, first: Pixels, second: Pixels, pixels: Pixels) -> None:
-    """Pixels of two colours: the first and, times the index, their difference modulo 256, which needs no look-up."""
-    red, green, blue = first[0], first[1], first[2]
-    more_red, more_green, more_blue = second[0] - red, second[1] - green, second[2] - blue
-    for i in range(len(indices)):
-        at = uint64(3) * uint64(i)
-        pixels[at] = np.uint8(red + indices[i] * more_red)
-        pixels[at + uint64(1)] = np.uint8(green + indices[i] * more_green)
-        pixels[at + uint64(2)] = np.uint8(blue + indices[i] * more_blue)
 
 
 Floats = npt.NDArray[np.float32]

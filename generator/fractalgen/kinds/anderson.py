@@ -10,7 +10,6 @@ from fractalgen.kernels.paint import (
     FractalColors,
     HeightColors,
     Heights,
-    Pixels,
     diamond_square,
     draw_height_colors,
     gaussian_blur,
@@ -19,6 +18,7 @@ from fractalgen.kernels.random import Stream
 from fractalgen.kernels.raster import POINT, Orientation, bounding_box, peak_of, splat
 from fractalgen.kinds.kind import MAX_MAPS, check_parameters, parameter
 from fractalshards.errors import UsageError
+from fractalshards.png import Pixels
 from fractalshards.systems import Systems
 
 Floats = npt.NDArray[np.float64]

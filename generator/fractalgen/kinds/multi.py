@@ -9,7 +9,7 @@ import numpy as np
 
 from fractalgen.kernels.chaos_game import chaos_game
 from fractalgen.kernels.compose import Canvas, resize
-from fractalgen.kernels.paint import BLACK, Pixels, paint
+from fractalgen.kernels.paint import BLACK, paint
 from fractalgen.kernels.random import Stream
 from fractalgen.kernels.raster import bounding_box, splat
 from fractalgen.kinds.anderson import (
@@ -23,6 +23,7 @@ from fractalgen.kinds.anderson import (
 )
 from fractalgen.kinds.kind import Kind, Unit, parameter
 from fractalshards.errors import FractalError
+from fractalshards.png import Pixels
 from fractalshards.sample import MultiLabel, Object
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
