@@ -34,7 +34,7 @@ from fractalshards.reader import ShardIndex, index_split, iterate_shard
 from fractalshards.storage import write_json
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import Source
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
 from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
@@ -45,7 +45,7 @@ _SHUFFLE = 1000  # samples in webdataset's buffer
 _SOME = 100  # images whose decoding is timed
 _MANY = 1_281_167  # images of ImageNet
 _CPU, _ELSEWHERE = torch.device("cpu"), torch.device("meta")  # not on a CPU, geometry leaves RandAugment to the device
-_PLAIN = PRETRAINING["anderson"]
+_PLAIN = PT_RECIPES["anderson"]
 _CROPPED = change(_PLAIN, {"crop": "resized", "hflip": "0.5"})
 _GREY = (128, 128, 128)
 

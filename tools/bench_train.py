@@ -26,14 +26,14 @@ from fractaltrain.config import Amp, Running
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
 from fractaltrain.train import Step, build_learner
 from fractaltrain.transforms import training_batch, training_geometry
 
 _WINDOW = 16  # shards, as pt shuffles them
-_RECIPE = PRETRAINING["anderson"]
+_RECIPE = PT_RECIPES["anderson"]
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.config import Running
 from fractaltrain.data.source import ArraySource
 from fractaltrain.distributed import World
-from fractaltrain.recipes import FINETUNING
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes import FT_RECIPES
+from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.train import Job
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
-RECIPE = replace(FINETUNING["anderson"], epochs=2, batch_size=4)
+RECIPE = replace(FT_RECIPES["anderson"], epochs=2, batch_size=4)
 SAMPLES, STEPS = 102, 25
 
 
@@ -45,7 +45,7 @@ def source(count: int, seed: int) -> ArraySource:
     return ArraySource("squares", images, labels, 4)
 
 
-def job(folder: Path, recipe: Recipe = RECIPE, held_out: bool = True, seed: int = 0, **changes) -> Job:
+def job(folder: Path, recipe: TrainRecipe = RECIPE, held_out: bool = True, seed: int = 0, **changes) -> Job:
     running = Running(recipe=recipe, out=folder, seed=seed, pad=False, amp="auto", workers=None, save_every_minutes=0.0)
     torch.manual_seed(seed)
     return Job(

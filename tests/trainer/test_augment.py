@@ -11,8 +11,8 @@ from timm.data.mixup import mixup_target
 from torchvision.transforms import RandomResizedCrop
 
 from fractaltrain import transforms as operations
-from fractaltrain.recipes import PRETRAINING
-from fractaltrain.recipes.recipe import Recipe, change
+from fractaltrain.recipes import PT_RECIPES
+from fractaltrain.recipes.recipe import TrainRecipe, change
 from fractaltrain.transforms import (
     color_jitter,
     erase,
@@ -48,8 +48,8 @@ def as_images(batch: torch.Tensor) -> np.ndarray:
     return batch.permute(0, 2, 3, 1).numpy()
 
 
-def recipe(**changes: object) -> Recipe:
-    return change(PRETRAINING["anderson"], {name: str(value) for name, value in changes.items()})
+def recipe(**changes: object) -> TrainRecipe:
+    return change(PT_RECIPES["anderson"], {name: str(value) for name, value in changes.items()})
 
 
 POINTWISE = {

@@ -17,7 +17,7 @@ from fractaltrain.data.images import DataChoice, open_data
 from fractaltrain.data.shards import open_dataset
 from fractaltrain.data.source import Source
 from fractaltrain.distributed import World
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.loader import Batches, Loading, iterate
@@ -56,7 +56,7 @@ def write_foreign(folder: Path, image_file: Callable[..., bytes], splits: dict[s
 
 
 def epoch(source: Source, crop: str, workers: int) -> list[tuple[str, int, bytes]]:
-    transform = training_geometry(change(PRETRAINING["anderson"], {"crop": crop}), 24, CPU)
+    transform = training_geometry(change(PT_RECIPES["anderson"], {"crop": crop}), 24, CPU)
     order = np.arange(sum(source.lengths))
     batches = Batches(source, transform, order[: len(order) // 4 * 4].reshape(-1, 4), order, 0, 0)
     return [

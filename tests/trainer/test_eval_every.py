@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from fractaltrain.config import Running
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
 from fractaltrain.train import is_evaluated
 
 
 @pytest.mark.parametrize(("every", "evaluated"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (9, [4])])
 def test_the_last_epoch_is_evaluated_whatever_the_number(every, evaluated):
-    recipe = change(PRETRAINING["anderson"], {"epochs": "5"})
+    recipe = change(PT_RECIPES["anderson"], {"epochs": "5"})
     running = Running(recipe, Path("run"), seed=0, pad=False, amp="fp32", workers=0, save_every_minutes=1.0,
                       resume="auto", eval_every=every)  # fmt: skip
     assert [epoch for epoch in range(5) if is_evaluated(epoch, running)] == evaluated

@@ -7,7 +7,7 @@ from fractaltrain.data.source import ArraySource
 from fractaltrain.distributed import World
 from fractaltrain.evaluate import MultiLabelScores, average_precisions, evaluate, micro_f1, multi_label_scores
 from fractaltrain.optim import multi_label_loss
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import evaluation_positions
 from fractaltrain.transforms import evaluation_geometry
@@ -71,7 +71,7 @@ def test_scores_by_hand(classes, batch):
     source = ArraySource("table", images, labels, classes)
     batches = Batches(
         source,
-        evaluation_geometry(PRETRAINING["anderson"], 8),
+        evaluation_geometry(PT_RECIPES["anderson"], 8),
         evaluation_positions(count, batch, 0, 1),
         np.arange(count),
         seed=0,
@@ -79,7 +79,7 @@ def test_scores_by_hand(classes, batch):
     )
     model = Remembers(torch.from_numpy(logits))
     loaded = iterate(batches, 0, Loading(workers=0, pin_memory=False))
-    scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, False, ALONE)
+    scores = evaluate(model, loaded, PT_RECIPES["anderson"], torch.float32, False, ALONE)
     ranks = (logits > logits[np.arange(count), labels][:, None]).sum(1)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(count), labels]
     assert scores.samples == count

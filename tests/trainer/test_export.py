@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from fractaltrain.checkpoint import Position, save_checkpoint
 from fractaltrain.models import create_model
-from fractaltrain.recipes import FINETUNING
+from fractaltrain.recipes import FT_RECIPES
 from fractaltrain.run_folder import open_run
 
 
@@ -22,7 +22,7 @@ def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
-    recipe = FINETUNING["anderson"]
+    recipe = FT_RECIPES["anderson"]
     settings = {"task": "ft", "model": name, "classes": classes, "image_size": 64, "recipe": asdict(recipe)}
     open_run(folder, settings | {"precision": "torch.float32"}, {})
     save_checkpoint(folder, Position(epoch=1), {"model": model.state_dict()}, keep=3)

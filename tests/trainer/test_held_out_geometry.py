@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.transforms import evaluation_geometry
 
-RESIZED = PRETRAINING["deit"]
+RESIZED = PT_RECIPES["deit"]
 
 
 def disc(height: int, width: int, radius: float) -> np.ndarray:

@@ -16,13 +16,13 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest, read_record
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import ArraySource, BadSampleError, Example
-from fractaltrain.recipes import PRETRAINING, anderson_ft
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.stream.loader import Batches, Loading, OnBad, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
 from fractaltrain.transforms import evaluation_geometry, training_geometry
 
 CPU = torch.device("cpu")
-AFFINE = training_geometry(anderson_ft.RECIPE, 32, CPU)
+AFFINE = training_geometry(FT_RECIPES["anderson"], 32, CPU)
 
 
 def shard_batches(folder: Path, epoch: int = 0, seed: int = 0, transform=AFFINE) -> Batches:
@@ -43,7 +43,7 @@ def same(first: list, second: list) -> bool:
 
 
 def test_batches_are_the_samples_of_the_shards(dataset):
-    batches = read(shard_batches(dataset, transform=evaluation_geometry(PRETRAINING["anderson"], 32)))
+    batches = read(shard_batches(dataset, transform=evaluation_geometry(PT_RECIPES["anderson"], 32)))
     assert [batch.images.shape for batch in batches] == [(10, 3, 32, 32)] * 5
     assert batches[0].images.dtype == torch.uint8
     assert sorted(key for batch in batches for key in batch.keys) == [f"{index:09d}" for index in range(50)]
@@ -144,7 +144,7 @@ class Named:
 def named_batches(source: Named, batch: int, rank: int, world: int, pad: bool, on_bad: OnBad = "stop") -> Batches:
     order = epoch_order(source.lengths, seed=0, epoch=0, window=2)
     positions = training_positions(len(order), batch, rank, world, pad)
-    return Batches(source, evaluation_geometry(PRETRAINING["anderson"], 1), positions, order, 0, 0, on_bad)
+    return Batches(source, evaluation_geometry(PT_RECIPES["anderson"], 1), positions, order, 0, 0, on_bad)
 
 
 def test_law_4_in_a_small_box_of_workers_and_ranks():
@@ -233,7 +233,7 @@ class Deadly(ArraySource):
 def test_killed_worker_is_one_line():
     source = Deadly("deadly", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, np.int64), 1)
     batches = Batches(
-        source, evaluation_geometry(PRETRAINING["anderson"], 32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0
+        source, evaluation_geometry(PT_RECIPES["anderson"], 32), np.arange(8).reshape(4, 2), np.arange(8), 0, 0
     )
     with pytest.raises(FractalError, match=r"^a loader worker died .*lower --workers$"):
         read(batches, workers=1)
@@ -244,11 +244,11 @@ import multiprocessing, os
 import numpy as np
 from fractaltrain.data.source import ArraySource
 from fractaltrain.transforms import evaluation_geometry
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.stream.loader import Batches, Loading, iterate
 source = ArraySource("long" * 10_000, np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40, np.int64), 1)
 positions = np.arange(40).reshape(20, 2)
-batches = Batches(source, evaluation_geometry(PRETRAINING["anderson"], 8), positions, np.arange(40), 0, 0)
+batches = Batches(source, evaluation_geometry(PT_RECIPES["anderson"], 8), positions, np.arange(40), 0, 0)
 stream = iterate(batches, 0, Loading(2, pin_memory=False))
 next(stream)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fractaltrain.models import create_model
 from fractaltrain.optim import Rates, build_optimizer, build_schedule, parameter_rates
-from fractaltrain.recipes import FINETUNING, PRETRAINING
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def resnet() -> nn.Module:
 
 
 def test_pretraining_decays_all_but_norms_and_biases(vit, resnet):
-    rates = parameter_rates(vit, PRETRAINING["anderson"])
+    rates = parameter_rates(vit, PT_RECIPES["anderson"])
     assert set(rates) == {name for name, _ in vit.named_parameters()}
     undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
     assert undecayed == {name for name in rates if name.endswith("bias") or "norm" in name}
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.3.attn.qkv.weight", "head.weight"):
         assert rates[name] == Rates(0.1, 1e-4)
-    rates = parameter_rates(resnet, PRETRAINING["anderson"])
+    rates = parameter_rates(resnet, PT_RECIPES["anderson"])
     undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
     assert undecayed == {name for name in rates if ".bn" in name or name.startswith("bn1")} | {
         f"layer{layer}.0.downsample.1.{kind}" for layer in (1, 2, 3, 4) for kind in ("weight", "bias")
@@ -38,7 +38,7 @@ def test_pretraining_decays_all_but_norms_and_biases(vit, resnet):
 @pytest.mark.parametrize(("fixture", "head"), [("vit", "head"), ("resnet", "fc")])
 def test_finetuning_teaches_the_classifier_ten_times_faster(fixture, head, request):
     model = request.getfixturevalue(fixture)
-    rates = parameter_rates(model, FINETUNING["anderson"])
+    rates = parameter_rates(model, FT_RECIPES["anderson"])
     assert rates.pop(f"{head}.weight") == Rates(pytest.approx(0.15), 1e-4)
     assert rates.pop(f"{head}.bias") == Rates(pytest.approx(0.15), 0)
     assert {rate.lr for rate in rates.values()} == {0.015}
@@ -46,12 +46,12 @@ def test_finetuning_teaches_the_classifier_ten_times_faster(fixture, head, reque
 
 
 def test_scratch_has_no_classifier_group(resnet):
-    rates = parameter_rates(resnet, FINETUNING["anderson-scratch"])
+    rates = parameter_rates(resnet, FT_RECIPES["anderson-scratch"])
     assert rates["fc.weight"] == rates["conv1.weight"] == Rates(0.15, 1e-4)
 
 
 def test_optimizer_has_every_parameter_once_with_its_rates(resnet):
-    recipe = FINETUNING["anderson"]
+    recipe = FT_RECIPES["anderson"]
     optimizer = build_optimizer(resnet, recipe)
     rates = parameter_rates(resnet, recipe)
     names = {parameter: name for name, parameter in resnet.named_parameters()}
@@ -67,30 +67,30 @@ def test_optimizer_has_every_parameter_once_with_its_rates(resnet):
 
 
 def test_deit_decays_neither_vectors_nor_embeddings(vit):
-    rates = parameter_rates(vit, PRETRAINING["deit"])
+    rates = parameter_rates(vit, PT_RECIPES["deit"])
     undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
     assert undecayed == {name for name, parameter in vit.named_parameters() if parameter.ndim == 1} | {
         "cls_token", "pos_embed"
     }  # fmt: skip
     assert {rate.weight_decay for rate in rates.values()} == {0, 0.05}
     assert {rate.lr for rate in rates.values()} == {1e-3}
-    optimizer = build_optimizer(vit, PRETRAINING["deit"])
+    optimizer = build_optimizer(vit, PT_RECIPES["deit"])
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["betas"] == (0.9, 0.999)
 
 
 def test_kataoka_decays_all(resnet):
-    rates = parameter_rates(resnet, PRETRAINING["kataoka"])
+    rates = parameter_rates(resnet, PT_RECIPES["kataoka"])
     assert set(rates) == {name for name, _ in resnet.named_parameters()}
     assert set(rates.values()) == {Rates(0.1, 1e-4)}
-    assert build_optimizer(resnet, PRETRAINING["kataoka"]).param_groups[0]["momentum"] == 0.9
+    assert build_optimizer(resnet, PT_RECIPES["kataoka"]).param_groups[0]["momentum"] == 0.9
 
 
 def test_what_is_frozen_is_not_optimised():
     model = create_model("resnet10t", 3, 32)
     model.requires_grad_(False)
     model.get_classifier().requires_grad_(True)
-    (group,) = build_optimizer(model, PRETRAINING["kataoka"]).param_groups
+    (group,) = build_optimizer(model, PT_RECIPES["kataoka"]).param_groups
     assert [parameter.shape for parameter in group["params"]] == [(3, 512), (3,)]
 
 
@@ -108,7 +108,7 @@ def rates_of(recipe, epochs: int, epoch_steps: int) -> list[float]:
 
 def test_cosine_by_hand():
     """Of 20 epochs of 10 steps: 5 of warm-up from 1e-6 towards 1e-3, then what is left of a cosine over all 200."""
-    rates = rates_of(PRETRAINING["deit"], 20, 10)
+    rates = rates_of(PT_RECIPES["deit"], 20, 10)
     assert rates[0] == pytest.approx(1e-6)
     assert rates[25] == pytest.approx((1e-6 + 1e-3) / 2)
     assert rates[50] == pytest.approx(1e-5 + 9.9e-4 * (1 + cos(pi / 4)) / 2)
@@ -118,7 +118,7 @@ def test_cosine_by_hand():
 
 
 def test_steps_by_hand():
-    rates = rates_of(PRETRAINING["kataoka"], 90, 2)
+    rates = rates_of(PT_RECIPES["kataoka"], 90, 2)
     assert rates == pytest.approx([0.1] * 60 + [0.01] * 60 + [0.001] * 60)
 
 
@@ -137,7 +137,7 @@ def curve(recipe, steps: int) -> list[tuple[float, float]]:
 def test_pretraining_schedule_by_hand():
     """pct_start 0: step k of N is (k + 1) / N down a cosine from lr to lr / 25 / 1000, momentum 0.85 to 0.95."""
     lowest = 0.1 / 25 / 1e3
-    for step, (lr, momentum) in enumerate(curve(PRETRAINING["anderson"], 40)):
+    for step, (lr, momentum) in enumerate(curve(PT_RECIPES["anderson"], 40)):
         share = (1 + cos(pi * (step + 1) / 40)) / 2
         assert lr == pytest.approx(lowest + (0.1 - lowest) * share)
         assert momentum == pytest.approx(0.95 - 0.1 * share)
@@ -145,7 +145,7 @@ def test_pretraining_schedule_by_hand():
 
 def test_finetuning_schedule_by_hand():
     """The rise takes 10 % of 100 steps (0..9), from lr / 25; the fall ends at lr / 25 / 10000 with step 99."""
-    points = curve(FINETUNING["anderson-scratch"], 100)
+    points = curve(FT_RECIPES["anderson-scratch"], 100)
     expected = {
         0: (0.15 / 25, 0.95),
         3: (0.15 / 25 + (0.15 - 0.15 / 25) * (1 - cos(pi / 3)) / 2, 0.95 - 0.1 * (1 - cos(pi / 3)) / 2),
@@ -160,14 +160,14 @@ def test_finetuning_schedule_by_hand():
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
 def test_schedule_of_very_short_runs(steps):
     """10 steps make torch's OneCycleLR divide by zero at pct_start 0.1."""
-    points = curve(FINETUNING["anderson"], steps)
+    points = curve(FT_RECIPES["anderson"], steps)
     assert all(0 < lr <= 0.15 + 1e-9 and 0.85 <= momentum <= 0.95 for lr, momentum in points)
     if steps > 1:
         assert points[-1][0] == pytest.approx(0.15 / 25e4)
 
 
 def test_head_keeps_its_factor_along_the_schedule(vit):
-    recipe = FINETUNING["anderson"]
+    recipe = FT_RECIPES["anderson"]
     optimizer = build_optimizer(vit, recipe)
     schedule = build_schedule(optimizer, replace(recipe, epochs=1), 50)
     for _ in range(20):

@@ -19,7 +19,7 @@ from fractaltrain.data.shards import ShardSource
 from fractaltrain.distributed import World
 from fractaltrain.evaluate import evaluate
 from fractaltrain.models import create_model
-from fractaltrain.recipes import PRETRAINING
+from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.stream.order import epoch_order, training_positions
@@ -127,10 +127,10 @@ def test_evaluation_by_two_processes_is_that_by_one(undisturbed, dataset):
     model.load_state_dict(weights(folder))
     source = ShardSource(load_manifest(dataset), "val")
     batches = Batches(
-        source, evaluation_geometry(PRETRAINING["anderson"], 32), np.arange(13)[None], np.arange(13), seed=0, epoch=0
+        source, evaluation_geometry(PT_RECIPES["anderson"], 32), np.arange(13)[None], np.arange(13), seed=0, epoch=0
     )
     loaded = iterate(batches, 0, Loading(workers=0, pin_memory=False))
-    scores = evaluate(model, loaded, PRETRAINING["anderson"], torch.float32, False, ALONE)
+    scores = evaluate(model, loaded, PT_RECIPES["anderson"], torch.float32, False, ALONE)
     result = json.loads((folder / "result.json").read_text())
     assert (result["samples"], result["top1"], result["top5"]) == (13, scores.top1, scores.top5)
     assert result["loss"] == pytest.approx(scores.loss, rel=1e-4)

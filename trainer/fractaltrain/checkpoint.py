@@ -18,7 +18,7 @@ from fractalshards.human import human_count, one_line
 from fractalshards.settings import override
 from fractalshards.storage import atomic_file
 from fractaltrain.models import create_model
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.run_folder import RUN, settings_of
 
 _FORMAT = 2
@@ -182,7 +182,7 @@ class Trained:
     data: str | None
     per_class: int | None
     subset_seed: int
-    recipe: Recipe
+    recipe: TrainRecipe
     precision: torch.dtype
     position: Position
     weights: Mapping[str, torch.Tensor]
@@ -264,14 +264,14 @@ def _count_or_none(settings: Fields, name: str) -> int | None:
     return settings.count(name) if name in settings and not settings.is_null(name) else None
 
 
-def _read_recipe(figures: Mapping[str, Any], path: Path) -> Recipe:
+def _read_recipe(figures: Mapping[str, Any], path: Path) -> TrainRecipe:
     """The recipe of ``run.json``; figures that this version does not know are passed over."""
-    known = {field.name for field in fields(Recipe)}
+    known = {field.name for field in fields(TrainRecipe)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in figures.items() if name in known
     }
     try:
-        recipe = Recipe(**values)
+        recipe = TrainRecipe(**values)
         return override(recipe, {name: value for name, value in values.items() if name != "name"})  # checks their types
     except (TypeError, ValueError, FractalError) as error:
         raise FractalError(f"{path}: its recipe cannot be read ({one_line(str(error))}); train it again") from error

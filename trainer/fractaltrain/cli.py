@@ -14,7 +14,7 @@ from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.manifest import find_manifest
 from fractalshards.remote.stores import parse_location
-from fractalshards.settings import override, parse_settings
+from fractalshards.settings import parse_settings
 from fractalshards.slices import parse_slice
 from fractaltrain.beginning import ends_at_once
 from fractaltrain.compare import Comparison, gather
@@ -35,9 +35,8 @@ from fractaltrain.config import (
     pretraining_folder,
 )
 from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, find_data, is_data
-from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
-from fractaltrain.recipes.batch import check_batch
-from fractaltrain.recipes.recipe import Recipe, change, scale_lr
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
+from fractaltrain.recipes.recipe import TrainRecipe, change, check_batch, scale_lr
 from fractaltrain.run_folder import trained_model
 from fractaltrain.study import (
     check_datasets,
@@ -103,21 +102,25 @@ def running_options(command: _Command) -> _Command:
     return quiet_option(command)
 
 
-def resolve(published: Recipe, options: dict[str, Any]) -> Recipe:
+def resolve(published: TrainRecipe, options: dict[str, Any]) -> TrainRecipe:
     """The recipe with ``--set`` and then the options of its own applied."""
-    changes = parse_settings(options["changes"])
-    changes |= {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
-    recipe = change(published, changes)
+    recipe = change(published, changed_fields(options))
     return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
 
 
-def check_processes(recipe: Recipe, nproc: int | None, options: dict[str, Any]) -> None:
+def changed_fields(options: dict[str, Any]) -> dict[str, str]:
+    """The fields of the recipe that a command line sets, as text."""
+    named = {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
+    return parse_settings(options["changes"]) | named
+
+
+def check_processes(recipe: TrainRecipe, nproc: int | None, options: dict[str, Any]) -> None:
     """What training would refuse, before processes are started, which takes seconds."""
     if nproc is not None:
         check_batch(recipe, nproc, options["accumulate"])
 
 
-def running_of(recipe: Recipe, options: dict[str, Any], default_out: Path) -> Running:
+def running_of(recipe: TrainRecipe, options: dict[str, Any], default_out: Path) -> Running:
     """What the options ask for, with a recipe that ``resolve`` gave."""
     same = {field.name: options[field.name] for field in fields(Running) if field.name not in ("recipe", "out")}
     return Running(recipe=recipe, out=options["out"] or default_out, **same)
@@ -144,7 +147,7 @@ def main() -> None:
 )
 @click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
 @click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
-@click.option("--recipe", type=click.Choice(sorted(PRETRAINING)), default="anderson", show_default=True,
+@click.option("--recipe", type=click.Choice(sorted(PT_RECIPES)), default="anderson", show_default=True,
               help="Published recipe to follow.")  # fmt: skip
 @click.option(
     "--image-size",
@@ -182,16 +185,14 @@ def pt(
 
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
-    figures = resolve(PRETRAINING[recipe], options)
+    figures = resolve(PT_RECIPES[recipe], options)
     _check_install("training")
     check_processes(figures, nproc, options)
     caching = _caching(shards, cache_dir, cache_size)
     if caching is None:
         find_manifest(Path(parse_location(shards).root))
     choice = Pretraining(
-        by_kind={
-            kind: resolve(override(PRETRAINING[recipe], own), options) for kind, own in BY_KIND.get(recipe, {}).items()
-        },
+        changed=frozenset(changed_fields(options)),
         running=running_of(figures, options, default_out=pretraining_folder(shards, model, figures)),
         shards=shards,
         caching=caching,
@@ -233,7 +234,7 @@ def _data_options(command: _Command) -> _Command:
               help="Folder of a pre-training run; none: from scratch; timm: the weights it publishes.")  # fmt: skip
 @_data_options
 @click.option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]")
-@click.option("--recipe", type=click.Choice(sorted(FINETUNING)),
+@click.option("--recipe", type=click.Choice(sorted(FT_RECIPES)),
               help="Published recipe to follow.  "
               "[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
 @click.option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
@@ -268,7 +269,7 @@ def ft(
         raise UsageError("--model goes with --weights none or timm only; a run knows its model")
     if start is None and freeze is not None:
         raise UsageError("--freeze goes with weights that were trained; --weights none has none")
-    figures = resolve(FINETUNING[recipe or ("anderson" if start else "anderson-scratch")], options)
+    figures = resolve(FT_RECIPES[recipe or ("anderson" if start else "anderson-scratch")], options)
     _check_install("training")
     check_processes(figures, nproc, options)
     find_data(data)

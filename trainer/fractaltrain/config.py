@@ -1,13 +1,12 @@
 """What a command line asks for, as frozen records: they travel to every process, and need neither torch nor timm."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fractalshards.remote.stores import parse_location
 from fractaltrain.data.images import DataChoice
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import TrainRecipe
 
 WINDOW = 16
 """Shards that are shuffled together, unless asked otherwise."""
@@ -41,7 +40,7 @@ class Running:
         sync_batchnorm: batch norm sees the whole batch, not each process's part.
     """
 
-    recipe: Recipe
+    recipe: TrainRecipe
     out: Path
     seed: int
     pad: bool
@@ -70,12 +69,13 @@ class Caching:
 class Pretraining:
     """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
 
-    ``shards`` is a local folder; with ``caching``, a URL. ``by_kind`` has recipes for kinds of datasets that take
-    another one than ``running`` has. With ``nodes_split`` machines share out the shards of an epoch among them.
+    ``shards`` is a local folder; with ``caching``, a URL. ``changed`` names fields of the recipe that the user has
+    set, which do not follow the kind of the dataset. With ``nodes_split`` machines share out the shards of an epoch
+    among them.
     """
 
     running: Running
-    by_kind: Mapping[str, Recipe]
+    changed: frozenset[str]
     shards: str
     caching: Caching | None
     model: str
@@ -115,13 +115,13 @@ def dataset_name(shards: str) -> str:
     return Path(location.root).resolve().name if location.scheme == "file" else location.root.rpartition("/")[2]
 
 
-def pretraining_folder(shards: str, model: str, recipe: Recipe) -> Path:
+def pretraining_folder(shards: str, model: str, recipe: TrainRecipe) -> Path:
     """``runs/<dataset>-<model>-<recipe>``."""
     return Path("runs") / f"{dataset_name(shards)}-{model}-{recipe.name}"
 
 
 def finetuning_folder(
-    weights: Start, model: str, data: DataChoice, recipe: Recipe, freeze: Freeze | None = None
+    weights: Start, model: str, data: DataChoice, recipe: TrainRecipe, freeze: Freeze | None = None
 ) -> Path:
     """``runs/<data>-<what it starts from>-<recipe>``, with the subset and what is frozen where there is such."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"

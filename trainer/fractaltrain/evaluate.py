@@ -18,7 +18,7 @@ from fractalshards.human import one_line
 from fractaltrain.distributed import World
 from fractaltrain.optim import multi_label_loss
 from fractaltrain.plotting import INK, MUTED, plain, save
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.stream.loader import Batch
 from fractaltrain.stream.order import Indices
 from fractaltrain.transforms import to_input
@@ -63,14 +63,14 @@ class MultiLabelScores:
         return f"mAP {self.map:.2%}  F1 {self.f1:.2%}  loss {self.loss:.4f}  {self.samples:,} images"
 
 
-def evaluation_batch(recipe: Recipe, world: World) -> int:
+def evaluation_batch(recipe: TrainRecipe, world: World) -> int:
     """Images of all processes together that are evaluated at once: without gradients a small training batch, which
     takes long, needs not be so small."""
     return max(recipe.batch_size, _LEAST_BATCH * world.size)
 
 
 def predict(
-    model: nn.Module, batches: Iterable[Batch], recipe: Recipe, dtype: torch.dtype, world: World
+    model: nn.Module, batches: Iterable[Batch], recipe: TrainRecipe, dtype: torch.dtype, world: World
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the model says of each batch: logits (b, classes) float32 and labels, on the device.
 
@@ -97,7 +97,7 @@ def predict(
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    recipe: Recipe,
+    recipe: TrainRecipe,
     dtype: torch.dtype,
     multi_label: bool,
     world: World,

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from fractaltrain.models import head_names, is_head
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import TrainRecipe
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (b, classes) and targets to their mean loss in nats, a scalar."""
@@ -46,7 +46,7 @@ class Rates:
     weight_decay: float
 
 
-def parameter_rates(model: nn.Module, recipe: Recipe) -> dict[str, Rates]:
+def parameter_rates(model: nn.Module, recipe: TrainRecipe) -> dict[str, Rates]:
     """The rates of every parameter that is trained, by name.
 
     What has no weight decay, ``recipe.undecayed`` says: ``norms``, biases and parameters of normalisation layers, but
@@ -71,7 +71,7 @@ def parameter_rates(model: nn.Module, recipe: Recipe) -> dict[str, Rates]:
     return rates
 
 
-def _is_undecayed(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Recipe) -> bool:
+def _is_undecayed(module: nn.Module, name: str, parameter: nn.Parameter, recipe: TrainRecipe) -> bool:
     if recipe.undecayed == "norms":
         return "Norm" in type(module).__name__ or "bias" in name
     if recipe.undecayed == "vectors":
@@ -79,7 +79,7 @@ def _is_undecayed(module: nn.Module, name: str, parameter: nn.Parameter, recipe:
     return False
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
     """The optimiser with one parameter group for each distinct pair of rates, in order of the model's parameters.
 
     What needs no gradient is left out. The momentum of a one-cycle schedule is what the schedule sets. One fused kernel
@@ -99,7 +99,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=momentum, fused=True)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch_steps: int) -> LRScheduler:
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_steps: int) -> LRScheduler:
     """The schedule over ``recipe.epochs`` epochs of so many optimiser steps."""
     if recipe.schedule == "onecycle":
         return _one_cycle(optimizer, recipe, recipe.epochs * epoch_steps)
@@ -109,7 +109,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch_steps
     return LambdaLR(optimizer, [_cosine(recipe, peak, epoch_steps) for peak in peaks])
 
 
-def _one_cycle(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> OneCycleLR:
+def _one_cycle(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps: int) -> OneCycleLR:
     """torch's OneCycleLR with cosine annealing, momentum cycling against it.
 
     A rise of exactly one step (``pct_start * steps == 1``) makes torch divide 0 by 0; the same curve without that
@@ -128,7 +128,7 @@ def _one_cycle(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> 
     )
 
 
-def _cosine(recipe: Recipe, peak: float, epoch_steps: int) -> Callable[[int], float]:
+def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int], float]:
     """Step number to learning rate, as a share of ``peak``: a linear warm-up, then a cosine to ``min_lr``.
 
     As DeiT has it, the cosine counts from the start of training, so the rate drops where the warm-up ends.

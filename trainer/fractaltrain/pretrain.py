@@ -16,6 +16,7 @@ from fractaltrain.config import Pretraining, Running, dataset_name
 from fractaltrain.data.shards import open_cached, open_dataset
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model
+from fractaltrain.recipes import for_dataset
 from fractaltrain.stream.loader import Ahead
 from fractaltrain.stream.order import epoch_samples, node_positions
 from fractaltrain.train import Job, train
@@ -31,7 +32,7 @@ def pretrain(choice: Pretraining) -> None:
         cache = _prepared_cache(choice, world)
         folder = Path(parse_location(choice.shards).root)
         dataset = open_cached(cache, choice.window) if cache else open_dataset(folder, world)
-        running = replace(choice.running, recipe=choice.by_kind.get(dataset.kind, choice.running.recipe))
+        running = replace(choice.running, recipe=for_dataset(choice.running.recipe, dataset.kind, choice.changed))
         stored = dataset.image_size if running.recipe.crop == "none" else None  # a crop has the usual size
         image_size = choice.image_size or stored or IMAGE_SIZE
         torch.manual_seed(running.seed)

@@ -33,8 +33,8 @@ from fractalshards.workers import available_cores, end_with_parent, handling
 from fractaltrain.config import dataset_name
 from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, find_data, is_data
 from fractaltrain.preemption import EXIT_STOPPED, SIGNALS, stopped
-from fractaltrain.recipes import BY_KIND, FINETUNING, PRETRAINING
-from fractaltrain.recipes.recipe import Recipe, change
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
+from fractaltrain.recipes.recipe import TrainRecipe, change
 from fractaltrain.run_folder import RESULT, RUN, difference, flatten, read_metrics, read_settings
 
 
@@ -200,8 +200,8 @@ def read_study(path: Path) -> Study:
     top = Table(data, path, "", ("study", "models", "pretraining", "finetuning", "scratch"))
     head = top.inner("study", ("name", "image_size", "seeds", "eval_every", "pretraining", "finetuning"))
     shared_pt, shared_ft = (
-        _figures(head.inner("pretraining", _FIGURES), PRETRAINING),
-        _figures(head.inner("finetuning", _FIGURES), FINETUNING),
+        _figures(head.inner("pretraining", _FIGURES), PT_RECIPES),
+        _figures(head.inner("finetuning", _FIGURES), FT_RECIPES),
     )
     models, rows, targets = (top.inner(name, None) for name in ("models", "pretraining", "finetuning"))
     if not models.names():
@@ -220,16 +220,16 @@ def read_study(path: Path) -> Study:
         models=tuple(_model(models, name, shared_pt, shared_ft) for name in models.names()),
         rows=tuple(_row(rows, name, models.names()) for name in rows.names()),
         targets=tuple(_target(targets, name) for name in targets.names()),
-        scratch=_figures(top.inner(SCRATCH, _FIGURES), FINETUNING) if SCRATCH in top else None,
+        scratch=_figures(top.inner(SCRATCH, _FIGURES), FT_RECIPES) if SCRATCH in top else None,
         eval_every=head.count("eval_every", 1) or 1,
     )
 
 
 def _model(models: Table, name: str, shared_pt: Figures, shared_ft: Figures) -> Model:
     table = models.inner(name, ("pretraining", "finetuning", SCRATCH))
-    own_pt = _figures(table.inner("pretraining", _FIGURES), PRETRAINING)
-    own_ft = _figures(table.inner("finetuning", _FIGURES), FINETUNING)
-    own_scratch = _figures(table.inner(SCRATCH, _FIGURES), FINETUNING)
+    own_pt = _figures(table.inner("pretraining", _FIGURES), PT_RECIPES)
+    own_ft = _figures(table.inner("finetuning", _FIGURES), FT_RECIPES)
+    own_scratch = _figures(table.inner(SCRATCH, _FIGURES), FT_RECIPES)
     return Model(name, shared_pt.then(own_pt), shared_ft.then(own_ft), own_scratch)
 
 
@@ -245,8 +245,8 @@ def _row(rows: Table, name: str, models: tuple[str, ...]) -> Row:
         shards=table.need("shards"),
         build=table.text("build"),
         models=table.texts("models"),
-        figures=_figures(table, PRETRAINING),
-        finetuning=_figures(table.inner("finetuning", _FIGURES), FINETUNING),
+        figures=_figures(table, PT_RECIPES),
+        finetuning=_figures(table.inner("finetuning", _FIGURES), FT_RECIPES),
     )
 
 
@@ -259,10 +259,10 @@ def _target(targets: Table, name: str) -> Target:
     few = table.counts("per_class", 1)
     if "subset_seeds" in table and not few:
         raise table.error("subset_seeds goes with per_class only")
-    return Target(name, data, few or (None,), table.counts("subset_seeds", 0) or (0,), _figures(table, FINETUNING))
+    return Target(name, data, few or (None,), table.counts("subset_seeds", 0) or (0,), _figures(table, FT_RECIPES))
 
 
-def _figures(table: Table, recipes: dict[str, Recipe]) -> Figures:
+def _figures(table: Table, recipes: Mapping[str, TrainRecipe]) -> Figures:
     """What a table says of a recipe; tried on it, so that an error comes now and not when its turn has come."""
     recipe = table.text("recipe")
     if recipe is not None and recipe not in recipes:
@@ -345,7 +345,7 @@ def _group(
         settings = {
             "task": "pt",
             **known,
-            **_recipe(run, asked, PRETRAINING, BY_KIND),
+            **_recipe(run, asked, PT_RECIPES, follows_dataset=True),
             "dataset": dataset_name(row.shards),
         }
         source = SHARDS_PREFIX + row.shards
@@ -360,7 +360,7 @@ def _group(
         asked = Figures(default).then(model.finetuning).then(target.figures).then(own)
         task = ("ft", *start, "--data", target.data, *few, "--data-dir", str(data_dir))
         arguments = (*task, *_options(asked), *common, "--out", str(out / run))
-        settings = {"task": "ft", **known, **_recipe(run, asked, FINETUNING, {}), "data": target.data}
+        settings = {"task": "ft", **known, **_recipe(run, asked, FT_RECIPES), "data": target.data}
         settings |= {"per_class": per_class, "subset_seed": subset_seed}
         settings |= _digest("data_digest", target.data, digests)
         first = pretraining.run if pretraining else None
@@ -389,7 +389,7 @@ def _options(figures: Figures) -> tuple[str, ...]:
 
 
 def _recipe(
-    run: str, figures: Figures, recipes: Mapping[str, Recipe], by_kind: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    run: str, figures: Figures, recipes: Mapping[str, TrainRecipe], follows_dataset: bool = False
 ) -> dict[str, Any]:
     """The figures that a run must have; those that follow the kind of its dataset only where the study sets them.
 
@@ -401,7 +401,7 @@ def _recipe(
         recipe = asdict(change(recipes[name], changes))
     except UsageError as error:
         raise UsageError(f"{run}, recipe {name}: {error}") from error
-    following = {figure for own in by_kind.get(name, {}).values() for figure in own}
+    following = dataset_fields(name) if follows_dataset else frozenset()
     return {"recipe": {figure: recipe[figure] for figure in recipe if figure not in following - changes.keys()}}
 
 

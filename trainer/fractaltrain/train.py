@@ -32,7 +32,7 @@ from fractaltrain.log import Report
 from fractaltrain.models import set_training
 from fractaltrain.optim import Loss, build_optimizer, build_schedule, find_loss
 from fractaltrain.preemption import stop_signals, stopped
-from fractaltrain.recipes.batch import check_batch
+from fractaltrain.recipes.recipe import check_batch
 from fractaltrain.run_folder import open_run, write_result
 from fractaltrain.stream.bits import Purpose, mix
 from fractaltrain.stream.loader import BadSamples, Batches, Loading, OnBad, iterate

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from fractaltrain.data.source import Images
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.stream.bits import Bits, Draw, mix, uniforms
 from fractaltrain.stream.loader import Batch
 from fractaltrain.stream.seeding import seeded, seeded_numpy
@@ -375,7 +375,7 @@ def _policy(fill: Fill) -> list[tuple[Operation, Level]]:
     ]
 
 
-def mixed(images: Tensor, labels: Tensor, keys: Bits, recipe: Recipe, classes: int) -> tuple[Tensor, Tensor]:
+def mixed(images: Tensor, labels: Tensor, keys: Bits, recipe: TrainRecipe, classes: int) -> tuple[Tensor, Tensor]:
     """Images, in place, and their targets: labels as they are, or (b, classes) float32 if they are soft.
 
     Each image is mixed with its partner from the other end of the batch, all in the same proportion (Zhang et al.,
@@ -427,7 +427,7 @@ class Geometry:
         return image
 
 
-def training_geometry(recipe: Recipe, image_size: int, device: torch.device) -> Geometry:
+def training_geometry(recipe: TrainRecipe, image_size: int, device: torch.device) -> Geometry:
     """The geometry of training images; where there is no accelerator, timm's RandAugment too."""
     steps: list[Change] = []
     if recipe.crop == "random":
@@ -445,7 +445,7 @@ def training_geometry(recipe: Recipe, image_size: int, device: torch.device) -> 
     return Geometry(image_size, tuple(steps))
 
 
-def evaluation_geometry(recipe: Recipe, image_size: int) -> Geometry:
+def evaluation_geometry(recipe: TrainRecipe, image_size: int) -> Geometry:
     """The geometry of held-out images: resized; or their middle, where training sees pieces.
 
     Of pieces at full scale it is the middle at full scale; of resized ones that of the image whose shorter side is 8/7
@@ -457,7 +457,7 @@ def evaluation_geometry(recipe: Recipe, image_size: int) -> Geometry:
 
 
 def training_batch(
-    batch: Batch, recipe: Recipe, classes: int, device: torch.device
+    batch: Batch, recipe: TrainRecipe, classes: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model sees of a batch, and what it shall say of it, on the device.
 
@@ -477,7 +477,7 @@ def training_batch(
     return mixed(inputs, labels, batch.sample_keys, recipe, classes)
 
 
-def to_input(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+def to_input(images: torch.Tensor, recipe: TrainRecipe) -> torch.Tensor:
     """Images (b, 3, S, S) uint8 on any device to float32: [0, 1], then minus the mean, divided by the deviation."""
     mean = torch.tensor(recipe.mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(recipe.std, device=images.device).view(3, 1, 1)
@@ -497,7 +497,7 @@ def _flip(image: Images, key: int, probability: float) -> Images:
     return image[:, ::-1] if flipped else image
 
 
-def _affine(recipe: Recipe, image_size: int) -> Change:
+def _affine(recipe: TrainRecipe, image_size: int) -> Change:
     """The published augmentation for fine-tuning; it takes the nearest pixel, and what comes from outside the padded
     image is black. Pillow does it, as there: its affine map is three times as fast as torchvision's on tensors."""
     augment = v2.Compose(
@@ -516,7 +516,7 @@ def _affine(recipe: Recipe, image_size: int) -> Change:
     return apply
 
 
-def _fill(recipe: Recipe) -> Fill:
+def _fill(recipe: TrainRecipe) -> Fill:
     """The colour that becomes 0 when it is normalised: what comes from outside of an image."""
     red, green, blue = (min(255, round(255 * mean)) for mean in recipe.mean)
     return red, green, blue

@@ -1,28 +1,39 @@
-"""Recipes of training by name: for pre-training (``pt``) and for fine-tuning (``ft``)."""
+"""Training recipes by name, one module per paper. None has been run at full size yet.
 
-from collections.abc import Mapping
+``PT_RECIPES`` are for pre-training, ``FT_RECIPES`` for fine-tuning and training from scratch.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from fractaltrain.recipes import (
-    anderson_ft,
-    anderson_pt,
-    anderson_scratch,
-    deit,
-    kataoka,
-    nakashima_ft,
-    nakashima_pt,
-)
-from fractaltrain.recipes.recipe import IMAGENET_MEAN, IMAGENET_STD
+from fractaltrain.recipes import anderson, deit, kataoka, nakashima
+from fractaltrain.recipes.recipe import TrainRecipe
 
-PRETRAINING = {recipe.name: recipe for recipe in (anderson_pt.RECIPE, deit.RECIPE, nakashima_pt.RECIPE, kataoka.RECIPE)}
-FINETUNING = {recipe.name: recipe for recipe in (anderson_ft.RECIPE, anderson_scratch.RECIPE, nakashima_ft.RECIPE)}
-
-_NATURAL = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-BY_KIND: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "anderson": {
-        "fractaldb": {"crop": "random", "mean": 0.2, "std": 0.5},
-        **{kind: {"crop": "resized", "hflip": 0.5, **_NATURAL} for kind in ("imagenet", "imagefolder")},
-    },
-    "deit": dict.fromkeys(("imagenet", "imagefolder"), _NATURAL),
+PT_RECIPES: Mapping[str, TrainRecipe] = {
+    recipe.name: recipe for recipe in (anderson.PT, deit.PT, nakashima.PT, kataoka.PT)
 }
-"""What a recipe for pre-training does otherwise with datasets of a kind: recipe, kind, figure, value."""
+FT_RECIPES: Mapping[str, TrainRecipe] = {
+    recipe.name: recipe for recipe in (anderson.FT, anderson.FT_SCRATCH, nakashima.FT)
+}
+_PT_FOR_DATASETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "anderson": anderson.PT_FOR_DATASETS,
+    "deit": deit.PT_FOR_DATASETS,
+}
+
+
+def for_dataset(recipe: TrainRecipe, kind: str, keep: Collection[str] = ()) -> TrainRecipe:
+    """Return a pre-training recipe with the values that it has for datasets of one kind.
+
+    Args:
+        recipe: one of ``PT_RECIPES``, possibly with other values in some fields.
+        kind: kind of the dataset, e.g. ``fractaldb`` or ``imagenet``.
+        keep: fields to leave as they are: those that the user has set.
+    """
+    values = _PT_FOR_DATASETS.get(recipe.name, {}).get(kind, {})
+    return replace(recipe, **{field: value for field, value in values.items() if field not in keep})
+
+
+def dataset_fields(recipe: str) -> frozenset[str]:
+    """Return the fields of a pre-training recipe whose values depend on the kind of the dataset."""
+    return frozenset(field for values in _PT_FOR_DATASETS.get(recipe, {}).values() for field in values)

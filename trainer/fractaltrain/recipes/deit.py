@@ -1,17 +1,14 @@
-"""Pre-training of DeiT: Touvron et al., "Training data-efficient image transformers & distillation through
-attention", ICML 2021.
+"""DeiT: Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021.
 
     fractaltrain pt --shards shards/single --recipe deit
 
-The learning rate is 5e-4 for every 512 images of the batch, so 1e-3 at 1024; the schedule moves with every step, where
-the published code sets it once per epoch. RandAugment is rand-m9-mstd0.5-inc1; color jitter would only act without it.
-
-Not run at full size yet: the time it takes and the result to expect are still to be measured on a GPU.
+The learning rate is 5e-4 per 512 images of the batch: 1e-3 at 1024. The schedule advances with every step, once per
+epoch in the published code. RandAugment is rand-m9-mstd0.5-inc1; colour jitter applies only where RandAugment is off.
 """
 
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import IMAGENET_MEAN, IMAGENET_STD, TrainRecipe
 
-RECIPE = Recipe(
+PT = TrainRecipe(
     name="deit",
     epochs=90,
     batch_size=1024,
@@ -37,3 +34,5 @@ RECIPE = Recipe(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
+_PHOTOGRAPHS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+PT_FOR_DATASETS = {"imagenet": _PHOTOGRAPHS, "imagefolder": _PHOTOGRAPHS}

@@ -2,14 +2,12 @@
 
     fractaltrain pt --shards shards/fractaldb --model resnet50 --recipe kataoka
 
-Images of 362 x 362 are seen through random crops. All parameters decay, norms and biases, too.
-
-Not run at full size yet: the time it takes and the result to expect are still to be measured on a GPU.
+Training takes random crops of the 362 x 362 images. Weight decay applies to all parameters, norms and biases included.
 """
 
-from fractaltrain.recipes.recipe import Recipe
+from fractaltrain.recipes.recipe import TrainRecipe
 
-RECIPE = Recipe(
+PT = TrainRecipe(
     name="kataoka",
     epochs=90,
     batch_size=256,

@@ -1,4 +1,4 @@
-"""What a recipe is: every figure of a training, in one frozen record, overridable by name."""
+"""A training recipe: every hyperparameter of a training in one frozen record, each of which can be changed by name."""
 
 import math
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Literal
 
 from fractalshards.errors import UsageError
 from fractalshards.settings import override
+from fractaltrain.stream.order import rank_batch
 
 Channels = tuple[float, float, float]
 
@@ -15,49 +16,50 @@ IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Figures of one training. ``lr`` is meant for ``batch_size``, the global batch.
+class TrainRecipe:
+    """Hyperparameters of a training.
 
     Attributes:
-        name: as ``--recipe`` calls it.
+        name: as ``--recipe`` takes it.
         epochs: passes over the training samples.
-        batch_size: global batch, shared equally by all processes.
-        lr: peak learning rate.
-        weight_decay: of everything that is not ``undecayed``.
-        undecayed: what has no weight decay: ``norms``: norms and biases; ``vectors``: these, class token and position
-            embedding; ``none``: nothing, all decays.
+        batch_size: global batch size, split equally among all processes.
+        lr: peak learning rate, for this ``batch_size``.
+        weight_decay: applies to all parameters that ``undecayed`` does not exclude.
+        undecayed: parameters without weight decay: ``norms``: norms and biases; ``vectors``: these, class token and
+            position embedding; ``none``: no exceptions.
         optimizer: ``sgd``, or ``adamw`` with torch's betas.
-        momentum: of SGD, unless the schedule cycles it.
-        schedule: ``onecycle``: torch's OneCycleLR, a cosine up and one down, which also cycles the momentum;
-            ``cosine``: a linear warm-up, then a cosine; ``step``: times ``gamma`` at every milestone.
-        head_lr_factor: the classifier learns so much faster.
-        head_weight_decay: of the classifier's weight; None: as everything else.
+        momentum: SGD's, unless the schedule cycles it.
+        schedule: ``onecycle``: torch's OneCycleLR, one cosine up and one down, which also cycles the momentum;
+            ``cosine``: a linear warm-up, then a cosine; ``step``: multiply by ``gamma`` at every milestone.
+        head_lr_factor: multiplies the learning rate of the classifier.
+        head_weight_decay: weight decay of the classifier's weight; None: ``weight_decay``.
         pct_start: ``onecycle``: share of all steps in which the learning rate rises.
-        div_factor: ``onecycle``: it starts at ``lr / div_factor`` ...
+        div_factor: ``onecycle``: the learning rate starts at ``lr / div_factor`` ...
         final_div_factor: ... and ends at ``lr / div_factor / final_div_factor``.
-        base_momentum: ``onecycle``: momentum where the learning rate is highest.
-        max_momentum: ``onecycle``: momentum where it is lowest.
+        base_momentum: ``onecycle``: momentum at the highest learning rate.
+        max_momentum: ``onecycle``: momentum at the lowest learning rate.
         warmup_epochs: ``cosine``: epochs in which the learning rate rises from ``warmup_lr``.
-        min_lr: ``cosine``: where it ends.
+        min_lr: ``cosine``: final learning rate.
         milestones: ``step``: epochs after which the learning rate is multiplied by ``gamma``.
-        clip_grad: largest norm of the gradients of all parameters together; None: no limit.
-        augment: ``none``, or ``affine``: reflect padding by an eighth, small rotation, shift and zoom, centre crop.
-        crop: of training images: ``none``: all of it, resized; ``random``: a piece of the size that the model sees;
-            ``resized``: a piece of random size and shape (RandomResizedCrop), bicubic.
-        crop_scale: share of the area that a ``resized`` crop takes, lowest and highest.
-        hflip: probability of a horizontal flip of a training image.
-        randaugment: magnitude of RandAugment, two operations an image: timm's ``rand-mM-mstd0.5-inc1``; 0: none.
-        color_jitter: brightness, contrast and saturation change by up to this share; not beside RandAugment.
-        erasing: probability that a rectangle of a training image becomes noise.
-        mixup: alpha of the Beta distribution that mixes pairs of images and their labels; 0: none.
-        cutmix: the same for pasted rectangles; with both, each batch takes one or the other.
-        label_smoothing: share of a label that is spread over all classes.
-        drop_path: largest rate of stochastic depth, of the last block (Huang et al. 2016); models without it refuse.
-        ema: decay per step of an average of the weights, which is then what is evaluated and fine-tuned; 0: none. It
-            grows to this: after step k it is at most 1 - k^(-2/3), so that the random start is soon forgotten.
-        repeats: repeated augmentation: an epoch takes so many times fewer samples, each so many times.
-        mean: subtracted per channel from images in [0, 1].
-        std: divided by per channel afterwards.
+        clip_grad: maximum norm of the gradient over all parameters; None: no clipping.
+        augment: ``none``, or ``affine``: reflection padding by an eighth, small rotation, shift and zoom, centre crop.
+        crop: training images are ``none``: resized as a whole; ``random``: cropped at a random place to the size that
+            the model takes; ``resized``: cropped at random size and aspect ratio (RandomResizedCrop), bicubic.
+        crop_scale: ``resized``: lowest and highest share of the image area.
+        hflip: probability of a horizontal flip.
+        randaugment: magnitude of RandAugment with two operations per image, timm's ``rand-mM-mstd0.5-inc1``; 0: off.
+        color_jitter: largest relative change of brightness, contrast and saturation; off where RandAugment is on.
+        erasing: probability that a random rectangle is filled with noise (random erasing).
+        mixup: alpha of the Beta distribution for mixup; 0: off.
+        cutmix: alpha of the Beta distribution for CutMix; 0: off. With both, each batch uses one at random.
+        label_smoothing: share of the target that is spread over all classes.
+        drop_path: largest rate of stochastic depth, that of the last block (Huang et al. 2016); an error for models
+            without it.
+        ema: decay per step of the moving average of the weights, which is then evaluated and fine-tuned; 0: off. After
+            step k the decay is at most 1 - k^(-2/3), so that the random initialisation fades quickly.
+        repeats: repeated augmentation: an epoch takes one in ``repeats`` samples, each ``repeats`` times.
+        mean: subtracted from each channel of images in [0, 1].
+        std: each channel is divided by it afterwards.
     """
 
     name: str
@@ -99,62 +101,80 @@ class Recipe:
     std: Channels = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Check every figure.
+        """Check every value.
 
         Raises:
-            UsageError: naming the field and what it may be.
+            UsageError: naming the field and its range.
         """
-        at_least_one = ("epochs", "batch_size", "repeats")
-        positive = ("lr", "head_lr_factor", "div_factor", "final_div_factor")
-        positive_or_none = ("clip_grad",)
-        not_negative = ("weight_decay", "head_weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix")
-        shares = (
+        for name in ("epochs", "batch_size", "repeats"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "head_lr_factor", "div_factor", "final_div_factor"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("weight_decay", "head_weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix"):
+            self._check(name, (getattr(self, name) or 0) >= 0, "at least 0")
+        for name in (
             *("pct_start", "momentum", "base_momentum", "max_momentum", "gamma"),
             *("hflip", "color_jitter", "erasing", "label_smoothing", "drop_path"),
-        )
-        for name in at_least_one:
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in positive:
-            _check(self, name, getattr(self, name) > 0, "above 0")
-        for name in positive_or_none:
-            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or none")
-        for name in not_negative:
-            _check(self, name, (getattr(self, name) or 0) >= 0, "at least 0")
-        for name in shares:
-            _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        ):
+            self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self._check("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or none")
         if self.schedule == "cosine":
-            _check(
-                self, "warmup_epochs", self.warmup_epochs < self.epochs, f"below the number of epochs, {self.epochs}"
-            )
-        _check(self, "ema", 0 <= self.ema < 1, "at least 0 and below 1")
-        _check(self, "milestones", 0 < self.milestones[0] <= self.milestones[1], "two epochs, the earlier one first")
-        _check(self, "std", min(self.std) > 0, "above 0")
+            self._check("warmup_epochs", self.warmup_epochs < self.epochs, f"below the number of epochs, {self.epochs}")
+        self._check("milestones", 0 < self.milestones[0] <= self.milestones[1], "two epochs, the earlier one first")
         low, high = self.crop_scale
-        _check(self, "crop_scale", 0 < low <= high <= 1, "two shares, the lower one first, above 0")
-        _check(self, "randaugment", 0 <= self.randaugment <= 10, "from 0 to 10")
+        self._check("crop_scale", 0 < low <= high <= 1, "two shares above 0, the lower one first")
+        self._check("randaugment", 0 <= self.randaugment <= 10, "from 0 to 10")
+        self._check("ema", 0 <= self.ema < 1, "at least 0 and below 1")
+        self._check("mean", True, "finite")
+        self._check("std", min(self.std) > 0, "above 0")
+
+    def _check(self, name: str, fits: bool, range_: str) -> None:
+        value = getattr(self, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not fits or not all(number is None or math.isfinite(number) for number in numbers):
+            raise UsageError(f"{name} is {value}, but must be {range_}")
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs, so that a process needs an even number of them."""
+        """Whether images are mixed in pairs, which needs an even batch in every process."""
         return self.mixup > 0 or self.cutmix > 0
 
 
-def change(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
-    """The recipe with other figures, given as text: ``{"lr": "0.05", "mean": "0.5"}``.
+def change(recipe: TrainRecipe, changes: Mapping[str, str]) -> TrainRecipe:
+    """Return the recipe with other values, given as text: ``{"lr": "0.05", "mean": "0.5"}``.
 
     Raises:
-        UsageError: if there is no such field, or the text is not a value of it.
+        UsageError: if a field does not exist, or its text does not fit its type or range.
     """
     return override(recipe, changes, fixed=("name",))
 
 
-def scale_lr(recipe: Recipe, published_batch_size: int) -> Recipe:
-    """The recipe with its learning rate scaled linearly from the batch it was published for to its own."""
+def scale_lr(recipe: TrainRecipe, published_batch_size: int) -> TrainRecipe:
+    """Scale the learning rate linearly from the published batch size to that of the recipe."""
     return replace(recipe, lr=recipe.lr * recipe.batch_size / published_batch_size)
 
 
-def _check(recipe: Recipe, name: str, good: bool, wanted: str) -> None:
-    value = getattr(recipe, name)
-    numbers = value if isinstance(value, tuple) else (value,)
-    if not good or not all(number is None or math.isfinite(number) for number in numbers):
-        raise UsageError(f"{name} is {value}, but must be {wanted}")
+def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: int | None = None) -> None:
+    """Check that the batch can be split among processes and into parts, and into pairs where images are mixed.
+
+    Args:
+        processes: number of training processes.
+        accumulate: number of equal parts in which each process computes its share.
+        samples: number of samples in an epoch; None: not known yet.
+
+    Raises:
+        UsageError: with a batch size that works.
+    """
+    batch = rank_batch(recipe.batch_size, processes)
+    if batch % accumulate:
+        raise UsageError(f"--accumulate {accumulate} does not divide the batch of {batch} per process; use a divisor")
+    unit = processes * math.lcm(accumulate, 2 if recipe.mixes else 1)  # divides every batch size that works
+    if recipe.batch_size % unit:
+        raise UsageError(
+            f"mixup and cutmix mix pairs of images, but each process has a batch of {batch}; "
+            f"use --batch-size {max(recipe.batch_size // unit, 1) * unit}"
+        )
+    if samples is not None and recipe.batch_size > samples:
+        largest = samples // unit * unit
+        advice = f"lower --batch-size to {largest}" if largest else "use more images, or lower --nproc or --accumulate"
+        raise UsageError(f"a batch of {recipe.batch_size} is larger than the {samples} training samples; {advice}")

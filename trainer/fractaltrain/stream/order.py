@@ -99,7 +99,7 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
     ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
 
     Args:
-        batch: global, at most ``samples``, see ``recipes.batch``.
+        batch: global, at most ``samples``, see ``recipes.recipe.check_batch``.
         nodes: machines, each with as many consecutive ranks as the others. With more than one each has a part of the
             order to itself, see ``node_positions``, so that it reads its share of the shards and not all of them.
 
