@@ -38,6 +38,7 @@ from fractalshards.png import pixels_of
 from fractalshards.slices import Slice
 from fractalshards.storage import remove_leftovers
 from fractalshards.systems import Systems, read_systems, write_systems
+from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
     Contents,
     ShardTask,
@@ -257,13 +258,13 @@ def plan_build(
     return Plan(folder, bound, systems, tasks, own, missing, cost)
 
 
-def run_build(plan: Plan, executor: Executor) -> tuple[str, ...]:
+def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:
     """Render what is missing, then finish the dataset; see ``render_missing`` and ``finish_dataset``."""
-    render_missing(plan, executor)
+    render_missing(plan, executor, on_progress)
     return finish_dataset(plan)
 
 
-def render_missing(plan: Plan, executor: Executor) -> None:
+def render_missing(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> None:
     """Write the missing shards.
 
     Args:
@@ -277,8 +278,7 @@ def render_missing(plan: Plan, executor: Executor) -> None:
     claim(plan.folder, plan.recipe, plan.systems)
     folder = plan.folder.absolute()
     jobs = {task: partial(_finish_shard, folder, plan.recipe, task) for task in plan.missing}
-    for _ in run_jobs(jobs, executor, plan.folder, "rendering") if jobs else ():
-        pass  # what has been written, the sidecars tell
+    run_jobs(jobs, executor, plan.folder, on_progress)
 
 
 def finish_dataset(plan: Plan) -> tuple[str, ...]:

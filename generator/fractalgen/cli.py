@@ -28,11 +28,10 @@ from fractalshards.console import (
     continuable,
     next_step,
     note,
+    old_progress,
+    progress,
     quiet_option,
     workers_option,
-)
-from fractalshards.console import (
-    old_progress as progress,
 )
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
@@ -151,7 +150,8 @@ def build(
     with continuable(folder), open_engine(workers, address) as engine:
         plan = plan_build(folder, recipe, engine.workers, given, part)
         note(f"{folder}: {_describe(plan, part, engine)}")
-        missing = run_build(plan, engine.executor)
+        with progress("rendering", "images") as on_progress:
+            missing = run_build(plan, engine.executor, on_progress)
     if missing:
         left = f"{human_count(len(missing), 'shard')} of other slices"
         click.echo(f"{folder}: {part} is done; the manifest waits for {left}")
@@ -294,7 +294,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
     else:
-        with progress("searching", classes, "categories") as advance:
+        with old_progress("searching", classes, "categories") as advance:
             found = search_categories(classes, seed, fill_rate, workers, advance)
         categories = tuple(one.category for one in found)
         note(f"tried {found[-1].candidate:,} candidates")

@@ -17,11 +17,10 @@ from fractalshards.console import (
     next_step,
     note,
     notice,
+    old_progress,
+    progress,
     quiet_option,
     workers_option,
-)
-from fractalshards.console import (
-    old_progress as progress,
 )
 from fractalshards.dali import write_dali_indices
 from fractalshards.diff import compare_datasets
@@ -77,7 +76,7 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
     """
     manifest = load_manifest(folder)
     samples = sum(map(manifest.samples, manifest.splits))
-    with progress("verifying", samples, "images") as advance:
+    with old_progress("verifying", samples, "images") as advance:
         problems = verify_dataset(manifest, workers, advance)
     if as_json:
         click.echo(json.dumps({"sound": not problems, "problems": [asdict(problem) for problem in problems]}, indent=1))
@@ -183,7 +182,7 @@ def index(folder: Path, dali: bool) -> None:
     if not dali:
         raise UsageError("say for what software: --dali")
     manifest = load_manifest(folder)
-    with progress("indexing", sum(map(manifest.samples, manifest.splits)), "images") as advance:
+    with old_progress("indexing", sum(map(manifest.samples, manifest.splits)), "images") as advance:
         written = write_dali_indices(manifest, advance)
     click.echo(f"{folder}: {human_count(written, 'index file')} for DALI")
 
@@ -206,7 +205,7 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 
     Example: fractalshards push shards/single s3://bucket/single
     """
-    moved = push_dataset(folder, url, parse_numbers(shards) if shards is not None else None, jobs, progress)
+    moved = push_dataset(folder, url, parse_numbers(shards) if shards is not None else None, jobs, old_progress)
     click.echo(moved.summary())
 
 
@@ -224,7 +223,7 @@ def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
 
     Example: fractalshards pull s3://bucket/single shards/single
     """
-    moved = pull_dataset(url, folder, parse_numbers(shards) if shards is not None else None, jobs, progress)
+    moved = pull_dataset(url, folder, parse_numbers(shards) if shards is not None else None, jobs, old_progress)
     click.echo(moved.summary())
 
 
@@ -292,8 +291,8 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
         f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.parts), 'shard')}{done}; "
         f"to pack: {sum(task.stop - task.first for task in missing):,} images"
     )
-    with continuable(out):
-        run_pack(plan, workers)
+    with continuable(out), progress("packing", "images") as on_progress:
+        run_pack(plan, workers, on_progress)
     click.echo(one_line(load_manifest(out).summary()))
     next_step(f"fractaltrain pt --shards {shlex.quote(str(out))}")
 

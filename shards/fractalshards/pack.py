@@ -39,7 +39,7 @@ from fractalshards.random import GOLDEN64, MASK64
 from fractalshards.sample import BLOCK, PNG, Member, Sample, encode_label, image_format, scan_members
 from fractalshards.settings import nearest
 from fractalshards.storage import remove_leftovers
-from fractalshards.workers import worker_pool
+from fractalshards.workers import OnProgress, no_progress, worker_pool
 from fractalshards.writer import (
     Contents,
     Encoded,
@@ -682,7 +682,7 @@ def plan_pack(folder: Path, source: Source, seed: int, shard_size: int) -> PackP
     return PackPlan(folder, contents, tasks, finished_shards(folder, tuple(tasks), contents), tuple(listing.notes))
 
 
-def run_pack(plan: PackPlan, workers: int) -> None:
+def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress) -> None:
     """Write the missing shards, then the manifest unless it is there, with so many worker processes.
 
     Every image is decoded once; all others are still packed where some cannot be, so that all are named.
@@ -698,7 +698,7 @@ def run_pack(plan: PackPlan, workers: int) -> None:
         task: partial(pack_shard, plan.folder, task, plan.parts[task], plan.contents.classes) for task in plan.missing()
     }
     with worker_pool(workers) as pool:
-        for bad_images in run_jobs(jobs, pool, plan.folder, "packing") if jobs else ():
+        for bad_images in run_jobs(jobs, pool, plan.folder, on_progress):
             complaints += bad_images
     if complaints:
         raise FractalError(_complain(sorted(complaints)))

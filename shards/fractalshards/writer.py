@@ -1,13 +1,12 @@
 """Writes one shard: the tar first, then its sidecar record, each visible only when whole."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fractalshards.console import old_progress as progress
 from fractalshards.digest import ContentDigest, mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
@@ -33,7 +32,7 @@ from fractalshards.sample import (
     packed_size,
 )
 from fractalshards.storage import atomic_file, remove_leftovers, write_json
-from fractalshards.workers import is_lost
+from fractalshards.workers import OnProgress, is_lost, no_progress
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
 Encode = Callable[[Pixels | Indexed], bytes]
@@ -163,39 +162,43 @@ def finished_shards(folder: Path, tasks: Sequence[ShardTask], contents: Contents
     }
 
 
-def run_jobs(jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, folder: Path, verb: str) -> Iterator[_T]:
-    """Run what writes each shard, with progress on stderr; results come as they are ready.
+def run_jobs(
+    jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, folder: Path, on_progress: OnProgress = no_progress
+) -> list[_T]:
+    """Run the jobs that write shards and return their results, in the order in which they finish.
 
-    A shard whose workers die again and again is left out, and the others are written all the same.
+    A shard whose workers die again and again is left out; all others are still written.
 
     Args:
-        jobs: picklable calls; what a job returns is nothing, or tells why it has written no shard.
+        jobs: picklable calls, by the shard that each writes.
+        executor: runs them.
         folder: of the dataset, for errors.
-        verb: what is done to the images, for the progress: ``rendering``.
+        on_progress: called with the samples of finished jobs and of all jobs.
 
     Raises:
         FractalError: at the end, if shards were left out, naming them.
-        Exception: whatever a job raises; shards that are finished stay.
+        Exception: whatever a job raises; finished shards stay.
     """
     lost: dict[str, BaseException] = {}
-    samples = sum(task.stop - task.first for task in jobs)
-    with progress(verb, samples, "images") as advance:
-        futures = {executor.submit(job): task for task, job in jobs.items()}
-        for future in as_completed(futures):
-            task = futures[future]
-            if (error := _outcome(future)) is None:
-                yield (result := future.result())
-                if not result:
-                    advance(task.stop - task.first)
-            elif is_lost(error):
-                lost[task.name] = error
-            else:
-                raise error
+    results = []
+    done, total = 0, sum(task.stop - task.first for task in jobs)
+    futures = {executor.submit(job): task for task, job in jobs.items()}
+    for future in as_completed(futures):
+        task = futures[future]
+        if (error := _outcome(future)) is None:
+            results.append(future.result())
+            done += task.stop - task.first
+            on_progress(done, total)
+        elif is_lost(error):
+            lost[task.name] = error
+        else:
+            raise error
     if lost:
         raise FractalError(
             f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: "
             f"{_reason(next(iter(lost.values())))}; run the same command again"
         )
+    return results
 
 
 def _reason(error: BaseException) -> str:
