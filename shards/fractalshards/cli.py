@@ -263,33 +263,35 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @main.command()
 @click.argument("source", metavar="imagefolder:PATH|imagenet:PATH")
 @click.argument("out", metavar="OUT", type=PATH)
-@click.option("--split", metavar="train=X,val=Y", help="Shares (0.9) or folders below PATH, see above.")
+@click.option("--split", metavar="train=X,val=Y", help="Shares (0.9), or folders below PATH.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--seed", default=0, help="Of the order, and of which images a share takes.")
+@click.option("--seed", default=0, help="Seed of the image order and of the images held out.")
 @workers_option
 @quiet_option
 def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int) -> None:
-    """Pack images that exist into shards, or continue: what is done is skipped. JPEG, PNG and WebP stay as they are.
+    """Pack existing images into shards. JPEG, PNG and WebP files are stored as they are.
 
-    imagefolder:PATH is PATH/train/CLASS/* and PATH/val/CLASS/*, or PATH/CLASS/*, of which all is train.
-    '--split train=0.9,val=0.1' holds out that share of every class of PATH/CLASS/*;
-    '--split train=DIR,val=DIR' names the folders, if they have other names.
+    Run the same command again to continue: finished shards are skipped.
 
-    imagenet:PATH is a folder with ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share
-    of train or left out, ILSVRC2012_img_val.tar. They are read in place; this needs pip install '.[imagenet]'.
+    imagefolder:PATH contains train/CLASS/* and val/CLASS/*, or CLASS/*, which all goes to train.
+    '--split train=0.9,val=0.1' holds out that share of each class; '--split train=DIR,val=DIR' names the folders of
+    the splits.
+
+    imagenet:PATH contains ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share of train
+    or not needed, ILSVRC2012_img_val.tar. They are read in place; this needs pip install '.[imagenet]'.
 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """
     images = parse_source(source, split)
     with notice(f"listing the images of {one_line(str(images.path))} ..."):
         plan = plan_pack(out, images, seed, shard_size)
-    for remark in plan.notes:
-        note(f"note: {remark}")
-    missing = plan.missing()
+    for text in plan.notes:
+        note(f"note: {text}")
+    count = sum(task.stop - task.first for task in plan.missing())
     done = f", {len(plan.finished):,} of them done" if plan.finished else ""
     note(
-        f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.parts), 'shard')}{done}; "
-        f"to pack: {sum(task.stop - task.first for task in missing):,} images"
+        f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.shards), 'shard')}{done}; "
+        f"to pack: {human_count(count, 'image')}"
     )
     with continuable(out), progress("packing", "images") as on_progress:
         run_pack(plan, workers, on_progress)

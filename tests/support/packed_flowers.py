@@ -1,6 +1,5 @@
-"""Packing in this process, and looking at what came of it."""
+"""Run ``fractalshards pack`` in this process, and read the images of a packed dataset back."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from fractalshards.sample import Sample, decode_label
 
 Make = Callable[..., Path]
 Encode = Callable[..., bytes]
-FRACTALSHARDS = Path(sys.executable).with_name("fractalshards")
 CLASSES = {"tulip": 11, "aster": 14, "rose": 10}
 
 
@@ -26,12 +24,15 @@ def samples(dataset: Path, split: str) -> list[Sample]:
 
 
 def images(dataset: Path, split: str) -> dict[bytes, int]:
-    """The class of every image file of a split, by its bytes."""
+    """Map the bytes of every image file of a split to its class."""
     found = samples(dataset, split)
     pairs = [(data, decode_label(one.files)) for one in found for end, data in one.files.items() if end != "cls"]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def assert_refused(result: Result, code: int, noun: str) -> None:
+    """One line of error that names the file or the option."""
+    assert result.exit_code == code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert noun in line
