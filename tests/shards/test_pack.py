@@ -1,5 +1,6 @@
 """Packing an image folder: every file arrives once, byte for byte, under its class; packing again continues."""
 
+import io
 import json
 import os
 import shutil
@@ -139,6 +140,13 @@ def test_formats_go_by_content_and_others_become_png(tmp_path: Path, image_file:
     assert sorted(recoded) == sorted(decode_image(files[name]).tobytes() for name in ("old.bmp", "deep.tif"))
     assert load_manifest(tmp_path / "out").image_size == 9
     assert verify(tmp_path / "out") == 0
+
+
+def test_sixteen_bit_grey_keeps_the_high_byte() -> None:
+    pixels = np.array([[0, 0x1234], [0x8000, 0xFFFF]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue())[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
 
 
 @pytest.mark.parametrize("options", [[], ["--split", "train=train,val=val"], ["--split", "val=held/out,train=train"]])

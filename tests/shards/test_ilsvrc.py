@@ -1,0 +1,212 @@
+"""Packing the archives of ILSVRC2012, made here: the labels are torchvision's, and damaged archives are refused."""
+
+import gzip
+import io
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision.datasets.imagenet
+from scipy.io import savemat
+
+from fractalshards.errors import FractalError
+from fractalshards.ilsvrc import DEVKIT, TRAIN, VAL, list_ilsvrc
+from fractalshards.manifest import load_manifest
+from packed_flowers import Encode, assert_refused, images, pack
+
+# by their numbers in the devkit, which are not in the order of the ids; the last has children, so it is no class
+SYNSETS = [
+    (1, "n02119789", "kit fox, Vulpes macrotis", 0),
+    (2, "n01440764", "tench, Tinca tinca", 0),
+    (3, "n02126465", "crane", 0),
+    (4, "n02012849", "crane", 0),
+    (5, "n00001740", "entity", 3),
+]
+IDS = ["n01440764", "n02012849", "n02119789", "n02126465"]
+VAL_LABELS = [3, 1, 4, 2, 2, 1, 3]
+Files = dict[str, bytes]
+
+
+def tar_of(files: Files, form: int = tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def devkit(synsets: list[tuple[Any, ...]] = SYNSETS, labels: object = VAL_LABELS) -> bytes:
+    """``meta.mat`` as MATLAB writes the devkit's: a struct array of all synsets."""
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(number, wnid, words, "a gloss", children) for number, wnid, words, children in synsets]
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.array(rows, dtype=kinds).reshape(-1, 1)})
+    lines = "".join(f"{label}\n" for label in labels).encode() if isinstance(labels, list) else labels
+    top = "ILSVRC2012_devkit_t12"
+    files = {f"{top}/readme.txt": b"hello", f"{top}/data/meta.mat": meta.getvalue()}
+    return gzip.compress(tar_of({**files, f"{top}/data/ILSVRC2012_validation_ground_truth.txt": lines}))
+
+
+def nested() -> bytes:
+    """A tar of nothing but headers that announce the long name of what follows."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
+    return (header.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")) * 5000
+
+
+def train_files(image_file: Encode) -> dict[str, Files]:
+    """The images of every class by the name of its tar: as many as the class's number, one a PNG, one CMYK."""
+    files: dict[str, Files] = {}
+    for number, wnid, _, children in SYNSETS:
+        for place in range(0 if children else number + 1):
+            form, mode = ("PNG", "RGB") if place == 3 else ("JPEG", "CMYK" if place == 1 else "RGB")
+            data = image_file(form, 20 + place, 30, 10 * number + place, mode)
+            files.setdefault(f"{wnid}.tar", {})[f"{wnid}_{place}.JPEG"] = data
+    return files
+
+
+def val_files(image_file: Encode) -> Files:
+    return {
+        f"ILSVRC2012_val_{place + 1:08d}.JPEG": image_file("JPEG", 25, 20, 100 + place)
+        for place in range(len(VAL_LABELS))
+    }
+
+
+def write(folder: Path, train: dict[str, Files], val: Files) -> Path:
+    folder.mkdir()
+    (folder / TRAIN).write_bytes(tar_of({name: tar_of(files) for name, files in train.items()}))
+    (folder / VAL).write_bytes(tar_of(val))
+    (folder / DEVKIT).write_bytes(devkit())
+    return folder
+
+
+@pytest.fixture
+def archives(tmp_path: Path, image_file: Encode) -> Path:
+    """The three archives, with four classes."""
+    return write(tmp_path / "ilsvrc", train_files(image_file), val_files(image_file))
+
+
+def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert pack(f"imagenet:{archives}", out, "--shard-size", "5").exit_code == 0
+    monkeypatch.setattr(torchvision.datasets.imagenet, "_verify_archive", lambda *_: None)
+    for split in ("train", "val"):
+        theirs = torchvision.datasets.ImageNet(str(archives), split)
+        assert images(out, split) == {Path(path).read_bytes(): label for path, label in theirs.samples}
+        assert theirs.wnids == IDS
+    manifest = load_manifest(out)
+    assert manifest.class_ids == tuple(IDS)
+    assert manifest.class_names == ("tench, Tinca tinca", "crane", "kit fox, Vulpes macrotis", "crane")
+    assert (manifest.classes, manifest.samples("train"), manifest.samples("val")) == (4, 14, 7)
+
+
+def test_moved_archives_continue_a_pack(archives: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert pack(f"imagenet:{archives}", out, "--shard-size", "5").exit_code == 0
+    digest = load_manifest(out).content_digest()
+    (out / "train-000001.tar").unlink()
+    result = pack(f"imagenet:{archives.rename(tmp_path / 'moved')}", out, "--shard-size", "5")
+    assert "to pack: 5 images" in result.stderr
+    assert load_manifest(out).content_digest() == digest
+
+
+def test_val_is_the_archive_a_share_or_nothing(archives: Path, tmp_path: Path) -> None:
+    assert pack(f"imagenet:{archives}", tmp_path / "share", "--split", "train=0.75,val=0.25").exit_code == 0
+    assert len(images(tmp_path / "share", "train")) == 10
+    assert sorted(images(tmp_path / "share", "val").values()) == [0, 1, 2, 3]
+    (archives / VAL).unlink()
+    assert VAL in pack(f"imagenet:{archives}", tmp_path / "none").stderr
+    assert list(load_manifest(tmp_path / "none").splits) == ["train"]
+
+
+def test_bad_image_is_named_by_tar_and_name(tmp_path: Path, image_file: Encode) -> None:
+    train = train_files(image_file)
+    train["n01440764.tar"]["n01440764_1.JPEG"] = b"not an image"
+    source = write(tmp_path / "in", train, val_files(image_file))
+    assert_refused(pack(f"imagenet:{source}", tmp_path / "out"), 1, f"{TRAIN}: n01440764_1.JPEG: ")
+    assert not (tmp_path / "out" / "_info.json").exists()
+
+
+def member(name: str, size: int = 4, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, "/etc/passwd" if kind != tarfile.REGTYPE else ""
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def train_of(name: str = "n01440764_1.JPEG", tar: str = "n01440764.tar", **header: Any) -> bytes:
+    """A training archive with one image per class, of which the first class is as given."""
+    first = member(name, **header) + b"data".ljust(512, b"\0") + bytes(1024)
+    return tar_of({tar: first, **{f"{wnid}.tar": tar_of({f"{wnid}_1.JPEG": b"x"}) for wnid in IDS[1:]}})
+
+
+def val_of(first: str, count: int = len(VAL_LABELS)) -> bytes:
+    """A validation archive whose first image is called ``first``."""
+    names = [first, *(f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(2, count + 1))]
+    return tar_of(dict.fromkeys(names, b"x"))
+
+
+SPECIAL = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+           tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME]  # fmt: skip
+ODD_NAMES = ["../n01440764_1.JPEG", "/n01440764_1.JPEG", "n01440764_1.png", "n02119789_1.JPEG", "",
+             "x/../n01440764_1.JPEG", "n01440764_1.JPEG\n", "n01440764_\u0661.JPEG"]  # fmt: skip
+WHOLE = train_of()
+
+
+@pytest.mark.parametrize(
+    ("archive", "data"),
+    [
+        *((TRAIN, train_of(kind=kind)) for kind in SPECIAL),
+        *((TRAIN, train_of(name)) for name in ODD_NAMES),
+        *((TRAIN, train_of(tar=tar)) for tar in ("../n01440764.tar", "n01440764")),
+        (TRAIN, train_of("n99999999_1.JPEG", "n99999999.tar")),
+        *((TRAIN, train_of(size=size)) for size in (5000, -5, 2**70)),
+        (TRAIN, WHOLE[2560:]),  # the first class is missing
+        (TRAIN, member("n01440764.tar", 10**6) + WHOLE[512:]),
+        (TRAIN, WHOLE[:1200]),
+        (TRAIN, WHOLE[:700] + b"\xff" + WHOLE[701:]),
+        (TRAIN, WHOLE[:2560] + WHOLE),  # the first class twice
+        *((VAL, val_of(f"{name}.JPEG")) for name in ("ILSVRC2012_val_00000008", "ILSVRC2012_val_00000000",
+          "../ILSVRC2012_val_00000001", "val/ILSVRC2012_val_00000001")),
+        (VAL, val_of("ILSVRC2012_val_00000001.JPEG", 6)),
+        (VAL, val_of("ILSVRC2012_val_00000001.JPEG")[:1024] + val_of("ILSVRC2012_val_00000001.JPEG", 6)),
+        *((DEVKIT, data) for data in (b"not gzip", devkit()[:300])),
+        *((DEVKIT, gzip.compress(data)) for data in (b"not a tar" * 100, tar_of({"x/readme.txt": b""}),
+          bytes(70 << 20), nested(), tar_of({"x/data/meta.mat": b"junk" * 99,
+          "x/data/ILSVRC2012_validation_ground_truth.txt": b""}))),
+        (DEVKIT, devkit(labels=[1, 2, 6])),
+        (DEVKIT, devkit(labels=b"1\n\xd9\xa1\n")),
+        (DEVKIT, devkit(synsets=[*SYNSETS, SYNSETS[0]])),
+        (DEVKIT, devkit(synsets=[(1, "../../x", "crane", 0), SYNSETS[1]])),
+    ],
+    ids=lambda value: value[-30:] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_odd_archives_are_refused(archives: Path, archive: str, data: bytes) -> None:
+    (archives / TRAIN).write_bytes(WHOLE)
+    (archives / VAL).write_bytes(val_of("ILSVRC2012_val_00000001.JPEG"))
+    assert len(list_ilsvrc(archives, with_val=True).splits["val"].labels) == len(VAL_LABELS)
+    (archives / archive).write_bytes(data)
+    with pytest.raises(FractalError, match=archive.replace(".", r"\.")) as error:
+        list_ilsvrc(archives, with_val=True)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_scipy_is_named_with_its_extra(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    assert_refused(pack(f"imagenet:{archives}", tmp_path / "out"), 1, "[imagenet]")
+
+
+def test_listing_does_not_read_images(archives: Path, tmp_path: Path) -> None:
+    """An image of 8 GiB that is a hole in the file costs nothing."""
+    size = 8**11 - 512
+    rest = tar_of({f"{wnid}.tar": tar_of({f"{wnid}_1.JPEG": b"x"}) for wnid in IDS[1:]})
+    with (archives / TRAIN).open("wb") as file:
+        file.write(member("n01440764.tar", size + 1024) + member("n01440764_1.JPEG", size))
+        file.seek(1024 + size + 512)
+        file.write(rest)
+    assert list_ilsvrc(archives, with_val=False).splits["train"].labels.tolist() == [0, 1, 2, 3]
+    assert_refused(pack(f"imagenet:{archives}", tmp_path / "out"), 1, f"{TRAIN}: n01440764_1.JPEG: ")
