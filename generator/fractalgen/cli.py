@@ -123,12 +123,12 @@ def build(
 
     Example: fractalgen build --kind single --n 1000000
     """
-    promise = None
+    portable = None
     given: Systems | None
     if recipe_file is not None:
         _refuse_beside_recipe(context)
-        promise = read_portable(recipe_file)
-        recipe, given = parse_recipe(promise.recipe, str(recipe_file)), promise.systems
+        portable = read_portable(recipe_file)
+        recipe, given = parse_recipe(portable.recipe, str(recipe_file)), portable.systems
     elif kind is None or n is None:
         raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n, or --recipe")
     else:
@@ -157,10 +157,10 @@ def build(
         click.echo(f"{folder}: {part} is done; the manifest waits for {left}")
         return
     manifest = load_manifest(folder)
-    if promise and (broken := promise.broken_promises(manifest.splits)):
+    if portable and (differing := portable.differing_shards(manifest.splits)):
         raise FractalError(
-            f"{folder}: {human_list(broken)} differ from what {recipe_file} promises: this software renders other "
-            "pixels; install the version of fractalpretrain that made it, and say so to its authors"
+            f"{folder}: {human_list(differing)} differ from {recipe_file}: this version renders other pixels; install "
+            "the version of fractalpretrain that made the recipe, and report this to its authors"
         )
     click.echo(manifest.summary())
     next_step(f"fractaltrain pt --shards {shlex.quote(str(folder))}")
