@@ -151,22 +151,21 @@ def recipe(folder: Path, out: Path | None) -> None:
 @_JSON
 @quiet_option
 def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
-    """Tell whether two datasets hold the same samples, and where not; exit with 0 if they do, else with 1.
+    """Compare two datasets; exit with 0 if they hold the same samples, else with 1.
 
-    Content digests are compared as the manifests promise them; images are read only to name what differs.
+    Content digests are taken from the manifests; images are only read to name the samples that differ.
 
     Example: fractalshards diff shards/single /mnt/copy/single
     """
-    found = compare_datasets(load_manifest(first), load_manifest(second), workers)
+    with progress("comparing", "samples") as on_progress:
+        found = compare_datasets(load_manifest(first), load_manifest(second), workers, on_progress)
     if as_json:
         click.echo(json.dumps({"same": found.same, "findings": list(found.findings)}, indent=1))
         return 0 if found.same else 1
     for line in found.findings:
         click.echo(one_line(line))
     verdict = "same samples" if found.same else "not the same samples"
-    click.echo(
-        one_line(f"{verdict}, as the manifests promise; 'fractalshards verify DIR' checks that the files keep to them")
-    )
+    click.echo(f"{verdict}, according to the manifests; 'fractalshards verify DIR' checks the files")
     return 0 if found.same else 1
 
 
