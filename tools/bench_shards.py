@@ -136,7 +136,7 @@ def _pillow(data: bytes) -> object:
 
 
 def _verify(manifest: Manifest, workers: int) -> None:
-    if problems := verify_dataset(manifest, workers, lambda _: None):
+    if problems := verify_dataset(manifest, workers):
         raise FractalError(f"{manifest.folder}/{problems[0]}; measure a sound dataset")
 
 

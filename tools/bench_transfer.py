@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fractalshards.digest import mapping_digest
-from fractalshards.manifest import RECIPE, Shard, ShardRecord, shard_name, sidecar_name, write_manifest
+from fractalshards.manifest import RECIPE, Shard, ShardRecord, shard_name, write_manifest, write_record
 from fractalshards.remote.transfer import Moved, pull, push
 from fractalshards.storage import write_json
 
@@ -141,7 +141,7 @@ def _make_dataset(folder: Path, shards: int, size: int) -> int:
         data, name = os.urandom(size), shard_name("train", number)
         (folder / name).write_bytes(data)
         record = ShardRecord(name, 1000, size, hashlib.sha256(data).hexdigest(), f"{number:032x}", (1000,), offsets)
-        write_json(folder / sidecar_name(name), record.to_json())
+        write_record(folder, record)
         listed.append(record.shard())
     write_manifest(
         folder,

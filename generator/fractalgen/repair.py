@@ -12,7 +12,7 @@ from fractalgen.executors import Engine
 from fractalgen.kinds import find_kind
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
-from fractalshards.console import old_progress as progress
+from fractalshards.console import progress
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
 from fractalshards.manifest import INFO, Shard, load_manifest, sidecar_name
@@ -73,8 +73,8 @@ def _find_damage(folder: Path, recipe: Recipe, promised: dict[str, Shard], engin
     records = finished_shards(folder, tasks, contents_of(recipe))
     present = [task for task in tasks if task.name in records]
     shards = [(promised.get(task.name, records[task.name].shard()), task.first) for task in present]
-    with progress("verifying", sum(shard.samples for shard, _ in shards), "images") as advance:
-        return sorted(verify_shards(engine.executor, folder.absolute(), shards, promise, advance))
+    with progress("verifying", "images") as on_progress:
+        return sorted(verify_shards(engine.executor, folder.absolute(), shards, promise, on_progress))
 
 
 def _check_promise(plan: Plan, promised: dict[str, Shard]) -> None:

@@ -22,9 +22,8 @@ from fractalshards.console import (
     quiet_option,
     workers_option,
 )
-from fractalshards.dali import write_dali_indices
 from fractalshards.diff import compare_datasets
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, flat_recipe, load_manifest
 from fractalshards.pack import parse_source, plan_pack, run_pack
@@ -75,9 +74,8 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
     Example: fractalshards verify shards/single
     """
     manifest = load_manifest(folder)
-    samples = sum(map(manifest.samples, manifest.splits))
-    with old_progress("verifying", samples, "images") as advance:
-        problems = verify_dataset(manifest, workers, advance)
+    with progress("verifying", "images") as on_progress:
+        problems = verify_dataset(manifest, workers, on_progress)
     if as_json:
         click.echo(json.dumps({"sound": not problems, "problems": [asdict(problem) for problem in problems]}, indent=1))
     else:
@@ -167,23 +165,6 @@ def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
     verdict = "same samples" if found.same else "not the same samples"
     click.echo(f"{verdict}, according to the manifests; 'fractalshards verify DIR' checks the files")
     return 0 if found.same else 1
-
-
-@main.command()
-@_FOLDER
-@click.option("--dali", is_flag=True, help="For the WebDataset reader of NVIDIA DALI: an .idx file beside every shard.")
-@quiet_option
-def index(folder: Path, dali: bool) -> None:
-    """Write the index files that other software wants.
-
-    Example: fractalshards index --dali shards/single
-    """
-    if not dali:
-        raise UsageError("say for what software: --dali")
-    manifest = load_manifest(folder)
-    with old_progress("indexing", sum(map(manifest.samples, manifest.splits)), "images") as advance:
-        written = write_dali_indices(manifest, advance)
-    click.echo(f"{folder}: {human_count(written, 'index file')} for DALI")
 
 
 _JOBS = click.option("--jobs", default=8, type=click.IntRange(1), help="Files moved at a time.")

@@ -1,4 +1,4 @@
-"""Names inside a dataset folder: shards, sidecars, sample keys. Pure functions."""
+"""What describes a dataset: the names of its files, ``recipe.json``, the sidecars of its shards, ``_info.json``."""
 
 import platform
 import re
@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
 from fractalshards.human import human_bytes, human_count
-from fractalshards.sample import LabelType, find_label_type
-from fractalshards.storage import regular_size, write_json
+from fractalshards.sample import LabelType
+from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded, read_json, regular_size, write_json
 
 INFO = "_info.json"
 RECIPE = "recipe.json"
@@ -33,11 +35,6 @@ def shard_name(split: str, shard: int) -> str:
 def sidecar_name(shard: str) -> str:
     """File name of a shard's sidecar record, e.g. ``train-000007.json``."""
     return Path(shard).with_suffix(".json").name
-
-
-def dali_index_name(shard: str) -> str:
-    """File name of a shard's index for NVIDIA DALI, e.g. ``train-000007.idx``."""
-    return Path(shard).with_suffix(".idx").name
 
 
 def sample_key(index: int) -> str:
@@ -75,31 +72,8 @@ MAX_SAMPLE_BYTES = 64 << 20  # a reader holds a sample in memory
 _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """A shard's sidecar.
-
-    ``offsets`` has samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``. ``label_counts`` has for
-    every class the number of samples that show it. ``image_size`` is the side of its images if all are squares of one
-    size, else None.
-    """
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    content_digest: str
-    label_counts: tuple[int, ...]
-    offsets: tuple[int, ...]
-    image_size: int | None = None
-
-    def to_json(self) -> dict[str, object]:
-        """The sidecar's fields."""
-        return asdict(self)
-
-    def shard(self) -> "Shard":
-        """What the manifest lists of it."""
-        return Shard(self.name, self.samples, self.bytes, self.sha256, self.content_digest)
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_ImageSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_IMAGE_SIZE)]
 
 
 @dataclass(frozen=True)
@@ -107,10 +81,74 @@ class Shard:
     """A shard as the manifest lists it."""
 
     name: str
-    samples: int
-    bytes: int
+    samples: Count
+    bytes: Count
     sha256: str
     content_digest: str
+
+
+@dataclass(frozen=True)
+class ShardRecord(Shard):
+    """A shard's sidecar.
+
+    Attributes:
+        label_counts: for every class, the number of samples that show it.
+        offsets: samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``.
+        image_size: the side of its images in pixels if all are squares of one size, else None.
+    """
+
+    label_counts: tuple[Count, ...]
+    offsets: tuple[Count, ...]
+    image_size: _ImageSize | None = None
+
+    def shard(self) -> Shard:
+        """Return the part that the manifest lists."""
+        return Shard(self.name, self.samples, self.bytes, self.sha256, self.content_digest)
+
+
+class RecipeFile(msgspec.Struct, frozen=True):
+    """``recipe.json``, and these two fields of ``_info.json``."""
+
+    recipe: dict[str, Any]
+    recipe_digest: str
+
+
+class _Split(msgspec.Struct, frozen=True):
+    """A split in ``_info.json``: lists with an entry per shard."""
+
+    num_samples: Count
+    filenames: tuple[str, ...]
+    shard_lengths: tuple[Count, ...]
+    bytes: tuple[Count, ...]
+    sha256: tuple[str, ...]
+    content_digests: tuple[str, ...]
+    first_samples: tuple[Count, ...] | None = None
+
+    def shards(self, where: str) -> tuple[Shard, ...]:
+        lists = (self.filenames, self.shard_lengths, self.bytes, self.sha256, self.content_digests)
+        if len(set(map(len, lists))) > 1:
+            raise FractalError(f"{where}: the lists of a split differ in length; fetch or build it again")
+        if sum(self.shard_lengths) != self.num_samples:
+            raise FractalError(f"{where}: num_samples is not the sum of shard_lengths; fetch or build it again")
+        return tuple(Shard(*row) for row in zip(*lists, strict=True))
+
+
+class _Info(msgspec.Struct, frozen=True):
+    """``_info.json``."""
+
+    recipe: dict[str, Any]
+    recipe_digest: str
+    label_type: LabelType
+    classes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLASSES)]
+    image_size: _ImageSize | None
+    splits: dict[str, _Split]
+    software: dict[str, Any]
+    class_names: tuple[str, ...] = ()
+    class_ids: tuple[str, ...] = ()
+
+
+class _Version(msgspec.Struct, frozen=True):
+    format_version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +199,11 @@ class Manifest:
         return f"{counts} images in {shards}, {size}, content {self.content_digest()}"
 
 
+def write_record(folder: Path, record: ShardRecord) -> None:
+    """Write a shard's sidecar."""
+    write_json(folder / sidecar_name(record.name), asdict(record))
+
+
 def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
     """Read and check a shard's sidecar.
 
@@ -169,34 +212,26 @@ def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
         OSError: if it cannot be read.
     """
     path = folder / sidecar_name(shard)
-    return parse_record(Fields.read(path), shard, label_type, str(path))
+    return parse_record(read_bounded(path, MAX_JSON_BYTES), shard, label_type, str(path))
 
 
-def parse_record(fields: Fields, shard: str, label_type: LabelType, path: str) -> ShardRecord:
-    """Check the fields of a shard's sidecar that came from ``path``; see ``read_record``."""
-    record = ShardRecord(
-        name=fields.text("name"),
-        samples=fields.count("samples"),
-        bytes=fields.count("bytes"),
-        sha256=fields.text("sha256"),
-        content_digest=fields.text("content_digest"),
-        label_counts=fields.counts("label_counts"),
-        offsets=fields.counts("offsets"),
-        image_size=_image_size(fields, path) if "image_size" in fields else None,
-    )
-    ordered = record.offsets[:1] == (0,) and all(start < end for start, end in pairwise(record.offsets))
-    if len(record.offsets) != record.samples + 1 or not ordered or record.offsets[-1] > record.bytes:
+def parse_record(data: bytes, shard: str, label_type: LabelType, where: str) -> ShardRecord:
+    """Parse and check a shard's sidecar that came from ``where``; see ``read_record``."""
+    record = parse_json(data, ShardRecord, where)
+    sizes = [end - start for start, end in pairwise(record.offsets)]
+    fitting = record.offsets[:1] == (0,) and min(sizes, default=1) > 0 and record.offsets[-1] <= record.bytes
+    if len(record.offsets) != record.samples + 1 or not fitting:
         raise FractalError(
-            f"{path}: the offsets do not fit {record.samples} samples in {record.bytes} bytes; "
+            f"{where}: the offsets do not fit {record.samples} samples in {record.bytes} bytes; "
             f"fetch or build {shard} again"
         )
-    if (largest := max((end - start for start, end in pairwise(record.offsets)), default=0)) > MAX_SAMPLE_BYTES:
+    if (largest := max(sizes, default=0)) > MAX_SAMPLE_BYTES:
         raise FractalError(
-            f"{path}: a sample of {largest:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most; "
+            f"{where}: a sample of {largest:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most; "
             f"fetch or build {shard} again"
         )
     if record.name != shard or not _counts_fit(record, label_type):
-        raise FractalError(f"{path}: does not describe {shard}; fetch or build both again")
+        raise FractalError(f"{where}: does not describe {shard}; fetch or build both again")
     return record
 
 
@@ -244,7 +279,7 @@ def load_manifest(folder: Path) -> Manifest:
         FractalError: if folder or manifest is missing, or a field is not what the format says.
     """
     path = find_manifest(folder)
-    return parse_manifest(Fields.read(path), folder, str(path))
+    return parse_manifest(read_bounded(path, MAX_JSON_BYTES), folder, str(path))
 
 
 def find_manifest(folder: Path) -> Path:
@@ -266,31 +301,49 @@ def find_manifest(folder: Path) -> Path:
     return path
 
 
-def parse_manifest(fields: Fields, folder: Path, path: str) -> Manifest:
-    """Check the fields of a manifest that came from ``path``; see ``load_manifest``."""
-    if "format_version" not in fields:
+def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
+    """Parse and check a manifest that came from ``where``; see ``load_manifest``."""
+    found = parse_json(data, _Version, where).format_version
+    if found is None:
         raise FractalError(
-            f"{path}: no format_version, so the info file of a WebDataset by other software; "
+            f"{where}: no format_version, so the info file of a WebDataset by other software; "
             "read it with timm or webdataset, or build a dataset with 'fractalgen build'"
         )
-    if (found := fields.count("format_version")) != FORMAT_VERSION:
-        raise FractalError(f"{path}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
-    classes = _bounded(fields, "classes", MAX_CLASSES, path)
-    splits = _read_splits(fields, path)
+    if found != FORMAT_VERSION:
+        raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
+    info = parse_json(data, _Info, where)
+    for name, names in (("class_names", info.class_names), ("class_ids", info.class_ids)):
+        if len(names) not in (0, info.classes):
+            raise FractalError(f"{where}: {len(names)} {name} for {info.classes} classes; fetch or build it again")
+    check_names({name: split.filenames for name, split in info.splits.items()}, where)
+    splits = {name: split.shards(where) for name, split in info.splits.items()}
     return Manifest(
         folder=folder,
         format_version=found,
-        recipe=fields.mapping("recipe"),
-        recipe_digest=fields.text("recipe_digest"),
-        label_type=find_label_type(fields.text("label_type"), str(path)),
-        classes=classes,
-        image_size=_image_size(fields, path),
-        class_names=_names(fields, "class_names", classes, path),
-        class_ids=_names(fields, "class_ids", classes, path),
+        recipe=info.recipe,
+        recipe_digest=info.recipe_digest,
+        label_type=info.label_type,
+        classes=info.classes,
+        image_size=info.image_size,
+        class_names=info.class_names,
+        class_ids=info.class_ids,
         splits=splits,
-        first_samples=_first_samples(fields.inner("splits"), splits, path),
-        software=fields.mapping("software"),
+        first_samples=_first_samples(info.splits, where),
+        software=info.software,
     )
+
+
+def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
+    """Check the names of splits and of the shards in each, which come from ``where``.
+
+    Raises:
+        FractalError: if a name is not a plain file name, or a shard is named twice.
+    """
+    shards = [shard for names in splits.values() for shard in names]
+    for name in (*splits, *shards):
+        check_plain(name, where)
+    if len(set(shards)) != len(shards):
+        raise FractalError(f"{where}: a shard is named twice; do not use this dataset")
 
 
 def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
@@ -332,24 +385,6 @@ def split_lists(shards: Sequence[Shard]) -> dict[str, object]:
     }
 
 
-def _bounded(fields: Fields, name: str, most: int, path: str) -> int:
-    if not 1 <= (value := fields.count(name)) <= most:
-        raise FractalError(f"{path}: {name} is {value}, but may be 1 to {most:,}; fetch or build it again")
-    return value
-
-
-def _image_size(fields: Fields, path: str) -> int | None:
-    return None if fields.is_null("image_size") else _bounded(fields, "image_size", MAX_IMAGE_SIZE, path)
-
-
-def _names(fields: Fields, name: str, classes: int, path: str) -> tuple[str, ...]:
-    """A name for every class, or none for any."""
-    names = fields.texts(name) if name in fields else ()
-    if len(names) not in (0, classes):
-        raise FractalError(f"{path}: {len(names)} {name} for {classes} classes; fetch or build it again")
-    return names
-
-
 def shard_rows(
     fields: Fields, where: str, columns: Callable[[Fields], tuple[tuple[Any, ...], ...]]
 ) -> dict[str, list[tuple[Any, ...]]]:
@@ -377,37 +412,21 @@ def shard_rows(
     return rows
 
 
-def _read_splits(fields: Fields, path: str) -> dict[str, tuple[Shard, ...]]:
-    rows = shard_rows(fields, path, _shard_columns)
-    splits = {name: tuple(Shard(*row) for row in listed) for name, listed in rows.items()}
-    for name, shards in splits.items():
-        if sum(shard.samples for shard in shards) != fields.inner("splits").inner(name).count("num_samples"):
-            raise FractalError(f"{path}: num_samples is not the sum of shard_lengths; fetch or build it again")
-    return splits
-
-
-def _shard_columns(split: Fields) -> tuple[tuple[Any, ...], ...]:
-    return (
-        split.counts("shard_lengths"),
-        split.counts("bytes"),
-        split.texts("sha256"),
-        split.texts("content_digests"),
-    )
-
-
-def _first_samples(fields: Fields, splits: Mapping[str, tuple[Shard, ...]], path: str) -> dict[str, tuple[int, ...]]:
-    """The index of every shard's first sample: as listed, or counted on from the shard before."""
-    firsts: dict[str, tuple[int, ...]] = {}
+def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[int, ...]]:
+    """The index of every shard's first sample: as listed, or following the shard before."""
+    firsts = {}
     end = 0
-    for split, shards in splits.items():
-        part = fields.inner(split)
-        listed = part.counts("first_samples") if "first_samples" in part else None
+    for name, split in splits.items():
+        listed = split.first_samples
         if listed is None:
-            listed = tuple(accumulate((shard.samples for shard in shards), initial=end))[:-1]
-        ends = [end, *(first + shard.samples for first, shard in zip(listed, shards, strict=False))]
-        if len(listed) != len(shards) or any(first < before for first, before in zip(listed, ends, strict=False)):
-            raise FractalError(f"{path}: first_samples do not fit shard_lengths; fetch or build it again")
-        firsts[split], end = listed, ends[-1]
+            listed = tuple(accumulate(split.shard_lengths, initial=end))[:-1]
+        fitting = len(listed) == len(split.shard_lengths)
+        for first, samples in zip(listed, split.shard_lengths, strict=False):
+            fitting = fitting and first >= end
+            end = first + samples
+        if not fitting:
+            raise FractalError(f"{where}: first_samples do not fit shard_lengths; fetch or build it again")
+        firsts[name] = listed
     return firsts
 
 
@@ -455,7 +474,7 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
     """
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
     if RECIPE in present:
-        return Fields.read(folder / RECIPE).mapping("recipe")
+        return read_json(folder / RECIPE, RecipeFile).recipe
     strangers = [name for name in present if not name.startswith(".")]
     if strangers:
         raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")

@@ -49,7 +49,7 @@ def read_bounded(path: Path, most: int) -> bytes:
 
 MAX_JSON_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
 _MAX_DEPTH = 32
-_MAX_COMMAS = 2_000_000  # 100,000 shards or classes have fewer
+_MAX_COMMAS = 4_000_000  # "0.0," is the shortest element of a long list
 _NOT_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[^][{}"]++', re.DOTALL)
 _T = TypeVar("_T")
 
@@ -69,7 +69,7 @@ def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
 
     Raises:
         FractalError: naming ``where`` and the field, if the data is not JSON of this type, is nested more than 32
-            deep, or has more than two million commas.
+            deep, or has more than four million commas.
     """
     advice = "the file is damaged or not of this format, fetch or build it again"
     if data.count(b",") > _MAX_COMMAS or _depth(data) > _MAX_DEPTH:

@@ -1,21 +1,21 @@
-"""Checks a finished dataset to the last pixel: hashes, counts, names, every image, every label."""
+"""Verification of a finished dataset to the last pixel: hashes, counts, names, every image and label."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 from fractalshards.digest import ContentDigest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
 from fractalshards.manifest import (
     RECIPE,
     SYSTEMS,
     Manifest,
+    RecipeFile,
     Shard,
     ShardRecord,
     read_record,
@@ -36,16 +36,22 @@ from fractalshards.sample import (
     parse_sample,
     shown_key,
 )
-from fractalshards.storage import regular_size
+from fractalshards.storage import read_json, regular_size
 from fractalshards.systems import read_systems
-from fractalshards.workers import worker_pool
+from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """Something wrong with a dataset: the file, the key of the sample (empty if it is the file as a whole), what."""
+    """A defect of a dataset.
+
+    Attributes:
+        file: name of the file at fault.
+        key: key of the sample at fault; empty if it is the file as a whole.
+        what: the defect, in words.
+    """
 
     file: str
     key: str
@@ -57,48 +63,55 @@ class Problem:
 
 @dataclass(frozen=True)
 class Promise:
-    """What the manifest says of every sample."""
+    """Properties that the manifest promises of every sample."""
 
     classes: int
     image_size: int | None
     label_type: LabelType
 
 
-def verify_dataset(manifest: Manifest, workers: int, advance: Callable[[int], None]) -> list[Problem]:
-    """Verify every file of a dataset; ``advance`` is called with the samples of each shard as it is done.
+def verify_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = no_progress) -> list[Problem]:
+    """Verify every file of a dataset in worker processes.
+
+    Args:
+        on_progress: called with (done, total) samples.
 
     Returns:
-        All problems found, ordered by file; empty for a sound dataset.
+        All problems, ordered by file; empty for a sound dataset.
 
     Raises:
-        FractalError: if a worker process was killed.
+        WorkerLostError: if a worker is killed three times at the same shard.
     """
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
-    shards = chain.from_iterable(
-        zip(shards, manifest.first_samples[split], strict=True) for split, shards in manifest.splits.items()
-    )
+    shards = [
+        (shard, first)
+        for split, listed in manifest.splits.items()
+        for shard, first in zip(listed, manifest.first_samples[split], strict=True)
+    ]
     with worker_pool(workers) as pool:
-        problems += verify_shards(pool, manifest.folder, shards, promise, advance)
+        problems += verify_shards(pool, manifest.folder, shards, promise, on_progress)
     return sorted(problems)
 
 
 def verify_shards(
     executor: Executor,
     folder: Path,
-    shards: Iterable[tuple[Shard, int]],
+    shards: Sequence[tuple[Shard, int]],
     promise: Promise,
-    advance: Callable[[int], None],
+    on_progress: OnProgress = no_progress,
 ) -> Iterator[Problem]:
-    """Verify shards, each given with the index of its first sample; problems come as they are found."""
+    """Verify shards, each given with the index of its first sample; yields problems as they are found."""
     tasks = {executor.submit(verify_shard, folder, shard, first, promise): shard for shard, first in shards}
+    done, total = 0, sum(shard.samples for shard, _ in shards)
     for task in as_completed(tasks):
         yield from task.result()
-        advance(tasks[task].samples)
+        done += tasks[task].samples
+        on_progress(done, total)
 
 
 def repair_advice(manifest: Manifest) -> str:
-    """What to do about problems that were found."""
+    """Return what to do about problems: fetch the files again, or make them again."""
     if "systems_digest" in manifest.recipe:
         return "fetch the named files again, or render them again with 'fractalgen repair'"
     return (
@@ -108,7 +121,7 @@ def repair_advice(manifest: Manifest) -> str:
 
 
 def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> list[Problem]:
-    """Verify one shard, whose first sample has index ``first``, against its sidecar and its line in the manifest."""
+    """Verify one shard, whose first sample has index ``first``, against its sidecar and the manifest."""
     try:
         record = read_record(folder, shard.name, promise.label_type)
         problems = [
@@ -130,14 +143,14 @@ def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> li
 
 
 def _verify_samples(
-    file: BinaryIO, record: ShardRecord, first: int, promise: Promise, seen: Callable[[bytes], None]
+    file: BinaryIO, record: ShardRecord, first: int, promise: Promise, on_read: Callable[[bytes], None]
 ) -> Iterator[Problem]:
-    """Verify the samples of a shard, whose bytes are read once, in order; ``seen`` is called with all of them."""
+    """Verify the samples of a shard in one pass; ``on_read`` is called with all bytes of the file in order."""
     content = ContentDigest()
     counts: Counter[int] = Counter()
     sound = True
     for index, (start, end) in enumerate(pairwise(record.offsets), first):
-        seen(blocks := read_blocks(file.fileno(), start, end))
+        on_read(blocks := read_blocks(file.fileno(), start, end))
         try:
             sample = parse_sample(blocks)
             image, label = decode_sample(sample, promise.classes)
@@ -154,9 +167,9 @@ def _verify_samples(
     file.seek(record.offsets[-1])
     if (end_of_tar := file.read(len(END_OF_TAR) + 1)) != END_OF_TAR:
         yield Problem(record.name, "", "the tar does not end after its last sample")
-    seen(end_of_tar)
+    on_read(end_of_tar)
     while rest := file.read(_CHUNK):
-        seen(rest)
+        on_read(rest)
     if sound and content.hexdigest() != record.content_digest:
         yield Problem(record.name, "", "content digest differs: the samples are not those that were built")
     if sound and tuple(counts[label] for label in range(promise.classes)) != record.label_counts:
@@ -164,20 +177,20 @@ def _verify_samples(
 
 
 def _check_order(sample: Sample) -> None:
-    """Raise unless the label is the last file of a sample, after its image."""
+    """Raise unless the label follows the image."""
     if (last := list(sample.files)[-1]) != label_extension(sample.files):
         raise FractalError(f"the label stands before the .{last}")
 
 
 def _check_format(sample: Sample) -> None:
-    """Raise unless the image is of a format that shards hold, and named so: the content digest goes by the name."""
+    """Raise unless the image has the format that its name says, because the content digest depends on the name."""
     extension = image_extension(sample.files)
     if (found := image_format(sample.files[extension])) != extension:
         raise FractalError(f"its image is named .{extension} but is {f'a .{found}' if found else 'of another format'}")
 
 
 def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
-    """Raise unless an image of this shape with this label is what the manifest says."""
+    """Raise unless the shape of an image and its label are what the manifest promises."""
     height, width, _ = shape
     if (side := promise.image_size) and (height, width) != (side, side):
         raise FractalError(f"{width} x {height} pixels, not {side} x {side}")
@@ -190,7 +203,7 @@ def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> No
 
 
 def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:
-    """What an error says of a file in the folder. Errors begin with their file, which is told only once."""
+    """Turn an error into a problem, without the name of the file that most errors begin with."""
     if isinstance(error, FileNotFoundError):
         return Problem(file, "", f"{Path(error.filename).name} is missing")
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -199,8 +212,8 @@ def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:
 
 def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
     try:
-        recipe = Fields.read(manifest.folder / RECIPE)
-        for what in recipe_problems(recipe.mapping("recipe"), recipe.text("recipe_digest"), manifest):
+        stored = read_json(manifest.folder / RECIPE, RecipeFile)
+        for what in recipe_problems(stored.recipe, stored.recipe_digest, manifest):
             yield Problem(RECIPE, "", what)
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, RECIPE, error)
@@ -218,5 +231,5 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
 def _verify_folder(manifest: Manifest) -> Iterator[Problem]:
     listed = {shard.name for split in manifest.splits.values() for shard in split}
     for path in sorted(manifest.folder.glob("*.tar")):
-        if path.name not in listed and not path.name.startswith("."):  # what somebody is still writing
+        if path.name not in listed and not path.name.startswith("."):  # temporary files of writers
             yield Problem(path.name, "", "not in the manifest; remove it")

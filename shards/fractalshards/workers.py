@@ -1,51 +1,39 @@
-"""Handlers of signals for a while. It imports little, for commands have some from their first moment on."""
+"""A pool of worker processes that survives killed workers, Ctrl-C and SIGTERM; and how long work reports progress."""
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from queue import LifoQueue
 from types import FrameType
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 from fractalshards.errors import Terminated, WorkerLostError
 
-
-@contextmanager
-def handling(handler: Callable[[int, FrameType | None], object], *signals: signal.Signals) -> Iterator[None]:
-    """Inside the block the signals call ``handler``; only in the main thread, for others cannot handle any."""
-    here = signals if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in here}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
-
-
 TRIES = 3  # of a task whose worker is killed
 
-# Read by the workers when they start: they are as many as the cores already, and glibc shall keep memory for the next
-# image instead of giving it back, for new pages cost as much as the rendering.
+OnProgress = Callable[[int, int], None]  # called with (done, total)
+
+# Workers read these when they start. There is a worker per core already, so BLAS gets one thread; and glibc keeps
+# memory for the next image instead of returning it, because new pages cost as much as the rendering.
 _ENVIRONMENT = {
-    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # of multiprocessing, whose parent was killed
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # that of multiprocessing when the parent was killed
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most that older versions take
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest value that older versions accept
 }
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE = 0.05  # seconds
-_SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+_SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
-OnProgress = Callable[[int, int], None]  # called with how much is done, and of how much
-
+_log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -54,32 +42,32 @@ def no_progress(done: int, total: int) -> None:
     """Ignore progress."""
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Executor]:
-    """An executor of up to so many processes, which start as there are tasks for them.
+    """Yield an executor of up to ``workers`` spawned processes, started as tasks are submitted.
 
-    What has not begun when the block ends is given up, what runs is waited for.
+    When the block ends, pending tasks are cancelled and running ones finish. SIGTERM ends the block as Ctrl-C does, by
+    an exception; a second signal ends the process at once, and the workers with it.
 
-    SIGTERM, which batch systems send, ends the block as Ctrl-C does. A second signal while running tasks are waited
-    for ends the process at once.
-
-    Workers are spawned, not forked: only then does the end of the parent, even by SIGKILL, reach every one of them.
-    A task whose worker is killed is given to a new worker; its future fails with ``WorkerLostError`` when that has
-    happened three times.
+    A task whose worker is killed runs again in a new worker; after three such deaths its future raises
+    ``WorkerLostError``. Other tasks are not affected.
     """
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
-    resource_tracker.ensure_running()  # else the first thread would start it, which unblocks its signals
+    resource_tracker.ensure_running()  # the thread that starts it would unblock its own signals
     pool = _Pool(workers)
     try:
         with sigterm_interrupts():
             yield pool
     finally:
-        with handling(_stop_at_once, *_SIGNALS):
-            error = sys.exc_info()[1]
-            if error and pool.running():
-                again = " again" if isinstance(error, KeyboardInterrupt) else ""
-                print(f"stopping when what has begun is finished; press Ctrl-C{again} to stop at once", file=sys.stderr)
+        with handling(signal.SIG_DFL, *_SIGNALS):
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                _warn_of_waiting()
             pool.shutdown(cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
@@ -87,101 +75,96 @@ def worker_pool(workers: int) -> Iterator[Executor]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside the block SIGTERM does what Ctrl-C does: it raises ``Terminated``, a KeyboardInterrupt."""
+    """Raise ``Terminated``, a KeyboardInterrupt, inside the block when SIGTERM arrives."""
     with handling(_terminate, signal.SIGTERM):
         yield
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def is_lost(error: BaseException) -> bool:
-    """Whether a task failed because its workers died, memory ran out or the cluster gave it up: others may succeed."""
+    """Return whether a task failed by dead workers, exhausted memory or the cluster: other tasks may succeed."""
     distributed = sys.modules.get("distributed")
     killed = (distributed.KilledWorker,) if distributed else ()
     return isinstance(error, (WorkerLostError, MemoryError, CancelledError, *killed))
 
 
 def end_with_parent() -> None:
-    """Called in a child process: from now on it ends when its parent does, by SIGKILL too."""
+    """Make this child process exit when its parent does, however the parent ends."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 class _Pool(Executor):
-    """Threads, each with a worker process of its own: so it is known whose task a killed worker had.
+    """Threads that each run one task at a time in a process of their own.
 
-    ``ProcessPoolExecutor`` alone gives up all tasks when one worker is killed, and does not tell which had it.
+    A shared ``ProcessPoolExecutor`` fails all tasks when one worker is killed, and does not say which one it ran.
     """
 
     def __init__(self, workers: int) -> None:
         self._threads = ThreadPoolExecutor(workers, initializer=_block_signals)
-        self._own = threading.local()
-        self._processes: set[ProcessPoolExecutor] = set()
-        self._futures: set[Future[Any]] = set()
+        self._processes: LifoQueue[ProcessPoolExecutor | None] = LifoQueue()  # idle, or None if not started yet
+        for _ in range(workers):
+            self._processes.put(None)
 
     def submit(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> Future[_T]:
-        future = self._threads.submit(lambda: self._run(task, *args, **named))
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        return future
-
-    def running(self) -> bool:
-        """Whether a task has begun and is not finished."""
-        return any(future.running() for future in list(self._futures))
+        return self._threads.submit(self._run, task, *args, **named)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
-        while wait and self.running():
-            time.sleep(_PATIENCE)  # joining a thread may miss a signal that comes just before
-        self._threads.shutdown(wait)
-        for process in list(self._processes):
-            process.shutdown(wait)
+        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+        while not self._processes.empty():
+            if process := self._processes.get():
+                process.shutdown(wait)
 
-    def _run(self, task: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
+    def _run(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> _T:
         for _ in range(TRIES):
-            process = self._process()
+            process = self._processes.get() or _start_process()
+            idle: ProcessPoolExecutor | None = process
             try:
                 return process.submit(task, *args, **named).result()
             except BrokenProcessPool:
                 process.shutdown()
-                self._processes.discard(process)
-                self._own.process = None
+                idle = None
+            finally:
+                self._processes.put(idle)
         raise WorkerLostError(f"a worker process was killed {TRIES} times at this; if memory ran out, lower --workers")
 
-    def _process(self) -> ProcessPoolExecutor:
-        """This thread's worker."""
-        process: ProcessPoolExecutor | None = getattr(self._own, "process", None)
-        if process is None:
-            context = multiprocessing.get_context("spawn")
-            process = self._own.process = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
-            self._processes.add(process)
-        return process
+
+def _warn_of_waiting() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(_SHOW_CURSOR)
+    _log.warning("stopping when the running tasks are finished; press Ctrl-C again to stop at once")
+
+
+def _start_process() -> ProcessPoolExecutor:
+    # spawned, for a forked worker holds the pipes of its siblings and would not see its parent's end
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
 def _block_signals() -> None:
-    """In a thread that starts workers, which inherit it from their first instruction on.
+    """Block signals in this thread, and so in the processes it starts, from their first instruction on.
 
-    Ctrl-C at a terminal and the SIGTERM of some batch systems go to all processes at once; only the parent shall act.
+    Ctrl-C at a terminal and SIGTERM from some batch systems reach all processes; only the parent acts on them.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+@contextmanager
+def handling(
+    handler: Callable[[int, FrameType | None], object] | signal.Handlers, *signals: signal.Signals
+) -> Iterator[None]:
+    """Set the handler of signals inside the block; in the main thread only, for Python allows it nowhere else."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in signals if main}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process while it waits for its workers: they follow, and leave nothing that looks finished."""
-    if sys.stderr.isatty():
-        os.write(2, _SHOW_CURSOR.encode())
-    os.write(2, b"error: stopped at once; what was finished before is kept, run the same command again to go on\n")
-    os._exit(128 + number)
-
-
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)

@@ -16,8 +16,8 @@ from fractalshards.manifest import (
     finished_record,
     load_manifest,
     recipe_problems,
-    sidecar_name,
     write_manifest,
+    write_record,
 )
 from fractalshards.png import Indexed, Pixels, encode_png, pixels_of
 from fractalshards.sample import (
@@ -31,7 +31,7 @@ from fractalshards.sample import (
     pack_sample,
     packed_size,
 )
-from fractalshards.storage import atomic_file, remove_leftovers, write_json
+from fractalshards.storage import atomic_file, remove_leftovers
 from fractalshards.workers import OnProgress, is_lost, no_progress
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
@@ -107,7 +107,7 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
         image_size=sides.pop() if len(sides) == 1 else None,
         offsets=tuple(offsets),
     )
-    write_json(folder / sidecar_name(name), record.to_json())
+    write_record(folder, record)
     return record
 
 

@@ -52,7 +52,7 @@ def test_the_new_kind_is_listed_drawn_and_built(package: Path) -> None:
     assert "next: fractaltrain pt --shards built" in fractalgen(package, f"{build} --workers 1 --out built")
     manifest = load_manifest(package / "built")
     assert (manifest.recipe["kind"], manifest.recipe["params"]["zoom"]) == ("glow", [1.0, 1.0])
-    assert not verify_dataset(manifest, 1, lambda count: None)
+    assert not verify_dataset(manifest, 1)
 
 
 def test_its_parameters_are_checked(package: Path) -> None:

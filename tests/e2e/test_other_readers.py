@@ -1,7 +1,4 @@
-"""Datasets as they are built, read by webdataset, timm, Hugging Face datasets and what DALI's index says: all the same.
-
-The snippets of shards/README.md are run too.
-"""
+"""Other readers (webdataset, timm, Hugging Face datasets) see the same samples; snippets of shards/README.md run."""
 
 import hashlib
 import json
@@ -137,41 +134,7 @@ def test_hugging_face_datasets(workspace: Path) -> None:
     assert seen["folder True"] == seen["folder False"] == labels
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_index_for_dali_tells_where_every_file_lies(workspace: Path, kind: str) -> None:
-    folder = workspace / "shards" / kind
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    command = [BIN / "fractalshards", "index", "--dali", folder]
-    result = subprocess.run(command, text=True, capture_output=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{folder}: 4 index files for DALI\n"
-    indices = [path.name for path in folder.iterdir() if path.name not in before]
-    assert sorted(indices) == ["train-000000.idx", "train-000001.idx", "train-000002.idx", "val-000000.idx"]
-    for name in indices:
-        head, *lines = (folder / name).read_text().splitlines()
-        shard = folder / name.replace(".idx", ".tar")
-        with tarfile.open(shard) as tar:
-            members = tar.getmembers()
-        assert head == f"v1.2 {len(lines)}"
-        assert len(lines) == len(members) // 2
-        for line, image, label in zip(lines, members[::2], members[1::2], strict=True):
-            words = [(m.name.partition(".")[2], str(m.offset_data), str(m.size), m.name) for m in (image, label)]
-            assert line.split(" ") == [*words[0], *words[1]]
-            _, offset, size, _, _, label_offset, label_size, _ = line.split(" ")
-            data = shard.read_bytes()
-            assert data[int(offset) : int(offset) + int(size)].startswith(b"\x89PNG")
-            text = data[int(label_offset) : int(label_offset) + int(label_size)]
-            assert json.loads(text) if kind == "multi" else text.isdigit()
-    assert {name: (folder / name).read_bytes() for name in before} == before
-    sound = subprocess.run([BIN / "fractalshards", "verify", folder, "--workers", "1"], capture_output=True, timeout=60)
-    assert sound.returncode == 0, sound.stderr
-    again = create_dataset(f"wds/{kind}", root=str(folder), split="train")
-    assert len(list(again)) == 40
-
-
-def test_the_snippets_of_the_readme_run(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_readme_snippets(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(workspace)
     exec(snippet("webdataset"), {})
     assert len(lines := capsys.readouterr().out.splitlines()) == 40
@@ -183,7 +146,7 @@ def test_the_snippets_of_the_readme_run(
     assert [json.loads(line.removeprefix("(32, 32) ")) for line in lines[40:]] == expected
 
 
-def test_grey_fractals_keep_their_grey(workspace: Path) -> None:
+def test_grey_fractals_are_palette_images(workspace: Path) -> None:
     with tarfile.open(workspace / "shards/fractaldb/train-000000.tar") as tar:
         file = tar.extractfile(tar.getmembers()[0])
         assert file

@@ -44,15 +44,16 @@ def big_picture() -> bytes:
 
 def recipe_of_lists(folder: Path) -> None:
     in_manifest(recipe={"a": "HERE"})(folder)
-    lists = "[" + "[]," * 1_000_000 + "[]]"
+    lists = "[" + "[]," * 3_900_000 + "[]]"
     (folder / INFO).write_text((folder / INFO).read_text().replace('"HERE"', lists))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "command", "words", "most"),
     [
-        (lambda: whole(INFO, "[" + "[]," * 5_500_000 + "[]]"), "info", "expected a JSON object", 600),
-        (lambda: recipe_of_lists, "info", "recipe has more than 1,000,000 values", 300),
+        (lambda: whole(INFO, "[" + "[]," * 5_500_000 + "[]]"), "info", INFO, 200),
+        (lambda: recipe_of_lists, "info", "recipe: a", 1000),
         (lambda: npz(bytes(4 * 10**8), zipfile.ZIP_DEFLATED), "verify", "400,000,000 bytes when inflated", 200),
         (lambda: with_files(txt=bytes(60 << 20)), "verify", "expected one image", 300),
         (lambda: with_image(big_picture()), "verify", "its image is named .png but is a .webp", MEMORY),

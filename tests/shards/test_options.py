@@ -42,14 +42,13 @@ def commands(dataset: Path, flowers: Path, out: Path) -> dict[str, list[object]]
         "verify": [dataset],
         "report": [dataset, "--out", out / "page.html"],
         "diff": [dataset, other],
-        "index": [dataset, "--dali"],
         "push": [dataset, out / "pushed"],
         "pull": [dataset, out / "pulled"],
         "pack": [f"imagefolder:{flowers}", out / "packed"],
     }
 
 
-@pytest.mark.parametrize("command", ["verify", "report", "diff", "index", "push", "pull", "pack"])
+@pytest.mark.parametrize("command", ["verify", "report", "diff", "push", "pull", "pack"])
 def test_quiet_is_quiet(
     command: str, dataset: Path, flowers: Path, tmp_path_factory: pytest.TempPathFactory, pools: RecordedPools
 ) -> None:
@@ -105,9 +104,3 @@ def test_a_sheet_has_the_rows_columns_tiles_and_split_that_were_asked_for(packed
     assert held_out.shape == plain.shape
     assert not np.array_equal(held_out, plain)
 
-
-def test_index_asks_for_whom(dataset: Path) -> None:
-    result = run("index", dataset)
-    assert result.exit_code == 2
-    assert "say for what software: --dali" in result.stderr
-    assert not list(dataset.glob("*.idx"))

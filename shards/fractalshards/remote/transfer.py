@@ -571,7 +571,7 @@ def parse_listing(text: bytes, folder: str) -> Listing:
         FractalError: if it is not valid.
     """
     where = f"{folder}/{INFO}"
-    return Listing(text, replace(parse_manifest(Fields.parse(text, where), Path(folder), where), software={}))
+    return Listing(text, replace(parse_manifest(text, Path(folder), where), software={}))
 
 
 def find_listing(remote: Remote[Source]) -> Listing | None:
@@ -642,7 +642,7 @@ def outcome(moved: Sequence[Entry], chosen: Sequence[Entry], where: str, manifes
 def describes(text: bytes, manifest: Manifest, shard: Shard, where: str) -> bool:
     """Whether a sidecar says of a shard what the manifest says; an invalid one raises FractalError."""
     with _PARSING:
-        return parse_record(Fields.parse(text, where), shard.name, manifest.label_type, where).shard() == shard
+        return parse_record(text, shard.name, manifest.label_type, where).shard() == shard
 
 
 def is_described(folder: Path, manifest: Manifest, shard: Shard) -> bool:
