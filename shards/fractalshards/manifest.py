@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,7 +14,6 @@ import msgspec
 
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
 from fractalshards.human import human_bytes, human_count
 from fractalshards.sample import LabelType
 from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded, read_json, regular_size, write_json
@@ -383,33 +382,6 @@ def split_lists(shards: Sequence[Shard]) -> dict[str, object]:
         "sha256": [shard.sha256 for shard in shards],
         "content_digests": [shard.content_digest for shard in shards],
     }
-
-
-def shard_rows(
-    fields: Fields, where: str, columns: Callable[[Fields], tuple[tuple[Any, ...], ...]]
-) -> dict[str, list[tuple[Any, ...]]]:
-    """What the lists of every split say of each of its shards: the name, which is there once, and the rest.
-
-    Args:
-        fields: with ``splits``, of which each has ``filenames``.
-        columns: reads the other lists of a split.
-
-    Raises:
-        FractalError: if a name is not plain, a shard is named twice, or the lists of a split differ in length.
-    """
-    splits = fields.inner("splits")
-    rows = {}
-    for split in fields.mapping("splits"):
-        part = splits.inner(check_plain(split, where))
-        names = tuple(check_plain(name, where) for name in part.texts("filenames"))
-        others = columns(part)
-        if any(len(column) != len(names) for column in others):
-            raise FractalError(f"{where}: the lists of a split differ in length; fetch or build it again")
-        rows[split] = list(zip(names, *others, strict=True))
-    listed = [name for split in rows.values() for name, *_ in split]
-    if len(set(listed)) != len(listed):
-        raise FractalError(f"{where}: a shard is named twice; do not use this dataset")
-    return rows
 
 
 def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[int, ...]]:

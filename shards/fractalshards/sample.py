@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from fractalshards.errors import FractalError
 from fractalshards.fields import Fields
@@ -39,7 +39,6 @@ def image_extension(files: Mapping[str, bytes]) -> str:
 
 
 LabelType = Literal["single", "multi"]
-LABEL_TYPES: tuple[LabelType, ...] = get_args(LabelType)
 
 _SINGLE = "cls"
 _MULTI = "json"
@@ -69,18 +68,6 @@ class MultiLabel:
 
 
 Label = int | MultiLabel
-
-
-def find_label_type(name: str, where: str) -> LabelType:
-    """The label type with a name that was found in ``where``.
-
-    Raises:
-        FractalError: if there is none.
-    """
-    for known in LABEL_TYPES:
-        if known == name:
-            return known
-    raise FractalError(f"{where}: label_type {name!r} is not known; upgrade fractalpretrain")
 
 
 def classes_of(label: Label) -> tuple[int, ...]:

@@ -103,4 +103,3 @@ def test_a_sheet_has_the_rows_columns_tiles_and_split_that_were_asked_for(packed
     held_out = sheet("--classes", 2, "--per-class", 1, "--tile", 24, "--split", "val")
     assert held_out.shape == plain.shape
     assert not np.array_equal(held_out, plain)
-
