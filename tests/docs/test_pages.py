@@ -59,9 +59,10 @@ def test_a_command_line_parses(line: list[str]) -> None:
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
 def test_studies_can_be_read_and_their_datasets_be_made(file: Path) -> None:
     study = read_study(file)
-    assert plan_study(study, Path("runs"), Path("data"))
-    commands = {row.shards: shlex.split(row.build) for row in study.rows if row.build}
-    assert {*commands} == {row.shards for row in study.rows}
+    for run in plan_study(study).finetunings:
+        test_a_command_line_parses(["fractaltrain", *run.command(Path("runs"), Path("data"))])
+    commands = {row.shards: shlex.split(row.build) for row in study.pretraining.values() if row.build}
+    assert {*commands} == {row.shards for row in study.pretraining.values()}
     for shards, words in commands.items():
         test_a_command_line_parses(words)
         default = [f"shards/{words[words.index('--kind') + 1]}"] if "--out" not in words and "--kind" in words else []

@@ -1,223 +1,386 @@
-"""Studies: what a file says, the steps that come of it, what they cost, and what is known before any is run."""
+"""Studies: reading the file, planning, finding out what is done, and running the rest."""
 
 import json
 import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fractalshards.errors import UsageError
+from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.slices import Slice
-from fractaltrain.data.images import DataChoice, open_data
-from fractaltrain.run_folder import append_metrics
-from fractaltrain.study import (
-    KNOWN,
-    Cost,
-    Size,
-    Total,
-    describe,
-    find_digests,
-    find_sizes,
-    find_speeds,
-    plan_study,
-    read_record,
-    read_study,
-    step_cost,
-    write_record,
-)
-from planned_study import STUDY, finish, planned
+from fractaltrain import run_study as module
+from fractaltrain.run_study import describe_study, find_digests, run_study, why_unusable
+from fractaltrain.study import StudyPlan, plan_study, read_plan, read_study, write_plan
 
-DIGITS = STUDY[STUDY.index("[finetuning.digits]") :]
+STUDY = """
+[study]
+image_size = 16
+seeds = [0, 1]
+[models.test_resnet]
+[scratch]
+[pretraining.small]
+shards = "shards/small"
+epochs = 3
+[finetuning.digits]
+per_class = [5, 10]
+subset_seeds = [0, 1]
+"""
+FIRST = "pt/small--test_resnet--seed0"
+
+STAND_IN = """
+import hashlib, json, os, pathlib, signal, sys, time
+words = sys.argv[1:]
+out = pathlib.Path(words[words.index("--out") + 1])
+folder, name = out.parent.parent, f"{out.parent.name}/{out.name}"
+def note(event):
+    with open(folder / "events.txt", "a") as file:
+        file.write(f"{event} {name} {' '.join(words)}\\n")
+note("start")
+behaviour = json.loads((folder / "behaviour.json").read_text()).get(name, "finish")
+if behaviour == "finish":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    plan = json.loads((folder / "study.json").read_text())
+    settings = {run["run"]: run["settings"] for run in plan["pretrainings"] + plan["finetunings"]}[name]
+    out.mkdir(parents=True)
+    if words[0] == "pt":
+        (out / "checkpoint-0001-0000000.pt").write_bytes(os.urandom(8))
+    elif words[words.index("--weights") + 1] != "none":
+        [start] = pathlib.Path(words[words.index("--weights") + 1]).glob("*.pt")
+        settings["weights"] = hashlib.sha256(start.read_bytes()).hexdigest()
+    (out / "run.json").write_text(json.dumps({"settings": settings}))
+    (out / "result.json").write_text(json.dumps({"top1": 0.5, "best_top1": 0.5}))
+    time.sleep(0.02)
+if behaviour in ("SIGTERM", "SIGUSR1"):  # the study gets the signal, and passes it on
+    number = getattr(signal, behaviour)
+    signal.signal(number, lambda number, frame: sys.exit(75))
+    os.kill(os.getppid(), number)
+    time.sleep(60)
+if behaviour == "SIGINT":  # as at a terminal, where Ctrl-C reaches both
+    os.kill(os.getppid(), signal.SIGINT)
+note("end")
+sys.exit({"fail": 1, "stop": 75, "SIGINT": 130}.get(behaviour, 0))
+"""
 
 
-def test_a_pretraining_is_shared_by_its_finetunings(tmp_path):
-    _, groups = planned(tmp_path)
-    assert [bool(group.pretraining) for group in groups] == [False, False, True, True]
-    assert all(len(group.finetunings) == 6 for group in groups)
-    runs = [step.run for group in groups for step in group.finetunings]
-    assert len(set(runs)) == 24
-    assert groups[2].pretraining.settings["recipe"]["epochs"] == 3
-    assert {step.settings["recipe"]["name"] for step in groups[0].finetunings} == {"anderson-scratch"}
+class Study:
+    """A planned study in a folder, whose runs a few lines of Python stand in for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "s.toml"
+
+    def plan(self, text: str = STUDY) -> StudyPlan:
+        self.file.write_text(text)
+        study = read_study(self.file)
+        plan = plan_study(study, find_digests(study))
+        write_plan(plan, self.folder)
+        return plan
+
+    def run(self, plan: StudyPlan, behaviour: dict[str, str] | None = None, **options) -> list[str]:
+        (self.folder / "behaviour.json").write_text(json.dumps(behaviour or {}))
+        (self.folder / "events.txt").write_text("")
+        runs = [run for group in plan.groups() for run in group]
+        return run_study(runs, plan, self.folder, Path("data"), **options)
+
+    def events(self, kind: str) -> list[str]:
+        """Names of the runs that started or ended, in order."""
+        lines = (self.folder / "events.txt").read_text().splitlines()
+        return [line.split()[1] for line in lines if line.startswith(kind)]
 
 
-def test_random_weights_of_a_model_may_be_trained_otherwise(tmp_path):
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Study:
+    monkeypatch.setattr(module, "_command", lambda arguments: [sys.executable, "-ISc", STAND_IN, *arguments])
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.005)
+    return Study(tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def errors(caplog):
+    """Returns the errors that were logged."""
+    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def names(plan: StudyPlan) -> list[str]:
+    return [run.run for group in plan.groups() for run in group]
+
+
+def test_plan_shares_a_pretraining_among_its_finetunings(study):
+    plan = study.plan()
+    assert len(plan.pretrainings) == 2
+    assert [len(group) for group in plan.groups()] == [4, 4, 5, 5]
+    assert len({*names(plan)}) == 18
+    first = plan.groups()[2]
+    assert [run.start for run in first] == [None] + 4 * [first[0].run]
+    assert first[0].settings["recipe"]["epochs"] == 3
+    assert {run.settings["recipe"]["name"] for run in plan.groups()[0]} == {"anderson-scratch"}
+
+
+def test_plan_applies_later_tables_last(study):
     own = "[models.test_resnet]\nfinetuning = { lr = 0.1 }\nscratch = { lr = 0.3 }"
-    _, groups = planned(tmp_path, STUDY.replace("[models.test_resnet]", own))
-    rates = {(bool(group.pretraining), step.settings["recipe"]["lr"]) for group in groups for step in group.finetunings}
-    assert rates == {(False, 0.3), (True, 0.1)}
+    plan = study.plan(
+        STUDY.replace("[models.test_resnet]", own).replace("seeds", "finetuning = { lr = 0.2, epochs = 4 }\nseeds", 1)
+    )
+    rates = {(run.row, run.settings["recipe"]["lr"], run.settings["recipe"]["epochs"]) for run in plan.finetunings}
+    assert rates == {("scratch", 0.3, 4), ("small", 0.1, 4)}
+
+
+def test_plan_leaves_open_what_follows_the_dataset(study):
+    """Crop and normalisation of anderson depend on the kind of dataset, unless the study sets them."""
+    assert {"crop", "mean", "std", "hflip"}.isdisjoint(study.plan().pretrainings[0].settings["recipe"])
+    plan = study.plan(STUDY.replace("epochs = 3", 'set = { crop = "none" }'))
+    assert plan.pretrainings[0].settings["recipe"]["crop"] == "none"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "noun"),
     [
-        ("seeds", "seed", r"\[study\] has no field 'seed', did you mean 'seeds'"),
-        ("[scratch]", "[scrach]", "has no field 'scrach', did you mean 'scratch'"),
-        ("epochs = 3", 'recipe = "andersen"', "recipe is 'andersen', did you mean 'anderson'"),
-        ("epochs = 3", "epochs = 0", "epochs is 0, but must be at least 1"),
-        ("epochs = 3", "set = { lrr = 1 }", r"\[pretraining.small\] unknown parameter 'lrr', did you mean 'lr'"),
-        ("epochs = 3", "set = 3", r"\[pretraining.small.set\] must be a table"),
-        ("epochs = 3", 'models = ["resnet50"]', "names the model 'resnet50'"),
-        ("epochs = 3", "models = 3", "models is 3, but must be a list of texts"),
-        ('shards = "shards/small"', "", r"\[pretraining.small\] needs shards"),
-        ('shards = "shards/small"', "shards = 3", "shards is 3, but must be a text"),
-        (
-            "[pretraining.small]",
-            '[pretraining."../small"]',
-            r"\[pretraining\] '../small' cannot be part of a file's name",
-        ),
-        ("[pretraining.small]", "[pretraining.scratch]", r"is no pre-training; write \[scratch\]"),
-        ("[finetuning.digits]", "[finetuning.digitz]", "data is 'digitz', did you mean 'digits'"),
-        ("per_class = [5, 10]", "", "subset_seeds goes with per_class only"),
-        ("per_class = [5, 10]", "per_class = [5, 5]", "must be a list of different whole numbers"),
-        ("per_class = [5, 10]", "per_class = [0]", "must be a whole number of at least 1"),
-        ("seeds = [0, 1]", "seeds = [true]", "must be a whole number of at least 0"),
-        ("image_size = 16", "", "needs image_size"),
-        ("[models.test_resnet]", "", r"needs a table \[models.NAME\]"),
-        ("[study]", "[study", "not valid TOML"),
-        (DIGITS, "", r"needs a table \[finetuning.NAME\]"),
+        ("seeds = ", "seed = ", "`seed`"),
+        ("[scratch]", "[scrach]", "scrach"),
+        ("epochs = 3", 'recipe = "andersen"', "andersen"),
+        ("epochs = 3", "epochs = 0", "epochs"),
+        ("epochs = 3", 'epochs = "3"', r"\$.pretraining"),
+        ("epochs = 3", "set = { lrr = 1 }", "lrr"),
+        ("epochs = 3", "set = 3", "set"),
+        ("epochs = 3", 'models = ["resnet50"]', "resnet50"),
+        ("epochs = 3", "models = 3", "models"),
+        ('shards = "shards/small"', "", "shards"),
+        ('shards = "shards/small"', "shards = 3", "shards"),
+        ("[pretraining.small]", '[pretraining."../small"]', "../small"),
+        ("[pretraining.small]", "[pretraining.scratch]", "scratch"),
+        ("[finetuning.digits]", "[finetuning.digitz]", "digitz"),
+        ("per_class = [5, 10]", "", "per_class"),
+        ("per_class = [5, 10]", "per_class = [5, 5]", "per_class"),
+        ("per_class = [5, 10]", "per_class = [0]", "per_class"),
+        ("seeds = [0, 1]", "seeds = [true]", "seeds"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "seeds"),
+        ("image_size = 16", "", "image_size"),
+        ("[models.test_resnet]", "", "models"),
+        ("[study]", "[study", "TOML"),
+        (STUDY[STUDY.index("[finetuning") :], "", "finetuning"),
+        (STUDY[STUDY.index("[scratch]") : STUDY.index("[finetuning")], "", "pretraining"),
+        # values that fit each by itself, but not together
+        ("epochs = 3", 'recipe = "deit"\n[models.test_vit]\npretraining = { epochs = 4 }', "warmup_epochs"),
     ],
 )
-def test_what_is_wrong_in_a_file(tmp_path, old, new, words):
-    (tmp_path / "s.toml").write_text(STUDY.replace(old, new, 1))
-    with pytest.raises(UsageError, match=words) as caught:
-        read_study(tmp_path / "s.toml")
-    assert str(tmp_path / "s.toml") in str(caught.value)
+def test_read_study_names_file_and_field(tmp_path, old, new, noun):
+    path = tmp_path / "s.toml"
+    assert old in STUDY
+    path.write_text(STUDY.replace(old, new, 1))
+    with pytest.raises(UsageError, match=noun) as caught:
+        read_study(path)
+    assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_slices_share_out_the_groups(tmp_path, parts):
-    _, groups = planned(tmp_path)
-    shares = [Slice(index, parts).of(groups) for index in range(1, parts + 1)]
-    runs = [step.run for share in shares for group in share for step in group.steps()]
-    assert sorted(runs) == sorted(step.run for group in groups for step in group.steps())
-    assert len(set(runs)) == len(runs)
+def test_slices_partition_the_runs(study, parts):
+    plan = study.plan()
+    shares = [Slice(index, parts).of(plan.groups()) for index in range(1, parts + 1)]
+    assert sorted(run.run for share in shares for group in share for run in group) == sorted(names(plan))
 
 
-def test_the_plan_is_written_down(tmp_path):
-    study, groups = planned(tmp_path)
-    write_record(study, groups, tmp_path / "out")
-    record = read_record(tmp_path / "out")
-    assert (record.rows, record.models, record.targets) == (("scratch", "small"), ("test_resnet",), ("digits",))
-    steps = [step for group in groups for step in group.finetunings]
-    assert [run.run for run in record.finetunings] == [step.run for step in steps]
-    last = record.finetunings[-1]
-    assert (last.row, last.model, last.target, last.per_class, last.seed, last.subset_seed) == (
-        "small", "test_resnet", "digits", 10, 1, 2,
+def test_plan_survives_writing(study):
+    plan = study.plan()
+    found = read_plan(study.folder)
+    assert [run.run for run in found.finetunings] == [run.run for run in plan.finetunings]
+    assert found.finetunings[-1].settings["recipe"]["lr"] == plan.finetunings[-1].settings["recipe"]["lr"]
+    last = found.finetunings[-1]
+    assert (last.row, last.model, last.target, last.per_class, last.seed, last.subset_seed, last.start) == (
+        "small", "test_resnet", "digits", 10, 1, 1, "pt/small--test_resnet--seed1",
     )  # fmt: skip
-    assert last.start.run == "pt/small--test_resnet--seed1"
-    assert record.finetunings[0].start is None
 
 
-@pytest.mark.parametrize("place", ["../elsewhere", "/etc", ""])
-def test_a_plan_that_leads_out_of_its_folder_is_refused(tmp_path, place):
-    study, groups = planned(tmp_path)
-    write_record(study, groups, tmp_path)
-    content = json.loads((tmp_path / "study.json").read_text())
-    content["finetunings"][0]["run"] = place
-    (tmp_path / "study.json").write_text(json.dumps(content))
-    with pytest.raises(Exception, match="is not inside the study's folder"):
-        read_record(tmp_path)
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", ""])
+def test_read_plan_refuses_runs_outside_of_the_folder(study, path):
+    study.plan()
+    content = json.loads((study.folder / "study.json").read_text())
+    content["finetunings"][0]["run"] = path
+    (study.folder / "study.json").write_text(json.dumps(content))
+    with pytest.raises(FractalError, match=r"study\.json"):
+        read_plan(study.folder)
 
 
-def test_cost_by_hand(tmp_path):
-    """Scratch: 7 epochs of 50 and of 100 images; pre-training: 3 epochs of 200 images."""
-    _, groups = planned(tmp_path, STUDY.replace("[scratch]", "[scratch]\nepochs = 7"))
-    sizes = {**KNOWN, "shards:shards/small": Size(10, 200)}
-    costs = [step_cost(step, sizes, {"test_resnet": 50.0}) for step in groups[0].steps()]
-    assert costs == [Cost(350, 7.0)] * 3 + [Cost(700, 14.0)] * 3
-    assert step_cost(groups[2].pretraining, sizes, {}) == Cost(600, None)
-    assert step_cost(groups[2].pretraining, KNOWN, {"test_resnet": 50.0}) == Cost(None, None)
-    assert Total.of([Cost(350, 7.0), Cost(600, None), Cost(None, None)]) == Total(3, 950, 1, 7.0, 2)
+@pytest.mark.parametrize(
+    ("old", "new", "code", "noun"),
+    [
+        ("test_resnet", "resnet10x", 2, "resnet10x"),
+        ("epochs = 3", 'recipe = "deit"\n[models.resnet50]', 2, "drop path"),
+        ("epochs = 3", 'build = "make it"', 1, "[pretraining.small] shards/small: no finished dataset; run make it"),
+        ("[finetuning.digits]", '[finetuning.x]\ndata = "shards:none"\n[finetuning.digits]', 1, "[finetuning.x] none"),
+        ("[finetuning.digits]", '[finetuning.x]\ndata = "imagefolder:none"\n[finetuning.digits]', 1, "[finetuning.x]"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(fractaltrain, tmp_path, dataset, old, new, code, noun):
+    text = STUDY.replace(old, new)
+    (tmp_path / "s.toml").write_text(text if "build" in new else text.replace("shards/small", str(dataset)))
+    found = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "new")
+    assert (found.code, found.err.count("\n")) == (code, 1)
+    assert str(tmp_path / "s.toml") in found.err
+    assert noun in found.err
+    dry = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "new", "--dry-run")
+    assert dry.code == (2 if code == 2 else 0)
+    assert noun in dry.err
+    assert not (tmp_path / "new").exists()
 
 
-def test_known_sizes_are_those_of_the_data():
-    digits = open_data(DataChoice("digits", None, 0, Path("unused")), None).training
-    assert KNOWN["digits"] == Size(digits.classes, sum(digits.lengths))
+def test_dry_run_lists_runs_with_state_and_command(study):
+    plan = study.plan()
+    study.run(plan, {FIRST: "fail"})
+    first = plan.pretrainings[1].run
+    settings = json.loads((study.folder / first / "run.json").read_text())
+    settings["settings"]["recipe"]["epochs"] = 4
+    (study.folder / first / "run.json").write_text(json.dumps(settings))
+    *lines, total = describe_study([run for group in plan.groups() for run in group], plan, study.folder, Path("data"))
+    states = [line.split(": ")[1] for line in lines[::2]]
+    assert states == 8 * ["done"] + 5 * ["to do"] + 5 * ["not usable"]
+    assert lines[2 * 13].startswith(f"# {first}: not usable: has recipe.epochs 4, not 3")
+    assert total == "18 runs: 8 done, 5 to do, 5 not usable"
+    commands = [shlex.split(line) for line in lines[1::2]]
+    expected = [run.command(study.folder, Path("data")) for group in plan.groups() for run in group]
+    assert commands == [["fractaltrain", *arguments] for arguments in expected]
 
 
-def test_sizes_of_datasets_on_this_machine(tmp_path, dataset):
-    text = STUDY.replace("shards/small", str(dataset)) + f'[finetuning.own]\ndata = "shards:{dataset}"\n'
-    study, groups = planned(tmp_path, text)
-    sizes = find_sizes(study)
-    assert step_cost(groups[2].pretraining, sizes, {}) == Cost(150, None)
-    assert sizes[f"shards:{dataset}"] == Size(5, 50)
+def test_failure_stops_only_what_needs_it(study, errors):
+    plan = study.plan()
+    missing = study.run(plan, {FIRST: "fail"})
+    assert missing == [run.run for run in plan.groups()[2]]
+    assert len(study.events("start")) == 4 + 4 + 1 + 5
+    assert [FIRST in error for error in errors()] == [True]
+    assert study.run(plan, nproc=2, quiet=True) == []
+    assert study.events("start") == [run.run for run in plan.groups()[2]]  # all others are done
+    assert all(line.endswith("--nproc 2 --quiet") for line in (study.folder / "events.txt").read_text().splitlines())
 
 
-def test_folders_that_are_called_like_known_data_are_not_taken_for_them(tmp_path, write_dataset, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_dataset(Path("digits"), train=(20,))
-    study, _ = planned(tmp_path, STUDY.replace("shards/small", "digits"))
-    groups = plan_study(study, tmp_path, Path("data"), find_digests(study))
-    images = [step_cost(step, find_sizes(study), {}).images for step in groups[2].steps()]
-    assert images[:2] == [3 * 20, 150 * 50]
-    assert "dataset_digest" in groups[2].pretraining.settings
-    assert "data_digest" not in groups[2].finetunings[0].settings
+@pytest.mark.parametrize("jobs", [2, 5])
+def test_jobs_run_at_the_same_time(study, jobs):
+    plan = study.plan()
+    assert study.run(plan, jobs=jobs) == []
+    lines = [line.split()[:2] for line in (study.folder / "events.txt").read_text().splitlines()]
+    running, most = set(), 0
+    ended = set()
+    for event, name in lines:
+        if event == "start":
+            running.add(name)
+            most = max(most, len(running))
+        else:
+            running.remove(name)
+            ended.add(name)
+        for run in plan.finetunings:
+            assert run.run not in running or run.start is None or run.start in ended
+    assert 2 <= most <= jobs
+    assert (study.folder / "log" / f"{FIRST}.txt").exists()
 
 
-def test_dry_run_tells_what_is_done_and_what_the_rest_costs(tmp_path):
-    study, groups = planned(tmp_path, STUDY.replace("[scratch]", "[scratch]\nepochs = 7"))
-    first = groups[0].finetunings[0]
-    finish(tmp_path / first.run, first.settings)
-    for speed in (40.0, 100.0, 50.0):
-        append_metrics(tmp_path / first.run, {"split": "train", "global_step": 1, "images_per_s": speed})
-    speeds = find_speeds(groups, tmp_path, 16)
-    assert speeds == {"test_resnet": 50.0}
-    assert find_speeds(groups, tmp_path, 32) == {}
-    lines = list(describe(groups, tmp_path, find_sizes(study), speeds))
-    table = [line.split("  ") for line in lines[:5]]
-    assert [[cell.strip() for cell in row if cell.strip()] for row in table][1] == [
-        "scratch", "test_resnet", "0", "5 of 6", "2,800", "0:00:56",
-    ]  # fmt: skip
-    total = next(line for line in lines if "steps to do" in line)
-    assert total.startswith("25 of 26 steps to do; images: ")
-    assert "and 2 unknown steps" in total
-    commands = [shlex.split(line) for line in lines if line.startswith("fractaltrain ")]
-    assert commands == [["fractaltrain", *step.arguments] for group in groups for step in group.steps()]
-    assert f"# {first.run}: done; images: 350, training: 0:00:07" in lines
+def test_runs_with_other_settings_are_neither_used_nor_run_again(study, errors):
+    study.run(study.plan())
+    plan = study.plan(STUDY.replace("epochs = 3", "epochs = 4"))
+    missing = study.run(plan)
+    assert missing == [run.run for group in plan.groups()[2:] for run in group]
+    assert study.events("start") == []
+    assert ["recipe.epochs" in error for error in errors()] == [True, True]
 
 
-def test_a_model_that_there_is_not_is_found_before_anything_runs(fractaltrain, tmp_path, dataset):
-    text = STUDY.replace("shards/small", str(dataset)).replace("test_resnet", "resnet10x")
-    (tmp_path / "s.toml").write_text(text)
-    for options in ((), ("--dry-run",)):
-        outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out", *options)
-        assert outcome.code == 2
-        assert outcome.err.startswith(f"error: {tmp_path / 's.toml'}: [models.resnet10x] no model 'resnet10x'")
-        assert outcome.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+def test_rebuilt_dataset_is_noticed(study, write_dataset, tmp_path, errors):
+    dataset = write_dataset(tmp_path / "set", train=(20,))
+    text = STUDY.replace("shards/small", str(dataset))
+    assert study.run(study.plan(text)) == []
+    shutil.rmtree(dataset)
+    write_dataset(dataset, train=(21,))
+    plan = study.plan(text)
+    assert study.run(plan) == [run.run for group in plan.groups() if group[0].target is None for run in group]
+    assert ["dataset" in error for error in errors()] == [True, True]
 
 
-def test_a_recipe_that_a_model_cannot_follow_is_found_before_anything_runs(fractaltrain, tmp_path):
-    (tmp_path / "s.toml").write_text(STUDY.replace("test_resnet", "resnet50").replace("epochs = 3", 'recipe = "deit"'))
-    outcome = fractaltrain("study", tmp_path / "s.toml", "--dry-run")
-    assert outcome.code == 2
-    assert "[models.resnet50] resnet50 has no drop path" in outcome.err
+def test_retrained_weights_are_noticed(study):
+    plan = study.plan()
+    study.run(plan)
+    shutil.rmtree(study.folder / FIRST)
+    assert study.run(plan) == [run.run for run in plan.groups()[2][1:]]
+    assert study.events("start") == [FIRST]
+    finetuning = plan.groups()[2][1]
+    assert "weights" in str(why_unusable(finetuning, plan, study.folder))
+    [checkpoint] = (study.folder / FIRST).glob("*.pt")
+    checkpoint.unlink()
+    assert why_unusable(finetuning, plan, study.folder) is None  # nothing left to tell by
 
 
-def test_a_dataset_that_is_missing_is_found_before_anything_runs(fractaltrain, tmp_path):
-    (tmp_path / "s.toml").write_text(
-        STUDY.replace("shards/small", str(tmp_path / "none")).replace("epochs = 3", 'build = "make it"')
-    )
-    advice = f"[pretraining.small] {tmp_path / 'none'}: no finished dataset; run make it\n"
-    outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out")
-    assert (outcome.code, outcome.err) == (1, f"error: {tmp_path / 's.toml'}: {advice}")
-    outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out", "--dry-run")
-    assert (outcome.code, outcome.err) == (0, f"note: {advice}")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("behaviour", ["stop", "SIGTERM", "SIGUSR1"])
+def test_stop_ends_the_study_with_75(study, behaviour, jobs):
+    plan = study.plan()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError) as caught:
+        study.run(plan, {plan.finetunings[0].run: behaviour}, jobs=jobs)
+    assert caught.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(study.events("start")) < 10
+    assert study.run(plan) == []
 
 
-@pytest.mark.parametrize("prefix", ["shards", "imagefolder"])
-def test_fine_tuning_images_that_are_missing_are_found_before_anything_runs(fractaltrain, tmp_path, dataset, prefix):
-    own = f'[finetuning.own]\ndata = "{prefix}:{tmp_path}/none"\n'
-    (tmp_path / "s.toml").write_text(STUDY.replace("shards/small", str(dataset)) + own)
-    outcome = fractaltrain("study", tmp_path / "s.toml", "--out", tmp_path / "out")
-    assert outcome.code == 1
-    assert f"{tmp_path / 's.toml'}: [finetuning.own] {tmp_path / 'none'}" in outcome.err
-    assert not (tmp_path / "out").exists()
+def test_ctrl_c_ends_the_study_with_130(study):
+    plan = study.plan()
+    with pytest.raises(StoppedError) as caught:
+        study.run(plan, {plan.finetunings[0].run: "SIGINT"})
+    assert caught.value.code == 130
+    assert len(study.events("start")) == 1
 
 
-def test_figures_of_two_tables_that_do_not_go_together_name_the_run(tmp_path):
-    text = STUDY.replace("epochs = 3", 'recipe = "deit"').replace("[study]", "[study]\npretraining = { epochs = 4 }")
-    with pytest.raises(UsageError, match=r"^pt/small--test_resnet--seed0, recipe deit: warmup_epochs is 5"):
-        planned(tmp_path, text)
+def test_study_ends_with_a_comparison(fractaltrain, study, tmp_path, dataset):
+    (study.folder / "behaviour.json").write_text(json.dumps(dict.fromkeys(names(study.plan()), "fail")))
+    study.file.write_text(STUDY.replace("shards/small", str(dataset)))
+    arguments = ("study", study.file, "--out", study.folder)
+    nothing = fractaltrain(*arguments)
+    assert nothing.code == 1
+    assert "18 runs missing" in nothing.err
+    assert not (study.folder / "table.md").exists()
+    (study.folder / "behaviour.json").write_text("{}")
+    half = fractaltrain(*arguments, "--slice", "1/2")  # both runs of seed 0
+    assert half.code == 0
+    assert "| digits, 5 per class | test_resnet | 50.0 ± 0.0 (2 of 4) | 50.0 ± 0.0 (2 of 4) |" in half.out
+    assert fractaltrain(*arguments, "--quiet").err == ""
+    assert (study.folder / "figure.png").exists()
+
+
+@pytest.mark.slow
+def test_stopped_study_continues(fractaltrain, tmp_path, dataset, monkeypatch):
+    """A real one: a pre-training and a fine-tuning, one epoch each."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "s.toml").write_text(f"""
+[study]
+image_size = 16
+pretraining = {{ epochs = 1, batch_size = 10 }}
+finetuning = {{ epochs = 1, batch_size = 250 }}
+[models.test_resnet]
+[pretraining.small]
+shards = "{dataset}"
+[finetuning.digits]
+per_class = [25]
+""")
+    out = tmp_path / "real"
+    arguments = ("study", str(tmp_path / "s.toml"), "--out", str(out))
+    command = [sys.executable, "-m", "fractaltrain", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("note: fractaltrain pt ") for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+    assert not list(out.rglob("result.json"))
+    done = fractaltrain(*arguments)
+    assert done.code == 0
+    assert "| digits, 25 per class | test_resnet |" in done.out
+    assert {path.name for path in out.iterdir()} == {"pt", "ft", "study.json", "table.csv", "table.md", "figure.png"}
+    again = fractaltrain(*arguments)
+    assert again.code == 0
+    assert "fractaltrain ft" not in again.err

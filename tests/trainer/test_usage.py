@@ -117,14 +117,10 @@ def test_a_study_passes_its_options_on(tmp_path, monkeypatch):
     file = tmp_path / "one.toml"
     file.write_text("[study]\nimage_size = 16\n[models.test_resnet]\n[scratch]\n[finetuning.digits]\nepochs = 1\n")
     ran = []
-    monkeypatch.setattr(cli, "run_groups", lambda groups, *rest: ran.append((groups, *rest)) or [])
+    monkeypatch.setattr(cli, "run_study", lambda runs, plan, *rest: ran.append(rest) or [])
     out = tmp_path / "out"
     cli.main(f"study {file} --out {out} --nproc 3 --jobs 2 --data-dir archives".split(), standalone_mode=False)
-    ((groups, *rest),) = ran
-    assert rest == [out, 3, 2]
-    arguments = groups[0].finetunings[0].arguments
-    assert arguments[arguments.index("--data-dir") + 1] == "archives"
-    assert arguments[arguments.index("--out") + 1].startswith(f"{out}/ft/")
+    assert ran == [(out, Path("archives"), 3, 2, False)]
 
 
 def test_every_path_refuses_empty_text(fractaltrain):

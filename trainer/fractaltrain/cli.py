@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from fractalshards.console import PATH, Commands, note, quiet_option
+from fractalshards.console import PATH, Commands, is_quiet, note, quiet_option
 from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_count, human_list, parse_bytes
 from fractalshards.manifest import find_manifest
@@ -17,8 +17,7 @@ from fractalshards.remote.stores import parse_location
 from fractalshards.settings import parse_settings
 from fractalshards.slices import parse_slice
 from fractaltrain.beginning import ends_at_once
-from fractaltrain.compare import Comparison, gather
-from fractaltrain.comparison.write import FILES, write_comparison
+from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
     WINDOW,
     Amp,
@@ -38,19 +37,8 @@ from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataCh
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.recipes.recipe import TrainRecipe, change, check_batch, scale_lr
 from fractaltrain.run_folder import trained_model
-from fractaltrain.study import (
-    check_datasets,
-    check_models,
-    describe,
-    find_digests,
-    find_sizes,
-    find_speeds,
-    missing_datasets,
-    plan_study,
-    read_study,
-    run_groups,
-    write_record,
-)
+from fractaltrain.run_study import check_models, describe_study, find_digests, missing_datasets, run_study
+from fractaltrain.study import plan_study, read_study, write_plan
 
 HEADINGS = {
     "Recipe": "--recipe --epochs --batch-size --lr --scale-lr --set",
@@ -363,45 +351,50 @@ def export(run: Path, out: Path) -> None:
 @main.command()
 @click.argument("file", type=PATH, metavar="STUDY.toml")
 @click.option("--out", type=PATH, help="The study's folder.  [default: runs/NAME]")
-@click.option("--dry-run", is_flag=True, help="Show all steps, their cost and command lines; run none.")
+@click.option("--dry-run", is_flag=True, help="List all runs with their state and command line; start none.")
 @click.option(
-    "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training, and what follows: for job arrays."
+    "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training with its fine-tunings: for job arrays."
 )
 @click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
               help="Where CIFAR's archives are, or go.")  # fmt: skip
 @click.option(
-    "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each step.  [default: one per GPU, or 1]"
+    "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each run.  [default: one per GPU, or 1]"
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-              help="Steps that run at once; on CPUs they share the cores.")  # fmt: skip
+              help="Runs at the same time; on CPUs they share the cores.")  # fmt: skip
 @quiet_option
 def study(
     file: Path, out: Path | None, dry_run: bool, slice_: str | None, data_dir: Path, nproc: int | None, jobs: int
 ) -> None:
-    """Run a grid of pre-training sets, models and fine-tuning sets. What is done is skipped, what was stopped goes on.
+    """Run a grid of pre-training sets, models and fine-tuning sets. Finished runs are skipped, stopped ones continue.
 
     Example: fractaltrain study studies/mini.toml --dry-run
     """
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     asked = read_study(file)
-    folder = out or Path("runs") / asked.name
-    groups = plan_study(asked, folder, data_dir, find_digests(asked))
-    mine = part.of(groups) if part else groups
-    check_models(groups, asked.image_size, file)
+    folder = out or Path("runs") / str(asked.study.name)
+    plan = plan_study(asked, find_digests(asked))
+    runs = [run for group in (part.of(plan.groups()) if part else plan.groups()) for run in group]
+    try:
+        check_models(plan, asked.study.image_size)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    problems = list(missing_datasets(asked))
     if dry_run:
-        for line in describe(mine, folder, find_sizes(asked), find_speeds(groups, folder, asked.image_size)):
+        for line in describe_study(runs, plan, folder, data_dir):
             click.echo(line)
-        for problem in missing_datasets(asked):
+        for problem in problems:
             note(f"note: {problem}")
         return
-    check_datasets(asked, file)
-    write_record(asked, groups, folder)
-    missing = run_groups(mine, folder, nproc, jobs)
-    comparison = gather([folder])
+    if problems:
+        raise FractalError(f"{file}: {'; '.join(problems)}")
+    write_plan(plan, folder)
+    missing = run_study(runs, plan, folder, data_dir, nproc, jobs, is_quiet())
+    comparison = collect_runs([folder])
     if comparison.runs:
         _show_comparison(comparison, folder)
     if missing:
-        raise FractalError(f"{folder}: {human_count(len(missing), 'step')} missing: {human_list(missing)}")
+        raise FractalError(f"{folder}: {human_count(len(missing), 'run')} missing: {human_list(missing)}")
 
 
 @main.command()
@@ -412,7 +405,7 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 
     Example: fractaltrain compare runs/mini --out runs/mini
     """
-    comparison = gather(runs)
+    comparison = collect_runs(runs)
     if not comparison.runs:
         raise FractalError(f"{human_list([str(run) for run in runs])}: no finished fine-tuning run; check the path")
     _show_comparison(comparison, out)

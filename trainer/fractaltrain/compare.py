@@ -1,27 +1,38 @@
-"""Finds fine-tuning runs and gathers them into cells: what was fine-tuned on, the model, and what came before."""
+"""Compare fine-tuning runs: mean and standard deviation over seeds of top-1 after the last epoch.
+
+``collect_runs`` gathers finished runs into cells, ``write_comparison`` writes ``table.csv``, ``table.md`` and
+``figure.png``.
+"""
 
 import csv
 import io
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from fractalshards.errors import FractalError
-from fractalshards.fields import MAX_JSON_BYTES
-from fractalshards.storage import read_bounded
+import msgspec
+
+from fractalshards.errors import FractalError, needs_extra
+from fractalshards.storage import read_json, write_bytes
+from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
 from fractaltrain.run_folder import RESULT, RUN, read_settings
-from fractaltrain.study import FILE, SCRATCH, PlannedFinetuning, problem_of, read_record
+from fractaltrain.run_study import is_done, why_unusable
+from fractaltrain.study import PLAN, SCRATCH, read_plan
 
-_ENDING = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # as a study calls its runs
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILES = ("table.csv", "table.md", "figure.png")
+_RUN_NAME = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # of runs of a study
 
 
 class Cell(NamedTuple):
-    """What runs have in common that differ in their seeds only."""
+    """What runs that differ only in their seeds have in common; ``row`` is what came before the fine-tuning."""
 
     target: str
     model: str
@@ -29,8 +40,14 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished fine-tuning; accuracies are shares in [0, 1], ``seeds`` those of training and of the subset."""
+class FinishedRun:
+    """A finished fine-tuning.
+
+    Attributes:
+        seeds: training seed and subset seed.
+        top1: accuracy after the last epoch, in [0, 1].
+        best_top1: the best accuracy of all evaluated epochs.
+    """
 
     folder: Path
     cell: Cell
@@ -41,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in per cent over ``n`` runs; ``std`` is that of a sample, None for a single run."""
+    """Mean accuracy of ``n`` runs in per cent; ``std`` is the sample standard deviation, None for a single run."""
 
     n: int
     mean: float
@@ -49,206 +66,271 @@ class Score:
 
     @classmethod
     def of(cls, shares: Sequence[float]) -> "Score":
-        """The score of shares in [0, 1], one or more."""
+        """Compute the score of one or more accuracies in [0, 1]."""
         values = [100 * share for share in shares]
         return cls(len(values), mean(values), stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs in a grid; ``rows`` are what came before fine-tuning.
+    """Finished runs in a grid of targets, models and rows.
 
-    ``planned`` has the number of runs that a cell shall have, and nothing of a cell that is not planned. Where no study
-    said what is planned, every cell shall have the runs that it has, one at least.
+    Attributes:
+        planned: number of runs that each cell should have; cells that no study plans are not in it.
     """
 
     targets: tuple[str, ...]
     models: tuple[str, ...]
     rows: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     planned: Mapping[Cell, int]
 
-    def of(self, cell: Cell) -> tuple[Run, ...]:
-        """The finished runs of a cell."""
-        return tuple(run for run in self.runs if run.cell == cell)
+    def top1(self, cell: Cell) -> list[float]:
+        """Return the accuracies of the finished runs of a cell."""
+        return [run.top1 for run in self.runs if run.cell == cell]
 
-    def groups(self) -> Iterable[tuple[str, str, tuple[Cell, ...]]]:
-        """Every target and model with any planned cell, and all cells of theirs, one per row."""
-        for target in self.targets:
-            for model in self.models:
-                cells = tuple(Cell(target, model, row) for row in self.rows)
-                if any(cell in self.planned for cell in cells):
-                    yield target, model, cells
+    def groups(self) -> Iterator[tuple[str, str, tuple[Cell, ...]]]:
+        """Yield each target and model with a planned cell, and its cells, one per row."""
+        for target, model in product(self.targets, self.models):
+            cells = tuple(Cell(target, model, row) for row in self.rows)
+            if any(cell in self.planned for cell in cells):
+                yield target, model, cells
 
 
-def gather(paths: Sequence[Path]) -> Comparison:
-    """All finished fine-tunings in folders. In the folder of a study, only those count that it plans.
+def collect_runs(paths: Iterable[Path]) -> Comparison:
+    """Find all finished fine-tunings below ``paths``; in the folder of a study only those that it plans count.
+
+    Without a study every cell of the grid counts as planned.
 
     Raises:
-        FractalError: if two of them have the same cell and seeds, or a file is damaged.
+        FractalError: if two runs have the same cell and seeds, or a file is damaged.
         OSError: if a file cannot be read.
     """
-    studies = sorted({file.parent.resolve() for path in paths for file in path.rglob(FILE)})
+    paths = list(paths)
+    studies = sorted({file.parent.resolve() for path in paths for file in path.rglob(PLAN)})
     folders = sorted({file.parent.resolve() for path in paths for file in path.rglob(RESULT)})
-    loose = [
-        run
-        for folder in folders
-        if not any(folder.is_relative_to(study) for study in studies)
-        if (run := _read_loose(folder))
-    ]
     targets: list[str] = []
     models: list[str] = []
     rows: list[str] = []
+    runs: list[FinishedRun] = []
     planned: set[tuple[Cell, tuple[int, int]]] = set()
-    runs: list[Run] = []
     for folder in studies:
-        record = read_record(folder)
-        per_class = dict.fromkeys((plan.target, plan.per_class) for plan in record.finetunings)
-        targets += [_label(*pair) for name in record.targets for pair in per_class if pair[0] == name]
-        models += record.models
-        rows += record.rows
-        for plan in record.finetunings:
-            cell, seeds = Cell(_label(plan.target, plan.per_class), plan.model, plan.row), (plan.seed, plan.subset_seed)
+        plan = read_plan(folder)
+        models += plan.models
+        rows += plan.rows
+        for target in plan.targets:
+            targets += [_label(target, run.per_class) for run in plan.finetunings if run.target == target]
+        for run in plan.finetunings:
+            cell, seeds = Cell(_label(str(run.target), run.per_class), run.model, run.row), (run.seed, run.subset_seed)
             planned.add((cell, seeds))
-            if run := _read_planned(folder, plan, cell, seeds):
-                runs.append(run)
-    runs += loose
-    _check_distinct(runs)
-    cells = [run.cell for run in loose]
-    comparison = Comparison(
-        targets=_distinct(targets, (cell.target for cell in cells)),
-        models=_distinct(models, (cell.model for cell in cells)),
-        rows=_distinct(rows, (cell.row for cell in cells)),
-        runs=tuple(runs),
-        planned=_counts({*planned, *((run.cell, run.seeds) for run in loose)}),
-    )
-    return comparison if studies else _all_planned(comparison)
+            if is_done(run, folder) and not why_unusable(run, plan, folder):
+                runs += _read_scores(folder / run.run, cell, seeds)
+    loose = [folder for folder in folders if not any(folder.is_relative_to(study) for study in studies)]
+    others = [run for folder in loose for run in _read_loose(folder)]
+    runs += others
+    by_place: dict[tuple[Cell, tuple[int, int]], FinishedRun] = {}
+    for finished in runs:
+        other = by_place.setdefault((finished.cell, finished.seeds), finished)
+        if other is not finished:
+            raise FractalError(f"{other.folder} and {finished.folder} have the same cell and seeds; leave one out")
+    targets += sorted(run.cell.target for run in others)
+    models += sorted(run.cell.model for run in others)
+    rows += sorted((run.cell.row for run in others), key=lambda row: (row != SCRATCH, row))
+    counts: Mapping[Cell, int] = Counter(cell for cell, _ in {*planned, *((run.cell, run.seeds) for run in others)})
+    if not studies:
+        counts = {cell: counts[cell] or 1 for cell in map(Cell._make, product(targets, models, rows))}
+    return Comparison(_distinct(targets), _distinct(models), _distinct(rows), tuple(runs), counts)
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def _label(target: str, per_class: int | None) -> str:
     return target if per_class is None else f"{target}, {per_class} per class"
 
 
-def _distinct(ordered: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
-    """Names in the order that a study gives them, then the others: from scratch first, then by name."""
-    return tuple(dict.fromkeys([*ordered, *sorted(others, key=lambda name: (name != SCRATCH, name))]))
+def _read_loose(folder: Path) -> list[FinishedRun]:
+    """Return the run in a folder outside of any study, if it is a fine-tuning."""
+    settings = read_settings(folder) if (folder / RUN).is_file() else {}
+    if settings.get("task") != "ft":
+        return []
+    named = _RUN_NAME.search(folder.name)
+    row = named["row"] if named else SCRATCH if settings.get("weights") is None else folder.name
+    cell = Cell(_label(str(settings.get("data")), settings.get("per_class")), str(settings.get("model")), row)
+    return _read_scores(folder, cell, (int(settings.get("seed", 0)), int(settings.get("subset_seed", 0))))
 
 
-def _counts(planned: Iterable[tuple[Cell, tuple[int, int]]]) -> dict[Cell, int]:
-    counts: dict[Cell, int] = {}
-    for cell, _ in planned:
-        counts[cell] = counts.get(cell, 0) + 1
-    return counts
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-def _all_planned(comparison: Comparison) -> Comparison:
-    """With every cell of the grid planned."""
-    grid = product(comparison.targets, comparison.models, comparison.rows)
-    return replace(comparison, planned={cell: comparison.planned.get(cell, 1) for cell in map(Cell._make, grid)})
+class _Result(msgspec.Struct):
+    top1: _Share | None = None
+    best_top1: _Share | None = None
 
 
-def _check_distinct(runs: Sequence[Run]) -> None:
-    seen: dict[tuple[Cell, tuple[int, int]], Run] = {}
-    for run in runs:
-        other = seen.setdefault((run.cell, run.seeds), run)
-        if other is not run:
-            raise FractalError(f"{other.folder} and {run.folder} are the same cell with the same seeds; leave one out")
+def _read_scores(folder: Path, cell: Cell, seeds: tuple[int, int]) -> list[FinishedRun]:
+    """Return the finished run in a folder; nothing if it has no top-1, for images with several classes each."""
+    result = read_json(folder / RESULT, _Result)
+    if result.top1 is None:
+        return []
+    best = result.top1 if result.best_top1 is None else result.best_top1
+    return [FinishedRun(folder, cell, seeds, result.top1, best)]
 
 
-def _read_planned(folder: Path, plan: PlannedFinetuning, cell: Cell, seeds: tuple[int, int]) -> Run | None:
-    """The run that a study plans, if it is finished and as planned, and so is what it starts from."""
-    run, start = folder / plan.run, plan.start
-    if not ((run / RUN).is_file() and (run / RESULT).is_file()):
-        return None
-    if problem_of(folder, plan.run, plan.settings, start.run if start else None):
-        return None
-    if start and problem_of(folder, start.run, start.settings, None):
-        return None
-    scores = _read_scores(run)
-    return scores and Run(run, cell, seeds, *scores)
+def write_comparison(comparison: Comparison, out: Path) -> str:
+    """Write tables and figure of a comparison of at least one run; return the table as Markdown.
 
-
-def _read_loose(folder: Path) -> Run | None:
-    if not (folder / RUN).is_file():
-        return None
-    settings = read_settings(folder)
-    if settings.get("task") != "ft" or not (scores := _read_scores(folder)):
-        return None
-    named = _ENDING.search(folder.name)
-    fallback = SCRATCH if settings.get("weights") is None else folder.name
-    cell = Cell(
-        target=_label(str(settings.get("data")), settings.get("per_class")),
-        model=str(settings.get("model")),
-        row=named["row"] if named else fallback,
-    )
-    return Run(folder, cell, (int(settings.get("seed", 0)), int(settings.get("subset_seed", 0))), *scores)
-
-
-def _read_scores(folder: Path) -> tuple[float, float] | None:
-    """Top-1 after the last epoch and the best one, as shares; None where the run has no such figure."""
-    path = folder / RESULT
-    try:
-        result = json.loads(read_bounded(path, MAX_JSON_BYTES))
-        last = result.get("top1")
-        best = result.get("best_top1", last)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise FractalError(f"{path}: damaged ({error}); remove it and run the fine-tuning again") from error
-    if last is None:
-        return None
-    for value in (last, best):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise FractalError(f"{path}: top-1 is no share from 0 to 1; remove it and run the fine-tuning again")
-    return float(last), float(best)
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    table = to_markdown(comparison)
+    csv_file, markdown_file, figure = (out / name for name in FILES)
+    write_bytes(csv_file, to_csv(comparison).encode())
+    write_bytes(markdown_file, table.encode())
+    draw_comparison(comparison, figure)
+    return table
 
 
 _COLUMNS = ("data", "model", "pretraining", "planned", "n", "top1", "top1_std", "best_top1", "best_top1_std")
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A line per planned cell; one without runs has n 0 and no figures. Accuracies in per cent."""
+    """Format one line per planned cell, in per cent; a cell without runs has n 0 and no values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    for _, _, cells in comparison.groups():
-        for cell in cells:
-            if cell in comparison.planned:
-                runs = comparison.of(cell)
-                figures = (*_figures([run.top1 for run in runs]), *_figures([run.best_top1 for run in runs]))
-                writer.writerow((*cell, comparison.planned[cell], len(runs), *figures))
+    for cell in (cell for _, _, cells in comparison.groups() for cell in cells if cell in comparison.planned):
+        runs = [run for run in comparison.runs if run.cell == cell]
+        values: list[str] = []
+        for shares in ([run.top1 for run in runs], [run.best_top1 for run in runs]) if runs else ():
+            score = Score.of(shares)
+            values += [f"{score.mean:.4f}", "" if score.std is None else f"{score.std:.4f}"]
+        writer.writerow((*cell, comparison.planned[cell], len(runs), *(values or [""] * 4)))
     return text.getvalue()
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Data and model down, pre-training sets across: mean and standard deviation of top-1 in %, and the number."""
-    lines = ["| data | model | " + " | ".join(map(_plain, comparison.rows)) + " |"]
+    """Format a table with data and model down, rows of the study across: mean ± standard deviation (runs) of top-1."""
+    lines = ["| data | model | " + " | ".join(map(_escape, comparison.rows)) + " |"]
     lines.append("|---|---|" + "---:|" * len(comparison.rows))
     for target, model, cells in comparison.groups():
-        shown = [
-            _shown([run.top1 for run in comparison.of(cell)], comparison.planned[cell])
-            if cell in comparison.planned
-            else "–"
-            for cell in cells
-        ]
-        lines.append(f"| {_plain(target)} | {_plain(model)} | " + " | ".join(shown) + " |")
+        shown = " | ".join(_format(comparison, cell) for cell in cells)
+        lines.append(f"| {_escape(target)} | {_escape(model)} | {shown} |")
     notes = "Top-1 in % after the last epoch: mean ± standard deviation (number of runs)."
     return "\n".join([*lines, "", notes, ""])
 
 
-def _figures(shares: Sequence[float]) -> tuple[str, str]:
-    if not shares:
-        return "", ""
-    score = Score.of(shares)
-    return f"{score.mean:.4f}", "" if score.std is None else f"{score.std:.4f}"
-
-
-def _shown(shares: Sequence[float], planned: int) -> str:
-    if not shares:
+def _format(comparison: Comparison, cell: Cell) -> str:
+    if cell not in comparison.planned:
+        return "–"
+    if not (shares := comparison.top1(cell)):
         return "missing"
-    score = Score.of(shares)
+    score, planned = Score.of(shares), comparison.planned[cell]
     number = f"{score.n}" if score.n >= planned else f"{score.n} of {planned}"
     return f"{score.mean:.1f}" + ("" if score.std is None else f" ± {score.std:.1f}") + f" ({number})"
 
 
-def _plain(name: str) -> str:
-    """A name that does not end the cell it stands in; loose runs name paths."""
-    return name.replace("|", r"\|")
+def _escape(name: str) -> str:
+    return name.replace("|", r"\|")  # rows of runs outside of studies are names of folders
+
+
+# The figure: lengths are in bars along the axis, else in inches.
+_BAR = 0.84
+_GAP = 1.1  # between groups
+_LEAST_GROUP = 3.4  # the name of the model stands below it
+_INCHES_PER_BAR = 0.52
+_WIDEST = 17.0  # panels that do not fit go below
+_PANEL_HEIGHT = 3.9
+_LEGEND_INCHES = 1.6  # per entry
+_CAPTION_INCHES = 8.0  # of the longest caption
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw a panel per target, a group of bars per model and a bar per row; a cell without runs is hatched.
+
+    Bars are means, error bars standard deviations, dots single runs.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with needs_extra("train", "the figure"):
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        from matplotlib.patches import Patch
+
+    panels: dict[str, dict[str, list[Cell]]] = {}
+    for target, model, cells in comparison.groups():
+        panels.setdefault(target, {})[model] = [cell for cell in cells if cell in comparison.planned]
+    widths = [sum(max(len(cells), _LEAST_GROUP) + _GAP for cells in groups.values()) for groups in panels.values()]
+    widest = max(widths) * _INCHES_PER_BAR
+    columns = max(1, min(len(panels), int(_WIDEST // widest)))
+    lines = -(-len(panels) // columns)
+    wide = max(columns * widest + 0.9, 6.0)
+    figure = Figure(
+        figsize=(wide, lines * _PANEL_HEIGHT + 0.9),
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
+        facecolor="white",
+    )
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    series = cycle(SERIES)
+    colors = {row: NEUTRAL if row == SCRATCH else next(series) for row in comparison.rows}
+    for panel, (target, groups), width in zip(axes, panels.items(), widths, strict=False):
+        _draw_panel(panel, comparison, target, groups, colors)
+        spare = (max(widths) - width) / 2  # bars are equally wide in all panels
+        panel.set_xlim(-_GAP / 2 - spare, width - _GAP / 2 + spare)
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    figure.suptitle(_caption(comparison, wide), color=MUTED, fontsize=9, x=0.01, ha="left")
+    handles = [Patch(color=color, label=plain(row)) for row, color in colors.items()]
+    legend_lines = -(-len(handles) // max(1, int(wide // _LEGEND_INCHES)))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=-(-len(handles) // legend_lines),
+        frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1, handleheight=1,
+    )  # fmt: skip
+    save(figure, path)
+
+
+def _caption(comparison: Comparison, width: float) -> str:
+    numbers = set(comparison.planned.values())
+    what = "Top-1 on held-out images after the last epoch."
+    if numbers == {1}:
+        return what
+    of = f"{max(numbers)} runs" if len(numbers) == 1 else "all runs"
+    end_of_line = "\n" if width < _CAPTION_INCHES else " "
+    return f"{what}{end_of_line}Bars: mean of {of}; whiskers: ± one standard deviation; dots: runs."
+
+
+def _draw_panel(
+    panel: "Axes", comparison: Comparison, target: str, groups: Mapping[str, Sequence[Cell]], colors: Mapping[str, str]
+) -> None:
+    style(panel, target, "top-1, %", weight="bold")
+    panel.grid(visible=False, axis="x")
+    middles, start = [], 0.0
+    for cells in groups.values():
+        room = max(len(cells), _LEAST_GROUP)
+        middles.append(start + room / 2)
+        for place, cell in enumerate(cells):
+            _draw_bar(panel, comparison, cell, start + (room - len(cells)) / 2 + place + 0.5, colors[cell.row])
+        start += room + _GAP
+    panel.set_xticks(middles, [plain(model) for model in groups], color=INK)
+    panel.set_ylim(0, 114)  # room for the number above a bar of 100 %
+    panel.set_yticks(range(0, 101, 20))
+
+
+def _draw_bar(panel: "Axes", comparison: Comparison, cell: Cell, x: float, color: str) -> None:
+    shares, planned = comparison.top1(cell), comparison.planned[cell]
+    if not shares:
+        panel.bar([x], [5], _BAR, fill=False, edgecolor=color, hatch="/////", linewidth=0.8)
+        panel.text(x, 7, "missing", rotation=90, ha="center", va="bottom", color=MUTED, fontsize=8)
+        return
+    score = Score.of(shares)
+    panel.bar([x], [score.mean], _BAR, color=color)
+    top = score.mean
+    if score.std is not None:
+        panel.errorbar([x], [score.mean], [score.std], color=INK, linewidth=1.1, capsize=3)
+        panel.scatter([x] * score.n, [100 * share for share in shares], 9, "white", edgecolors=INK, linewidths=0.6,
+                      zorder=3)  # fmt: skip
+        top = max(score.mean + score.std, 100 * max(shares))
+    number = f"\n{score.n} of {planned}" if score.n < planned else ""
+    panel.text(x, top + 2, f"{score.mean:.1f}{number}", ha="center", va="bottom", color=INK, fontsize=8, linespacing=1)

@@ -1,1 +1,0 @@
-"""Compares fine-tunings: mean and spread over seeds of the accuracy after the last epoch."""
