@@ -319,13 +319,17 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
         return
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None, text="")
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(label, text="")
 
-        def draw(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, text=" ".join(describe(done, total)))
+    def draw(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total, text=" ".join(describe(done, total)))
+        bar.start()  # with the first progress, for perhaps there is nothing to do
 
+    try:
         yield draw
+    finally:
+        bar.stop()
 
 
 @contextmanager

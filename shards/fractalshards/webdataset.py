@@ -1,43 +1,56 @@
-"""WebDataset folders of others: tars of images with ``cls`` labels, timm's ``_info.json``, and no sidecars.
+"""WebDataset folders written by other programs: tars of images with ``cls`` labels and timm's ``_info.json``.
 
-Where the samples lie is found by one scan of the headers of every tar, which is kept in the user's cache: nothing is
-written into a folder that is not ours.
+They have no sidecars: one scan of the headers of every tar finds the samples. The result is kept in the user's cache;
+nothing is written into the folder.
 """
 
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
-from fractalshards.manifest import INFO, check_plain
-from fractalshards.storage import atomic_file
-from fractalshards.workers import available_cores, worker_pool
+from fractalshards.manifest import INFO, Count, check_plain
+from fractalshards.storage import atomic_file, read_json
+from fractalshards.workers import OnProgress, available_cores, no_progress, worker_pool
 
-_VERSION = 1  # of what is kept in the cache
-_IMAGES = ("jpg", "jpeg", "png", "webp")  # of several, the first is taken
+_VERSION = 1  # of the cached files
+_IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is its image
 _LABEL = "cls"
 _MAX_LABEL_BYTES = 20
 _MAX_DIGITS = 9
-_ALONE = 4  # so many tars are scanned before worker processes would have started
+_ALONE = 4  # up to this many tars are scanned sooner than worker processes start
 
 Positions = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class ForeignInfo:
-    """What ``_info.json`` of a foreign folder says.
+class _Split(msgspec.Struct, frozen=True):
+    filenames: tuple[str, ...]
+    shard_lengths: tuple[Count, ...]
 
-    ``splits`` maps names to tars and how many samples each shall have; ``classes`` is None where it is not said.
+
+class _Info(msgspec.Struct, frozen=True):
+    splits: dict[str, _Split]
+    num_classes: Count | None = None
+
+
+@dataclass(frozen=True)
+class WebDatasetInfo:
+    """``_info.json`` of a folder.
+
+    Attributes:
+        splits: by name, the tars and how many samples each must have.
+        classes: their number, or None if the file does not say.
     """
 
     folder: Path
@@ -46,15 +59,15 @@ class ForeignInfo:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The samples of a tar; arrays of n, but for the text of all keys.
+class TarIndex:
+    """The samples of a tar, as arrays of n except for the keys.
 
     Attributes:
-        starts: byte at which the image begins, int64.
-        sizes: bytes of the image, int64.
+        starts: first byte of the image, int64.
+        sizes: size of the image in bytes, int64.
         labels: class indices, int64.
-        keys: the keys one after another, UTF-8, (bytes,) uint8.
-        key_ends: where each ends, int64.
+        keys: the concatenated keys in UTF-8, (bytes,) uint8.
+        key_ends: end of each key in ``keys``, int64.
     """
 
     starts: Positions
@@ -67,82 +80,83 @@ class Listing:
         return len(self.starts)
 
     def key(self, sample: int) -> str:
-        """The name that the members of a sample have in common, with its folders."""
+        """Return the common name of a sample's members, folders included."""
         start = int(self.key_ends[sample - 1]) if sample else 0
         return self.keys[start : int(self.key_ends[sample])].tobytes().decode()
 
 
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder has an ``_info.json`` that this project did not write.
+def is_webdataset(folder: Path) -> bool:
+    """Return whether a folder has an ``_info.json`` that another program wrote.
 
     Raises:
-        FractalError: if it is not a JSON object.
+        FractalError: if the file is not a JSON object.
     """
-    return (folder / INFO).is_file() and "format_version" not in Fields.read(folder / INFO)
+    path = folder / INFO
+    return path.is_file() and "format_version" not in read_json(path, dict[str, Any])
 
 
-def load_foreign(folder: Path) -> ForeignInfo:
+def load_webdataset(folder: Path) -> WebDatasetInfo:
     """Read and check ``_info.json`` as timm writes it.
 
     Raises:
         FractalError: if a field is missing or wrong, or a name could lead out of the folder.
     """
-    fields = Fields.read(folder / INFO)
-    splits = fields.inner("splits")
-    return ForeignInfo(
-        folder,
-        {name: _read_split(folder, splits.inner(name), name) for name in fields.mapping("splits")},
-        fields.count("num_classes") if "num_classes" in fields else None,
-    )
+    path = folder / INFO
+    info = read_json(path, _Info)
+    splits = {}
+    for name, split in info.splits.items():
+        if len(split.filenames) != len(split.shard_lengths):
+            raise FractalError(f"{path}: {name}: filenames and shard_lengths differ in length; fetch it again")
+        tars = (folder.joinpath(*(check_plain(part, str(path)) for part in tar.split("/"))) for tar in split.filenames)
+        splits[name] = tuple(zip(tars, split.shard_lengths, strict=True))
+    return WebDatasetInfo(folder, splits, info.num_classes)
 
 
-def list_shards(
-    shards: Iterable[tuple[Path, int]], showing: Callable[[int], AbstractContextManager[Callable[[int], object]]]
-) -> tuple[Listing, ...]:
-    """The listings of tars in order, from the cache or by scanning them in worker processes.
+def index_tars(tars: Iterable[tuple[Path, int]], on_progress: OnProgress = no_progress) -> tuple[TarIndex, ...]:
+    """Return the indices of tars in order, from the cache or by scanning the tars in worker processes.
 
     Args:
-        shards: paths, and how many samples each shall have.
-        showing: opened with the number of tars that must be scanned, if any; called with 1 for each that is done.
+        tars: paths, and how many samples each must have.
+        on_progress: called with (done, total) tars that need scanning.
 
     Raises:
-        FractalError: if a tar is missing, is no plain tar, lacks a label or an image, or has not so many samples.
+        FractalError: if a tar is missing, is not a plain tar, lacks a label or an image, or has another number of
+            samples.
     """
-    wanted = tuple(shards)
-    known = {path: listing for path, _ in wanted if (listing := _read_cache(path))}
-    if unknown := [path for path, _ in wanted if path not in known]:
-        with showing(len(unknown)) as advance:
-            for path, listing in _scan_all(unknown):
-                known[path] = listing
-                advance(1)
+    wanted = tuple(tars)
+    known = {path: index for path, _ in wanted if (index := _read_cache(path)) is not None}
+    unknown = [path for path, _ in wanted if path not in known]
+    for done, (path, index) in enumerate(_scan_all(unknown), 1):
+        known[path] = index
+        on_progress(done, len(unknown))
     for path, samples in wanted:
         if (found := len(known[path])) != samples:
             raise FractalError(f"{path}: holds {found} samples, but {INFO} says {samples}; fetch it again")
     return tuple(known[path] for path, _ in wanted)
 
 
-def listings_digest(listings: Iterable[Listing]) -> str:
-    """32 hexadecimal digits over keys, labels, places and sizes: what tells one foreign dataset from another."""
+def index_digest(indices: Iterable[TarIndex]) -> str:
+    """Return 32 hexadecimal digits over keys, labels, positions and sizes, which identify the dataset."""
     state = xxhash.xxh3_128()
-    for listing in listings:
-        for array in astuple(listing):
+    for index in indices:
+        for array in astuple(index):
             state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()
 
 
-def scan_tar(path: Path) -> Listing:
-    """Find the samples of a tar by its headers: ustar, GNU or pax; what is neither image nor ``cls`` is passed over.
+def index_tar(path: Path) -> TarIndex:
+    """Find the samples of a tar by its headers (ustar, GNU or pax); files other than images and ``cls`` are ignored.
 
-    The members of a sample are neighbours and have one name up to its first dot.
+    The members of a sample are neighbours and share their name up to its first dot.
 
     Raises:
-        FractalError: if it is no plain tar, ends early, or a sample lacks image or label.
+        FractalError: if it is not a plain tar, ends early, or a sample lacks image or label.
         OSError: if it cannot be read.
     """
     samples = [_sample(path, key, members) for key, members in _groups(path)]
     keys = [key.encode(errors="replace") for key, *_ in samples]
     table = np.array([numbers for _, *numbers in samples], np.int64).reshape(-1, 3)
-    return Listing(
+    return TarIndex(
         starts=table[:, 0].copy(),
         sizes=table[:, 1].copy(),
         labels=table[:, 2].copy(),
@@ -151,20 +165,7 @@ def scan_tar(path: Path) -> Listing:
     )
 
 
-def _read_split(folder: Path, fields: Fields, name: str) -> tuple[tuple[Path, int], ...]:
-    where = f"{folder / INFO}: {name}"
-    names, lengths = fields.texts("filenames"), fields.counts("shard_lengths")
-    if len(names) != len(lengths):
-        raise FractalError(f"{where}: {len(names)} filenames, but {len(lengths)} shard_lengths; fetch it again")
-    return tuple((_inside(folder, name, where), length) for name, length in zip(names, lengths, strict=True))
-
-
-def _inside(folder: Path, name: str, where: str) -> Path:
-    return folder.joinpath(*(check_plain(part, where) for part in name.split("/")))
-
-
-def _scan_all(paths: list[Path]) -> Iterator[tuple[Path, Listing]]:
-    """Listings as they come."""
+def _scan_all(paths: list[Path]) -> Iterator[tuple[Path, TarIndex]]:
     if len(paths) <= _ALONE:
         yield from map(_scan_and_keep, paths)
         return
@@ -173,32 +174,32 @@ def _scan_all(paths: list[Path]) -> Iterator[tuple[Path, Listing]]:
             yield future.result()
 
 
-def _scan_and_keep(path: Path) -> tuple[Path, Listing]:
-    listing = scan_tar(path)
-    with suppress(OSError):  # without a cache it is scanned again the next time
+def _scan_and_keep(path: Path) -> tuple[Path, TarIndex]:
+    index = index_tar(path)
+    with suppress(OSError):  # without a cache, it is scanned again the next time
         kept = _cache_path(path)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(kept) as file:
-            np.savez(file, *astuple(listing))
-    return path, listing
+            np.savez(file, *astuple(index))
+    return path, index
 
 
-def _read_cache(path: Path) -> Listing | None:
-    """What was found in a tar of the same path, size and time of change."""
+def _read_cache(path: Path) -> TarIndex | None:
+    """The index of a tar of the same path, size and modification time, if there is a sound one."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(_cache_path(path), allow_pickle=False) as arrays:
-            listing = Listing(*(arrays[f"arr_{number}"] for number in range(5)))
-        if _is_sound(listing):
-            return listing
+            index = TarIndex(*(arrays[f"arr_{number}"] for number in range(5)))
+        if _is_sound(index):
+            return index
     return None
 
 
-def _is_sound(listing: Listing) -> bool:
-    columns = (listing.starts, listing.sizes, listing.labels, listing.key_ends)
+def _is_sound(index: TarIndex) -> bool:
+    columns = (index.starts, index.sizes, index.labels, index.key_ends)
     return (
-        all(column.dtype == np.int64 and column.shape == listing.starts.shape for column in columns)
-        and listing.keys.dtype == np.uint8
-        and len(listing.keys) == (listing.key_ends[-1] if len(listing) else 0)
+        all(column.dtype == np.int64 and column.shape == index.starts.shape for column in columns)
+        and index.keys.dtype == np.uint8
+        and len(index.keys) == (index.key_ends[-1] if len(index) else 0)
     )
 
 
@@ -211,7 +212,7 @@ def _cache_path(path: Path) -> Path:
 
 
 def _groups(path: Path) -> Iterator[tuple[str, dict[str, bytes | tuple[int, int]]]]:
-    """The samples of a tar: key, and by extension where an image lies, or the bytes of a label."""
+    """The samples of a tar: key, and by extension the start and size of an image, or the bytes of a label."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         last, members = "", dict[str, bytes | tuple[int, int]]()
@@ -226,7 +227,7 @@ def _groups(path: Path) -> Iterator[tuple[str, dict[str, bytes | tuple[int, int]
             if not stem or extension not in (*_IMAGES, _LABEL):
                 continue
             if extension in members:
-                raise FractalError(f"{path}: {key}.{extension} stands twice in one sample; fetch the file again")
+                raise FractalError(f"{path}: {key}.{extension} occurs twice in one sample; fetch the file again")
             if member.offset_data + member.size > size:
                 raise FractalError(f"{path}: {member.name} is cut off; fetch the file again")
             if extension == _LABEL:

@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fractalshards.console import old_progress as progress
-from fractalshards.console import unseen
+from fractalshards.console import progress
 from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.remote.cache import ShardCache
 from fractalshards.sample import classes_of
-from fractalshards.webdataset import ForeignInfo, Listing, is_foreign, list_shards, listings_digest, load_foreign
+from fractalshards.webdataset import TarIndex, WebDatasetInfo, index_digest, index_tars, is_webdataset, load_webdataset
+from fractalshards.workers import no_progress
 from fractaltrain.data.source import BadSampleError, Example, LabelledSource
 from fractaltrain.distributed import World
 from fractaltrain.stream.order import Indices
@@ -69,7 +69,7 @@ class ShardSource:
             FractalError: if a tar is damaged, or holds other labels than its sidecar says.
         """
         shards = self._manifest.splits[self._split]
-        listings = list_shards([(self._manifest.folder / shard.name, shard.samples) for shard in shards], unseen)
+        listings = index_tars((self._manifest.folder / shard.name, shard.samples) for shard in shards)
         labels = np.concatenate([listing.labels for listing in listings])
         highest = int(labels.max(initial=0))
         if highest >= self._classes or np.any(np.bincount(labels, minlength=self._classes) != self.label_counts):
@@ -163,7 +163,7 @@ class OpenFiles:
 class ForeignSource:
     """One split; memory grows by 32 bytes and a key per sample."""
 
-    def __init__(self, paths: Sequence[Path], listings: Sequence[Listing], classes: int) -> None:
+    def __init__(self, paths: Sequence[Path], listings: Sequence[TarIndex], classes: int) -> None:
         self._paths = paths
         self._listings = listings
         self._classes = classes
@@ -247,8 +247,8 @@ def open_dataset(folder: Path, world: World) -> Dataset:
     Raises:
         FractalError: if the dataset is missing, damaged or of another kind than can be trained on.
     """
-    if is_foreign(folder):
-        info = load_foreign(folder)
+    if is_webdataset(folder):
+        info = load_webdataset(folder)
         with world.main_first():
             return _open_foreign(info, world)
     manifest = load_manifest(folder)
@@ -281,13 +281,14 @@ def _ours(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Da
     )
 
 
-def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
+def _open_foreign(info: WebDatasetInfo, world: World) -> Dataset:
     names = [name for name in (TRAINING, *HELD_OUT) if name in info.splits][:2]
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
     shards = [shard for name in names for shard in info.splits[name]]
-    listings = list_shards(shards, _show if world.main else unseen)
+    with progress("finding samples, once", "tars") if world.main else nullcontext(no_progress) as on_progress:
+        listings = index_tars(shards, on_progress)
     classes = _count_classes(info, listings)
     sources, first = [], 0
     for name in names:
@@ -295,14 +296,10 @@ def _open_foreign(info: ForeignInfo, world: World) -> Dataset:
         sources.append(ForeignSource(paths, listings[first : first + len(paths)], classes))
         first += len(paths)
     held_out = sources[1] if len(sources) > 1 else None
-    return Dataset(sources[0], held_out, classes, None, listings_digest(listings))
+    return Dataset(sources[0], held_out, classes, None, index_digest(listings))
 
 
-def _show(tars: int) -> AbstractContextManager[Callable[[int], object]]:
-    return progress("finding samples, once", tars, "tars")
-
-
-def _count_classes(info: ForeignInfo, listings: tuple[Listing, ...]) -> int:
+def _count_classes(info: WebDatasetInfo, listings: tuple[TarIndex, ...]) -> int:
     """As ``_info.json`` says, else one more than the highest label."""
     highest = max((int(listing.labels.max()) for listing in listings if len(listing)), default=-1)
     classes = highest + 1 if info.classes is None else info.classes

@@ -1,21 +1,19 @@
-"""WebDataset folders of others: what real tars hold, and what hostile ones try."""
+"""WebDataset folders written by other programs, real and hostile."""
 
 import gzip
 import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
-from fractalshards import webdataset as foreign
+from fractalshards import webdataset as webdataset_module
 from fractalshards.errors import FractalError
-from fractalshards.webdataset import Listing, is_foreign, list_shards, listings_digest, load_foreign, scan_tar
+from fractalshards.webdataset import TarIndex, index_digest, index_tar, index_tars, is_webdataset, load_webdataset
 
 Files = dict[str, bytes]
 
@@ -46,35 +44,31 @@ def samples(count: int, folder: str = "") -> Files:
     return files
 
 
-def found(path: Path, listing: Listing) -> list[tuple[str, bytes, int]]:
+def found(path: Path, index: TarIndex) -> list[tuple[str, bytes, int]]:
     data = path.read_bytes()
-    places = zip(listing.starts.tolist(), listing.sizes.tolist(), listing.labels.tolist(), strict=True)
+    places = zip(index.starts.tolist(), index.sizes.tolist(), index.labels.tolist(), strict=True)
     return [
-        (listing.key(number), data[start : start + size], label) for number, (start, size, label) in enumerate(places)
+        (index.key(number), data[start : start + size], label) for number, (start, size, label) in enumerate(places)
     ]
-
-
-def quiet(tars: int) -> nullcontext[Callable[[int], object]]:
-    return nullcontext(lambda count: None)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("folder", ["", "./", "imagenet/train/", "x" * 90 + "/" + "y" * 90 + "/"])
-def test_real_headers_and_folders_in_names(tmp_path, form, folder):
+def test_index_of_real_headers(tmp_path, form, folder):
     """Fractional times make pax headers, names over 100 bytes GNU's or pax headers or ustar's prefix."""
     times = {"mtime": 1234.5} if form == tarfile.PAX_FORMAT else {}
     path = write_tar(tmp_path / "a.tar", samples(5, folder), form, uname="somebody", mode=0o600, **times)
     prefix = folder.removeprefix("./")
-    assert found(path, scan_tar(path)) == [(f"{prefix}n{n:03d}", b"image %d" % n, n % 7) for n in range(5)]
+    assert found(path, index_tar(path)) == [(f"{prefix}n{n:03d}", b"image %d" % n, n % 7) for n in range(5)]
 
 
-def test_it_is_what_webdataset_reads(tmp_path):
+def test_index_is_what_webdataset_reads(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(9, "some.folder/x/"))
     read = webdataset.WebDataset([str(path)], shardshuffle=False)
-    assert found(path, scan_tar(path)) == [(s["__key__"], s["jpg"], int(s["cls"])) for s in read]
+    assert found(path, index_tar(path)) == [(s["__key__"], s["jpg"], int(s["cls"])) for s in read]
 
 
-def test_what_is_neither_image_nor_label_is_passed_over(tmp_path):
+def test_index_ignores_other_files(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         folder = tarfile.TarInfo("data")
@@ -91,11 +85,11 @@ def test_what_is_neither_image_nor_label_is_passed_over(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    assert found(path, scan_tar(path)) == [("a", b"A", 3), ("c", b"C", 0)]
+    assert found(path, index_tar(path)) == [("a", b"A", 3), ("c", b"C", 0)]
 
 
-def test_an_empty_tar_has_no_samples(tmp_path):
-    assert len(scan_tar(write_tar(tmp_path / "a.tar", {}))) == 0
+def test_index_of_an_empty_tar(tmp_path):
+    assert len(index_tar(write_tar(tmp_path / "a.tar", {}))) == 0
 
 
 @pytest.mark.parametrize(
@@ -107,32 +101,32 @@ def test_an_empty_tar_has_no_samples(tmp_path):
         ({"a.jpg": b"A", "a.cls": b"-1"}, r"label b'-1' is not"),
         ({"a.jpg": b"A", "a.cls": b"1" * 5000}, r"label b'1{20}' is not"),
         ({"a.jpg": b"A", "a.cls": "٣".encode()}, r"is not a class index"),
-        ({"a.jpg": b"A", "a.JPG": b"A", "a.cls": b"1"}, r"a\.jpg stands twice"),
+        ({"a.jpg": b"A", "a.JPG": b"A", "a.cls": b"1"}, r"a\.jpg occurs twice"),
     ],
 )
-def test_samples_that_cannot_be_used_are_named(tmp_path, files, message):
+def test_index_names_unusable_samples(tmp_path, files, message):
     with pytest.raises(FractalError, match=message) as error:
-        scan_tar(write_tar(tmp_path / "a.tar", files))
+        index_tar(write_tar(tmp_path / "a.tar", files))
     assert "\n" not in str(error.value)
 
 
-def test_a_tar_that_is_none(tmp_path):
+def test_index_of_a_compressed_tar(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, samples(3))
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(FractalError, match=r"a\.tar: not a plain tar .*decompress it"):
-        scan_tar(path)
+        index_tar(path)
 
 
 @pytest.mark.parametrize("length", range(100, 5 * 1536, 333))
-def test_a_tar_that_was_cut_never_has_all_its_samples(tmp_path, length):
+def test_index_of_a_truncated_tar(tmp_path, length):
     path = write_tar(tmp_path / "a.tar", samples(5))
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(FractalError, match=r"a\.tar: .*(cut off|holds \d samples|not a plain tar|has no|not a class)"):
-        list_shards([(path, 5)], quiet)
+        index_tars([(path, 5)])
 
 
-def test_random_damage_is_an_error_or_stays_in_bounds(tmp_path):
+def test_index_of_random_damage_stays_in_bounds(tmp_path):
     clean = write_tar(tmp_path / "clean.tar", samples(4), tarfile.PAX_FORMAT, mtime=1.5).read_bytes()
     generator = np.random.default_rng(0)
     path = tmp_path / "a.tar"
@@ -142,15 +136,15 @@ def test_random_damage_is_an_error_or_stays_in_bounds(tmp_path):
             data[place] = generator.integers(0, 256)
         path.write_bytes(data)
         try:
-            listing = scan_tar(path)
+            index = index_tar(path)
         except FractalError:
             continue
-        assert (listing.starts + listing.sizes <= len(data)).all()
-        assert (listing.labels >= 0).all()
+        assert (index.starts + index.sizes <= len(data)).all()
+        assert (index.labels >= 0).all()
 
 
 def folder_of(tmp_path: Path, counts: dict[str, list[int]], **more: object) -> Path:
-    folder = tmp_path / "foreign"
+    folder = tmp_path / "theirs"
     folder.mkdir()
     splits = {}
     for split, lengths in counts.items():
@@ -162,75 +156,70 @@ def folder_of(tmp_path: Path, counts: dict[str, list[int]], **more: object) -> P
     return folder
 
 
-def test_the_folder_is_read_as_timm_writes_it(tmp_path):
+def test_load_webdataset(tmp_path):
     folder = folder_of(tmp_path, {"train": [3, 2], "validation": [4]}, num_classes=9)
-    info = load_foreign(folder)
-    assert is_foreign(folder)
+    info = load_webdataset(folder)
+    assert is_webdataset(folder)
     assert info.classes == 9
     assert info.splits["train"] == ((folder / "train-0000.tar", 3), (folder / "train-0001.tar", 2))
-    assert [len(listing) for listing in list_shards(info.splits["train"], quiet)] == [3, 2]
+    assert [len(index) for index in index_tars(info.splits["train"])] == [3, 2]
 
 
 @pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a//x.tar", "pipe:rm -rf x.tar", "a/../../x.tar", ""])
-def test_names_that_lead_out_of_the_folder(tmp_path, name):
+def test_load_webdataset_rejects_names_that_lead_out(tmp_path, name):
     folder = folder_of(tmp_path, {"train": [1]})
     info = json.loads((folder / "_info.json").read_text())
     info["splits"]["train"]["filenames"] = [name]
     (folder / "_info.json").write_text(json.dumps(info))
     with pytest.raises(FractalError, match="not a plain file name; do not use this dataset"):
-        load_foreign(folder)
+        load_webdataset(folder)
 
 
-def test_scans_are_kept_in_the_cache_and_not_in_the_folder(tmp_path, cache, monkeypatch):
+def test_cache_is_outside_of_the_folder(tmp_path, cache, monkeypatch):
     folder = folder_of(tmp_path, {"train": [3, 2, 4, 1, 2, 5]})  # so many that worker processes scan them
     before = sorted(os.listdir(folder))
     shown = []
-
-    def showing(tars: int) -> nullcontext[Callable[[int], object]]:
-        shown.append(tars)
-        return nullcontext(shown.append)
-
-    shards = load_foreign(folder).splits["train"]
-    first = list_shards(shards, showing)
-    assert shown == [6, 1, 1, 1, 1, 1, 1]
-    monkeypatch.setattr(foreign, "scan_tar", lambda path: pytest.fail("scanned again"))
-    again = list_shards(shards, lambda tars: pytest.fail("nothing to show"))
-    assert listings_digest(again) == listings_digest(first)
+    shards = load_webdataset(folder).splits["train"]
+    first = index_tars(shards, lambda *counts: shown.append(counts))
+    assert shown == [(done, 6) for done in range(1, 7)]
+    monkeypatch.setattr(webdataset_module, "index_tar", lambda path: pytest.fail("scanned again"))
+    again = index_tars(shards, lambda done, total: pytest.fail("nothing to do"))
+    assert index_digest(again) == index_digest(first)
     assert [again[0].key(number) for number in range(3)] == ["n000", "n001", "n002"]
     assert sorted(os.listdir(folder)) == before
 
 
-def test_a_changed_tar_is_scanned_again(tmp_path):
+def test_cache_of_a_changed_tar(tmp_path):
     folder = folder_of(tmp_path, {"train": [3]})
-    shards = load_foreign(folder).splits["train"]
-    old = list_shards(shards, quiet)
+    shards = load_webdataset(folder).splits["train"]
+    old = index_tars(shards)
     write_tar(folder / "train-0000.tar", {name: data + b"0" for name, data in samples(3).items()})
-    assert listings_digest(list_shards(shards, quiet)) != listings_digest(old)
+    assert index_digest(index_tars(shards)) != index_digest(old)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK garbage", b"\x93NUMPY"])
-def test_a_damaged_or_forbidden_cache_does_no_harm(tmp_path, cache, damage):
+def test_cache_damaged_or_not_writable(tmp_path, cache, damage):
     folder = folder_of(tmp_path, {"train": [3]})
-    shards = load_foreign(folder).splits["train"]
-    old = list_shards(shards, quiet)
+    shards = load_webdataset(folder).splits["train"]
+    old = index_tars(shards)
     (kept,) = cache.rglob("*.npz")
     kept.write_bytes(damage)
-    assert listings_digest(list_shards(shards, quiet)) == listings_digest(old)
+    assert index_digest(index_tars(shards)) == index_digest(old)
     kept.unlink()
     kept.parent.rmdir()
     kept.parent.write_text("a file where the folder should be")
-    assert listings_digest(list_shards(shards, quiet)) == listings_digest(old)
+    assert index_digest(index_tars(shards)) == index_digest(old)
 
 
-def test_a_missing_tar_is_named(tmp_path):
+def test_index_names_a_missing_tar(tmp_path):
     folder = folder_of(tmp_path, {"train": [3]})
-    shards = load_foreign(folder).splits["train"]
+    shards = load_webdataset(folder).splits["train"]
     (folder / "train-0000.tar").unlink()
     with pytest.raises((FractalError, OSError), match=r"train-0000\.tar"):
-        list_shards(shards, quiet)
+        index_tars(shards)
 
 
-def test_a_tar_with_other_samples_than_it_shall_have(tmp_path):
+def test_index_checks_the_number_of_samples(tmp_path):
     folder = folder_of(tmp_path, {"train": [3]})
     with pytest.raises(FractalError, match=r"train-0000\.tar: holds 3 samples, but _info\.json says 4; fetch it again"):
-        list_shards([(folder / "train-0000.tar", 4)], quiet)
+        index_tars([(folder / "train-0000.tar", 4)])
