@@ -95,13 +95,13 @@ def _dataset(folder: Path | None, images: int) -> Iterator[Manifest]:
         return
     # not above, for the workers of verify import this file, and shall not import numba with it
     from fractalgen import make_recipe
-    from fractalgen.build import plan_build, run_build
+    from fractalgen.build import open_folder, plan_build, run_build
 
     recipe = make_recipe("single", images, classes=min(images, 100))
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / recipe.kind
-        with worker_pool(cores := available_cores()) as pool:
-            run_build(plan_build(target, recipe, cores), pool)
+        with worker_pool(available_cores()) as pool:
+            run_build(plan_build(open_folder(target, recipe)), pool)
         yield load_manifest(target)
 
 

@@ -1,4 +1,4 @@
-"""How large a dataset will be and how long it takes: measured on a few of its own samples before any is written."""
+"""Builds a dataset: reads its folder once, plans, renders the missing shards, and writes the manifest."""
 
 import errno
 import os
@@ -6,30 +6,26 @@ import shutil
 import socket
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from fractalgen.kernels.deflate import encode_image
 from fractalgen.kinds import find_kind
 from fractalgen.kinds.kind import MAX_MAPS
 from fractalgen.plan import locate, shard_tasks
-from fractalgen.recipe import RECIPE_VERSION, Recipe, parse_recipe
+from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import draw_systems, render_range, render_unit
-from fractalshards.console import notice
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
-from fractalshards.human import human_bytes, human_seconds
+from fractalshards.human import human_bytes
 from fractalshards.manifest import (
-    INFO,
     RECIPE,
     SYSTEMS,
+    ShardRecord,
     claim_folder,
-    recipe_problems,
     refuse_other,
     sample_key,
     stored_recipe,
@@ -56,275 +52,252 @@ _MARGIN = 1.05
 
 
 @dataclass(frozen=True)
+class BuildFolder:
+    """The folder of a dataset as a command found it.
+
+    Attributes:
+        path: where it is; it may not exist yet.
+        recipe: what the dataset is, with the digest of its systems.
+        systems: one float64 array per class.
+        contents: what the manifest will say, apart from the shards.
+        tasks: all shards of the dataset.
+        finished: the records of the shards that are finished, by name.
+    """
+
+    path: Path
+    recipe: Recipe
+    systems: Systems
+    contents: Contents
+    tasks: tuple[ShardTask, ...]
+    finished: Mapping[str, ShardRecord]
+
+    @classmethod
+    def read(cls, path: Path, recipe: Recipe, systems: Systems) -> "BuildFolder":
+        """Find the finished shards of a recipe that holds the digest of these systems.
+
+        Raises:
+            FractalError: if the recipe's kind cannot render the systems, which may come from elsewhere.
+        """
+        kind = find_kind(recipe.kind)
+        fitting = all(system.shape[1:] == kind.map_shape and 1 <= len(system) <= MAX_MAPS for system in systems)
+        if len(systems) != recipe.classes or not fitting:
+            raise FractalError(
+                f"{path}: kind {recipe.kind} renders {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape "
+                f"{kind.map_shape}, which these are not; check {SYSTEMS}, or the file that they come from"
+            )
+        contents = Contents(recipe.to_json(), kind.label_type, recipe.classes)
+        tasks = shard_tasks(recipe)
+        return cls(path, recipe, systems, contents, tasks, finished_shards(path, tasks, contents))
+
+
+def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> BuildFolder:
+    """Read a folder in which a recipe is to be built, without writing anything.
+
+    Args:
+        path: a folder of this dataset, an empty folder, or one that does not exist yet.
+        recipe: what to build; the digest of its systems is filled in.
+        given: the systems to render. By default those that the folder stores, or newly drawn ones.
+
+    Raises:
+        FractalError: if the folder holds another recipe, damaged systems, or something that is not a dataset.
+        OSError: if it cannot be read.
+    """
+    stored = stored_recipe(path)
+    if stored is None:
+        systems = draw_systems(recipe) if given is None else given
+        return BuildFolder.read(path, recipe.with_systems(systems), systems)
+    if given is None:
+        recipe = replace(recipe, systems_digest=str(stored.get("systems_digest")))
+    else:
+        recipe = recipe.with_systems(given)
+    refuse_other(path, stored, recipe.to_json())
+    if (path / SYSTEMS).exists():
+        systems = read_systems(path / SYSTEMS)
+    else:
+        systems = draw_systems(recipe) if given is None else given
+    if systems_digest(systems) != recipe.systems_digest:
+        raise FractalError(
+            f"{path / SYSTEMS}: missing, or not the systems that {RECIPE} names; restore it, give --categories or "
+            "--from-csv as in the first build, or use a new folder"
+        )
+    return BuildFolder.read(path, recipe, systems)
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """Expected cost of ``samples`` samples: bytes on disk, and seconds with the workers that were named."""
+    """The expected cost of ``samples`` samples: bytes on disk, and seconds of one core."""
 
     samples: int
     bytes: float
     seconds: float
 
-    def __str__(self) -> str:
-        return f"about {human_bytes(self.bytes)}, about {human_seconds(self.seconds)}"
 
+def forecast(recipe: Recipe, systems: Systems, samples: int) -> Forecast:
+    """Render and store a few units spread over the dataset in memory, and extrapolate to ``samples`` samples.
 
-def forecast(recipe: Recipe, systems: Systems, samples: int, workers: int) -> Forecast:
-    """Measure a few units, spread over the dataset, and extrapolate to ``samples`` samples.
-
-    The median of their times counts, for some may pay for compilation, once after an install.
+    The time is the median per image, because the first ones may include compilation, once after an install.
     """
-    total = recipe.n + recipe.val
-    with notice("getting ready; the first run after an install compiles ..."):
-        _stored_bytes(recipe, systems, 0)
+
+    def probe(index: int) -> tuple[list[int], float]:
+        """Stored bytes of each image of a sample's unit, and seconds per image."""
+        start = time.perf_counter()
+        images = render_unit(recipe, systems, locate(recipe, index).unit)
+        for image, _ in images:
+            pixels_of(image)  # a build hashes them
+        stored = [len(pack_rendered(sample_key(index), rendered, encode_image)) for rendered in images]
+        return stored, (time.perf_counter() - start) / len(stored)
+
+    probe(0)
     sizes: list[int] = []
     seconds: list[float] = []
-    while len(seconds) < min(_PROBES, total) and sum(seconds) < _PROBE_SECONDS:
-        start = time.perf_counter()
-        unit = _stored_bytes(recipe, systems, len(seconds) * total // min(_PROBES, total))
-        seconds.append((time.perf_counter() - start) / len(unit))
-        sizes += unit
-    return Forecast(samples, samples * statistics.mean(sizes), samples * statistics.median(seconds) / workers)
+    total = recipe.n + recipe.val
+    probes = min(_PROBES, total)
+    while len(seconds) < probes and sum(seconds) < _PROBE_SECONDS:
+        stored, per_image = probe(len(seconds) * total // probes)
+        sizes += stored
+        seconds.append(per_image)
+    return Forecast(samples, samples * statistics.mean(sizes), samples * statistics.median(seconds))
 
 
-def check_space(folder: Path, expected: Forecast) -> None:
+def check_space(folder: Path, expected: float) -> None:
     """Refuse a build that the disk cannot hold.
 
     Raises:
-        OSError: if nothing can be written there at all.
-        FractalError: if the expected bytes, with 5 % to spare, exceed what is free where the folder is or will be.
+        OSError: if the folder cannot be written at all.
+        FractalError: if the expected bytes, plus 5 %, exceed the free space where the folder is or will be.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK, effective_ids=True):
         number = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), str(existing))
     total, _, free = shutil.disk_usage(existing)
-    if total and expected.bytes * _MARGIN > free:
+    if total and expected * _MARGIN > free:
         raise FractalError(
-            f"{folder}: needs about {human_bytes(expected.bytes)}, the disk has {human_bytes(free)} free; "
+            f"{folder}: needs about {human_bytes(expected)}, the disk has {human_bytes(free)} free; "
             "free some space, choose another --out, or ask for fewer or smaller images"
         )
-
-
-def _stored_bytes(recipe: Recipe, systems: Systems, index: int) -> list[int]:
-    """Bytes that each sample of a sample's unit takes in its shard, all work done that a build does on them."""
-    images = render_unit(recipe, systems, locate(recipe, index).unit)
-    for image, _ in images:
-        pixels_of(image)
-    return [len(pack_rendered(sample_key(index), rendered, encode_image)) for rendered in images]
-
-
-def settle(folder: Path, recipe: Recipe, given: Systems | None = None) -> tuple[Recipe, Systems]:
-    """The recipe bound to its systems: those given, those the folder stores, or newly drawn ones. Writes nothing.
-
-    Raises:
-        FractalError: if the folder holds another recipe, damaged systems, or something that is no dataset.
-        OSError: if it cannot be read.
-    """
-    if given is not None:
-        _check_systems(recipe, given, "the systems that were given")
-    if (found := stored_recipe(folder)) is not None:
-        return _settled(folder, found, recipe, given)
-    systems = draw_systems(recipe) if given is None else given
-    return recipe.with_systems(systems), systems
-
-
-def claim(folder: Path, recipe: Recipe, systems: Systems) -> None:
-    """Write the recipe and then its systems into a new folder; one that has them is left as it is.
-
-    Of two builds that begin at once in one folder, one publishes its recipe; the other finds it there.
-
-    Raises:
-        FractalError: if the folder holds another recipe by now.
-        OSError: if it cannot be written.
-    """
-    claim_folder(folder, recipe.to_json())
-    _settled(folder, recipe.to_json(), recipe, systems)
-    if not (folder / SYSTEMS).exists():
-        write_systems(folder / SYSTEMS, systems)
-
-
-def restore(folder: Path) -> tuple[Recipe, Systems]:
-    """Recipe and systems of a folder in which either file may be damaged or missing; such a file is written again.
-
-    The recipe is in the manifest too, and systems that were not given to the build can be drawn again.
-
-    Raises:
-        FractalError: if neither file has a sound recipe of this software's version, or the systems cannot be had.
-        OSError: if a file cannot be read or written.
-    """
-    recipe = _sound_recipe(folder)
-    systems = _sound_systems(folder / SYSTEMS, recipe)
-    _check_systems(recipe, systems, str(folder / SYSTEMS))
-    claim(folder, recipe, systems)
-    return recipe, systems
-
-
-def _sound_recipe(folder: Path) -> Recipe:
-    if not any((folder / name).exists() for name in (RECIPE, INFO)):
-        raise FractalError(f"{folder}: neither {RECIPE} nor {INFO} is there, so nothing says what to build")
-    try:
-        return _read_recipe(folder / RECIPE)
-    except (FractalError, FileNotFoundError):
-        recipe = _read_recipe(folder / INFO)
-        (folder / RECIPE).unlink(missing_ok=True)
-        return recipe
-
-
-def _read_recipe(path: Path) -> Recipe:
-    fields = Fields.read(path)
-    recipe = parse_recipe(fields.mapping("recipe"), str(path))
-    for problem in recipe_problems(recipe.to_json(), fields.text("recipe_digest")):
-        raise FractalError(f"{path}: {problem}; fetch it again")
-    return recipe
-
-
-def _sound_systems(path: Path, recipe: Recipe) -> Systems:
-    with suppress(FractalError, FileNotFoundError):
-        stored = read_systems(path)
-        if systems_digest(stored) == recipe.systems_digest:
-            return stored
-    drawn = draw_systems(recipe)
-    if systems_digest(drawn) != recipe.systems_digest:
-        raise FractalError(f"{path}: damaged or missing, and not what this software draws; fetch it again")
-    path.unlink(missing_ok=True)
-    return drawn
-
-
-def _check_systems(recipe: Recipe, systems: Systems, where: str) -> None:
-    """Refuse systems that the recipe's kind cannot render: they may come from elsewhere."""
-    shape = find_kind(recipe.kind).map_shape
-    fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
-    if len(systems) != recipe.classes or not fitting:
-        raise FractalError(
-            f"{where}: not {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape {shape}, as kind {recipe.kind} "
-            "renders them; check the file"
-        )
-
-
-def _settled(folder: Path, found: dict[str, Any], recipe: Recipe, given: Systems | None) -> tuple[Recipe, Systems]:
-    bound = recipe.with_systems(given) if given else replace(recipe, systems_digest=str(found.get("systems_digest")))
-    refuse_other(folder, found, bound.to_json())
-    stored = folder / SYSTEMS
-    systems = read_systems(stored) if stored.exists() else given or draw_systems(recipe)
-    _check_systems(bound, systems, str(stored))
-    if systems_digest(systems) != bound.systems_digest:
-        raise FractalError(
-            f"{stored}: not the systems that {RECIPE} names, or missing; restore it, give --categories or --from-csv "
-            "as in the first build, or use a new folder"
-        )
-    return bound, systems
 
 
 @dataclass(frozen=True)
 class Plan:
     """A build that is ready to run.
 
-    ``tasks`` are all shards of the dataset, ``own`` those of this build, and ``missing`` those of them to render now;
-    ``cost`` is what that will take, None for nothing.
+    Attributes:
+        folder: where.
+        own: the shards that this build is responsible for: all, or those of its slice.
+        missing: those of them that are not finished.
+        cost: the expected cost of rendering them; None if none is missing.
     """
 
-    folder: Path
-    recipe: Recipe
-    systems: Systems
-    tasks: tuple[ShardTask, ...]
+    folder: BuildFolder
     own: tuple[ShardTask, ...]
     missing: tuple[ShardTask, ...]
     cost: Forecast | None
 
 
-def plan_build(
-    folder: Path, recipe: Recipe, workers: int, systems: Systems | None = None, part: Slice | None = None
-) -> Plan:
-    """Look at the folder and find out what is to be done; leftovers of killed builds are removed, nothing is written.
+def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
+    """Decide which shards to render, and check that the disk can hold them; removes leftovers of killed builds.
 
     Args:
-        systems: to render instead of those that the recipe's kind draws.
-        part: the shards to render, if not all.
+        folder: see ``open_folder``.
+        part: the slice of the shards to render. By default all.
 
     Raises:
-        FractalError: if the folder holds something else, or the disk cannot hold the dataset.
-        OSError: if the folder cannot be read.
+        FractalError: if the disk cannot hold the dataset.
+        OSError: if the folder cannot be written.
     """
-    bound, systems = settle(folder, recipe, systems)
-    if folder.exists():
-        remove_leftovers(folder)
-    tasks = shard_tasks(bound)
-    finished = finished_shards(folder, tasks, contents_of(bound))
-    own = part.of(tasks) if part else tasks
-    missing = tuple(task for task in own if task.name not in finished)
-    left = sum(task.stop - task.first for task in missing)
-    cost = forecast(bound, systems, left, min(workers, len(missing))) if left else None
+    if folder.path.exists():
+        remove_leftovers(folder.path)
+    own = part.of(folder.tasks) if part else folder.tasks
+    missing = tuple(task for task in own if task.name not in folder.finished)
+    samples = sum(task.stop - task.first for task in missing)
+    cost = forecast(folder.recipe, folder.systems, samples) if missing else None
     if cost is not None:
-        check_space(folder, cost)
-    return Plan(folder, bound, systems, tasks, own, missing, cost)
+        check_space(folder.path, cost.bytes)
+    return Plan(folder, own, missing, cost)
 
 
 def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:
-    """Render what is missing, then finish the dataset; see ``render_missing`` and ``finish_dataset``."""
+    """Write recipe and systems, render the missing shards, and write the manifest if all shards are there.
+
+    Args:
+        plan: see ``plan_build``.
+        executor: see ``executors.open_executor``.
+        on_progress: called with the images rendered and the images to render.
+
+    Returns:
+        The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
+
+    Raises:
+        FractalError: if another build has claimed the folder in the meantime, or shards are missing because their
+            workers died again and again (the others are rendered).
+        OSError: as the file system does; finished shards stay.
+    """
+    claim(plan.folder)
     render_missing(plan, executor, on_progress)
     return finish_dataset(plan)
 
 
-def render_missing(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> None:
-    """Write the missing shards.
+def claim(folder: BuildFolder) -> None:
+    """Write the recipe, then the systems, unless the folder has them.
 
-    Args:
-        executor: of ``engines.open_engine``.
+    Of two builds that start at once in one folder, one writes its recipe and the other finds it there.
 
     Raises:
-        FractalError: if workers died at some shards again and again (the others are rendered all the same), or
-            another build has claimed the folder since it was looked at.
-        OSError: as the file system does; shards that are finished stay.
+        FractalError: if the folder holds another recipe by now.
+        OSError: if it cannot be written.
     """
-    claim(plan.folder, plan.recipe, plan.systems)
-    folder = plan.folder.absolute()
-    jobs = {task: partial(_finish_shard, folder, plan.recipe, task) for task in plan.missing}
-    run_jobs(jobs, executor, plan.folder, on_progress)
+    claim_folder(folder.path, folder.recipe.to_json())
+    if not (folder.path / SYSTEMS).exists():
+        write_systems(folder.path / SYSTEMS, folder.systems)
+
+
+def render_missing(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> dict[str, ShardRecord]:
+    """Write the missing shards of a claimed folder, and return their records by name; see ``run_build``."""
+    path = plan.folder.path.absolute()
+    jobs = {task: partial(finish_shard, path, plan.folder.recipe, task) for task in plan.missing}
+    return {record.name: record for record in run_jobs(jobs, executor, plan.folder.path, on_progress)}
 
 
 def finish_dataset(plan: Plan) -> tuple[str, ...]:
-    """Assemble the manifest from the sidecars, if all shards of the dataset are there.
-
-    Returns:
-        The names of the shards that are missing because other slices have still to build them.
+    """Write the manifest if all shards are there, also those of other slices; see ``run_build``.
 
     Raises:
-        FractalError: if shards of this build vanished.
+        FractalError: if shards of this build have vanished.
         OSError: as the file system does.
     """
-    missing = publish(plan.folder, plan.tasks, contents_of(plan.recipe))
-    refuse_vanished(plan.folder, {task.name for task in plan.own}.intersection(missing))
+    missing = publish(plan.folder.path, plan.folder.tasks, plan.folder.contents)
+    refuse_vanished(plan.folder.path, {task.name for task in plan.own}.intersection(missing))
     return missing
 
 
-def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> None:
-    """Render and write one shard; a pure function of its arguments but for the files it writes."""
+def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> ShardRecord:
+    """Render and write one shard; apart from the files written, a pure function of its arguments."""
     samples = render_range(recipe, systems, task.first, task.stop)
-    write_shard(folder, task.name, recipe.classes, samples, encode_image)
+    return write_shard(folder, task.name, recipe.classes, samples, encode_image)
 
 
-def _finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> None:
-    """What a worker does, perhaps on another machine: build a shard, unless another build has done so by now."""
+def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
+    """Build a shard in a worker, perhaps on another machine, unless another build has finished it by now."""
     host = socket.gethostname()
-    if recipe.version != RECIPE_VERSION:  # a recipe that travelled is not checked when it is made again
+    if recipe.version != RECIPE_VERSION:  # unpickling does not check it
         raise FractalError(
             f"{host}: this fractalpretrain renders recipe version {RECIPE_VERSION}, not {recipe.version}; install the "
             "same version everywhere"
         )
     if not folder.is_dir():
         raise FractalError(f"{folder}: not there on {host}; all workers need it under the same path")
-    if not finished_shards(folder, (task,), contents_of(recipe)):
-        build_shard(folder, recipe, _stored_systems(folder / SYSTEMS, recipe.systems_digest), task)
+    contents = Contents(recipe.to_json(), find_kind(recipe.kind).label_type, recipe.classes)
+    finished = finished_shards(folder, (task,), contents)
+    if task.name in finished:
+        return finished[task.name]
+    return build_shard(folder, recipe, _worker_systems(folder / SYSTEMS, recipe.systems_digest), task)
 
 
 @lru_cache(maxsize=1)
-def _stored_systems(path: Path, digest: str) -> Systems:
-    """The systems of a folder, read once by each worker."""
+def _worker_systems(path: Path, digest: str) -> Systems:
+    """The systems of a folder, read once per worker."""
     systems = read_systems(path)
     if systems_digest(systems) != digest:
         raise FractalError(f"{path}: not the systems of this build; run the same command again")
     return systems
-
-
-def contents_of(recipe: Recipe) -> Contents:
-    """What the manifest says of a recipe's dataset."""
-    return Contents(recipe.to_json(), find_kind(recipe.kind).label_type, recipe.classes)

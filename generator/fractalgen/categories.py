@@ -3,7 +3,7 @@
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from fractalgen.kinds.kind import MAX_MAPS
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.systems import read_systems, write_systems
-from fractalshards.workers import worker_pool
+from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 _POINTS = 100_000
 _SIZE = 512
@@ -47,7 +47,7 @@ def search_categories(
     seed: int = 1,
     fill_rate: float = 0.2,
     workers: int = 1,
-    advance: Callable[[int], None] = lambda found: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[Found]:
     """Try random candidates one after the other until so many hit a large enough share of 512 x 512 pixels.
 
@@ -60,7 +60,7 @@ def search_categories(
         fill_rate: least share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so that a
             search may take forever.
         workers: processes.
-        advance: called again and again with the number of categories found since the last call, perhaps 0.
+        on_progress: called after every batch of candidates with the categories found and those to find.
 
     Raises:
         UsageError: if an argument is out of its range.
@@ -76,7 +76,7 @@ def search_categories(
                 running.append(pool.submit(_try_batch, *next(batches), fill_rate))
             accepted = running.popleft().result()[: classes - len(found)]
             found += accepted
-            advance(len(accepted))
+            on_progress(len(found), classes)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command ``fractalgen``: parses options, calls one function per command, prints what came of it."""
+"""The command ``fractalgen``: parses options, calls one function per subcommand, and prints the result."""
 
 import errno
 import json
@@ -13,9 +13,9 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen.build import Plan, plan_build, run_build
+from fractalgen.build import Plan, open_folder, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, write_categories
-from fractalgen.executors import Engine, open_engine
+from fractalgen.executors import open_executor
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
 from fractalgen.kinds.kind import MAX_POINTS, SIZES, show_range
@@ -28,13 +28,13 @@ from fractalshards.console import (
     continuable,
     next_step,
     note,
-    old_progress,
+    notice,
     progress,
     quiet_option,
     workers_option,
 )
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.human import human_count, human_list, one_line
+from fractalshards.human import human_bytes, human_count, human_list, human_seconds, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
 from fractalshards.portable import read_portable
@@ -49,14 +49,14 @@ _KIND = click.option(
     "--kind",
     metavar="|".join(KINDS),
     shell_complete=lambda context, option, typed: [name for name in KINDS if name.startswith(typed)],
-    help="Family of images; 'fractalgen kinds' tells about them.",
+    help="Kind of images; 'fractalgen kinds' lists them.",
 )
 _SIZE = click.IntRange(SIZES.start, SIZES.stop - 1)
 _POINTS = click.IntRange(1, MAX_POINTS)
 _SET = click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the kind; repeatable."
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the kind; repeatable."
 )
-_SAID_BY_RECIPE = (
+_IN_RECIPE = (
     *("kind", "n", "val", "classes", "size", "points", "seed", "shard_size"),
     *("categories", "from_csv", "settings"),
 )
@@ -76,25 +76,25 @@ def main() -> None:
     }
 )
 @_KIND
-@click.option("--n", type=int, help="Images to train on.")
-@click.option("--val", default=0, help="Further images of the same classes, for evaluation.")
+@click.option("--n", type=int, help="Training images.")
+@click.option("--val", default=0, help="Validation images, of the same classes.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind, see 'fractalgen kinds']")
-@click.option("--points", type=int, help="Points of a chaos game.  [default: by kind]")
-@click.option("--seed", default=0, help="Seed of everything random.")
+@click.option("--points", type=int, help="Points of each chaos game.  [default: by kind]")
+@click.option("--seed", default=0, help="Random seed.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--categories", type=PATH, metavar="FILE.npz", help="FractalDB: categories of 'fractalgen search'.")
+@click.option("--categories", type=PATH, metavar="FILE.npz", help="FractalDB: categories from 'fractalgen search'.")
 @click.option("--from-csv", type=PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
-@click.option("--recipe", "recipe_file", type=PATH, metavar="FILE", help="Build what 'fractalshards recipe' wrote.")
-@click.option("--out", type=PATH, help="Folder of the dataset.  [default: shards/KIND]")
+@click.option("--recipe", "recipe_file", type=PATH, metavar="FILE", help="Portable recipe of 'fractalshards recipe'.")
+@click.option("--out", type=PATH, help="Dataset folder.  [default: shards/KIND]")
 @click.option(
     "--executor",
     type=click.Choice(["local", "dask"]),
     default="local",
-    help="What renders: processes here, or a Dask cluster.",
+    help="Where to render: local processes or a Dask cluster.",
 )
-@click.option("--scheduler", metavar="tcp://HOST:PORT", help="The Dask cluster's scheduler.")
-@click.option("--slice", "slice_", metavar="I/K|auto", help="Only every K-th shard, from the I-th: for job arrays.")
+@click.option("--scheduler", metavar="tcp://HOST:PORT", help="Address of the Dask scheduler.")
+@click.option("--slice", "slice_", metavar="I/K|auto", help="Every K-th shard only, from the I-th; for job arrays.")
 @workers_option
 @_SET
 @quiet_option
@@ -119,7 +119,7 @@ def build(
     workers: int,
     settings: tuple[str, ...],
 ) -> None:
-    """Build a dataset, or continue one: what is done is skipped.
+    """Build a dataset, or continue a build: finished shards are skipped.
 
     Example: fractalgen build --kind single --n 1000000
     """
@@ -147,11 +147,12 @@ def build(
     folder = out if out is not None else Path("shards") / recipe.kind
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
-    with continuable(folder), open_engine(workers, address) as engine:
-        plan = plan_build(folder, recipe, engine.workers, given, part)
-        note(f"{folder}: {_describe(plan, part, engine)}")
+    with continuable(folder), open_executor(workers, address) as (pool, count):
+        with notice("measuring a few images; the first run after an install compiles first ..."):
+            plan = plan_build(open_folder(folder, recipe, given), part)
+        note(f"{folder}: {_describe(plan, part, count, address)}")
         with progress("rendering", "images") as on_progress:
-            missing = run_build(plan, engine.executor, on_progress)
+            missing = run_build(plan, pool, on_progress)
     if missing:
         left = f"{human_count(len(missing), 'shard')} of other slices"
         click.echo(f"{folder}: {part} is done; the manifest waits for {left}")
@@ -171,12 +172,12 @@ def build(
 @workers_option
 @quiet_option
 def repair(folder: Path, workers: int) -> None:
-    """Verify a dataset, and render again exactly what is damaged or missing.
+    """Verify a dataset, and render again exactly the shards that are damaged or missing.
 
     Example: fractalgen repair shards/single
     """
-    with continuable(folder), open_engine(workers) as engine:
-        repaired = repair_dataset(folder, engine)
+    with continuable(folder), open_executor(workers) as (executor, _), progress("repairing", "images") as on_progress:
+        repaired = repair_dataset(folder, executor, on_progress)
     for problem in repaired.problems:
         click.echo(one_line(f"was bad: {folder}/{problem}"))
     if repaired.rendered:
@@ -188,9 +189,9 @@ def repair(folder: Path, workers: int) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def kinds(as_json: bool) -> None:
-    """List the kinds of images with their parameters, to be changed with --set.
+    """List the kinds of images and the parameters that --set changes.
 
     Example: fractalgen kinds
     """
@@ -201,7 +202,7 @@ def kinds(as_json: bool) -> None:
     for name, kind in KINDS.items():
         console.print(f"[bold]{name}[/bold]  {kind.summary}")
         console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px, {kind.points:,} points")
-        table = Table("--set", "default", "range", "what it is", box=None, padding=(0, 2))
+        table = Table("--set", "default", "range", "description", box=None, padding=(0, 2))
         for field in fields(kind.params):
             table.add_row(field.name, show_value(field.default), show_range(kind.params, field), field.metadata["help"])
         console.print(table)
@@ -213,16 +214,16 @@ def kinds(as_json: bool) -> None:
     required=True,
     metavar="|".join((*KINDS, _ALL)),
     shell_complete=lambda context, option, typed: [name for name in (*KINDS, _ALL) if name.startswith(typed)],
-    help="Family of images.",
+    help="Kind of images.",
 )
 @click.option("--size", type=_SIZE, help="Side length in pixels.  [default: by kind]")
-@click.option("--points", type=_POINTS, help="Points of a chaos game.  [default: by kind]")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of everything random.")
+@click.option("--points", type=_POINTS, help="Points of each chaos game.  [default: by kind]")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Random seed.")
 @_SET
-@click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Rows.")
-@click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images in a row.")
-@click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Pixels of an image on the sheet.")
-@click.option("--out", required=True, type=PATH, help="Picture to write: .png or .jpg.")
+@click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Classes to show, a row each.")
+@click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images per row.")
+@click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Side of an image on the sheet in pixels.")
+@click.option("--out", required=True, type=PATH, help="Output image, .png or .jpg.")
 def preview(
     kind: str,
     size: int | None,
@@ -234,7 +235,7 @@ def preview(
     tile: int,
     out: Path,
 ) -> None:
-    """Draw a contact sheet of what a build would hold; all kinds side by side with --kind all.
+    """Draw a contact sheet of a dataset without building it; --kind all shows all kinds side by side.
 
     Example: fractalgen preview --kind single --set blur_probability=0 --out sheet.png
     """
@@ -253,18 +254,18 @@ def preview(
 
 
 @main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed --out"})
-@click.option("--params", required=True, type=PATH, metavar="FILE.csv", help="A category: rows of a b c d e f p.")
-@click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="2 changes nothing.")
-@click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="How to draw.")
+@click.option("--params", required=True, type=PATH, metavar="FILE.csv", help="A category: a row a,b,c,d,e,f,p per map.")
+@click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 leaves the category as it is.")
+@click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="Drawing style.")
 @click.option("--size", default=362, type=_SIZE, help="Side length in pixels.")
 @click.option("--points", default=200_000, type=_POINTS, help="Points to draw.")
-@click.option("--flip", default=0, type=click.IntRange(0, 3), help="1 top-bottom, 2 sides, 3 both.")
-@click.option("--mask-seed", default=0, type=int, help="Of Python's random, for patches.")
-@click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Picture to write.")
+@click.option("--flip", default=0, type=click.IntRange(0, 3), help="0 none, 1 top-bottom, 2 left-right, 3 both.")
+@click.option("--mask-seed", default=0, type=int, help="Seed of Python's random, for patches.")
+@click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
 def render(
     params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
 ) -> None:
-    """Render one FractalDB image, to the pixel as the published code does.
+    """Render one FractalDB image, equal to the published one in every pixel.
 
     Example: fractalgen render --params 00000.csv --draw point-gray --out image.png
     """
@@ -279,23 +280,23 @@ def render(
 
 @main.command()
 @click.option("--classes", default=1000, help="Categories to find.")
-@click.option("--seed", default=1, help="Of the search; the published one is 1.")
-@click.option("--fill-rate", default=0.2, help="Share of pixels that a category must hit.")
-@click.option("--from-csv", type=PATH, metavar="DIR", help="Read published CSV files instead of searching.")
-@click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="File to write.")
+@click.option("--seed", default=1, help="Random seed; the published one is 1.")
+@click.option("--fill-rate", default=0.2, help="Least share of pixels that a category must fill.")
+@click.option("--from-csv", type=PATH, metavar="DIR", help="Convert published CSV files instead of searching.")
+@click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="Output file.")
 @workers_option
 @quiet_option
 def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out: Path, workers: int) -> None:
-    """Find FractalDB's categories, bit for bit those of the published search for the same seed.
+    """Search for FractalDB categories; the same seed finds those of the published search, bit for bit.
 
     Example: fractalgen search --classes 2000 --out categories.npz
     """
-    _check_writable(out)  # before a long search, not after it
+    _check_writable(out)  # before a long search
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
     else:
-        with old_progress("searching", classes, "categories") as advance:
-            found = search_categories(classes, seed, fill_rate, workers, advance)
+        with progress("searching", "categories") as on_progress:
+            found = search_categories(classes, seed, fill_rate, workers, on_progress)
         categories = tuple(one.category for one in found)
         note(f"tried {found[-1].candidate:,} candidates")
     write_categories(out, categories)
@@ -304,20 +305,20 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
 
 
 def _refuse_beside_recipe(context: click.Context) -> None:
-    """A recipe says all of these; what is given beside it would be ignored."""
+    """Refuse options that the recipe determines."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if name in _SAID_BY_RECIPE and _is_given(context, name):
-            raise UsageError(f"{parameter.opts[0]} and --recipe: give one of them, for the recipe says it too")
+        if name in _IN_RECIPE and _is_given(context, name):
+            raise UsageError(f"{parameter.opts[0]} and --recipe: give one of them, because the recipe determines both")
 
 
 def _is_given(context: click.Context, name: str) -> bool:
-    """Whether a parameter was given, rather than left as it is by default."""
+    """Whether a parameter was given at the command line."""
     return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
-    """The categories that a build was given, as many as it has classes; None if it takes those of its kind."""
+    """The first ``classes`` categories of --categories or --from-csv; None without these options."""
     path = categories or from_csv
     if path is None:
         return None
@@ -327,12 +328,11 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
         raise UsageError(f"{path}: holds categories of FractalDB, but --kind is {kind!r}")
     given = read_categories(path) if categories else read_csv_folder(path)
     if classes is not None and classes > len(given):
-        raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most those")
+        raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most as many")
     return given[:classes]
 
 
 def _kind_as_json(kind: Kind) -> dict[str, Any]:
-    """What ``fractalgen kinds`` says of a kind."""
     parameters = [
         {
             "name": field.name,
@@ -346,26 +346,27 @@ def _kind_as_json(kind: Kind) -> dict[str, Any]:
     return {**{name: getattr(kind, name) for name in about}, "parameters": parameters}
 
 
-def _describe(plan: Plan, part: Slice | None, engine: Engine) -> str:
-    """What a build is about to do, in one line."""
-    recipe = plan.recipe
-    shards = human_count(len(plan.tasks), "shard")
-    whose = f" of {part}" if part else ""
-    if plan.cost is None:
-        return f"nothing to render, all {human_count(len(plan.own), 'shard')}{whose} there already"
+def _describe(plan: Plan, part: Slice | None, workers: int, scheduler: str | None) -> str:
+    """Say in one line what a build is about to do."""
+    recipe, cost = plan.folder.recipe, plan.cost
+    of_part = f" of {part}" if part else ""
+    if cost is None:
+        return f"nothing to render, all {human_count(len(plan.own), 'shard')}{of_part} there already"
     done = len(plan.own) - len(plan.missing)
-    workers = human_count(min(engine.workers, len(plan.missing)), "worker")
+    workers = min(workers, len(plan.missing))
     return (
-        f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in {shards}; to render"
-        f"{whose}: {plan.cost.samples:,} images in {human_count(len(plan.missing), 'shard')}"
-        f"{f' ({done:,} done)' if done else ''}, {plan.cost} with {workers}{engine.where}"
+        f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in "
+        f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_part}: {cost.samples:,} images in "
+        f"{human_count(len(plan.missing), 'shard')}{f' ({done:,} done)' if done else ''}, about "
+        f"{human_bytes(cost.bytes)}, about {human_seconds(cost.seconds / workers)} with "
+        f"{human_count(workers, 'worker')}{f' of {scheduler}' if scheduler else ''}"
     )
 
 
 def _scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str | None:
-    """The address of the Dask scheduler to use, if any."""
+    """Check the options of the executor, and return the address of the Dask scheduler, if any."""
     if executor == "dask" and workers_given:
-        raise UsageError("--workers is given, but a Dask cluster has its own: leave it out")
+        raise UsageError("--workers is given, but a Dask cluster has its own workers: leave it out")
     if executor == "dask" and not scheduler:
         raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
     if executor != "dask" and scheduler:
@@ -374,7 +375,7 @@ def _scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str
 
 
 def _check_writable(out: Path) -> None:
-    """Refuse a file that cannot be written; missing folders are made."""
+    """Refuse a file that cannot be written; creates missing folders."""
     if not out.name or out.is_dir():
         raise UsageError(f"--out is {str(out)!r}: expected the name of a file")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,10 @@
-"""What renders the shards of a build: an executor of ``concurrent.futures``, of local processes or of a Dask cluster.
-
-Nothing else knows which one runs. ``open_engine`` is the one entry.
-"""
+"""Executors that render the shards of a build: processes of this machine, or the workers of a Dask cluster."""
 
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, InvalidStateError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fractalshards.errors import FractalError, needs_extra
@@ -18,85 +14,66 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-_SECONDS = 30  # to find a scheduler
+_CONNECT_SECONDS = 30
 _WATCH_SECONDS = 0.5
 _LOST_SECONDS = 10.0
-_RUNNING = "running"  # status of a client
-
-
-@dataclass(frozen=True)
-class Engine:
-    """An executor, how many tasks it runs at once, and what follows "4 workers" to say whose they are, perhaps nothing.
-
-    A task whose worker dies is tried on others by the executor itself; ``workers.is_lost`` tells when it gave up.
-    """
-
-    executor: Executor
-    workers: int
-    where: str
+_RUNNING = "running"  # status of a connected client
 
 
 @contextmanager
-def open_engine(workers: int, scheduler: str | None = None) -> Iterator[Engine]:
-    """The engine of a build: ``workers`` local processes, or the Dask cluster of a scheduler.
+def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[Executor, int]]:
+    """Open an executor of ``concurrent.futures``; yields it with the number of tasks that it runs at once.
+
+    A task whose worker dies is run again on others by the executor; ``workers.is_lost`` recognises the error with which
+    it gives up.
 
     Args:
-        scheduler: address of a Dask scheduler, ``tcp://HOST:PORT``; its workers need this software, and the folder of
-            the dataset under the same path.
+        workers: processes of this machine; not used with a scheduler.
+        scheduler: address of a Dask scheduler, ``tcp://HOST:PORT``. Its workers need the same version of this software,
+            and the folder of the dataset under the same path.
 
     Raises:
         FractalError: if Dask is not installed, no scheduler answers, or it has no workers.
     """
     if scheduler is None:
         with worker_pool(workers) as pool:
-            yield Engine(pool, workers, "")
+            yield pool, workers
     else:
-        with _open_dask(scheduler) as engine:
-            yield engine
+        with _open_dask(scheduler) as dask:
+            yield dask
 
 
 @contextmanager
-def _open_dask(scheduler: str) -> Iterator[Engine]:
+def _open_dask(scheduler: str) -> Iterator[tuple[Executor, int]]:
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
         from distributed.comm.addressing import get_address_host_port
+    logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)  # tracebacks; what matters becomes an error
     try:
-        get_address_host_port(scheduler)  # first: a client of a bad address is never closed, and stalls the next one
-        client = Client(scheduler, timeout=_SECONDS)
+        get_address_host_port(scheduler)  # a client of a malformed address is never closed, and blocks the next one
+        client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, TypeError, ValueError) as error:  # TypeError: TLS without certificates
         raise FractalError(f"{scheduler}: no Dask scheduler answers ({error}); check the address") from error
-    with _quiet(), client, sigterm_interrupts():
+    with client, sigterm_interrupts():
         threads = sum(client.nthreads().values())
         if not threads:
             raise FractalError(f"{scheduler}: the Dask cluster has no workers yet; start some, then run this again")
-        executor = _Watched(client, scheduler)
+        executor = _DaskExecutor(client, scheduler)
         try:
-            yield Engine(executor, threads, f" of {scheduler}")
+            yield executor, threads
         finally:
             executor.shutdown(wait=False)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Dask's log, which has tracebacks for whatever is lost; what matters becomes an error of one line."""
-    logger = logging.getLogger("distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-class _Watched(Executor):
-    """Dask's executor, whose futures fail when the scheduler is lost: by themselves, some would never be done."""
+class _DaskExecutor(Executor):
+    """Dask's executor, but futures fail when the scheduler is lost; otherwise some would never finish."""
 
     def __init__(self, client: "Client", scheduler: str) -> None:
         self._client = client
         self._scheduler = scheduler
         self._executor = client.get_executor(pure=False)
         self._pending: set[Future[Any]] = set()
-        self._over = threading.Event()
+        self._closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
@@ -106,15 +83,15 @@ class _Watched(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._over.set()
+        self._closed.set()
         if self._client.status == _RUNNING:
             self._executor.shutdown(wait)
 
     def _watch(self) -> None:
         lost = 0.0
-        while not self._over.wait(_WATCH_SECONDS):
+        while not self._closed.wait(_WATCH_SECONDS):
             lost = 0.0 if self._client.status == _RUNNING else lost + _WATCH_SECONDS
-            if lost >= _LOST_SECONDS:  # it would have connected again by now
+            if lost >= _LOST_SECONDS:  # a client that can reconnect has done so by now
                 error = FractalError(f"{self._scheduler}: the scheduler is lost; start one, then run this again")
                 for future in list(self._pending):
                     with suppress(InvalidStateError):

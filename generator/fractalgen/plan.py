@@ -1,4 +1,4 @@
-"""Which sample is what, and which shard holds it: pure functions of the recipe, nothing is ever listed."""
+"""Maps a sample index to its unit and shard: pure functions of the recipe, in constant time and memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from fractalshards.random import MASK64, mix64
 from fractalshards.writer import ShardTask
 
 _ROUNDS = 6
-_BLOCK_PIXELS = 1 << 25  # images of units are shuffled in blocks, of which a worker holds the renders
+_BLOCK_PIXELS = 1 << 25  # images are shuffled in blocks of this size, because a worker holds the renders of a block
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a sample is: image ``part`` of a unit, of which the dataset takes the first ``parts``."""
+    """What a sample shows: image ``part`` of a unit, of which the dataset uses the first ``parts`` images."""
 
     unit: Unit
     part: int
@@ -25,42 +25,44 @@ class Place:
 
 
 def locate(recipe: Recipe, index: int) -> Place:
-    """What sample ``index`` is.
+    """Return what sample ``index`` shows.
 
-    Every class has equally many whole units, in the order of a seeded permutation that mixes the classes; the images
-    that are left, less than a unit per class, are dealt to the classes evenly. So the counts of classes differ by at
-    most one. Images that share a unit lie in one shard, shuffled with those of its other units.
+    Every class has the same number of whole units, in the order of a seeded permutation over all classes; the
+    remaining images, less than a unit per class, are divided evenly among the classes. Class counts therefore differ
+    by at most one. Images of one unit are in the same shard, shuffled together with those of its other units.
 
     Raises:
         IndexError: if the index is not in [0, n + val).
     """
-    line = next((line for line in _lines(recipe) if line.first <= index < line.first + line.samples), None)
-    if line is None:
+    split = next((split for split in _splits(recipe) if 0 <= index - split.offset < split.samples), None)
+    if split is None:
         raise IndexError(f"sample {index} of {recipe.n + recipe.val}")
-    position = _shuffle(line, index - line.first)
-    start, stop = _unit_bounds(line, position)
-    label, number = _deal(line, position)
-    return Place(Unit(recipe.seed, line.split, label, number, line.before), position - start, stop - start)
+    position = _shuffled(split, index - split.offset)
+    start, stop = _unit_bounds(split, position)
+    label, number = _unit_at(split, position)
+    return Place(Unit(recipe.seed, split.name, label, number, split.before), position - start, stop - start)
 
 
 def shard_tasks(recipe: Recipe) -> tuple[ShardTask, ...]:
-    """All shards of a dataset, ``train`` before ``val``: of ``shard_size`` samples, and as many more as end a unit."""
+    """List all shards of a dataset, ``train`` before ``val``.
+
+    A shard holds ``shard_size`` samples, plus those that complete its last unit.
+    """
     tasks = []
-    for line in _lines(recipe):
-        for shard, begin in enumerate(range(0, line.samples, line.shard_size)):
-            start, stop = _align(line, begin), _align(line, begin + line.shard_size)
+    for split in _splits(recipe):
+        for number, begin in enumerate(range(0, split.samples, split.shard_size)):
+            start, stop = _align(split, begin), _align(split, begin + split.shard_size)
             if start < stop:
-                tasks.append(
-                    ShardTask(line.split, shard_name(line.split, shard), line.first + start, line.first + stop)
-                )
+                name = shard_name(split.name, number)
+                tasks.append(ShardTask(split.name, name, split.offset + start, split.offset + stop))
     return tuple(tasks)
 
 
 def permute(index: int, count: int, key: int) -> int:
-    """The place of ``index`` in a pseudorandom permutation of range(count), in constant time and memory.
+    """Return the image of ``index`` under a pseudorandom permutation of range(count), in constant time and memory.
 
-    A balanced Feistel network on the smallest even number of bits that holds ``count``; what falls outside is sent
-    through again until it lies inside (cycle walking, Black & Rogaway 2002).
+    A balanced Feistel network on the smallest even number of bits that holds ``count``; results outside the range are
+    permuted again until they lie inside (cycle walking, Black & Rogaway 2002).
     """
     half = max((count - 1).bit_length() + 1, 2) // 2
     mask = (1 << half) - 1
@@ -74,14 +76,15 @@ def permute(index: int, count: int, key: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """The samples of a split in a line, unit after unit; sample ``first`` of the dataset stands at position 0.
+class _Split:
+    """The samples of a split by position, unit after unit; position 0 is sample ``offset`` of the dataset.
 
-    The first ``rounds`` units of every class come whole, then what is left.
+    The first ``whole`` positions hold ``rounds`` whole units of every class; the remainder is less than a unit per
+    class.
     """
 
-    split: str
-    first: int
+    name: str
+    offset: int
     samples: int
     classes: int
     per_unit: int
@@ -94,64 +97,75 @@ class _Line:
     def rounds(self) -> int:
         return self.samples // (self.classes * self.per_unit)
 
+    @property
+    def whole(self) -> int:
+        return self.rounds * self.classes * self.per_unit
+
     def key(self, purpose: str | int) -> int:
-        return Stream.of("order", self.seed, self.split, purpose).bits64()
+        return Stream.of("order", self.seed, self.name, purpose).bits64()
 
 
-def _lines(recipe: Recipe) -> Iterator[_Line]:
+def _splits(recipe: Recipe) -> Iterator[_Split]:
     per_unit = find_kind(recipe.kind).images_per_unit
     block_size = max(_BLOCK_PIXELS // recipe.size**2, 1) * per_unit
-    first = before = 0
-    for split, samples in (("train", recipe.n), ("val", recipe.val)):
-        yield _Line(split, first, samples, recipe.classes, per_unit, before, recipe.seed, recipe.shard_size, block_size)
-        first += samples
+    offset = before = 0
+    for name, samples in (("train", recipe.n), ("val", recipe.val)):
+        yield _Split(
+            name=name,
+            offset=offset,
+            samples=samples,
+            classes=recipe.classes,
+            per_unit=per_unit,
+            before=before,
+            seed=recipe.seed,
+            shard_size=recipe.shard_size,
+            block_size=block_size,
+        )
+        offset += samples
         before += -(-samples // (recipe.classes * per_unit))
 
 
-def _deal(line: _Line, position: int) -> tuple[int, int]:
+def _unit_at(split: _Split, position: int) -> tuple[int, int]:
     """Class and number of the unit at a position."""
-    whole = line.rounds * line.classes
-    if position < whole * line.per_unit:
-        card = permute(position // line.per_unit, whole, line.key("whole"))
-        return card % line.classes, card // line.classes
-    return permute(_slot(line, position), line.classes, line.key("rest")), line.rounds
+    if position < split.whole:
+        unit = permute(position // split.per_unit, split.rounds * split.classes, split.key("whole"))
+        return unit % split.classes, unit // split.classes
+    return permute(_share(split, position), split.classes, split.key("rest")), split.rounds
 
 
-def _unit_bounds(line: _Line, position: int) -> tuple[int, int]:
-    """Where the unit at a position starts and stops."""
-    begin = line.rounds * line.classes * line.per_unit
-    if position < begin:
-        start = position - position % line.per_unit
-        return start, start + line.per_unit
-    slot, rest = _slot(line, position), line.samples - begin
-    return begin + slot * rest // line.classes, begin + (slot + 1) * rest // line.classes
+def _unit_bounds(split: _Split, position: int) -> tuple[int, int]:
+    """First position of the unit at a position, and the one after its last."""
+    if position < split.whole:
+        start = position - position % split.per_unit
+        return start, start + split.per_unit
+    share, remainder = _share(split, position), split.samples - split.whole
+    return split.whole + share * remainder // split.classes, split.whole + (share + 1) * remainder // split.classes
 
 
-def _slot(line: _Line, position: int) -> int:
-    """Which of the ``classes`` slots of the rest holds a position: the last whose start is not beyond it."""
-    begin = line.rounds * line.classes * line.per_unit
-    return ((position - begin + 1) * line.classes - 1) // (line.samples - begin)
+def _share(split: _Split, position: int) -> int:
+    """Which of the ``classes`` equal shares of the remainder holds a position: the last that starts at or before it."""
+    return ((position - split.whole + 1) * split.classes - 1) // (split.samples - split.whole)
 
 
-def _align(line: _Line, position: int) -> int:
-    """The next position, this one included, at which a unit starts, or the end of the line."""
-    if position >= line.samples:
-        return line.samples
-    return _unit_bounds(line, position - 1)[1] if position else 0
+def _align(split: _Split, position: int) -> int:
+    """The first position at or after this one at which a unit starts, or the end of the split."""
+    if position >= split.samples:
+        return split.samples
+    return _unit_bounds(split, position - 1)[1] if position else 0
 
 
-def _piece(line: _Line, position: int, begin: int, end: int, length: int) -> tuple[int, int]:
-    """The piece that holds a position when [begin, end) is cut every ``length``, cuts moved on to a unit's start."""
-    cut = (position - begin) // length
-    if _align(line, begin + cut * length) > position:
-        cut -= 1
-    return _align(line, begin + cut * length), min(_align(line, begin + (cut + 1) * length), end)
+def _block(split: _Split, position: int, begin: int, end: int, length: int) -> tuple[int, int]:
+    """Bounds of the block that holds a position when [begin, end) is cut every ``length``, aligned to units."""
+    number = (position - begin) // length
+    if _align(split, begin + number * length) > position:
+        number -= 1
+    return _align(split, begin + number * length), min(_align(split, begin + (number + 1) * length), end)
 
 
-def _shuffle(line: _Line, position: int) -> int:
-    """Where on the line the sample stands that a shard holds at a position: shuffled inside the blocks of a shard."""
-    if line.per_unit == 1:
+def _shuffled(split: _Split, position: int) -> int:
+    """The position that is stored at a position: images of units are permuted within the blocks of a shard."""
+    if split.per_unit == 1:
         return position
-    shard = _piece(line, position, 0, line.samples, line.shard_size)
-    start, stop = _piece(line, position, *shard, line.block_size)
-    return start + permute(position - start, stop - start, line.key(start))
+    shard = _block(split, position, 0, split.samples, split.shard_size)
+    start, stop = _block(split, position, *shard, split.block_size)
+    return start + permute(position - start, stop - start, split.key(start))

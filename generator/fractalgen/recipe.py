@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fractalgen.kinds import KINDS, Kind, find_kind
+import msgspec
+
+from fractalgen.kinds import Kind, find_kind
 from fractalgen.kinds.kind import MAX_POINTS, SIZES
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.fields import Fields
 from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS
 from fractalshards.settings import override
 from fractalshards.systems import Systems
@@ -108,31 +109,42 @@ class Recipe:
         return replace(self, systems_digest=systems_digest(systems))
 
 
+class _Stored(msgspec.Struct):
+    """A recipe as JSON holds it."""
+
+    kind: str
+    n: int
+    val: int
+    classes: int
+    size: int
+    points: int
+    seed: int
+    shard_size: int
+    params: dict[str, Any]
+    systems_digest: str
+    version: int
+
+
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
+    """Make the recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
 
     Args:
+        data: as ``recipe.json`` and the manifest hold it.
         where: what the data was read from, for errors.
 
     Raises:
         FractalError: if it is not what this version of the software writes.
     """
-    fields = Fields(dict(data), where)
-    if (kind := fields.text("kind")) not in KINDS:
-        raise FractalError(f"{where}: this software cannot render kind {kind!r}; it can {', '.join(KINDS)}")
-    if (found := fields.count("version")) != RECIPE_VERSION:
+    if (version := data.get("version")) != RECIPE_VERSION:
         raise FractalError(
-            f"{where}: recipe version {found}, this software renders {RECIPE_VERSION}; install the version of "
-            "fractalpretrain that made it"
+            f"{where}: recipe version {str(version)[:20]}, this software renders {RECIPE_VERSION}; install the version "
+            "of fractalpretrain that made it"
         )
     try:
-        recipe = Recipe(
-            kind=kind,
-            **{name: fields.count(name) for name in _COUNTS},
-            params=override(KINDS[kind].params(), fields.mapping("params")),
-            systems_digest=fields.text("systems_digest"),
-        )
-    except UsageError as error:
+        stored = msgspec.structs.asdict(msgspec.convert(data, _Stored))
+        params = override(find_kind(stored["kind"]).params(), stored["params"])
+        recipe = Recipe(**{**stored, "params": params})
+    except (msgspec.ValidationError, UsageError) as error:
         raise FractalError(f"{where}: {error}") from error
     if recipe.digest() != mapping_digest(data):
         raise FractalError(f"{where}: lacks or adds fields, so not a recipe of version {RECIPE_VERSION}")

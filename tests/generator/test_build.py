@@ -1,4 +1,4 @@
-"""Building: the same content whoever builds it, killed or not; nothing half-done looks finished."""
+"""``fractalgen build``: the same content whoever builds it, killed or not; nothing half-done looks finished."""
 
 import json
 import os
@@ -8,69 +8,90 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from fractalgen import draw_systems, make_recipe, render_sample
-from fractalgen.build import Plan, plan_build, run_build
+from fractalgen.build import Plan, open_folder, plan_build, run_build
+from fractalgen.categories import read_categories, shipped_categories, write_categories
 from fractalgen.cli import main
-from fractalgen.executors import open_engine
+from fractalshards.cli import main as fractalshards
+from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
+from fractalshards.systems import write_systems
 
 FRACTALGEN = Path(sys.executable).with_name("fractalgen")
-SMALL = ["--kind", "single", "--n", "110", "--val", "13", "--classes", "20", "--size", "32", "--points", "3000"]
-SMALL += ["--shard-size", "25"]
+RECIPE = make_recipe("single", 110, val=13, classes=20, size=32, points=3000, shard_size=25)  # that of ``built``
+SLOW = ["--n", "240", "--points", "1000000"]
 
 
-def build(
-    out: Path, *options: str, workers: int = 1, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [FRACTALGEN, "build", *SMALL, *options, "--out", out, "--workers", str(workers)]
-    return subprocess.run(
-        command, text=True, capture_output=True, env={**os.environ, **(environment or {})}, timeout=240
-    )
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def start(arguments: list[str], out: Path, workers: int = 1) -> subprocess.Popen[str]:
+    command = [FRACTALGEN, *arguments, "--out", out, "--workers", str(workers)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def finish(plan: Plan) -> tuple[str, ...]:
-    with open_engine(1) as engine:
-        return run_build(plan, engine.executor)
+    with ThreadPoolExecutor(1) as pool:
+        return run_build(plan, pool)
 
 
-def content(folder: Path) -> dict[str, str]:
-    manifest = load_manifest(folder)
-    return {shard.name: shard.content_digest for shards in manifest.splits.values() for shard in shards}
+def wait_until(holds: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert process is None or process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def sidecars(out: Path) -> list[Path]:
+    return list(out.glob("*-*.json"))
+
+
+def content(folder: Path) -> str:
+    return load_manifest(folder).content_digest()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_folder_describes_itself(built: Path) -> None:
+def error_line(result: Result) -> str:
+    """The only error, which is the last line."""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.stderr.rstrip().endswith(line)
+    return line
+
+
+def test_built_folder_describes_itself(built: Path) -> None:
     shards = [*(f"train-00000{i}" for i in range(5)), "val-000000"]
-    expected = [
+    files = [
         "_info.json",
         "recipe.json",
         "systems.npz",
         *(f"{shard}.{end}" for shard in shards for end in ("json", "tar")),
     ]
-    assert names(built) == sorted(expected)
-    recipe = json.loads((built / "recipe.json").read_text())
+    assert names(built) == sorted(files)
+    stored = json.loads((built / "recipe.json").read_text())
     manifest = load_manifest(built)
-    assert recipe["recipe"] == manifest.recipe
-    assert recipe["recipe_digest"] == manifest.recipe_digest
+    assert stored == {"recipe": manifest.recipe, "recipe_digest": manifest.recipe_digest}
     assert (manifest.samples("train"), manifest.samples("val"), manifest.classes) == (110, 13, 20)
     assert manifest.software["numba"]
-
-
-def test_classes_are_balanced_and_keys_count_up(built: Path) -> None:
-    manifest = load_manifest(built)
     for split, first in (("train", 0), ("val", 110)):
         samples = [sample for shard in index_split(manifest, split) for sample in iterate_shard(shard)]
         assert [sample.key for sample in samples] == [f"{first + i:09d}" for i in range(len(samples))]
@@ -78,50 +99,82 @@ def test_classes_are_balanced_and_keys_count_up(built: Path) -> None:
         assert max(counts.values()) - min(counts[label] for label in range(20)) <= 1
 
 
-def test_two_workers_build_the_same(built: Path, tmp_path: Path) -> None:
-    assert build(tmp_path / "two", workers=2).returncode == 0
-    assert content(tmp_path / "two") == content(built)
+def test_recipe_options_reach_the_manifest(tmp_path: Path, threads: None) -> None:
+    text = "--kind single --n 9 --val 4 --classes 3 --size 16 --points 70 --seed 5 --shard-size 6"
+    result = run("build", *text.split(), "--set", "blur_probability=0.25", "--workers", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    recipe = load_manifest(tmp_path / "out").recipe
+    expected = {"kind": "single", "n": 9, "val": 4, "classes": 3, "size": 16, "points": 70, "seed": 5, "shard_size": 6}
+    assert {name: recipe[name] for name in expected} == expected
+    assert recipe["params"]["blur_probability"] == 0.25
 
 
-def test_running_again_does_nothing(built: Path, tmp_path: Path) -> None:
+def test_second_build_does_nothing(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
     out = shutil.copytree(built, tmp_path / "again")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    result = build(out)
-    assert result.returncode == 0
-    assert "nothing to render, all 6 shards there already" in result.stderr
+    result = run(*small, "--out", out)
+    assert result.exit_code == 0
+    assert "nothing to render" in result.stderr
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_only_what_is_missing_or_damaged_is_rendered(built: Path, tmp_path: Path) -> None:
+def test_build_renders_what_is_missing_or_damaged(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
     out = shutil.copytree(built, tmp_path / "gaps")
     (out / "train-000001.json").unlink()
     (out / "train-000003.tar").unlink()
     os.truncate(out / "val-000000.tar", 700)
     kept = (out / "train-000000.tar").stat().st_mtime_ns
-    result = build(out)
-    assert result.returncode == 0
-    assert "to render: 63 images" in result.stderr
-    assert content(out) == content(built)
+    result = run(*small, "--out", out)
+    assert result.exit_code == 0
+    assert "to render: 63 images in 3 shards (3 done)" in result.stderr
+    assert files(out) == files(built)
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
 
 
-def test_another_recipe_is_refused_and_named(built: Path, tmp_path: Path) -> None:
+def test_missing_systems_are_drawn_again(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
+    """A build that was killed between writing the recipe and the systems."""
+    out = tmp_path / "early"
+    out.mkdir()
+    shutil.copy(built / "recipe.json", out)
+    assert run(*small, "--out", out).exit_code == 0
+    assert files(out) == files(built)
+
+
+def test_build_refuses_a_folder_of_something_else(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
     out = shutil.copytree(built, tmp_path / "other")
-    before = names(out)
-    result = build(out, "--seed", "1", "--set", "blur_probability=0")
-    assert result.returncode == 1
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    before = files(out)
+    line = error_line(run(*small, "--out", out, "--seed", "1", "--set", "blur_probability=0"))
     assert "seed 0 there, 1 here" in line
     assert "blur_probability 0.5 there, 0.0 here" in line
-    assert names(out) == before
+    assert files(out) == before
+    write_systems(out / "systems.npz", [np.zeros((2, 2, 3))] * 20)
+    (out / "_info.json").unlink()
+    assert "systems.npz" in error_line(run(*small, "--out", out))
+    assert not (out / "_info.json").exists()
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "thesis.tex").write_text("precious")
+    assert "thesis.tex" in error_line(run(*small, "--out", thesis))
+    assert names(thesis) == ["thesis.tex"]
 
 
-def wait_for(condition: object, process: subprocess.Popen[Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the build ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def test_one_of_two_recipes_claims_a_new_folder(tmp_path: Path) -> None:
+    out = tmp_path / "contested"
+    slow, fast = (make_recipe("single", 40, classes=20, size=32, points=100, seed=seed) for seed in (0, 1))
+    plan = plan_build(open_folder(out, slow))
+    finish(plan_build(open_folder(out, fast)))
+    before = files(out)
+    with pytest.raises(FractalError, match="seed 1 there, 0 here"):
+        finish(plan)
+    assert files(out) == before
+
+
+def test_two_builds_in_one_folder_make_one_dataset(built: Path, small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for process in [start(small, out, workers=2) for _ in range(2)]:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert files(out) == files(built)
 
 
 def running_in(group: int) -> list[str]:
@@ -129,117 +182,113 @@ def running_in(group: int) -> list[str]:
     return [line for line in listing.splitlines() if "Z" not in line.split()[1]]
 
 
-def test_killed_half_way_it_continues_to_the_same_dataset(tmp_path: Path) -> None:
-    slow = ["--n", "240", "--points", "1000000"]
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], text=True, capture_output=True)
+    return [int(line.split()[0]) for line in listing.stdout.splitlines() if "spawn_main" in line]
+
+
+@pytest.mark.slow
+def test_killed_build_continues_to_the_same_dataset(small: list[str], tmp_path: Path, threads: None) -> None:
+    """SIGKILL of a worker costs nothing; SIGKILL of the parent ends the workers, and the next build goes on."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
-    assert build(undisturbed, *slow, workers=2).returncode == 0
-    command = [FRACTALGEN, "build", *SMALL, *slow, "--out", out, "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(lambda: len(list(out.glob("train-*.json"))) >= 1, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while running_in(process.pid):
-        assert time.monotonic() < deadline, "workers outlived their parent"
-        time.sleep(0.02)
+    assert run(*small, *SLOW, "--out", undisturbed).exit_code == 0
+    process = start([*small, *SLOW], out, workers=2)
+    wait_until(lambda: sidecars(out), process)
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGKILL)
+    before = len(sidecars(out))
+    wait_until(lambda: len(sidecars(out)) > before + 2, process)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not running_in(process.pid))
     assert not (out / "_info.json").exists()
-    done = len(list(out.glob("*-*.json")))
-    assert 1 <= done < 11
+    assert len(sidecars(out)) < 11
     (out / f".tmp~{os.uname().nodename}~{process.pid}~00000000~train-000004.tar").write_bytes(b"half")
-    result = build(out, *slow)
-    assert result.returncode == 0, result.stderr
+    result = run(*small, *SLOW, "--out", out)
+    assert result.exit_code == 0, result.stderr
     assert "done)" in result.stderr
-    assert names(out) == names(undisturbed)
-    assert content(out) == content(undisturbed)
+    assert files(out) == files(undisturbed)
 
 
-def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path) -> None:
+def test_killed_workers_shards_are_rendered_again(small: list[str], tmp_path: Path, threads: None) -> None:
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    options = [*small, "--points", "300000"]
+    assert run(*options, "--out", undisturbed).exit_code == 0
+    process = start(options, out)
+    wait_until(lambda: sidecars(out), process)
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert files(out) == files(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_a_build_after_the_running_shards(
+    small: list[str], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     out = tmp_path / "stopped"
-    command = [FRACTALGEN, "build", *SMALL, "--points", "1000000", "--n", "240", "--out", out, "--workers", "1"]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: len(list(out.glob("train-*.json"))) >= 1, process)
-    process.send_signal(signal.SIGTERM)
+    process = start([*small, *SLOW], out)
+    wait_until(lambda: sidecars(out), process)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143
-    stopping, last = errors.splitlines()[-2:]
-    assert "Ctrl-C again" in stopping
-    assert last == f"error: {out}: stopped; finished shards are kept, run the same command again to go on"
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert str(out) in last
     assert not (out / "_info.json").exists()
     assert not [name for name in names(out) if name.startswith(".")]
-
-
-def test_of_two_recipes_in_one_new_folder_one_wins(tmp_path: Path) -> None:
-    out = tmp_path / "contested"
-    slow, fast = (make_recipe("single", 40, classes=20, size=32, points=100, seed=seed) for seed in (0, 1))
-    plan = plan_build(out, slow, 1)
-    finish(plan_build(out, fast, 1))
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(FractalError, match="seed 1 there, 0 here"):
-        finish(plan)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_systems_lost_between_recipe_and_systems_are_drawn_again(built: Path, tmp_path: Path) -> None:
-    out = tmp_path / "early"
-    out.mkdir()
-    shutil.copy(built / "recipe.json", out)
-    assert build(out).returncode == 0
-    assert content(out) == content(built)
+    assert len(list(out.glob("*.tar"))) == len(sidecars(out))
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "words"),
+    ("options", "code", "noun"),
     [
-        (["--kind", "fractl"], 2, "unknown kind"),
+        (["--kind", "fractl"], 2, "'fractl'"),
         (["--n", "0"], 2, "n is 0"),
-        (["--n", "5"], 2, "fewer images than the 20 classes"),
-        (["--n", "many"], 2, "'many' is not a valid integer"),
+        (["--n", "many"], 2, "--n"),
         (["--size", "8"], 2, "size is 8"),
-        (["--workers", "0"], 2, "--workers is '0'"),
-        (["--set", "maps"], 2, "expected NAME=VALUE"),
-        (["--set", "mops=2,3"], 2, "did you mean 'maps'"),
-        (["--sead", "1"], 2, "No such option '--sead'"),
+        (["--workers", "0"], 2, "--workers"),
+        (["--set", "maps"], 2, "NAME=VALUE"),
+        (["--set", "mops=2,3"], 2, "'maps'"),
+        (["--slice", ""], 2, "I/K"),
+        (["--sead", "1"], 2, "--sead"),
+        (["--categories", "x.npz"], 2, "--kind is 'single'"),
+        (["--kind", "fractaldb", "--categories", "x.npz", "--from-csv", "y"], 2, "--from-csv"),
+        (["--kind", "fractaldb", "--categories", "nowhere.npz"], 1, "nowhere.npz"),
+        (["--kind", "fractaldb", "--from-csv", "."], 1, "00000.csv"),
+        (["--kind", "fractaldb", "--n", "5000", "--classes", "1001"], 2, "fractalgen search --classes 1001"),
+        (["--kind", "fractaldb", "--shard-size", "3"], 2, "shard_size is 3"),
+        (["--kind", "fractaldb", "--n", "2000000", "--set", "draw=point-gray"], 2, "kind fractaldb"),
+        (["--out", ""], 2, "--out"),
         (["--out", "/proc/nowhere"], 1, "/proc/nowhere"),
-        (["--out", __file__], 1, "not a file"),
-        (["--size", "2048", "--n", "99999999", "--shard-size", "99999"], 1, "free some space"),
+        (["--out", __file__], 1, "test_build.py"),
+        (["--size", "2048", "--n", "99999999", "--shard-size", "99999"], 1, "disk"),
     ],
     ids=str,
 )
-def test_bad_input_ends_in_one_line(options: list[str], code: int, words: str, tmp_path: Path) -> None:
-    command = ["build", *SMALL, "--out", str(tmp_path / "out"), "--workers", "1", *options]
-    result = CliRunner().invoke(main, command)
+def test_build_refuses_in_one_line(
+    small: list[str], options: list[str], code: int, noun: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*small, "--workers", 1, "--out", tmp_path / "out", *options)
     assert result.exit_code == code, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.stderr.rstrip().endswith(line)
-    assert words in line
-    assert not (tmp_path / "out").exists()
+    assert noun in error_line(result)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_dataset_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    result = build(tmp_path)
-    assert result.returncode == 1
-    assert "holds 'thesis.tex' but no recipe.json" in result.stderr
-    assert names(tmp_path) == ["thesis.tex"]
-
-
-def test_damaged_systems_are_refused(built: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(built, tmp_path / "damaged")
-    data = bytearray((out / "systems.npz").read_bytes())
-    data[300] ^= 1
-    (out / "systems.npz").write_bytes(data)
-    (out / "_info.json").unlink()
-    result = build(out)
-    assert result.returncode == 1
-    assert "systems.npz" in result.stderr
-    assert not (out / "_info.json").exists()
+@pytest.mark.parametrize(("given", "missing"), [(("--kind", "single"), "--n"), (("--n", 20), "--kind")])
+def test_build_names_a_missing_option(given: tuple[object, ...], missing: str) -> None:
+    result = run("build", *given)
+    assert result.exit_code == 2
+    assert error_line(result).startswith(f"error: {missing} ")
 
 
 @pytest.fixture
 def nobody() -> Iterator[None]:
-    """Root may write anywhere; for a while this process is a user who may not."""
-    recipe = make_recipe("single", 1, classes=1, size=32)
-    render_sample(recipe, draw_systems(recipe), 0)  # whatever is imported late, nobody may not be able to read
+    """A user without rights; root may write anywhere."""
+    render_sample(RECIPE, draw_systems(RECIPE), 0)  # imports late modules, which nobody may not be able to read
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -247,25 +296,22 @@ def nobody() -> Iterator[None]:
     os.seteuid(user)
 
 
-def test_without_write_permission(nobody: None) -> None:
-    result = CliRunner().invoke(main, ["build", *SMALL, "--out", "/usr/share/fractals", "--workers", "1"])
+def test_build_without_write_permission(small: list[str], nobody: None) -> None:
+    result = run(*small, "--out", "/usr/share/fractals", "--workers", "1")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == (
-        "error: /usr/share: Permission denied; choose a folder you may read and write"
-    )
+    assert error_line(result).startswith("error: /usr/share: Permission denied")
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_disk: Path) -> None:
-    result = build(small_disk / "out", "--n", "1000")
-    assert result.returncode == 1
-    assert "the disk has" in result.stderr.splitlines()[-1]
+def test_disk_too_small_is_refused_before_writing(small: list[str], small_disk: Path, threads: None) -> None:
+    result = run(*small, "--out", small_disk / "out", "--n", "1000")
+    assert result.exit_code == 1
+    assert "disk" in error_line(result)
     assert names(small_disk) == []
 
 
-def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(built: Path, small_disk: Path) -> None:
+def test_full_disk_leaves_nothing_that_looks_finished(built: Path, small_disk: Path) -> None:
     out = small_disk / "out"
-    recipe = make_recipe("single", 110, val=13, classes=20, size=32, points=3000, shard_size=25)
-    plan = plan_build(out, recipe, 1)
+    plan = plan_build(open_folder(out, RECIPE))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(350_000))
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -274,6 +320,95 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(built: Path, sm
     assert not (out / "_info.json").exists()
     assert not [name for name in names(out) if name.startswith(".")]
     filler.unlink()
-    finish(plan_build(out, recipe, 1))
-    assert content(out) == content(built)
-    assert names(out) == names(built)
+    finish(plan_build(open_folder(out, RECIPE)))
+    assert files(out) == files(built)
+
+
+def test_lost_file_system_ends_a_build_in_one_line(small: list[str], small_disk: Path) -> None:
+    out = small_disk / "out"
+    process = start([*small, "--points", "1000000"], out)
+    wait_until(lambda: sidecars(out), process)
+    subprocess.run(["umount", "-l", small_disk], check=True)
+    _, errors = process.communicate(timeout=120)
+    left = list(small_disk.iterdir())
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small_disk], check=True)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(f"error: {out}")
+    assert left == [], "something was written where nothing is mounted"
+
+
+@pytest.mark.parametrize("command", ["build", "repair"])
+def test_finished_dataset_may_be_read_only(
+    built: Path, small: list[str], small_disk: Path, command: str, threads: None
+) -> None:
+    out = small_disk / "out"
+    subprocess.run(["cp", "-r", built, out], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    result = run(*small, "--out", out) if command == "build" else run("repair", out)
+    assert result.exit_code == 0, result.output
+    assert error_line(run(*small, "--n", "111", "--out", out))
+
+
+def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
+    """From a file or a folder of CSV files; a later build without them uses those that the folder stores."""
+    folder, stored = tmp_path / "csv" / "csv0", tmp_path / "categories.npz"
+    folder.mkdir(parents=True)
+    for index in range(3):
+        np.savetxt(folder / f"{index:05d}.csv", shipped_categories()[index + 5], delimiter=",", fmt="%.18e")
+    write_categories(stored, shipped_categories()[5:9])
+    options = ["build", "--kind", "fractaldb", "--n", 16, "--size", 32, "--points", 500]
+    for name, given in (("a", ["--from-csv", tmp_path / "csv"]), ("b", ["--categories", stored, "--classes", 3])):
+        assert run(*options, "--out", tmp_path / name, *given).exit_code == 0
+        assert load_manifest(tmp_path / name).classes == 3
+        same = map(np.array_equal, read_categories(tmp_path / name / "systems.npz"), shipped_categories()[5:8])
+        assert all(same)
+    assert "nothing to render" in run(*options, "--out", tmp_path / "a", "--classes", 3).stderr
+    write_categories(stored, shipped_categories()[:3])
+    assert "systems_digest" in error_line(run(*options, "--out", tmp_path / "a", "--categories", stored))
+    assert "3 categories" in error_line(run(*options, "--classes", 4, "--categories", stored, "--out", tmp_path / "c"))
+
+
+def export(folder: Path, file: Path) -> dict:
+    result = CliRunner().invoke(fractalshards, ["recipe", str(folder), "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("kind", ["fractaldb", "multi", "single"])
+def test_portable_recipe_rebuilds_the_same_dataset(tmp_path: Path, kind: str, threads: None) -> None:
+    options = f"build --kind {kind} --n 48 --val 12 --classes 6 --size 48 --points 2000 --seed 9 --shard-size 16"
+    assert run(*options.split(), "--out", tmp_path / "first").exit_code == 0
+    export(tmp_path / "first", tmp_path / "recipe.json")
+    result = run("build", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second")
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "second") == files(tmp_path / "first")
+
+
+def test_portable_recipe_with_another_promise_is_an_error(built: Path, tmp_path: Path, threads: None) -> None:
+    recipe = tmp_path / "recipe.json"
+    fields = export(built, recipe)
+    fields["splits"]["val"]["content_digests"][0] = "0" * 32
+    digests = {name: split["content_digests"] for name, split in fields["splits"].items()}
+    recipe.write_text(json.dumps(fields | {"content_digest": mapping_digest(digests)}))
+    result = run("build", "--recipe", recipe, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "val-000000.tar" in error_line(result)
+
+
+def test_portable_recipe_is_refused_in_one_line(built: Path, tmp_path: Path) -> None:
+    recipe, older = tmp_path / "recipe.json", tmp_path / "older.json"
+    fields = export(built, recipe)
+    fields["recipe"]["version"] -= 1
+    older.write_text(json.dumps(fields | {"recipe_digest": mapping_digest(fields["recipe"])}))
+    for options, code, noun in (
+        (["--recipe", recipe, "--n", "5"], 2, "--n and --recipe"),
+        (["--recipe", recipe, "--set", "maps=2"], 2, "--set and --recipe"),
+        (["--recipe", tmp_path / "none.json"], 1, "none.json"),
+        (["--recipe", built / "recipe.json"], 1, "recipe.json"),
+        (["--recipe", older], 1, "recipe version"),
+    ):
+        result = run("build", *options, "--out", tmp_path / "out")
+        assert result.exit_code == code, result.output
+        assert noun in error_line(result)
+        assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from fractalshards.png import Indexed, decode_image, encode_png, pixels_of
 
 
 @given(st.binary(min_size=1, max_size=2000), st.integers(1, 256))
-def test_every_decoder_inflates_what_was_compressed(data: bytes, symbols: int) -> None:
+def test_zlib_compress_is_inflated_by_other_decoders(data: bytes, symbols: int) -> None:
     rows = (np.frombuffer(data, np.uint8).astype(int) % symbols).astype(np.uint8)
     stream = zlib_compress(rows)
     for decompress in (zlib.decompress, isal_zlib.decompress):
@@ -30,12 +30,12 @@ def test_every_decoder_inflates_what_was_compressed(data: bytes, symbols: int) -
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 31, 32, 33, 1000, 150_753])
-def test_any_length(length: int) -> None:
+def test_zlib_compress_any_length(length: int) -> None:
     rows = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)
     assert zlib.decompress(zlib_compress(rows)) == rows.tobytes()
 
 
-def test_codes_longer_than_deflate_allows_are_shortened() -> None:
+def test_code_lengths_are_limited() -> None:
     """Each symbol as often as all rarer ones together makes the tree a chain."""
     rows = np.repeat(np.arange(19, dtype=np.uint8), [1, *(2**k for k in range(18))])
     np.random.default_rng(0).shuffle(rows)
@@ -47,7 +47,7 @@ def test_codes_longer_than_deflate_allows_are_shortened() -> None:
     assert zlib.decompress(zlib_compress(rows)) == rows.tobytes()
 
 
-def test_huffman_codes_are_as_short_as_the_entropy_allows() -> None:
+def test_zlib_compress_nears_the_entropy() -> None:
     rng = np.random.default_rng(0)
     rows = np.clip(rng.normal(128, 9, 100_000), 0, 255).astype(np.uint8)
     shares = np.bincount(rows) / len(rows)
@@ -56,7 +56,7 @@ def test_huffman_codes_are_as_short_as_the_entropy_allows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["single", "multi", "fractaldb"])
-def test_rendered_images_are_read_by_every_decoder_and_no_larger_than_with_isal(kind: str) -> None:
+def test_encode_image_is_read_by_other_decoders_and_small(kind: str) -> None:
     recipe = make_recipe(kind, 100, classes=20)
     systems = draw_systems(recipe)
     sizes = []
@@ -74,13 +74,13 @@ def test_rendered_images_are_read_by_every_decoder_and_no_larger_than_with_isal(
     assert ours <= 1.03 * isal  # 2 % smaller in the mean of all classes, up to 6 % larger or smaller in single images
 
 
-def test_bytes_are_pinned() -> None:
+def test_zlib_compress_bytes_are_pinned() -> None:
     """Not ISA-L's, so they are the same on every CPU."""
     rows = np.random.default_rng(0).integers(0, 99, 5001, dtype=np.uint8)
     assert xxhash.xxh3_64_hexdigest(zlib_compress(rows)) == "7246df90de752505"
 
 
-def test_runs_are_found_by_isal() -> None:
+def test_zlib_compress_leaves_runs_to_isal() -> None:
     assert len(zlib_compress(np.zeros(100_000, np.uint8))) < 1000
 
 

@@ -40,13 +40,13 @@ from fractalshards.errors import FractalError, UsageError
     ],
     ids=str,
 )
-def test_nonsense_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+def test_make_recipe_refuses_nonsense(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         make_recipe(**{"kind": "single", "n": 1000, **changes})
     assert "\n" not in str(caught.value)
 
 
-def test_defaults_are_the_published_ones() -> None:
+def test_make_recipe_has_the_published_defaults() -> None:
     recipe = make_recipe("single", 1_000_000)
     assert (recipe.classes, recipe.size, recipe.points, recipe.shard_size) == (1000, 224, 100_000, 1000)
     assert asdict(recipe.params) == {
@@ -67,7 +67,7 @@ def test_defaults_are_the_published_ones() -> None:
     }
 
 
-def test_every_field_changes_the_digest() -> None:
+def test_recipe_digest_covers_every_field() -> None:
     recipe = make_recipe("single", 100, classes=5)
     variants = [
         recipe,
@@ -83,12 +83,12 @@ def test_every_field_changes_the_digest() -> None:
     assert make_recipe("single", 100, classes=5).digest() == recipe.digest()
 
 
-def test_a_recipe_takes_its_own_kinds_parameters() -> None:
+def test_recipe_takes_the_parameters_of_its_kind() -> None:
     with pytest.raises(UsageError, match="takes SingleParams, not str"):
         Recipe("single", 10, 0, 2, 32, 100, 0, 10, params="x")
 
 
-def test_integers_of_numpy_and_values_as_they_are_make_the_same_recipe() -> None:
+def test_make_recipe_takes_numpy_integers_and_values() -> None:
     text = make_recipe("single", 1000, seed=3, overrides={"maps": "2,3", "blur_probability": "0"})
     values = make_recipe("single", np.int64(1000), seed=np.uint8(3), overrides={"maps": (2, 3), "blur_probability": 0})
     assert text == values
@@ -96,7 +96,7 @@ def test_integers_of_numpy_and_values_as_they_are_make_the_same_recipe() -> None
 
 
 @pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
-def test_a_recipe_survives_json(kind: str) -> None:
+def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
     recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60)
     recipe = recipe.with_systems(draw_systems(recipe))
     assert parse_recipe(json.loads(json.dumps(recipe.to_json())), "a test") == recipe
@@ -105,13 +105,13 @@ def test_a_recipe_survives_json(kind: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 1}, "recipe version 1, this software renders"),
-        ({"version": "x"}, "version is missing or not an integer"),
-        ({"kind": "sinlge"}, "cannot render kind 'sinlge'"),
-        ({"kind": ["single"]}, "kind is missing or not text"),
-        ({"n": -1}, "n is not a count"),
+        ({"version": 1}, "recipe version 1"),
+        ({"version": "x"}, "recipe version x"),
+        ({"kind": "sinlge"}, "'sinlge'"),
+        ({"kind": ["single"]}, "kind"),
+        ({"n": -1}, "n is -1"),
         ({"n": 10**15}, "over 1,000,000,000"),
-        ({"params": []}, "params is missing or not an object"),
+        ({"params": []}, "params"),
         ({"params": {"blur": 1}}, "unknown parameter 'blur'"),
         ({"params": {"maps": {"a": [1]}}}, "maps="),
         ({"params": {}}, "lacks or adds fields"),
@@ -119,7 +119,7 @@ def test_a_recipe_survives_json(kind: str) -> None:
     ],
     ids=str,
 )
-def test_json_that_is_no_recipe_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+def test_parse_recipe_refuses_other_json(changes: dict[str, Any], words: str) -> None:
     data = json.loads(json.dumps(make_recipe("single", 100, classes=5).to_json())) | changes
     with pytest.raises(FractalError, match=words) as caught:
         parse_recipe(data, "recipe.json")

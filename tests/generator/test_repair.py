@@ -11,13 +11,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fractalgen.cli import main
-from fractalshards.cli import main as shards
+from fractalshards.cli import main as fractalshards
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.systems import write_systems
 
+pytestmark = pytest.mark.usefixtures("threads")
 
-def repair(folder: Path) -> Result:
-    return CliRunner().invoke(main, ["repair", str(folder), "--workers", "1"])
+
+def repair(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["repair", str(folder), "--workers", "1", *options])
 
 
 def flip(path: Path, offset: int) -> None:
@@ -73,9 +75,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.usefixtures("pools")
 @pytest.mark.parametrize("what", DAMAGES)
-def test_what_is_damaged_is_made_again_and_nothing_else(built: Path, copy: Path, what: str) -> None:
+def test_repair_renders_only_what_is_damaged(built: Path, copy: Path, what: str) -> None:
     damage, name = DAMAGES[what]
     damage(copy)
     whole = {path.name: path.stat().st_mtime_ns for path in copy.glob("*.tar") if path.stem != Path(name).stem}
@@ -85,43 +86,55 @@ def test_what_is_damaged_is_made_again_and_nothing_else(built: Path, copy: Path,
     assert {name: (copy / name).stat().st_mtime_ns for name in whole} == whole
     assert ("rendered again: " + Path(name).stem in result.stdout) == bool(name)
     assert result.stdout.splitlines()[-1].startswith("sound: ")
-    assert CliRunner().invoke(shards, ["verify", str(copy), "--workers", "1"]).exit_code == 0
+    assert CliRunner().invoke(fractalshards, ["verify", str(copy), "--workers", "1"]).exit_code == 0
 
 
-def test_a_sound_dataset_is_left_alone(copy: Path) -> None:
+def test_repair_leaves_a_sound_dataset_alone(copy: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
     result = repair(copy)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("sound: ")
+    assert "repairing" in result.stderr
+    assert repair(copy, "--quiet").stderr == ""
     assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
 
 
-def test_an_unfinished_build_is_finished(built: Path, copy: Path) -> None:
+def test_repair_finishes_an_unfinished_build(built: Path, copy: Path) -> None:
     for name in ("_info.json", "train-000000.tar", "train-000000.json", "val-000000.json"):
         (copy / name).unlink()
     assert repair(copy).exit_code == 0
     assert files(copy) == files(built)
 
 
-def test_a_manifest_that_promised_other_content_is_not_believed_silently(built: Path, copy: Path) -> None:
+def test_repair_refuses_what_the_manifest_did_not_promise(built: Path, copy: Path) -> None:
     edit(copy / "_info.json", lambda fields: fields["splits"]["val"].update(content_digests=["0" * 32]))
-    result = repair(copy)
-    assert result.exit_code == 1
-    assert "val-000000.tar differ from what _info.json promised" in result.stderr
-    again = repair(copy)
-    assert again.exit_code == 1  # the promise still stands
-    assert "val-000000.tar differ" in again.stderr
+    for _ in range(2):  # the promise stands
+        result = repair(copy)
+        assert result.exit_code == 1
+        assert "val-000000.tar" in result.stderr.splitlines()[-1]
     (copy / "_info.json").unlink()
     assert repair(copy).exit_code == 0
     assert files(copy) == files(built)
 
 
-def test_a_tar_that_is_no_shard_is_named(copy: Path) -> None:
+def test_repair_refuses_a_part_of_a_dataset(copy: Path) -> None:
+    """As ``fractalshards pull --shards`` leaves it."""
+
+    def drop_val(fields: dict) -> None:
+        del fields["splits"]["val"]
+
+    edit(copy / "_info.json", drop_val)
+    result = repair(copy)
+    assert result.exit_code == 1
+    assert "part" in result.stderr.splitlines()[-1]
+
+
+def test_repair_names_a_tar_that_is_no_shard(copy: Path) -> None:
     shutil.copy(copy / "val-000000.tar", copy / "extra.tar")
     result = repair(copy)
     assert result.exit_code == 1
     assert "sound:" not in result.stdout
-    assert "extra.tar is not part of the dataset; remove it" in result.stderr
+    assert "extra.tar" in result.stderr.splitlines()[-1]
 
 
 def test_systems_that_the_kind_cannot_render_are_refused(small: list[str], copy: Path) -> None:
@@ -134,22 +147,22 @@ def test_systems_that_the_kind_cannot_render_are_refused(small: list[str], copy:
         fields["recipe_digest"] = mapping_digest(fields["recipe"])
 
     edit(copy / "recipe.json", change)
-    for command in (["repair", str(copy), "--workers", "1"], [*small, "--out", str(copy)]):
+    for command in (["repair", str(copy)], [*small, "--out", str(copy)]):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1, result.output
-        assert "systems.npz: not 20 systems of 1 to 255 maps of shape (2, 3)" in result.stderr.splitlines()[-1]
+        assert "systems.npz" in result.stderr.splitlines()[-1]
 
 
-def test_what_cannot_be_repaired_is_said_in_one_line(copy: Path, tmp_path: Path) -> None:
+def test_repair_without_a_sound_recipe_is_refused_in_one_line(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     edit(copy / "_info.json", lambda fields: fields["recipe"].update(version=1))
     os.truncate(copy / "recipe.json", 10)
-    for folder, words in (
-        (tmp_path / "empty", "neither recipe.json nor _info.json is there"),
-        (tmp_path / "nowhere", "neither recipe.json nor _info.json is there"),
-        (copy, "recipe version 1, this software renders"),
+    for folder, noun in (
+        (tmp_path / "empty", "recipe.json"),
+        (tmp_path / "nowhere", "recipe.json"),
+        (copy, "recipe version 1"),
     ):
         result = repair(folder)
         assert result.exit_code == 1
-        assert len(result.stderr.splitlines()) == 1
-        assert words in result.stderr
+        (line,) = result.stderr.splitlines()
+        assert noun in line

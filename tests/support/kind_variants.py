@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fractalgen import make_recipe
-from fractalgen.build import plan_build, run_build
+from fractalgen.build import open_folder, plan_build, run_build
 from fractalgen.kinds import KINDS
 from fractalgen.recipe import Recipe
 from fractalshards.settings import parse_settings
@@ -25,7 +25,7 @@ def small_recipe(kind: str, settings: tuple[str, ...] = (), n: int = 60, classes
 
 def build(recipe: Recipe, out: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
-        assert run_build(plan_build(out, recipe, 1), pool) == ()
+        assert run_build(plan_build(open_folder(out, recipe)), pool) == ()
 
 
 def build_variants(out: Path, systems: Path | None = None) -> None:

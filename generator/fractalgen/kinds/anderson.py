@@ -1,4 +1,4 @@
-"""Iterated function systems: drawing one as Anderson & Farrell do, and rendering points as their rasteriser does."""
+"""What ``single`` and ``multi`` share: parameters and random draws of Anderson & Farrell (WACV 2022)."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from fractalgen.kernels.paint import (
     gaussian_blur,
 )
 from fractalgen.kernels.random import Stream
-from fractalgen.kernels.raster import POINT, Orientation, bounding_box, peak_of, splat
+from fractalgen.kernels.raster import POINT, Orientation
 from fractalgen.kinds.kind import MAX_MAPS, check_parameters, parameter
 from fractalshards.errors import UsageError
 from fractalshards.png import Pixels
@@ -63,45 +63,6 @@ def sample_system(
     system[:, :, :2] = frames[:maps] * values[:, None, :] @ frames[maps:]
     system[:, :, 2] = rng.uniform(-1, 1, (maps, 2))
     return system
-
-
-def rasterize(
-    points: Floats,
-    size: int,
-    window: npt.ArrayLike | None = None,
-    patch: npt.NDArray[np.int64] | None = None,
-    graded: bool = True,
-) -> npt.NDArray[np.float64] | npt.NDArray[np.uint8]:
-    """Render points as the published rasteriser does, through the same splat that builds datasets.
-
-    For whoever looks at systems, and so that the splat can be held against what the published code gives. Datasets do
-    not go through it: they are painted from the counts.
-
-    Args:
-        points: (n, 2), at least one; x selects the row, y the column. Computed with in float64, or float32 if they are.
-        size: side length in pixels.
-        window: [xmin, ymin, xmax, ymax]; the bounding box of the points if None.
-        patch: (k, 2) cells of a 3 x 3 patch drawn at each point; a single pixel if None.
-        graded: counts divided by their maximum, rather than hit or not.
-
-    Returns:
-        (size, size) float64 in [0, 1] when graded, else uint8, 0 or 1. All zero if the patch is empty.
-
-    Raises:
-        UsageError: if points, size, window or patch are not of these shapes and ranges.
-    """
-    points = np.asarray(points)
-    points = points if points.dtype == np.float32 else points.astype(np.float64)
-    cells = POINT if patch is None else np.asarray(patch).astype(np.int64).reshape(-1, 2)
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or size < 1:
-        raise UsageError(f"points of shape {points.shape} and size {size}: expected (n, 2), n and size at least 1")
-    if ((cells < 0) | (cells > 2)).any():
-        raise UsageError("patch: expected cells (row, column), each 0 to 2")
-    xs, ys = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
-    edges = np.asarray(bounding_box(xs, ys) if window is None else window, np.float64)
-    xmin, ymin, xmax, ymax = edges.tolist()
-    counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), cells)
-    return counts / peak_of(counts) if graded else (counts > 0).astype(np.uint8)
 
 
 def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> Floats:

@@ -1,4 +1,4 @@
-"""FractalDB's renderer: the published pixels, those of a slow rendering by the book, and no crash whatever comes in."""
+"""FractalDB's renderer: the published pixels, equal to a slow renderer, and no crash whatever the input."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fractalgen.categories import shipped_categories
-from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kernels.fractaldb import (
     DRAWS,
     Draw,
@@ -65,7 +65,7 @@ def slow_points(category: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[flo
 def slow_render(
     category: np.ndarray, weights: np.ndarray, size: int, points: int, draw: Draw, patch_masks: np.ndarray
 ) -> np.ndarray:
-    """The rendering that DESIGN.md describes, point by point."""
+    """The published rendering, point by point."""
     scaled = category.copy()
     scaled[:, :6] *= weights
     kept = np.array(list(slow_points(scaled, np.random.RandomState(100).random_sample(points))))
@@ -90,7 +90,7 @@ def slow_render(
     return image[::-1]
 
 
-def test_every_pixel_is_that_of_the_published_code(reference: Path) -> None:
+def test_render_equals_the_published_images(reference: Path) -> None:
     cases = json.loads((reference / "fractaldb_images" / "index.json").read_text())
     assert {case["draw"].replace("_", "-") for case in cases} == set(DRAWS)
     for case in cases:
@@ -116,7 +116,7 @@ def test_weight_rows_change_one_coefficient_each() -> None:
     assert (rows != 1).sum(0).tolist() == [4] * 6
 
 
-def test_pixels_are_pinned() -> None:
+def test_render_pixels_are_pinned() -> None:
     """A change of any pixel would change every dataset."""
     drawn = masks(KEY, 5000)
     images = [render(LEAF, row, 64, 5000, draw, drawn) for draw in DRAWS for row in weight_rows()[[2, 7]]]
@@ -140,7 +140,7 @@ def test_pixels_are_pinned() -> None:
 
 @settings(max_examples=200)
 @given(st.data())
-def test_any_category_renders_as_the_slow_way(data: st.DataObject) -> None:
+def test_render_equals_the_slow_renderer(data: st.DataObject) -> None:
     maps = data.draw(st.integers(1, 4))
     values = data.draw(st.sampled_from([TAME, st.one_of(TAME, TAME, WILD)]))
     category = np.array(data.draw(st.lists(st.lists(values, min_size=7, max_size=7), min_size=maps, max_size=maps)))
@@ -155,7 +155,7 @@ def test_any_category_renders_as_the_slow_way(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("label", [0, 6, 42, 123, 500, 999])
-def test_long_orbits_are_those_of_one_step_after_the_other(label: int) -> None:
+def test_orbit_of_published_categories_equals_the_slow_one(label: int) -> None:
     """Published categories with every sixth weight row: contracting, slowly contracting and diverging."""
     for row in weight_rows()[label % 6 :: 6]:
         category = shipped_categories()[label] * [*row, 1]
@@ -166,7 +166,7 @@ def test_long_orbits_are_those_of_one_step_after_the_other(label: int) -> None:
 
 @pytest.mark.parametrize("points", [1, 2, 7, 8, 9, 2047, 2048, 2055, 2056, 2057, 2063, 2064, 4999])
 @pytest.mark.parametrize("turn", [0.5, 1.0], ids=["contracts", "only turns"])
-def test_orbits_of_any_length(points: int, turn: float) -> None:
+def test_orbit_of_any_length(points: int, turn: float) -> None:
     """A map that only turns never leads two orbits together; nor do maps that are not always chosen."""
     cosine, sine = turn * math.cos(1), turn * math.sin(1)
     category = np.array([[cosine, -sine, sine, cosine, 1, 0, 0.5], [cosine, sine, -sine, cosine, 0, 1, 0.4]])
@@ -176,7 +176,7 @@ def test_orbits_of_any_length(points: int, turn: float) -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("p", [0.0, math.nan, -1.0])
-def test_where_no_map_is_chosen_only_the_origin_is_drawn(p: float, draw: Draw) -> None:
+def test_render_without_a_chosen_map_draws_the_origin(p: float, draw: Draw) -> None:
     category = np.array([[0.5, 0, 0, 0.5, 1, 1, p]])
     image = render(category, ONES, 16, 50, draw, np.full(50, 0b100_000_000, np.uint16))
     assert np.argwhere(image).tolist() == ([[14, 1]] if is_patch(draw) else [[15, 0]])
@@ -184,7 +184,7 @@ def test_where_no_map_is_chosen_only_the_origin_is_drawn(p: float, draw: Draw) -
 
 @pytest.mark.parametrize("size", [16, 4096])
 @pytest.mark.parametrize("draw", DRAWS)
-def test_smallest_and_largest_images(draw: Draw, size: int) -> None:
+def test_render_smallest_and_largest_images(draw: Draw, size: int) -> None:
     image = render(LEAF, ONES, size, 3000, draw, masks(KEY, 3000))
     rows, columns = np.nonzero(image)
     assert image.shape == (size, size)
@@ -195,7 +195,7 @@ def test_smallest_and_largest_images(draw: Draw, size: int) -> None:
     assert high - 2 <= size - 1 - rows.min() <= high
 
 
-def test_what_diverges_at_once_is_black() -> None:
+def test_render_diverging_category_is_black() -> None:
     for coefficient in (math.nan, math.inf):
         category = np.array([[coefficient] * 6 + [0.5]] * 2)
         for points in (2, 50, 5000):
@@ -204,14 +204,14 @@ def test_what_diverges_at_once_is_black() -> None:
             assert not image.any()
 
 
-def test_many_points_are_drawn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = masks(KEY, 5000)
     whole = [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS]
-    monkeypatch.setattr(kataoka, "_CHUNK", 256)
+    monkeypatch.setattr(kernel, "_CHUNK", 256)
     assert np.array_equal(whole, [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS])
 
 
-def test_255_maps_are_told_apart() -> None:
+def test_orbit_of_255_maps() -> None:
     category = np.zeros((255, 7))
     category[:, 4] = np.arange(255)
     category[:, 6] = 1 / 255
@@ -219,7 +219,7 @@ def test_255_maps_are_told_apart() -> None:
     assert np.unique(xs).tolist() == list(range(255))
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
+def test_render_refuses_bad_arguments() -> None:
     drawn = masks(KEY, 10)
     for size, points, draw, given_masks in (
         (15, 10, "point-gray", None),
@@ -237,7 +237,7 @@ def test_what_cannot_be_drawn_is_refused() -> None:
             render(np.zeros((maps, 7)), ONES, 32, 10, "point-gray")
 
 
-def test_flips() -> None:
+def test_flip() -> None:
     image = np.arange(4, dtype=np.uint8).reshape(2, 2)
     flipped = [flip(image, number) for number in range(4)]
     assert [view.tolist() for view in flipped] == [
@@ -249,7 +249,7 @@ def test_flips() -> None:
     assert all(np.shares_memory(view, image) for view in flipped)
 
 
-def test_palettes() -> None:
+def test_palette() -> None:
     assert palette("patch-gray").tolist() == palette("point-gray").tolist() == [[0, 0, 0], [127, 127, 127]]
     colors = palette("point-color")
     assert colors.shape == (129, 3)
@@ -258,7 +258,7 @@ def test_palettes() -> None:
     assert colors[:2].tolist() == [[0, 0, 0], [47, 47, 191]]
 
 
-def test_masks_are_all_but_the_empty_one_equally_often() -> None:
+def test_masks_are_uniform_without_the_empty_one() -> None:
     for stream in range(5):
         drawn = masks(Stream.of("masks", stream).key(), 511_000)
         counts = np.bincount(drawn, minlength=512)
@@ -267,7 +267,7 @@ def test_masks_are_all_but_the_empty_one_equally_often() -> None:
         assert 380 < ((counts[1:] - 1000) ** 2 / 1000).sum() < 640  # chi-square with 510 degrees of freedom
 
 
-def test_masks_are_pinned_and_do_not_depend_on_how_many_are_asked_for() -> None:
+def test_masks_are_pinned_whatever_their_number() -> None:
     assert masks(KEY, 6).tolist() == masks(KEY, 1000)[:6].tolist() == [468, 423, 91, 16, 309, 66]
 
 
@@ -276,7 +276,7 @@ def test_published_masks_are_those_of_python() -> None:
     assert published_masks(3, 100).tolist() == [random.randrange(1, 512) for _ in range(100)]
 
 
-def test_random_numbers_are_shared_and_cannot_be_changed() -> None:
+def test_random_numbers_are_shared_and_read_only() -> None:
     assert random_numbers(1000) is random_numbers(1000)
     with pytest.raises(ValueError, match="read-only"):
         random_numbers(1000)[0] = 0

@@ -1,4 +1,4 @@
-"""Colour, background, paint and blur against OpenCV and against slow, plain renderings of their definitions."""
+"""Colours, background, paint and blur against OpenCV and against slow renderings by their definitions."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_hsv_equals_the_published_conversion(reference: Path) -> None:
         assert np.array_equal(hsv_to_rgb(arrays["hsv"]), arrays["rgb"])
 
 
-def test_hsv_equals_opencv_but_for_one_step_of_rounding() -> None:
+def test_hsv_equals_opencv_within_one_step() -> None:
     hues, saturations, values = np.meshgrid(np.arange(256), np.arange(0, 256, 5), np.arange(0, 256, 3), indexing="ij")
     hsv = np.stack([hues, saturations, values], -1).astype(np.uint8).reshape(-1, 1, 3)
     theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
@@ -37,7 +37,7 @@ def heights_of(size: int, seed: int) -> np.ndarray:
     return diamond_square(size, 0.6, Stream.of("heights", seed).key())
 
 
-def test_painting_follows_its_definition_pixel_by_pixel() -> None:
+def test_paint_follows_its_definition() -> None:
     rng = np.random.default_rng(0)
     counts = (rng.integers(0, 50, (224, 224)) * rng.integers(0, 2, (224, 224))).astype(np.uint32)
     heights = heights_of(224, 0) * 3 - 1
@@ -62,7 +62,7 @@ def test_painting_follows_its_definition_pixel_by_pixel() -> None:
     assert set(np.unique(truncated)) == {0, 1}
 
 
-def test_without_background_or_colour_the_rest_is_black_and_hits_are_grey() -> None:
+def test_paint_without_background_and_colour() -> None:
     counts = np.array([[0, 1], [7, 0]], np.uint32)
     image = paint(counts, FractalColors(0.0, 0, 127), heights_of(2, 0), BLACK)
     assert image.tolist() == [[[0] * 3, [127] * 3], [[127] * 3, [0] * 3]]
@@ -70,7 +70,7 @@ def test_without_background_or_colour_the_rest_is_black_and_hits_are_grey() -> N
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 5), (31, 30), (224, 224)])
 @pytest.mark.parametrize("sigma", [0.5, 0.61, 0.77, 0.9, 1.0])
-def test_blur_equals_opencv(shape: tuple[int, int], sigma: float) -> None:
+def test_gaussian_blur_equals_opencv(shape: tuple[int, int], sigma: float) -> None:
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert np.array_equal(gaussian_blur(image, sigma), cv2.GaussianBlur(image, (3, 3), sigma))
 
@@ -103,7 +103,7 @@ def plain_diamond_square(levels: int, decay: float, noise: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("size", [16, 17, 33])
-def test_background_is_the_published_algorithm(size: int) -> None:
+def test_diamond_square_is_the_published_algorithm(size: int) -> None:
     levels = math.ceil(math.log2(size))
     key = Stream.of("ds", size).key()
     heights = diamond_square(size, 0.6, key)
@@ -126,7 +126,7 @@ def cell_noise(levels: int, key: tuple[np.uint32, np.uint32]) -> np.ndarray:
     return ((words >> 8) * 2.0**-23 - 1).reshape(side, side)
 
 
-def test_background_colours_have_the_published_ranges() -> None:
+def test_background_colors_have_the_published_ranges() -> None:
     drawn = [draw_height_colors(Stream.of("colours", i)) for i in range(2000)]
     for name, ranges in {
         "hue": ((0.25, 1), (0, 1)),

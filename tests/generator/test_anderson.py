@@ -1,0 +1,256 @@
+"""Kinds ``single`` and ``multi``: published systems and distributions, pinned pixels, labels where the objects are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fractalgen import draw_systems, make_recipe, render_sample
+from fractalgen.kernels.random import Stream
+from fractalgen.kernels.raster import Orientation
+from fractalgen.kinds import anderson, multi, single
+from fractalgen.kinds.anderson import AndersonParams, sample_system
+from fractalgen.kinds.kind import Unit
+from fractalgen.kinds.multi import MultiParams
+from fractalgen.kinds.single import SingleParams, jitter
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.sample import MultiLabel
+
+SYSTEM = sample_system(3, np.random.default_rng(0))
+
+
+def draw_single(params: SingleParams, size: int, points: int, unit: Unit, system: np.ndarray = SYSTEM) -> np.ndarray:
+    ((image, label),) = single.render(params, size, points, unit, [system] * (unit.label + 1))
+    assert label == unit.label
+    return image
+
+
+def draw_multi(params: MultiParams, size: int, points: int, number: int) -> tuple[np.ndarray, MultiLabel]:
+    """One image of six systems, rounded to 24 bits as a build has them."""
+    rng = np.random.default_rng(0)
+    systems = [np.round(sample_system((2, 5), rng) * 2**24) / 2**24 for _ in range(6)]
+    ((image, label),) = multi.render(params, size, points, Unit(0, "train", 0, number), systems)
+    return image, label
+
+
+def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
+    """Whether values look uniform in [low, high): ends, mean and spread."""
+    width = high - low
+    reached = low <= values.min() < low + 0.02 * width and high - 0.02 * width < values.max() <= high
+    centred = abs(values.mean() - (low + high) / 2) < 0.03 * width
+    return bool(reached and centred and abs(values.std() / width - 12**-0.5) < 0.02)
+
+
+def test_single_pixels_are_pinned() -> None:
+    """A change of any pixel needs a new recipe version. The system is fixed, because numpy draws it."""
+    system = np.round(SYSTEM * 2**24) / 2**24
+    images = [draw_single(SingleParams(), 64, 5000, Unit(0, "train", 1, number), system) for number in range(3)]
+    plain = SingleParams(background=False, color=False)
+    images.append(draw_single(plain, 50, 777, Unit(0, "val", 2, 0), system))
+    digests = [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images]
+    assert digests == ["107cb22a658315a4", "88dbb57e478998ac", "e7ae8566df6723b5", "4c262fdbcfbf10a0"]
+
+
+def test_multi_pixels_and_labels_are_pinned() -> None:
+    digests = []
+    for number in range(4):
+        image, label = draw_multi(MultiParams(), 64, 3000, number)
+        digests.append(xxhash.xxh3_64_hexdigest(image.tobytes() + repr(label).encode()))
+    assert digests == ["28914583da5e9372", "c26511c3060f3b90", "074ffdc870c97be7", "978c141b5eb6f217"]
+
+
+def test_sample_system_equals_the_published_sampler(reference: Path) -> None:
+    cases = json.loads((reference / "published_single" / "systems.json").read_text())
+    assert cases
+    for case in cases:
+        n = case["n"] if isinstance(case["n"], int) else tuple(case["n"])
+        system = sample_system(n, np.random.default_rng(case["seed"]))
+        np.testing.assert_allclose(system, case["system"], rtol=0, atol=4e-16)
+
+
+def test_sample_system_is_contractive_and_hits_the_sigma_factor() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        system = sample_system((2, 9), rng)
+        values = np.linalg.svd(system[:, :, :2], compute_uv=False)
+        assert values.max() <= 1 + 1e-12
+        assert (5 + len(system)) / 2 - 1e-9 <= (values @ [1, 2]).sum() <= (6 + len(system)) / 2 + 1e-9
+        assert np.abs(system[:, :, 2]).max() <= 1
+    assert sample_system(np.int64(3), rng).shape == (3, 2, 3)
+    for n in (1, 0, (1, 2)):
+        with pytest.raises(UsageError, match="at least 2"):
+            sample_system(n, rng)
+
+
+def test_systems_do_not_depend_on_the_number_of_classes() -> None:
+    few, many = (draw_systems(make_recipe("single", 50, classes=classes, seed=3)) for classes in (5, 50))
+    assert all(np.array_equal(a, b) for a, b in zip(few, many, strict=False))
+    assert all(np.array_equal(system * 2**24, np.round(system * 2**24)) for system in many)
+    assert {len(system) for system in many} == {2, 3, 4}
+
+
+def test_single_images_differ_by_every_part_of_their_identity() -> None:
+    units = [(0, "train", 1, 0), (0, "train", 1, 1), (0, "val", 1, 0), (1, "train", 1, 0), (0, "train", 2, 0)]
+    assert len({draw_single(SingleParams(), 32, 2000, Unit(*unit)).tobytes() for unit in units}) == len(units)
+
+
+def test_single_images_are_kept_in_a_larger_dataset() -> None:
+    small, large = (make_recipe("single", n, classes=4, size=32, points=500) for n in (40, 80))
+    systems = draw_systems(small)
+    images = {render_sample(small, systems, index)[0].tobytes() for index in range(40)}
+    assert images < {render_sample(large, systems, index)[0].tobytes() for index in range(80)}
+
+
+def test_jitter_scales_one_map_within_singular_value_1() -> None:
+    system = SYSTEM.copy()
+    system[1, :, :2] *= 0.999 / np.linalg.svd(system[1, :, :2], compute_uv=False).max()
+    rng = Stream.of("jitter")
+    factors = []
+    for _ in range(300):
+        jittered = jitter(system, (0.8, 1.1), rng)
+        assert np.linalg.svd(jittered[:, :, :2], compute_uv=False).max() <= 1 + 1e-12
+        ratio = (jittered / system).reshape(3, 6)
+        assert np.allclose(ratio, ratio[:, :1])
+        assert np.sum(ratio[:, 0] != 1) <= 1
+        factors.append((int(np.argmax(ratio[:, 0] != 1)), ratio[ratio[:, 0] != 1, 0]))
+    assert all(0.8 <= factor <= 1.1 for _, values in factors for factor in values)
+    assert max(values[0] for k, values in factors if k == 0 and len(values)) > 1.05
+    rigid = np.eye(2, 3)[None]
+    assert np.array_equal(jitter(rigid, (1.01, 1.1), Stream.of("never")), rigid)  # after four tries
+
+
+def test_single_shows_its_fractal_and_the_background_can_be_left_out() -> None:
+    options = {"background": "false", "blur_probability": "0"}
+    recipe = make_recipe("single", 200, classes=50, size=64, points=20_000, overrides=options)
+    systems = draw_systems(recipe)
+    shares = [render_sample(recipe, systems, index)[0].any(-1).mean() for index in range(200)]
+    assert min(shares) > 0
+    assert 0.1 < np.mean(shares) < 0.6
+    recipe = make_recipe("single", 200, classes=50, size=64, overrides={"color": "false", "blur_probability": "0"})
+    assert (render_sample(recipe, systems, 0)[0] == 127).all(-1).mean() > 0.01
+
+
+def test_single_windows_patches_and_colors_have_the_published_distributions() -> None:
+    rng, params = Stream.of("windows"), SingleParams()
+    windows = np.array([single._draw_window((10.0, -4.0, 14.0, 4.0), params, rng) for _ in range(4000)])
+    for low, high, extent, middle in ((windows[:, 0], windows[:, 2], 4, 12), (windows[:, 1], windows[:, 3], 8, 0)):
+        assert is_uniform(((low + high) / 2 - middle) / extent, -0.2, 0.2)
+        assert is_uniform((high - low) / extent, 0.5, 2.0)
+    assert abs(np.corrcoef(windows[:, 2] - windows[:, 0], windows[:, 3] - windows[:, 1])[0, 1]) < 0.05
+    masks = [sum(1 << (3 * i + j) for i, j in anderson.draw_patch(params, rng).tolist()) for _ in range(51_100)]
+    counts = np.bincount(masks, minlength=512)
+    assert counts[0] == 0
+    assert 380 < ((counts[1:] - 100) ** 2 / 100).sum() < 640  # chi-square with 510 degrees of freedom
+    drawn = [anderson.draw_fractal_colors(params, rng) for _ in range(4000)]
+    assert is_uniform(np.array([colors.hue_shift for colors in drawn]), 0, 255)
+    assert is_uniform(np.array([colors.saturation + 0.5 for colors in drawn]), 0.3 * 255, 255)
+    assert is_uniform(np.array([colors.value + 0.5 for colors in drawn]), 0.5 * 255, 255)
+
+
+def test_single_is_transposed_mirrored_and_blurred_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    orientations, sigmas = [], []
+    monkeypatch.setattr(anderson, "Orientation", lambda *flips: orientations.append(flips) or Orientation(*flips))
+    monkeypatch.setattr(anderson, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
+    for number in range(2000):
+        draw_single(SingleParams(), 16, 16, Unit(0, "train", 0, number))
+    flips = np.array(orientations)
+    assert np.abs(flips.mean(0) - 0.5).max() < 0.04
+    assert np.abs(np.corrcoef(flips.T) - np.eye(3)).max() < 0.08
+    assert abs(len(sigmas) / 2000 - 0.5) < 0.04
+    assert is_uniform(np.array(sigmas), 0.5, 1.0)
+
+
+@given(st.data())
+def test_multi_boxes_hold_the_visible_pixels(data: st.DataObject) -> None:
+    recipe = make_recipe(
+        "multi",
+        50,
+        classes=data.draw(st.integers(1, 60)),
+        size=data.draw(st.integers(16, 70)),
+        points=data.draw(st.integers(1, 3000)),
+        overrides={"background": "false", "blur_probability": "0", "objects": data.draw(st.sampled_from(["1,5", "9"]))},
+    )
+    image, label = render_sample(recipe, draw_systems(recipe), data.draw(st.integers(0, 49)))
+    assert label.labels == tuple(sorted({thing.label for thing in label.objects})) != ()
+    covered = np.zeros(image.shape[:2], bool)
+    for x, y, width, height in (thing.bbox for thing in label.objects):
+        assert min(x, y) >= 0
+        assert max(x + width, y + height) <= recipe.size
+        inside = image[y : y + height, x : x + width].any(-1)
+        assert all(inside[edge].any() for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]))
+        covered[y : y + height, x : x + width] = True
+    assert not image[~covered].any()
+
+
+def filled(params: AndersonParams, size: int, *_: object) -> np.ndarray:
+    """An object that is a full square, so that it hides what it covers."""
+    return np.full((size, size, 3), 9, np.uint8)
+
+
+def test_multi_label_leaves_out_covered_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi, "_draw_object", filled)
+    params = MultiParams(objects=(4, 4), object_size=(0.3, 0.6), blur_probability=0, background=False)
+    hidden = 0
+    for number in range(300):
+        image, label = draw_multi(params, 32, 1, number)
+        hidden += len(label.objects) < 4
+        area = np.zeros((32, 32), bool)
+        for x, y, width, height in (thing.bbox for thing in label.objects):
+            area[y : y + height, x : x + width] = True
+        assert (image.any(-1) <= area).all()
+    assert hidden > 10
+
+
+def test_multi_image_without_objects_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def seldom_visible(params: MultiParams, size: int, *_: object) -> np.ndarray:
+        tries.append(size)
+        return np.full((size, size, 3), int(len(tries) % 7 == 0), np.uint8)
+
+    monkeypatch.setattr(multi, "_draw_object", seldom_visible)
+    labels = [draw_multi(MultiParams(objects=(1, 1)), 16, 1, number)[1] for number in range(5)]
+    assert len(tries) == 35
+    assert all(len(label.objects) == 1 for label in labels)
+    monkeypatch.undo()
+    with pytest.raises(FractalError, match="no object is visible") as caught:
+        draw_multi(MultiParams(value=(0.0, 0.0)), 16, 10, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_multi_objects_have_the_published_number_size_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, sides, places, classes = [], [], [], []
+
+    class Recorder(multi.Canvas):
+        def paste(self, pixels: np.ndarray, x: int, y: int) -> None:
+            sides.append(len(pixels))
+            places.append((x + len(pixels) // 2, y + len(pixels) // 2))
+            super().paste(pixels, x, y)
+
+    monkeypatch.setattr(multi, "Canvas", Recorder)
+    monkeypatch.setattr(multi, "_draw_object", filled)
+    for number in range(1500):
+        before = len(sides)
+        _, label = draw_multi(MultiParams(), 224, 1, number)
+        counts.append(len(sides) - before)
+        classes += [thing.label for thing in label.objects]
+    assert np.abs(np.bincount(counts, minlength=6)[1:] / 1500 - 0.2).max() < 0.04
+    assert (min(sides), max(sides)) == (33, 134)  # int(f 224) with f in [0.15, 0.6)
+    assert abs(np.mean(sides) - 224 * 0.375) < 2
+    centres = np.array(places)
+    assert (centres.min(), centres.max()) == (0, 223)
+    assert np.abs(centres.mean(0) - 111.5).max() < 4
+    assert abs(np.corrcoef(centres.T)[0, 1]) < 0.05
+    assert np.abs(np.bincount(classes, minlength=6) / len(classes) - 1 / 6).max() < 0.03
+
+
+def test_multi_objects_fill_their_bounding_boxes() -> None:
+    """The window is the exact bounding box: the outermost rows and columns are hit, the last one but for rounding."""
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        pixels = multi._draw_object(MultiParams(patch=False), 60, 20_000, sample_system((2, 5), rng), Stream.of(number))
+        assert all(pixels[edge].any() for edge in (np.s_[:2], np.s_[-2:], np.s_[:, :2], np.s_[:, -2:]))
