@@ -1,21 +1,22 @@
-"""The image of a sample and its file in the tar: ``KEY.png``, ``KEY.jpg`` or ``KEY.webp``, told by what is in it."""
+"""One sample: its image and label as files, and those files as members of a tar."""
 
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
+from fractalshards.storage import parse_json
 
 PNG = "png"
 
 
 def image_format(data: bytes) -> str | None:
-    """The extension that an encoded image has in a shard, by its first bytes; None if shards hold no such images."""
+    """Return the extension of an encoded image by its first bytes, or None if shards hold no such images."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PNG
     if data.startswith(b"\xff\xd8\xff"):
@@ -25,11 +26,68 @@ def image_format(data: bytes) -> str | None:
     return None
 
 
-def image_extension(files: Mapping[str, bytes]) -> str:
-    """Which of a sample's files, by extension, is its image: the one beside the label.
+LabelType = Literal["single", "multi"]
+
+_SINGLE = "cls"
+_MULTI = "json"
+_MAX_DIGITS = 9
+_MAX_BYTES = 1 << 20
+_Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Side = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+
+class Object(msgspec.Struct, frozen=True):
+    """One object of an image: its class index, and the box [x, y, width, height] of its visible part, in pixels."""
+
+    label: _Index = msgspec.field(name="class")
+    bbox: tuple[_Index, _Index, _Side, _Side]
+
+
+class MultiLabel(msgspec.Struct, frozen=True):
+    """Label of a multi-label image: its visible classes, sorted and unique, and its objects in paint order."""
+
+    labels: tuple[_Index, ...]
+    objects: Annotated[tuple[Object, ...], msgspec.Meta(min_length=1)]
+
+    @classmethod
+    def of(cls, objects: tuple[Object, ...]) -> "MultiLabel":
+        """Return the label of an image with these objects."""
+        return cls(tuple(sorted({thing.label for thing in objects})), objects)
+
+
+Label = int | MultiLabel
+
+
+def classes_of(label: Label) -> tuple[int, ...]:
+    """Return the class indices of a label."""
+    return (label,) if isinstance(label, int) else label.labels
+
+
+def encode_label(label: Label) -> tuple[str, bytes]:
+    """Return the extension and the content of a label's file.
+
+    ``cls``: the class index in ASCII digits. ``json``: ``labels``, and ``objects`` with ``class`` and ``bbox``.
+    """
+    return (_SINGLE, b"%d" % label) if isinstance(label, int) else (_MULTI, msgspec.json.encode(label))
+
+
+def label_extension(files: Mapping[str, bytes]) -> str:
+    """Return the extension of a sample's label.
 
     Raises:
-        FractalError: if there is not one image and one label.
+        FractalError: if there is not exactly one label.
+    """
+    found = [extension for extension in (_SINGLE, _MULTI) if extension in files]
+    if len(found) != 1:
+        raise FractalError(f"expected one label, .{_SINGLE} or .{_MULTI}, in {sorted(files)}")
+    return found[0]
+
+
+def image_extension(files: Mapping[str, bytes]) -> str:
+    """Return the extension of a sample's image, the only file beside the label.
+
+    Raises:
+        FractalError: if there is not exactly one image and one label.
     """
     label = label_extension(files)
     images = [extension for extension in files if extension != label]
@@ -38,72 +96,12 @@ def image_extension(files: Mapping[str, bytes]) -> str:
     return images[0]
 
 
-LabelType = Literal["single", "multi"]
-
-_SINGLE = "cls"
-_MULTI = "json"
-_MAX_DIGITS = 9
-_MAX_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Object:
-    """One object of an image: its class index, and the box [x, y, width, height] of what is visible, in pixels."""
-
-    label: int
-    bbox: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class MultiLabel:
-    """What is visible in an image: its classes, sorted and unique, and its objects in paint order, one or more."""
-
-    labels: tuple[int, ...]
-    objects: tuple[Object, ...]
-
-    @classmethod
-    def of(cls, objects: tuple[Object, ...]) -> "MultiLabel":
-        """The label of an image with these objects."""
-        return cls(tuple(sorted({thing.label for thing in objects})), objects)
-
-
-Label = int | MultiLabel
-
-
-def classes_of(label: Label) -> tuple[int, ...]:
-    """The class indices of a label."""
-    return (label,) if isinstance(label, int) else label.labels
-
-
-def encode_label(label: Label) -> tuple[str, bytes]:
-    """The extension and the bytes of the label's file.
-
-    ``cls``: the class index in ASCII digits. ``json``: ``labels`` and ``objects`` with ``class`` and ``bbox``.
-    """
-    if isinstance(label, int):
-        return _SINGLE, b"%d" % label
-    objects = [{"class": thing.label, "bbox": thing.bbox} for thing in label.objects]
-    return _MULTI, json.dumps({"labels": label.labels, "objects": objects}, separators=(",", ":")).encode()
-
-
-def label_extension(files: Mapping[str, bytes]) -> str:
-    """Which of a sample's files, by extension, is its label.
-
-    Raises:
-        FractalError: if there is not exactly one.
-    """
-    found = [extension for extension in (_SINGLE, _MULTI) if extension in files]
-    if len(found) != 1:
-        raise FractalError(f"expected one label, .{_SINGLE} or .{_MULTI}, in {sorted(files)}")
-    return found[0]
-
-
 def decode_label(files: Mapping[str, bytes]) -> Label:
-    """The label of a sample from its files by extension.
+    """Decode the label of a sample, given its files by extension.
 
     Raises:
-        FractalError: if there is not one label file, it is not an ASCII integer of at most nine digits, or its JSON
-            is not that of ``encode_label``: class indices sorted and unique, those of the objects.
+        FractalError: if there is not one label, it is not an ASCII integer of at most nine digits, or its JSON is not
+            that of ``encode_label``, with the classes of its objects as labels, sorted and unique.
     """
     extension = label_extension(files)
     text = files[extension]
@@ -117,27 +115,17 @@ def decode_label(files: Mapping[str, bytes]) -> Label:
 def _decode_objects(text: bytes) -> MultiLabel:
     if len(text) > _MAX_BYTES:
         raise FractalError(f"label of {len(text):,} bytes is too long")
-    fields = Fields.parse(text, "label")
-    label = MultiLabel.of(tuple(Object(thing.count("class"), _box(thing)) for thing in fields.inners("objects")))
-    if not label.objects:
-        raise FractalError("no object in the label")
-    if fields.counts("labels") != label.labels:
+    label = parse_json(text, MultiLabel, "label")
+    if label != MultiLabel.of(label.objects):
         raise FractalError("labels are not the classes of the objects, sorted and unique")
     return label
 
 
-def _box(thing: Fields) -> tuple[int, int, int, int]:
-    box = thing.counts("bbox")
-    if len(box) != 4 or 0 in box[2:]:
-        raise FractalError(f"bbox {box} is not [x, y, width, height]")
-    return box[0], box[1], box[2], box[3]
-
-
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
-_LONGEST_KEY = 32  # that is shown
+_LONGEST_KEY = 32  # in messages
 
-# of a regular file; its fields are name 0, mode 100, uid 108, gid 116, size 124, mtime 136, sum 148, type 156
+# Header of a regular file; its fields are name 0, mode 100, uid 108, gid 116, size 124, mtime 136, sum 148, type 156
 _EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _MODE_TO_GID = _EMPTY_HEADER[100:124]
 _SIZE = slice(124, 135)
@@ -148,7 +136,7 @@ _HEADER_SUM = sum(_EMPTY_HEADER[:124]) + sum(_EMPTY_HEADER[135:148]) + 8 * ord("
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar: its data are ``size`` bytes from byte ``start`` of the file that holds the tar."""
+    """A regular file in a tar: its data are ``size`` bytes from byte ``start`` on."""
 
     name: str
     start: int
@@ -164,69 +152,40 @@ class Sample:
 
 
 def pack_sample(sample: Sample) -> bytes:
-    """The tar blocks of one sample: a header and padded data per file, in the order of ``files``."""
+    """Return the tar blocks of a sample: a header and padded data per file, in the order of ``files``."""
     return b"".join(_pack_member(f"{sample.key}.{ext}", data) for ext, data in sample.files.items())
 
 
 def packed_size(sample: Sample) -> int:
-    """Bytes of what ``pack_sample`` makes of a sample."""
+    """Return the number of bytes that ``pack_sample`` makes of a sample."""
     return sum(BLOCK + padded(len(data)) for data in sample.files.values())
 
 
 def parse_sample(data: bytes) -> Sample:
-    """Read the members of one sample back from its tar blocks.
-
-    Raises:
-        FractalError: as ``sample_members`` does.
-    """
-    members = sample_members(lambda at: data[at : at + BLOCK], 0, len(data))
-    files = {extension_of(member.name): data[member.start : member.start + member.size] for member in members}
-    return Sample(members[0].name.partition(".")[0], files)
-
-
-def sample_members(read_block: Callable[[int], bytes], start: int, end: int) -> tuple[Member, ...]:
-    """The members of the one sample in the bytes ``start:end`` of a tar, of which only the headers are read.
-
-    Args:
-        read_block: gives the 512 bytes at a position.
+    """Parse the tar blocks of one sample.
 
     Raises:
         FractalError: if a header is damaged, a member is not a regular file or is cut off, or the members do not
             share one key.
     """
-    members = tuple(_walk(read_block, start, end))
+    members = tuple(_walk(lambda at: data[at : at + BLOCK], 0, len(data)))
     if len(keys := {member.name.partition(".")[0] for member in members}) != 1:
         raise FractalError(f"expected the members of one sample, found {sorted(keys) or 'nothing'}")
+    key = keys.pop()
     if len({member.name for member in members}) != len(members):
-        raise FractalError(f"{keys.pop()}: a file stands twice in one sample")
-    return members
-
-
-def extension_of(name: str) -> str:
-    """What a member is in its sample: its name after the key, ``png`` of ``000000007.png``."""
-    return name.partition(".")[2]
+        raise FractalError(f"{key}: a file occurs twice in one sample")
+    return Sample(key, {m.name.partition(".")[2]: data[m.start : m.start + m.size] for m in members})
 
 
 def shown_key(blocks: bytes) -> str:
-    """The key in the first header of a sample that may be damaged, to name it: ASCII, short, perhaps empty."""
+    """Return the key in the first header of a sample that may be damaged: ASCII, short, perhaps empty."""
     name = blocks[: tarfile.LENGTH_NAME].partition(b"\0")[0].decode("latin-1")
     key = ascii(name.partition(".")[0])[1:-1]
     return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
 
 
-def _walk(read_block: Callable[[int], bytes], start: int, end: int) -> Iterator[Member]:
-    at = start
-    while at < end:
-        name, size = _parse_header(read_block(at))
-        at += BLOCK
-        if at + size > end:
-            raise FractalError(f"{name}: cut off, {size:,} bytes promised")
-        yield Member(name, at, size)
-        at += padded(size)
-
-
 def first_member_end(block: bytes) -> int:
-    """Where the first member of a sample ends, and the second begins, from the sample's first block.
+    """Return where the first member of a sample ends, given the sample's first block.
 
     Raises:
         FractalError: if the block is not the header of a regular file.
@@ -236,25 +195,33 @@ def first_member_end(block: bytes) -> int:
 
 
 def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
-    """All members of the tar that lies in ``[start, stop)`` of an open file, from their headers alone.
+    """Yield the members of the tar in ``[start, stop)`` of an open file, reading headers only.
 
     Raises:
         FractalError: if a header is damaged, or a member is not a regular file or reaches beyond ``stop``.
     """
-    at = start
-    while at < stop:
+
+    def read_block(at: int) -> bytes:
         header = os.pread(descriptor, min(BLOCK, stop - at), at)
-        if not header.strip(b"\0"):
-            return
+        return header if header.strip(b"\0") else b""
+
+    return _walk(read_block, start, stop)
+
+
+def _walk(read_block: Callable[[int], bytes], start: int, stop: int) -> Iterator[Member]:
+    """The members of a tar in ``[start, stop)``, up to an empty block."""
+    at = start
+    while at < stop and (header := read_block(at)):
         name, size = _parse_header(header)
-        if at + BLOCK + size > stop:
+        at += BLOCK
+        if at + size > stop:
             raise FractalError(f"{name}: cut off, {size:,} bytes promised")
-        yield Member(name, at + BLOCK, size)
-        at += BLOCK + padded(size)
+        yield Member(name, at, size)
+        at += padded(size)
 
 
 def padded(size: int) -> int:
-    """``size`` rounded up to whole tar blocks."""
+    """Round ``size`` up to whole tar blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
@@ -264,9 +231,9 @@ def _pack_member(name: str, data: bytes) -> bytes:
 
 
 def _pack_header(name: bytes, size: int) -> bytes:
-    """What ``tarfile.TarInfo.tobuf`` makes of a regular file, at a fifth of its time: there are two for every image.
+    """Return the same header as ``tarfile.TarInfo.tobuf``, in a fifth of the time: every image needs two.
 
-    Only name, size and sum differ between members, and the sum counts its own field as eight spaces.
+    Only name, size and checksum differ between members; the checksum counts its own field as eight spaces.
     """
     if len(name) > tarfile.LENGTH_NAME or size >= 8**11:
         raise ValueError(f"{name!r} of {size} bytes does not fit into a tar header")
@@ -276,7 +243,7 @@ def _pack_header(name: bytes, size: int) -> bytes:
 
 
 def _parse_header(block: bytes) -> tuple[str, int]:
-    """Name and size of a regular file. ``tarfile`` reads headers that are not as ours, at ten times the time."""
+    """Return name and size of a regular file; ``tarfile`` reads headers unlike ours, in ten times the time."""
     name = block[: tarfile.LENGTH_NAME].split(b"\0", 1)[0]
     with suppress(ValueError):
         size = int(block[_SIZE], 8)

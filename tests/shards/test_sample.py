@@ -1,0 +1,337 @@
+"""Samples, their labels and digests, and the shards that hold them, as shards/README.md specifies."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import xxhash
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fractalshards import writer
+from fractalshards.cli import main
+from fractalshards.digest import mapping_digest, systems_digest
+from fractalshards.errors import FractalError
+from fractalshards.manifest import (
+    RECIPE,
+    SYSTEMS,
+    finished_record,
+    load_manifest,
+    read_record,
+    sample_key,
+    write_manifest,
+)
+from fractalshards.png import decode_image, encode_png
+from fractalshards.reader import index_split, iterate_shard
+from fractalshards.sample import (
+    MultiLabel,
+    Object,
+    Sample,
+    _pack_header,
+    _parse_header,
+    classes_of,
+    decode_label,
+    encode_label,
+    pack_sample,
+    parse_sample,
+)
+from fractalshards.storage import write_json
+from fractalshards.systems import read_systems, write_systems
+from fractalshards.writer import write_shard
+
+Encode = Callable[[np.ndarray], bytes]
+BOX = b'"bbox":[0,0,1,1]'
+
+
+def test_members_are_ustar_without_time_or_owner(dataset: Path) -> None:
+    with tarfile.open(dataset / "train-000001.tar") as tar:
+        members = tar.getmembers()
+    expected = [f"{key:09d}.{extension}" for key in range(5, 10) for extension in ("png", "cls")]
+    assert [member.name for member in members] == expected
+    assert all((m.mtime, m.uid, m.gid, m.mode, m.type) == (0, 0, 0, 0o644, tarfile.REGTYPE) for m in members)
+    assert (dataset / "train-000001.tar").read_bytes()[257:265] == b"ustar\x0000"
+
+
+def test_webdataset_reads_the_same_samples(dataset: Path) -> None:
+    index = index_split(load_manifest(dataset), "train")
+    ours = [sample for shard in index for sample in iterate_shard(shard)]
+    urls = [str(shard.path) for shard in index]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in theirs] == [sample.key for sample in ours]
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.array_equal(decode_image(a.files["png"]), b["png"])
+        assert decode_label(a.files) == b["cls"]
+
+
+def test_sidecar_has_offsets(dataset: Path) -> None:
+    record = read_record(dataset, "train-000000.tar", "single")
+    data = (dataset / record.name).read_bytes()
+    keys = [parse_sample(data[a:b]).key for a, b in zip(record.offsets, record.offsets[1:], strict=False)]
+    assert keys == [f"{key:09d}" for key in range(5)]
+    assert (record.samples, record.bytes, record.label_counts) == (5, len(data), (2, 2, 1))
+
+
+def test_content_digest_is_independent_of_png_encoding(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+    def digest(name: str, key: str, pixels: np.ndarray, label: int, encode: Encode = encode_png) -> tuple[str, str]:
+        record = write_shard(tmp_path, name, 3, [(key, (pixels, label))], encode)
+        return record.content_digest, record.sha256
+
+    def encode_with_pillow(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    content, sha256 = digest("a.tar", "000000000", image, 1)
+    assert digest("b.tar", "000000000", image, 1) == (content, sha256)
+    recoded = digest("c.tar", "000000000", image, 1, encode=encode_with_pillow)
+    assert recoded[0] == content
+    assert recoded[1] != sha256
+    for other in (("000000001", image, 1), ("000000000", image ^ 1, 1), ("000000000", image, 2)):
+        assert digest("d.tar", *other)[0] != content
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def samples():
+        yield "000000000", (np.zeros((4, 4, 3), np.uint8), 0)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_shard(tmp_path, "train-000000.tar", 1, samples())
+    assert list(tmp_path.iterdir()) == []
+    assert caught.value.filename == str(tmp_path / "train-000000.tar")
+
+
+def test_write_shard_rejects_large_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_SAMPLE_BYTES", 1 << 20)
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    with pytest.raises(FractalError, match=r"a sample of 1,4.* bytes, but it may have 1 MiB at most"):
+        write_shard(tmp_path, "train-000000.tar", 3, [("000000000", (noise, 0))])
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.text("0123456789.abc", max_size=100), st.integers(0, 8**11 - 1))
+def test_headers_equal_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert _pack_header(name.encode(), size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+@given(
+    st.text("0123456789.abc", min_size=1, max_size=100),
+    st.integers(0, 8**11 - 1),
+    st.integers(0, 511),
+    st.integers(0, 255),
+    st.booleans(),
+)
+def test_headers_parse_as_tarfile_does(name: str, size: int, place: int, byte: int, mended: bool) -> None:
+    block = bytearray(_pack_header(name.encode(), size))
+    block[place] = byte
+    if mended:
+        block[148:154] = b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:]))
+    try:
+        member = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "strict")
+        expected = (member.name, member.size) if member.type in (b"0", b"\0") and member.size >= 0 else None
+    except (tarfile.HeaderError, UnicodeDecodeError):
+        expected = None
+    try:
+        assert _parse_header(bytes(block)) == expected
+    except FractalError:
+        assert expected is None
+
+
+def test_parse_sample_with_gnu_headers() -> None:
+    packed = b""
+    for extension, data in (("png", b"x" * 700), ("cls", b"3")):
+        member = tarfile.TarInfo(f"000000001.{extension}")
+        member.size, member.mtime, member.uname = len(data), 1_700_000_000, "somebody"
+        packed += member.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+    assert parse_sample(packed) == Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
+
+
+def test_parse_sample_rejects_damage() -> None:
+    sample = Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
+    packed = pack_sample(sample)
+    assert parse_sample(packed) == sample
+    other = pack_sample(Sample("000000002", {"png": b""}))
+    size = packed[:124] + b"99999999999" + packed[135:]
+    for damaged in (packed[:1024], b"\xff" + packed[1:], size, packed[:500], packed + other, packed + packed):
+        with pytest.raises(FractalError):
+            parse_sample(damaged)
+
+
+def test_content_digest_of_a_shard(dataset: Path) -> None:
+    hashed = b""
+    for sample in iterate_shard(index_split(load_manifest(dataset), "train")[1]):
+        pixels = decode_image(sample.files["png"])
+        hashed += sample.key.encode() + b"\x00" + b"16x16" + b"\x00" + pixels.tobytes() + b"\x00"
+        hashed += sample.files["cls"] + b"\x00"
+    assert read_record(dataset, "train-000001.tar", "single").content_digest == xxhash.xxh3_128_hexdigest(hashed)
+
+
+def test_content_digest_of_a_dataset(dataset: Path) -> None:
+    digests = [read_record(dataset, f"train-00000{shard}.tar", "single").content_digest for shard in range(2)]
+    text = json.dumps({"train": digests}, separators=(",", ":"))
+    assert load_manifest(dataset).content_digest() == xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def test_mapping_digest() -> None:
+    recipe = {"size": 224, "kind": "single", "jitter": [0.8, 1e-05], "name": "é"}
+    canonical = b'{"jitter":[0.8,1e-05],"kind":"single","name":"\\u00e9","size":224}'
+    assert mapping_digest(recipe) == xxhash.xxh3_128_hexdigest(canonical)
+
+
+def test_systems_digest(dataset: Path) -> None:
+    systems = read_systems(dataset / "systems.npz")
+    hashed = b"".join(b"2x2x3\x00" + np.asarray(system, "<f8").tobytes() for system in systems)
+    assert systems_digest(systems) == xxhash.xxh3_128_hexdigest(hashed)
+
+
+objects = st.builds(
+    Object,
+    label=st.integers(0, 99_999),
+    bbox=st.tuples(st.integers(0, 999), st.integers(0, 999), st.integers(1, 999), st.integers(1, 999)),
+)
+
+
+multi_labels = st.lists(objects, min_size=1, max_size=9).map(lambda drawn: MultiLabel.of(tuple(drawn)))
+
+
+@given(st.integers(0, 10**9 - 1) | multi_labels)
+def test_label_round_trip(label: int | MultiLabel) -> None:
+    extension, text = encode_label(label)
+    assert decode_label({"png": b"", extension: text}) == label
+    assert extension == ("cls" if isinstance(label, int) else "json")
+
+
+def test_multi_label_json() -> None:
+    label = MultiLabel.of((Object(7, (1, 2, 3, 4)), Object(2, (0, 0, 5, 5)), Object(7, (9, 9, 1, 1))))
+    _, text = encode_label(label)
+    assert text == (
+        b'{"labels":[2,7],"objects":[{"class":7,"bbox":[1,2,3,4]},{"class":2,"bbox":[0,0,5,5]},'
+        b'{"class":7,"bbox":[9,9,1,1]}]}'
+    )
+    assert classes_of(label) == (2, 7)
+    assert classes_of(3) == (3,)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"json": b"{"},
+        {"json": b"[1]"},
+        {"json": b'{"labels":[1]}'},
+        {"json": b'{"labels":[],"objects":[]}'},
+        {"json": b'{"labels":[1,2],"objects":[{"class":1,%s}]}' % BOX},
+        {"json": b'{"labels":[2,1],"objects":[{"class":1,%s},{"class":2,%s}]}' % (BOX, BOX)},
+        {"json": b'{"labels":[-1],"objects":[{"class":-1,%s}]}' % BOX},
+        {"json": b'{"labels":[1],"objects":[{"class":1,"bbox":[0,0,1]}]}'},
+        {"json": b'{"labels":[1],"objects":[{"class":1,"bbox":[0,0,0,1]}]}'},
+        {"json": b'{"labels":[1],"objects":[{"class":1,"bbox":[0,0.5,1,1]}]}'},
+        {"json": b" " * ((1 << 20) + 1)},
+        {"png": b""},
+        {"cls": b"1", "json": b"{}"},
+    ],
+    ids=lambda files: str(files)[:60],
+)
+def test_decode_label_rejects(files: dict[str, bytes]) -> None:
+    with pytest.raises(FractalError):
+        decode_label(files)
+
+
+@pytest.fixture
+def multi(tmp_path: Path) -> Path:
+    """A multi-label dataset of six samples, three classes, 16 x 16 pixels."""
+    folder = tmp_path / "multi"
+    folder.mkdir()
+    systems = [np.zeros((2, 2, 3))] * 3
+    recipe = {"kind": "random", "n": 6, "systems_digest": systems_digest(systems)}
+    write_systems(folder / SYSTEMS, systems)
+    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(6):
+        label = MultiLabel.of((Object(i % 3, (i, 0, 3, 4)), Object((i + 1) % 3, (1, 1, 15, 15))))
+        samples.append((sample_key(i), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), label)))
+    record = write_shard(folder, "train-000000.tar", 3, samples)
+    assert record.label_counts == (4, 4, 4)
+    digest = mapping_digest(recipe)
+    write_manifest(
+        folder,
+        {"train": [record.shard()]},
+        recipe=recipe,
+        recipe_digest=digest,
+        label_type="multi",
+        classes=3,
+        image_size=16,
+    )
+    return folder
+
+
+def rewrite(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "train-000000.tar"
+    data = path.read_bytes()
+    assert old in data
+    assert len(old) == len(new)
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def test_multi_label_dataset(multi: Path) -> None:
+    manifest = load_manifest(multi)
+    assert manifest.label_type == "multi"
+    result = CliRunner().invoke(main, ["verify", str(multi), "--workers", "1"])
+    assert result.exit_code == 0, result.output
+    assert "one or more per image" in CliRunner().invoke(main, ["info", str(multi)]).output
+    (shard,) = index_split(manifest, "train")
+    theirs = list(webdataset.WebDataset([str(shard.path)], shardshuffle=False).decode("rgb8"))
+    for ours, other in zip(iterate_shard(shard), theirs, strict=True):
+        label = decode_label(ours.files)
+        assert isinstance(label, MultiLabel)
+        assert tuple(other["json"]["labels"]) == label.labels
+        assert [tuple(thing["bbox"]) for thing in other["json"]["objects"]] == [x.bbox for x in label.objects]
+
+
+def test_verify_names_boxes_outside_of_the_image(multi: Path) -> None:
+    rewrite(multi, b'"bbox":[3,0,3,4]', b'"bbox":[3,0,3,9]')
+    result = CliRunner().invoke(main, ["verify", str(multi), "--workers", "1"])
+    assert "content digest differs" in result.output
+    rewrite(multi, b'"bbox":[3,0,3,9]', b'"bbox":[9,0,9,9]')
+    result = CliRunner().invoke(main, ["verify", str(multi), "--workers", "1"])
+    assert "000000003: bbox [9, 0, 9, 9] leaves the image of 16 x 16" in result.output
+
+
+def test_verify_names_labels_of_the_other_type(dataset: Path) -> None:
+    info = json.loads((dataset / "_info.json").read_text())
+    (dataset / "_info.json").write_text(json.dumps({**info, "label_type": "multi"}))
+    result = CliRunner().invoke(main, ["verify", str(dataset), "--workers", "1"])
+    assert "000000000: not a label of type 'multi'" in result.output
+
+
+def test_sheet_of_a_multi_label_dataset(multi: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    result = CliRunner().invoke(main, ["sheet", str(multi), "--out", str(out), "--per-class", "2", "--tile", "16"])
+    assert result.exit_code == 0, result.output
+    assert f"{44 + 2 * 20} x {3 * 20 + 4} pixels" in result.output
+
+
+def test_finished_record_checks_sidecar_and_size(multi: Path, dataset: Path) -> None:
+    name = "train-000000.tar"
+    assert finished_record(multi, name, "multi") is not None
+    assert finished_record(multi, name, "single") is None
+    sidecar = dataset / "train-000000.json"
+    fields = json.loads(sidecar.read_text())
+    for changes in ({"label_counts": [7, 4, 4]}, {"label_counts": [1, 2, 1]}, {"samples": 4}, {"bytes": 1 << 20}):
+        sidecar.write_text(json.dumps(fields | changes))
+        assert finished_record(dataset, name, "single") is None
+    sidecar.write_text(json.dumps(fields))
+    assert finished_record(dataset, name, "single") is not None
+    sidecar.unlink()
+    assert finished_record(dataset, name, "single") is None
