@@ -1,11 +1,10 @@
-"""``fractaltrain export``: timm loads the file, and says what the run's model says."""
+"""``fractaltrain export``: timm loads the file with the weights of the run."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 
@@ -16,7 +15,7 @@ from fractaltrain.run_folder import open_run
 
 
 def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch.nn.Module:
-    """A run of a random model, and the model."""
+    """Write a run of a random model; return the model."""
     torch.manual_seed(seed)
     model = create_model(name, classes, 64).eval()
     for module in model.modules():
@@ -30,25 +29,29 @@ def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "resnet50", "vit_tiny_patch16_224", "deit_small_patch32_224"])
-def test_the_printed_line_loads_the_same_model(fractaltrain, tmp_path, name):
+def test_export_loads_in_timm(fractaltrain, tmp_path, name):
+    """Weights to the bit; outputs closely, for torchvision's ResNet-50 and timm's compute in another order."""
     model = write_run(tmp_path / "run", name)
     path = tmp_path / "model.safetensors"
     done = fractaltrain("export", tmp_path / "run", "--out", path)
     assert (done.code, done.err) == (0, "")
     names: dict[str, torch.nn.Module] = {}
     exec(done.out.splitlines()[-1], names)
+    loaded = names["model"].eval()
+    expected = model.state_dict()
+    assert set(loaded.state_dict()) == set(expected)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     images = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        assert torch.allclose(names["model"].eval()(images), model(images), atol=1e-5)
+        assert torch.allclose(loaded(images), model(images), atol=1e-5)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["model"] == {"deit_small_patch32_224": "vit_small_patch32_224"}.get(name, name)
     assert (metadata["classes"], metadata["image_size"], metadata["epochs"]) == ("7", "64", "1")
     assert json.loads(metadata["mean"]) == [0.5, 0.5, 0.5]
-    assert timm.is_model(metadata["model"])
 
 
-def test_files_that_are_there_already(fractaltrain, tmp_path):
+def test_export_keeps_files_that_are_there(fractaltrain, tmp_path):
     write_run(tmp_path / "a", "resnet10t")
     write_run(tmp_path / "b", "resnet10t", seed=1)
     path = tmp_path / "new" / "model.safetensors"
@@ -56,22 +59,26 @@ def test_files_that_are_there_already(fractaltrain, tmp_path):
     before = path.read_bytes()
     assert fractaltrain("export", tmp_path / "a", "--out", path).code == 0
     outcome = fractaltrain("export", tmp_path / "b", "--out", path)
-    assert (outcome.code, outcome.out) == (1, "")
-    assert f"error: {path}: another file is there already; choose another --out, or remove it\n" == outcome.err
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (1, "", 1)
+    assert str(path) in outcome.err
     assert path.read_bytes() == before
     path.write_text("no tensors")
     assert fractaltrain("export", tmp_path / "a", "--out", path).code == 1
     assert path.read_text() == "no tensors"
 
 
-def test_weights_of_another_model(fractaltrain, tmp_path):
+def test_export_refuses_other_extensions(fractaltrain, tmp_path):
+    write_run(tmp_path / "run", "resnet10t")
+    outcome = fractaltrain("export", tmp_path / "run", "--out", tmp_path / "model.pt")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert ".safetensors" in outcome.err
+
+
+def test_export_refuses_weights_of_another_model(fractaltrain, tmp_path):
     write_run(tmp_path / "run", "resnet10t")
     text = (tmp_path / "run" / "run.json").read_text()
     (tmp_path / "run" / "run.json").write_text(text.replace("resnet10t", "resnet18"))
-    for command in (("export", tmp_path / "run", "--out", tmp_path / "x.safetensors"),):
-        outcome = fractaltrain(*command)
-        assert outcome.code == 1
-        assert (
-            "run: its checkpoint does not fit timm's resnet18 with 7 classes, which its run.json names" in outcome.err
-        )
+    outcome = fractaltrain("export", tmp_path / "run", "--out", tmp_path / "x.safetensors")
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
+    assert "resnet18" in outcome.err
     assert not (tmp_path / "x.safetensors").exists()

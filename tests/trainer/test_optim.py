@@ -1,12 +1,14 @@
+"""Parameter groups and learning rate schedules, against values computed by hand."""
+
 from dataclasses import replace
-from math import cos, pi
+from math import cos, log, pi
 
 import pytest
 import torch
 from torch import nn
 
-from fractaltrain.models import create_model
-from fractaltrain.optim import Rates, build_optimizer, build_schedule, parameter_rates
+from fractaltrain.models import create_model, freeze_backbone
+from fractaltrain.optim import Rates, build_optimizer, build_schedule, find_loss, parameter_rates
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 
 
@@ -20,95 +22,98 @@ def resnet() -> nn.Module:
     return create_model("resnet50", 7, 64)
 
 
-def test_pretraining_decays_all_but_norms_and_biases(vit, resnet):
+def test_multi_label_loss_balances_positives():
+    """Logits of 0 cost ln 2 per class; the one or two positives of an image count 4 or 2 times."""
+    targets = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 1, 0]])
+    loss = find_loss(multi_label=True)(torch.zeros(2, 4), targets)
+    assert loss.item() == pytest.approx(log(2) * ((4 + 3) / 4 + (2 + 2 + 2) / 4) / 2)
+    assert find_loss(multi_label=False)(torch.zeros(1, 4), torch.tensor([1])).item() == pytest.approx(log(4))
+
+
+def undecayed(rates: dict[str, Rates]) -> set[str]:
+    return {name for name, rate in rates.items() if rate.weight_decay == 0}
+
+
+def test_anderson_decays_all_but_norms_and_biases(vit, resnet):
     rates = parameter_rates(vit, PT_RECIPES["anderson"])
     assert set(rates) == {name for name, _ in vit.named_parameters()}
-    undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
-    assert undecayed == {name for name in rates if name.endswith("bias") or "norm" in name}
+    assert undecayed(rates) == {name for name in rates if name.endswith("bias") or "norm" in name}
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.3.attn.qkv.weight", "head.weight"):
         assert rates[name] == Rates(0.1, 1e-4)
     rates = parameter_rates(resnet, PT_RECIPES["anderson"])
-    undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
-    assert undecayed == {name for name in rates if ".bn" in name or name.startswith("bn1")} | {
-        f"layer{layer}.0.downsample.1.{kind}" for layer in (1, 2, 3, 4) for kind in ("weight", "bias")
-    } | {"fc.bias"}
+    norms = {name for name in rates if ".bn" in name or name.startswith("bn1") or ".downsample.1." in name}
+    assert undecayed(rates) == norms | {"fc.bias"}
     assert {rate.lr for rate in rates.values()} == {0.1}
-
-
-@pytest.mark.parametrize(("fixture", "head"), [("vit", "head"), ("resnet", "fc")])
-def test_finetuning_teaches_the_classifier_ten_times_faster(fixture, head, request):
-    model = request.getfixturevalue(fixture)
-    rates = parameter_rates(model, FT_RECIPES["anderson"])
-    assert rates.pop(f"{head}.weight") == Rates(pytest.approx(0.15), 1e-4)
-    assert rates.pop(f"{head}.bias") == Rates(pytest.approx(0.15), 0)
-    assert {rate.lr for rate in rates.values()} == {0.015}
-    assert {rate.weight_decay for rate in rates.values()} == {0, 5e-5}
-
-
-def test_scratch_has_no_classifier_group(resnet):
-    rates = parameter_rates(resnet, FT_RECIPES["anderson-scratch"])
-    assert rates["fc.weight"] == rates["conv1.weight"] == Rates(0.15, 1e-4)
-
-
-def test_optimizer_has_every_parameter_once_with_its_rates(resnet):
-    recipe = FT_RECIPES["anderson"]
-    optimizer = build_optimizer(resnet, recipe)
-    rates = parameter_rates(resnet, recipe)
-    names = {parameter: name for name, parameter in resnet.named_parameters()}
-    placed = {
-        names[parameter]: Rates(group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    assert placed == rates
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)
-    assert len(optimizer.param_groups) == 4
-    assert optimizer.param_groups[0]["lr"] == recipe.lr  # the one that progress and metrics show
 
 
 def test_deit_decays_neither_vectors_nor_embeddings(vit):
     rates = parameter_rates(vit, PT_RECIPES["deit"])
-    undecayed = {name for name, rate in rates.items() if rate.weight_decay == 0}
-    assert undecayed == {name for name, parameter in vit.named_parameters() if parameter.ndim == 1} | {
-        "cls_token", "pos_embed"
-    }  # fmt: skip
-    assert {rate.weight_decay for rate in rates.values()} == {0, 0.05}
-    assert {rate.lr for rate in rates.values()} == {1e-3}
+    vectors = {name for name, parameter in vit.named_parameters() if parameter.ndim == 1}
+    assert undecayed(rates) == vectors | {"cls_token", "pos_embed"}
+    assert {(rate.lr, rate.weight_decay) for rate in rates.values()} == {(1e-3, 0), (1e-3, 0.05)}
     optimizer = build_optimizer(vit, PT_RECIPES["deit"])
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["betas"] == (0.9, 0.999)
 
 
-def test_kataoka_decays_all(resnet):
+def test_kataoka_decays_everything(resnet):
     rates = parameter_rates(resnet, PT_RECIPES["kataoka"])
     assert set(rates) == {name for name, _ in resnet.named_parameters()}
     assert set(rates.values()) == {Rates(0.1, 1e-4)}
     assert build_optimizer(resnet, PT_RECIPES["kataoka"]).param_groups[0]["momentum"] == 0.9
 
 
-def test_what_is_frozen_is_not_optimised():
+@pytest.mark.parametrize(("model", "head"), [("vit", "head"), ("resnet", "fc")])
+def test_finetuning_trains_the_head_ten_times_faster(model, head, request):
+    rates = parameter_rates(request.getfixturevalue(model), FT_RECIPES["anderson"])
+    assert rates.pop(f"{head}.weight") == Rates(pytest.approx(0.15), 1e-4)
+    assert rates.pop(f"{head}.bias") == Rates(pytest.approx(0.15), 0)
+    assert {(rate.lr, rate.weight_decay) for rate in rates.values()} == {(0.015, 0), (0.015, 5e-5)}
+
+
+def test_scratch_trains_the_head_like_the_rest(resnet):
+    rates = parameter_rates(resnet, FT_RECIPES["anderson-scratch"])
+    assert rates["fc.weight"] == rates["conv1.weight"] == Rates(0.15, 1e-4)
+
+
+def test_optimizer_has_every_parameter_once_with_its_rates(resnet):
+    recipe = FT_RECIPES["anderson"]
+    groups = build_optimizer(resnet, recipe).param_groups
+    names = {parameter: name for name, parameter in resnet.named_parameters()}
+    placed = [
+        (names[parameter], Rates(group["lr"], group["weight_decay"]))
+        for group in groups
+        for parameter in group["params"]
+    ]
+    assert len(groups) == 4
+    assert len(placed) == len(names)
+    assert dict(placed) == parameter_rates(resnet, recipe)
+    assert groups[0]["lr"] == recipe.lr  # the one that logs show
+
+
+def test_optimizer_leaves_out_what_is_frozen():
     model = create_model("resnet10t", 3, 32)
-    model.requires_grad_(False)
-    model.get_classifier().requires_grad_(True)
+    freeze_backbone(model)
     (group,) = build_optimizer(model, PT_RECIPES["kataoka"]).param_groups
     assert [parameter.shape for parameter in group["params"]] == [(3, 512), (3,)]
 
 
-def rates_of(recipe, epochs: int, epoch_steps: int) -> list[float]:
-    """Learning rate of every step."""
+def rates_of(recipe, epochs: int, epoch_steps: int) -> tuple[list[float], list[float]]:
+    """Learning rate and momentum (0 for AdamW) of every step, of the first parameter group."""
     optimizer = build_optimizer(nn.ModuleDict({"fc": nn.Linear(2, 2)}), recipe)
     schedule = build_schedule(optimizer, replace(recipe, epochs=epochs), epoch_steps)
-    rates = []
+    rates, momenta = [], []
     for _ in range(epochs * epoch_steps):
         rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0].get("momentum", 0))
         optimizer.step()
         schedule.step()
-    return rates
+    return rates, momenta
 
 
-def test_cosine_by_hand():
-    """Of 20 epochs of 10 steps: 5 of warm-up from 1e-6 towards 1e-3, then what is left of a cosine over all 200."""
-    rates = rates_of(PT_RECIPES["deit"], 20, 10)
+def test_cosine_schedule():
+    """20 epochs of 10 steps: 5 of warm-up from 1e-6 towards 1e-3, then the rest of a cosine over all 200 steps."""
+    rates, _ = rates_of(PT_RECIPES["deit"], 20, 10)
     assert rates[0] == pytest.approx(1e-6)
     assert rates[25] == pytest.approx((1e-6 + 1e-3) / 2)
     assert rates[50] == pytest.approx(1e-5 + 9.9e-4 * (1 + cos(pi / 4)) / 2)
@@ -117,35 +122,23 @@ def test_cosine_by_hand():
     assert max(rates) == rates[49] == pytest.approx(1e-6 + 9.99e-4 * 49 / 50)
 
 
-def test_steps_by_hand():
-    rates = rates_of(PT_RECIPES["kataoka"], 90, 2)
+def test_step_schedule():
+    rates, _ = rates_of(PT_RECIPES["kataoka"], 90, 2)
     assert rates == pytest.approx([0.1] * 60 + [0.01] * 60 + [0.001] * 60)
 
 
-def curve(recipe, steps: int) -> list[tuple[float, float]]:
-    """(learning rate, momentum) of the first group, as each of ``steps`` optimiser steps uses them."""
-    optimizer = build_optimizer(nn.ModuleDict({"fc": nn.Linear(2, 2)}), recipe)
-    schedule = build_schedule(optimizer, replace(recipe, epochs=1), steps)
-    points = []
-    for _ in range(steps):
-        points.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
-        optimizer.step()
-        schedule.step()
-    return points
-
-
-def test_pretraining_schedule_by_hand():
+def test_one_cycle_schedule_without_a_rise():
     """pct_start 0: step k of N is (k + 1) / N down a cosine from lr to lr / 25 / 1000, momentum 0.85 to 0.95."""
     lowest = 0.1 / 25 / 1e3
-    for step, (lr, momentum) in enumerate(curve(PT_RECIPES["anderson"], 40)):
-        share = (1 + cos(pi * (step + 1) / 40)) / 2
-        assert lr == pytest.approx(lowest + (0.1 - lowest) * share)
-        assert momentum == pytest.approx(0.95 - 0.1 * share)
+    shares = [(1 + cos(pi * (step + 1) / 40)) / 2 for step in range(40)]
+    rates, momenta = rates_of(PT_RECIPES["anderson"], 1, 40)
+    assert rates == pytest.approx([lowest + (0.1 - lowest) * share for share in shares])
+    assert momenta == pytest.approx([0.95 - 0.1 * share for share in shares])
 
 
-def test_finetuning_schedule_by_hand():
+def test_one_cycle_schedule_with_a_rise():
     """The rise takes 10 % of 100 steps (0..9), from lr / 25; the fall ends at lr / 25 / 10000 with step 99."""
-    points = curve(FT_RECIPES["anderson-scratch"], 100)
+    rates, momenta = rates_of(FT_RECIPES["anderson-scratch"], 1, 100)
     expected = {
         0: (0.15 / 25, 0.95),
         3: (0.15 / 25 + (0.15 - 0.15 / 25) * (1 - cos(pi / 3)) / 2, 0.95 - 0.1 * (1 - cos(pi / 3)) / 2),
@@ -153,17 +146,18 @@ def test_finetuning_schedule_by_hand():
         54: (0.15 / 25e4 + (0.15 - 0.15 / 25e4) / 2, 0.90),
         99: (0.15 / 25e4, 0.95),
     }
-    for step, (lr, momentum) in expected.items():
-        assert points[step] == (pytest.approx(lr), pytest.approx(momentum))
+    for step, (rate, momentum) in expected.items():
+        assert (rates[step], momenta[step]) == (pytest.approx(rate), pytest.approx(momentum))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
-def test_schedule_of_very_short_runs(steps):
+def test_one_cycle_schedule_of_very_short_runs(steps):
     """10 steps make torch's OneCycleLR divide by zero at pct_start 0.1."""
-    points = curve(FT_RECIPES["anderson"], steps)
-    assert all(0 < lr <= 0.15 + 1e-9 and 0.85 <= momentum <= 0.95 for lr, momentum in points)
+    rates, momenta = rates_of(FT_RECIPES["anderson"], 1, steps)
+    assert all(0 < rate <= 0.15 + 1e-9 for rate in rates)
+    assert all(0.85 <= momentum <= 0.95 for momentum in momenta)
     if steps > 1:
-        assert points[-1][0] == pytest.approx(0.15 / 25e4)
+        assert rates[-1] == pytest.approx(0.15 / 25e4)
 
 
 def test_head_keeps_its_factor_along_the_schedule(vit):

@@ -1,10 +1,9 @@
-"""``fractaltrain export``: the weights of a run as a safetensors file that ``timm.create_model`` loads."""
+"""Export the weights of a run as a safetensors file that ``timm.create_model`` loads."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -17,12 +16,18 @@ from fractaltrain.checkpoint import Trained, load_trained
 from fractaltrain.models import timm_options
 
 _EXTENSION = ".safetensors"
-_TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}  # what timm calls models of ours
+_TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and the line of Python that loads it."""
+    """An exported file.
+
+    Attributes:
+        origin: run and position of the weights, for people.
+        path: the file.
+        line: Python code that loads it as ``model``.
+    """
 
     origin: str
     path: Path
@@ -30,9 +35,9 @@ class Exported:
 
 
 def export_run(folder: Path, path: Path) -> Exported:
-    """Write the newest sound weights of a run to ``path``, with what is needed to use them as metadata.
+    """Write the newest sound weights of a run to ``path``, with metadata that says how to use them.
 
-    The same export may be there already; it is left alone.
+    An equal export that is already there is left alone.
 
     Raises:
         UsageError: if ``path`` has another extension than timm expects.
@@ -40,26 +45,31 @@ def export_run(folder: Path, path: Path) -> Exported:
         OSError: if it cannot be written.
     """
     if path.suffix != _EXTENSION:
-        raise UsageError(f"--out {path}: timm knows such files by their ending, {_EXTENSION}; add it")
+        raise UsageError(f"--out {path}: timm recognises such files by their extension, {_EXTENSION}; add it")
     run = load_trained(folder)
     name = _TIMM_NAMES.get(run.model, run.model)
     options = timm_options(name, run.classes, run.image_size)
+    try:
+        timm.create_model(name, **options).load_state_dict(dict(run.weights))
+    except RuntimeError as error:
+        raise FractalError(
+            f"{folder}: its checkpoint does not fit timm's {name} with {run.classes} classes, which its run.json "
+            "names; check the folder"
+        ) from error
     tensors = {key: tensor.contiguous().clone() for key, tensor in run.weights.items()}
-    _check_loadable(run, name, options)
     metadata = _metadata(run, name)
-    if path.exists():
-        if not _holds(path, metadata, tensors):
-            raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
-    else:
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, exclusive=True) as file:
             file.write(save(tensors, metadata))
+    elif not _is_equal(path, metadata, tensors):
+        raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
     arguments = ", ".join(f"{option}={value!r}" for option, value in (options | {"checkpoint_path": str(path)}).items())
     return Exported(run.origin(), path, f"model = timm.create_model({name!r}, {arguments})")
 
 
 def _metadata(run: Trained, name: str) -> dict[str, str]:
-    """Texts, as safetensors has them; mean and std are of images in [0, 1]."""
+    """Return the metadata, all of it text; mean and std are those of images in [0, 1]."""
     return {
         "format": "pt",
         "model": name,
@@ -74,18 +84,8 @@ def _metadata(run: Trained, name: str) -> dict[str, str]:
     }
 
 
-def _check_loadable(run: Trained, name: str, options: Mapping[str, Any]) -> None:
-    try:
-        timm.create_model(name, **options).load_state_dict(dict(run.weights))
-    except RuntimeError as error:
-        raise FractalError(
-            f"{run.folder}: its checkpoint does not fit timm's {name} with {run.classes} classes, which its run.json "
-            "names; check the folder"
-        ) from error
-
-
-def _holds(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file is a whole export with this metadata and these tensors."""
+def _is_equal(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a file is a complete export with this metadata and these tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             same = file.metadata() == metadata and set(file.keys()) == set(tensors)

@@ -1,9 +1,8 @@
-"""Models by name: one entry, ``create_model``."""
+"""Models by name, and how pre-trained weights get into them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import timm
@@ -13,45 +12,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.human import one_line
+from fractalshards.human import human_list, one_line
 
-IMAGE_SIZE = 224  # of square images, where neither data nor pre-training say otherwise
+IMAGE_SIZE = 224
+"""Side in pixels of the square images that models take, unless data or pre-training say otherwise."""
 
-
-def _resnet50(classes: int, image_size: int, drop_path: float) -> nn.Module:
-    """torchvision's, as in the published code; it sees any size."""
-    if drop_path:
-        raise _no_drop_path("resnet50")
-    model: nn.Module = torchvision.models.resnet50(num_classes=classes)
-    return model
-
-
-def _deit_small_patch32(classes: int, image_size: int, drop_path: float) -> nn.Module:
-    """DeiT-S (Touvron et al. 2021) with patches of 32 x 32, which timm does not list."""
-    return VisionTransformer(
-        img_size=image_size,
-        patch_size=32,
-        embed_dim=384,
-        depth=12,
-        num_heads=6,
-        num_classes=classes,
-        drop_path_rate=drop_path,
-    )
-
-
-_OURS: dict[str, Callable[[int, int, float], nn.Module]] = {
-    "resnet50": _resnet50,
-    "deit_small_patch32_224": _deit_small_patch32,
-}
+_OURS = ("resnet50", "deit_small_patch32_224")
 
 
 def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
-    """A model with random weights, drawn from torch's generator.
+    """Create a model with random weights, drawn from torch's global generator.
 
     Args:
-        name: ``resnet50`` (torchvision), ``deit_small_patch32_224``, or any name timm knows.
-        classes: outputs of its classifier.
-        image_size: side in pixels of the square images it will see.
+        name: ``resnet50`` (torchvision's, as in the published code), ``deit_small_patch32_224``, or a name of timm's.
+        classes: outputs of the classifier.
+        image_size: side in pixels of the square images that it takes.
         drop_path: largest rate of stochastic depth.
 
     Raises:
@@ -60,19 +35,48 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
     """
     if name not in _OURS and not timm.is_model(name):
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UsageError(f"no model {name!r}; {hint}")
     try:
-        build = _OURS.get(name, partial(from_timm, name))
-        return build(classes, image_size, drop_path)
+        return _build(name, classes, image_size, {"drop_path_rate": drop_path} if drop_path else {})
     except (TypeError, ValueError, AssertionError) as error:
+        if "drop_path_rate" in str(error):
+            raise UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0") from error
         raise FractalError(
             f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
         ) from error
 
 
+def _build(name: str, classes: int, image_size: int, options: Mapping[str, Any]) -> nn.Module:
+    model: nn.Module
+    if name == "resnet50":
+        model = torchvision.models.resnet50(num_classes=classes, **options)
+    elif name == "deit_small_patch32_224":  # DeiT-S (Touvron et al. 2021) with larger patches, which timm does not list
+        model = VisionTransformer(
+            img_size=image_size, patch_size=32, embed_dim=384, depth=12, num_heads=6, num_classes=classes, **options
+        )
+    else:
+        model = timm.create_model(name, **timm_options(name, classes, image_size), **options)
+    return model
+
+
+def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
+    """Return the arguments of ``timm.create_model`` that set the number of classes and the image size.
+
+    The image size is one only for models whose weights depend on it, such as position embeddings.
+
+    Args:
+        classes: None: those of the published weights.
+    """
+    config = timm.get_pretrained_cfg(name)
+    return {
+        **({} if classes is None else {"num_classes": classes}),
+        **({"img_size": image_size} if config is not None and config.fixed_input_size else {}),
+    }
+
+
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier's modules, e.g. ``("fc",)``; two for models with a distillation head."""
+    """Return the names of the classifier's modules, e.g. ``("fc",)``; models with a distillation head have two."""
     if not hasattr(model, "get_classifier"):  # torchvision's ResNet
         return ("fc",)
     classifier: Any = model.get_classifier
@@ -81,65 +85,33 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
 
 
+def is_head(name: str, heads: tuple[str, ...]) -> bool:
+    """Return whether the parameter or module ``name`` belongs to one of the modules ``heads``."""
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
 def freeze_backbone(model: nn.Module) -> None:
-    """Let only the classifier learn."""
+    """Train only the classifier: no other parameter requires a gradient afterwards."""
     heads = head_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_head(name, heads))
 
 
 def set_training(model: nn.Module) -> None:
-    """Put a model into training mode; a frozen backbone stays in evaluation mode, and only its classifier trains.
+    """Put a model into training mode, but leave a frozen backbone in evaluation mode.
 
-    So its batch norms keep their statistics, and nothing in it is dropped.
+    Its batch norms then keep their statistics, and its dropout and drop path are off.
     """
     heads = head_names(model)
-    learns = any(parameter.requires_grad for name, parameter in model.named_parameters() if not is_head(name, heads))
-    model.train(learns)
+    trained = any(parameter.requires_grad for name, parameter in model.named_parameters() if not is_head(name, heads))
+    model.train(trained)
     for name in heads:
         model.get_submodule(name).train()
 
 
-def is_head(name: str, heads: tuple[str, ...]) -> bool:
-    """Whether the parameter or module ``name`` belongs to one of the modules ``heads``."""
-    return any(name == head or name.startswith(f"{head}.") for head in heads)
-
-
-def from_timm(
-    name: str, classes: int | None, image_size: int, drop_path: float = 0.0, pretrained: bool = False
-) -> nn.Module:
-    """timm's model, for images of a size where its weights depend on that; ``classes`` None: as many as it has."""
-    options = timm_options(name, classes, image_size)
-    options |= {"drop_path_rate": drop_path} if drop_path else {}
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise _no_drop_path(name) from error
-    return model
-
-
-def _no_drop_path(name: str) -> UsageError:
-    return UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0")
-
-
-def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
-    """What ``timm.create_model`` must be told besides a model's name."""
-    config = timm.get_pretrained_cfg(name)
-    fixed = config is not None and config.fixed_input_size  # the weights depend on it (position embeddings)
-    return {
-        **({} if classes is None else {"num_classes": classes}),
-        **({"img_size": image_size} if fixed else {}),
-    }
-
-
-_SHOWN = 3
-
-
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of the tensors that came from the checkpoint, of those left in it, and of those that start anew."""
+    """Names of the tensors that were loaded, of those left in the checkpoint, and of those that start anew."""
 
     loaded: tuple[str, ...]
     left: tuple[str, ...]
@@ -153,26 +125,23 @@ class LoadReport:
 
 
 def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> LoadReport:
-    """Copy all weights but the classifier's into ``model``; its classifier keeps its random start.
+    """Load all weights but the classifier's into ``model``; its classifier keeps its random weights.
 
     Args:
         weights: state dict of the same model with any number of classes.
-        where: what errors call them.
+        where: source of the weights, for error messages.
 
     Raises:
-        FractalError: if tensors are missing, left over, or of another shape: the weights of another model.
+        FractalError: if tensors are missing, left over, or have another shape: the weights of another model.
     """
     heads = head_names(model)
     own = model.state_dict()
     expected = {name for name in own if not is_head(name, heads)}
-    given = {name for name in weights if not is_head(name, heads)}
-    odd = sorted(expected ^ given)
-    if odd:
-        raise FractalError(f"{where}: weights of another model ({_list(odd)} do not match); check --weights")
-    reshaped = sorted(name for name in expected if weights[name].shape != own[name].shape)
-    if reshaped:
+    if odd := sorted(expected ^ {name for name in weights if not is_head(name, heads)}):
+        raise FractalError(f"{where}: weights of another model ({human_list(odd, 3)} do not match); check --weights")
+    if reshaped := sorted(name for name in expected if weights[name].shape != own[name].shape):
         raise FractalError(
-            f"{where}: {_list(reshaped)} have another shape here; fine-tune at the pre-training's --image-size"
+            f"{where}: {human_list(reshaped, 3)} have another shape here; fine-tune at the pre-training's --image-size"
         )
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
     return LoadReport(
@@ -182,26 +151,18 @@ def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: 
     )
 
 
-def _list(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-_MOST = 200  # characters of what a client says
-
-
 @dataclass(frozen=True)
 class Published:
-    """``name`` has the tag, which says what they were trained on; ``weights``, a state dict, have their classifier."""
+    """Published weights: a state dict with the original classifier; ``name`` has the tag, e.g. ``resnet50.a1_in1k``."""
 
     name: str
     weights: Mapping[str, torch.Tensor]
 
 
 def load_published(model: str, image_size: int) -> Published:
-    """The default weights of a model, or those of a tag (``resnet50.a1_in1k``), fitted to the image size.
+    """Fetch timm's default weights of a model, or those of a tag (``resnet50.a1_in1k``), for an image size.
 
-    torchvision's ``resnet50`` takes those of timm's: tensors have the same names and shapes.
+    timm's weights also fit torchvision's ``resnet50``: its tensors have the same names and shapes.
 
     Raises:
         UsageError: if timm publishes none.
@@ -211,11 +172,12 @@ def load_published(model: str, image_size: int) -> Published:
     if config is None or not config.has_weights:
         raise UsageError(f"timm publishes no weights of {model}; choose another --model, or --weights none")
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
-    from_timm(model, None, image_size)  # so that what fails below is the fetching
+    options = timm_options(model, None, image_size)
+    timm.create_model(model, **options)  # an error below is then one of fetching
     try:
-        return Published(name, from_timm(model, None, image_size, pretrained=True).state_dict())
-    except Exception as error:  # of whichever client fetches it: those of hubs raise many kinds
-        reason = (one_line(str(error)) or type(error).__name__)[:_MOST]
+        return Published(name, timm.create_model(model, pretrained=True, **options).state_dict())
+    except Exception as error:  # the clients of hubs raise many kinds
+        reason = (one_line(str(error)) or type(error).__name__)[:200]
         raise FractalError(
             f"timm's {name}: weights cannot be fetched ({reason}); where compute nodes have no internet, run "
             f"python -c \"import timm; timm.create_model('{model}', pretrained=True)\" on one that has, with HF_HOME "

@@ -1,4 +1,4 @@
-"""What a model is taught by: cross-entropy where an image shows one class, binary cross-entropies where several."""
+"""Losses, parameter groups and learning rate schedules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from fractaltrain.models import head_names, is_head
 from fractaltrain.recipes.recipe import TrainRecipe
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Logits (b, classes) and targets to their mean loss in nats, a scalar."""
+"""Maps logits (b, classes) and targets to the mean loss in nats, a scalar."""
 
 
 def find_loss(multi_label: bool) -> Loss:
-    """The loss for images that show several classes each, or one."""
+    """Return binary cross-entropy for images that show several classes each, else cross-entropy."""
     return multi_label_loss if multi_label else functional.cross_entropy
 
 
 def multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of every class, the mean over classes and images (Anderson & Farrell, WACV 2022).
+    """Compute the binary cross-entropy, mean over classes and images, with balanced positives.
 
-    The few classes that an image shows weigh as much as the many that it does not: positives count
-    ``classes / number of positives`` times, for each image by itself.
+    Positive classes of an image are weighted by ``classes / number of positives``, so that they count as much as all
+    the classes that it does not show (Anderson & Farrell, WACV 2022).
 
     Args:
         logits: (b, classes).
@@ -47,12 +47,12 @@ class Rates:
 
 
 def parameter_rates(model: nn.Module, recipe: TrainRecipe) -> dict[str, Rates]:
-    """The rates of every parameter that is trained, by name.
+    """Return learning rate and weight decay of every parameter that is trained, by name.
 
-    What has no weight decay, ``recipe.undecayed`` says: ``norms``, biases and parameters of normalisation layers, but
-    not class token, position embedding and layer scale (the published code of Anderson & Farrell: a bias is a parameter
-    with ``bias`` in its own name, a normalisation layer a module with ``Norm`` in its class name); ``vectors``, all
-    parameters of one dimension, class token and position embedding (DeiT); ``none``, nothing.
+    ``recipe.undecayed`` excludes parameters from weight decay: ``norms``: biases and parameters of normalisation
+    layers, but not class token, position embedding and layer scale, as in the published code of Anderson & Farrell (a
+    bias has ``bias`` in its own name, a normalisation layer has ``Norm`` in its class name); ``vectors``: parameters
+    with one dimension, class token and position embedding (DeiT); ``none``: no parameters.
     """
     heads = head_names(model)
     rates = {}
@@ -80,15 +80,14 @@ def _is_undecayed(module: nn.Module, name: str, parameter: nn.Parameter, recipe:
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """The optimiser with one parameter group for each distinct pair of rates, in order of the model's parameters.
+    """Build the optimiser, with one parameter group per distinct ``Rates``, in the order of the model's parameters.
 
-    What needs no gradient is left out. The momentum of a one-cycle schedule is what the schedule sets. One fused kernel
-    per group, on GPUs and CPUs alike, updates all parameters.
+    Frozen parameters are left out. A one-cycle schedule sets the momentum itself. All updates are fused.
     """
     parameters = dict(model.named_parameters())
     by_rates: dict[Rates, list[nn.Parameter]] = {}
     for name, rates in parameter_rates(model, recipe).items():
-        if name in parameters:  # a shared parameter goes by its first name alone
+        if name in parameters:  # shared parameters have several names and are listed under the first
             by_rates.setdefault(rates, []).append(parameters[name])
     groups = [
         {"params": group, "lr": rates.lr, "weight_decay": rates.weight_decay} for rates, group in by_rates.items()
@@ -100,7 +99,7 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_steps: int) -> LRScheduler:
-    """The schedule over ``recipe.epochs`` epochs of so many optimiser steps."""
+    """Build the schedule for ``recipe.epochs`` epochs of ``epoch_steps`` optimiser steps each."""
     if recipe.schedule == "onecycle":
         return _one_cycle(optimizer, recipe, recipe.epochs * epoch_steps)
     if recipe.schedule == "step":
@@ -110,10 +109,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_
 
 
 def _one_cycle(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps: int) -> OneCycleLR:
-    """torch's OneCycleLR with cosine annealing, momentum cycling against it.
+    """Build torch's OneCycleLR with cosine annealing; the momentum cycles inversely.
 
-    A rise of exactly one step (``pct_start * steps == 1``) makes torch divide 0 by 0; the same curve without that
-    point is a rise that is shorter by a billionth.
+    A rise of exactly one step (``pct_start * steps == 1``) makes torch divide 0 by 0. Shortening it by a billionth
+    gives the same learning rates.
     """
     pct_start = recipe.pct_start * (1 - 1e-9) if recipe.pct_start * steps == 1 else recipe.pct_start
     return OneCycleLR(
@@ -129,9 +128,9 @@ def _one_cycle(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps: int
 
 
 def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int], float]:
-    """Step number to learning rate, as a share of ``peak``: a linear warm-up, then a cosine to ``min_lr``.
+    """Return the learning rate by step as a share of ``peak``: a linear warm-up, then a cosine to ``min_lr``.
 
-    As DeiT has it, the cosine counts from the start of training, so the rate drops where the warm-up ends.
+    As in DeiT, the cosine counts from the start of training, so the learning rate drops at the end of the warm-up.
     """
     warmup, total = recipe.warmup_epochs * epoch_steps, recipe.epochs * epoch_steps
 
