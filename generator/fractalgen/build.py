@@ -36,7 +36,7 @@ from fractalshards.storage import remove_leftovers
 from fractalshards.systems import Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
-    Contents,
+    DatasetInfo,
     ShardTask,
     finished_shards,
     pack_rendered,
@@ -67,7 +67,7 @@ class BuildFolder:
     path: Path
     recipe: Recipe
     systems: Systems
-    contents: Contents
+    contents: DatasetInfo
     tasks: tuple[ShardTask, ...]
     finished: Mapping[str, ShardRecord]
 
@@ -85,7 +85,7 @@ class BuildFolder:
                 f"{path}: kind {recipe.kind} renders {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape "
                 f"{kind.map_shape}, which these are not; check {SYSTEMS}, or the file that they come from"
             )
-        contents = Contents(recipe.to_json(), kind.label_type, recipe.classes)
+        contents = DatasetInfo(recipe.to_json(), kind.label_type, recipe.classes)
         tasks = shard_tasks(recipe)
         return cls(path, recipe, systems, contents, tasks, finished_shards(path, tasks, contents))
 
@@ -287,7 +287,7 @@ def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
         )
     if not folder.is_dir():
         raise FractalError(f"{folder}: not there on {host}; all workers need it under the same path")
-    contents = Contents(recipe.to_json(), find_kind(recipe.kind).label_type, recipe.classes)
+    contents = DatasetInfo(recipe.to_json(), find_kind(recipe.kind).label_type, recipe.classes)
     finished = finished_shards(folder, (task,), contents)
     if task.name in finished:
         return finished[task.name]

@@ -17,29 +17,29 @@ _CHUNK = 1 << 20
 class ContentDigest:
     """Running xxh3-128 over (key, image, label) of samples, in order.
 
-    Per sample the hashed bytes are ``KEY NUL``, ``hashed_image``, ``NUL LABEL NUL`` with the bytes of the label file.
+    The bytes of a sample are ``KEY NUL``, those of ``hashed_image``, and ``NUL LABEL NUL`` with the label's file.
     """
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
 
     def add(self, sample: Sample, pixels: npt.NDArray[np.uint8]) -> None:
-        """Add one sample as it is stored, and the ``pixels`` of its image, (H, W, 3) uint8."""
+        """Add a stored sample and the ``pixels`` of its image, (H, W, 3) uint8."""
         self._state.update(sample.key.encode() + b"\0")
         for part in hashed_image(sample, pixels):
             self._state.update(part)
         self._state.update(b"\0" + sample.files[label_extension(sample.files)] + b"\0")
 
     def hexdigest(self) -> str:
-        """The digest so far, 32 hexadecimal digits."""
+        """Return the digest so far, 32 hexadecimal digits."""
         return self._state.hexdigest()
 
 
 def hashed_image(sample: Sample, pixels: npt.NDArray[np.uint8]) -> Iterator[bytes | memoryview]:
-    """What identifies the image of a sample, whose ``pixels`` are (H, W, 3) uint8, in parts.
+    """Yield the bytes that identify the image of a sample, given its ``pixels``, (H, W, 3) uint8.
 
-    Of a PNG that is ``HEIGHTxWIDTH NUL`` and the RGB pixels row by row: PNG encoding does not enter. Of other formats
-    it is ``file SIZE NUL`` and the bytes of the image file, for decoders of lossy formats may differ in pixels.
+    For a PNG, ``HEIGHTxWIDTH NUL`` and the RGB pixels row by row, so its encoding does not matter. For other formats,
+    ``file SIZE NUL`` and the image file, because decoders of lossy formats differ.
     """
     extension = image_extension(sample.files)
     if extension == PNG:
@@ -53,7 +53,7 @@ def hashed_image(sample: Sample, pixels: npt.NDArray[np.uint8]) -> Iterator[byte
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, 64 hexadecimal digits, in constant memory."""
+    """Return the sha256 of a file, 64 hexadecimal digits, in constant memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -62,7 +62,7 @@ def sha256_file(path: Path) -> str:
 
 
 def systems_digest(systems: Sequence[npt.NDArray[np.float64]]) -> str:
-    """xxh3-128 over the shapes and values of all systems, independent of how a file stores them."""
+    """Return the xxh3-128 of the shapes and values of all systems, however a file stores them."""
     state = xxhash.xxh3_128()
     for system in systems:
         state.update("x".join(map(str, system.shape)).encode() + b"\0")
@@ -71,6 +71,6 @@ def systems_digest(systems: Sequence[npt.NDArray[np.float64]]) -> str:
 
 
 def mapping_digest(canonical: Mapping[str, object]) -> str:
-    """xxh3-128 of a JSON-like mapping, independent of the order of its keys."""
+    """Return the xxh3-128 of a JSON-like mapping, whatever the order of its keys."""
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return xxhash.xxh3_128(text.encode()).hexdigest()

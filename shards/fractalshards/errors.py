@@ -1,4 +1,4 @@
-"""The exceptions that users see: their message is a single line saying what, where and what to do."""
+"""The exceptions that users see: their message is one line that says what, where and what to do."""
 
 import errno
 from collections.abc import Iterator
@@ -19,23 +19,23 @@ _ADVICE = {
 
 
 class FractalError(Exception):
-    """Something failed in a way the user can act on; commands print it as one line and exit with 1."""
+    """A failure that the user can act on; commands print it as one line and exit with 1."""
 
 
 class UsageError(FractalError):
-    """A value was asked for that makes no sense; commands exit with 2."""
+    """Wrong usage, such as an option out of range; commands exit with 2."""
 
 
 class WorkerLostError(FractalError):
-    """The process that worked on a task was killed, several times over."""
+    """The worker process of a task was killed three times."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, as from a batch system; commands end as by Ctrl-C, but exit with 143."""
+    """SIGTERM arrived, as from a batch system; commands end as by Ctrl-C, but exit with 143."""
 
 
 class StoppedError(FractalError):
-    """Ctrl-C or SIGTERM came, and there is something to say of what was done by then; commands exit with ``code``."""
+    """Ctrl-C or SIGTERM ended the work, with a message about what was done; commands exit with ``code``."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class StoppedError(FractalError):
 
 
 def describe_os_error(error: OSError) -> str:
-    """An operating system's error as one line: which file, what, and what to do."""
+    """Describe an error of the operating system in one line: which file, what, and what to do."""
     where = f"{error.filename}: " if error.filename else ""
     advice = _ADVICE.get(error.errno or 0, "")
     return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
@@ -51,11 +51,11 @@ def describe_os_error(error: OSError) -> str:
 
 @contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """Around imports of an optional extra of this distribution.
+    """Turn a failed import inside the block into an error that names the extra to install.
 
     Args:
-        extra: its name in pyproject.toml.
-        what: the thing that needs it, to begin a sentence with.
+        extra: name of the extra in pyproject.toml.
+        what: the feature that needs it, as the subject of the message.
 
     Raises:
         FractalError: if a package is not installed.
@@ -70,11 +70,11 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def needs_package(what: str, package: str, command: str) -> Iterator[None]:
-    """Around what imports a package, perhaps deep inside another one that says so in its own words.
+    """Turn a failed import inside the block, perhaps deep in a library, into an error that names the package.
 
     Args:
-        what: the thing that needs it, to begin a sentence with.
-        command: installs it.
+        what: the feature that needs it, as the subject of the message.
+        command: installs the package.
 
     Raises:
         FractalError: if it is not installed.

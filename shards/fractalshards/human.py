@@ -1,4 +1,4 @@
-"""Sizes, durations, counts and foreign text as people read them."""
+"""Sizes, durations, counts and untrusted text, formatted for people."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _LONGEST_LINE = 2000
 
 
 def human_bytes(count: float) -> str:
-    """A size in decimal units with three digits, e.g. ``72.4 GB``."""
+    """Format a size in decimal units with three digits, e.g. ``72.4 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 999.5 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -19,7 +19,7 @@ def human_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """``20GB`` or ``500 MB`` as a number of bytes; ``GiB`` and the like are taken, too.
+    """Parse ``20GB``, ``500 MB`` or ``1 GiB`` as a number of bytes.
 
     Raises:
         UsageError: if it is anything else.
@@ -32,26 +32,23 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration as ``H:MM:SS``."""
+    """Format a duration as ``H:MM:SS``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def human_count(count: int, noun: str) -> str:
-    """A number and what it counts, e.g. ``1 shard`` or ``1,000 shards``."""
+    """Format a number and what it counts, e.g. ``1 shard`` or ``1,000 shards``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def human_list(names: Sequence[str], most: int = 20) -> str:
-    """Names with commas between them, the first ``most``, and how many more there are."""
+    """Join the first ``most`` names with commas, and say how many more there are."""
     more = [f"and {len(names) - most:,} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 
 
 def one_line(text: str) -> str:
-    """Text on a single line of bounded length, without what a terminal would obey.
-
-    Names and keys may come from hostile files.
-    """
+    """Return text on a single line of bounded length without control characters: names may come from hostile files."""
     shown = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
     return "".join(letter if letter.isprintable() else " " for letter in " ".join(shown.split()))

@@ -34,7 +34,7 @@ from fractalshards.sample import PNG, Sample, encode_label, image_format
 from fractalshards.storage import remove_leftovers
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 from fractalshards.writer import (
-    Contents,
+    DatasetInfo,
     Encoded,
     ShardTask,
     check_size,
@@ -157,7 +157,7 @@ class PackPlan:
     """The shards to write into a folder and the images of each, and which shards are finished."""
 
     folder: Path
-    contents: Contents
+    contents: DatasetInfo
     shards: Mapping[ShardTask, Images]
     finished: Mapping[str, ShardRecord]
     notes: tuple[str, ...]
@@ -187,7 +187,7 @@ def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> 
         val_share=None if source.val_share is None else float(source.val_share),
         files=listing.digest,
     )
-    contents = Contents(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
+    contents = DatasetInfo(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
     if found is not None:
         refuse_other(folder, found, contents.recipe)
         remove_leftovers(folder)

@@ -1,4 +1,4 @@
-"""PNG in and out: a fast path for the two layouts that this project writes, RGB and palette; Pillow for all others."""
+"""Images: PNG encoding, a fast decoder for the two layouts that this project writes, Pillow for all others."""
 
 import io
 import struct
@@ -18,10 +18,10 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _NONE, _UP = 0, 2  # filters of a row
 _RGB, _PALETTE = 2, 3  # colour types
 _HEADER = struct.Struct(">II5B")  # width, height, bit depth, colour type, compression, filter, interlace
-_LEVEL = 1  # of ISA-L's 0..3: the others are slower or larger, see docs/performance.md
+_LEVEL = 1  # of ISA-L, 0 to 3; the others are slower or larger, see docs/performance.md
 _MAX_PIXELS = 64_000_000
-_MAX_CHUNKS = 100_000  # empty ones would take thirty times their bytes
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # others may run programs: EPS starts Ghostscript
+_MAX_CHUNKS = 100_000  # an empty chunk takes thirty times its bytes in memory
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # not EPS, which starts Ghostscript
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8): the bits of every byte
 
@@ -53,18 +53,18 @@ def pixels_of(image: Pixels | Indexed) -> Pixels:
 
 
 def isal_compress(rows: Pixels) -> bytes:
-    """Compress an array to a zlib stream; its bytes may differ between CPUs, for ISA-L chooses its code by CPU."""
+    """Compress an array to a zlib stream; ISA-L chooses its code by CPU, so the bytes may differ between CPUs."""
     return isal_zlib.compress(rows, _LEVEL)
 
 
 def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = isal_compress) -> bytes:
-    """Encode an image as PNG; the pixels that any decoder gives back are exactly these.
+    """Encode an image as PNG, without loss.
 
-    (H, W, 3) uint8 becomes 8-bit RGB, every row filtered with Up. An indexed image becomes a palette image without
-    filter, of 1 bit per pixel for up to two colours, else of 8.
+    (H, W, 3) uint8 becomes 8-bit RGB, all rows filtered with Up. An indexed image becomes a palette image without
+    filter, with 1 bit per pixel for up to two colours, else 8.
 
     Args:
-        compress: filtered rows, (H, 1 + bytes of a row) uint8, to a zlib stream.
+        compress: turns filtered rows, (H, 1 + bytes of a row) uint8, into a zlib stream.
     """
     if isinstance(image, Indexed):
         return _encode_indexed(image, compress)
@@ -78,7 +78,7 @@ def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = is
 
 
 def decode_image(data: bytes) -> Pixels:
-    """Decode an image to (H, W, 3) uint8 RGB: our own PNGs fast, any other image through Pillow.
+    """Decode an image to RGB, (H, W, 3) uint8: PNGs of ``encode_png`` fast, other images by Pillow.
 
     Raises:
         FractalError: if the data is damaged, truncated, not an image, or claims more than 64 million pixels.
@@ -113,7 +113,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
-    """Kind and body of every chunk of a PNG. Pillow does not check the image data's sums, so it is done here.
+    """Split a PNG into the kind and body of its chunks, checking their sums, which Pillow does not do for image data.
 
     Raises:
         FractalError: if a chunk that an image needs is damaged, the last one is cut off, or there are too many.
@@ -158,7 +158,7 @@ def _decode_own(chunks: Mapping[bytes, memoryview], order: list[bytes]) -> Pixel
 
 
 def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) -> Pixels | None:
-    """Inflate rows of ``width`` bytes, all with the given filter, as (height, width); None if they are not that."""
+    """Inflate rows of ``width`` bytes, all with the given filter, to (height, width); None if they differ."""
     size = height * (1 + width)
     try:
         inflated = isal_zlib.decompressobj().decompress(body, size + 1)
@@ -171,9 +171,9 @@ def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) ->
 
 
 def _sum_down(rows: Pixels) -> Pixels:
-    """The sums of every row and all above it, modulo 256, as a new contiguous array.
+    """Return the cumulative sums of rows, modulo 256, as a new contiguous array.
 
-    Sums of 2, 4, 8, ... rows at a time, because numpy's own running sum goes down one column after another.
+    Adds up 2, 4, 8, ... rows at a time, because numpy's cumsum goes down one column after another.
     """
     sums = rows.copy()
     known = 1
@@ -186,21 +186,21 @@ def _sum_down(rows: Pixels) -> Pixels:
 def _decode_any(data: bytes) -> Pixels:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about files that are odd but readable; sizes are checked here
+            warnings.simplefilter("ignore")  # Pillow's, about odd but readable files; sizes are checked here
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise FractalError(f"image claims {image.width} x {image.height} pixels")
                 rgb = _rgb(image)
-            image.close()  # its pixels go before there is a third copy of them
+            image.close()  # frees its pixels before there is a third copy of them
             return np.asarray(rgb)
     except UnidentifiedImageError as error:
-        raise FractalError("image cannot be decoded: damaged, or of no format known here") from error
+        raise FractalError("image cannot be decoded: damaged, or of an unknown format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FractalError(f"image cannot be decoded: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB, a copy; of 16-bit grey the high byte, which Pillow would clip to white."""
+    """Convert to RGB; 16-bit grey keeps its high byte, where Pillow would clip to white."""
     if image.format == "PNG" and image.mode in ("I", "I;16", "I;16B"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Random access to the samples of a dataset: where each lies comes from the sidecars, reading is one pread."""
+"""Random access to the samples of a dataset: sidecars give their offsets, reading one is a single pread."""
 
 import os
 from collections.abc import Iterator
@@ -17,10 +17,7 @@ from fractalshards.storage import regular_size
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of a shard lie: sample i is the bytes ``offsets[i]:offsets[i + 1]`` of ``path``.
-
-    ``offsets`` is (samples + 1,) int64.
-    """
+    """Offsets of the samples of a shard, (samples + 1,) int64: sample i is the bytes ``offsets[i]:offsets[i + 1]``."""
 
     path: Path
     offsets: npt.NDArray[np.int64]
@@ -29,7 +26,7 @@ class ShardIndex:
 def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[ShardIndex, ...]:
     """Index all shards of a split from their sidecars, checked against the manifest and the files' sizes.
 
-    Where a folder is not ``whole``, tars may be missing; their sizes are not looked at.
+    If not ``whole``, tars may be missing, and their sizes are not checked.
 
     Raises:
         FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
@@ -48,19 +45,19 @@ def read_sample(descriptor: int, start: int, end: int) -> Sample:
 
 
 def read_blocks(descriptor: int, start: int, end: int) -> bytes:
-    """Read the tar blocks of one sample, as ``read_sample`` does, without looking into them.
+    """Read the tar blocks of one sample without parsing them.
 
     Raises:
         FractalError: if the file ends early.
     """
     data = os.pread(descriptor, end - start, start)
     if len(data) != end - start:
-        raise FractalError(f"file ends at byte {start + len(data)}, sample should reach {end}")
+        raise FractalError(f"file ends at byte {start + len(data)}, but the sample ends at {end}")
     return data
 
 
 def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
-    """Image (H, W, 3) uint8 and label of a sample.
+    """Decode a sample to its image, (H, W, 3) uint8, and label.
 
     Raises:
         FractalError: if there is not one image and one label, the image is damaged or a class out of range.
@@ -72,7 +69,7 @@ def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
 
 
 def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
-    """All samples of a shard in order.
+    """Yield all samples of a shard in order.
 
     Raises:
         FractalError: at the first sample that cannot be read, naming the shard.
@@ -86,7 +83,7 @@ def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
 
 
 def decode_shard(index: ShardIndex, classes: int) -> Iterator[tuple[Pixels, Label]]:
-    """Image (H, W, 3) uint8 and label of all samples of a shard in order.
+    """Yield the image, (H, W, 3) uint8, and label of all samples of a shard in order.
 
     Raises:
         FractalError: at the first sample that cannot be read or decoded, naming the shard and the sample.

@@ -1,4 +1,4 @@
-"""``NAME=VALUE`` on the command line, onto the fields of a frozen dataclass: kind parameters and training recipes."""
+"""``--set NAME=VALUE``: settings of the command line for the fields of a frozen dataclass."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_CLOSE = 0.6  # of 1: so much alike, as difflib counts, is a name that was mistyped or cut off
+_CLOSE = 0.6  # difflib's ratio from which a name counts as mistyped or cut off
 _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """``["a=1", "b=2,3"]`` as ``{"a": "1", "b": "2,3"}``; of two settings of a name the last counts.
+    """Parse ``["a=1", "b=2,3"]`` to ``{"a": "1", "b": "2,3"}``; the last setting of a name wins.
 
     Raises:
         UsageError: if one is not of the form NAME=VALUE.
@@ -32,10 +32,10 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] = ()) -> _T:
-    """A frozen dataclass with other values in the named fields, given as text or as what they are.
+    """Return a copy of a frozen dataclass with other values in some fields, given as text or as values.
 
     Fields are int, float, bool, a ``Literal`` of texts, any of these or None (``none``), or tuples of them
-    (``low,high``; a single value stands for all).
+    (``low,high``; a single value fills all places).
 
     Args:
         fixed: fields that cannot be changed.
@@ -54,7 +54,7 @@ def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] =
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """Words for the end of an error: the names that were probably meant, or all there are."""
+    """Return the end of an error message: the names that were probably meant, or all names."""
     alike = {known: max(_likeness(name, known), _likeness(name, known[: len(name)])) for known in names}
     best = max(alike.values(), default=0.0)
     if best < _CLOSE:
@@ -72,7 +72,7 @@ def _parse(text: str, kind: Any, name: str) -> Any:
     if get_origin(kind) is tuple:
         parts = text.split(",")
         if len(parts) not in (1, len(inner)):
-            raise UsageError(f"{name}={text}: expected one value, or {len(inner)} with commas between them")
+            raise UsageError(f"{name}={text}: expected one value, or {len(inner)} separated by commas")
         parts = parts * (len(inner) // len(parts))
         return tuple(_parse(part.strip(), kind, name) for part, kind in zip(parts, inner, strict=True))
     if get_origin(kind) is Literal:
@@ -91,7 +91,7 @@ def _parse(text: str, kind: Any, name: str) -> Any:
 
 
 def show_value(value: object) -> str:
-    """A value as one would type it after ``NAME=``."""
+    """Format a value as it is typed after ``NAME=``."""
     if isinstance(value, tuple | list):
         return ",".join(map(show_value, value))
     return str(value).lower() if isinstance(value, bool | None) else str(value)

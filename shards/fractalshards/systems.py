@@ -1,4 +1,4 @@
-"""``systems.npz``: the systems of a dataset's classes, one float64 array per class named by its five digits."""
+"""``systems.npz``: the systems of a dataset, one float64 array per class, named by five digits."""
 
 import io
 import zipfile
@@ -14,10 +14,10 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.storage import atomic_file, read_bounded
 
-MAP_SHAPES = ((2, 3), (7,))  # of one map of a system
-MAX_SYSTEMS_BYTES = 64 << 20  # of the file, and of what is in it
-_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others inflate more at a time than is asked for
-# MemoryError by a header that lies
+MAP_SHAPES = ((2, 3), (7,))  # of a map
+MAX_SYSTEMS_BYTES = 64 << 20  # stored and inflated
+_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others inflate more than is asked for
+# a header that lies raises MemoryError
 _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile)
 
 Systems = Sequence[npt.NDArray[np.float64]]
@@ -31,7 +31,7 @@ def write_systems(path: Path, systems: Systems) -> None:
 
 
 def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
-    """Read all systems in order of class; nothing is unpickled.
+    """Read all systems in order of class, without unpickling.
 
     Raises:
         FractalError: if the file is damaged or not a file of systems.
@@ -41,7 +41,7 @@ def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
 
 
 def parse_systems(data: bytes, where: str) -> tuple[npt.NDArray[np.float64], ...]:
-    """The systems in a file that came from ``where``; see ``read_systems``."""
+    """Parse the systems in a file that came from ``where``; see ``read_systems``."""
     file = io.BytesIO(data)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -54,7 +54,7 @@ def parse_systems(data: bytes, where: str) -> tuple[npt.NDArray[np.float64], ...
 
 
 def _check_bounds(members: Sequence[zipfile.ZipInfo]) -> None:
-    """Raise before anything is inflated that would take more memory than systems do."""
+    """Raise, before anything is inflated, if it would take more memory than systems do."""
     if len(members) > MAX_CLASSES:
         raise ValueError(f"{len(members):,} arrays")
     if any(member.compress_type not in _COMPRESSION for member in members):

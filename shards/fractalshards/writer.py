@@ -1,4 +1,4 @@
-"""Writes one shard: the tar first, then its sidecar record, each visible only when whole."""
+"""Writing: shards, each with its sidecar, in worker processes; then the manifest that lists them."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ Encode = Callable[[Pixels | Indexed], bytes]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as a shard stores it, and what that says: the pixels, (H, W, 3) uint8, and the label."""
+    """A sample as a shard stores it, with its decoded pixels, (H, W, 3) uint8, and label."""
 
     sample: Sample
     pixels: Pixels
@@ -67,17 +67,17 @@ def write_shard(
 
 
 def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encoded]) -> ShardRecord:
-    """Write ``folder/name`` and its sidecar from samples that are encoded already.
+    """Write ``folder/name`` and its sidecar from encoded samples.
 
-    Samples are streamed: memory does not grow with their number.
+    Samples are streamed, so memory does not grow with their number.
 
     Args:
-        name: plain file name, see ``names.shard_name``.
+        name: plain file name, see ``shard_name``.
         classes: number of classes of the dataset; labels are in [0, classes).
 
     Raises:
-        FractalError: if a sample is larger than readers take.
-        OSError: as the file system does. After either there is no sidecar, and so no shard that counts as finished.
+        FractalError: if a sample is larger than readers accept.
+        OSError: as the file system does. After any error there is no sidecar, so the shard does not count as finished.
     """
     sha256 = hashlib.sha256()
     content = ContentDigest()
@@ -112,13 +112,13 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
 
 
 def check_size(sample: Sample) -> None:
-    """Raise a FractalError if a sample is larger than readers take: its shard would never count as finished."""
+    """Raise a FractalError if a sample is larger than readers accept."""
     if (size := packed_size(sample)) > MAX_SAMPLE_BYTES:
-        raise FractalError(f"a sample of {size:,} bytes, but it may have {MAX_SAMPLE_BYTES >> 20} MiB at most")
+        raise FractalError(f"a sample of {size:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most")
 
 
 def pack_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -> bytes:
-    """The tar blocks of one sample: its PNG, then its label."""
+    """Return the tar blocks of one sample: its PNG, then its label."""
     return pack_sample(_encode_rendered(key, rendered, encode))
 
 
@@ -142,8 +142,8 @@ class ShardTask:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a dataset is, apart from its samples: the fields of its manifest that are known before it is written."""
+class DatasetInfo:
+    """The fields of a manifest that are known before any shard is written."""
 
     recipe: Mapping[str, Any]
     label_type: LabelType
@@ -152,13 +152,13 @@ class Contents:
     class_ids: tuple[str, ...] = ()
 
 
-def finished_shards(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> dict[str, ShardRecord]:
-    """The records, by name, of the shards that are whole and have the samples and classes of their tasks."""
-    found = {task: finished_record(folder, task.name, contents.label_type) for task in tasks}
+def finished_shards(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> dict[str, ShardRecord]:
+    """Return, by name, the records of the shards that are whole and have the samples and classes of their tasks."""
+    found = {task: finished_record(folder, task.name, info.label_type) for task in tasks}
     return {
         task.name: record
         for task, record in found.items()
-        if record and record.samples == task.stop - task.first and len(record.label_counts) == contents.classes
+        if record and record.samples == task.stop - task.first and len(record.label_counts) == info.classes
     }
 
 
@@ -167,7 +167,7 @@ def run_jobs(
 ) -> list[_T]:
     """Run the jobs that write shards and return their results, in the order in which they finish.
 
-    A shard whose workers die again and again is left out; all others are still written.
+    A shard at which workers are killed three times is left out; all others are still written.
 
     Args:
         jobs: picklable calls, by the shard that each writes.
@@ -202,7 +202,7 @@ def run_jobs(
 
 
 def _reason(error: BaseException) -> str:
-    """Why a shard could not be had, and what may help."""
+    """Why a shard was not written, and what may help."""
     if isinstance(error, MemoryError):
         return "memory ran out, lower --workers"
     if isinstance(error, CancelledError):
@@ -218,39 +218,39 @@ def _outcome(future: Future[_T]) -> BaseException | None:
         return error
 
 
-def publish(folder: Path, tasks: Sequence[ShardTask], contents: Contents) -> tuple[str, ...]:
-    """Assemble the manifest from the sidecars, if all shards are there and it is not; remove what killed builds left.
+def publish(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> tuple[str, ...]:
+    """Write the manifest, once all shards are there, and remove what killed builds left.
 
     Returns:
-        The names of the shards that are missing; there is a manifest if there are none.
+        The names of the missing shards; if there are none, there is a manifest.
 
     Raises:
         OSError: if it cannot be written.
     """
-    records = finished_shards(folder, tasks, contents)
+    records = finished_shards(folder, tasks, info)
     missing = tuple(task.name for task in tasks if task.name not in records)
     if not missing:
         names = dict.fromkeys(task.split for task in tasks)
         splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
         sides = {record.image_size for record in records.values()}
-        if not _listed(folder, splits, contents):
+        if not _listed(folder, splits, info):
             write_manifest(
                 folder,
                 splits,
-                recipe=contents.recipe,
-                recipe_digest=mapping_digest(contents.recipe),
-                label_type=contents.label_type,
-                classes=contents.classes,
+                recipe=info.recipe,
+                recipe_digest=mapping_digest(info.recipe),
+                label_type=info.label_type,
+                classes=info.classes,
                 image_size=sides.pop() if len(sides) == 1 else None,
-                class_names=contents.class_names,
-                class_ids=contents.class_ids,
+                class_names=info.class_names,
+                class_ids=info.class_ids,
             )
     remove_leftovers(folder)
     return missing
 
 
 def refuse_vanished(folder: Path, names: Iterable[str]) -> None:
-    """Raise a FractalError if there are names: those of shards that were written and are not there."""
+    """Raise a FractalError that names shards that were written and are gone, if there are any."""
     if vanished := sorted(names):
         raise FractalError(
             f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
@@ -258,11 +258,11 @@ def refuse_vanished(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _listed(folder: Path, splits: Mapping[str, object], contents: Contents) -> bool:
-    """Whether there is a manifest of this recipe that lists just these shards."""
+def _listed(folder: Path, splits: Mapping[str, object], info: DatasetInfo) -> bool:
+    """Whether there is a manifest of this recipe that lists exactly these shards."""
     try:
         manifest = load_manifest(folder)
     except FractalError:
         return False
     sound = not any(recipe_problems(manifest.recipe, manifest.recipe_digest))
-    return sound and manifest.splits == splits and manifest.recipe_digest == mapping_digest(contents.recipe)
+    return sound and manifest.splits == splits and manifest.recipe_digest == mapping_digest(info.recipe)

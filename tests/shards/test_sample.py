@@ -113,7 +113,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_write_shard_rejects_large_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "MAX_SAMPLE_BYTES", 1 << 20)
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
-    with pytest.raises(FractalError, match=r"a sample of 1,4.* bytes, but it may have 1 MiB at most"):
+    with pytest.raises(FractalError, match=r"1 MiB"):
         write_shard(tmp_path, "train-000000.tar", 3, [("000000000", (noise, 0))])
     assert not list(tmp_path.iterdir())
 

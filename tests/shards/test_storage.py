@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and what killed writers leave behind is told from what living ones still write."""
+"""Atomic files, leftovers of killed writers, and typed JSON."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ def leftover(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
     return path
 
 
-def test_the_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_atomic_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     with atomic_file(target) as file:
         file.write(b"whole")
@@ -30,14 +30,14 @@ def test_the_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert target.read_bytes() == b"whole"
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+def test_atomic_file_of_two_writers(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "a") as one, atomic_file(tmp_path / "a") as two:
         one.write(b"one")
         two.write(b"two")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"one")]
 
 
-def test_leftovers_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
+def test_remove_leftovers_of_dead_writers_only(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     here = socket.gethostname()
@@ -54,7 +54,7 @@ def test_leftovers_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_path:
     assert (tmp_path / "train-000000.tar").exists()
 
 
-def test_a_full_disk_names_the_file_and_leaves_nothing(small_disk: Path) -> None:
+def test_atomic_file_on_a_full_disk(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught, atomic_file(small_disk / "a.tar") as file:
         file.write(bytes(1 << 20))
     assert caught.value.filename == str(small_disk / "a.tar")
