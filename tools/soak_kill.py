@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from fractalshards.console import old_progress as progress
+from fractalshards.console import progress
 from fractalshards.digest import sha256_file
 from fractalshards.manifest import INFO, finished_record, load_manifest, sidecar_name
 from fractalshards.verify import verify_dataset
@@ -74,12 +74,11 @@ def _soak(
     """Start the build until it was killed so often; a dataset that got finished is removed and begun again."""
     tally = Tally()
     deadline = time.monotonic() + limit
-    with progress("killing", kills, "kills") as advance:
+    with progress("killing", "kills") as on_progress:
         while tally.builds_killed + tally.workers_killed < kills and time.monotonic() < deadline:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            before = tally.builds_killed + tally.workers_killed
             _kill_at_random(process, rng, whole, tally)
-            advance(tally.builds_killed + tally.workers_killed - before)
+            on_progress(tally.builds_killed + tally.workers_killed, kills)
             tally.wrong += _lies(folder, expected)
             if process.wait() == 0:
                 tally.builds_finished += 1

@@ -1,9 +1,8 @@
-"""What all three commands share at the terminal: help, one-line errors, exit codes, progress on it or in a log."""
+"""The terminal, shared by the three commands: help, one-line errors, exit codes, progress and notes."""
 
 import inspect
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError, describe_os_error
+from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error, interrupt_code
 from fractalshards.human import human_bytes, human_count, human_seconds, one_line
 from fractalshards.workers import OnProgress, available_cores, no_progress
 
@@ -36,18 +35,15 @@ _NOTICE_SECONDS = 1.0
 
 
 class Command(click.Command):
-    """A command whose help shows its options under headings, and its example as it is typed.
-
-    The example is the last paragraph of the help, ``Example: COMMAND``; further lines of it are indented.
-    """
+    """A command whose help shows options under headings, and the example at its end, ``Example: COMMAND``, verbatim."""
 
     def __init__(self, *args: Any, groups: Mapping[str, str] | None = None, **kwargs: Any) -> None:
-        """``groups`` are options by heading, ``{"Dataset": "--kind --n"}``; options in none come last."""
+        """``groups`` maps headings to options, ``{"Dataset": "--kind --n"}``; the others come last."""
         super().__init__(*args, **kwargs)
         self.groups = {heading: names.split() for heading, names in (groups or {}).items()}
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what the command is for, and its example, which is not wrapped."""
+        """Write the description, wrapped, and the example as it is."""
         text, _, example = inspect.cleandoc(self.help or "").partition("Example: ")
         formatter.write_paragraph()
         with formatter.indentation():
@@ -57,30 +53,29 @@ class Command(click.Command):
                 formatter.write("".join(f"  {line}\n" for line in example.strip().splitlines()))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, a section for every heading."""
+        """Write a section of options for every heading."""
         headings = {name: heading for heading, names in self.groups.items() for name in names}
         sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in [*self.groups, "Options"]}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                sections[headings.get(parameter.opts[0], "Options")].append(
-                    (_in_few_words(record[0]), _in_few_words(record[1]))
-                )
+                name, text = map(_shorten, record)
+                sections[headings.get(parameter.opts[0], "Options")].append((name, text))
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
 
 
-def _in_few_words(text: str) -> str:
-    """A part of a help record without click's long words."""
+def _shorten(text: str) -> str:
+    """Replace click's long names of types."""
     for long, short in _SHORT.items():
         text = text.replace(long, short)
     return text
 
 
 class Commands(click.Group):
-    """A group of commands whose errors are one line, and whose help shows all defaults.
+    """A group of commands whose errors are one line and whose help shows all defaults.
 
     Exit codes are 2 for wrong usage, 1 for failure, 130 for Ctrl-C and 143 for SIGTERM.
     """
@@ -92,7 +87,7 @@ class Commands(click.Group):
         self.context_settings = {"show_default": True, **self.context_settings}
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what each command is for, its whole first sentence."""
+        """Write the first sentence of every command's help, uncut."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in commands if one])
@@ -130,15 +125,9 @@ class Commands(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def interrupt_code(error: BaseException) -> int:
-    """The exit code of a command that a signal ended: 128 + its number, as a shell has it."""
-    terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)  # click wraps what it sees
-    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
-
-
 @contextmanager
 def continuable(folder: Path) -> Iterator[None]:
-    """Say how to go on when Ctrl-C or SIGTERM ends the work on a folder."""
+    """Say how to continue when Ctrl-C or SIGTERM ends the work on a folder."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -147,24 +136,21 @@ def continuable(folder: Path) -> Iterator[None]:
 
 
 def quiet_option(command: _Command) -> _Command:
-    """``--quiet``: for this command ``progress``, ``notice`` and ``note`` say nothing, and ``is_quiet`` says so."""
-
-    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-        show_logs(value)
+    """Add ``--quiet``, which silences progress and notes."""
 
     option = click.option(
         "--quiet",
         is_flag=True,
-        is_eager=True,  # other options may have something to note
+        is_eager=True,  # before other options print notes
         expose_value=False,
-        callback=remember,
+        callback=lambda context, parameter, value: show_logs(value),
         help="No progress and no notes, only results and errors.",
     )
     return option(command)
 
 
 class _NamedPath(click.Path):
-    """A path as text that is not empty: an empty one, of a shell's variable that is not set, would mean ``.``."""
+    """A path that is not empty: an unset variable of a shell would mean the current folder."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
@@ -174,11 +160,11 @@ class _NamedPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-PATH = _NamedPath(path_type=Path)  # the type of options and arguments that are a ``Path``
+PATH = _NamedPath(path_type=Path)  # the type of all options and arguments that are paths
 
 
 def _parse_workers(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    """A number of processes, at most as many as there are cores, for more would only wait for each other."""
+    """Parse ``all`` or a number of processes, at most the number of cores."""
     cores = available_cores()
     if text == _ALL:
         return cores
@@ -189,7 +175,7 @@ def _parse_workers(context: click.Context, parameter: click.Parameter, text: str
     if workers < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     if workers > cores:
-        note(f"note: {human_count(cores, 'worker')} instead of {workers:,}, for there are no more cores")
+        note(f"note: {human_count(cores, 'worker')} instead of {workers:,}, because there are no more cores")
     return min(workers, cores)
 
 
@@ -198,7 +184,7 @@ workers_option = click.option(
     default=_ALL,
     metavar=f"{_ALL}|N",
     callback=_parse_workers,
-    help="Processes that work, one per core at most.",
+    help="Worker processes, at most one per core.",
 )
 
 
@@ -214,19 +200,19 @@ def as_quiet_as(quiet: bool) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Say something by the way, on stderr."""
+    """Print a note to stderr, unless ``--quiet``."""
     if not is_quiet():
         click.echo(one_line(text), err=True)
 
 
 def next_step(command: str) -> None:
-    """Name the command that usually comes next; it is no result, so quiet commands do not."""
+    """Print the command that usually comes next, unless ``--quiet``."""
     if not is_quiet():
         click.echo(f"next: {command}")
 
 
 def is_quiet() -> bool:
-    """Whether the command was called with ``--quiet``."""
+    """Return whether the command was called with ``--quiet``."""
     return not logging.getLogger(_LOGGERS[0]).isEnabledFor(logging.INFO)
 
 
@@ -324,7 +310,7 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
 
     def draw(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total, text=" ".join(describe(done, total)))
-        bar.start()  # with the first progress, for perhaps there is nothing to do
+        bar.start()  # not before: perhaps there is nothing to do
 
     try:
         yield draw
@@ -334,7 +320,7 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
 
 @contextmanager
 def notice(text: str) -> Iterator[None]:
-    """Say on stderr what is going on, if it takes more than a second."""
+    """Print a note to stderr if the block takes more than a second."""
     timer = threading.Timer(_NOTICE_SECONDS, click.echo, [text], {"err": True})
     if not is_quiet():
         timer.start()

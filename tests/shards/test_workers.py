@@ -1,4 +1,4 @@
-"""The pool: a killed worker costs one try of its task alone; signals end the work in order, or at once."""
+"""The pool: a killed worker costs its own task one try; a first signal ends the work in order, a second at once."""
 
 import os
 import signal
@@ -13,11 +13,11 @@ import pytest
 from fractalshards.errors import WorkerLostError
 from fractalshards.workers import TRIES, worker_pool
 
-# evaluated by a worker: notes that it was there, then kills itself unless it has been there so often before
+# evaluated by a worker: appends to a file, then kills itself unless the file is longer than that
 _DIE = "(open({0!r}, 'a').write('x'), __import__('os').path.getsize({0!r}) > {1} or __import__('os').kill({2}, 9))"
 _OWN_PROCESS = "__import__('os').getpid()"
 
-# a task that says that it has begun, and is finished when another process opens the pipe that its argument names
+# a task that prints when it begins, and ends when another process opens a pipe
 _LONG_WORK = """
 import sys
 from fractalshards.workers import worker_pool
@@ -37,7 +37,7 @@ def die(file: Path, times: int) -> str:
     return _DIE.format(str(file), times, _OWN_PROCESS)
 
 
-def test_a_task_whose_worker_is_killed_is_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
+def test_task_of_a_killed_worker_runs_again(tmp_path: Path) -> None:
     visits = tmp_path / "visits"
     with worker_pool(2) as pool:
         dying = pool.submit(eval, die(visits, TRIES - 1))
@@ -47,7 +47,7 @@ def test_a_task_whose_worker_is_killed_is_tried_again_and_the_others_go_on(tmp_p
     assert visits.stat().st_size == TRIES
 
 
-def test_after_three_deaths_a_task_is_given_up_and_its_thread_works_on(tmp_path: Path) -> None:
+def test_task_is_lost_after_three_deaths(tmp_path: Path) -> None:
     visits = tmp_path / "visits"
     with worker_pool(1) as pool:
         dying, after = pool.submit(eval, die(visits, 99)), pool.submit(pow, 2, 3)
@@ -57,7 +57,7 @@ def test_after_three_deaths_a_task_is_given_up_and_its_thread_works_on(tmp_path:
     assert visits.stat().st_size == TRIES
 
 
-def test_errors_of_a_task_are_its_own_and_what_has_not_begun_is_given_up() -> None:
+def test_error_of_a_task_cancels_pending_ones() -> None:
     futures: list[Future[object]] = []
 
     def work() -> None:
@@ -86,9 +86,7 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")])
-def test_a_signal_to_all_processes_lets_what_has_begun_finish(
-    tmp_path: Path, number: signal.Signals, words: str
-) -> None:
+def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path: Path, number: signal.Signals, words: str) -> None:
     process = start(tmp_path)
     os.killpg(process.pid, number)
     assert process.stderr is not None
@@ -100,7 +98,7 @@ def test_a_signal_to_all_processes_lets_what_has_begun_finish(
     assert errors.count("Traceback") == 1, "workers said something too"
 
 
-def test_a_second_signal_ends_it_at_once_workers_included(tmp_path: Path) -> None:
+def test_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
     process = start(tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
@@ -108,3 +106,15 @@ def test_a_second_signal_ends_it_at_once_workers_included(tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
     assert process.stderr.read() == ""  # to the end: all writers of the pipe are gone
+
+
+def test_pool_starts_no_more_workers_than_tasks() -> None:
+    with worker_pool(8) as pool:
+        assert len({pool.submit(os.getpid).result(60) for _ in range(5)}) == 1
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    process.kill()
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()  # to the end: all writers of the pipe are gone

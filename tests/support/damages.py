@@ -31,17 +31,18 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_split(folder: Path, **changes: Any) -> None:
+    info = json.loads((folder / INFO).read_text())
+    info["splits"]["train"] |= changes
+    (folder / INFO).write_text(json.dumps(info))
+
+
 def in_manifest(**changes: Any) -> Damage:
-    """Other fields of the manifest or of its split."""
+    return lambda folder: edit(folder / INFO, **changes)
 
-    def damage(folder: Path) -> None:
-        info = json.loads((folder / INFO).read_text())
-        for name, value in changes.items():
-            split = info["splits"]["train"]
-            (split if name in split or name == "first_samples" else info)[name] = value
-        (folder / INFO).write_text(json.dumps(info))
 
-    return damage
+def in_split(**changes: Any) -> Damage:
+    return lambda folder: edit_split(folder, **changes)
 
 
 def rename_split(folder: Path, name: str) -> None:
@@ -91,7 +92,7 @@ def forged(change: Callable[[list[bytes]], list[bytes]], end: bytes = END_OF_TAR
         places = [0, *np.cumsum([len(block) for block in blocks]).tolist()]
         edit(folder / SIDECAR, offsets=places, bytes=len(tar), sha256=sha256)
         split = json.loads((folder / INFO).read_text())["splits"]["train"]
-        in_manifest(bytes=[split["bytes"][0], len(tar)], sha256=[split["sha256"][0], sha256])(folder)
+        edit_split(folder, bytes=[split["bytes"][0], len(tar)], sha256=[split["sha256"][0], sha256])
 
     return damage
 
@@ -161,7 +162,7 @@ class Touch:
 def no_samples_in_a_device(folder: Path) -> None:
     replaced(SHARD, endless)(folder)
     size = (folder / "train-000000.tar").stat().st_size
-    in_manifest(bytes=[size, 0], shard_lengths=[5, 0], num_samples=5)(folder)
+    edit_split(folder, bytes=[size, 0], shard_lengths=[5, 0], num_samples=5)
     edit(folder / SIDECAR, bytes=0, samples=0, offsets=[0], label_counts=[])
 
 
@@ -192,32 +193,32 @@ def copied(folder: Path) -> None:
         shutil.copy(folder / f"train-000000.{end}", folder / f"train-000001.{end}")
     edit(folder / SIDECAR, name=SHARD)
     split = json.loads((folder / INFO).read_text())["splits"]["train"]
-    in_manifest(**{name: split[name][:1] * 2 for name in ("bytes", "sha256", "content_digests")})(folder)
+    edit_split(folder, **{name: split[name][:1] * 2 for name in ("bytes", "sha256", "content_digests")})
 
 
 MANIFESTS: dict[str, Damage] = {
-    "name with a pipe": in_manifest(filenames=[f"pipe:touch {MARK}", SHARD]),
-    "name of a megabyte": in_manifest(filenames=["../" * 350_000, SHARD]),
+    "name with a pipe": in_split(filenames=[f"pipe:touch {MARK}", SHARD]),
+    "name of a megabyte": in_split(filenames=["../" * 350_000, SHARD]),
     **{
-        f"name {name!r}": in_manifest(filenames=[name, SHARD])
+        f"name {name!r}": in_split(filenames=[name, SHARD])
         for name in ("../train-000000.tar", "/etc/passwd", "a/b.tar", "s3://bucket/a.tar", "..", ".hidden", "", "a\nb")
     },
-    "shard twice": in_manifest(filenames=[SHARD, SHARD]),
+    "shard twice": in_split(filenames=[SHARD, SHARD]),
     "split that leads out": lambda folder: rename_split(folder, "../train"),
-    "negative count": in_manifest(shard_lengths=[5, -5]),
-    "fraction": in_manifest(shard_lengths=[5, 5.0]),
-    "truth for a count": in_manifest(shard_lengths=[5, True]),
-    "4000 digits": in_manifest(shard_lengths=[10**4000, 5]),
-    "more than 64 bits": in_manifest(bytes=[10**30, 5]),
-    "lists for a count": in_manifest(bytes=[[[]], 5]),
-    "lists for text": in_manifest(sha256=[[], []]),
-    "numbers for text": in_manifest(sha256=[1, 2]),
-    "object for a list": in_manifest(filenames={}),
+    "negative count": in_split(shard_lengths=[5, -5]),
+    "fraction": in_split(shard_lengths=[5, 5.0]),
+    "truth for a count": in_split(shard_lengths=[5, True]),
+    "4000 digits": in_split(shard_lengths=[10**4000, 5]),
+    "more than 64 bits": in_split(bytes=[10**30, 5]),
+    "lists for a count": in_split(bytes=[[[]], 5]),
+    "lists for text": in_split(sha256=[[], []]),
+    "numbers for text": in_split(sha256=[1, 2]),
+    "object for a list": in_split(filenames={}),
     "text for a split": in_manifest(splits={"train": "x"}),
     "list for the splits": in_manifest(splits=[]),
-    "list too short": in_manifest(shard_lengths=[5]),
-    "sum that is wrong": in_manifest(num_samples=11),
-    "first samples that overlap": in_manifest(first_samples=[0, 4]),
+    "list too short": in_split(shard_lengths=[5]),
+    "sum that is wrong": in_split(num_samples=11),
+    "first samples that overlap": in_split(first_samples=[0, 4]),
     "text for the recipe": in_manifest(recipe="x"),
     "recipe 500 deep": in_manifest(recipe={"a": json.loads(DEEP)}),
     "no classes": in_manifest(classes=0),

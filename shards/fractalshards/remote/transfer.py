@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
-from fractalshards.console import interrupt_code
 from fractalshards.digest import mapping_digest, sha256_file, systems_digest
-from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractalshards.errors import FractalError, StoppedError, UsageError, interrupt_code
 from fractalshards.fields import MAX_JSON_BYTES, Fields
 from fractalshards.human import human_bytes, human_count
 from fractalshards.manifest import (
