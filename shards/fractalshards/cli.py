@@ -31,9 +31,10 @@ from fractalshards.portable import export_recipe
 from fractalshards.remote.transfer import parse_numbers
 from fractalshards.remote.transfer import pull as pull_dataset
 from fractalshards.remote.transfer import push as push_dataset
-from fractalshards.report import check_page_name, load_template, render_page, survey_dataset
+from fractalshards.report import check_page_name, load_template, render_page
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
 from fractalshards.storage import write_bytes
+from fractalshards.survey import survey_dataset
 from fractalshards.verify import repair_advice, verify_dataset
 
 _FOLDER = click.argument("folder", metavar="DIR", type=PATH)
@@ -113,15 +114,17 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 @workers_option
 @quiet_option
 def report(folder: Path, out: Path, workers: int) -> None:
-    """Write a page about a dataset: samples of every class, distributions, recipe, how to share it.
+    """Write an HTML page about a dataset: samples of every class, distributions, recipe, digests.
 
-    One file of 12 MB at most that loads nothing, to be opened in a browser, mailed or put on a server.
+    The page is one file of at most 12 MB that loads nothing. It needs pip install '.[report]'.
 
     Example: fractalshards report shards/single --out single.html
     """
     check_page_name(out)
     template = load_template()
-    page = render_page(template, survey_dataset(load_manifest(folder), workers)).encode()
+    with progress("surveying", "images") as on_progress:
+        survey = survey_dataset(load_manifest(folder), workers, on_progress)
+    page = render_page(template, survey).encode()
     write_bytes(out, page)
     click.echo(f"{out}: {human_bytes(len(page))}")
 

@@ -1,18 +1,16 @@
-"""A contact sheet: a labelled grid of images, a row per class. For people, to look at what a dataset holds."""
+"""Draw contact sheets: a labelled grid of images, one row per class."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import Manifest
 from fractalshards.png import Pixels
-from fractalshards.reader import decode_shard, index_split
 from fractalshards.sample import Label, classes_of
 from fractalshards.storage import atomic_file
+from fractalshards.survey import choose_samples, read_image, select_samples, shrink, spread
 
 _GAP = 4
 _LABEL_WIDTH = 44
@@ -21,30 +19,29 @@ _PAPER = (255, 255, 255)
 _INK = (60, 60, 60)
 _FORMATS = {".png": "PNG", ".jpg": "JPEG"}
 
+Rows = Mapping[str, Sequence[Image.Image]]
 
-def contact_sheet(rows: Mapping[str, Sequence[Pixels]], tile: int, title: str = "") -> Image.Image:
-    """Draw rows of images with a label before each, and a title above all.
 
-    Args:
-        rows: images (H, W, 3) uint8 by row label; the longest row sets the width.
-        tile: side length of an image on the sheet in pixels.
-    """
+def contact_sheet(rows: Rows, tile: int, title: str = "") -> Image.Image:
+    """Draw labelled rows of images, scaled to fit into ``tile`` x ``tile`` pixels, under an optional title."""
     step = tile + _GAP
-    columns = max(map(len, rows.values()))
     head = _TITLE_HEIGHT if title else 0
-    sheet = Image.new("RGB", (_LABEL_WIDTH + columns * step, head + len(rows) * step + _GAP), _PAPER)
+    size = _LABEL_WIDTH + max(map(len, rows.values())) * step, head + len(rows) * step + _GAP
+    sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_LABEL_WIDTH, head), title, _INK, ImageFont.load_default(17), anchor="ld")
     for row, (label, images) in enumerate(rows.items()):
         top = head + _GAP + row * step
         draw.text((_LABEL_WIDTH - _GAP, top + tile // 2), label, _INK, ImageFont.load_default(13), anchor="rm")
-        for column, pixels in enumerate(images):
-            sheet.paste(Image.fromarray(_shrink(pixels, tile)), (_LABEL_WIDTH + column * step, top))
+        for column, image in enumerate(images):
+            fitted = ImageOps.contain(image, (tile, tile), Image.Resampling.LANCZOS)
+            left = _LABEL_WIDTH + column * step
+            sheet.paste(fitted, (left + (tile - fitted.width) // 2, top + (tile - fitted.height) // 2))
     return sheet
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets beside each other, their tops in line."""
+    """Place sheets next to each other, aligned at the top."""
     whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)), _PAPER)
     left = 0
     for sheet in sheets:
@@ -53,50 +50,44 @@ def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def class_rows(
-    samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], per_class: int, tile: int
-) -> dict[str, list[Pixels]]:
-    """The first images that show each of some classes, as rows for ``contact_sheet``; empty rows are left out.
+def class_rows(samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], per_class: int, tile: int) -> Rows:
+    """Collect the first images of each class from a stream, as rows for ``contact_sheet``; empty rows are left out.
 
-    An image stands in one row: of the rows of its classes the one with the fewest images so far. Images are kept as
-    tiles, (tile, tile, 3) uint8, for there may be many.
+    An image goes to one row: of the rows of its classes, the one with the fewest images so far.
     """
-    rows: dict[int, list[Pixels]] = {label: [] for label in classes}
+    rows: dict[int, list[Image.Image]] = {label: [] for label in classes}
     for image, label in samples:
-        shown = [rows[one] for one in classes_of(label) if one in rows]
-        if shown and len(shortest := min(shown, key=len)) < per_class:
-            shortest.append(_shrink(image, tile))
+        candidates = [rows[one] for one in classes_of(label) if one in rows]
+        if candidates and len(shortest := min(candidates, key=len)) < per_class:
+            shortest.append(shrink(image, tile))
         if all(len(images) == per_class for images in rows.values()):
             break
     return {str(label): images for label, images in rows.items() if images}
 
 
-def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, tile: int) -> dict[str, list[Pixels]]:
-    """The rows of some classes of a dataset, spread evenly over all of them.
+def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, tile: int) -> Rows:
+    """Read the rows of some classes of a dataset, evenly spread; an image of several classes may be in several rows.
 
     Raises:
-        FractalError: if the split is missing or empty, or a sample cannot be read.
+        FractalError: if the split is missing or empty, or a sample is damaged.
+        OSError: if a file cannot be read.
     """
-    chosen = np.linspace(0, manifest.classes - 1, min(classes, manifest.classes)).round().astype(int).tolist()
-    shards = index_split(manifest, split)
-    samples = chain.from_iterable(decode_shard(shard, manifest.classes) for shard in shards)
-    rows = class_rows(samples, chosen, per_class, tile)
-    if not rows:
-        raise FractalError(f"{manifest.folder}: no image to show in split {split!r}")
-    return rows
-
-
-def _shrink(image: Pixels, tile: int) -> Pixels:
-    if image.shape[:2] == (tile, tile):
-        return image
-    return np.asarray(Image.fromarray(image).resize((tile, tile), Image.Resampling.LANCZOS))
+    rows: dict[int, list[Image.Image]] = {label: [] for label in spread(manifest.classes, classes)}
+    wanted, _ = select_samples(manifest, split, list(rows), per_class)
+    for shard in wanted:
+        for label, index, position in choose_samples(shard):
+            _, image, _ = read_image(index, position, manifest.classes)
+            rows[label].append(shrink(image, tile))
+    if not any(rows.values()):
+        raise FractalError(f"{manifest.folder}: split {split!r} contains no image")
+    return {str(label): images for label, images in rows.items() if images}
 
 
 def picture_format(path: Path) -> str:
-    """The format, ``PNG`` or ``JPEG``, that the name of a picture asks for.
+    """Return the format of a picture by its name, ``PNG`` or ``JPEG``.
 
     Raises:
-        UsageError: if it is another.
+        UsageError: if the name asks for another.
     """
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--out is {path}: expected a name that ends in {' or '.join(_FORMATS)}")
@@ -104,7 +95,7 @@ def picture_format(path: Path) -> str:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, atomically, in the format that its name asks for; missing folders are made.
+    """Write a picture atomically in the format of its name; creates missing folders.
 
     Raises:
         UsageError: if that is neither PNG nor JPEG.

@@ -88,7 +88,7 @@ def test_the_wheel_holds_what_is_needed_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
-    for needed in (*(f"{package}/py.typed" for package in PACKAGES), "fractalshards/report/templates/report.css"):
+    for needed in (*(f"{package}/py.typed" for package in PACKAGES), "fractalshards/templates/report.css"):
         assert needed in names
     assert "fractalgen/data/fractaldb_categories.npz" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)

@@ -1,167 +1,247 @@
-"""``fractalshards report``: what the survey counts and shows, and how the command fails."""
+"""``fractalshards report``: what the survey counts and shows, what the page holds, and that hostile text stays text."""
 
+import base64
+import hashlib
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
+from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
+from fractalshards.cli import main
+from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import load_manifest, read_record, sidecar_name
-from fractalshards.report import (
-    ClassView,
-    Survey,
-    Thumbnail,
-    class_chart,
-    fit_thumbnails,
-    histogram,
-    measure,
-    survey_dataset,
-    tally,
+from fractalshards.manifest import (
+    INFO,
+    load_manifest,
+    read_record,
+    sample_key,
+    shard_name,
+    sidecar_name,
+    write_manifest,
 )
-from fractalshards.sample import MultiLabel, Object
+from fractalshards.png import Pixels
+from fractalshards.report import class_chart, histogram, tally
+from fractalshards.sample import Label, MultiLabel, Object
 from fractalshards.storage import write_json
-from painted_dataset import color, plain, report, write_dataset
+from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, measure, survey_dataset
+from fractalshards.writer import write_shard
+from packed_flowers import assert_refused
+
+HOSTILE = "</style></script><script>x=1</script>{{ 7 * 7 }}\"'><img src=x onerror='x=2'>"
+
+
+def color(label: int) -> tuple[int, int, int]:
+    """A colour that shows the class and survives lossy compression."""
+    return 40 * (label % 6) + 20, 40 * (label // 6 % 6) + 20, 128
+
+
+def plain(label: int, side: int = 16) -> Pixels:
+    return np.full((side, side, 3), color(label), np.uint8)
+
+
+def write_dataset(folder: Path, shards: Sequence[Sequence[tuple[Pixels, Label]]], classes: int, **more: Any) -> Path:
+    folder.mkdir(parents=True)
+    keys = map(sample_key, range(10**9))
+    records = [
+        write_shard(folder, shard_name("train", number), classes, [(next(keys), sample) for sample in samples]).shard()
+        for number, samples in enumerate(shards)
+    ]
+    multi = any(isinstance(label, MultiLabel) for samples in shards for _, label in samples)
+    recipe = {"kind": "test", "systems_digest": "0" * 32}
+    facts = {"label_type": "multi" if multi else "single", "classes": classes, "image_size": None, "recipe": recipe}
+    facts |= more
+    write_manifest(folder, {"train": records}, recipe_digest=mapping_digest(facts["recipe"]), **facts)
+    return folder
 
 
 def survey(folder: Path) -> Survey:
-    return survey_dataset(load_manifest(folder), workers=1)
+    return survey_dataset(load_manifest(folder), workers=2)
 
 
-def color_of(thumbnail: Thumbnail) -> tuple[float, ...]:
-    with Image.open(BytesIO(thumbnail.webp)) as image:
-        return tuple(np.asarray(image.convert("RGB"), np.float64).mean(axis=(0, 1)))
+def report(folder: Path, out: Path) -> Result:
+    return CliRunner().invoke(main, ["report", str(folder), "--out", str(out), "--workers", "1"])
 
 
-def test_label_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path) -> None:
+def page(folder: Path) -> str:
+    result = report(folder, folder.parent / "page.html")
+    assert result.exit_code == 0, result.output
+    return (folder.parent / "page.html").read_text()
+
+
+def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path) -> None:
     labels = [0] * 5 + [1] * 20 + [2] * 3
     samples = [(plain(label), label) for label in labels]
     seen = survey(write_dataset(tmp_path / "data", [samples[:13], samples[13:]], classes=4))
-    assert seen.label_counts["train"].tolist() == [5, 20, 3, 0]
-    assert [view.count for view in seen.views] == [5, 20, 3, 0]
-    assert [len(view.thumbnails) for view in seen.views] == [5, 8, 3, 0]
-    for view in seen.views:
-        assert len({one.key for one in view.thumbnails}) == len(view.thumbnails)
-        for thumbnail in view.thumbnails:
-            assert labels[int(thumbnail.key)] == view.index
-            assert np.allclose(color_of(thumbnail), color(view.index), atol=6)
-    assert len(seen.looks) == len(labels)
+    assert seen.counts["train"].tolist() == [5, 20, 3, 0]
+    assert [len(found) for found in seen.thumbnails.values()] == [5, 8, 3, 0]
+    for label, found in seen.thumbnails.items():
+        assert len({one.key for one in found}) == len(found)
+        for thumbnail in found:
+            assert labels[int(thumbnail.key)] == label
+            with Image.open(BytesIO(thumbnail.webp)) as image:
+                assert np.allclose(np.asarray(image.convert("RGB")).mean(axis=(0, 1)), color(label), atol=6)
+    assert len(seen.stats) == len(labels)
 
 
-def test_shards_that_do_not_mix_classes_give_as_many_thumbnails(tmp_path: Path) -> None:
-    shards = [[(plain(label), label)] * 10 for label in range(12)]
-    seen = survey(write_dataset(tmp_path / "data", shards, classes=12))
-    assert [len(view.thumbnails) for view in seen.views] == [8] * 12
+def test_survey_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
+    mixed = survey(write_dataset(tmp_path / "mixed", [[(plain(0), 0)] * 10 for _ in range(8)], classes=1))
+    assert {int(one.key) // 10 for one in mixed.thumbnails[0]} == set(range(8))
+    unmixed = write_dataset(tmp_path / "unmixed", [[(plain(label), label)] * 10 for label in range(12)], classes=12)
+    assert [len(found) for found in survey(unmixed).thumbnails.values()] == [8] * 12
 
 
-def test_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
-    shards = [[(plain(0), 0)] * 10 for _ in range(8)]
-    (view,) = survey(write_dataset(tmp_path / "data", shards, classes=1)).views
-    assert {int(one.key) // 10 for one in view.thumbnails} == set(range(8))
-
-
-def test_measures_are_bounded_and_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fractalshards.report.MAX_LOOKS", 10)
+def test_survey_statistics_are_bounded_and_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fractalshards.survey.MAX_MEASURED", 10)
     shards = [[(plain(0, 16 + number), 0)] * 20 for number in range(5)]
-    seen = survey(write_dataset(tmp_path / "data", shards, classes=1))
-    assert sorted(look.width for look in seen.looks) == [16, 16, 17, 17, 18, 18, 19, 19, 20, 20]
+    stats = survey(write_dataset(tmp_path / "data", shards, classes=1)).stats
+    assert sorted(one.width for one in stats) == [16, 16, 17, 17, 18, 18, 19, 19, 20, 20]
 
 
-def test_a_multi_label_image_stands_under_each_of_its_classes_with_its_boxes(tmp_path: Path) -> None:
-    label = MultiLabel.of((Object(2, (1, 2, 3, 4)), Object(0, (10, 10, 99, 99))))
+def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path: Path) -> None:
+    label = MultiLabel.of((Object(2, (1, 2, 3, 4)), Object(0, (10, 10, 6, 6))))
     seen = survey(write_dataset(tmp_path / "data", [[(plain(0), label)]], classes=3))
-    assert [len(view.thumbnails) for view in seen.views] == [1, 0, 1]
-    assert seen.views[2].thumbnails[0].objects == (Object(2, (1, 2, 3, 4)), Object(0, (10, 10, 6, 6)))
-    assert seen.looks[0].objects == 2
+    assert [len(found) for found in seen.thumbnails.values()] == [1, 0, 1]
+    assert seen.thumbnails[2][0].objects == label.objects
+    assert seen.stats[0].objects == 2
 
 
-def test_measures() -> None:
+def test_image_statistics() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     image[:4, :4] = 1, 0, 0
-    assert measure(image, 0, 100).fill == 0.25
-    assert measure(image, 0, 100).detail == 0
+    assert (measure(image, 0, 100).fill, measure(image, 0, 100).detail) == (0.25, 0)
     image[:4, :4] = 0, 33, 0
     assert measure(image, 0, 100).detail == (8 + 7) / 64  # both sides of an edge of 4 + 4 pixels, the corner once
-    label = MultiLabel.of((Object(1, (0, 0, 4, 8)), Object(1, (2, 0, 4, 4))))
-    assert measure(image, label, 100).covered == (32 + 8) / 64
-    assert (measure(image, label, 100).objects, measure(image, 0, 100).bytes) == (2, 100)
+    stats = measure(image, MultiLabel.of((Object(1, (0, 0, 4, 8)), Object(1, (2, 0, 4, 4)))), 100)
+    assert (stats.covered, stats.objects, stats.bytes) == ((32 + 8) / 64, 2, 100)
 
 
-def test_thumbnails_fit_into_a_bound() -> None:
-    thumbnail = Thumbnail("0", 1, 1, bytes(100), ())
-    views = tuple(ClassView(label, 9, (thumbnail,) * 4) for label in range(10))
-    assert [len(view.thumbnails) for view in fit_thumbnails(views, 4000)] == [4] * 10
-    assert [len(view.thumbnails) for view in fit_thumbnails(views, 3999)] == [3] * 10
-    assert [len(view.thumbnails) for view in fit_thumbnails(views, 10)] == [0] * 10
+def test_thumbnails_fit_a_size() -> None:
+    thumbnails = {label: [Thumbnail("0", 1, 1, bytes(100), ())] * 4 for label in range(10)}
+    for most, count in ((4000, 4), (3999, 3), (10, 0)):
+        assert {len(found) for found in fit_thumbnails(thumbnails, most).values()} == {count}
 
 
 def test_charts() -> None:
     chart = class_chart("", np.array([2, 4, 0]))
     assert [bar.height for bar in chart.bars] == [50, 100, 0]
-    assert chart.note == "From 0 to 4 images per class, median 2. 1 class without any."
-    assert class_chart("", np.array([3, 3])).note == "Every class has 3 images."
+    assert chart.note == "0 to 4 images per class, median 2. 1 without images."
     many = class_chart("", np.arange(1500))
     assert len(many.bars) == 250
     assert many.bars[1].tip == "classes 6 to 11: 8.5 images"
-    assert sum(bar.height > 0 for bar in histogram("", "", [0.1, 0.1, 0.9], (0, 1), str).bars) == 2
+    assert sum(bar.height > 0 for bar in histogram("", "", [0.1, 0.1, 0.9], str).bars) == 2
     assert [bar.tip for bar in tally("", [1, 1, 99]).bars[:2]] == ["0: 0 images", "1: 2 images"]
     assert tally("", [1, 1, 99]).ticks[-1] == "15 or more"
 
 
-def test_errors_are_one_line(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = report(dataset, tmp_path / "page.txt")
-    assert (wrong.exit_code, wrong.stderr) == (
-        2,
-        f"error: --out is {tmp_path / 'page.txt'}: expected a name that ends in .html\n",
-    )
-    missing = report(tmp_path / "nowhere", tmp_path / "page.html")
-    assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
-    record = read_record(dataset, "train-000000.tar", "single")
+class Parser(HTMLParser):
+    """Counts the tags of a page and collects its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: dict[str, list[dict[str, str | None]]] = {}
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.setdefault(tag, []).append(dict(attrs))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_holds_all_classes_and_escapes_hostile_text(tmp_path: Path) -> None:
+    recipe = {"kind": HOSTILE, HOSTILE: HOSTILE, "systems_digest": HOSTILE, "params": {"x": [HOSTILE]}}
+    names = ["goldfish", HOSTILE, *(f"thing {index}" for index in range(2, 30))]
+    samples = [(plain(label), label) for label in range(30) for _ in range(3)]
+    folder = tmp_path / "<b>report" / "d'<i>ata"
+    write_dataset(folder, [samples], 30, recipe=recipe, class_names=names, class_ids=names)
+    info = json.loads((folder / INFO).read_text())
+    write_json(folder / INFO, {**info, "software": {HOSTILE: HOSTILE}})
+    html = page(folder)
+    parsed = Parser(html)
+    assert [one["data-class"] for one in parsed.tags["article"]] == [str(label) for label in range(30)]
+    assert len(parsed.tags["img"]) == 30 * 3
+    assert all(str(one["src"]).startswith("data:image/webp;base64,") for one in parsed.tags["img"])
+    assert (len(parsed.tags["script"]), len(parsed.tags["style"])) == (1, 1)
+    assert not [name for found in parsed.tags.values() for one in found for name in one if name.startswith("on")]
+    assert not parsed.tags.keys() & {"i", "iframe", "form", "object", "base"}
+    assert "{{ 7 * 7 }}" in parsed.text  # the template does not run it
+    assert f"fractalshards push '{tmp_path}/<b>report/d'\"'\"'<i>ata' URL" in parsed.text
+    policy = next(str(one["content"]) for one in parsed.tags["meta"] if "http-equiv" in one)
+    for tag in ("style", "script"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+
+
+def test_page_of_many_classes_is_bounded(tmp_path: Path) -> None:
+    names = ["<&\"'>" * 60] * 20_000
+    html = page(write_dataset(tmp_path / "data", [[(plain(0), 0)]], 20_000, class_names=names, class_ids=names))
+    assert len(html) < 6_000_000  # and 6.7 MB of thumbnails at most
+    assert "4,000 of 20,000 classes" in html
+
+
+def test_page_offers_a_recipe_for_rendered_datasets_only(tmp_path: Path) -> None:
+    samples = [[(plain(0), 0)]]
+    assert "fractalshards recipe" in page(write_dataset(tmp_path / "rendered", samples, 1))
+    assert "fractalshards recipe" not in page(write_dataset(tmp_path / "packed", samples, 1, recipe={"kind": "packed"}))
+
+
+@pytest.mark.slow
+def test_page_filter_in_a_browser(tmp_path: Path) -> None:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs chromium, chromium-browser or google-chrome")
+    names = ["goldfish", *(f"thing {index}" for index in range(1, 30))]
+    page(write_dataset(tmp_path / "data", [[(plain(label), label) for label in range(30)]], 30, class_names=names))
+    url = (tmp_path / "page.html").as_uri()
+    for query, classes in {
+        "": list(range(30)),
+        "7": [7],
+        "2 - 4, 29": [2, 3, 4, 29],
+        "GOLD": [0],
+        "nothing": [],
+        "thing 2": [2, *range(20, 30)],
+    }.items():
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        command = [program, *options, "--dump-dom", f"{url}?class={query}"]
+        html = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        cards = Parser(html).tags["article"]
+        assert [int(str(one["data-class"])) for one in cards if "hidden" not in one] == classes, query
+
+
+def test_report_errors_are_one_line(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "page.html"
+    assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")
+    assert_refused(report(tmp_path / "nowhere", out), 1, "nowhere")
+    assert_refused(report(write_dataset(tmp_path / "empty", [], classes=2), out), 1, "empty")
+    at = read_record(dataset, "train-000000.tar", "single").offsets[1] + 512 + 20
     with (dataset / "train-000000.tar").open("r+b") as file:
-        os.pwrite(file.fileno(), bytes(400), record.offsets[1] + 512 + 20)
-    damaged = report(dataset, tmp_path / "page.html")
-    assert damaged.exit_code == 1
-    assert "train-000000.tar: sample 1: image cannot be decoded" in damaged.stderr.splitlines()[-1]
+        os.pwrite(file.fileno(), bytes(400), at)
+    assert_refused(report(dataset, out), 1, "train-000000.tar: sample 1: ")
     os.truncate(dataset / "train-000000.tar", 3000)
-    assert "train-000000.tar: 3000 bytes instead of" in report(dataset, tmp_path / "page.html").stderr
+    assert_refused(report(dataset, out), 1, "train-000000.tar")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    without = report(dataset, tmp_path / "page.html")
-    assert without.exit_code == 1
-    assert without.stderr == (
-        "error: a report needs jinja2, which is not installed; run pip install '.[report]' in a clone of the project\n"
-    )
-    assert not (tmp_path / "page.html").exists()
+    assert_refused(report(dataset, out), 1, "[report]")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["label_counts", "bytes"])
-def test_a_sidecar_of_another_dataset_is_refused(dataset: Path, name: str) -> None:
+def test_survey_refuses_the_sidecar_of_another_dataset(dataset: Path, name: str) -> None:
     path = dataset / sidecar_name("train-000001.tar")
     record = json.loads(path.read_text())
     write_json(path, {**record, name: [*record[name], 0] if name == "label_counts" else 10**15})
-    with pytest.raises(FractalError, match=r"train-000001.tar: its sidecar and the manifest disagree"):
+    with pytest.raises(FractalError, match=r"train-000001\.tar"):
         survey(dataset)
-
-
-def test_a_dataset_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FractalError, match="no image in it"):
-        survey(write_dataset(tmp_path / "data", [], classes=2))
-
-
-def test_the_page_of_many_classes_is_bounded(tmp_path: Path) -> None:
-    names = ["<&\"'>" * 60] * 20_000
-    folder = write_dataset(tmp_path / "data", [[(plain(0), 0)]], classes=20_000, class_names=names, class_ids=names)
-    assert report(folder, tmp_path / "page.html").exit_code == 0
-    assert (tmp_path / "page.html").stat().st_size < 6_000_000  # and 6.7 MB of thumbnails at most
-    assert "4,000 of 20,000 classes, evenly spread" in (tmp_path / "page.html").read_text()
-
-
-def test_a_dataset_that_was_not_rendered_offers_no_recipe(tmp_path: Path) -> None:
-    folder = write_dataset(tmp_path / "data", [[(plain(0), 0)]], classes=1, recipe={"kind": "packed"})
-    assert report(folder, tmp_path / "page.html").exit_code == 0
-    page = (tmp_path / "page.html").read_text()
-    assert f"fractalshards push {folder} URL" in page
-    assert "fractalshards recipe" not in page
