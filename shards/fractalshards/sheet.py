@@ -75,8 +75,8 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
     rows: dict[int, list[Image.Image]] = {label: [] for label in spread(manifest.classes, classes)}
     wanted, _ = select_samples(manifest, split, list(rows), per_class)
     for shard in wanted:
-        for label, index, position in choose_samples(shard):
-            _, image, _ = read_image(index, position, manifest.classes)
+        for label, location in choose_samples(shard):
+            _, image, _ = read_image(location, manifest.classes)
             rows[label].append(shrink(image, tile))
     if not any(rows.values()):
         raise FractalError(f"{manifest.folder}: split {split!r} contains no image")

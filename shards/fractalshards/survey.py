@@ -3,9 +3,11 @@
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from fractalshards.png import Pixels
 from fractalshards.reader import ShardIndex, decode_sample, read_sample
 from fractalshards.sample import BLOCK, Label, MultiLabel, Object, classes_of, decode_label, first_member_end
 from fractalshards.storage import regular_size
-from fractalshards.workers import OnProgress, no_progress
+from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 MAX_MEASURED = 2000  # images
 MAX_THUMBNAILS = 4000
@@ -30,6 +32,15 @@ _MAX_OBJECTS = 8  # boxes per thumbnail
 _GOLDEN = 0.6180339887498949
 
 Counts = npt.NDArray[np.int64]  # images that show each class, (classes,)
+
+
+class Location(NamedTuple):
+    """Where a sample is: its position in the shard ``path``, and its bytes."""
+
+    path: Path
+    position: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Survey:
 
 
 def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = no_progress) -> Survey:
-    """Survey a dataset with ``workers`` threads.
+    """Survey a dataset with ``workers`` processes.
 
     Reads all sidecars, the labels of as many shards as it takes to find images of every class, and the images that it
     shows or measures.
@@ -107,7 +118,7 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
     measured = list(_spread_over_shards(manifest, split))
     thumbnails: dict[int, list[Thumbnail]] = {label: [] for label in shown}
     stats = []
-    with ThreadPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         chosen = [place for places in pool.map(choose_samples, wanted) for place in places]
         total = len(chosen) + len(measured)
         for done, (label, thumbnail) in enumerate(pool.map(partial(_thumbnail, manifest.classes, tile), chosen), 1):
@@ -169,36 +180,32 @@ def select_samples(
     return wanted, totals
 
 
-def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[int, ShardIndex, int]]:
-    """Choose samples of a shard, so many of each class, evenly spread: (class, shard, position in it).
+def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[int, Location]]:
+    """Choose samples of a shard, so many of each class, evenly spread; returns them with their classes.
 
     Raises:
         FractalError: if a label is damaged.
         OSError: if the shard cannot be read.
     """
     index, counts = wanted
-    places: dict[int, list[int]] = {label: [] for label in counts}
-    for position, label in enumerate(_read_labels(index)):
+    locations: dict[int, list[Location]] = {label: [] for label in counts}
+    for location, label in _read_labels(index):
         for one in classes_of(label):
-            if one in places:
-                places[one].append(position)
-    return [(label, index, found[at]) for label, found in places.items() for at in spread(len(found), counts[label])]
+            if one in locations:
+                locations[one].append(location)
+    return [(label, found[at]) for label, found in locations.items() for at in spread(len(found), counts[label])]
 
 
-def read_image(index: ShardIndex, position: int, classes: int) -> tuple[str, Pixels, Label]:
+def read_image(location: Location, classes: int) -> tuple[str, Pixels, Label]:
     """Read key, image (H, W, 3) uint8 and label of a sample.
 
     Raises:
         FractalError: if the sample is damaged, naming it.
         OSError: if the shard cannot be read.
     """
-    start, end = index.offsets[position : position + 2].tolist()
-    with index.path.open("rb") as file:
-        try:
-            sample = read_sample(file.fileno(), start, end)
-            return sample.key, *decode_sample(sample, classes)
-        except FractalError as error:
-            raise FractalError(f"{index.path}: sample {position}: {error}; fetch or build it again") from error
+    with location.path.open("rb") as file, _naming(location):
+        sample = read_sample(file.fileno(), location.start, location.end)
+        return sample.key, *decode_sample(sample, classes)
 
 
 def shrink(image: Pixels, tile: int) -> Image.Image:
@@ -239,9 +246,9 @@ def _mark_detail(image: Pixels) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _thumbnail(classes: int, tile: int, chosen: tuple[int, ShardIndex, int]) -> tuple[int, Thumbnail]:
-    label, index, position = chosen
-    key, image, content = read_image(index, position, classes)
+def _thumbnail(classes: int, tile: int, chosen: tuple[int, Location]) -> tuple[int, Thumbnail]:
+    label, location = chosen
+    key, image, content = read_image(location, classes)
     height, width, _ = image.shape
     stream = io.BytesIO()
     shrink(image, tile).save(stream, "WEBP", quality=75)
@@ -249,23 +256,21 @@ def _thumbnail(classes: int, tile: int, chosen: tuple[int, ShardIndex, int]) -> 
     return label, Thumbnail(key, width, height, stream.getvalue(), objects)
 
 
-def _stats(classes: int, place: tuple[ShardIndex, int]) -> ImageStats:
-    index, position = place
-    _, image, label = read_image(index, position, classes)
-    return measure(image, label, int(index.offsets[position + 1] - index.offsets[position]))
+def _stats(classes: int, location: Location) -> ImageStats:
+    _, image, label = read_image(location, classes)
+    return measure(image, label, location.end - location.start)
 
 
-def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[tuple[ShardIndex, int]]:
-    """Yield shard and position of the images to measure."""
+def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[Location]:
+    """Yield the samples to measure."""
     shards = manifest.splits[split]
     ends = np.cumsum([shard.samples for shard in shards])
     samples = np.array(spread(int(ends[-1]), MAX_MEASURED))
     numbers = np.searchsorted(ends, samples, side="right")
     for number in np.unique(numbers).tolist():
         index, _ = read_index(manifest, shards[number])
-        yield from (
-            (index, int(sample - ends[number]) + shards[number].samples) for sample in samples[numbers == number]
-        )
+        for position in (samples[numbers == number] - ends[number] + shards[number].samples).tolist():
+            yield _locate(index, position)
 
 
 def _count_labels(manifest: Manifest, split: str) -> Counts:
@@ -291,16 +296,30 @@ def read_index(manifest: Manifest, shard: Shard) -> tuple[ShardIndex, Counts]:
     return ShardIndex(path, np.array(record.offsets, np.int64)), np.array(record.label_counts, np.int64)
 
 
-def _read_labels(index: ShardIndex) -> Iterator[Label]:
+def _locate(index: ShardIndex, position: int) -> Location:
+    start, end = index.offsets[position : position + 2].tolist()
+    return Location(index.path, position, start, end)
+
+
+@contextmanager
+def _naming(location: Location) -> Iterator[None]:
+    """Add shard and position to errors about a sample."""
+    try:
+        yield
+    except FractalError as error:
+        raise FractalError(f"{location.path}: sample {location.position}: {error}; fetch or build it again") from error
+
+
+def _read_labels(index: ShardIndex) -> Iterator[tuple[Location, Label]]:
     """Read the labels of a shard, without the images where they come first, as in our shards."""
     with index.path.open("rb") as file:
         for position in range(len(index.offsets) - 1):
-            start, end = index.offsets[position : position + 2].tolist()
-            try:
-                second = start + first_member_end(os.pread(file.fileno(), BLOCK, start))
-                files = read_sample(file.fileno(), second if second < end else start, end).files
+            location = _locate(index, position)
+            with _naming(location):
+                second = location.start + first_member_end(os.pread(file.fileno(), BLOCK, location.start))
+                start = second if second < location.end else location.start
+                files = read_sample(file.fileno(), start, location.end).files
                 if len(files) > 1 or files.keys().isdisjoint(("cls", "json")):
-                    files = read_sample(file.fileno(), start, end).files
-                yield decode_label(files)
-            except FractalError as error:
-                raise FractalError(f"{index.path}: sample {position}: {error}; fetch or build it again") from error
+                    files = read_sample(file.fileno(), location.start, location.end).files
+                label = decode_label(files)
+            yield location, label
