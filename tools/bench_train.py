@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, count, product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,15 +22,15 @@ import torch
 from fractalshards.human import human_bytes
 from fractalshards.manifest import load_manifest
 from fractalshards.storage import write_json
-from fractaltrain.config import Amp, Running
+from fractaltrain.config import Amp, RunConfig
 from fractaltrain.data.shards import ShardSource
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
 from fractaltrain.recipes import PT_RECIPES
-from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
+from fractaltrain.state import TrainState, build_state, train_step
+from fractaltrain.stream.loader import Batch, epoch_loader
 from fractaltrain.stream.order import epoch_order, training_positions
-from fractaltrain.train import Step, build_learner
-from fractaltrain.transforms import training_batch, training_geometry
+from fractaltrain.transforms import train_batch, train_transform
 
 _WINDOW = 16  # shards, as pt shuffles them
 _RECIPE = PT_RECIPES["anderson"]
@@ -62,7 +62,7 @@ def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
     """Measure one case; rates are medians over the rounds, in images/s."""
     manifest = load_manifest(setting.shards)
     source = ShardSource(manifest, "train")
-    step = _build_step(case, manifest.classes, device)
+    state = _build_state(case, manifest.classes, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(0)
@@ -70,16 +70,15 @@ def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, manifest.classes, (case.batch,), generator=generator)
     resident = Batch(images.to(device), labels.to(device), (), np.zeros(case.batch, np.uint64), ())
-    loading = Loading(setting.workers, pin_memory=device.type == "cuda")
-    streamed = _endless(source, case, loading, device)
+    streamed = _endless(source, case, setting.workers, device)
     stays = (resident for _ in count())
     rates: dict[str, list[float]] = {"resident": [], "shards": []}
     waits: list[float] = []
     for batches in (stays, streamed):
-        _take(step, batches, setting.warmup, manifest.classes, device)
+        _take(state, batches, setting.warmup, manifest.classes, device)
     for _ in range(setting.rounds):
-        rates["resident"].append(_take(step, stays, setting.steps, manifest.classes, device)[0])
-        rate, waiting = _take(step, streamed, setting.steps, manifest.classes, device)
+        rates["resident"].append(_take(state, stays, setting.steps, manifest.classes, device)[0])
+        rate, waiting = _take(state, streamed, setting.steps, manifest.classes, device)
         rates["shards"].append(rate)
         waits.append(waiting)
     resident_rate, shards_rate = (float(np.median(rates[name])) for name in ("resident", "shards"))
@@ -88,7 +87,7 @@ def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
         "model": case.model,
         "batch": case.batch,
         "compile": case.compile,
-        "precision": str(step.dtype).removeprefix("torch."),
+        "precision": str(state.dtype).removeprefix("torch."),
         "image_size": case.image_size,
         "workers": setting.workers,
         "resident_images_per_s": round(resident_rate, 1),
@@ -100,30 +99,28 @@ def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _build_step(case: Case, classes: int, device: torch.device) -> Step:
+def _build_state(case: Case, classes: int, device: torch.device) -> TrainState:
     torch.manual_seed(0)
     model = create_model(case.model, classes, case.image_size)
-    running = Running(
-        _RECIPE, Path(), 0, pad=False, amp=case.amp, workers=None, save_every_minutes=0, compile=case.compile
-    )
-    alone = World(rank=0, size=1, local_size=1, device=device)
-    return build_learner(model, running, multi_label=False, epoch_steps=10**8, world=alone).take_step  # it never ends
+    alone = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+    run = RunConfig(Path(), amp=case.amp, compile=case.compile)
+    return build_state(model, _RECIPE, run, multi_label=False, epoch_steps=10**8, world=alone)  # it never ends
 
 
-def _endless(source: ShardSource, case: Case, loading: Loading, device: torch.device) -> Iterator[Batch]:
-    """Batches of one epoch after the other."""
+def _endless(source: ShardSource, case: Case, workers: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches of one epoch after the other."""
     positions = training_positions(sum(source.lengths), case.batch, rank=0, world=1, pad=False)
-    geometry = training_geometry(_RECIPE, case.image_size, device)
-    return chain.from_iterable(
-        iterate(
-            Batches(source, geometry, positions, epoch_order(source.lengths, 0, epoch, _WINDOW), 0, epoch), 0, loading
-        )
-        for epoch in count()
-    )
+    transform = train_transform(_RECIPE, case.image_size)
+    for epoch in count():
+        order = epoch_order(source.lengths, 0, epoch, _WINDOW)
+        pin_memory = device.type == "cuda"
+        yield from epoch_loader(source, transform, positions, order, 0, epoch, workers=workers, pin_memory=pin_memory)
 
 
-def _take(step: Step, batches: Iterator[Batch], steps: int, classes: int, device: torch.device) -> tuple[float, float]:
-    """Take so many steps; the rate in images/s, and the share of the time in which they waited for their batches."""
+def _take(
+    state: TrainState, batches: Iterator[Batch], steps: int, classes: int, device: torch.device
+) -> tuple[float, float]:
+    """Take steps; return images/s, and the share of the time that they waited for their batches."""
     waited = 0.0
     images_done = 0
     _synchronize(device)
@@ -132,8 +129,8 @@ def _take(step: Step, batches: Iterator[Batch], steps: int, classes: int, device
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        images, labels = training_batch(batch, _RECIPE, classes, device)
-        step(images, labels)
+        images, labels = train_batch(batch, _RECIPE, classes, device)
+        train_step(state, images, labels)
         images_done += len(images)
     _synchronize(device)
     seconds = time.perf_counter() - began

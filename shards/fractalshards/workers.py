@@ -30,6 +30,9 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest value that older versions accept
 }
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals by which batch systems ask a training to save and end."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 

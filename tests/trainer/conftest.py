@@ -13,14 +13,13 @@ import torch
 
 from fractalshards.manifest import sample_key, shard_name, write_manifest
 from fractalshards.writer import write_shard
-from fractaltrain import log as history
+from fractaltrain import log
 from fractaltrain.cli import main
-from fractaltrain.train import train
-from tiny_job import ALONE, job
+from tiny_training import run_tiny
 
 CLASSES = 5
 SIZE = 32
-SERVER = Path(__file__).with_name("world_server.py")
+SERVER = Path(__file__).with_name("rank_server.py")
 
 
 @dataclass(frozen=True)
@@ -99,22 +98,25 @@ def fractaltrain(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a world ended: exit codes by rank, seconds from the first failure to the last end, and what each wrote."""
+    """How ranks ended: exit codes and what they wrote, by rank; ``keys[rank]`` are the samples of its batches."""
 
     codes: list[int]
-    seconds: float
-    folder: Path
     out: list[str]
     err: list[str]
+    keys: list[list[list[int]]]
 
-    def said(self) -> str:
-        """What all processes wrote to stderr."""
+    @property
+    def stderr(self) -> str:
         return "".join(self.err)
+
+    def trained_on(self) -> list[int]:
+        """Sample indices of all global batches, one after the other."""
+        return [index for batches in zip(*self.keys, strict=True) for batch in batches for index in batch]
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ended]]:
-    """Runs the command in so many processes, as torchrun would; see ``world_server``."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ended]]:
+    """Runs the command line in several ranks, as torchrun would; see ``rank_server``."""
     server = subprocess.Popen(
         [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -122,13 +124,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., En
     assert server.stdout is not None
 
     def run(size: int, *arguments: object, **request: object) -> Ended:
-        folder = tmp_path_factory.mktemp("world")
+        folder = tmp_path_factory.mktemp("ranks")
         request |= {"size": size, "arguments": [str(some) for some in arguments], "folder": str(folder)}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
-        out, err = ([(folder / f"{name}-{rank}").read_text() for rank in range(size)] for name in ("out", "err"))
-        return Ended(answer["codes"], answer["seconds"], folder, out, err)
+        codes = json.loads(server.stdout.readline())["codes"]
+        out, err, keys = (
+            [path.read_text() if path.exists() else "" for path in (folder / name.format(rank) for rank in range(size))]
+            for name in ("out-{}", "err-{}", "keys-{}.jsonl")
+        )
+        batches = [[[int(key) for key in json.loads(line)] for line in text.splitlines()] for text in keys]
+        return Ended(codes, out, err, batches)
 
     yield run
     server.stdin.close()
@@ -138,13 +144,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., En
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run of ``tiny_job``; tests copy it before they change it."""
+    """The folder of an undisturbed run of ``tiny_training``; tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train(job(folder), ALONE)
+    run_tiny(folder)
     return folder
 
 
 @pytest.fixture
 def no_pictures(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs; the undisturbed one has its picture."""
-    monkeypatch.setattr(history, "draw_history", lambda folder: None)
+    monkeypatch.setattr(log, "draw_history", lambda folder: None)

@@ -4,12 +4,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import xxhash
+from fractaltrain.stream.bits import Draw, mix, permutation, uniforms
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fractalshards.random import GOLDEN64, mix64
 from fractaltrain.stream import bits
-from fractaltrain.stream.bits import Draw, mix, permutation, uniforms
 
 WORDS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4)
 

@@ -1,12 +1,17 @@
+"""The command line: usage, failures in one line, and the two commands of the README in small."""
+
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import click
 import pytest
 
-from fractaltrain.cli import resolve
-from fractaltrain.recipes import PT_RECIPES
+from fractalshards.console import PATH
+from fractaltrain import cli, distributed
+from fractaltrain.config import RunConfig, ShardsConfig, TrainConfig
 
 NO_TORCH = "import sys; sys.modules['torch'] = None; from fractaltrain.cli import main; main({arguments!r})"
 
@@ -15,118 +20,130 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
 
 
-def test_help_does_not_wait_for_torch(tmp_path):
-    code = "import sys; from fractaltrain import cli; assert not {'torch', 'timm', 'sklearn'} & set(sys.modules)"
-    assert python(code, tmp_path).returncode == 0
+def test_help_does_not_import_torch(tmp_path):
+    code = (
+        "import sys; from fractaltrain import cli; print({'torch', 'timm', 'sklearn', 'matplotlib'} & {*sys.modules})"
+    )
+    assert python(code, tmp_path).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("arguments", [["pt", "--shards", "x"], ["ft", "--weights", "none", "--data", "digits"]])
-def test_without_torch_the_extra_is_named(tmp_path, arguments):
-    done = python(NO_TORCH.format(arguments=arguments), tmp_path)
-    assert done.returncode == 1
-    advice = "run pip install '.[train]' in a clone of the project"
-    expected = f"error: training needs torch, which is not installed; {advice}\n"
-    assert (done.stdout, done.stderr) == ("", expected)
+def test_missing_torch_names_the_extra(tmp_path):
+    done = python(NO_TORCH.format(arguments=["ft", "--weights", "none", "--data", "digits"]), tmp_path)
+    assert (done.returncode, done.stderr.count("\n"), ".[train]" in done.stderr) == (1, 1, True)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "noun"),
     [
-        ("pt", "Missing option '--shards'"),
-        ("pt --shards x --recipe diet", "'diet' is not one of 'anderson', 'deit'"),
-        ("pt --shards x --set lr", "--set lr: expected NAME=VALUE"),
-        ("pt --shards x --set lerning=1", "unknown parameter 'lerning'"),
-        ("pt --shards x --batch-size many", "batch_size=many: expected an integer"),
-        ("pt --shards x --epochs 0", "epochs is 0, but must be at least 1"),
+        ("pt", "--shards"),
+        ("pt --shards x --recipe diet", "diet"),
+        ("pt --shards x --set lr", "--set lr"),
+        ("pt --shards x --set lerning=1", "lerning"),
+        ("pt --shards x --batch-size many", "batch_size"),
+        ("pt --shards x --epochs 0", "epochs"),
         ("pt --shards x --nproc 0", "--nproc"),
-        ("pt --shards x --workers 999", "999 is not in the range 0<=x<=128"),
-        ("pt --shards x --nproc 3", "3 processes cannot share a batch of 64 equally; choose --batch-size 63"),
-        (
-            "ft --weights none --data digits --nproc 2 --accumulate 3",
-            "--accumulate 3",
-        ),
-        ("pt --shards x --image-size 9999999", "9999999 is not in the range 8<=x<=4096"),
-        ("ft --data digits", "Missing option '--weights'"),
-        ("ft --weights none --data mnist", "'mnist' is none of digits, cifar10, cifar100, imagefolder:PATH"),
-        ("ft --weights none --data imagefolder:", "is none of digits"),
-        ("ft --weights runs/x --model resnet50 --data digits", "--model goes with --weights none or timm only"),
-        ("ft --weights none --freeze backbone --data digits", "--freeze goes with weights that were trained"),
-        ("ft --weights none --data shards:", "is none of digits"),
-        ("ft --weights none --data digits --image-size 9999999", "9999999 is not in the range 8<=x<=4096"),
-        ("eval --data digits", "Missing option '--weights'"),
-        ("export runs/x --out x.pt", "--out x.pt: timm knows such files by their ending, .safetensors; add it"),
+        ("pt --shards x --workers 999", "999"),
+        ("pt --shards x --nproc 3", "--batch-size"),
+        ("pt --shards x --cache-size 1GB", "--cache-size"),
+        ("ft --weights none --data digits --nproc 2 --accumulate 3", "--accumulate"),
+        ("ft --data digits", "--weights"),
+        ("ft --weights none --data mnistt", "mnistt"),
+        ("ft --weights none --data imagefolder:", "imagefolder:"),
+        ("ft --weights runs/x --model resnet50 --data digits", "--model"),
+        ("ft --weights none --freeze backbone --data digits", "--freeze"),
+        ("eval --data digits", "--weights"),
+        ("export runs/x --out x.pt", "--out"),
+        ("export runs/x --out=", "--out"),
     ],
 )
-def test_wrong_usage(fractaltrain, tmp_path, monkeypatch, arguments, message):
+def test_wrong_usage_is_one_line(fractaltrain, tmp_path, monkeypatch, arguments, noun):
     monkeypatch.chdir(tmp_path)
     outcome = fractaltrain(*arguments.split())
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("error: ")
-    assert message in outcome.err
-    assert outcome.err.count("\n") == 1
+    assert (outcome.err.startswith("error: "), outcome.err.count("\n"), noun in outcome.err) == (True, 1, True)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "code", "noun"),
     [
-        ("pt --shards nowhere", 1, "nowhere: no such folder; fix the path, or build a dataset there"),
-        ("pt --shards DATASET/_info.json", 1, "_info.json: a file; give the folder of a dataset"),
-        ("pt --shards DATASET --model resnet51", 2, "no model 'resnet51'; did you mean resnet5"),
-        ("pt --shards DATASET --model test_resnet --batch-size 51", 2, "larger than the 50 training samples"),
-        ("pt --shards DATASET --model test_resnet --batch-size 5 --amp fp16", 2, "--amp fp16 needs a GPU"),
-        ("ft --weights nowhere --data digits", 1, "nowhere: no run.json, so not the folder of a run"),
-        ("ft --weights none --model test_resnet --data shards:nowhere", 1, "nowhere: no such folder"),
-        (
-            "ft --weights timm --model deit_small_patch32_224 --data digits",
-            2,
-            "timm publishes no weights of deit_small",
-        ),
-        ("eval --weights nowhere --data digits", 1, "nowhere: no run.json, so not the folder of a run"),
-        ("export nowhere --out x.safetensors", 1, "nowhere: no run.json, so not the folder of a run"),
-        ("ft --weights none --model test_resnet --data imagefolder:nowhere", 1, "nowhere/train: no such folder"),
-        ("ft --weights none --model test_resnet --data digits --per-class 180", 1, "lower --per-class"),
-        ("ft --weights none --model test_resnet --data digits --per-class 5", 2, "larger than the 50 training samples"),
-        ("pt --shards DATASET --model test_resnet --batch-size 5 --out /proc/nowhere", 1, "/proc/nowhere: "),
+        ("pt --shards nowhere", 1, "nowhere"),
+        ("pt --shards DATASET/_info.json", 1, "_info.json"),
+        ("pt --shards DATASET --model resnet51", 2, "resnet51"),
+        ("pt --shards DATASET --model test_resnet --batch-size 51", 2, "--batch-size"),
+        ("pt --shards DATASET --model test_resnet --batch-size 5 --amp fp16", 2, "--amp"),
+        ("pt --shards DATASET --model test_resnet --batch-size 5 --out /proc/nowhere", 1, "/proc/nowhere"),
+        ("ft --weights nowhere --data digits", 1, "nowhere"),
+        ("ft --weights none --model test_resnet --data shards:nowhere", 1, "nowhere"),
+        ("ft --weights none --model test_resnet --data imagefolder:nowhere", 1, "nowhere"),
+        ("ft --weights none --model test_resnet --data digits --per-class 180", 1, "--per-class"),
+        ("ft --weights timm --model deit_small_patch32_224 --data digits", 2, "deit_small_patch32_224"),
+        ("eval --weights nowhere --data digits", 1, "nowhere"),
+        ("export nowhere --out x.safetensors", 1, "nowhere"),
     ],
 )
-def test_failures_are_one_line(fractaltrain, tmp_path, monkeypatch, dataset, arguments, code, message):
+def test_failure_is_one_line(fractaltrain, tmp_path, monkeypatch, dataset, arguments, code, noun):
     monkeypatch.chdir(tmp_path)
     outcome = fractaltrain(*arguments.replace("DATASET", str(dataset)).split())
     assert outcome.code == code
-    assert outcome.err.startswith("error: ")
-    assert message in outcome.err
-    assert outcome.err.count("\n") == 1
+    assert (outcome.err.startswith("error: "), outcome.err.count("\n"), noun in outcome.err) == (True, 1, True)
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_every_path_option_refuses_an_empty_path():
+    parameters = [parameter for command in cli.main.commands.values() for parameter in command.params]
+    paths = [parameter.type for parameter in parameters if isinstance(parameter.type, click.Path)]
+    assert len(paths) > 10
+    assert all(kind is PATH or kind.exists for kind in paths)
+
+
+def test_options_become_one_config(fractaltrain, dataset, monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr(distributed, "launch", lambda entry, config, nproc: launched.append((config, nproc)))
+    run = {"out": tmp_path, "seed": 5, "pad": True, "amp": "bf16", "workers": 3, "on_bad_sample": "skip",
+           "save_every_minutes": 2.5, "keep": 9, "resume": "must", "accumulate": 2, "compile": True,
+           "deterministic": True, "eval_every": 4, "sync_batchnorm": True, "quiet": True}  # fmt: skip
+    assert run.keys() == {field.name for field in fields(RunConfig)}
+    options = [
+        word
+        for name, value in run.items()
+        for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+    ]
+    recipe = ("--recipe", "deit", "--epochs", 7, "--batch-size", 32, "--lr", 0.5, "--scale-lr", "--set", "mixup=0.5")
+    data = ("--shards", dataset, "--window", 5, "--nodes-split", "--model", "resnet50", "--image-size", 48)
+    assert fractaltrain("pt", *data, *recipe, *options, "--nproc", 2).code == 0
+    [(config, nproc)] = launched
+    assert isinstance(config, TrainConfig)
+    assert (config.run, nproc) == (RunConfig(**run), 2)
+    assert config.data == ShardsConfig(str(dataset), window=5, nodes_split=True)
+    assert (config.model.name, config.model.image_size) == ("resnet50", 48)
+    changed = config.recipe
+    assert (changed.name, changed.epochs, changed.batch_size, changed.mixup) == ("deit", 7, 32, 0.5)
+    assert changed.lr == pytest.approx(0.5 * 32 / 1024)
+
+
 def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
-    """The two commands of the README in small, with everything the user will look at."""
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 25, "--image-size", 16)
-    done = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2)
+    pretrain = ("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2)
+    done = fractaltrain(*pretrain)
     assert (done.code, done.err) == (0, "")
     run = Path("runs/small-test_resnet-anderson")
     settings = json.loads((run / "run.json").read_text())["settings"]
     assert settings["recipe"] | {"epochs": 2, "batch_size": 25, "lr": 0.1} == settings["recipe"]
     assert (settings["model"], settings["classes"], settings["image_size"]) == ("test_resnet", 5, 16)
-    assert json.loads((run / "result.json").read_text())["samples"] == 13  # the val split
-    result = done.out.splitlines()[-2:]
-    again = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2)
-    assert (again.code, again.out.splitlines()) == (0, [f"{run}: was finished already", *result])
+    assert json.loads((run / "result.json").read_text())["samples"] == 13
+    again = fractaltrain(*pretrain)
+    assert (again.code, again.out.splitlines()[-2:]) == (0, done.out.splitlines()[-2:])
 
     digits = ("--data", "digits", "--per-class", 3, "--batch-size", 25, "--epochs", 1)
     done = fractaltrain("ft", "--weights", run, *digits)
     assert (done.code, done.err) == (0, "")
-    assert f"weights of {run} after 2 epochs: " in done.out
     assert "not loaded: fc.weight, fc.bias; new: fc.weight, fc.bias" in done.out
     run = Path("runs/digits-3-per-class-0-from-small-test_resnet-anderson-anderson")
-    result = json.loads((run / "result.json").read_text())
-    assert result["samples"] == 1767
-    assert 0 <= result["top1"] <= result["top5"] <= 1
+    assert json.loads((run / "result.json").read_text())["samples"] == 1767
     settings = json.loads((run / "run.json").read_text())["settings"]
     assert (settings["image_size"], settings["classes"]) == (16, 10)
-    assert "top-1" in done.out
 
     done = fractaltrain("ft", "--weights", "none", "--model", "test_resnet", *digits, "--image-size", 16)
     assert (done.code, done.err) == (0, "")
@@ -135,20 +152,17 @@ def test_pretrain_then_finetune(fractaltrain, tmp_path, monkeypatch, dataset):
     assert (settings["recipe"]["lr"], settings["weights"]) == (0.15, None)
 
 
-def test_quiet_says_what_came_out_and_nothing_else(fractaltrain, tmp_path, monkeypatch, dataset):
+def test_quiet_prints_only_results(fractaltrain, tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 25, "--image-size", 16, "--epochs", 2, "--quiet")
     done = fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", "--out", "run", *common)
-    assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("run: 2 epochs done, training loss ")
-    assert done.out.count("\n") == 2
+    assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)
     frozen = ("--freeze", "backbone", "--out", "probe")
     done = fractaltrain("ft", "--weights", "run", "--data", "digits", "--per-class", 3, *frozen, *common)
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)
-    assert "probe: top-1 " in done.out
 
 
-def test_finetuning_notices_that_the_weights_have_changed(fractaltrain, tmp_path, monkeypatch, dataset):
+def test_finetuning_notices_other_weights(fractaltrain, tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 20, "--image-size", 16, "--epochs", 1)
     for seed in (0, 1):
@@ -156,20 +170,10 @@ def test_finetuning_notices_that_the_weights_have_changed(fractaltrain, tmp_path
     finetune = ("--data", "digits", "--per-class", 2, *common, "--out", "ft")
     assert fractaltrain("ft", "--weights", "pt0", *finetune).code == 0
     outcome = fractaltrain("ft", "--weights", "pt1", *finetune)
-    assert outcome.code == 1
-    assert "ft: holds a run with weights" in outcome.err
+    assert (outcome.code, "weights" in outcome.err) == (1, True)
 
 
-@pytest.mark.parametrize(
-    ("options", "lr"), [({}, 0.1), ({"scale_lr": True}, 0.2), ({"lr": "0.3", "scale_lr": True}, 0.6)]
-)
-def test_learning_rate_follows_the_batch_only_when_told_to(options, lr):
-    defaults = {"changes": ("epochs=3",), "epochs": None, "batch_size": "128", "lr": None, "scale_lr": False}
-    recipe = resolve(PT_RECIPES["anderson"], {**defaults, **options})
-    assert (recipe.lr, recipe.batch_size, recipe.epochs) == (pytest.approx(lr), 128, 3)
-
-
-def test_finetuning_takes_the_newest_sound_checkpoint(fractaltrain, tmp_path, monkeypatch, dataset):
+def test_finetuning_skips_a_damaged_checkpoint(fractaltrain, tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     common = ("--batch-size", 20, "--image-size", 16)
     fractaltrain("pt", "--shards", dataset, "--model", "test_resnet", *common, "--epochs", 2, "--out", "pt")
@@ -177,12 +181,9 @@ def test_finetuning_takes_the_newest_sound_checkpoint(fractaltrain, tmp_path, mo
     before, newest = sorted(Path("pt").glob("checkpoint-*.pt"))
     newest.write_bytes(newest.read_bytes()[:1000])
     outcome = fractaltrain(*finetune)
-    assert outcome.code == 0
     first, second = outcome.out.splitlines()[:2]
-    assert first.startswith(f"{newest}: damaged (")
-    assert first.endswith("; taking the one before")
-    assert second.startswith("weights of pt after 1 epoch: ")
+    assert (outcome.code, newest.name in first, "after 1 epoch" in second) == (0, True, True)
     before.unlink()
     newest.unlink()
     outcome = fractaltrain(*finetune)
-    assert (outcome.code, outcome.err) == (1, "error: pt: no checkpoint yet; let its training save one first\n")
+    assert (outcome.code, outcome.err.count("\n"), "checkpoint" in outcome.err) == (1, 1, True)

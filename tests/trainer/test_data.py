@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fractaltrain.data.cifar import DATASETS, load_cifar
+from fractaltrain.data.digits import load_digits
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
 from fractalshards.errors import FractalError
-from fractaltrain.data.cifar import DATASETS, load_cifar
-from fractaltrain.data.digits import load_digits
 from fractaltrain.data.images import DataChoice, open_data
 from fractaltrain.data.source import ArraySource, Source, split_per_class
 from fractaltrain.distributed import World

@@ -1,34 +1,50 @@
-"""The loop itself, in this process: what a run leaves behind, that it learns, and that it continues bit for bit."""
+"""The training loop in this process: what a run leaves, that it learns, stops on signals and resumes bit-exactly."""
 
 import json
 import multiprocessing
+import os
 import re
+import signal
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-from fractalshards.errors import FractalError
-from fractaltrain import log as history
-from fractaltrain import log as report
+from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractaltrain import log
 from fractaltrain import train as module
-from fractaltrain.checkpoint import load_checkpoint, model_weights
-from fractaltrain.data.source import ArraySource, Example
-from fractaltrain.train import Learner, train
-from tiny_job import ALONE, RECIPE, STEPS, job, lines, source, stop_before, weights
+from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
+from fractaltrain.data.source import Example, InMemorySource
+from fractaltrain.plotting import draw_history
+from fractaltrain.run_folder import append_metrics
+from fractaltrain.stream.order import epoch_order
+from tiny_training import (
+    RECIPE,
+    SAMPLES,
+    STEPS,
+    assert_same_run,
+    before_step,
+    interrupt_before_step,
+    lines,
+    run_tiny,
+    squares,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def test_what_a_run_leaves_behind(tiny_run, capfd):
+def test_run_folder_holds_checkpoints_metrics_and_result(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
         "run.json", "metrics.jsonl", "result.json", "history.png", "tb",
         "checkpoint-0001-0000010.pt", "checkpoint-0001-0000020.pt", "checkpoint-0002-0000000.pt",
     }  # fmt: skip
-
     steps = [(line["split"], line["epoch"], line["step"], line["global_step"]) for line in lines(tiny_run)]
     assert steps == [
         *[("train", 0, step, step) for step in (10, 20, 25)],
@@ -38,53 +54,26 @@ def test_what_a_run_leaves_behind(tiny_run, capfd):
     ]
     epochs = [line for line in lines(tiny_run) if line["split"] == "epoch"]
     result = json.loads((tiny_run / "result.json").read_text())
-    assert result["epochs"] == 2
-    assert result["samples"] == 13
+    assert (result["epochs"], result["samples"]) == (2, 13)
     assert (result["top1"], result["top5"], result["loss"]) == (epochs[1]["top1"], 1.0, epochs[1]["loss"])
     assert result["best_top1"] == max(epoch["top1"] for epoch in epochs)
     assert epochs[result["best_epoch"] - 1]["top1"] == result["best_top1"]
     first, second, third = (line["loss"] for line in lines(tiny_run)[:3])
-    mean = (10 * first + 10 * second + 5 * third) / 25
-    assert epochs[0]["train_loss"] == pytest.approx(mean)
+    assert epochs[0]["train_loss"] == pytest.approx((10 * first + 10 * second + 5 * third) / 25)
 
 
-def test_it_learns(tmp_path):
-    train(job(tmp_path / "run", replace(RECIPE, epochs=6, augment="none", lr=0.05)), ALONE)
+def test_training_learns(tmp_path):
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=6, augment="none", lr=0.05))
     losses = [line["train_loss"] for line in lines(tmp_path / "run") if line["split"] == "epoch"]
     assert losses[-1] < 0.8 * losses[0]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] > 0.6
 
 
-@pytest.mark.parametrize("line", range(8))
-def test_killed_run_continues_bit_for_bit(tiny_run, tmp_path, monkeypatch, line):
-    """Stop before any line of the metrics is written; what was done since the last checkpoint is done again."""
-    folder = tmp_path / "run"
-    written = []
-
-    def killed(where: Path, content: dict) -> None:
-        if len(written) == line:
-            raise KeyboardInterrupt
-        written.append(content)
-        append(where, content)
-
-    append = report.append_metrics
-    monkeypatch.setattr(report, "append_metrics", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(job(folder), ALONE)
-    monkeypatch.undo()
-    torch.manual_seed(12345)  # nothing may depend on what the process did before
-    train(job(folder, workers=line % 3), ALONE)
-    assert lines(folder) == lines(tiny_run)
-    expected = weights(tiny_run)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
-    assert (folder / "result.json").read_text() == (tiny_run / "result.json").read_text()
-
-
 @dataclass(frozen=True)
-class Shows:
-    """The squares, labelled with all of their class and the next one."""
+class TwoLabels:
+    """The squares, labelled with their class and the next one."""
 
-    squares: ArraySource
+    squares: InMemorySource
 
     lengths = property(lambda self: self.squares.lengths)
     classes = property(lambda self: self.squares.classes)
@@ -94,73 +83,150 @@ class Shows:
         return Example(key, image, tuple(sorted((label, (label + 1) % 4))))
 
 
-def test_images_of_several_classes(tmp_path):
-    """Half the classes are shown by each image: guessing ranks no better than 0.5."""
-    recipe = replace(RECIPE, epochs=6, augment="none", lr=0.05)
-    squares = replace(job(tmp_path / "run", recipe), multi_label=True)
-    train(replace(squares, training=Shows(squares.training), held_out=Shows(source(40, 2))), ALONE)
+def test_multi_label_training_learns(tmp_path):
+    """Every image shows half of the classes: chance is a mean average precision of about 0.5."""
+    splits = TwoLabels(squares(SAMPLES, 1)), TwoLabels(squares(40, 2))
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=6, augment="none", lr=0.05), splits=splits, multi_label=True)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["map"] > 0.75
     assert 0.5 < result["f1"] <= 1
-    assert result["best_map"] >= result["map"]
     assert "top1" not in result
 
 
-def test_averaged_weights_are_what_counts(tmp_path, monkeypatch):
-    """They are evaluated and kept, and follow the weights: theta' = decay theta' + (1 - decay) theta.
-
-    The decay grows to what the recipe says."""
-    recipe = replace(RECIPE, epochs=1, ema=0.75)
+def test_ema_follows_the_weights_and_is_evaluated(tmp_path, monkeypatch):
+    """theta' = d theta' + (1 - d) theta, where d grows to the recipe's decay."""
     followed: list[torch.Tensor] = []
     wanted: list[torch.Tensor] = []
-    learn = Learner.learn
+    train_step = module.train_step
 
-    def watched(self, images, labels):
+    def watched(state, images, labels):
         if not wanted:
-            wanted.append(self.model.fc.weight.detach().clone())
-        loss = learn(self, images, labels)
+            wanted.append(state.model.fc.weight.detach().clone())
+        loss = train_step(state, images, labels)
         decay = min(0.75, 1 - len(wanted) ** (-2 / 3))
-        wanted.append(decay * wanted[-1] + (1 - decay) * self.model.fc.weight.detach())
-        followed.append(self.averaged.module.fc.weight.detach().clone())
+        wanted.append(decay * wanted[-1] + (1 - decay) * state.model.fc.weight.detach())
+        followed.append(state.evaluated.fc.weight.detach().clone())
         return loss
 
-    monkeypatch.setattr(Learner, "learn", watched)
-    train(job(tmp_path / "run", recipe), ALONE)
+    monkeypatch.setattr(module, "train_step", watched)
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1, ema=0.75))
     assert len(followed) == STEPS
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(followed, wanted[1:], strict=True))
     saved = load_checkpoint(tmp_path / "run")
-    assert saved is not None
-    assert torch.equal(model_weights(saved)["fc.weight"], followed[-1])
+    assert torch.equal(saved.weights["fc.weight"], followed[-1])
     assert not torch.equal(saved.state["model"]["fc.weight"], followed[-1])
-    assert saved.state["settings"]["recipe"]["ema"] == 0.75
 
 
-@pytest.mark.parametrize("jitter", [{"ema": 0.9, "randaugment": 9.0}, {"color_jitter": 0.3}])
-def test_all_augmentation_continues_bit_for_bit(tmp_path, monkeypatch, jitter):
-    mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erasing": 0.25, "repeats": 3}
-    recipe = replace(RECIPE, augment="none", crop="resized", **mixing, **jitter)
-    train(job(tmp_path / "whole", recipe), ALONE)
+@pytest.mark.parametrize(("line", "workers"), [(1, 0), (3, 1), (6, 2)])
+def test_resume_is_bit_exact(tiny_run, tmp_path, monkeypatch, line, workers):
+    """Killed before a line of the metrics: in mid-epoch, at the end of an epoch, in the last one."""
+    folder = tmp_path / "run"
+    written = []
 
-    def killed(folder: Path, position, state, keep) -> None:
-        save(folder, position, state, keep)
-        if (position.epoch, position.step) == (1, 10):
+    def killed(where: Path, content: dict) -> None:
+        if len(written) == line:
             raise KeyboardInterrupt
+        written.append(content)
+        append_metrics(where, content)
 
-    save = module.save_checkpoint
-    monkeypatch.setattr(module, "save_checkpoint", killed)
+    monkeypatch.setattr(log, "append_metrics", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(job(tmp_path / "killed", recipe), ALONE)
-    monkeypatch.setattr(module, "save_checkpoint", save)
+        run_tiny(folder)
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # nothing may depend on what the process did before
+    np.random.seed(1)
+    run_tiny(folder, workers=workers)
+    assert_same_run(folder, tiny_run)
+
+
+@pytest.mark.parametrize("more", [{"ema": 0.9, "randaugment": 9.0}, {"color_jitter": 0.3}])
+def test_resume_with_all_augmentation_is_bit_exact(tmp_path, monkeypatch, more):
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erasing": 0.25, "repeats": 3}
+    recipe = replace(RECIPE, augment="none", crop="resized", hflip=0.5, **mixing, **more)
+    run_tiny(tmp_path / "whole", recipe)
+    interrupt_before_step(monkeypatch, 25 + 14)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "killed", recipe)
+    monkeypatch.undo()
     torch.manual_seed(1)
     np.random.seed(1)
-    train(job(tmp_path / "killed", recipe, workers=2), ALONE)
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    expected = weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "killed").items())
+    run_tiny(tmp_path / "killed", recipe, workers=2)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_an_error_leaves_no_loader_workers(tmp_path, monkeypatch):
-    """The interpreter would wait for them for ever at its end, for they ignore SIGTERM."""
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(RECIPE, optimizer="adamw", schedule="cosine", warmup_epochs=1, lr=0.001),
+        replace(RECIPE, schedule="step", milestones=(1, 2)),
+    ],
+    ids=["adamw-cosine", "step"],
+)
+def test_resume_of_other_optimizers_and_schedules_is_bit_exact(tmp_path, monkeypatch, recipe):
+    run_tiny(tmp_path / "whole", recipe)
+    interrupt_before_step(monkeypatch, 25 + 14)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "killed", recipe)
+    monkeypatch.undo()
+    run_tiny(tmp_path / "killed", recipe)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("step", "number"), [(7, signal.SIGTERM), (20, signal.SIGUSR1), (25, signal.SIGTERM)])
+def test_signal_saves_after_the_step_and_resume_is_bit_exact(tiny_run, tmp_path, monkeypatch, step, number):
+    folder = tmp_path / "run"
+    handler = signal.getsignal(number)
+    before_step(monkeypatch, 25 + step, lambda: signal.raise_signal(number))
+    with pytest.raises(StoppedError, match=number.name) as error:
+        run_tiny(folder)
+    assert error.value.code == 75
+    assert signal.getsignal(number) == handler
+    assert list_checkpoints(folder)[-1].name == f"checkpoint-0001-{step:07d}.pt"
+    monkeypatch.undo()
+    run_tiny(folder, resume="must")
+    assert_same_run(folder, tiny_run)
+
+
+def test_signal_during_evaluation_saves_before_it(tiny_run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    predict, calls = module.predict, []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return predict(*arguments)
+
+    monkeypatch.setattr(module, "predict", signalled)
+    with pytest.raises(StoppedError):
+        run_tiny(folder)
+    assert list_checkpoints(folder)[-1].name == "checkpoint-0001-0000025.pt"
+    monkeypatch.undo()
+    run_tiny(folder)
+    assert_same_run(folder, tiny_run)
+
+
+def test_checkpoints_inside_an_epoch_follow_the_clock(tmp_path, monkeypatch):
+    saves = []
+    monkeypatch.setattr(
+        module, "save_checkpoint", lambda _, position, *__: saves.append((position.epoch, position.step))
+    )
+    run_tiny(tmp_path / "often")
+    assert saves == [(0, 10), (0, 20), (1, 0), (1, 10), (1, 20), (2, 0)]
+    saves.clear()
+    run_tiny(tmp_path / "rarely", save_every_minutes=10.0)
+    assert saves == [(1, 0), (2, 0)]
+
+
+def test_finished_run_is_not_trained_again(tiny_run, monkeypatch):
+    monkeypatch.setattr(module, "epoch_order", None)  # would fail if an epoch began
+    before = lines(tiny_run)
+    run_tiny(tiny_run)
+    assert lines(tiny_run) == before
+
+
+def test_error_leaves_no_loader_workers(tmp_path, monkeypatch):
+    """They ignore SIGTERM: the interpreter would wait for them forever at its end."""
     before = {*multiprocessing.active_children()}
 
     def fail(*_: object) -> None:
@@ -168,58 +234,200 @@ def test_an_error_leaves_no_loader_workers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "save_checkpoint", fail)  # in the middle of an epoch
     with pytest.raises(FractalError, match="no room") as stopped:
-        train(job(tmp_path / "run", workers=1), ALONE)
+        run_tiny(tmp_path / "run", workers=1)
     assert {*multiprocessing.active_children()} <= before
     assert stopped.traceback
 
 
-def test_other_seeds_train_otherwise(tiny_run, tmp_path):
-    train(job(tmp_path / "run", seed=1), ALONE)
+def test_other_seed_trains_other_weights(tiny_run, tmp_path):
+    run_tiny(tmp_path / "run", seed=1)
     assert not torch.equal(weights(tmp_path / "run")["fc.weight"], weights(tiny_run)["fc.weight"])
 
 
-def test_run_without_a_picture_goes_on(tmp_path, monkeypatch, capfd):
-    def broken(folder: Path) -> None:
-        raise ValueError("no font\nat all")
+def test_eval_every_changes_nothing_but_the_evaluations(tmp_path):
+    recipe = replace(RECIPE, epochs=3)
+    for name, every in (("all", 1), ("few", 2)):
+        run_tiny(tmp_path / name, recipe, eval_every=every)
+    everything, few = ([line for line in lines(tmp_path / name) if line["split"] == "epoch"] for name in ("all", "few"))
+    assert [line["train_loss"] for line in few] == [line["train_loss"] for line in everything]
+    assert ["top1" in line for line in few] == [False, True, True]
+    assert [line["top1"] for line in few[1:]] == [line["top1"] for line in everything[1:]]
 
-    monkeypatch.setattr(history, "draw_history", broken)
-    train(job(tmp_path / "run", replace(RECIPE, epochs=1)), ALONE)
-    assert "run/history.png: not drawn (no font at all); training goes on\n" in capfd.readouterr().out
-    assert (tmp_path / "run" / "result.json").exists()
+
+def test_pad_adds_a_step(tmp_path):
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1), pad=True)
+    assert lines(tmp_path / "run")[-1]["step"] == 26
 
 
-def test_tensorboard_shows_every_step_once(tmp_path, monkeypatch):
-    """After a kill and a resume, which writes some steps again."""
-    folder = tmp_path / "run"
-    stop_before(monkeypatch, 1, 19)
+def test_result_without_val_split_is_the_training_loss(tmp_path):
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1), splits=(squares(SAMPLES, 1), None))
+    assert set(json.loads((tmp_path / "run" / "result.json").read_text())) == {"epochs", "train_loss"}
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}])
+def test_divergence_names_step_rate_and_samples(tmp_path, mixing):
+    with pytest.raises(FractalError) as error:
+        run_tiny(tmp_path / "run", replace(RECIPE, lr=1e30, **mixing))
+    order = epoch_order((SAMPLES,), seed=0, epoch=0, window=1)
+    for noun in ("epoch 1, step 2", "1.81e+29", *(f"squares/{sample:06d}" for sample in order[4:8])):
+        assert noun in str(error.value)
+    assert list_checkpoints(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+class Plain(nn.Module):
+    """A model without batch norm and dropout, for which parts of a batch are batches of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(images).relu().mean((2, 3)))
+
+
+def test_accumulation_gives_the_same_weights(tmp_path):
+    for accumulate in (1, 4):
+        run_tiny(tmp_path / str(accumulate), model=Plain, accumulate=accumulate)
+    expected = weights(tmp_path / "1")
+    for name, tensor in weights(tmp_path / "4").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulation_needs_equal_parts(tmp_path):
+    with pytest.raises(UsageError, match="--accumulate"):
+        run_tiny(tmp_path / "run", accumulate=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_clip_grad_bounds_a_step(tmp_path):
+    """The first step of SGD moves the weights by at most lr times the gradient norm."""
+    recipe = replace(RECIPE, epochs=1, batch_size=102, lr=0.1, div_factor=1.0, final_div_factor=1.0)
+    recipe = replace(recipe, weight_decay=0.0, head_weight_decay=None, head_lr_factor=1.0)
+    torch.manual_seed(0)
+    before = Plain().state_dict()
+    moved = []
+    for clip_grad in (None, 1e-2):
+        folder = tmp_path / str(clip_grad)
+        run_tiny(folder, replace(recipe, clip_grad=clip_grad), model=Plain)
+        moved.append(torch.cat([(after - before[name]).flatten() for name, after in weights(folder).items()]).norm())
+    assert float(moved[1]) == pytest.approx(0.1 * 1e-2, rel=1e-2)
+    assert moved[0] > 10 * moved[1]
+
+
+def test_deterministic_run_repeats_itself(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for name in ("a", "b"):
+        run_tiny(tmp_path / name, replace(RECIPE, epochs=1), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_compiled_run_can_continue_without_compile(tmp_path, tiny_run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes half a minute
+    interrupt_before_step(monkeypatch, 22)
     with pytest.raises(KeyboardInterrupt):
-        train(job(folder, save_every_minutes=10.0), ALONE)
+        run_tiny(tmp_path / "run", compile=True)
     monkeypatch.undo()
-    train(job(folder), ALONE)
-    events = EventAccumulator(str(folder / "tb")).Reload()
+    run_tiny(tmp_path / "run")
+    for line, expected in zip(lines(tmp_path / "run"), lines(tiny_run), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_bf16_trains_on_a_cpu_and_fp16_is_refused(tmp_path):
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1), amp="bf16")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == "torch.bfloat16"
+    with pytest.raises(UsageError, match="--amp"):
+        run_tiny(tmp_path / "other", amp="fp16")
+
+
+def test_sync_batchnorm_needs_gpus(tmp_path):
+    with pytest.raises(UsageError, match="--sync-batchnorm"):
+        run_tiny(tmp_path / "run", sync_batchnorm=True)
+
+
+# The log
+
+
+def test_log_without_a_terminal_has_no_carriage_returns(tmp_path, capfd):
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1))
+    out = capfd.readouterr().out
+    assert "\r" not in out
+    assert re.match(r"epoch 1/1  step 25/25  loss .* images/s  \d+% waiting for data  0:00:00 left\n", out)
+
+
+def test_log_on_a_terminal_keeps_messages_on_lines_of_their_own(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with log.RunLog(tmp_path, 3, 100, 8, log.Position(), main=True, quiet=False) as run_log:
+        run_log.step(0, 10, 0.1, 0.05)
+        run_log.message("saved")
+        run_log.step(0, 20, 0.1, 0.05)
+    first, message, second, end = capfd.readouterr().out.split("\n")
+    assert first.startswith("\r\033[Kepoch 1/3  step 10/100")
+    assert (message, end) == ("saved", "")
+    assert second.startswith("\r\033[Kepoch 1/3  step 20/100")
+
+
+def test_timer_tells_waiting_from_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    timer = log.Timer(batch_size=8)
+
+    def steps(count: int, load: float, step: float) -> None:
+        for _ in range(count):
+            now[0] += load
+            timer.loaded()
+            now[0] += step
+            timer.stepped()
+
+    steps(4, load=1.0, step=3.0)
+    assert timer.lap() == {"images_per_s": 2.0, "waiting": 0.25}
+    now[0] += 100.0  # evaluation
+    timer.start()
+    steps(2, load=0.0, step=2.0)
+    assert timer.lap() == {"images_per_s": 4.0, "waiting": 0.0}
+    assert timer.seconds_per_step() == 20 / 6
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path, monkeypatch):
+    interrupt_before_step(monkeypatch, 25 + 19)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "run", save_every_minutes=10.0)
+    monkeypatch.undo()
+    run_tiny(tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
     expected = {"train/loss", "train/lr", "train/images_per_s", "train/waiting"}
-    expected |= {f"epoch/{name}" for name in ("train_loss", "samples", "loss", "top1", "top5")}
-    assert set(events.Tags()["scalars"]) == expected
+    assert set(events.Tags()["scalars"]) == expected | {
+        f"epoch/{name}" for name in ("train_loss", "samples", "loss", "top1", "top5")
+    }
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    wanted = [(line["global_step"], line["loss"]) for line in lines(folder) if line["split"] == "train"]
+    wanted = [(line["global_step"], line["loss"]) for line in lines(tmp_path / "run") if line["split"] == "train"]
     assert [step for step, _ in shown] == [step for step, _ in wanted]
     assert [value for _, value in shown] == pytest.approx([value for _, value in wanted])
 
 
-def test_padded_epochs_have_a_step_more(tmp_path):
-    train(job(tmp_path / "run", replace(RECIPE, epochs=1), pad=True), ALONE)
-    assert lines(tmp_path / "run")[-1]["step"] == 26
+def test_history_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch, capfd):
+    def broken(folder: Path) -> None:
+        raise ValueError("no font\nat all")
+
+    monkeypatch.setattr(log, "draw_history", broken)
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1))
+    assert "history.png: not drawn (no font at all)" in capfd.readouterr().out
+    assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_without_held_out_images_the_result_is_the_training_loss(tmp_path):
-    train(job(tmp_path / "run", replace(RECIPE, epochs=1), held_out=False), ALONE)
-    assert set(json.loads((tmp_path / "run" / "result.json").read_text())) == {"epochs", "train_loss"}
-
-
-def test_log_without_a_terminal_has_no_carriage_returns(tmp_path, capfd):
-    train(job(tmp_path / "run", replace(RECIPE, epochs=1)), ALONE)
-    out = capfd.readouterr().out
-    assert "\r" not in out
-    first = out.splitlines()[0]
-    assert first.startswith("epoch 1/1  step 25/25  loss ")
-    assert re.search(r"images/s  \d+% waiting for data  0:00:00 left$", first)
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+@pytest.mark.parametrize("scores", [{"samples": 5, "loss": 1.2, "top1": 0.5, "top5": 0.9}, {}], ids=["val", "no val"])
+def test_history_is_drawn_for_any_run(tmp_path, epochs, scores):
+    for epoch in range(epochs):
+        for step in (10, 20):
+            where = {"epoch": epoch, "step": step, "global_step": 20 * epoch + step}
+            rates = {"images_per_s": 100.0 + step, "waiting": 0.1}
+            append_metrics(tmp_path, {"split": "train", **where, "loss": 2 - epoch / 5, "lr": 0.1, **rates})
+        append_metrics(tmp_path, {"split": "epoch", **where, "train_loss": 1.9 - epoch / 5, **scores})
+    draw_history(tmp_path)
+    with Image.open(tmp_path / "history.png") as picture:
+        assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 50

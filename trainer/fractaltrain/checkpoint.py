@@ -1,10 +1,10 @@
-"""Checkpoints: everything a run needs to continue, written atomically, read without running code."""
+"""Checkpoints: all that a run needs to continue, written atomically, read without running code from them."""
 
 import errno
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,26 +13,28 @@ from torch import nn
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
-from fractalshards.fields import Fields
 from fractalshards.human import human_count, one_line
-from fractalshards.settings import override
 from fractalshards.storage import atomic_file
 from fractaltrain.models import create_model
-from fractaltrain.recipes.recipe import TrainRecipe
-from fractaltrain.run_folder import RUN, settings_of
+from fractaltrain.run_folder import RUN, RunSettings, load_settings
 
-_FORMAT = 2
+_FORMAT = 3
+_FORMATS_WITH_WEIGHTS = (2, 3)  # 2: of version 0.1, whose runs cannot be continued, but used
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 _FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT)
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: ``step`` optimiser steps of ``epoch`` are done, both counted from 0.
+    """How far a run has come.
 
-    ``loss_sum`` adds up the losses of this epoch's global batches so far, ``logged_sum`` those up to the last line of
-    the metrics; ``bad_samples`` of this epoch were replaced so far. ``history`` has, for every finished epoch, its
-    ``train_loss``, and the scores of its evaluation if there was one.
+    Attributes:
+        epoch: epochs done.
+        step: optimiser steps done of the epoch after them.
+        loss_sum: sum of the losses of those steps.
+        logged_sum: ``loss_sum`` at the last line of the metrics.
+        bad_samples: samples of this epoch that could not be read and were replaced.
+        history: ``train_loss`` of every epoch done, and its scores if it was evaluated.
     """
 
     epoch: int = 0
@@ -42,243 +44,166 @@ class Position:
     bad_samples: int = 0
     history: tuple[dict[str, float], ...] = ()
 
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.step}"
+
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds, and what is wrong with newer ones that were passed over, a line each.
+    """The contents of a checkpoint.
 
-    ``state`` are state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``, perhaps ``ema``;
-    and ``settings`` as ``run.json`` has them.
+    Attributes:
+        state: state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``, perhaps ``ema``.
+        skipped: what is wrong with newer checkpoints that were skipped, a line each.
     """
 
     path: Path
     position: Position
     state: dict[str, Any]
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """State dict of the model that was evaluated: the averaged one, if there is one."""
+        weights: dict[str, torch.Tensor] = self.state.get("ema", self.state["model"])
+        return weights
 
 
 def checkpoint_path(folder: Path, position: Position) -> Path:
-    """``folder/checkpoint-EPOCH-STEP.pt``: so many epochs are finished, and so many steps of the next."""
+    """Return ``folder/checkpoint-EPOCH-STEP.pt``."""
     return folder / f"checkpoint-{position.epoch:04d}-{position.step:07d}.pt"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints of a run, the oldest first; none of another name counts."""
+    """Return the checkpoints of a run, the oldest first."""
     found = [(name, path) for path in folder.glob("checkpoint-*.pt") if (name := _NAME.fullmatch(path.name))]
     return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in found)]
 
 
-def save_checkpoint(folder: Path, position: Position, state: Mapping[str, Any], keep: int) -> None:
-    """Write a checkpoint, then remove all but the last ``keep``; a reader sees it whole or not at all.
-
-    A checkpoint of a later position goes, too: the run could not read it, or would have continued from there.
+def save_checkpoint(folder: Path, position: Position, parts: Mapping[str, Any], keep: int) -> None:
+    """Write a checkpoint, then remove all but the newest ``keep`` and those of later positions (which were damaged).
 
     Args:
-        state: state dicts by name, see ``Checkpoint``.
+        parts: everything with a ``state_dict``, by name.
 
     Raises:
-        OSError: as the file system does (full disk); then the old ones are still there.
+        OSError: if it cannot be written; then the old ones are still there.
     """
     path = checkpoint_path(folder, position)
+    state = {name: part.state_dict() for name, part in parts.items()}
     with atomic_file(path) as file:
         try:
             torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
-        except RuntimeError as error:  # torch hides what came in the way: the file system, or Ctrl-C
-            cause = error.__context__
-            if isinstance(cause, OSError):
-                raise OSError(cause.errno, cause.strerror, str(path)) from error
-            if isinstance(cause, KeyboardInterrupt):
-                raise cause from error
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):  # torch hides a full disk, and Ctrl-C
+                raise error.__context__ from error
             raise
     paths = list_checkpoints(folder)
-    place = paths.index(path) + 1
-    for old in {*paths} - {*paths[max(place - keep, 0) : place]}:
+    end = paths.index(path) + 1
+    for old in {*paths} - {*paths[max(end - keep, 0) : end]}:
         old.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is sound; None if there is none at all.
+def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | None:
+    """Load the newest checkpoint that is not damaged; None if there are no checkpoints.
+
+    Args:
+        to_continue: refuse checkpoints of other versions, whose weights alone can be used.
 
     Raises:
-        FractalError: if there are checkpoints, but none that is sound, or one is of another format.
-        OSError: if one cannot be read; it may be sound.
+        FractalError: if all checkpoints are damaged, or the newest one is of another version.
+        OSError: if one cannot be read.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
             with warnings.catch_warnings(action="ignore"):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["format"] != _FORMAT:
-                raise FractalError(f"{path}: written by another version; choose another folder with --out")
-            position = Position(**state["position"])
-            parts = {name: part for name, part in state.items() if name not in ("format", "position")}
-            return Checkpoint(path, position, parts, tuple(passed_over))
-        except FractalError:
-            raise
-        except Exception as error:  # any kind, as torch meets the bytes of a damaged file
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # a sound one may be too large
-                raise FractalError(f"{path}: no memory to load it; free some, or remove it if it is damaged") from error
+            version, position = state.pop("format"), Position(**state.pop("position"))
+        except Exception as error:  # a damaged file makes torch raise errors of any type
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # it may be whole
+                raise FractalError(f"{path}: not enough memory to load it") from error
             if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
                 raise
-            passed_over.append(f"{path}: damaged ({_reason(error)})")
-    if passed_over:
-        older = len(passed_over) - 1
-        others = (f", and so are {older} older ones" if older > 1 else ", and so is the older one") if older else ""
-        raise FractalError(f"{passed_over[0]}{others}; remove {folder} to start again")
+            skipped.append(f"{path}: damaged ({_first_line(error)})")
+            continue
+        if version not in ((_FORMAT,) if to_continue else _FORMATS_WITH_WEIGHTS):
+            raise FractalError(f"{path}: written by another version; choose another folder with --out")
+        return Checkpoint(path, position, state, tuple(skipped))
+    if skipped:
+        more = f" (and {human_count(len(skipped) - 1, 'older one')})" if skipped[1:] else ""
+        raise FractalError(f"{skipped[0]}{more}; remove {folder} to start again")
     return None
-
-
-def model_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """State dict of the model that was evaluated: of the averaged one, where there is one."""
-    state: dict[str, torch.Tensor] = checkpoint.state.get("ema", checkpoint.state["model"])
-    return state
 
 
 def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
     """Load each state dict into the part of its name.
 
     Raises:
-        FractalError: if they do not fit: the checkpoint is that of another run.
+        FractalError: if they do not fit.
     """
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint.state[name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FractalError(
-            f"{checkpoint.path}: of another run or model ({_reason(error)}); remove it, or choose another folder "
-            "with --out"
+            f"{checkpoint.path}: belongs to another run or model ({_first_line(error)}); choose another folder with "
+            "--out"
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what torch says, which goes on for many."""
-    if isinstance(error, KeyError):
-        return f"no {error}"
+def _first_line(error: Exception) -> str:
     first = str(error).strip().splitlines()[:1]
-    return one_line(first[0]).rstrip(".:") if first else type(error).__name__
+    return one_line(first[0]).rstrip(".:") if first and not isinstance(error, KeyError) else repr(error)
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run of pre-training or fine-tuning.
-
-    Attributes:
-        classes: outputs of its classifier.
-        class_names: of what it was fine-tuned on, by class index; empty where nobody knows.
-        data: ``--data`` of a fine-tuning, None of a pre-training.
-        per_class: training images of every class that ``subset_seed`` chose; None: all.
-        recipe: with all overrides applied.
-        precision: of the forward pass.
-        position: how far training had come.
-        weights: state dict of its model, on the CPU.
-        sha256: of the checkpoint that they are from.
-        passed_over: what is wrong with newer checkpoints, a line each.
-    """
+class TrainedRun:
+    """A run whose weights are used; ``sha256`` is the digest of its checkpoint."""
 
     folder: Path
-    model: str
-    classes: int
-    image_size: int
-    class_names: tuple[str, ...]
-    data: str | None
-    per_class: int | None
-    subset_seed: int
-    recipe: TrainRecipe
-    precision: torch.dtype
-    position: Position
-    weights: Mapping[str, torch.Tensor]
+    settings: RunSettings
+    checkpoint: Checkpoint
     sha256: str
-    passed_over: tuple[str, ...]
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Precision of the forward pass."""
+        dtype: torch.dtype = getattr(torch, self.settings.precision.removeprefix("torch."))
+        return dtype
+
+    @property
     def origin(self) -> str:
-        """Where its weights are from, for people."""
-        return describe_origin(self.folder, self.position, self.passed_over)
+        """Where the weights are from, in words; skipped checkpoints first, a line each."""
+        skipped = "".join(f"{problem}; using the one before\n" for problem in self.checkpoint.skipped)
+        position = self.checkpoint.position
+        steps = f" and {human_count(position.step, 'step')} of the next" if position.step else ""
+        return f"{skipped}weights of {self.folder} after {human_count(position.epoch, 'epoch')}{steps}"
 
-    def rebuilt(self) -> nn.Module:
-        """Its model with its weights.
+    def build_model(self) -> nn.Module:
+        """Return the model with its weights.
 
         Raises:
-            FractalError: if they do not fit the model that ``run.json`` names.
+            FractalError: if the weights do not fit the model that ``run.json`` names.
         """
-        model = create_model(self.model, self.classes, self.image_size)
+        name, classes = self.settings.model, self.settings.classes
+        model = create_model(name, classes, self.settings.image_size)
         try:
-            model.load_state_dict(dict(self.weights))
+            model.load_state_dict(self.checkpoint.weights)
         except RuntimeError as error:
             raise FractalError(
-                f"{self.folder}: its checkpoint holds weights of another model than {self.model} with {self.classes} "
-                f"classes, which its {RUN} names; check the folder"
+                f"{self.folder}: its checkpoint does not fit {name} with {classes} classes, as {RUN} says"
             ) from error
         return model
 
 
-def load_trained(folder: Path) -> Trained:
-    """Read a run.
+def load_run(folder: Path) -> TrainedRun:
+    """Load the newest weights of a run.
 
     Raises:
-        FractalError: if the folder holds no run, or none with a sound checkpoint, or ``run.json`` is damaged.
+        FractalError: if the folder holds no run or no checkpoint that can be read, or ``run.json`` is damaged.
     """
-    settings = settings_of(folder)
-    path = folder / RUN
-    classes = settings.count("classes")
-    names = settings.texts("class_names") if "class_names" in settings else ()
-    if len(names) not in (0, classes):
-        raise FractalError(f"{path}: {len(names)} class_names for {classes} classes; train it again")
-    checkpoint = sound_checkpoint(folder)
-    return Trained(
-        folder=folder,
-        model=settings.text("model"),
-        classes=classes,
-        image_size=settings.count("image_size"),
-        class_names=names,
-        data=settings.text("data") if "data" in settings else None,
-        per_class=_count_or_none(settings, "per_class"),
-        subset_seed=_count_or_none(settings, "subset_seed") or 0,
-        recipe=_read_recipe(settings.mapping("recipe"), path),
-        precision=_read_precision(settings.text("precision"), path),
-        position=checkpoint.position,
-        weights=model_weights(checkpoint),
-        sha256=sha256_file(checkpoint.path),
-        passed_over=checkpoint.passed_over,
-    )
-
-
-def describe_origin(folder: Path, position: Position, passed_over: Sequence[str]) -> str:
-    """Where weights are from, for people: how far the run had come, after what is wrong with newer checkpoints."""
-    passed = "".join(f"{problem}; taking the one before\n" for problem in passed_over)
-    begun = f" and {human_count(position.step, 'step')} of the next" if position.step else ""
-    return f"{passed}weights of {folder} after {human_count(position.epoch, 'epoch')}{begun}"
-
-
-def sound_checkpoint(folder: Path) -> Checkpoint:
-    """The newest sound checkpoint of a run.
-
-    Raises:
-        FractalError: if there is none.
-    """
+    settings = load_settings(folder)
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
-        raise FractalError(f"{folder}: no checkpoint yet; let its training save one first")
-    return checkpoint
-
-
-def _count_or_none(settings: Fields, name: str) -> int | None:
-    return settings.count(name) if name in settings and not settings.is_null(name) else None
-
-
-def _read_recipe(figures: Mapping[str, Any], path: Path) -> TrainRecipe:
-    """The recipe of ``run.json``; figures that this version does not know are passed over."""
-    known = {field.name for field in fields(TrainRecipe)}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in figures.items() if name in known
-    }
-    try:
-        recipe = TrainRecipe(**values)
-        return override(recipe, {name: value for name, value in values.items() if name != "name"})  # checks their types
-    except (TypeError, ValueError, FractalError) as error:
-        raise FractalError(f"{path}: its recipe cannot be read ({one_line(str(error))}); train it again") from error
-
-
-def _read_precision(name: str, path: Path) -> torch.dtype:
-    known = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-    if name not in known:
-        raise FractalError(f"{path}: precision {name} is none of {', '.join(known)}; train it again")
-    return known[name]
+        raise FractalError(f"{folder}: has no checkpoint yet; let its training save one first")
+    return TrainedRun(folder, settings, checkpoint, sha256_file(checkpoint.path))

@@ -1,124 +1,113 @@
-"""Options that pre-training and fine-tuning share, and what they ask for."""
+"""The command ``fractaltrain``: reads options, checks what can be checked without PyTorch, and starts the work."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from fractalshards.console import PATH, Commands, is_quiet, note, quiet_option
+from fractalshards.console import PATH, Commands, is_quiet, note, progress, quiet_option, show_logs
 from fractalshards.errors import FractalError, UsageError, needs_extra
-from fractalshards.human import human_count, human_list, parse_bytes
-from fractalshards.manifest import find_manifest
+from fractalshards.human import human_count, human_list, one_line, parse_bytes
+from fractalshards.manifest import TRAINING, find_manifest, load_manifest
 from fractalshards.remote.stores import parse_location
 from fractalshards.settings import parse_settings
 from fractalshards.slices import parse_slice
-from fractaltrain.beginning import ends_at_once
+from fractalshards.webdataset import is_webdataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
     WINDOW,
     Amp,
-    Caching,
-    Evaluation,
-    Finetuning,
+    EvalConfig,
     Freeze,
+    ModelConfig,
     OnBadSample,
-    Pretraining,
     Resume,
-    Running,
-    Start,
+    RunConfig,
+    ShardsConfig,
+    TrainConfig,
+    Weights,
     finetuning_folder,
     pretraining_folder,
 )
 from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, find_data, is_data
-from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
 from fractaltrain.recipes.recipe import TrainRecipe, change, check_batch, scale_lr
-from fractaltrain.run_folder import trained_model
+from fractaltrain.run_folder import load_settings
 from fractaltrain.run_study import check_models, describe_study, find_digests, missing_datasets, run_study
 from fractaltrain.study import plan_study, read_study, write_plan
 
-HEADINGS = {
-    "Recipe": "--recipe --epochs --batch-size --lr --scale-lr --set",
-    "Processes": "--nproc --workers --amp --accumulate --compile --sync-batchnorm --deterministic",
-    "Run": "--out --resume --eval-every --save-every-minutes --keep --seed --pad --on-bad-sample",
-}
-"""In the help of a command: which of them stand where."""
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def running_options(command: _Command) -> _Command:
-    """Give a command these options."""
-    options = [
-        click.option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
-        click.option("--batch-size", metavar="B", help="Batch of all processes together.  [default: the recipe's]"),
-        click.option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
-        click.option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch to B."),
-        click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any figure of the recipe."),
-        click.option("--out", type=PATH, help="The run's folder.  [default: runs/...]"),
-        click.option("--nproc", type=click.IntRange(1), metavar="N",
-                     help="Training processes.  [default: one per GPU, or 1]"),
-        click.option("--workers", type=click.IntRange(0, 128), metavar="W",
-                     help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-                     help="Seed of everything random."),
-        click.option("--amp", type=click.Choice(get_args(Amp)), default="auto", show_default=True,
-                     help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
-        click.option("--pad", is_flag=True, help="Use all samples in every epoch: the last batch is filled up."),
-        click.option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop", show_default=True,
-                     help="What a sample that cannot be read does; skip: another takes its place."),
-        click.option("--eval-every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-                     help="Evaluate on held-out images after every N-th epoch, and after the last."),
-        click.option("--save-every-minutes", type=click.FloatRange(0), default=10.0, show_default=True,
-                     help="Checkpoint inside long epochs, too."),
-        click.option("--keep", type=click.IntRange(1), default=3, show_default=True, metavar="K",
-                     help="Checkpoints that are kept, the newest ones."),
-        click.option("--resume", type=click.Choice(get_args(Resume)), default="auto", show_default=True,
-                     help="auto: continue the run in the folder, if there is one; never: refuse if there is; "
-                     "must: refuse if there is none."),
-        click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-                     help="Compute each process's batch in N parts, to save memory."),
-        click.option("--compile", is_flag=True, help="Run the model through torch.compile."),
-        click.option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
-        click.option("--deterministic", is_flag=True, help="The same bits again on the same hardware; slower."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return quiet_option(command)
-
-
-def resolve(published: TrainRecipe, options: dict[str, Any]) -> TrainRecipe:
-    """The recipe with ``--set`` and then the options of its own applied."""
-    recipe = change(published, changed_fields(options))
-    return scale_lr(recipe, published.batch_size) if options["scale_lr"] else recipe
-
-
-def changed_fields(options: dict[str, Any]) -> dict[str, str]:
-    """The fields of the recipe that a command line sets, as text."""
-    named = {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
-    return parse_settings(options["changes"]) | named
-
-
-def check_processes(recipe: TrainRecipe, nproc: int | None, options: dict[str, Any]) -> None:
-    """What training would refuse, before processes are started, which takes seconds."""
-    if nproc is not None:
-        check_batch(recipe, nproc, options["accumulate"])
-
-
-def running_of(recipe: TrainRecipe, options: dict[str, Any], default_out: Path) -> Running:
-    """What the options ask for, with a recipe that ``resolve`` gave."""
-    same = {field.name: options[field.name] for field in fields(Running) if field.name not in ("recipe", "out")}
-    return Running(recipe=recipe, out=options["out"] or default_out, **same)
-
-
 _DEFAULT_MODEL = "deit_small_patch16_224"
-_SCRATCH = "none"
 _CACHE_SIZE = "20GB"
+_ALL_CLASSES = 99  # with more classes, eval prints only the best and the worst
+_END = 10
 
-_Choice = TypeVar("_Choice")
+_Config = TypeVar("_Config")
+
+_Options = dict[str, list[click.Option]]
+
+
+def _option(*names: str, **attributes: Any) -> click.Option:
+    return click.Option([*names], show_default=attributes.get("default") is not None, **attributes)
+
+
+_IMAGE_OPTIONS = [
+    _option("--data", required=True, metavar="DATA", callback=lambda _context, _option, name: _check_data(name),
+            help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or shards:PATH with "
+            "a val split."),
+    _option("--data-dir", type=PATH, default=Path("data"), help="Folder of CIFAR's archives; they are downloaded."),
+]  # fmt: skip
+_RUN_OPTIONS: _Options = {
+    "Recipe": [
+        _option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
+        _option("--batch-size", metavar="B", help="Batch of all processes together.  [default: the recipe's]"),
+        _option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
+        _option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch size to B."),
+        _option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any value of the recipe."),
+    ],
+    "Processes": [
+        _option("--nproc", type=click.IntRange(1), metavar="N",
+                help="Training processes.  [default: one per GPU, or 1]"),
+        _option("--workers", type=click.IntRange(0, 128), metavar="W",
+                help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
+        _option("--amp", type=click.Choice(get_args(Amp)), default="auto",
+                help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
+        _option("--accumulate", type=click.IntRange(1), default=1, metavar="N",
+                help="Compute each process's batch in N parts, to save memory."),
+        _option("--compile", is_flag=True, help="Run the model through torch.compile."),
+        _option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
+        _option("--deterministic", is_flag=True, help="Give the same bits again on the same hardware; slower."),
+    ],
+    "Run": [
+        _option("--out", type=PATH, help="Folder of the run.  [default: runs/...]"),
+        _option("--resume", type=click.Choice(get_args(Resume)), default="auto",
+                help="auto: continue the run in the folder, if there is one; never: refuse if there is one; must: "
+                "refuse if there is none."),
+        _option("--eval-every", type=click.IntRange(1), default=1, metavar="N",
+                help="Evaluate the val split after every N-th epoch, and after the last."),
+        _option("--save-every-minutes", type=click.FloatRange(0), default=10.0,
+                help="Save a checkpoint inside long epochs, too."),
+        _option("--keep", type=click.IntRange(1), default=3, metavar="K", help="Number of checkpoints to keep."),
+        _option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of everything random."),
+        _option("--pad", is_flag=True, help="Use all samples in every epoch: fill up the last batch."),
+        _option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop",
+                help="What to do when a sample cannot be read; skip: another one takes its place."),
+    ],
+}  # fmt: skip
+
+
+def _grouped(options: _Options) -> dict[str, Any]:
+    """Return the arguments that give a command these options, each under its heading in the help."""
+    return {
+        "params": [option for group in options.values() for option in group],
+        "groups": {heading: " ".join(option.opts[0] for option in group) for heading, group in options.items()},
+    }
 
 
 @click.group(cls=Commands)
@@ -127,210 +116,223 @@ def main() -> None:
     """Pre-train vision models on fractals, fine-tune them on real images."""
 
 
-@main.command(
-    groups={
-        "Data and model": "--shards --model --image-size --window --cache-dir --cache-size --nodes-split",
-        **HEADINGS,
-    }
-)
-@click.option("--shards", required=True, metavar="DIR|URL", help="Folder of a dataset, here or elsewhere (s3://, ...).")
-@click.option("--model", default=_DEFAULT_MODEL, show_default=True, help="resnet50, or any name timm knows.")
-@click.option("--recipe", type=click.Choice(sorted(PT_RECIPES)), default="anderson", show_default=True,
-              help="Published recipe to follow.")  # fmt: skip
-@click.option(
-    "--image-size",
-    type=click.IntRange(8, 4096),
-    metavar="PX",
-    help="What the model sees.  [default: as stored; 224 where the recipe crops]",
-)
-@click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Shards shuffled together.")
-@click.option(
-    "--cache-dir",
-    type=PATH,
-    metavar="DIR",
-    help="Keep shards of a URL below this folder of the machine.  [default: $TMPDIR or ~/.cache]",
-)
-@click.option("--cache-size", metavar="SIZE", help="At most so many bytes of them.  [default: 20GB]")
-@click.option(
-    "--nodes-split", is_flag=True, help="Each machine reads its own part of an epoch's shards, where none is shared."
-)
-@running_options
-def pt(
-    shards: str,
-    model: str,
-    recipe: str,
-    window: int,
-    image_size: int | None,
-    cache_dir: Path | None,
-    cache_size: str | None,
-    nodes_split: bool,
-    nproc: int | None,
-    **options: Any,
-) -> None:
+_PT_OPTIONS: _Options = {
+    "Data and model": [
+        _option("--shards", required=True, metavar="DIR|URL", help="Folder or URL (s3://, ...) of a dataset."),
+        _option("--model", default=_DEFAULT_MODEL, help="resnet50, or any name timm knows."),
+        _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
+                help="Size of the images that the model sees.  [default: as stored; 224 where the recipe crops]"),
+        _option("--window", type=click.IntRange(1), default=WINDOW, help="Shards that are shuffled together."),
+        _option("--cache-dir", type=PATH, metavar="DIR",
+                help="Cache the shards of a URL in this folder.  [default: $TMPDIR or ~/.cache]"),
+        _option("--cache-size", metavar="SIZE", help="Size of the cache.  [default: 20GB]"),
+        _option("--nodes-split", is_flag=True, help="Give each machine its own part of an epoch's shards."),
+    ],
+    **_RUN_OPTIONS,
+    "Recipe": [
+        _option("--recipe", type=click.Choice(sorted(PT_RECIPES)), default="anderson", help="Published recipe."),
+        *_RUN_OPTIONS["Recipe"],
+    ],
+}  # fmt: skip
+
+
+@main.command(**_grouped(_PT_OPTIONS))
+@quiet_option
+def pt(nproc: int | None, **options: Any) -> None:
     """Pre-train on a dataset of shards. The same command continues a run that was stopped.
 
-    SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75: run the same command again.
 
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
-    figures = resolve(PT_RECIPES[recipe], options)
     _check_install("training")
-    check_processes(figures, nproc, options)
-    caching = _caching(shards, cache_dir, cache_size)
-    if caching is None:
-        find_manifest(Path(parse_location(shards).root))
-    choice = Pretraining(
-        changed=frozenset(changed_fields(options)),
-        running=running_of(figures, options, default_out=pretraining_folder(shards, model, figures)),
-        shards=shards,
-        caching=caching,
-        model=model,
-        image_size=image_size,
-        window=window,
-        nodes_split=nodes_split,
+    remote = parse_location(options["shards"]).scheme != "file"
+    if not remote and (options["cache_dir"] is not None or options["cache_size"] is not None):
+        raise UsageError("--cache-dir and --cache-size need the URL of a dataset in --shards")
+    data = ShardsConfig(
+        location=options["shards"],
+        window=options["window"],
+        nodes_split=options["nodes_split"],
+        cache_dir=options["cache_dir"],
+        cache_size=parse_bytes(options["cache_size"] or _CACHE_SIZE, "--cache-size"),
     )
-    _launch(_pretrain, choice, nproc)
+    published = PT_RECIPES[options["recipe"]]
+    _with_overrides(published, nproc, options)  # what is wrong with the options comes before what is wrong with data
+    recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
+    model = ModelConfig(options["model"], options["image_size"])
+    out = options["out"] or pretraining_folder(data, model.name, recipe)
+    _launch(_pretrain, TrainConfig(data, model, recipe, _run_config(out, options)), nproc)
 
 
-def _pretrain(choice: Pretraining) -> None:
-    with ends_at_once(), needs_extra("train", "training"):
-        from fractaltrain.pretrain import pretrain
-    pretrain(choice)
+def _pretrain(config: TrainConfig) -> None:
+    show_logs(config.run.quiet)
+    from fractaltrain.pretrain import pretrain
+
+    pretrain(config)
 
 
-def _check_data(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    if is_data(name):
-        return name
-    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
+_FT_OPTIONS: _Options = {
+    "Data and model": [
+        _option("--weights", required=True, metavar="RUN|none|timm",
+                help="Folder of a pre-training run; none: train from scratch; timm: the weights it publishes."),
+        _option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]"),
+        _option("--freeze", type=click.Choice(get_args(Freeze)), help="Train only the classifier: a linear probe."),
+        *_IMAGE_OPTIONS,
+        _option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only."),
+        _option("--subset-seed", type=click.IntRange(0), default=0, help="Seed of the choice of those images."),
+        _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
+                help="Size of the images that the model sees.  [default: the pre-training's; 224 from scratch]"),
+    ],
+    **_RUN_OPTIONS,
+    "Recipe": [
+        _option("--recipe", type=click.Choice(sorted(FT_RECIPES)),
+                help="Published recipe.  [default: anderson; with --weights none: anderson-scratch]"),
+        *_RUN_OPTIONS["Recipe"],
+    ],
+}  # fmt: skip
 
 
-def _data_options(command: _Command) -> _Command:
-    command = click.option("--data", required=True, callback=_check_data, metavar="DATA",
-                           help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or "
-                           "shards:PATH, with a held-out split.")(command)  # fmt: skip
-    return click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
-                        help="Where CIFAR's archives are, or go.")(command)  # fmt: skip
-
-
-@main.command(
-    groups={
-        "Data and model": "--weights --model --freeze --data --data-dir --per-class --subset-seed --image-size",
-        **HEADINGS,
-    }
-)
-@click.option("--weights", required=True, metavar="RUN|none|timm",
-              help="Folder of a pre-training run; none: from scratch; timm: the weights it publishes.")  # fmt: skip
-@_data_options
-@click.option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]")
-@click.option("--recipe", type=click.Choice(sorted(FT_RECIPES)),
-              help="Published recipe to follow.  "
-              "[default: anderson; with --weights none: anderson-scratch]")  # fmt: skip
-@click.option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
-              help="What the model sees.  [default: the pre-training's; 224 from scratch]")  # fmt: skip
-@click.option("--freeze", type=click.Choice(get_args(Freeze)), help="Train the new classifier only: a linear probe.")
-@click.option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only.")
-@click.option("--subset-seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses those images.")
-@running_options
-def ft(
-    weights: str,
-    data: str,
-    model: str | None,
-    recipe: str | None,
-    freeze: Freeze | None,
-    per_class: int | None,
-    subset_seed: int,
-    data_dir: Path,
-    image_size: int | None,
-    nproc: int | None,
-    **options: Any,
-) -> None:
+@main.command(**_grouped(_FT_OPTIONS))
+@quiet_option
+def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> None:
     """Fine-tune a pre-trained model on real images, or train one from scratch to compare with.
 
-    The accuracy on held-out images after the last epoch is the figure; result.json in the run's folder has it.
+    The accuracy on the val split after the last epoch is the result; result.json in the run's folder has it.
 
-    SIGTERM and SIGUSR1 save between two steps and end the run with exit code 75: run the same command again.
+    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75: run the same command again.
 
     Example: fractaltrain ft --weights runs/single-resnet50-anderson --data cifar100
     """
-    start: Start = None if weights == _SCRATCH else "timm" if weights == "timm" else Path(weights)
+    start: Weights = None if weights == "none" else "timm" if weights == "timm" else Path(weights)
     if isinstance(start, Path) and model is not None:
         raise UsageError("--model goes with --weights none or timm only; a run knows its model")
-    if start is None and freeze is not None:
-        raise UsageError("--freeze goes with weights that were trained; --weights none has none")
-    figures = resolve(FT_RECIPES[recipe or ("anderson" if start else "anderson-scratch")], options)
+    if start is None and options["freeze"] is not None:
+        raise UsageError("--freeze needs weights that were trained, not --weights none")
+    published = FT_RECIPES[options["recipe"] or ("anderson" if start else "anderson-scratch")]
+    recipe = _with_overrides(published, nproc, options)
     _check_install("training")
-    check_processes(figures, nproc, options)
-    find_data(data)
+    find_data(options["data"])
     if isinstance(start, Path):
-        trained_model(start)
-    choice = DataChoice(name=data, per_class=per_class, subset_seed=subset_seed, folder=data_dir)
-    folder = finetuning_folder(start, model or _DEFAULT_MODEL, choice, figures, freeze)
-    finetuning = Finetuning(
-        running=running_of(figures, options, default_out=folder),
-        weights=start,
-        model=model or _DEFAULT_MODEL,
-        data=choice,
-        image_size=image_size,
-        freeze=freeze,
-    )
-    _launch(_finetune, finetuning, nproc)
+        load_settings(start)
+    data = DataChoice(options["data"], options["per_class"], options["subset_seed"], options["data_dir"])
+    model_config = ModelConfig(model or _DEFAULT_MODEL, options["image_size"], start, options["freeze"])
+    out = options["out"] or finetuning_folder(data, model_config, recipe)
+    _launch(_finetune, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
 
 
-def _finetune(choice: Finetuning) -> None:
-    with ends_at_once(), needs_extra("train", "training"):
-        from fractaltrain.finetune import finetune
-    finetune(choice)
+def _finetune(config: TrainConfig) -> None:
+    show_logs(config.run.quiet)
+    from fractaltrain.finetune import finetune
+
+    finetune(config)
 
 
-def _launch(entry: Callable[[_Choice], None], choice: _Choice, nproc: int | None) -> None:
-    """Run a command in its processes. Only they import what it needs: a launcher that waits for them does not."""
-    with ends_at_once(), needs_extra("train", "training"):
-        from fractaltrain.distributed import launch
-    launch(entry, choice, nproc)
-
-
-def _caching(shards: str, folder: Path | None, size: str | None) -> Caching | None:
-    """How a dataset is cached; one on this machine is not."""
-    if parse_location(shards).scheme != "file":
-        return Caching(folder, parse_bytes(size or _CACHE_SIZE, "--cache-size"))
-    if folder is not None or size is not None:
-        raise UsageError("--cache-dir and --cache-size go with the URL of a dataset elsewhere only")
-    return None
-
-
-def _check_install(purpose: str) -> None:
-    """Refuse what cannot run before anything else, but without importing PyTorch, which takes seconds."""
-    with needs_extra("train", purpose):
-        if find_spec("torch") is None:
-            raise ModuleNotFoundError(name="torch")
-
-
-@main.command("eval")
+@main.command("eval", params=_IMAGE_OPTIONS)
 @click.option("--weights", required=True, type=PATH, metavar="RUN", help="Folder of a run.")
-@_data_options
 @click.option("--out", type=PATH, metavar="DIR",
-              help="Where the report goes.  [default: eval-DATA in the run's folder]")  # fmt: skip
+              help="Folder of the report.  [default: eval-DATA in the run's folder]")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
-              help="Images at a time; it changes nothing but memory and speed.")  # fmt: skip
+              help="Images at a time; it changes only memory and speed.")  # fmt: skip
 @quiet_option
 def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int) -> None:
-    """Evaluate a trained run on held-out images: accuracy, by class too, and a confusion matrix.
+    """Evaluate a trained run on a val split: accuracy, overall and by class, and a confusion matrix.
 
     Where images show several classes each: mean average precision, F1, and average precision by class.
 
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
     _check_install("evaluation")
-    trained_model(weights)
+    load_settings(weights)
     find_data(data)
-    choice = DataChoice(name=data, per_class=None, subset_seed=0, folder=data_dir)
-    _launch(_evaluate, Evaluation(weights, choice, out, batch_size), nproc=1)
+    _launch(_evaluate, EvalConfig(weights, DataChoice(data, None, 0, data_dir), out, batch_size), nproc=1)
 
 
-def _evaluate(choice: Evaluation) -> None:
-    with ends_at_once(), needs_extra("train", "evaluation"):
-        from fractaltrain.evaluate_run import evaluate_run
-    evaluate_run(choice)
+def _evaluate(config: EvalConfig) -> None:
+    from fractaltrain.evaluate import PICTURE, REPORT, describe_scores, evaluate_run
+
+    with progress("evaluating", "images") as on_progress:
+        report = evaluate_run(config, on_progress)
+    if report is None:  # on all ranks but one
+        return
+    click.echo(report.origin)
+    _print_classes(report.class_scores, report.class_names, report.folder / REPORT)
+    click.echo(describe_scores(report.scores))
+    pictures = f", {PICTURE}" if "top1" in report.scores else ""
+    click.echo(f"{report.folder}: {REPORT}{pictures}")
+
+
+def _print_classes(scores: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    """Print a table of all classes, or the best and the worst of many."""
+    rows = list(enumerate(scores))
+    if len(rows) <= _ALL_CLASSES:
+        _print_table("all classes", rows, names)
+        return
+    leading = next(name for name in scores[0] if name != "samples")
+    ranked = sorted((row for row in rows if row[1][leading] is not None), key=lambda row: float(row[1][leading]))
+    _print_table("the worst ten", ranked[:_END], names)
+    _print_table("the best ten", ranked[: -_END - 1 : -1], names)
+    click.echo(f"all {len(rows):,} classes: {file}")
+
+
+def _print_table(title: str, rows: Sequence[tuple[int, Mapping[str, Any]]], names: Sequence[str]) -> None:
+    headings = {"samples": "images", "top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    columns = list(rows[0][1]) if rows else []
+    for heading in ("class", *(["name"] if names else []), *(headings[column] for column in columns)):
+        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for label, scores in rows:
+        name = [Text(one_line(names[label]))] if names else []
+        shares = ["-" if scores[column] is None else f"{scores[column]:.1%}" for column in columns[1:]]
+        table.add_row(str(label), *name, f"{scores['samples']:,}", *shares)
+    Console().print(table)
+
+
+def _launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None) -> None:
+    with needs_extra("train", "training"):
+        from fractaltrain.distributed import launch
+    launch(entry, config, nproc)
+
+
+def _with_overrides(recipe: TrainRecipe, nproc: int | None, options: Mapping[str, Any]) -> TrainRecipe:
+    """Apply ``--set`` and the options for single fields to a recipe, and check that processes can share its batch."""
+    named = {name: options[name] for name in ("epochs", "batch_size", "lr") if options[name] is not None}
+    changed = change(recipe, parse_settings(options["changes"]) | named)
+    changed = scale_lr(changed, recipe.batch_size) if options["scale_lr"] else changed
+    if nproc is not None:
+        check_batch(changed, nproc, options["accumulate"])
+    return changed
+
+
+def _run_config(out: Path, options: Mapping[str, Any]) -> RunConfig:
+    same = {field.name: options[field.name] for field in fields(RunConfig) if field.name not in ("out", "quiet")}
+    return RunConfig(out=out, quiet=is_quiet(), **same)
+
+
+def _dataset_kind(data: ShardsConfig) -> str:
+    """Return the kind of images in a dataset, by which recipes differ; empty for one of another project."""
+    folder = Path(parse_location(data.location).root)
+    if data.is_remote:
+        from fractalshards.remote.cache import open_cache
+
+        manifest = open_cache(data.location, data.cache_dir, data.cache_size, data.window, TRAINING).manifest
+    elif is_webdataset(find_manifest(folder).parent):
+        return ""
+    else:
+        manifest = load_manifest(folder)
+    return str(manifest.recipe.get("kind", ""))
+
+
+def _check_data(name: str) -> str:
+    if is_data(name):
+        return name
+    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
+
+
+def _check_install(purpose: str) -> None:
+    """Check that PyTorch is installed, without importing it, which takes seconds."""
+    with needs_extra("train", purpose):
+        if find_spec("torch") is None:
+            raise ModuleNotFoundError(name="torch")
 
 
 @main.command()
@@ -341,7 +343,7 @@ def export(run: Path, out: Path) -> None:
 
     Example: fractaltrain export runs/single --out model.safetensors
     """
-    with ends_at_once(), needs_extra("train", "export"):
+    with needs_extra("train", "export"):
         from fractaltrain.export import export_run
     exported = export_run(run, out)
     click.echo(f"{exported.origin}: {exported.path}")

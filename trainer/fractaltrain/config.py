@@ -1,53 +1,107 @@
-"""What a command line asks for, as frozen records: they travel to every process, and need neither torch nor timm."""
+"""What a command asks for, as frozen records that travel to every process. Imports neither torch nor click.
 
-from dataclasses import dataclass
+A training is one ``TrainConfig``; an evaluation is one ``EvalConfig``.
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fractalshards.remote.stores import parse_location
 from fractaltrain.data.images import DataChoice
 from fractaltrain.recipes.recipe import TrainRecipe
 
+EXIT_STOPPED = 75
+"""Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): the same command continues it."""
+
 WINDOW = 16
-"""Shards that are shuffled together, unless asked otherwise."""
+"""Shards that are shuffled together by default."""
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
-Start = Path | Literal["timm"] | None  # of a fine-tuning: a run, timm's published weights, or random ones
+Weights = Path | Literal["timm"] | None
+"""Where weights come from: the folder of a run, timm's published ones, or none: random ones."""
 
 
 @dataclass(frozen=True)
-class Running:
-    """What pre-training and fine-tuning have in common.
+class ShardsConfig:
+    """``pt --shards``: the dataset to pre-train on.
 
     Attributes:
-        recipe: with all overrides applied.
-        out: the run's folder.
-        seed: of everything random but the choice of a subset.
-        pad: train on all samples of an epoch, filling the last batch with its first ones.
-        amp: precision of the forward pass.
-        workers: loader processes of each training process; None: chosen by the cores there are.
-        on_bad_sample: stop at a sample that cannot be read, or skip it: go on with another in its place.
-        save_every_minutes: time between checkpoints inside an epoch; there is one after every epoch anyway.
-        keep: checkpoints that are kept, the newest ones.
-        resume: whether to continue what is in the folder: if it is there, not at all, or nothing else.
-        accumulate: parts of each process's batch that are computed one after the other, to save memory.
-        compile: run the model through torch.compile.
-        deterministic: the same bits again on the same hardware, at the price of speed.
-        eval_every: epochs from one evaluation on held-out images to the next; after the last epoch there is one anyway.
-        sync_batchnorm: batch norm sees the whole batch, not each process's part.
+        location: folder or URL.
+        window: shards that are shuffled together.
+        nodes_split: give each machine its own share of an epoch's shards.
+        cache_dir: where shards from a URL are kept; None: the default folder.
+        cache_size: how many bytes of them at most.
     """
 
-    recipe: TrainRecipe
+    location: str
+    window: int = WINDOW
+    nodes_split: bool = False
+    cache_dir: Path | None = None
+    cache_size: int = 20_000_000_000
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the dataset is read through a cache."""
+        return parse_location(self.location).scheme != "file"
+
+    @property
+    def name(self) -> str:
+        """The last part of the path or URL."""
+        location = parse_location(self.location)
+        return Path(location.root).name if self.is_remote else Path(location.root).resolve().name
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to train.
+
+    Attributes:
+        name: ``resnet50``, or any name timm knows; with weights of a run, the name of its model.
+        image_size: side in pixels of the square images it sees; None: chosen from dataset or weights.
+        weights: what it starts from.
+        freeze: the part that is not trained.
+    """
+
+    name: str
+    image_size: int | None = None
+    weights: Weights = None
+    freeze: Freeze | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a training runs.
+
+    Attributes:
+        out: folder of the run.
+        seed: seed of everything random, except the choice of a subset.
+        pad: train on all samples of an epoch, filling up the last batch with its first ones.
+        amp: precision of the forward pass.
+        workers: loader processes of each training process; None: chosen from the number of cores.
+        on_bad_sample: stop at a sample that cannot be read, or skip it and take another one.
+        save_every_minutes: time between checkpoints inside an epoch; every epoch ends with one.
+        keep: number of checkpoints to keep, the newest ones.
+        resume: ``auto``: continue a run in the folder, if there is one; ``never``: refuse if there is one;
+            ``must``: refuse if there is none.
+        accumulate: compute each process's batch in this number of parts, to save memory.
+        compile: run the model through torch.compile.
+        deterministic: give the same bits again on the same hardware, slower.
+        eval_every: epochs between evaluations on the val split; the last epoch is always evaluated.
+        sync_batchnorm: compute batch norm over the whole batch, not over each process's part.
+        quiet: print nothing but results and errors.
+    """
+
     out: Path
-    seed: int
-    pad: bool
-    amp: Amp
-    workers: int | None
-    save_every_minutes: float
+    seed: int = 0
+    pad: bool = False
+    amp: Amp = "auto"
+    workers: int | None = None
     on_bad_sample: OnBadSample = "stop"
+    save_every_minutes: float = 10.0
     keep: int = 3
     resume: Resume = "auto"
     accumulate: int = 1
@@ -55,53 +109,53 @@ class Running:
     deterministic: bool = False
     eval_every: int = 1
     sync_batchnorm: bool = False
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
-class Caching:
-    """Where shards from elsewhere are kept: at most ``size`` bytes of them in ``folder``; None means the default."""
+class TrainConfig:
+    """A pre-training on shards (``pt``) or a fine-tuning on real images (``ft``); ``recipe`` has all overrides."""
 
-    folder: Path | None
-    size: int
+    data: ShardsConfig | DataChoice
+    model: ModelConfig
+    recipe: TrainRecipe
+    run: RunConfig
+
+    @property
+    def window(self) -> int:
+        """Shards that are shuffled together."""
+        return self.data.window if isinstance(self.data, ShardsConfig) else WINDOW
+
+    def settings(self, precision: str, image_size: int, **facts: Any) -> dict[str, Any]:
+        """Return all that decides what the run computes, for ``run.json``; a run is continued only by its equal.
+
+        Args:
+            precision: torch's name of the precision of the forward pass.
+            image_size: side in pixels of what the model sees.
+            facts: what only the opened dataset and weights tell.
+        """
+        return {
+            **facts,
+            "recipe": asdict(self.recipe),
+            "image_size": image_size,
+            "window": self.window,
+            "seed": self.run.seed,
+            "pad": self.run.pad,
+            "precision": precision,
+            **({"sync_batchnorm": True} if self.run.sync_batchnorm else {}),
+        }
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    """``fractaltrain pt``. ``window`` is in shards; ``image_size`` None means that of the dataset.
+class EvalConfig:
+    """``fractaltrain eval``.
 
-    ``shards`` is a local folder; with ``caching``, a URL. ``changed`` names fields of the recipe that the user has
-    set, which do not follow the kind of the dataset. With ``nodes_split`` machines share out the shards of an epoch
-    among them.
+    Attributes:
+        run: folder of the run.
+        data: the images.
+        out: folder of the report; None: a folder inside that of the run.
+        batch_size: images at a time, of all processes together.
     """
-
-    running: Running
-    changed: frozenset[str]
-    shards: str
-    caching: Caching | None
-    model: str
-    image_size: int | None
-    window: int
-    nodes_split: bool = False
-
-
-@dataclass(frozen=True)
-class Finetuning:
-    """``fractaltrain ft``. ``weights`` is the folder of a run; ``timm``: the published ones; None: random ones.
-
-    ``image_size`` None means that of the pre-training, or 224 without. With ``freeze`` only the classifier learns.
-    """
-
-    running: Running
-    weights: Start
-    model: str
-    data: DataChoice
-    image_size: int | None
-    freeze: Freeze | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``fractaltrain eval``: a run, images, and where the report goes; None: into the run's folder."""
 
     run: Path
     data: DataChoice
@@ -109,25 +163,17 @@ class Evaluation:
     batch_size: int
 
 
-def dataset_name(shards: str) -> str:
-    """What a dataset is called: the last part of its path or URL."""
-    location = parse_location(shards)
-    return Path(location.root).resolve().name if location.scheme == "file" else location.root.rpartition("/")[2]
+def pretraining_folder(data: ShardsConfig, model: str, recipe: TrainRecipe) -> Path:
+    """Return ``runs/DATASET-MODEL-RECIPE``, the default folder of a pre-training."""
+    return Path("runs") / f"{data.name}-{model}-{recipe.name}"
 
 
-def pretraining_folder(shards: str, model: str, recipe: TrainRecipe) -> Path:
-    """``runs/<dataset>-<model>-<recipe>``."""
-    return Path("runs") / f"{dataset_name(shards)}-{model}-{recipe.name}"
-
-
-def finetuning_folder(
-    weights: Start, model: str, data: DataChoice, recipe: TrainRecipe, freeze: Freeze | None = None
-) -> Path:
-    """``runs/<data>-<what it starts from>-<recipe>``, with the subset and what is frozen where there is such."""
+def finetuning_folder(data: DataChoice, model: ModelConfig, recipe: TrainRecipe) -> Path:
+    """Return the default folder of a fine-tuning, named by data, subset, starting point, recipe and frozen part."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
-    if isinstance(weights, Path):
-        start = f"from-{weights.resolve().name}"
+    if isinstance(model.weights, Path):
+        start = f"from-{model.weights.resolve().name}"
     else:
-        start = model if weights is None else f"from-{weights}-{model}"
-    frozen = f"-{freeze}-frozen" if freeze else ""
+        start = model.name if model.weights is None else f"from-{model.weights}-{model.name}"
+    frozen = f"-{model.freeze}-frozen" if model.freeze else ""
     return Path("runs") / f"{data.label}{subset}-{start}-{recipe.name}{frozen}"

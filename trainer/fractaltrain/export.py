@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.storage import atomic_file
-from fractaltrain.checkpoint import Trained, load_trained
+from fractaltrain.checkpoint import TrainedRun, load_run
 from fractaltrain.models import timm_options
 
 _EXTENSION = ".safetensors"
@@ -46,17 +46,18 @@ def export_run(folder: Path, path: Path) -> Exported:
     """
     if path.suffix != _EXTENSION:
         raise UsageError(f"--out {path}: timm recognises such files by their extension, {_EXTENSION}; add it")
-    run = load_trained(folder)
-    name = _TIMM_NAMES.get(run.model, run.model)
-    options = timm_options(name, run.classes, run.image_size)
+    run = load_run(folder)
+    settings, weights = run.settings, run.checkpoint.weights
+    name = _TIMM_NAMES.get(settings.model, settings.model)
+    options = timm_options(name, settings.classes, settings.image_size)
     try:
-        timm.create_model(name, **options).load_state_dict(dict(run.weights))
+        timm.create_model(name, **options).load_state_dict(weights)
     except RuntimeError as error:
         raise FractalError(
-            f"{folder}: its checkpoint does not fit timm's {name} with {run.classes} classes, which its run.json "
+            f"{folder}: its checkpoint does not fit timm's {name} with {settings.classes} classes, which its run.json "
             "names; check the folder"
         ) from error
-    tensors = {key: tensor.contiguous().clone() for key, tensor in run.weights.items()}
+    tensors = {key: tensor.contiguous().clone() for key, tensor in weights.items()}
     metadata = _metadata(run, name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,22 +66,23 @@ def export_run(folder: Path, path: Path) -> Exported:
     elif not _is_equal(path, metadata, tensors):
         raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
     arguments = ", ".join(f"{option}={value!r}" for option, value in (options | {"checkpoint_path": str(path)}).items())
-    return Exported(run.origin(), path, f"model = timm.create_model({name!r}, {arguments})")
+    return Exported(run.origin, path, f"model = timm.create_model({name!r}, {arguments})")
 
 
-def _metadata(run: Trained, name: str) -> dict[str, str]:
+def _metadata(run: TrainedRun, name: str) -> dict[str, str]:
     """Return the metadata, all of it text; mean and std are those of images in [0, 1]."""
+    settings = run.settings
     return {
         "format": "pt",
         "model": name,
-        "classes": str(run.classes),
-        "image_size": str(run.image_size),
-        "mean": json.dumps(run.recipe.mean),
-        "std": json.dumps(run.recipe.std),
-        "recipe": run.recipe.name,
-        "epochs": str(run.position.epoch),
+        "classes": str(settings.classes),
+        "image_size": str(settings.image_size),
+        "mean": json.dumps(settings.recipe.mean),
+        "std": json.dumps(settings.recipe.std),
+        "recipe": settings.recipe.name,
+        "epochs": str(run.checkpoint.position.epoch),
         "checkpoint_sha256": run.sha256,
-        **({"class_names": json.dumps(run.class_names)} if run.class_names else {}),
+        **({"class_names": json.dumps(settings.class_names)} if settings.class_names else {}),
     }
 
 

@@ -1,9 +1,18 @@
-"""Colours and style of all figures. matplotlib is imported by those who draw."""
+"""The pictures: ``history.png`` of a run, ``confusion.png`` of an evaluation, and the style of all figures.
 
+matplotlib is imported when something is drawn.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
+from fractalshards.human import one_line
 from fractalshards.storage import atomic_file
+from fractaltrain.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,14 +20,14 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e8ed"
 BLUE, PALE_BLUE, RED, YELLOW, OCHRE = "#2b5c9e", "#9db8d9", "#d1495b", "#edae49", "#b07a1e"
-NEUTRAL = "#b4bdc7"
-"""Colour of the baseline."""
 SERIES = (BLUE, RED, YELLOW, "#3a8f7b", PALE_BLUE, "#7b5ea7", "#e59aa4", OCHRE, "#9ccbbd", "#4a5a6a")
-"""Colours of categories, in this order."""
+"""Colours of things that stand side by side, in this order."""
+NEUTRAL = "#b4bdc7"  # of what the others are compared with
+_DOTS_PER_INCH = 130
 
 
 def style(panel: "Axes", title: str, unit: str, weight: str = "normal") -> None:
-    """Set title and unit of a panel, with a faint grid in the background and no frame."""
+    """Title and unit of a panel; a faint grid behind everything, and no frame."""
     panel.set_title(plain(title), loc="left", color=INK, fontsize=11, fontweight=weight)
     panel.set_ylabel(unit, color=MUTED, fontsize=9)
     panel.grid(color=GRID, linewidth=0.8)
@@ -34,9 +43,158 @@ def save(figure: "Figure", path: Path) -> None:
         OSError: if it cannot be written.
     """
     with atomic_file(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+        figure.savefig(file, dpi=_DOTS_PER_INCH, format="png")
 
 
 def plain(text: str) -> str:
     """Escape the characters that matplotlib takes for a formula."""
     return text.replace("$", r"\$")
+
+
+_TRAIN, _MEAN, _VAL, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
+_ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precision", "f1": "F1"})
+_MARKED = 40  # with more epochs, curves have no markers
+# Margins of the panels; a layout engine would draw everything twice.
+_MARGINS = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.885, "wspace": 0.22, "hspace": 0.26}
+_LEGEND: dict[str, Any] = {"fontsize": 9, "labelcolor": INK, "framealpha": 0.85, "edgecolor": "none"}
+_HEADROOM = 1.08
+_ROOM = 1.015  # or the last ones would be cut at the edge
+
+
+def draw_history(folder: Path) -> None:
+    """Draw the metrics of a run into its ``history.png``.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(folder)
+    epochs = [line for line in lines if line["split"] == "epoch"]
+    steps = [line for line in lines if line["split"] == "train"]
+    per_epoch = max((line["step"] for line in lines), default=1)
+    x = [line["epoch"] + line["step"] / per_epoch for line in steps]
+    ends = [line["epoch"] + 1 for line in epochs]
+    evaluated = [line for line in epochs if "loss" in line]
+    evaluated_at = [line["epoch"] + 1 for line in evaluated]
+
+    figure = Figure(figsize=(10, 6.4), facecolor="white")
+    (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True, gridspec_kw=_MARGINS)
+    figure.suptitle(folder.resolve().name, color=INK, fontsize=13, fontweight="bold")
+
+    style(loss, "Loss", "cross-entropy, nats")
+    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
+    _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
+    if evaluated:
+        _curve(loss, evaluated_at, [line["loss"] for line in evaluated], _VAL, "val")
+    loss.legend(**_LEGEND)
+
+    style(accuracy, "Accuracy on the val split", "%")
+    shown = next((names for names in _ACCURACIES if evaluated and all(name in evaluated[-1] for name in names)), None)
+    if shown:
+        (first, leading), (second, other) = shown.items()
+        leading_curve, other_curve = ([100 * line[name] for line in evaluated] for name in (first, second))
+        _curve(accuracy, evaluated_at, other_curve, _SECOND, f"{other}: {other_curve[-1]:.1f} %")
+        label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
+        _curve(accuracy, evaluated_at, leading_curve, _VAL, label)
+        accuracy.set_ylim(0, 102)
+        accuracy.legend(**_LEGEND)
+    else:
+        accuracy.set_yticks([])
+        accuracy.text(
+            0.5,
+            0.5,
+            "no evaluation on a val split",
+            transform=accuracy.transAxes,
+            ha="center",
+            va="center",
+            color=MUTED,
+        )
+
+    style(lr, "Learning rate", "")
+    lr.plot(x, [line["lr"] for line in steps], color=_MEAN, linewidth=1.6)
+    _from_zero(lr, [line["lr"] for line in steps])
+    lr.set_xlabel("epoch", color=MUTED)
+
+    style(throughput, "Throughput", "images/s")
+    throughput.plot(x, [line["images_per_s"] for line in steps], color=_MEAN, linewidth=1.2, label="images/s")
+    _from_zero(throughput, [line["images_per_s"] for line in steps])
+    throughput.set_xlabel("epoch", color=MUTED)
+    waiting = throughput.twinx()
+    waiting.plot(x, [100 * line["waiting"] for line in steps], color=_SECOND, linewidth=1)
+    waiting.set_ylim(0, 100)
+    waiting.set_ylabel("waiting for data, % of the time", color=_SECOND_TEXT, fontsize=9)
+    waiting.tick_params(colors=_SECOND_TEXT, labelsize=9, length=0)
+    waiting.spines[:].set_visible(False)
+
+    for panel in (loss, accuracy, lr, throughput):
+        panel.set_xlim(0, _ROOM * max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, folder / "history.png")
+
+
+def _from_zero(panel: "Axes", y: Sequence[float]) -> None:
+    """Let the y axis begin at zero, with room above the highest value."""
+    panel.set_ylim(0, _HEADROOM * max(y, default=0) or 1)
+
+
+def _curve(panel: "Axes", x: Sequence[float], y: Sequence[Any], color: str, label: str) -> None:
+    """Draw a line, with markers if it has few points."""
+    marker = "o" if len(x) <= _MARKED else None
+    panel.plot(x, y, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+
+
+_NUMBERED = 25  # with more classes, numbers in cells cannot be read
+_NAMED = 120  # with more classes, only every n-th tick has a label
+_LONGEST_NAME = 24
+
+
+def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, names: Sequence[str], title: str) -> None:
+    """Draw a confusion matrix.
+
+    Args:
+        counts: (k, k) images of class i predicted as class j; with k < ``classes`` neighbours share a cell.
+        names: class names by index; empty: indices are shown.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    size = len(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = float(np.clip(3.2 + 0.55 * size if size <= _NUMBERED else 6 + 0.1 * size, 5, 16))
+    figure = Figure(figsize=(side + 0.8, side), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
+    panel = figure.subplots()
+    image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    panel.set_title(plain(one_line(title)), loc="left", color=INK, fontsize=12, fontweight="bold")
+    panel.set_ylabel("class", color=MUTED)
+    panel.set_xlabel("predicted", color=MUTED)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(colors=INK, length=0, labelsize=9 if size <= _NUMBERED else 6.5)
+    ticks, labels = _ticks(size, classes, names)
+    upright = size <= _NUMBERED and all(len(label) <= 3 for label in labels)
+    panel.set_xticks(ticks, labels, rotation=0 if upright else 90)
+    panel.set_yticks(ticks, labels)
+    bar = figure.colorbar(image, ax=panel, fraction=0.035, format=lambda share, _: f"{100 * share:.0f} %")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=MUTED, labelsize=9, length=0)
+    if size <= _NUMBERED:
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.55 else INK
+            panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=9)
+    save(figure, path)
+
+
+def _ticks(size: int, classes: int, names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return the positions of the tick labels of an axis, and the labels."""
+    if size <= _NAMED:
+        return list(range(size)), [_short(names[index]) if names else str(index) for index in range(size)]
+    ticks = list(range(0, size, max(size // 20, 1)))
+    return ticks, [f"{tick * classes // size:,}" for tick in ticks]
+
+
+def _short(name: str) -> str:
+    shown = one_line(name)
+    return plain(shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…")

@@ -1,89 +1,85 @@
-"""``fractaltrain pt``: shards, model and recipe meet in the loop."""
+"""``fractaltrain pt``: pre-train a model on a dataset of shards."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from fractalshards.console import old_progress as progress
-from fractalshards.console import unseen
 from fractalshards.manifest import TRAINING
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
 from fractalshards.remote.stores import parse_location
-from fractaltrain.config import Pretraining, Running, dataset_name
+from fractaltrain.config import ShardsConfig, TrainConfig
 from fractaltrain.data.shards import open_cached, open_dataset
+from fractaltrain.data.source import Splits
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model
-from fractaltrain.recipes import for_dataset
-from fractaltrain.stream.loader import Ahead
+from fractaltrain.stream.loader import PrefetchSchedule
 from fractaltrain.stream.order import epoch_samples, node_positions
-from fractaltrain.train import Job, train
+from fractaltrain.train import train
 
 
-def pretrain(choice: Pretraining) -> None:
-    """Pre-train on the ``train`` split, in each process of the world; evaluate on ``val`` where there is one.
+def pretrain(config: TrainConfig) -> None:
+    """Pre-train on the ``train`` split; evaluate on ``val``, if the dataset has it. Runs in every rank.
 
     Raises:
-        FractalError: as ``train`` does, or if the dataset is missing or damaged, or the model is not known.
+        FractalError: as ``train`` does, or if the dataset is missing or damaged, or the model is unknown.
     """
+    data_config, recipe = config.data, config.recipe
+    assert isinstance(data_config, ShardsConfig)
     with join_world() as world:
-        cache = _prepared_cache(choice, world)
-        folder = Path(parse_location(choice.shards).root)
-        dataset = open_cached(cache, choice.window) if cache else open_dataset(folder, world)
-        running = replace(choice.running, recipe=for_dataset(choice.running.recipe, dataset.kind, choice.changed))
-        stored = dataset.image_size if running.recipe.crop == "none" else None  # a crop has the usual size
-        image_size = choice.image_size or stored or IMAGE_SIZE
-        torch.manual_seed(running.seed)
-        model = create_model(choice.model, dataset.classes, image_size, running.recipe.drop_path)
-        nodes = world.nodes() if choice.nodes_split else 1
-        with _fetching_ahead(cache, choice, running, dataset.training.lengths, nodes, world) as reached:
-            job = Job(
-                running=running,
-                model=model,
-                training=dataset.training,
-                window=choice.window,
-                held_out=dataset.held_out,
-                image_size=image_size,
-                settings={
-                    "task": "pt",
-                    "dataset": dataset_name(choice.shards),
-                    "dataset_digest": dataset.digest,
-                    "model": choice.model,
-                    "classes": dataset.classes,
-                    **({"nodes_split": nodes} if nodes > 1 else {}),
-                },
-                multi_label=dataset.multi_label,
-                nodes=nodes,
-                reached=reached,
-            )
-            train(job, world)
+        cache = _open_cache(data_config, world) if data_config.is_remote else None
+        if cache is None:
+            data = open_dataset(Path(parse_location(data_config.location).root), world)
+        else:
+            data = open_cached(cache, data_config.window)
+        stored_size = data.image_size if recipe.crop == "none" else None  # crops have the usual size
+        image_size = config.model.image_size or stored_size or IMAGE_SIZE
+        torch.manual_seed(config.run.seed)
+        model = create_model(config.model.name, data.train.classes, image_size, recipe.drop_path)
+        nodes = world.nodes() if data_config.nodes_split else 1
+        facts = {
+            "task": "pt",
+            "dataset": data_config.name,
+            "dataset_digest": data.digest,
+            "model": config.model.name,
+            "classes": data.train.classes,
+            **({"nodes_split": nodes} if nodes > 1 else {}),
+        }
+        with _prefetching(cache, config, data, nodes, world) as on_step:
+            train(config, model, data, image_size, facts, world, nodes, on_step)
 
 
-def _prepared_cache(choice: Pretraining, world: World) -> ShardCache | None:
-    """The machine's cache of a dataset elsewhere, once one of the machine's processes has prepared it."""
-    if choice.caching is None:
-        return None
-    cache = open_cache(choice.shards, choice.caching.folder, choice.caching.size, choice.window, TRAINING)
+def _open_cache(config: ShardsConfig, world: World) -> ShardCache:
+    """Open the machine's cache of a dataset elsewhere, prepared by one process of the machine."""
+    cache = open_cache(config.location, config.cache_dir, config.cache_size, config.window, TRAINING)
     with world.local_main_first():
         if world.local_rank == 0:
-            cache.prepare(progress if world.main else unseen)
+            cache.prepare(lambda *_: nullcontext(lambda count: None))  # until remote/ takes on_progress
     return cache
 
 
 @contextmanager
-def _fetching_ahead(
-    cache: ShardCache | None, choice: Pretraining, running: Running, lengths: Sequence[int], nodes: int, world: World
+def _prefetching(
+    cache: ShardCache | None, config: TrainConfig, data: Splits, nodes: int, world: World
 ) -> Iterator[Callable[[int, int], None]]:
-    """What shall be told which steps are done: one process of a machine has the shards fetched that all need next."""
+    """Yield a function for ``train`` to call on every step: one process of a machine prefetches its next shards."""
     if cache is None or world.local_rank:
         yield lambda epoch, step: None
         return
-    repeats, batch = running.recipe.repeats, running.recipe.batch_size
+    lengths, repeats, batch = data.train.lengths, config.recipe.repeats, config.recipe.batch_size
     node = world.rank * nodes // world.size
-    part = node_positions(epoch_samples(sum(lengths), repeats), batch, node, nodes, running.pad)
+    part = node_positions(epoch_samples(sum(lengths), repeats), batch, node, nodes, config.run.pad)
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
-    with prefetching(cache) as want:
-        ahead = Ahead(names, lengths, running.seed, choice.window, repeats, want, part)
-        yield lambda epoch, step: ahead.reached(epoch, part.start + step * batch // nodes)
+    schedule = PrefetchSchedule(lengths, config.run.seed, config.window, repeats, part)
+    requested: tuple[int, ...] = ()
+    with prefetching(cache) as request:
+
+        def on_step(epoch: int, step: int) -> None:
+            nonlocal requested
+            shards = schedule.shards(epoch, part.start + step * batch // nodes)
+            if shards != requested:
+                requested = shards
+                request([names[shard] for shard in shards])
+
+        yield on_step

@@ -17,9 +17,9 @@ from fractalshards.errors import FractalError, StoppedError, UsageError, needs_e
 from fractalshards.human import human_count
 from fractalshards.manifest import find_manifest, load_manifest
 from fractalshards.remote.stores import parse_location
-from fractalshards.workers import available_cores, handling
+from fractalshards.workers import STOP_SIGNALS, available_cores, handling
+from fractaltrain.config import EXIT_STOPPED
 from fractaltrain.data.images import find_data
-from fractaltrain.preemption import EXIT_STOPPED, SIGNALS
 from fractaltrain.run_folder import RESULT, RUN, flatten, read_settings
 from fractaltrain.study import Study, StudyPlan, StudyRun
 
@@ -168,7 +168,7 @@ def run_study(
     signals: list[int] = []
     forwarded = False
     try:
-        with handling(lambda number, frame: signals.append(number), *SIGNALS):
+        with handling(lambda number, frame: signals.append(number), *STOP_SIGNALS):
             while running or (waiting and not signals):
                 run = None if signals or len(running) == jobs else _next(waiting, done)
                 if run:
@@ -185,7 +185,7 @@ def run_study(
                     code = running.pop(name).returncode
                     done[name] = code == 0
                     if code == EXIT_STOPPED:
-                        signals.append(SIGNALS[0])
+                        signals.append(STOP_SIGNALS[0])
                     elif code and not signals:
                         _log.error("%s: failed with exit code %d; continuing with other runs", folder / name, code)
                 if signals and not forwarded:

@@ -17,7 +17,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import dataset_name
+from fractaltrain.config import ShardsConfig
 from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
@@ -259,7 +259,7 @@ def _plan_pretraining(study: Study, row: str, model: str, seed: int, digests: Ma
         "task": "pt",
         **_shared_settings(study, model, seed),
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
-        "dataset": dataset_name(dataset.shards),
+        "dataset": ShardsConfig(dataset.shards).name,
     }
     if dataset.shards in digests:
         settings["dataset_digest"] = digests[dataset.shards]

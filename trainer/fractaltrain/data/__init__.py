@@ -1,1 +1,1 @@
-"""Where samples come from: one file per source of images, all read through ``source.Source``."""
+"""Datasets, each read through ``source.SampleSource``: shards, and real images."""

@@ -1,4 +1,4 @@
-"""What the stream reads from: numbered samples, of which any can be read at any time, and parts of such."""
+"""Sources of samples: any sample can be read at any time by its index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,63 +8,95 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import FractalError
-from fractaltrain.stream.bits import Purpose, mix, permutation
-from fractaltrain.stream.order import Indices
+from fractalshards.random import permutation
+from fractaltrain.seeding import Purpose, mix
 
 Images = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
 
 
 class BadSampleError(FractalError):
-    """One sample cannot be read; others may. What cannot be fetched at all is no such error."""
+    """One sample is damaged; others may be readable. A file that cannot be opened or fetched is a ``FractalError``."""
 
 
 class Example(NamedTuple):
-    """One sample: its key, its image (H, W, 3) uint8 RGB, its class index, or those of all classes that it shows."""
+    """A decoded sample.
+
+    Attributes:
+        key: name of the sample in its dataset.
+        image: (H, W, 3) uint8 RGB.
+        label: class index, or the indices of all classes that a multi-label image shows.
+    """
 
     key: str
     image: Images
     label: int | tuple[int, ...]
 
 
-class Source(Protocol):
-    """Samples 0..n-1 of known classes. Reading must be safe in forked loader workers."""
+class SampleSource(Protocol):
+    """Samples 0 to n - 1 of a dataset. Must work in forked and in spawned (pickled) loader workers."""
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Samples per shard, in order of index; a single entry where there are no shards."""
+        """Number of samples per shard, in order of index; one entry for a source without shards."""
 
     @property
     def classes(self) -> int:
         """Number of classes; labels are in [0, classes)."""
 
     def read(self, index: int) -> Example:
-        """Read a sample.
+        """Read and decode a sample.
 
         Raises:
             BadSampleError: if it is damaged, naming file and key.
-            FractalError: if its file cannot be had.
+            FractalError: if its file cannot be opened or fetched.
         """
 
 
-class LabelledSource(Source, Protocol):
-    """A source whose labels are known without reading it, so that it can be split by class."""
+class LabelledSource(SampleSource, Protocol):
+    """A source that knows its labels without decoding images, so that it can be split by class."""
 
     @property
     def labels(self) -> Indices:
-        """(n,) int64 class indices."""
+        """Class index of every sample, (n,) int64."""
 
     @property
     def label_counts(self) -> Indices:
-        """(classes,) int64: how many samples each class has."""
+        """Number of samples per class, (classes,) int64."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names by class index; empty where classes have none."""
+        """Class names by index; empty if the classes have none."""
 
 
 @dataclass(frozen=True)
-class ArraySource:
-    """Images held in memory: ``images`` (n, H, W, 3) uint8, ``labels`` (n,) int64; keys are ``name/index``."""
+class Splits:
+    """Samples to train on and to evaluate on.
+
+    Attributes:
+        val: None if the dataset has no such split.
+        digest: identifies the dataset; None if it is known by its name.
+        image_size: side of all images in pixels; None if they differ or it is unknown.
+        kind: kind of the dataset as ``recipes.for_dataset`` takes it; empty if it is unknown.
+        multi_label: whether an image shows several classes.
+    """
+
+    train: LabelledSource
+    val: LabelledSource | None
+    digest: str | None = None
+    image_size: int | None = None
+    kind: str = ""
+    multi_label: bool = False
+
+
+@dataclass(frozen=True)
+class InMemorySource:
+    """Samples in memory, with keys ``name/index``.
+
+    Attributes:
+        images: (n, H, W, 3) uint8.
+        labels: (n,) int64.
+    """
 
     name: str
     images: Images
@@ -74,60 +106,68 @@ class ArraySource:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """All samples, as one shard."""
         return (len(self.images),)
 
     @property
     def label_counts(self) -> Indices:
-        """(classes,) int64."""
         return np.bincount(self.labels, minlength=self.classes)
 
     def read(self, index: int) -> Example:
-        """Read a sample."""
+        """Return a sample; its image is a view."""
         return Example(f"{self.name}/{index:06d}", self.images[index], int(self.labels[index]))
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some samples of a source, in the order of ``indices`` (m,) int64; keys stay those of the source."""
+    """The samples ``indices`` (m,) int64 of a source, with their keys."""
 
-    source: Source
+    source: LabelledSource
     indices: Indices
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """All samples, as one shard."""
         return (len(self.indices),)
 
     @property
     def classes(self) -> int:
-        """As the source."""
         return self.source.classes
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def labels(self) -> Indices:
+        return self.source.labels[self.indices]
+
+    @property
+    def label_counts(self) -> Indices:
+        return np.bincount(self.labels, minlength=self.classes)
+
     def read(self, index: int) -> Example:
-        """Read a sample."""
+        """Read and decode a sample."""
         return self.source.read(int(self.indices[index]))
 
 
 def split_per_class(source: LabelledSource, per_class: int, seed: int) -> tuple[Subset, Subset]:
-    """``per_class`` samples of every class, and all the others.
+    """Split into ``per_class`` random samples of every class and all others.
 
     Raises:
-        FractalError: if a class has fewer samples than that.
+        FractalError: if a class has fewer samples.
     """
     return _split(source, [per_class] * source.classes, seed)
 
 
 def split_share(source: LabelledSource, share: float, seed: int) -> tuple[Subset, Subset]:
-    """A share in (0, 1) of the samples of every class, rounded, and all the others."""
-    counts = np.bincount(source.labels, minlength=source.classes)
-    return _split(source, [round(share * int(count)) for count in counts], seed)
+    """Split into a random share in (0, 1) of the samples of every class, rounded, and all others."""
+    return _split(source, [round(share * count) for count in source.label_counts.tolist()], seed)
 
 
-def _split(source: LabelledSource, wanted: Sequence[int], seed: int) -> tuple[Subset, Subset]:
-    chosen = np.zeros(len(source.labels), np.bool_)
-    for label, count in enumerate(wanted):
-        members = np.flatnonzero(source.labels == label)
+def _split(source: LabelledSource, counts: Sequence[int], seed: int) -> tuple[Subset, Subset]:
+    labels = source.labels
+    chosen = np.zeros(len(labels), np.bool_)
+    for label, count in enumerate(counts):
+        members = np.flatnonzero(labels == label)
         if count > len(members):
             raise FractalError(f"class {label} has {len(members)} training samples, not {count}; lower --per-class")
         chosen[members[permutation(len(members), mix(seed, Purpose.SUBSET, label))[:count]]] = True

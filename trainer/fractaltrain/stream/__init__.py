@@ -1,12 +1,10 @@
-"""The stream: which samples an epoch trains on, in which order, on which rank, and how they become batches.
+"""The stream: the order of an epoch (``order``, which needs numpy alone) and its batches (``loader``).
 
-``bits`` holds the random bits, ``order`` the epoch order as pure functions, ``ahead`` says which shards come next,
-``loader`` turns the order into batches, ``bad`` counts what could not be read. The first three need numpy alone.
-``seeding`` is for libraries that draw from global generators. An epoch, rank 1 of 2, from its step 5 on, with any
-number of loader workers:
+The batches of rank 1 of 2 in an epoch, from step 5 on, the same for any number of loader workers:
 
     order = epoch_order(source.lengths, seed, epoch, window=16)
     positions = training_positions(len(order), batch=64, rank=1, world=2, pad=False)
-    for batch in iterate(Batches(source, transform, positions, order, seed, epoch), 5, Loading(8, pin_memory=True)):
+    loader = epoch_loader(source, transform, positions, order, seed, epoch, start=5, workers=8)
+    for step, batch in enumerate(loader, 5):
         ...
 """

@@ -1,223 +1,94 @@
-"""Says which shards training needs next, whenever it comes to another window."""
+"""Batches of an epoch: read and transformed in loader workers, in order, from any step on."""
 
-import sys
-import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
-from fractaltrain.data.source import BadSampleError, Example, Images, Source
-from fractaltrain.distributed import World
-from fractaltrain.preemption import prepare_worker
-from fractaltrain.stream.bits import Bits, Purpose, mix
-from fractaltrain.stream.order import Indices, shard_windows
+from fractaltrain.data.source import BadSampleError, Example, Images, Indices, SampleSource
+from fractaltrain.distributed import init_loader_worker
+from fractaltrain.seeding import Purpose, mix
+from fractaltrain.stream.order import shard_windows
 
-
-@dataclass
-class Ahead:
-    """Follows a run through the windows of its epochs, see ``order``.
-
-    Attributes:
-        names: of the training shards.
-        lengths: samples in each.
-        seed: of the run.
-        window: shards that are shuffled together.
-        repeats: how often in a row each sample is taken, see ``order.repeated``.
-        want: told the names of the shards of this window and then of the next one, in their order, once per window.
-        part: positions of every epoch's order that this machine trains on; None: all.
-    """
-
-    names: Sequence[str]
-    lengths: Sequence[int]
-    seed: int
-    window: int
-    repeats: int
-    want: Callable[[Sequence[str]], None]
-    part: range | None = None
-    _told: tuple[int, int] = field(default=(-1, -1), init=False)
-    _ends: tuple[int, list[int]] = field(default=(-1, []), init=False)
-
-    def reached(self, epoch: int, position: int) -> None:
-        """Training has come to a position of an epoch's order; cheap where it is in the same window as before."""
-        if self._ends[0] != epoch:
-            self._ends = (epoch, self._window_ends(epoch))
-        ends, (first, end) = self._ends[1], self._samples()
-        windows = bisect_right(ends, end - 1) + 1  # up to the last one that is needed
-        sample = position // self.repeats
-        number = bisect_right(ends, sample) if sample < end else windows
-        if self._told != (epoch, number):
-            self._told = (epoch, number)
-            following = self._windows(epoch + 1)[bisect_right(self._window_ends(epoch + 1), first)]
-            upcoming = [*self._windows(epoch)[number:windows], following][:2]
-            self.want([self.names[shard] for shards in upcoming for shard in shards])
-
-    def _samples(self) -> tuple[int, int]:
-        """The first sample of the order that is needed, and the end of the last."""
-        all_of_them = sum(self.lengths) // self.repeats
-        if self.part is None:
-            return 0, all_of_them
-        return min(self.part.start // self.repeats, all_of_them - 1), min(
-            -(-self.part.stop // self.repeats), all_of_them
-        )
-
-    def _window_ends(self, epoch: int) -> list[int]:
-        return list(accumulate(sum(self.lengths[shard] for shard in shards) for shards in self._windows(epoch)))
-
-    def _windows(self, epoch: int) -> list[list[int]]:
-        return [shards.tolist() for shards in shard_windows(len(self.lengths), self.seed, epoch, self.window)]
-
+Transform = Callable[[Images, int], Images]
+"""Turns an image (H, W, 3) uint8 into (S, S, 3) uint8; its random numbers depend on the key alone."""
 
 OnBad = Literal["stop", "replace", "drop"]
 
-_PREFETCH = 4
-_TRIES = 10_000  # of positions for one that is bad: more bad ones in a row mean that the dataset is gone
-
-
-class Transform(Protocol):
-    """Makes an image (H, W, 3) uint8 into (S, S, 3) uint8; any randomness comes from the key."""
-
-    @property
-    def image_size(self) -> int:
-        """S, in pixels."""
-
-    def __call__(self, image: Images, key: int, /) -> Images: ...
+_PREFETCH = 4  # batches per worker
+_MAX_BAD = 10_000  # bad samples in a row, after which the dataset is taken for gone
 
 
 class Batch(NamedTuple):
-    """Samples of one rank.
+    """Samples of one rank and step.
 
     Attributes:
-        images: (b, 3, S, S) uint8; in memory the channels come last, as they are decoded.
-        labels: (b,) int64; or (b, classes) float32, 1 for the classes shown, where images show several.
-        keys: what the samples are called where they were read.
-        sample_keys: (b,) uint64, random bits by (seed, epoch, position), for augmentation.
-        bad: why samples could not be read that should be here.
+        images: (b, 3, S, S) uint8, channels last in memory.
+        labels: class indices (b,) int64; of multi-label images 0 or 1 for every class, (b, classes) float32.
+        keys: names of the samples in their dataset.
+        sample_keys: (b,) uint64, keys of the samples' random numbers, from (seed, epoch, position).
+        bad: one message per sample that could not be read.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     keys: tuple[str, ...]
-    sample_keys: Bits
+    sample_keys: npt.NDArray[np.uint64]
     bad: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How batches are fetched; none of it changes what is in them."""
+def epoch_loader(
+    source: SampleSource,
+    transform: Transform,
+    positions: Sequence[Indices] | Indices,
+    order: Indices,
+    seed: int,
+    epoch: int,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+    on_bad: OnBad = "stop",
+) -> Generator[Batch, None, None]:
+    """Yield one rank's batches ``start``, ``start + 1``, ... of an epoch, the same ones for any number of workers.
 
-    workers: int
-    pin_memory: bool
+    To leave the loop early, close the iterator (``contextlib.closing``): this ends the workers, which ignore the
+    signals of batch systems.
 
-
-class Batches(Dataset[Batch | FractalError]):
-    """Item k is the k-th batch of a rank.
-
-    Loader workers take items in turn, so batch k holds the same bits for any number of workers: the order is
-    given, and augmentation is seeded by (seed, epoch, position) of each sample.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        positions: Sequence[Indices] | Indices,
-        order: Indices,
-        seed: int,
-        epoch: int,
-        on_bad: OnBad = "stop",
-    ) -> None:
-        """Read ``order[p % len(order)]`` for each position p of ``positions[k]``.
-
-        Args:
-            on_bad: what becomes of a sample that cannot be read. ``stop``: the end; ``replace``: the sample of the next
-                position that can be read takes its place, so that batches keep their size and ranks their step, and
-                do so after every restart; ``drop``: its batch is smaller.
-        """
-        self._source = source
-        self._transform = transform
-        self._positions = positions
-        self._order = order
-        self._seed = seed
-        self._epoch = epoch
-        self._on_bad = on_bad
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, step: int) -> Batch | FractalError:
-        """The batch, or the error that reading it gave.
-
-        The error is returned because torch's workers turn what they raise into a multi-line text.
-        """
-        positions: list[int] = self._positions[step].tolist()
-        size = self._transform.image_size
-        images = np.empty((len(positions), size, size, 3), np.uint8)
-        labels: list[int | tuple[int, ...]] = []
-        keys: list[str] = []
-        sample_keys: list[int] = []
-        bad: list[str] = []
-        try:
-            for position in positions:
-                if example := self._read(position, bad):
-                    sample_keys.append(mix(self._seed, Purpose.AUGMENT, self._epoch, position))
-                    images[len(keys)] = self._transform(example.image, sample_keys[-1])
-                    labels.append(example.label)
-                    keys.append(example.key)
-        except FractalError as error:
-            return type(error)(*error.args)  # without its causes, not all of which can travel between processes
-        planes = torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2)
-        return Batch(
-            planes,
-            _label_tensor(labels, self._source.classes),
-            tuple(keys),
-            np.array(sample_keys, np.uint64),
-            tuple(bad),
-        )
-
-    def _read(self, position: int, bad: list[str]) -> Example | None:
-        """The sample of a position or what stands for it, if anything; why it is bad is added to ``bad``."""
-        try:
-            return self._source.read(int(self._order[position % len(self._order)]))
-        except BadSampleError as error:
-            if self._on_bad == "stop":
-                raise
-            bad.append(str(error))
-            return self._read_after(position) if self._on_bad == "replace" else None
-
-    def _read_after(self, position: int) -> Example:
-        tries = min(_TRIES, len(self._order) - 1)
-        for later in range(position + 1, position + 1 + tries):
-            with suppress(BadSampleError):
-                return self._source.read(int(self._order[later % len(self._order)]))
-        raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
-
-
-def _label_tensor(labels: Sequence[int | tuple[int, ...]], classes: int) -> torch.Tensor:
-    if not labels or isinstance(labels[0], int):
-        return torch.tensor(labels, dtype=torch.int64)
-    shown = torch.zeros(len(labels), classes)
-    for row, some in zip(shown, labels, strict=True):
-        row[torch.tensor(some)] = 1
-    return shown
-
-
-def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
-    """Batches ``start``, ``start + 1``, ... in order.
+    Args:
+        positions: positions in the order, one array per step, see ``order.training_positions``. A position past the
+            end counts from the start again.
+        order: sample indices, see ``order.epoch_order``.
+        start: first step.
+        workers: loader processes; 0: load in this process.
+        pin_memory: copy batches to page-locked memory, from which a GPU can fetch them.
+        on_bad: treatment of a sample that cannot be read. ``stop``: raise the error; ``replace``: use the next readable
+            sample of the order, with the augmentation of the bad one; ``drop``: yield a smaller batch.
 
     Raises:
-        FractalError: at the first sample that cannot be read and shall stop all, or if a loader worker is killed.
+        FractalError: if a sample cannot be read, or a loader worker is killed.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # two long lines where there are more workers than cores
-        items = iter(_loader(batches, start, loading))
+    loader = DataLoader(
+        _EpochBatches(source, transform, positions, order, seed, epoch, on_bad),
+        batch_size=None,  # an item is a whole batch
+        sampler=range(start, len(positions)),
+        collate_fn=_identity,
+        num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # instead of the global one
+        worker_init_fn=init_loader_worker if workers else None,
+    )
+    items = iter(loader)
     try:
         for item in items:
             if isinstance(item, FractalError):
@@ -228,42 +99,128 @@ def iterate(batches: Batches, start: int, loading: Loading) -> Iterator[Batch]:
             raise
         raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
     finally:
-        del items  # workers end with it; the traceback of an error would keep it, and they ignore what ends processes
+        del items  # ends the workers; the traceback of an error would keep them alive
 
 
-def _loader(batches: Batches, start: int, loading: Loading) -> DataLoader[Batch | FractalError]:
-    return DataLoader(
-        batches,
-        batch_size=None,  # items are whole batches
-        sampler=range(start, len(batches)),
-        collate_fn=_as_it_is,
-        num_workers=loading.workers,
-        prefetch_factor=_PREFETCH if loading.workers else None,
-        pin_memory=loading.pin_memory,
-        generator=torch.Generator(),  # otherwise it would draw from the global one
-        worker_init_fn=prepare_worker if loading.workers else None,
-    )
+@dataclass(frozen=True)
+class _EpochBatches(Dataset[Batch | FractalError]):
+    """A map-style dataset whose item k is the batch of step k."""
+
+    source: SampleSource
+    transform: Transform
+    positions: Sequence[Indices] | Indices
+    order: Indices
+    seed: int
+    epoch: int
+    on_bad: OnBad
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, step: int) -> Batch | FractalError:
+        """Return the batch, or the error: one that a worker raises would arrive as a text of many lines."""
+        positions: list[int] = self.positions[step].tolist()
+        images = np.empty((0, 0, 0, 3), np.uint8)
+        labels: list[int | tuple[int, ...]] = []
+        keys: list[str] = []
+        sample_keys: list[int] = []
+        bad: list[str] = []
+        try:
+            for position in positions:
+                example = self._read(position, bad)
+                if example is None:
+                    continue
+                sample_keys.append(mix(self.seed, Purpose.AUGMENT, self.epoch, position))
+                image = self.transform(example.image, sample_keys[-1])
+                if not keys:
+                    images = np.empty((len(positions), *image.shape), np.uint8)
+                images[len(keys)] = image
+                labels.append(example.label)
+                keys.append(example.key)
+        except FractalError as error:
+            return type(error)(*error.args)  # without its cause, which may not be picklable
+        return Batch(
+            torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2),
+            _label_tensor(labels, self.source.classes),
+            tuple(keys),
+            np.array(sample_keys, np.uint64),
+            tuple(bad),
+        )
+
+    def _read(self, position: int, bad: list[str]) -> Example | None:
+        """Read the sample at a position, or its replacement if there shall be one; append the problem to ``bad``."""
+        try:
+            return self._read_at(position)
+        except BadSampleError as error:
+            if self.on_bad == "stop":
+                raise
+            bad.append(str(error))
+            return self._read_after(position) if self.on_bad == "replace" else None
+
+    def _read_after(self, position: int) -> Example:
+        tries = min(_MAX_BAD, len(self.order) - 1)
+        for later in range(position + 1, position + 1 + tries):
+            with suppress(BadSampleError):
+                return self._read_at(later)
+        raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
+
+    def _read_at(self, position: int) -> Example:
+        return self.source.read(int(self.order[position % len(self.order)]))
 
 
-def _as_it_is(item: Any) -> Any:
+def _label_tensor(labels: Sequence[int | tuple[int, ...]], classes: int) -> torch.Tensor:
+    if not labels or isinstance(labels[0], int):
+        return torch.tensor(labels, dtype=torch.int64)
+    multi_hot = torch.zeros(len(labels), classes)
+    for row, indices in zip(multi_hot, labels, strict=True):
+        row[torch.tensor(indices)] = 1
+    return multi_hot
+
+
+def _identity(item: Any) -> Any:
     return item
 
 
-class BadSamples:
-    """What one rank met in one pass over its batches, and what all ranks had met ``before`` it was interrupted."""
+class PrefetchSchedule:
+    """Tells which shards training reads next, so that remote ones can be fetched ahead of time."""
 
-    def __init__(self, before: int = 0) -> None:
-        self._before = before
-        self._count = 0
+    def __init__(
+        self, lengths: Sequence[int], seed: int, window: int, repeats: int = 1, positions: range | None = None
+    ) -> None:
+        """Create the schedule of a run.
 
-    def noting(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        """The batches as they come, while their bad samples are counted; the first one is printed."""
-        for batch in batches:
-            if batch.bad and not self._count:
-                print(f"bad sample, going on without it: {batch.bad[0]}", file=sys.stderr, flush=True)
-            self._count += len(batch.bad)
-            yield batch
+        Args:
+            lengths: samples per shard.
+            seed: seed of the run.
+            window: shards that are shuffled together.
+            repeats: how often each sample is repeated, see ``order.repeated``.
+            positions: positions of every epoch that this machine trains on; None: all.
+        """
+        self._lengths = lengths
+        self._seed = seed
+        self._window = window
+        self._repeats = repeats
+        samples = sum(lengths) // repeats
+        positions = positions or range(samples * repeats)
+        self._first = min(positions.start // repeats, samples - 1)
+        self._last = min((positions.stop - 1) // repeats, samples - 1)
+        self._windows = lru_cache(maxsize=2)(self._find_windows)
 
-    def total(self, world: World) -> int:
-        """The number that all ranks met, before and now; all must ask."""
-        return self._before + int(world.sum(torch.tensor(self._count, device=world.device)))
+    def shards(self, epoch: int, position: int) -> tuple[int, ...]:
+        """Return the shards of the window at a position of an epoch, then those of the next window, without duplicates.
+
+        The last window that this machine reads in an epoch is followed by the first one that it reads in the next.
+        """
+        windows, ends = self._windows(epoch)
+        number = bisect_right(ends, min(position // self._repeats, self._last))
+        if number < bisect_right(ends, self._last):
+            following = windows[number + 1]
+        else:
+            next_windows, next_ends = self._windows(epoch + 1)
+            following = next_windows[bisect_right(next_ends, self._first)]
+        return tuple(dict.fromkeys([*windows[number], *following]))
+
+    def _find_windows(self, epoch: int) -> tuple[list[list[int]], list[int]]:
+        """Return the windows of an epoch, and the number of samples up to the end of each."""
+        windows = [shards.tolist() for shards in shard_windows(len(self._lengths), self._seed, epoch, self._window)]
+        return windows, list(accumulate(sum(self._lengths[shard] for shard in shards) for shards in windows))

@@ -26,12 +26,11 @@ the same arrays and leaving out the first ``step`` rows, with any number of work
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from fractalshards.errors import UsageError
-from fractaltrain.stream.bits import Purpose, mix, permutation
-
-Indices = npt.NDArray[np.int64]
+from fractalshards.random import permutation
+from fractaltrain.data.source import Indices
+from fractaltrain.seeding import Purpose, mix
 
 
 def epoch_order(lengths: Sequence[int], seed: int, epoch: int, window: int) -> Indices:

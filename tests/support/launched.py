@@ -1,0 +1,44 @@
+"""What ``test_distributed`` launches in ranks: functions of a configuration that ``distributed.launch`` can import."""
+
+import sys
+import time
+from pathlib import Path
+
+from fractalshards.errors import FractalError
+from fractaltrain.distributed import join_world, launch, stop_on_signal, stopped_by
+
+
+def save_slowly(folder: Path) -> None:
+    """Wait for a signal; then rank 0 takes its time to save."""
+    seconds = float((folder / "seconds").read_text())
+    with join_world() as world, stop_on_signal() as stop:
+        (folder / f"ready-{world.rank}").touch()
+        while not world.max(stop.signal):
+            time.sleep(0.05)
+        if world.main:
+            time.sleep(seconds)
+            (folder / "saved").touch()
+        world.barrier()
+        raise stopped_by(world.max(stop.signal))
+
+
+def fail_on_rank_1(folder: Path) -> None:
+    with join_world() as world:
+        if world.rank == 1:
+            raise FractalError(f"{folder}: rank 1 has a reason")
+        world.barrier()
+
+
+def report_world(folder: Path) -> None:
+    with join_world() as world:
+        total = sum(world.gather(world.rank))
+        (folder / f"rank-{world.rank}").write_text(f"{world.size} {total}")
+
+
+if __name__ == "__main__":
+    name, path = sys.argv[1:]
+    try:
+        launch(globals()[name], Path(path), 2)
+    except FractalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 1))

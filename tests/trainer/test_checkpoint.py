@@ -1,0 +1,224 @@
+"""Checkpoints and the folder of a run: whole, damaged, hostile, of another run, on a full disk."""
+
+import io
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import torch
+from torch import nn
+
+from fractalshards.errors import FractalError
+from fractalshards.storage import atomic_file
+from fractaltrain.checkpoint import (
+    Position,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_run,
+    save_checkpoint,
+)
+from fractaltrain.run_folder import append_metrics, load_settings, open_run, read_metrics, rewind_metrics
+from tiny_training import RECIPE, assert_same_run, interrupt_before_step, run_tiny
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+HOSTILE = [b"", b"rubbish\n", b"(", b"\x80\x02X", b"cos\nsystem\n", b"\x80\x05.", b"V\n", b"PK\x03\x04abc"]
+
+
+class Part(dict):
+    """A state dict as something that has one."""
+
+    def state_dict(self) -> dict:
+        return dict(self)
+
+
+@pytest.mark.parametrize("data", [*HOSTILE, None], ids=repr)
+def test_damaged_checkpoint_is_skipped(tmp_path, recwarn, data):
+    """None: cut in half."""
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, Position(epoch), {"model": Part()}, keep=2)
+    newest = checkpoint_path(tmp_path, Position(2))
+    newest.write_bytes(newest.read_bytes()[:300] if data is None else data)
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.position == Position(1)
+    [problem] = found.skipped
+    assert (problem.startswith(str(newest)), "\n" in problem) == (True, False)
+    checkpoint_path(tmp_path, Position(1)).unlink()
+    with pytest.raises(FractalError, match=newest.name) as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(recwarn) == 0
+
+
+def test_resume_after_a_damaged_checkpoint_is_bit_exact(tiny_run, tmp_path, monkeypatch, capfd):
+    interrupt_before_step(monkeypatch, 25 + 22)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "run")
+    monkeypatch.undo()
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    run_tiny(tmp_path / "run", keep=1)
+    assert newest.name in capfd.readouterr().out
+    assert_same_run(tmp_path / "run", tiny_run)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-0002-0000000.pt"]
+
+
+def test_checkpoint_cannot_run_code(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (Path(tmp_path / "pwned").touch, ())
+
+    torch.save({"format": 3, "position": Malicious()}, tmp_path / "checkpoint-0001-0000000.pt")
+    with pytest.raises(FractalError, match="checkpoint-0001"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_checkpoint_too_large_for_memory_is_not_skipped(tmp_path, monkeypatch, error):
+    """It may be whole, and the next save would remove it."""
+
+    def load(path: Path, **options: object) -> None:
+        raise error
+
+    save_checkpoint(tmp_path, Position(1), {"model": Part()}, keep=2)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(FractalError, match="memory"):
+        load_checkpoint(tmp_path)
+
+
+def test_checkpoint_of_another_model_or_version_is_refused(tmp_path):
+    folder, recipe = tmp_path / "run", replace(RECIPE, epochs=1)
+    run_tiny(folder, recipe, keep=1)
+    (path,) = list_checkpoints(folder)
+    state = torch.load(path, weights_only=True)
+    for content in ({**state, "model": nn.Linear(3, 2).state_dict()}, {**state, "format": 1}, {**state, "format": 2}):
+        torch.save(content, path)
+        with pytest.raises(FractalError, match=path.name) as error:
+            run_tiny(folder, recipe)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_of_version_0_1_can_be_used(tmp_path):
+    """Its runs cannot be continued, but loaded for fine-tuning, evaluation and export."""
+    save_checkpoint(tmp_path, Position(1), {"model": Part(weight=torch.ones(2))}, keep=1)
+    [path] = list_checkpoints(tmp_path)
+    torch.save(torch.load(path, weights_only=True) | {"format": 2, "settings": {"seed": 0}}, path)
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert torch.equal(found.weights["weight"], torch.ones(2))
+
+
+def test_keep_bounds_the_number_of_checkpoints(tmp_path):
+    run_tiny(tmp_path / "run", keep=2)
+    names = [path.name for path in list_checkpoints(tmp_path / "run")]
+    assert names == ["checkpoint-0001-0000020.pt", "checkpoint-0002-0000000.pt"]
+
+
+def test_ctrl_c_while_saving_stays_ctrl_c(tmp_path, monkeypatch):
+    """torch reports only that it could not end the file."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, data) -> int:
+            if self.tell() > 200:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    @contextmanager
+    def interrupted_file(path: Path) -> Iterator[BinaryIO]:
+        with atomic_file(path):
+            yield Interrupted()
+
+    monkeypatch.setattr("fractaltrain.checkpoint.atomic_file", interrupted_file)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, Position(), {"model": Part(weight=torch.zeros(10_000))}, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path, fractaltrain, dataset):
+    """A limit on file sizes stands in for a full disk."""
+    arguments = ("pt", "--shards", dataset, "--model", "test_resnet", "--batch-size", 25, "--out", tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        outcome = fractaltrain(*arguments, "--epochs", 1, "--image-size", 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (outcome.code, outcome.err.count("\n"), "checkpoint-0001-0000000.pt" in outcome.err) == (1, 1, True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "metrics.jsonl", "tb"}
+    assert fractaltrain(*arguments, "--epochs", 1, "--image-size", 16).code == 0
+
+
+# The folder of a run
+
+
+def test_folder_of_another_run_is_refused(tiny_run):
+    before = [(path, path.stat().st_mtime_ns) for path in list_checkpoints(tiny_run)]
+    for changes, noun in (({"recipe": replace(RECIPE, lr=0.5)}, "recipe.lr"), ({"pad": True, "seed": 1}, "seed")):
+        with pytest.raises(FractalError, match=noun):
+            run_tiny(tiny_run, **changes)
+    assert [(path, path.stat().st_mtime_ns) for path in list_checkpoints(tiny_run)] == before
+
+
+def test_same_settings_open_the_same_run(tmp_path):
+    settings = {"model": "m", "recipe": {"mean": (0.5, 0.5)}}  # tuples become lists in JSON
+    open_run(tmp_path / "a" / "run", settings, {"python": "3"}, "auto")
+    open_run(tmp_path / "a" / "run", settings, {"python": "4"}, "auto")
+    assert json.loads((tmp_path / "a" / "run" / "run.json").read_text())["environment"] == {"python": "3"}
+    for other in ({"model": "m", "recipe": {"mean": (0.5, 0.6)}}, settings | {"new": 3}):
+        with pytest.raises(FractalError, match=r"recipe\.mean|new"):
+            open_run(tmp_path / "a" / "run", other, {}, "auto")
+
+
+def test_resume_never_and_must(tmp_path):
+    recipe = replace(RECIPE, epochs=1)
+    with pytest.raises(FractalError, match="--resume must"):
+        run_tiny(tmp_path / "run", recipe, resume="must")
+    assert not (tmp_path / "run").exists()
+    run_tiny(tmp_path / "run", recipe, resume="never")
+    with pytest.raises(FractalError, match="--resume never"):
+        run_tiny(tmp_path / "run", recipe, resume="never")
+    run_tiny(tmp_path / "run", recipe, resume="must")
+
+
+def test_metrics_survive_a_line_that_was_cut_off(tmp_path):
+    for step in (1, 2, 3):
+        append_metrics(tmp_path, {"global_step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"global_st')
+    assert [line["global_step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    rewind_metrics(tmp_path, 2)
+    append_metrics(tmp_path, {"global_step": 9})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("crop", "middle"), ("mean", [0.5, 0.5]), ("std", "wide"), ("epochs", 1.5), ("lr", None), ("lr", -1)],
+)
+def test_run_json_with_a_bad_recipe_is_refused(tiny_run, tmp_path, name, value):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] |= {"model": "test_resnet", "classes": 10}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert json.loads(json.dumps(vars(load_run(folder).settings.recipe))) == run["settings"]["recipe"]
+    run["settings"]["recipe"][name] = value
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(FractalError, match=name) as error:
+        load_run(folder)
+    assert "run.json" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", '{"settings": {"model": 3}}', "[]", '{"settings": null}'])
+def test_damaged_run_json_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(FractalError, match=r"run\.json"):
+        load_settings(tmp_path)

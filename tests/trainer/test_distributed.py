@@ -1,0 +1,304 @@
+"""Several ranks: what they train on, how signals stop them, how they fail together, and that they continue exactly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fractalshards.manifest import read_record
+from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
+from fractaltrain.run_folder import read_metrics
+from fractaltrain.stream.order import epoch_order, training_positions
+
+EPOCHS, BATCH, STEPS = 2, 4, 12  # of 50 samples
+LAUNCHED = Path(__file__).parents[1] / "support" / "launched.py"
+
+
+def pretraining(dataset: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return (
+        "pt", "--shards", dataset, "--out", out, "--model", "test_resnet", "--epochs", EPOCHS, "--batch-size", BATCH,
+        "--image-size", 32, "--window", 2, "--save-every-minutes", 0, *more,
+    )  # fmt: skip
+
+
+def order(epoch: int) -> list[int]:
+    return epoch_order([20, 13, 17], seed=0, epoch=epoch, window=2).tolist()
+
+
+def whole_order() -> list[int]:
+    return [index for epoch in range(EPOCHS) for index in order(epoch)[: STEPS * BATCH]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = load_checkpoint(folder)
+    assert saved is not None
+    return saved.state["model"]
+
+
+def curve(folder: Path) -> list[tuple[object, ...]]:
+    return [(line["split"], line["global_step"], line.get("loss"), line.get("lr")) for line in read_metrics(folder)]
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    assert curve(out) == curve(expected)
+    wanted = weights(expected)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(out).items())
+    assert (out / "result.json").read_text() == (expected / "result.json").read_text()
+
+
+def damage(folder: Path, shard: str, *places: int) -> None:
+    offsets = read_record(folder, shard, "single").offsets
+    with (folder / shard).open("r+b") as file:
+        for place in places:
+            file.seek(offsets[place] + 512 + 60)
+            file.write(b"garbage" * 20)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks, dataset, tmp_path_factory):
+    """A finished run of two ranks with a loader worker each: its folder, and how it ended."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    ended = ranks(2, *pretraining(dataset, folder), "--workers", 1)
+    assert (ended.codes, ended.stderr) == ([0, 0], "")
+    return folder, ended
+
+
+def test_ranks_train_on_the_epoch_order(undisturbed):
+    for rank in range(2):
+        positions = training_positions(50, BATCH, rank, 2, pad=False)
+        expected = [batch.tolist() for epoch in range(EPOCHS) for batch in np.array(order(epoch))[positions]]
+        assert undisturbed[1].keys[rank] == expected
+
+
+@pytest.mark.parametrize(("size", "workers"), [(1, 2), (4, 0)])
+def test_samples_do_not_depend_on_the_number_of_ranks(ranks, dataset, tmp_path, size, workers):
+    ended = ranks(size, *pretraining(dataset, tmp_path / "run", "--model", "test_vit", "--workers", workers))
+    assert ended.codes == [0] * size, ended.stderr
+    assert ended.trained_on() == whole_order()
+
+
+def test_run_killed_with_four_ranks_continues_with_one(ranks, dataset, tmp_path):
+    arguments = pretraining(dataset, tmp_path / "run", "--model", "test_vit")
+    killed = ranks(4, *arguments, signals=[[rank, STEPS + 11, signal.SIGKILL] for rank in range(4)])
+    assert killed.codes == [-signal.SIGKILL] * 4
+    done = ranks(1, *arguments)
+    assert done.codes == [0], done.stderr
+    done_steps = STEPS + 10
+    assert killed.trained_on() == whole_order()[: done_steps * BATCH]
+    assert done.trained_on() == whole_order()[done_steps * BATCH :]
+
+
+def test_nodes_split_gives_each_machine_its_own_samples(ranks, dataset, tmp_path):
+    ended = ranks(4, *pretraining(dataset, tmp_path / "run", "--model", "test_vit", "--nodes-split"), nodes=2)
+    assert ended.codes == [0] * 4, ended.stderr
+    for node in range(2):
+        seen = {index for rank in (2 * node, 2 * node + 1) for batch in ended.keys[rank][:STEPS] for index in batch}
+        assert seen == {*order(0)[node * STEPS * BATCH // 2 :][: STEPS * BATCH // 2]}
+
+
+def test_killed_run_resumes_bit_exactly(ranks, undisturbed, dataset, tmp_path):
+    """Killed with loader workers, continued without."""
+    arguments = pretraining(dataset, tmp_path / "run")
+    killed = ranks(2, *arguments, "--workers", 1, signals=[[rank, STEPS + 11, signal.SIGKILL] for rank in range(2)])
+    assert killed.codes == [-signal.SIGKILL] * 2
+    done = ranks(2, *arguments)
+    assert (done.codes, done.stderr) == ([0, 0], "")
+    assert "continuing at epoch 2, step 10" in done.out[0]
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_one_rank_saves_and_stops_all(ranks, undisturbed, dataset, tmp_path, number):
+    """Between two lines of the metrics; the same command continues bit-exactly."""
+    arguments = pretraining(dataset, tmp_path / "run", "--save-every-minutes", 10)
+    stopped = ranks(2, *arguments, "--workers", 1, signals=[[1, STEPS + 4, number]])
+    assert stopped.codes == [75, 75]
+    assert number.name in stopped.err[0]
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-0001-0000004.pt"
+    done = ranks(2, *arguments, "--resume", "must")
+    assert (done.codes, done.stderr) == ([0, 0], "")
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "code", "noun"),
+    [
+        (2, ("--batch-size", 52), 2, "50"),
+        (4, ("--batch-size", 6), 2, "--batch-size"),
+        (2, ("--accumulate", 3), 2, "--accumulate"),
+        (2, ("--model", "resnet51"), 2, "resnet51"),
+        (2, ("--resume", "must"), 1, "--resume"),
+        (2, ("--lr", "1e30"), 1, "--lr"),
+    ],
+)
+def test_wrong_setup_is_one_line(ranks, dataset, tmp_path, size, options, code, noun):
+    ended = ranks(size, *pretraining(dataset, tmp_path / "run", *options))
+    assert ended.codes[0] == code
+    assert (ended.err[0].startswith("error: "), ended.err[0].count("\n"), noun in ended.err[0]) == (True, 1, True)
+
+
+def test_divergence_names_the_samples_of_all_ranks(ranks, dataset, tmp_path):
+    ended = ranks(2, *pretraining(dataset, tmp_path / "run", "--lr", "1e30", "--batch-size", 8))
+    samples = [word.strip(",;") for word in ended.err[0].split() if word.strip(",;").isdigit() and len(word) > 8]
+    assert len(set(samples)) == 8
+
+
+def test_fewer_val_images_than_ranks(ranks, tmp_path, write_dataset):
+    dataset = write_dataset(tmp_path / "shards", train=(50,), val=3)
+    ended = ranks(4, *pretraining(dataset, tmp_path / "run", "--model", "test_vit"))
+    assert ended.codes == [0] * 4, ended.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 3
+
+
+def test_bad_samples_are_replaced_and_counted(ranks, dataset, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(dataset, folder)
+    damage(folder, "train-000000.tar", 3, 9)
+    damage(folder, "train-000002.tar", 0)
+    damage(folder, "val-000000.tar", 5)
+    done = ranks(2, *pretraining(folder, tmp_path / "run", "--on-bad-sample", "skip"))
+    assert done.codes == [0, 0], done.stderr
+    expected, replaced = [], []
+    for epoch in range(EPOCHS):
+        good = [index not in (3, 9, 33) for index in order(epoch)]
+        used = [next(p for p in range(at, at + 50) if good[p % 50]) % 50 for at in range(STEPS * BATCH)]
+        expected += [order(epoch)[position] for position in used]
+        replaced.append(good[: STEPS * BATCH].count(False))
+    assert done.trained_on() == expected
+    assert "000000003" in done.stderr
+    epochs = [line for line in read_metrics(tmp_path / "run") if line["split"] == "epoch"]
+    assert [line["bad_samples"] for line in epochs] == replaced
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 12
+
+
+# The launcher, --nproc 2: real processes, each of which imports PyTorch.
+
+
+def launched(name: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(LAUNCHED), name, str(folder)]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, start_new_session=True
+    )
+
+
+def wait_for(*paths: Path) -> None:
+    limit = time.monotonic() + 120
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, by rank; torch starts a resource tracker besides."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def assert_gone(pids: Iterable[int]) -> None:
+    """Within 30 s; a process that nobody has waited for has an empty command line."""
+    limit = time.monotonic() + 30
+    for path in [Path(f"/proc/{pid}/cmdline") for pid in pids]:
+        while path.exists() and path.read_bytes():
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds"), [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 60, marks=pytest.mark.slow)]
+)
+def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, seconds):
+    (tmp_path / "seconds").write_text(str(seconds))
+    launcher = launched("save_slowly", tmp_path)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher.send_signal(number)
+    _, err = launcher.communicate(timeout=seconds + 60)
+    assert (launcher.returncode, err.count("\n"), number.name in err) == (75, 1, True)
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.slow
+def test_launcher_ends_when_a_rank_is_killed(tmp_path):
+    (tmp_path / "seconds").write_text("0")
+    launcher = launched("save_slowly", tmp_path)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, err = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert (launcher.returncode, err.count("\n"), "SIGKILL" in err) == (1, 1, True)
+
+
+@pytest.mark.slow
+def test_launcher_killed_takes_its_ranks_down(tmp_path):
+    launcher = launched("save_slowly", tmp_path)
+    (tmp_path / "seconds").write_text("0")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    ranks = ranks_of(launcher)
+    launcher.kill()
+    launcher.communicate()
+    assert_gone(ranks)
+
+
+@pytest.mark.slow
+def test_launcher_reports_the_error_of_the_rank_that_has_one(tmp_path):
+    launcher = launched("fail_on_rank_1", tmp_path)
+    _, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, err) == (1, f"error: {tmp_path}: rank 1 has a reason\n")
+
+
+@pytest.mark.slow
+def test_signal_to_the_command_saves_and_resume_is_bit_exact(undisturbed, dataset, tmp_path):
+    """The real command with two ranks: exit code 75, then the same command."""
+    epochs = ("--epochs", EPOCHS, "--nproc", 2, "--workers", 1)
+    words = list(map(str, (sys.executable, "-m", "fractaltrain", *pretraining(dataset, tmp_path / "run", *epochs))))
+    training = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    training.send_signal(signal.SIGTERM)
+    _, err = training.communicate(timeout=120)
+    assert (training.returncode, err.count("\n"), "SIGTERM" in err) == (75, 1, True)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+@pytest.mark.slow
+def test_loader_workers_end_with_a_killed_training(dataset, tmp_path):
+    arguments = pretraining(dataset, tmp_path / "run", "--epochs", 5000, "--workers", 2)
+    training = subprocess.Popen(list(map(str, (sys.executable, "-m", "fractaltrain", *arguments))))
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    workers = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    training.kill()
+    training.wait()
+    assert_gone(map(int, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("--nproc", 2), ()])
+def test_ctrl_c_ends_a_training_at_once(dataset, tmp_path, command):
+    words = (sys.executable, "-m", "fractaltrain", *pretraining(dataset, tmp_path / "run", "--epochs", 5000, *command))
+    training = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    os.killpg(training.pid, signal.SIGINT)
+    began = time.monotonic()
+    _, err = training.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert (training.returncode, err.count("\n")) == (130, 1)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(undisturbed, dataset, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    command = (*torchrun, "-m", "fractaltrain", *pretraining(dataset, tmp_path / "run"))
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", undisturbed[0])
