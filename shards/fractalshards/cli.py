@@ -1,4 +1,4 @@
-"""The command ``fractalshards``: parses options, calls one function per command, prints what came of it."""
+"""The command ``fractalshards``: parses options, calls one function per command, prints the result."""
 
 import json
 import shlex
@@ -38,20 +38,20 @@ from fractalshards.survey import survey_dataset
 from fractalshards.verify import repair_advice, verify_dataset
 
 _FOLDER = click.argument("folder", metavar="DIR", type=PATH)
-_JSON = click.option("--json", "as_json", is_flag=True, help="For programs, on stdout.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
 @click.group(cls=Commands)
 @click.version_option(package_name="fractalpretrain", prog_name="fractalshards")
 def main() -> None:
-    """Look at datasets of shards, check, share and compare them, and pack real images into them."""
+    """Inspect, verify, share and compare datasets of shards, and pack real images into shards."""
 
 
 @main.command()
 @_FOLDER
 @_JSON
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a dataset is.
+    """Show a summary of a dataset.
 
     Example: fractalshards info shards/single
     """
@@ -70,7 +70,7 @@ def info(folder: Path, as_json: bool) -> None:
 @_JSON
 @quiet_option
 def verify(folder: Path, workers: int, as_json: bool) -> None:
-    """Check hashes and counts and decode every image; name what is wrong, and exit with 1 if anything is.
+    """Check hashes and counts and decode every image; name all problems, and exit with 1 if there are any.
 
     Example: fractalshards verify shards/single
     """
@@ -90,11 +90,11 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=PATH, required=True, help="Picture to write: .png or .jpg.")
+@click.option("--out", type=PATH, required=True, help="Image file to write: .png or .jpg.")
 @click.option("--split", default="train", help="Split to show.")
 @click.option("--classes", default=16, type=click.IntRange(1), help="Rows.")
 @click.option("--per-class", default=8, type=click.IntRange(1), help="Images in a row.")
-@click.option("--tile", default=96, type=click.IntRange(8), help="Pixels of an image.")
+@click.option("--tile", default=96, type=click.IntRange(8), help="Size of an image in pixels.")
 def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, tile: int) -> None:
     """Draw a contact sheet of a dataset, a row per class.
 
@@ -110,13 +110,13 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=PATH, required=True, help="Page to write: .html.")
+@click.option("--out", type=PATH, required=True, help="File to write: .html.")
 @workers_option
 @quiet_option
 def report(folder: Path, out: Path, workers: int) -> None:
     """Write an HTML page about a dataset: samples of every class, distributions, recipe, digests.
 
-    The page is one file of at most 12 MB that loads nothing. It needs pip install '.[report]'.
+    The page is one self-contained file of at most 12 MB. It needs pip install '.[report]'.
 
     Example: fractalshards report shards/single --out single.html
     """
@@ -133,7 +133,7 @@ def report(folder: Path, out: Path, workers: int) -> None:
 @_FOLDER
 @click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 def recipe(folder: Path, out: Path | None) -> None:
-    """Write a dataset as a recipe, a small file from which 'fractalgen build' renders the same images.
+    """Write the portable recipe of a dataset, a small file from which 'fractalgen build' renders the same images.
 
     Example: fractalshards recipe shards/single > recipe.json
     """
@@ -170,7 +170,7 @@ def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
     return 0 if found.same else 1
 
 
-_JOBS = click.option("--jobs", default=8, type=click.IntRange(1), help="Files moved at a time.")
+_JOBS = click.option("--jobs", default=8, type=click.IntRange(1), help="Files transferred at a time.")
 _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of each split.  [default: all]")
 
 
@@ -181,10 +181,10 @@ _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of 
 @_JOBS
 @quiet_option
 def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
-    """Store a dataset elsewhere: in another folder, on S3, Google Cloud Storage or Hugging Face.
+    """Copy a dataset to another folder, S3, Google Cloud Storage or Hugging Face.
 
-    URL is a path, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is missing or different
-    travels. What arrived is checked.
+    URL is a path, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only missing or
+    different files are transferred, and every one is checked.
 
     Example: fractalshards push shards/single s3://bucket/single
     """
@@ -199,10 +199,10 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 @_JOBS
 @quiet_option
 def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
-    """Fetch a dataset from another folder, a web server, S3, Google Cloud Storage or Hugging Face.
+    """Copy a dataset from another folder, a web server, S3, Google Cloud Storage or Hugging Face.
 
-    URL is a path, https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only what is
-    missing or different travels, and every file is checked.
+    URL is a path, https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only
+    missing or different files are transferred, and every one is checked.
 
     Example: fractalshards pull s3://bucket/single shards/single
     """
@@ -211,7 +211,7 @@ def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:
-    """What ``info --json`` says."""
+    """The fields of ``info --json``."""
     return {
         "folder": str(manifest.folder),
         "splits": {
@@ -261,7 +261,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     the splits.
 
     imagenet:PATH contains ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share of train
-    or not needed, ILSVRC2012_img_val.tar. They are read in place; this needs pip install '.[imagenet]'.
+    or not needed, ILSVRC2012_img_val.tar. They are not unpacked; this needs pip install '.[imagenet]'.
 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """

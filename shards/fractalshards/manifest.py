@@ -27,31 +27,30 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def shard_name(split: str, shard: int) -> str:
-    """File name of a shard, e.g. ``train-000007.tar``."""
+    """Return the file name of a shard, e.g. ``train-000007.tar``."""
     return f"{split}-{shard:06d}.tar"
 
 
 def sidecar_name(shard: str) -> str:
-    """File name of a shard's sidecar record, e.g. ``train-000007.json``."""
+    """Return the file name of a shard's sidecar, e.g. ``train-000007.json``."""
     return Path(shard).with_suffix(".json").name
 
 
 def sample_key(index: int) -> str:
-    """Key of a sample: its index in the dataset, nine digits."""
+    """Return the key of a sample: its index in the dataset, nine digits."""
     return f"{index:09d}"
 
 
 def is_plain(name: str) -> bool:
-    """Whether ``name`` is a plain file name, and nothing that could lead out of the folder.
+    """Return whether ``name`` is a plain file name that cannot lead out of the folder.
 
-    Separators, ``..``, a leading dot, and anything that could be read as a URL are not: webdataset runs ``pipe:`` URLs
-    in a shell.
+    It has no separator, ``..`` or leading dot and is no URL: webdataset runs ``pipe:`` URLs in a shell.
     """
     return _PLAIN.fullmatch(name) is not None and ".." not in name
 
 
 def check_plain(name: str, where: str) -> str:
-    """Return ``name``, which comes from a dataset that may be hostile, if it is a plain file name.
+    """Return ``name``, which comes from an untrusted dataset, if it is a plain file name.
 
     Raises:
         FractalError: if it is not.
@@ -62,14 +61,13 @@ def check_plain(name: str, where: str) -> str:
 
 
 FORMAT_VERSION = 1
-MAX_CLASSES = 100_000  # systems have names of five digits
+MAX_CLASSES = 100_000  # names of systems have five digits
 MAX_IMAGE_SIZE = 100_000
-MAX_SHARD_SIZE = 100_000  # samples of a shard that this software writes
-MAX_SHARDS = 100_000  # of a dataset that this software writes
-MAX_SAMPLES = 10**9  # of a dataset, for keys have nine digits
-MAX_SAMPLE_BYTES = 64 << 20  # a reader holds a sample in memory
+MAX_SHARD_SIZE = 100_000  # in samples, of shards that this software writes
+MAX_SHARDS = 100_000  # of datasets that this software writes
+MAX_SAMPLES = 10**9  # of a dataset; keys have nine digits
+MAX_SAMPLE_BYTES = 64 << 20  # of a sample, which readers hold in memory
 _SOFTWARE = ("fractalpretrain", "numpy", "numba", "isal")
-
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _ImageSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_IMAGE_SIZE)]
@@ -154,10 +152,12 @@ class _Version(msgspec.Struct, frozen=True):
 class Manifest:
     """``_info.json`` of a finished dataset.
 
-    ``splits`` maps ``train`` (and ``val``) to their shards in order; ``first_samples`` has the index of the first
-    sample of each. ``image_size`` is the side of its square images in pixels, None where they differ. ``class_names``,
-    and the ``class_ids`` of a public vocabulary (WordNet synsets), are by class index, or empty where classes have
-    none.
+    Attributes:
+        image_size: side of the square images in pixels; None if they differ.
+        class_names: by class index; empty if classes have no names.
+        class_ids: ids from a public vocabulary (WordNet synsets) by class index, or empty.
+        splits: the shards of ``train`` and perhaps ``val``, in order.
+        first_samples: for every shard, the index of its first sample.
     """
 
     folder: Path
@@ -174,24 +174,24 @@ class Manifest:
     software: Mapping[str, Any]
 
     def samples(self, split: str) -> int:
-        """Number of samples in a split."""
+        """Return the number of samples in a split."""
         return sum(shard.samples for shard in self.splits[split])
 
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Return the size of all shards."""
         return sum(shard.bytes for shards in self.splits.values() for shard in shards)
 
     def content_digest(self) -> str:
-        """32 hexadecimal digits that identify the dataset: over the content digests of its shards in order."""
+        """Return 32 hexadecimal digits that identify the dataset, over the content digests of its shards in order."""
         digests = {name: [shard.content_digest for shard in shards] for name, shards in self.splits.items()}
         return mapping_digest(digests)
 
     def summary(self) -> str:
-        """The dataset in one line: where, and what."""
+        """Return folder and contents in one line."""
         return f"{self.folder}: {self.contents()}"
 
     def contents(self) -> str:
-        """What is in the dataset, in one line."""
+        """Return number of images, shards, size and content digest in one line."""
         counts = ", ".join(f"{self.samples(name):,} {name}" for name in self.splits)
         shards = human_count(sum(map(len, self.splits.values())), "shard")
         size = human_bytes(self.bytes())
@@ -235,7 +235,7 @@ def parse_record(data: bytes, shard: str, label_type: LabelType, where: str) -> 
 
 
 def finished_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord | None:
-    """The record of a shard that is whole: valid sidecar, and a tar of the size it says; else None."""
+    """Return the record of a shard that is whole, with a valid sidecar and a tar of the right size, else None."""
     try:
         record = read_record(folder, shard, label_type)
         return record if regular_size(folder / shard) == record.bytes else None
@@ -255,7 +255,7 @@ def write_manifest(
     class_names: Sequence[str] = (),
     class_ids: Sequence[str] = (),
 ) -> None:
-    """Assemble ``_info.json`` from its shards: timm's keys, and ours beside them; see ``Manifest``."""
+    """Write ``_info.json``, with timm's keys and our own; see ``Manifest``."""
     names = {"class_names": list(class_names), "class_ids": list(class_ids)}
     info = {
         "format_version": FORMAT_VERSION,
@@ -282,21 +282,21 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def find_manifest(folder: Path) -> Path:
-    """The path of a finished dataset's ``_info.json``.
+    """Return the path of a finished dataset's ``_info.json``.
 
     Raises:
         FractalError: if folder or manifest is missing.
     """
     path = folder / INFO
     if folder.is_file():
-        raise FractalError(f"{folder}: a file; give the folder of a dataset, in which its {INFO} lies")
+        raise FractalError(f"{folder}: a file; give the folder of a dataset, which holds its {INFO}")
     if not folder.is_dir():
         raise FractalError(
             f"{folder}: no such folder; fix the path, or build a dataset there with "
             f"'fractalgen build --kind KIND --n N --out {folder}'"
         )
     if not path.is_file():
-        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; run the command that makes it to the end")
+        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; let the command that makes it finish")
     return path
 
 
@@ -346,7 +346,7 @@ def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
 
 
 def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
-    """The shards of a split.
+    """Return the shards of a split.
 
     Raises:
         FractalError: if the dataset has no such split.
@@ -357,7 +357,7 @@ def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
 
 
 def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
-    """Whether the counts of classes can be those of the samples: one class each, or one and more."""
+    """Whether the counts of classes fit the number of samples, with one class each or more."""
     total = sum(record.label_counts)
     if label_type == "single":
         return total == record.samples
@@ -367,13 +367,13 @@ def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
 def _split_json(name: str, shards: Sequence[Shard], label_type: LabelType) -> dict[str, object]:
     return {
         "name": name,
-        **({"alt_label": "labels"} if label_type == "multi" else {}),  # the field of KEY.json that timm shall read
+        **({"alt_label": "labels"} if label_type == "multi" else {}),  # the field of KEY.json for timm to read
         **split_lists(shards),
     }
 
 
 def split_lists(shards: Sequence[Shard]) -> dict[str, object]:
-    """The fields of a split in ``_info.json`` that are made of its shards."""
+    """Return the fields of a split in ``_info.json`` that list its shards."""
     return {
         "num_samples": sum(shard.samples for shard in shards),
         "filenames": [shard.name for shard in shards],
@@ -406,11 +406,11 @@ def _software() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}}
 
 
-_MAX_TEXT = 60  # letters of a value
+_MAX_TEXT = 60  # characters of a value
 
 
 def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe with its parameters beside them; tuples as the lists that JSON makes of them."""
+    """Return the fields of a recipe and its parameters in one mapping, with tuples as lists, as in JSON."""
     params = recipe.get("params")
     if isinstance(params, dict):
         recipe = {**{name: value for name, value in recipe.items() if name != "params"}, **params}
@@ -418,14 +418,14 @@ def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Name and both values of the fields, parameters included, in which recipes differ; ``-`` where one has none."""
+    """Return name and both values of all fields and parameters in which recipes differ; ``-`` stands for no value."""
     one, other = flat_recipe(first), flat_recipe(second)
     names = [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
     return [(name, _show(one, name), _show(other, name)) for name in names]
 
 
 def recipe_problems(recipe: Mapping[str, Any], digest: str, manifest: Manifest | None = None) -> Iterator[str]:
-    """What is wrong with a recipe and the digest beside it, which are also those of the manifest if one is given."""
+    """Yield what is wrong with a recipe and its digest, which must be those of ``manifest`` if given."""
     if manifest and (recipe != manifest.recipe or digest != manifest.recipe_digest):
         yield "recipe and manifest disagree"
     if mapping_digest(recipe) != digest:
@@ -438,10 +438,10 @@ def _show(recipe: Mapping[str, Any], name: str) -> str:
 
 
 def stored_recipe(folder: Path) -> dict[str, Any] | None:
-    """The recipe of a folder; None if the folder is empty or not there, so that it can become any dataset.
+    """Return the recipe of a folder, or None if the folder is empty or missing.
 
     Raises:
-        FractalError: if the recipe is damaged, or the folder holds something that is no dataset.
+        FractalError: if the recipe is damaged, or the folder holds something other than a dataset.
         OSError: if it cannot be read.
     """
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -454,19 +454,19 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_other(folder: Path, found: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """Raise a FractalError that names the differences, e.g. ``seed 0 there, 1 here``, if two recipes differ."""
+    """Raise a FractalError that names the differences, e.g. ``seed 0 there, 1 here``, if the recipes differ."""
     if differences := recipe_differences(found, recipe):
         other = ", ".join(f"{name} {there} there, {here} here" for name, there, here in differences)
         raise FractalError(f"{folder}: holds another dataset ({other}); choose another folder or the same options")
 
 
 def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the recipe into a new folder; one that has it is left as it is.
+    """Write the recipe into a new folder; a folder that has it stays as it is.
 
-    Of two builds that begin at once in one folder, one publishes its recipe; the other finds it there.
+    Of two builds that start at once in a folder, one writes its recipe and the other finds it.
 
     Raises:
-        FractalError: if the folder holds another recipe by now.
+        FractalError: if the folder holds another recipe by then.
         OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)

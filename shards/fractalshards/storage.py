@@ -1,4 +1,7 @@
-"""Files that came from outside: only regular ones are opened, for a pipe blocks its reader and a device never ends."""
+"""Reading files from outside with bounds, typed JSON, atomic writing, and locks.
+
+Only regular files are opened: a pipe blocks its reader, a device never ends.
+"""
 
 import errno
 import fcntl
@@ -21,11 +24,11 @@ from fractalshards.errors import FractalError
 
 
 def regular_size(path: Path) -> int:
-    """Size in bytes of a regular file, or of one that a link leads to.
+    """Return the size in bytes of a regular file, or of the one that a link leads to.
 
     Raises:
-        FractalError: if it is anything else.
-        OSError: if it is not there.
+        FractalError: if it is not a regular file.
+        OSError: if there is no such file.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -42,12 +45,12 @@ def read_bounded(path: Path, most: int) -> bytes:
     """
     if regular_size(path) <= most:
         with path.open("rb") as file:
-            if len(data := file.read(most + 1)) <= most:  # it may have grown, and some files do not tell their size
+            if len(data := file.read(most + 1)) <= most:  # it may have grown, and some files report no size
                 return data
     raise FractalError(f"{path}: larger than {most >> 20} MiB, not a file of this format; fetch or build it again")
 
 
-MAX_JSON_BYTES = 16 << 20  # parsed, an empty list takes 24 times its text
+MAX_JSON_BYTES = 16 << 20  # a parsed empty list takes 24 times its text
 _MAX_DEPTH = 32
 _MAX_COMMAS = 4_000_000  # "0.0," is the shortest element of a long list
 _NOT_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[^][{}"]++', re.DOTALL)
@@ -55,7 +58,10 @@ _T = TypeVar("_T")
 
 
 def read_json(path: Path, kind: type[_T]) -> _T:
-    """Read a JSON file of at most 16 MiB as a value of a type: a msgspec Struct, a dataclass, ``dict[str, Any]``.
+    """Read a JSON file of at most 16 MiB as a typed value.
+
+    Args:
+        kind: type of the value: a msgspec Struct, a dataclass, ``dict[str, Any]``.
 
     Raises:
         FractalError: naming file and field, if the file is larger, not regular, or not JSON of this type.
@@ -65,7 +71,7 @@ def read_json(path: Path, kind: type[_T]) -> _T:
 
 
 def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
-    """Parse JSON that came from ``where`` as a value of a type; see ``read_json``.
+    """Parse JSON that came from ``where`` as a typed value; see ``read_json``.
 
     Raises:
         FractalError: naming ``where`` and the field, if the data is not JSON of this type, is nested more than 32
@@ -96,10 +102,10 @@ _STALE_SECONDS = 3600.0
 def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing; on success it becomes ``path``, on failure it is removed.
 
-    The temporary name holds host and process, so writers never share one and leftovers can be told apart.
+    The temporary name holds host and process: writers never share one, and ``remove_leftovers`` knows whose it is.
 
     Raises:
-        FileExistsError: if ``exclusive`` and ``path`` is there already, perhaps since a moment ago.
+        FileExistsError: if ``exclusive`` and ``path`` exists by then.
         OSError: as the file system does (full disk, no permission).
     """
     writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
@@ -115,31 +121,31 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         else:
             temporary.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # the error that led here is the one to tell
+        with suppress(OSError):  # the first error counts
             temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # a full disk names no file, and the temporary one tells the user nothing
+            error.filename = str(path)  # a full disk names no file, and nobody knows the temporary one
         raise
     _fsync_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, atomically, and the folders that it lies in; see ``atomic_file``."""
+    """Write a file atomically and make its parent folders; see ``atomic_file``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, data: Mapping[str, object], indent: int | None = None, exclusive: bool = False) -> None:
-    """Write a mapping as JSON, atomically; see ``atomic_file``."""
+    """Write a mapping as JSON atomically; see ``atomic_file``."""
     with atomic_file(path, exclusive) as file:
         file.write(json.dumps(data, indent=indent).encode() + b"\n")
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Remove temporary files whose writer is gone; return how many.
+    """Remove temporary files whose writer is gone, and return their number.
 
-    A writer on this host is gone when its process is; of other hosts only files untouched for an hour are taken.
+    On this host, the process of the writer is gone; on other hosts, the file is an hour old.
     """
     removed = 0
     for path in folder.glob(f"{_PREFIX}*"):

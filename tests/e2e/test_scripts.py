@@ -1,4 +1,4 @@
-"""What docs/quickstart.md promises to scripts: what goes where, ``--quiet``, ``--json``, logs of whole lines."""
+"""Commands in scripts, as docs/quickstart.md promises: stdout and stderr, ``--quiet``, ``--json``, whole lines."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_log_has_whole_lines(tmp_path: Path) -> None:
+def test_log_has_whole_lines(tmp_path: Path) -> None:
     out, err = run(BUILD, tmp_path)
     assert "rendering: 70 / 70 images" in err
     assert "rendering" not in out
@@ -45,7 +45,7 @@ def test_a_log_has_whole_lines(tmp_path: Path) -> None:
 
 
 def on_a_terminal(command: Sequence[str | Path], folder: Path) -> str:
-    """What a command writes to the terminal that its stderr is."""
+    """Return what a command writes to stderr when that is a terminal."""
     reader, writer = pty.openpty()
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=writer, check=True, timeout=100)
     os.close(writer)
@@ -53,20 +53,20 @@ def on_a_terminal(command: Sequence[str | Path], folder: Path) -> str:
     try:
         while chunk := os.read(reader, 65536):
             shown += chunk
-    except OSError:  # how Linux tells the end of a terminal
+    except OSError:  # the end of a terminal on Linux
         pass
     os.close(reader)
     return shown.decode()
 
 
-def test_a_terminal_has_a_bar_unless_quiet(folder: Path) -> None:
+def test_progress_bar_on_a_terminal(folder: Path) -> None:
     command = [BIN / "fractalshards", "verify", "shards/single", "--workers", "1"]
     assert "\x1b[" in (shown := on_a_terminal(command, folder))
     assert "70 / 70 images" in shown
     assert on_a_terminal([*command, "--quiet"], folder) == ""
 
 
-def test_info_and_kinds_for_programs(folder: Path) -> None:
+def test_json_of_info_and_kinds(folder: Path) -> None:
     facts = json.loads(run("fractalshards info --json shards/single", folder)[0])
     assert facts["splits"] == {"train": {"samples": 60, "shards": 3}, "val": {"samples": 10, "shards": 1}}
     assert (facts["recipe"]["kind"], facts["classes"], len(facts["content_digest"])) == ("single", 5, 32)
@@ -77,7 +77,7 @@ def test_info_and_kinds_for_programs(folder: Path) -> None:
     assert parameters["flips"]["range"] == "true, false"
 
 
-def test_verify_for_programs(folder: Path) -> None:
+def test_json_of_verify(folder: Path) -> None:
     assert json.loads(run("fractalshards verify --json shards/single", folder)[0]) == {"sound": True, "problems": []}
     out, err = run("fractalshards verify --json --quiet damaged", folder, code=1)
     found = json.loads(out)
@@ -87,7 +87,7 @@ def test_verify_for_programs(folder: Path) -> None:
     assert len(err.splitlines()) == 1
 
 
-def test_diff_for_programs(folder: Path) -> None:
+def test_json_of_diff(folder: Path) -> None:
     assert json.loads(run("fractalshards diff --json --quiet shards/single damaged", folder)[0])["same"]
     run(f"{BUILD} --quiet --seed 1 --out other", folder)
     found = json.loads(run("fractalshards diff --json --quiet shards/single other", folder, code=1)[0])
