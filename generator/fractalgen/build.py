@@ -13,7 +13,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from fractalgen.kernels.deflate import encode_image
-from fractalgen.kinds import find_kind
 from fractalgen.kinds.kind import MAX_MAPS
 from fractalgen.plan import locate, shard_tasks
 from fractalgen.recipe import RECIPE_VERSION, Recipe
@@ -41,7 +40,6 @@ from fractalshards.writer import (
     finished_shards,
     pack_rendered,
     publish,
-    refuse_vanished,
     run_jobs,
     write_shard,
 )
@@ -59,7 +57,7 @@ class BuildFolder:
         path: where it is; it may not exist yet.
         recipe: what the dataset is, with the digest of its systems.
         systems: one float64 array per class.
-        contents: what the manifest will say, apart from the shards.
+        info: what the manifest will say besides the shards.
         tasks: all shards of the dataset.
         finished: the records of the shards that are finished, by name.
     """
@@ -67,31 +65,48 @@ class BuildFolder:
     path: Path
     recipe: Recipe
     systems: Systems
-    contents: DatasetInfo
+    info: DatasetInfo
     tasks: tuple[ShardTask, ...]
     finished: Mapping[str, ShardRecord]
 
     @classmethod
     def read(cls, path: Path, recipe: Recipe, systems: Systems) -> "BuildFolder":
-        """Find the finished shards of a recipe that holds the digest of these systems.
+        """Find the finished shards of a recipe, and remove leftovers of killed builds.
+
+        Args:
+            path: of the folder, which holds nothing but this dataset.
+            recipe: with the digest of its systems.
+            systems: as stored, given or drawn; checked here, because they may come from elsewhere.
 
         Raises:
-            FractalError: if the recipe's kind cannot render the systems, which may come from elsewhere.
+            FractalError: if the systems are not those of the recipe, or its kind cannot render them.
         """
-        kind = find_kind(recipe.kind)
-        fitting = all(system.shape[1:] == kind.map_shape and 1 <= len(system) <= MAX_MAPS for system in systems)
+        if systems_digest(systems) != recipe.systems_digest:
+            raise FractalError(
+                f"{path / SYSTEMS}: missing or damaged, and not what this software draws for {RECIPE}; fetch it again, "
+                "or build with --categories or --from-csv as the first time"
+            )
+        shape = recipe.family.map_shape
+        fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
         if len(systems) != recipe.classes or not fitting:
             raise FractalError(
                 f"{path}: kind {recipe.kind} renders {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape "
-                f"{kind.map_shape}, which these are not; check {SYSTEMS}, or the file that they come from"
+                f"{shape}, which these are not; check {SYSTEMS}, or the file that they come from"
             )
-        contents = DatasetInfo(recipe.to_json(), kind.label_type, recipe.classes)
+        info = dataset_info(recipe)
         tasks = shard_tasks(recipe)
-        return cls(path, recipe, systems, contents, tasks, finished_shards(path, tasks, contents))
+        finished = finished_shards(path, tasks, info)
+        remove_leftovers(path)
+        return BuildFolder(path, recipe, systems, info, tasks, finished)
+
+
+def dataset_info(recipe: Recipe) -> DatasetInfo:
+    """Return what the manifest says about a recipe's dataset."""
+    return DatasetInfo(recipe.to_json(), recipe.family.label_type, recipe.classes)
 
 
 def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> BuildFolder:
-    """Read a folder in which a recipe is to be built, without writing anything.
+    """Read a folder in which a recipe is to be built; writes nothing.
 
     Args:
         path: a folder of this dataset, an empty folder, or one that does not exist yet.
@@ -115,11 +130,6 @@ def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> Bui
         systems = read_systems(path / SYSTEMS)
     else:
         systems = draw_systems(recipe) if given is None else given
-    if systems_digest(systems) != recipe.systems_digest:
-        raise FractalError(
-            f"{path / SYSTEMS}: missing, or not the systems that {RECIPE} names; restore it, give --categories or "
-            "--from-csv as in the first build, or use a new folder"
-        )
     return BuildFolder.read(path, recipe, systems)
 
 
@@ -196,7 +206,7 @@ class Plan:
 
 
 def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
-    """Decide which shards to render, and check that the disk can hold them; removes leftovers of killed builds.
+    """Decide which shards to render, and check that the disk can hold them.
 
     Args:
         folder: see ``open_folder``.
@@ -206,8 +216,6 @@ def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
         FractalError: if the disk cannot hold the dataset.
         OSError: if the folder cannot be written.
     """
-    if folder.path.exists():
-        remove_leftovers(folder.path)
     own = part.of(folder.tasks) if part else folder.tasks
     missing = tuple(task for task in own if task.name not in folder.finished)
     samples = sum(task.stop - task.first for task in missing)
@@ -229,13 +237,13 @@ def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progr
         The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
 
     Raises:
-        FractalError: if another build has claimed the folder in the meantime, or shards are missing because their
-            workers died again and again (the others are rendered).
+        FractalError: if another build has claimed the folder in the meantime, shards are missing because their
+            workers died again and again (the others are rendered), or finished shards have vanished.
         OSError: as the file system does; finished shards stay.
     """
     claim(plan.folder)
     render_missing(plan, executor, on_progress)
-    return finish_dataset(plan)
+    return publish(plan.folder.path, plan.folder.tasks, plan.own, plan.folder.info)
 
 
 def claim(folder: BuildFolder) -> None:
@@ -259,18 +267,6 @@ def render_missing(plan: Plan, executor: Executor, on_progress: OnProgress = no_
     return {record.name: record for record in run_jobs(jobs, executor, plan.folder.path, on_progress)}
 
 
-def finish_dataset(plan: Plan) -> tuple[str, ...]:
-    """Write the manifest if all shards are there, also those of other slices; see ``run_build``.
-
-    Raises:
-        FractalError: if shards of this build have vanished.
-        OSError: as the file system does.
-    """
-    missing = publish(plan.folder.path, plan.folder.tasks, plan.folder.contents)
-    refuse_vanished(plan.folder.path, {task.name for task in plan.own}.intersection(missing))
-    return missing
-
-
 def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask) -> ShardRecord:
     """Render and write one shard; apart from the files written, a pure function of its arguments."""
     samples = render_range(recipe, systems, task.first, task.stop)
@@ -287,8 +283,7 @@ def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
         )
     if not folder.is_dir():
         raise FractalError(f"{folder}: not there on {host}; all workers need it under the same path")
-    contents = DatasetInfo(recipe.to_json(), find_kind(recipe.kind).label_type, recipe.classes)
-    finished = finished_shards(folder, (task,), contents)
+    finished = finished_shards(folder, (task,), dataset_info(recipe))
     if task.name in finished:
         return finished[task.name]
     return build_shard(folder, recipe, _worker_systems(folder / SYSTEMS, recipe.systems_digest), task)

@@ -128,7 +128,7 @@ def build(
     if recipe_file is not None:
         _refuse_beside_recipe(context)
         portable = read_portable(recipe_file)
-        recipe, given = parse_recipe(portable.recipe, str(recipe_file)), portable.systems
+        recipe, given = parse_recipe(portable.recipe, portable.recipe_digest, str(recipe_file)), portable.systems
     elif kind is None or n is None:
         raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n, or --recipe")
     else:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fractalgen.kernels.random import Stream
-from fractalgen.kinds import find_kind
 from fractalgen.kinds.kind import Unit
 from fractalgen.recipe import Recipe
 from fractalshards.manifest import shard_name
@@ -106,7 +105,7 @@ class _Split:
 
 
 def _splits(recipe: Recipe) -> Iterator[_Split]:
-    per_unit = find_kind(recipe.kind).images_per_unit
+    per_unit = recipe.family.images_per_unit
     block_size = max(_BLOCK_PIXELS // recipe.size**2, 1) * per_unit
     offset = before = 0
     for name, samples in (("train", recipe.n), ("val", recipe.val)):

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -56,7 +56,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
-        kind = find_kind(self.kind)
+        kind = self.family
         if not isinstance(self.params, kind.params):
             raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
         _require(self.n >= 1, f"n is {self.n}: ask for at least 1 image")
@@ -66,7 +66,7 @@ class Recipe:
             self.n >= self.classes or kind.label_type == "multi",
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes (--classes)",
         )
-        self._check_units(kind)
+        self._check_units()
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
         _require(
             self.size in SIZES, f"size is {self.size}: images may be {SIZES.start} to {SIZES.stop - 1} pixels wide"
@@ -84,8 +84,9 @@ class Recipe:
         _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
 
-    def _check_units(self, kind: Kind) -> None:
+    def _check_units(self) -> None:
         """Refuse more images than the kind can give without repeating a render."""
+        kind = self.family
         limit = kind.units_per_class(self.params)
         if limit is None:
             return
@@ -96,9 +97,15 @@ class Recipe:
             f"parameters has {limit * kind.images_per_unit}: lower them or raise classes",
         )
 
+    @property
+    def family(self) -> Kind:
+        """The kind that ``kind`` names."""
+        return find_kind(self.kind)
+
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON-like data."""
-        return asdict(self)
+        """The recipe as JSON holds it, with lists for tuples."""
+        fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return fields
 
     def digest(self) -> str:
         """32 hexadecimal digits that identify the recipe, systems included."""
@@ -125,12 +132,13 @@ class _Stored(msgspec.Struct):
     version: int
 
 
-def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     """Make the recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
 
     Args:
         data: as ``recipe.json`` and the manifest hold it.
-        where: what the data was read from, for errors.
+        digest: the recipe digest beside it.
+        where: the file that the data was read from, for errors.
 
     Raises:
         FractalError: if it is not what this version of the software writes.
@@ -146,8 +154,8 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         recipe = Recipe(**{**stored, "params": params})
     except (msgspec.ValidationError, UsageError) as error:
         raise FractalError(f"{where}: {error}") from error
-    if recipe.digest() != mapping_digest(data):
-        raise FractalError(f"{where}: lacks or adds fields, so not a recipe of version {RECIPE_VERSION}")
+    if recipe.digest() != digest:
+        raise FractalError(f"{where}: recipe digest differs: the recipe was changed; fetch it again")
     return recipe
 
 

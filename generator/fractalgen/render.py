@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from fractalgen.kinds import find_kind
 from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
@@ -25,7 +24,7 @@ def draw_systems(recipe: Recipe) -> Systems:
     Raises:
         UsageError: if the kind has not that many.
     """
-    return find_kind(recipe.kind).draw_systems(recipe.params, recipe.seed, recipe.classes)
+    return recipe.family.draw_systems(recipe.params, recipe.seed, recipe.classes)
 
 
 def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels, Label]:
@@ -50,7 +49,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
 
 def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Rendered]:
     """Render all images of a unit with their labels."""
-    return find_kind(recipe.kind).render(recipe.params, recipe.size, recipe.points, unit, systems)
+    return recipe.family.render(recipe.params, recipe.size, recipe.points, unit, systems)
 
 
 def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Iterator[tuple[str, Rendered]]:
@@ -85,9 +84,8 @@ def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
 
 def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:
     """Images of different units, class after class."""
-    kind = find_kind(recipe.kind)
     systems = draw_systems(recipe)
-    end = kind.units_per_class(recipe.params) or per_class * _PATIENCE
+    end = recipe.family.units_per_class(recipe.params) or per_class * _PATIENCE
     for number in range(end):
         for label in range(recipe.classes):
             images = render_unit(recipe, systems, Unit(recipe.seed, "train", label, number))

@@ -40,7 +40,6 @@ from fractalshards.writer import (
     check_size,
     finished_shards,
     publish,
-    refuse_vanished,
     run_jobs,
     write_samples,
 )
@@ -256,7 +255,7 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
             f"{human_count(len(complaints), 'bad image')}: {'; '.join(complaints[:_MAX_NAMED])}{more}; "
             "replace them and run the same command again, or remove them and pack into a new folder"
         )
-    refuse_vanished(plan.folder, publish(plan.folder, tuple(plan.shards), plan.contents))
+    publish(plan.folder, tuple(plan.shards), tuple(plan.shards), plan.contents)
 
 
 def pack_shard(folder: Path, task: ShardTask, images: Images, classes: int) -> list[str]:

@@ -15,7 +15,6 @@ from fractalshards.manifest import (
     ShardRecord,
     finished_record,
     load_manifest,
-    recipe_problems,
     write_manifest,
     write_record,
 )
@@ -143,7 +142,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The fields of a manifest that are known before any shard is written."""
+    """The fields of a manifest that are known before any sample is written; ``recipe`` as JSON holds it."""
 
     recipe: Mapping[str, Any]
     label_type: LabelType
@@ -151,9 +150,14 @@ class DatasetInfo:
     class_names: tuple[str, ...] = ()
     class_ids: tuple[str, ...] = ()
 
+    @property
+    def recipe_digest(self) -> str:
+        """32 hexadecimal digits that identify the recipe."""
+        return mapping_digest(self.recipe)
+
 
 def finished_shards(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> dict[str, ShardRecord]:
-    """Return, by name, the records of the shards that are whole and have the samples and classes of their tasks."""
+    """Read the records of the finished shards, by name: whole, and with the samples and classes of their tasks."""
     found = {task: finished_record(folder, task.name, info.label_type) for task in tasks}
     return {
         task.name: record
@@ -218,27 +222,39 @@ def _outcome(future: Future[_T]) -> BaseException | None:
         return error
 
 
-def publish(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> tuple[str, ...]:
-    """Write the manifest, once all shards are there, and remove what killed builds left.
+def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], info: DatasetInfo) -> tuple[str, ...]:
+    """Write the manifest from the sidecars once all shards are finished, and remove leftovers of killed builds.
+
+    Args:
+        folder: of the dataset.
+        tasks: all shards of the dataset.
+        own: those that the caller has written or found finished.
+        info: the fields of the manifest besides the shards.
 
     Returns:
-        The names of the missing shards; if there are none, there is a manifest.
+        The names of the shards that are missing; if there are none, the manifest is there.
 
     Raises:
-        OSError: if it cannot be written.
+        FractalError: if one of the caller's own shards has vanished.
+        OSError: if the manifest cannot be written.
     """
     records = finished_shards(folder, tasks, info)
+    if vanished := sorted(task.name for task in own if task.name not in records):
+        raise FractalError(
+            f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
+            "system, then run the same command again"
+        )
     missing = tuple(task.name for task in tasks if task.name not in records)
     if not missing:
         names = dict.fromkeys(task.split for task in tasks)
         splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
         sides = {record.image_size for record in records.values()}
-        if not _listed(folder, splits, info):
+        if not _is_published(folder, splits, info):
             write_manifest(
                 folder,
                 splits,
                 recipe=info.recipe,
-                recipe_digest=mapping_digest(info.recipe),
+                recipe_digest=info.recipe_digest,
                 label_type=info.label_type,
                 classes=info.classes,
                 image_size=sides.pop() if len(sides) == 1 else None,
@@ -249,20 +265,11 @@ def publish(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> tupl
     return missing
 
 
-def refuse_vanished(folder: Path, names: Iterable[str]) -> None:
-    """Raise a FractalError that names shards that were written and are gone, if there are any."""
-    if vanished := sorted(names):
-        raise FractalError(
-            f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
-            "system, then run the same command again"
-        )
-
-
-def _listed(folder: Path, splits: Mapping[str, object], info: DatasetInfo) -> bool:
+def _is_published(folder: Path, splits: Mapping[str, object], info: DatasetInfo) -> bool:
     """Whether there is a manifest of this recipe that lists exactly these shards."""
     try:
         manifest = load_manifest(folder)
     except FractalError:
         return False
-    sound = not any(recipe_problems(manifest.recipe, manifest.recipe_digest))
-    return sound and manifest.splits == splits and manifest.recipe_digest == mapping_digest(info.recipe)
+    found = manifest.splits, manifest.recipe, manifest.recipe_digest
+    return found == (splits, info.recipe, info.recipe_digest)

@@ -9,6 +9,7 @@ import pytest
 
 from fractalgen import Recipe, draw_systems, make_recipe
 from fractalgen.recipe import parse_recipe
+from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError, UsageError
 
 
@@ -99,7 +100,7 @@ def test_make_recipe_takes_numpy_integers_and_values() -> None:
 def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
     recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60)
     recipe = recipe.with_systems(draw_systems(recipe))
-    assert parse_recipe(json.loads(json.dumps(recipe.to_json())), "a test") == recipe
+    assert parse_recipe(json.loads(json.dumps(recipe.to_json())), recipe.digest(), "a test") == recipe
 
 
 @pytest.mark.parametrize(
@@ -114,15 +115,15 @@ def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
         ({"params": []}, "params"),
         ({"params": {"blur": 1}}, "unknown parameter 'blur'"),
         ({"params": {"maps": {"a": [1]}}}, "maps="),
-        ({"params": {}}, "lacks or adds fields"),
-        ({"more": 1}, "lacks or adds fields"),
+        ({"params": {}}, "recipe digest differs"),
+        ({"more": 1}, "recipe digest differs"),
     ],
     ids=str,
 )
 def test_parse_recipe_refuses_other_json(changes: dict[str, Any], words: str) -> None:
     data = json.loads(json.dumps(make_recipe("single", 100, classes=5).to_json())) | changes
     with pytest.raises(FractalError, match=words) as caught:
-        parse_recipe(data, "recipe.json")
+        parse_recipe(data, mapping_digest(data), "recipe.json")
     assert not isinstance(caught.value, UsageError)
     assert str(caught.value).startswith("recipe.json")
     assert "\n" not in str(caught.value)
