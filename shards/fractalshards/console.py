@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -188,17 +188,6 @@ workers_option = click.option(
 )
 
 
-@contextmanager
-def as_quiet_as(quiet: bool) -> Iterator[None]:
-    """In a process that works for a command: as quiet as that one is."""
-    before = is_quiet()
-    show_logs(quiet)
-    try:
-        yield
-    finally:
-        show_logs(before)
-
-
 def note(text: str) -> None:
     """Print a note to stderr, unless ``--quiet``."""
     if not is_quiet():
@@ -233,11 +222,6 @@ def show_logs(quiet: bool = False) -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
         logger.addHandler(_LOG_HANDLER)
-
-
-def unseen(*_: object) -> AbstractContextManager[Callable[[int], None]]:
-    """In place of ``progress``, where another process shows it."""
-    return nullcontext(lambda count: None)
 
 
 @contextmanager

@@ -257,6 +257,7 @@ def write_manifest(
 ) -> None:
     """Write ``_info.json``, with timm's keys and our own; see ``Manifest``."""
     names = {"class_names": list(class_names), "class_ids": list(class_ids)}
+    alt_label = {"alt_label": "labels"} if label_type == "multi" else {}  # the field of KEY.json for timm to read
     info = {
         "format_version": FORMAT_VERSION,
         "recipe": dict(recipe),
@@ -266,7 +267,7 @@ def write_manifest(
         "image_size": image_size,
         **{name: values for name, values in names.items() if values},
         "software": _software(),
-        "splits": {name: _split_json(name, shards, label_type) for name, shards in splits.items()},
+        "splits": {name: {"name": name, **alt_label, **split_lists(shards)} for name, shards in splits.items()},
     }
     write_json(folder / INFO, info, indent=1)
 
@@ -315,21 +316,12 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
         if len(names) not in (0, info.classes):
             raise FractalError(f"{where}: {len(names)} {name} for {info.classes} classes; fetch or build it again")
     check_names({name: split.filenames for name, split in info.splits.items()}, where)
-    splits = {name: split.shards(where) for name, split in info.splits.items()}
-    return Manifest(
-        folder=folder,
-        format_version=found,
-        recipe=info.recipe,
-        recipe_digest=info.recipe_digest,
-        label_type=info.label_type,
-        classes=info.classes,
-        image_size=info.image_size,
-        class_names=info.class_names,
-        class_ids=info.class_ids,
-        splits=splits,
-        first_samples=_first_samples(info.splits, where),
-        software=info.software,
-    )
+    fields = msgspec.structs.asdict(info) | {
+        "format_version": found,
+        "splits": {name: split.shards(where) for name, split in info.splits.items()},
+        "first_samples": _first_samples(info.splits, where),
+    }
+    return Manifest(folder, **fields)
 
 
 def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
@@ -362,14 +354,6 @@ def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
     if label_type == "single":
         return total == record.samples
     return total >= record.samples and all(count <= record.samples for count in record.label_counts)
-
-
-def _split_json(name: str, shards: Sequence[Shard], label_type: LabelType) -> dict[str, object]:
-    return {
-        "name": name,
-        **({"alt_label": "labels"} if label_type == "multi" else {}),  # the field of KEY.json for timm to read
-        **split_lists(shards),
-    }
 
 
 def split_lists(shards: Sequence[Shard]) -> dict[str, object]:

@@ -81,3 +81,16 @@ def test_every_parameter_of_every_kind_is_explained() -> None:
         assert f"## {kind.name}\n" in page
         for field in fields(kind.params):
             assert f"`{field.name}`" in page, f"{kind.name}: {field.name}"
+
+
+def test_pictures_are_small_and_used() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 300_000, picture
+        assert f"images/{picture.name}" in pages
+
+
+def test_links_of_readme_and_contributing() -> None:
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"

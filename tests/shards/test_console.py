@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from damages import edit_split
-from fractalshards import console, diff, pack, report, verify
+from fractalshards import console, workers
 from fractalshards.cli import main
 from fractalshards.console import PATH, Commands, notice, quiet_option, workers_option
 from fractalshards.errors import describe_os_error
@@ -82,8 +82,7 @@ def test_os_error_names_the_file() -> None:
 def test_quiet_prints_results_only(
     command: str, dataset: Path, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (verify, diff, report, pack):
-        monkeypatch.setattr(module, "worker_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
     other = shutil.copytree(dataset, tmp_path / "other")
     edit_split(other, content_digests=["0" * 32, "1" * 32])  # so that ``diff`` reads images
 

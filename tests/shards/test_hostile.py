@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from damages import HOSTILE, MARK
-from fractalshards import png, verify
+from fractalshards import png, workers
 from fractalshards.cli import main
 from fractalshards.manifest import INFO
 
@@ -16,7 +16,7 @@ from fractalshards.manifest import INFO
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads instead of processes, and a bound that is reached soon."""
-    monkeypatch.setattr(verify, "worker_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
     monkeypatch.setattr(png, "_MAX_CHUNKS", 1000)
 
 
