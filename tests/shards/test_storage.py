@@ -1,14 +1,17 @@
 """Atomic files, leftovers of killed writers, and typed JSON."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fractalshards.storage import atomic_file, remove_leftovers
+from fractalshards.errors import FractalError
+from fractalshards.storage import atomic_file, parse_json, remove_leftovers
 
 
 def leftover(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
@@ -59,3 +62,18 @@ def test_atomic_file_on_a_full_disk(small_disk: Path) -> None:
         file.write(bytes(1 << 20))
     assert caught.value.filename == str(small_disk / "a.tar")
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("lists", ["[" * 31 + r'"[[\"[["' + "]" * 31, "[],[{}]"])
+def test_parse_json_is_that_of_json(lists: str) -> None:
+    data = b'{"a": [%s], "b": -0.1e-7, "c": "\\u00e9"}' % lists.encode()
+    assert parse_json(data, dict[str, Any], "here") == json.loads(data)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"NaN", b"Infinity", b"1e999", b"1} x", b'"\xff"', b"[" * 32 + b"]" * 32, b"[" * 10**7, b"[" + b"[]," * 10**7],
+)
+def test_parse_json_rejects(value: bytes) -> None:
+    with pytest.raises(FractalError, match="here"):
+        parse_json(b'{"a": ' + value + b"}", dict[str, Any], "here")
