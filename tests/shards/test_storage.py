@@ -64,7 +64,7 @@ def test_atomic_file_on_a_full_disk(small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("lists", ["[" * 31 + r'"[[\"[["' + "]" * 31, "[],[{}]"])
+@pytest.mark.parametrize("lists", ["[" * 30 + r'"[[\"[["' + "]" * 30, "[],[{}]"])
 def test_parse_json_is_that_of_json(lists: str) -> None:
     data = b'{"a": [%s], "b": -0.1e-7, "c": "\\u00e9"}' % lists.encode()
     assert parse_json(data, dict[str, Any], "here") == json.loads(data)
