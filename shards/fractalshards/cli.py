@@ -270,10 +270,11 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
         plan = plan_pack(out, images, seed, shard_size)
     for text in plan.notes:
         note(f"note: {text}")
-    count = sum(task.stop - task.first for task in plan.missing())
-    done = f", {len(plan.finished):,} of them done" if plan.finished else ""
+    count = sum(task.stop - task.first for task in plan.missing)
+    finished = len(plan.shards) - len(plan.missing)
+    done = f", {finished:,} of them done" if finished else ""
     note(
-        f"{out}: {plan.contents.classes:,} classes in {human_count(len(plan.shards), 'shard')}{done}; "
+        f"{out}: {plan.info.classes:,} classes in {human_count(len(plan.shards), 'shard')}{done}; "
         f"to pack: {human_count(count, 'image')}"
     )
     with continuable(out), progress("packing", "images") as on_progress:

@@ -1,11 +1,11 @@
-"""List the images to pack, with their class labels, from a folder ``CLASS/*`` or ``SPLIT/CLASS/*``."""
+"""List the images to pack, with their classes, from a folder ``CLASS/*`` or ``SPLIT/CLASS/*``."""
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,41 +18,60 @@ from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLE_BYTES
 Indices = npt.NDArray[np.int64]
 
 SPLITS = ("train", "val")
-TOO_LARGE = f"larger than {MAX_SAMPLE_BYTES >> 20} MiB, too large for a sample"
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's
 _LAYOUT = "images belong in PATH/CLASS/, or in PATH/train/CLASS/ and PATH/val/CLASS/"
 
 
-class Images(Protocol):
-    """Image files in some order and their class indices; small enough to pickle, because workers get a part each."""
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images of a split: files below a folder, or members of a tar.
 
-    @property
-    def labels(self) -> Indices:
-        """Class index of each image, (n,) int64."""
-        ...
+    Attributes:
+        root: the folder or the tar.
+        names: paths below ``root``, or names in the tar.
+        labels: class indices, (n,) int64.
+        ranges: start and size of each member of the tar in bytes, (n, 2) int64.
+    """
 
-    def take(self, positions: Indices) -> "Images":
+    root: Path
+    names: tuple[str, ...]
+    labels: Indices
+    ranges: Indices | None = None
+
+    def take(self, positions: Indices) -> "ImageFiles":
         """Select images by position, in the order given."""
-        ...
+        names = tuple(self.names[position] for position in positions.tolist())
+        ranges = None if self.ranges is None else self.ranges[positions]
+        return ImageFiles(self.root, names, self.labels[positions], ranges)
 
-    def name(self, position: int) -> str:
-        """Path of an image, for messages."""
-        ...
+    def location(self, position: int) -> str:
+        """Say where an image is, for messages."""
+        return str(self.root / self.names[position]) if self.ranges is None else f"{self.root}: {self.names[position]}"
 
     def read(self, position: int) -> bytes:
         """Read an image file.
 
         Raises:
             FractalError: if it is truncated or larger than a sample may be.
-            OSError: if it cannot be read.
         """
-        ...
+        if self.ranges is None:
+            with (self.root / self.names[position]).open("rb") as file:
+                data = file.read(MAX_SAMPLE_BYTES + 1)
+            size = len(data)
+        else:
+            start, size = self.ranges[position].tolist()
+            data = os.pread(_open(self.root), min(size, MAX_SAMPLE_BYTES + 1), start)
+        if size > MAX_SAMPLE_BYTES:
+            raise FractalError(f"larger than {MAX_SAMPLE_BYTES >> 20} MiB, too large for a sample")
+        if len(data) != size:
+            raise FractalError(f"truncated after {len(data)} of {size} bytes")
+        return data
 
 
 @dataclass(frozen=True)
 class ImageListing:
-    """The images of a source by split, before shares are held out.
+    """The images of a source, before shares are held out.
 
     Attributes:
         class_names, class_ids: by class index, or empty.
@@ -64,39 +83,9 @@ class ImageListing:
     classes: int
     class_names: tuple[str, ...]
     class_ids: tuple[str, ...]
-    splits: Mapping[str, Images]
+    splits: Mapping[str, ImageFiles]
     digest: str
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Image files by their paths below ``folder``; see ``Images``."""
-
-    folder: Path
-    paths: tuple[str, ...]
-    labels: Indices
-
-    def take(self, positions: Indices) -> "FolderImages":
-        paths = tuple(self.paths[position] for position in positions.tolist())
-        return FolderImages(self.folder, paths, self.labels[positions])
-
-    def name(self, position: int) -> str:
-        return str(self.folder / self.paths[position])
-
-    def read(self, position: int) -> bytes:
-        with (self.folder / self.paths[position]).open("rb") as file:
-            data = file.read(MAX_SAMPLE_BYTES + 1)
-        if len(data) > MAX_SAMPLE_BYTES:
-            raise FractalError(TOO_LARGE)
-        return data
-
-
-@dataclass(frozen=True)
-class _SplitFolder:
-    classes: tuple[str, ...]
-    images: FolderImages
-    skipped: int
+    notes: tuple[str, ...] = ()
 
 
 def are_synsets(names: Iterable[str]) -> bool:
@@ -120,43 +109,40 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
 
     Raises:
         FractalError: if a folder, its classes or the images of a class are missing, or the splits differ in classes.
-        OSError: if a folder cannot be read.
     """
     if folders is None:
         folders = {name: name for name in SPLITS if (path / name).is_dir()} if has_splits(path) else {"train": ""}
-    found = {split: _list_split(path / name, split) for split, name in folders.items()}
-    classes = found["train"].classes
-    for split, other in found.items():
-        if other.classes != classes:
-            different = ", ".join(sorted(set(classes) ^ set(other.classes))[:5])
-            raise FractalError(f"{path}: train and {split} have different class folders ({different}); make them equal")
+    classes: tuple[str, ...] = ()
+    splits: dict[str, ImageFiles] = {}
     digest = xxhash.xxh3_128()
-    for split, one in found.items():
-        for name in one.images.paths:
-            digest.update(os.fsencode(f"{split}/{name}") + b"\0")
-    return ImageListing(
-        classes=len(classes),
-        class_names=() if are_synsets(classes) else classes,
-        class_ids=classes if are_synsets(classes) else (),
-        splits={split: one.images for split, one in found.items()},
-        digest=digest.hexdigest(),
-        notes=tuple(_notes(path, folders, found)),
-    )
-
-
-def _notes(path: Path, folders: Mapping[str, str], found: Mapping[str, _SplitFolder]) -> Iterator[str]:
+    skipped = 0
+    for split, name in folders.items():
+        found, splits[split], others = _list_split(path / name, split)
+        if classes and found != classes:
+            different = ", ".join(sorted({*classes} ^ {*found})[:5])
+            raise FractalError(f"{path}: train and {split} have different class folders ({different}); make them equal")
+        classes = found
+        skipped += others
+        for image in splits[split].names:
+            digest.update(os.fsencode(f"{split}/{image}") + b"\0")
+    notes = []
     if folders == {"train": "train"} and not (path / "val").is_dir():
-        yield f"no folder val in {path}, so no split val; name the folders with --split train=DIR,val=DIR"
-    if all(name.count("/") > 1 for one in found.values() for name in one.images.paths):
-        yield (
-            f"all images are in subfolders of {found['train'].classes[0]}, ...; if those folders are splits rather "
-            "than classes, name them with --split train=DIR,val=DIR"
+        notes.append(f"no folder val in {path}, so no split val; name the folders with --split train=DIR,val=DIR")
+    if all(name.count("/") > 1 for images in splits.values() for name in images.names):
+        notes.append(
+            f"all images are in subfolders of {classes[0]}, ...; if those folders are splits rather than classes, "
+            "name them with --split train=DIR,val=DIR"
         )
-    if skipped := sum(one.skipped for one in found.values()):
-        yield f"skipped {human_count(skipped, 'file')}: hidden, outside of class folders, or without image extension"
+    if skipped:
+        notes.append(
+            f"skipped {human_count(skipped, 'file')}: hidden, outside of class folders, or not named as images"
+        )
+    names, ids = ((), classes) if are_synsets(classes) else (classes, ())
+    return ImageListing(len(classes), names, ids, splits, digest.hexdigest(), tuple(notes))
 
 
-def _list_split(folder: Path, split: str) -> _SplitFolder:
+def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, int]:
+    """Return the classes and images in a folder, and the number of other files."""
     if not folder.is_dir():
         raise FractalError(f"{folder}: no such folder, so no images for {split}; {_LAYOUT}")
     classes = _class_folders(folder)
@@ -166,10 +152,8 @@ def _list_split(folder: Path, split: str) -> _SplitFolder:
     labels: list[int] = []
     skipped = sum(not entry.is_dir() for entry in os.scandir(folder))
     for label, name in enumerate(classes):
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise FractalError(f"{folder}: class folder {name!r} is not UTF-8; rename it") from error
+        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python decodes bytes that are not UTF-8
+            raise FractalError(f"{folder}: class folder {name!r} is not UTF-8; rename it")
         files = list(_walk(folder, name, (folder.resolve(),)))
         images = sorted(file for file in files if _is_image(file))
         if not images:
@@ -177,7 +161,7 @@ def _list_split(folder: Path, split: str) -> _SplitFolder:
         paths += images
         labels += [label] * len(images)
         skipped += len(files) - len(images)
-    return _SplitFolder(classes, FolderImages(folder, tuple(paths), np.array(labels, np.int64)), skipped)
+    return classes, ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
@@ -207,3 +191,9 @@ def _is_image(path: str) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".")
+
+
+@lru_cache(maxsize=4)
+def _open(path: Path) -> int:
+    """Open a tar once per process: one open per image would burden a shared file system."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

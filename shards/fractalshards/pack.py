@@ -16,12 +16,11 @@ import xxhash
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count
 from fractalshards.ilsvrc import list_ilsvrc
-from fractalshards.imagefolder import SPLITS, ImageListing, Images, Indices, has_splits, list_folder
+from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder
 from fractalshards.manifest import (
     MAX_SAMPLES,
     MAX_SHARD_SIZE,
     MAX_SHARDS,
-    ShardRecord,
     claim_folder,
     refuse_other,
     sample_key,
@@ -74,7 +73,6 @@ class ImageSource:
 
         Raises:
             FractalError: if the source is incomplete or malformed.
-            OSError: if it cannot be read.
         """
         if not self.path.is_dir():
             raise FractalError(f"{self.path}: no such folder; give the folder that contains the images")
@@ -153,17 +151,13 @@ class PackRecipe:
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The shards to write into a folder and the images of each, and which shards are finished."""
+    """The shards to write into a folder, the images of those that are missing, and notes for the user."""
 
     folder: Path
-    contents: DatasetInfo
-    shards: Mapping[ShardTask, Images]
-    finished: Mapping[str, ShardRecord]
+    info: DatasetInfo
+    shards: tuple[ShardTask, ...]
+    missing: Mapping[ShardTask, ImageFiles]
     notes: tuple[str, ...]
-
-    def missing(self) -> tuple[ShardTask, ...]:
-        """Return the shards that are not finished."""
-        return tuple(task for task in self.shards if task.name not in self.finished)
 
 
 def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> PackPlan:
@@ -171,7 +165,6 @@ def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> 
 
     Raises:
         FractalError: if the source is incomplete or malformed, or the folder contains anything else.
-        OSError: if either cannot be read.
     """
     found = stored_recipe(folder)
     listing = source.list_images(folder)
@@ -186,15 +179,17 @@ def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> 
         val_share=None if source.val_share is None else float(source.val_share),
         files=listing.digest,
     )
-    contents = DatasetInfo(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
+    info = DatasetInfo(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
     if found is not None:
-        refuse_other(folder, found, contents.recipe)
+        refuse_other(folder, found, info.recipe)
         remove_leftovers(folder)
     shards = _cut_shards(splits, recipe)
-    return PackPlan(folder, contents, shards, finished_shards(folder, tuple(shards), contents), tuple(listing.notes))
+    finished = finished_shards(folder, tuple(shards), info)
+    missing = {task: images for task, images in shards.items() if task.name not in finished}
+    return PackPlan(folder, info, tuple(shards), missing, listing.notes)
 
 
-def hold_out(images: Images, share: Fraction, seed: int) -> Mapping[str, Images]:
+def hold_out(images: ImageFiles, share: Fraction, seed: int) -> Mapping[str, ImageFiles]:
     """Split images into ``train`` and ``val``: ``share`` of each class, rounded, goes to val, but never all of it.
 
     Raises:
@@ -211,7 +206,7 @@ def hold_out(images: Images, share: Fraction, seed: int) -> Mapping[str, Images]
     return {"train": images.take(np.sort(order[~is_val])), "val": images.take(np.sort(order[is_val]))}
 
 
-def _cut_shards(splits: Mapping[str, Images], recipe: PackRecipe) -> dict[ShardTask, Images]:
+def _cut_shards(splits: Mapping[str, ImageFiles], recipe: PackRecipe) -> dict[ShardTask, ImageFiles]:
     """Shuffle each split, which mixes its classes, and cut it into shards."""
     shards = {}
     first = 0
@@ -244,9 +239,9 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
             shards disappeared, or another build has claimed the folder since planning.
         OSError: as the file system does. Finished shards stay.
     """
-    claim_folder(plan.folder, plan.contents.recipe)
-    classes = plan.contents.classes
-    jobs = {task: partial(pack_shard, plan.folder, task, plan.shards[task], classes) for task in plan.missing()}
+    claim_folder(plan.folder, plan.info.recipe)
+    classes = plan.info.classes
+    jobs = {task: partial(pack_shard, plan.folder, task, images, classes) for task, images in plan.missing.items()}
     with worker_pool(workers) as pool:
         complaints = sorted(chain.from_iterable(run_jobs(jobs, pool, plan.folder, on_progress)))
     if complaints:
@@ -255,10 +250,10 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
             f"{human_count(len(complaints), 'bad image')}: {'; '.join(complaints[:_MAX_NAMED])}{more}; "
             "replace them and run the same command again, or remove them and pack into a new folder"
         )
-    publish(plan.folder, tuple(plan.shards), tuple(plan.shards), plan.contents)
+    publish(plan.folder, plan.shards, plan.shards, plan.info)
 
 
-def pack_shard(folder: Path, task: ShardTask, images: Images, classes: int) -> list[str]:
+def pack_shard(folder: Path, task: ShardTask, images: ImageFiles, classes: int) -> list[str]:
     """Write one shard, or nothing if an image is bad; returns what is wrong with each bad image."""
     complaints: list[str] = []
     with suppress(_BadImagesError):
@@ -270,12 +265,12 @@ class _BadImagesError(FractalError):
     """Abandons a shard that has bad images."""
 
 
-def _encode_images(first: int, images: Images, complaints: list[str]) -> Iterator[Encoded]:
+def _encode_images(first: int, images: ImageFiles, complaints: list[str]) -> Iterator[Encoded]:
     for position, label in enumerate(images.labels.tolist()):
         try:
             yield encode_file(sample_key(first + position), images.read(position), label)
         except FractalError as error:
-            complaints.append(f"{images.name(position)}: {error}")
+            complaints.append(f"{images.location(position)}: {error}")
     if complaints:
         raise _BadImagesError
 

@@ -16,9 +16,8 @@ from PIL import Image
 from fractalshards.errors import FractalError
 from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, Shard, read_record, split_shards
 from fractalshards.png import Pixels
-from fractalshards.reader import ShardIndex, decode_sample, read_sample
+from fractalshards.reader import ShardIndex, decode_sample, index_split, read_sample
 from fractalshards.sample import BLOCK, Label, MultiLabel, Object, classes_of, decode_label, first_member_end
-from fractalshards.storage import regular_size
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 MAX_MEASURED = 2000  # images
@@ -106,7 +105,6 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
 
     Raises:
         FractalError: if there is no image, or a sidecar or sample is damaged.
-        OSError: if a file cannot be read.
     """
     split = TRAINING if TRAINING in manifest.splits else next(iter(manifest.splits), "")
     if not split or not 0 < manifest.samples(split) <= MAX_SAMPLES:
@@ -127,7 +125,7 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
         for done, one in enumerate(pool.map(partial(_stats, manifest.classes), measured), len(chosen) + 1):
             stats.append(one)
             on_progress(done, total)
-    others = {name: _count_labels(manifest, name) for name in manifest.splits if name != split}
+    others = {name: _sum_counts(manifest, name) for name in manifest.splits if name != split}
     fitting = fit_thumbnails(thumbnails, MAX_THUMBNAIL_BYTES)
     return Survey(manifest, split, {split: counts, **others}, fitting, tile, stats)
 
@@ -156,27 +154,30 @@ def select_samples(
         Shards and the number of images to take from each by class, and the label counts of the split.
 
     Raises:
-        FractalError: if there is no such split, or a sidecar is damaged.
+        FractalError: if there is no such split, or a shard or sidecar is damaged.
     """
     shards = split_shards(manifest, split)
-    order = sorted(range(len(shards)), key=lambda number: number * _GOLDEN % 1)  # any first part is evenly spread
     classes = np.array(shown)
     totals = np.zeros(manifest.classes, np.int64)
-    missing = np.full(len(classes), per_class)
-    taken: dict[int, tuple[ShardIndex, Counts]] = {}
-    for again, most in ((False, -(-per_class // max(len(shards), 1))), (True, per_class)):
-        for number in order:
-            if again and not missing.any():
-                break  # as in most datasets: those that mix classes
-            index, counts = read_index(manifest, shards[number])
-            totals += 0 if again else counts
-            before = taken[number][1] if number in taken else np.zeros_like(missing)
-            take = np.minimum(np.minimum(missing, most), counts[classes] - before)
-            if take.any():
-                taken[number] = index, before + take
-                missing -= take
-        missing = np.minimum(missing, totals[classes] - (per_class - missing))
-    wanted = [(index, {int(classes[at]): int(take[at]) for at in take.nonzero()[0]}) for index, take in taken.values()]
+    available = np.zeros((len(shards), len(classes)), np.int32)
+    for number, shard in enumerate(shards):
+        counts = _read_counts(manifest, shard)
+        totals += counts
+        available[number] = np.minimum(counts[classes], per_class)
+    missing = np.minimum(totals[classes], per_class)
+    taken = np.zeros_like(available)
+    order = sorted(range(len(shards)), key=lambda number: number * _GOLDEN % 1)  # any first part is evenly spread
+    for number in order * per_class:  # one image per class at a time
+        take = (available[number] > taken[number]) & (missing > 0)
+        taken[number] += take
+        missing -= take
+        if not missing.any():
+            break
+    indices = index_split(manifest, split)
+    wanted = [
+        (indices[number], {int(classes[at]): int(taken[number, at]) for at in taken[number].nonzero()[0]})
+        for number in taken.any(axis=1).nonzero()[0]
+    ]
     return wanted, totals
 
 
@@ -185,7 +186,6 @@ def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[i
 
     Raises:
         FractalError: if a label is damaged.
-        OSError: if the shard cannot be read.
     """
     index, counts = wanted
     locations: dict[int, list[Location]] = {label: [] for label in counts}
@@ -201,7 +201,6 @@ def read_image(location: Location, classes: int) -> tuple[str, Pixels, Label]:
 
     Raises:
         FractalError: if the sample is damaged, naming it.
-        OSError: if the shard cannot be read.
     """
     with location.path.open("rb") as file, _naming(location):
         sample = read_sample(file.fileno(), location.start, location.end)
@@ -237,12 +236,11 @@ def measure(image: Pixels, label: Label, size: int) -> ImageStats:
 def _mark_detail(image: Pixels) -> npt.NDArray[np.bool_]:
     """Mark the pixels that differ from a neighbour, (H, W) bool."""
     found = np.zeros(image.shape[:2], np.bool_)
-    for axis in (0, 1):
-        rows, along = np.moveaxis(image, axis, 0), np.moveaxis(found, axis, 0)
-        before, after = rows[:-1], rows[1:]  # a difference of wider integers would take twice the memory of an image
-        steps = (np.maximum(before, after) - np.minimum(before, after) > DETAIL).any(axis=2)
-        along[1:] |= steps
-        along[:-1] |= steps
+    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        one, other = image[before], image[after]  # a difference of wider integers would take twice their memory
+        steps = (np.maximum(one, other) - np.minimum(one, other) > DETAIL).any(axis=2)
+        found[before] |= steps
+        found[after] |= steps
     return found
 
 
@@ -263,37 +261,23 @@ def _stats(classes: int, location: Location) -> ImageStats:
 
 def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[Location]:
     """Yield the samples to measure."""
-    shards = manifest.splits[split]
-    ends = np.cumsum([shard.samples for shard in shards])
+    indices = index_split(manifest, split)
+    ends = np.cumsum([len(index.offsets) - 1 for index in indices])
     samples = np.array(spread(int(ends[-1]), MAX_MEASURED))
-    numbers = np.searchsorted(ends, samples, side="right")
-    for number in np.unique(numbers).tolist():
-        index, _ = read_index(manifest, shards[number])
-        for position in (samples[numbers == number] - ends[number] + shards[number].samples).tolist():
-            yield _locate(index, position)
+    for number, sample in zip(np.searchsorted(ends, samples, side="right").tolist(), samples.tolist(), strict=True):
+        yield _locate(indices[number], sample - int(ends[number]) + len(indices[number].offsets) - 1)
 
 
-def _count_labels(manifest: Manifest, split: str) -> Counts:
-    counts = np.zeros(manifest.classes, np.int64)
-    for shard in manifest.splits[split]:
-        counts += read_index(manifest, shard)[1]
-    return counts
+def _read_counts(manifest: Manifest, shard: Shard) -> Counts:
+    counts = read_record(manifest.folder, shard.name, manifest.label_type).label_counts
+    if len(counts) != manifest.classes:
+        raise FractalError(f"{manifest.folder / shard.name}: its sidecar counts other classes; fetch or build it again")
+    return np.array(counts, np.int64)
 
 
-def read_index(manifest: Manifest, shard: Shard) -> tuple[ShardIndex, Counts]:
-    """Read a shard's sidecar: where its samples are, and its label counts.
-
-    Raises:
-        FractalError: if sidecar, manifest and file disagree.
-        OSError: if the sidecar cannot be read.
-    """
-    path = manifest.folder / shard.name
-    record = read_record(manifest.folder, shard.name, manifest.label_type)
-    if record.shard() != shard or len(record.label_counts) != manifest.classes:
-        raise FractalError(f"{path}: its sidecar and the manifest disagree; fetch or build it again")
-    if (size := regular_size(path)) != record.bytes:
-        raise FractalError(f"{path}: {size} bytes instead of {record.bytes}; fetch or build it again")
-    return ShardIndex(path, np.array(record.offsets, np.int64)), np.array(record.label_counts, np.int64)
+def _sum_counts(manifest: Manifest, split: str) -> Counts:
+    counts = (_read_counts(manifest, shard) for shard in manifest.splits[split])
+    return sum(counts, start=np.zeros(manifest.classes, np.int64))
 
 
 def _locate(index: ShardIndex, position: int) -> Location:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -64,6 +65,12 @@ def write_dataset(folder: Path, shards: Sequence[Sequence[tuple[Pixels, Label]]]
     facts |= more
     write_manifest(folder, {"train": records}, recipe_digest=mapping_digest(facts["recipe"]), **facts)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use threads instead of worker processes, which take seconds to start."""
+    monkeypatch.setattr("fractalshards.survey.worker_pool", ThreadPoolExecutor)
 
 
 def survey(folder: Path) -> Survey:
