@@ -175,8 +175,8 @@ def select_samples(
             break
     indices = index_split(manifest, split)
     wanted = [
-        (indices[number], {int(classes[at]): int(taken[number, at]) for at in taken[number].nonzero()[0]})
-        for number in taken.any(axis=1).nonzero()[0]
+        (indices[number], {int(classes[at]): int(taken[number, at]) for at in np.flatnonzero(taken[number])})
+        for number in np.flatnonzero(taken.sum(axis=1))
     ]
     return wanted, totals
 

@@ -30,7 +30,7 @@ from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
-from in_this_process import fractaltrain
+from fractaltrain.cli import main as fractaltrain
 from packed_flowers import Encode, Make, assert_refused, images, pack, samples
 
 FLOWERS = ("--split", "train=0.8,val=0.2", "--shard-size", "8")  # as the fixture ``packed``
@@ -400,7 +400,8 @@ def test_killed_pack_continues_to_the_same_dataset(tmp_path: Path, image_folder:
 
 def test_packed_images_can_be_trained_on(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = fractaltrain(f"pt --shards {packed} --model test_resnet --epochs 1 --batch-size 16")
+    options = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16"]
+    result = CliRunner().invoke(fractaltrain, ["pt", "--shards", str(packed), *options])
     assert result.exit_code == 0, result.output
     folder = tmp_path / "runs/flowers-test_resnet-anderson"
     settings = json.loads((folder / "run.json").read_text())["settings"]
