@@ -15,9 +15,9 @@ from fractaltrain.config import ModelConfig, RunConfig, TrainConfig
 from fractaltrain.data.images import DataChoice
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits
 from fractaltrain.distributed import World
+from fractaltrain.log import read_metrics
 from fractaltrain.recipes import FT_RECIPES
 from fractaltrain.recipes.recipe import TrainRecipe
-from fractaltrain.run_folder import read_metrics
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 RECIPE = replace(FT_RECIPES["anderson"], epochs=2, batch_size=4)

@@ -153,4 +153,4 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_pictures(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs; the undisturbed one has its picture."""
-    monkeypatch.setattr(log, "draw_history", lambda folder: None)
+    monkeypatch.setattr(log, "draw_history", lambda *_: None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fractalshards.manifest import read_record
-from fractaltrain.run_folder import read_metrics
+from fractaltrain.log import read_metrics
 
 BAD = (3, 9, 14)  # of the first shard
 

@@ -24,8 +24,10 @@ from fractaltrain.checkpoint import (
     load_run,
     save_checkpoint,
 )
-from fractaltrain.run_folder import append_metrics, load_settings, open_run, read_metrics, rewind_metrics
-from tiny_training import RECIPE, assert_same_run, interrupt_before_step, run_tiny
+from fractaltrain.config import RunConfig
+from fractaltrain.log import append_metrics, read_metrics, rewind_metrics
+from fractaltrain.run_folder import load_settings, open_run
+from tiny_training import ALONE, RECIPE, assert_same_run, interrupt_before_step, run_tiny
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 HOSTILE = [b"", b"rubbish\n", b"(", b"\x80\x02X", b"cos\nsystem\n", b"\x80\x05.", b"V\n", b"PK\x03\x04abc"]
@@ -42,7 +44,7 @@ class Part(dict):
 def test_damaged_checkpoint_is_skipped(tmp_path, recwarn, data):
     """None: cut in half."""
     for epoch in (1, 2):
-        save_checkpoint(tmp_path, Position(epoch), {"model": Part()}, keep=2)
+        save_checkpoint(RunConfig(tmp_path, keep=2), Position(epoch), {"model": Part()}, ALONE)
     newest = checkpoint_path(tmp_path, Position(2))
     newest.write_bytes(newest.read_bytes()[:300] if data is None else data)
     found = load_checkpoint(tmp_path)
@@ -88,7 +90,7 @@ def test_checkpoint_too_large_for_memory_is_not_skipped(tmp_path, monkeypatch, e
     def load(path: Path, **options: object) -> None:
         raise error
 
-    save_checkpoint(tmp_path, Position(1), {"model": Part()}, keep=2)
+    save_checkpoint(RunConfig(tmp_path, keep=2), Position(1), {"model": Part()}, ALONE)
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(FractalError, match="memory"):
         load_checkpoint(tmp_path)
@@ -108,7 +110,7 @@ def test_checkpoint_of_another_model_or_version_is_refused(tmp_path):
 
 def test_weights_of_version_0_1_can_be_used(tmp_path):
     """Its runs cannot be continued, but loaded for fine-tuning, evaluation and export."""
-    save_checkpoint(tmp_path, Position(1), {"model": Part(weight=torch.ones(2))}, keep=1)
+    save_checkpoint(RunConfig(tmp_path, keep=1), Position(1), {"model": Part(weight=torch.ones(2))}, ALONE)
     [path] = list_checkpoints(tmp_path)
     torch.save(torch.load(path, weights_only=True) | {"format": 2, "settings": {"seed": 0}}, path)
     found = load_checkpoint(tmp_path)
@@ -138,7 +140,7 @@ def test_ctrl_c_while_saving_stays_ctrl_c(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fractaltrain.checkpoint.atomic_file", interrupted_file)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, Position(), {"model": Part(weight=torch.zeros(10_000))}, keep=1)
+        save_checkpoint(RunConfig(tmp_path, keep=1), Position(), {"model": Part(weight=torch.zeros(10_000))}, ALONE)
     assert list(tmp_path.iterdir()) == []
 
 

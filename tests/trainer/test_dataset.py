@@ -17,9 +17,9 @@ from fractaltrain.data.images import DataChoice, open_data
 from fractaltrain.data.shards import open_dataset
 from fractaltrain.data.source import Source
 from fractaltrain.distributed import World
+from fractaltrain.log import read_metrics
 from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
-from fractaltrain.run_folder import read_metrics
 from fractaltrain.stream.loader import Batches, Loading, iterate
 from fractaltrain.transforms import training_geometry
 

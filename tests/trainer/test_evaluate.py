@@ -16,9 +16,6 @@ from fractaltrain.evaluate import Predictions, predict
 from fractaltrain.optim import multi_label_loss
 from fractaltrain.plotting import draw_confusion
 from fractaltrain.recipes import PT_RECIPES
-from fractaltrain.stream.loader import epoch_loader
-from fractaltrain.stream.order import evaluation_positions
-from fractaltrain.transforms import val_transform
 from tiny_training import ALONE
 
 SMALL = ("--image-size", 16, "--batch-size", 24, "--epochs", 1)
@@ -95,11 +92,9 @@ def test_predict_counts_every_sample_once(classes, batch):
     labels = generator.integers(0, classes, count)
     images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
     recipe = PT_RECIPES["anderson"]
-    positions = evaluation_positions(count, batch, 0, 1)
     source = InMemorySource("table", images, labels, classes)
-    batches = epoch_loader(source, val_transform(recipe, 8), positions, np.arange(count), seed=0, epoch=0)
     model = Table(torch.from_numpy(logits))
-    predictions = predict(model, batches, recipe, torch.float32, classes, False, ALONE)
+    predictions = predict(model, source, recipe, 8, torch.float32, batch, False, ALONE)
     assert predictions is not None
     ranks = (logits > logits[np.arange(count), labels][:, None]).sum(1)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(count), labels]

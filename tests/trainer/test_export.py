@@ -9,9 +9,11 @@ import torch
 from safetensors import safe_open
 
 from fractaltrain.checkpoint import Position, save_checkpoint
+from fractaltrain.config import RunConfig
 from fractaltrain.models import create_model
 from fractaltrain.recipes import FT_RECIPES
 from fractaltrain.run_folder import open_run
+from tiny_training import ALONE
 
 
 def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch.nn.Module:
@@ -23,8 +25,8 @@ def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch
             module.running_mean.normal_()
     recipe = FT_RECIPES["anderson"]
     settings = {"task": "ft", "model": name, "classes": classes, "image_size": 64, "recipe": asdict(recipe)}
-    open_run(folder, settings | {"precision": "torch.float32"}, {})
-    save_checkpoint(folder, Position(epoch=1), {"model": model.state_dict()}, keep=3)
+    open_run(folder, settings | {"precision": "torch.float32"}, {}, "auto")
+    save_checkpoint(RunConfig(folder), Position(epoch=1), {"model": model}, ALONE)
     return model
 
 

@@ -17,7 +17,7 @@ from fractalshards.manifest import load_manifest
 from fractalshards.remote.cache import open_cache
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.run_folder import read_metrics
+from fractaltrain.log import read_metrics
 from fractaltrain.stream.loader import Ahead
 from fractaltrain.stream.order import epoch_order, repeated, shard_windows, training_positions
 

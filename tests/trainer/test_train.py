@@ -21,8 +21,8 @@ from fractaltrain import log
 from fractaltrain import train as module
 from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
 from fractaltrain.data.source import Example, InMemorySource
+from fractaltrain.log import append_metrics, read_metrics
 from fractaltrain.plotting import draw_history
-from fractaltrain.run_folder import append_metrics
 from fractaltrain.stream.order import epoch_order
 from tiny_training import (
     RECIPE,
@@ -189,15 +189,15 @@ def test_signal_saves_after_the_step_and_resume_is_bit_exact(tiny_run, tmp_path,
 
 def test_signal_during_evaluation_saves_before_it(tiny_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    predict, calls = module.predict, []
+    evaluate, calls = module.evaluate, []
 
     def signalled(*arguments):
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGUSR1)
-        return predict(*arguments)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(module, "predict", signalled)
+    monkeypatch.setattr(module, "evaluate", signalled)
     with pytest.raises(StoppedError):
         run_tiny(folder)
     assert list_checkpoints(folder)[-1].name == "checkpoint-0001-0000025.pt"
@@ -410,7 +410,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path, monkeypatch)
 
 
 def test_history_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch, capfd):
-    def broken(folder: Path) -> None:
+    def broken(*_: object) -> None:
         raise ValueError("no font\nat all")
 
     monkeypatch.setattr(log, "draw_history", broken)
@@ -428,6 +428,6 @@ def test_history_is_drawn_for_any_run(tmp_path, epochs, scores):
             rates = {"images_per_s": 100.0 + step, "waiting": 0.1}
             append_metrics(tmp_path, {"split": "train", **where, "loss": 2 - epoch / 5, "lr": 0.1, **rates})
         append_metrics(tmp_path, {"split": "epoch", **where, "train_loss": 1.9 - epoch / 5, **scores})
-    draw_history(tmp_path)
+    draw_history(tmp_path / "history.png", read_metrics(tmp_path))
     with Image.open(tmp_path / "history.png") as picture:
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 50

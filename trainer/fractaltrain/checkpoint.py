@@ -1,10 +1,12 @@
 """Checkpoints: all that a run needs to continue, written atomically, read without running code from them."""
 
 import errno
+import platform
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +17,10 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, one_line
 from fractalshards.storage import atomic_file
+from fractaltrain.config import RunConfig
+from fractaltrain.distributed import World
 from fractaltrain.models import create_model
-from fractaltrain.run_folder import RUN, RunSettings, load_settings
+from fractaltrain.run_folder import RUN, RunSettings, load_settings, open_run
 
 _FORMAT = 3
 _FORMATS_WITH_WEIGHTS = (2, 3)  # 2: of version 0.1, whose runs cannot be continued, but used
@@ -79,8 +83,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in found)]
 
 
-def save_checkpoint(folder: Path, position: Position, parts: Mapping[str, Any], keep: int) -> None:
-    """Write a checkpoint, then remove all but the newest ``keep`` and those of later positions (which were damaged).
+def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any], world: World) -> None:
+    """Write a checkpoint, on rank 0; then remove all but the newest ``run.keep``, and damaged ones of later positions.
 
     Args:
         parts: everything with a ``state_dict``, by name.
@@ -88,6 +92,9 @@ def save_checkpoint(folder: Path, position: Position, parts: Mapping[str, Any], 
     Raises:
         OSError: if it cannot be written; then the old ones are still there.
     """
+    if not world.main:
+        return
+    folder, keep = run.out, run.keep
     path = checkpoint_path(folder, position)
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic_file(path) as file:
@@ -118,7 +125,7 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
         try:
             with warnings.catch_warnings(action="ignore"):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            version, position = state.pop("format"), Position(**state.pop("position"))
+            file_format, position = state.pop("format"), Position(**state.pop("position"))
         except Exception as error:  # a damaged file makes torch raise errors of any type
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # it may be whole
                 raise FractalError(f"{path}: not enough memory to load it") from error
@@ -126,13 +133,56 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
                 raise
             skipped.append(f"{path}: damaged ({_first_line(error)})")
             continue
-        if version not in ((_FORMAT,) if to_continue else _FORMATS_WITH_WEIGHTS):
+        if file_format not in ((_FORMAT,) if to_continue else _FORMATS_WITH_WEIGHTS):
             raise FractalError(f"{path}: written by another version; choose another folder with --out")
         return Checkpoint(path, position, state, tuple(skipped))
     if skipped:
         more = f" (and {human_count(len(skipped) - 1, 'older one')})" if skipped[1:] else ""
         raise FractalError(f"{skipped[0]}{more}; remove {folder} to start again")
     return None
+
+
+def resume(
+    run: RunConfig, settings: Mapping[str, Any], parts: Mapping[str, Any], world: World
+) -> tuple[Position, Sequence[str]]:
+    """Open the folder of a run and load its newest checkpoint, if it has one, into ``parts``. Collective.
+
+    Args:
+        settings: everything that decides what the run computes, see ``run_folder.open_run``.
+        parts: everything with a ``state_dict``, by its name in checkpoints.
+
+    Returns:
+        Where to go on, and messages for the user.
+
+    Raises:
+        FractalError: if the folder holds another run, or no checkpoint that can be continued.
+    """
+    checkpoint = None
+    if world.main:
+        open_run(run.out, settings, _environment(run, world), run.resume)
+        checkpoint = load_checkpoint(run.out, to_continue=True)
+    checkpoint = world.share(checkpoint)
+    if checkpoint is None:
+        return Position(), ()
+    restore(checkpoint, parts)
+    position = checkpoint.position
+    finished = position.epoch >= settings["recipe"]["epochs"]
+    message = "was already finished" if finished else f"continuing at {position}"
+    skipped = [f"{problem}; using the one before" for problem in checkpoint.skipped]
+    return position, (*skipped, f"{run.out}: {message}")
+
+
+def _environment(run: RunConfig, world: World) -> dict[str, Any]:
+    """Return what a run is computed with, for the record."""
+    return {
+        "processes": world.size,
+        "accumulate": run.accumulate,
+        "compile": run.compile,
+        "deterministic": run.deterministic,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "timm")},
+    }
 
 
 def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:

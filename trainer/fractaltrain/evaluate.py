@@ -1,6 +1,6 @@
 """Evaluation: predict, gather the predictions of all ranks, compute metrics. Training loop and ``eval`` share it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -17,14 +17,14 @@ from fractalshards.errors import FractalError
 from fractalshards.storage import write_json
 from fractalshards.workers import OnProgress, no_progress
 from fractaltrain.checkpoint import TrainedRun, load_run
-from fractaltrain.config import EvalConfig
+from fractaltrain.config import EvalConfig, TrainConfig
 from fractaltrain.data.images import DataChoice, open_data
-from fractaltrain.data.source import LabelledSource
+from fractaltrain.data.source import LabelledSource, SampleSource
 from fractaltrain.distributed import StopFlag, World, join_world
 from fractaltrain.optim import multi_label_loss
 from fractaltrain.plotting import draw_confusion
 from fractaltrain.recipes.recipe import TrainRecipe
-from fractaltrain.stream.loader import Batch, epoch_loader
+from fractaltrain.stream.loader import epoch_loader
 from fractaltrain.stream.order import evaluation_positions
 from fractaltrain.transforms import normalize, val_transform
 
@@ -32,6 +32,7 @@ REPORT, PICTURE = "eval.json", "confusion.png"
 
 _MAX_CELLS = 1000  # side of the confusion matrix; with more classes, neighbours share a cell
 _TOP = 5
+_LEAST_BATCH = 64  # images of one rank in training: without gradients a small batch would only be slow
 
 
 @dataclass(frozen=True)
@@ -121,44 +122,64 @@ def describe_scores(scores: Mapping[str, float]) -> str:
 
 def predict(
     model: nn.Module,
-    batches: Iterable[Batch],
+    source: SampleSource,
     recipe: TrainRecipe,
+    image_size: int,
     dtype: torch.dtype,
-    classes: int,
+    batch_size: int,
     multi_label: bool,
     world: World,
+    workers: int | None = None,
+    skip_bad: bool = False,
     stop: StopFlag | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Predictions | None:
-    """Predict each rank's own batches and gather them: every sample counts once. Collective.
+    """Predict all samples of a source, each on one rank, and gather the predictions. Collective.
 
     Ranks may have different numbers of batches, so ``model`` must not be wrapped by DDP. Its buffers (batch norm
     statistics) are taken from rank 0 first, as a checkpoint has them. It is left in evaluation mode.
 
     Args:
         dtype: precision of autocast; float32: no autocast.
+        batch_size: images at a time, of all ranks together.
         multi_label: labels are (b, classes) instead of (b,).
-        stop: ends the evaluation early, where its signal came.
-        on_progress: called with the number of this rank's images that are done, twice.
+        workers: loader processes of each rank; None: chosen from the number of cores.
+        skip_bad: leave out samples that cannot be read.
+        stop: end early when its signal comes.
+        on_progress: called on rank 0 with its images (done, total).
 
     Returns:
         The predictions on rank 0, None on the other ranks, and where a signal came before the first batch.
 
     Raises:
-        FractalError: if no sample can be read.
+        FractalError: if a sample cannot be read, or none can.
     """
     for buffer in model.buffers():
         world.broadcast(buffer)
     model.eval()
+    count = sum(source.lengths)
+    positions = evaluation_positions(count, batch_size, world.rank, world.size)
+    total = sum(map(len, positions))
     labels: list[npt.NDArray[Any]] = []
     predicted: list[npt.NDArray[Any]] = []
     loss = 0.0
-    for batch in batches:
-        if stop and stop.signal:
-            break
-        if not batch.keys:  # none of its samples could be read
-            continue
-        with torch.inference_mode():
+    loader = epoch_loader(
+        source,
+        val_transform(recipe, image_size),
+        positions,
+        np.arange(count),
+        seed=0,
+        epoch=0,
+        workers=world.loader_workers(workers),
+        pin_memory=world.device.type == "cuda",
+        on_bad="drop" if skip_bad else "stop",
+    )
+    with closing(loader), torch.inference_mode():
+        for batch in loader:
+            if stop and stop.signal:
+                break
+            if not batch.keys:  # none of its samples could be read
+                continue
             images, truth = normalize(batch.images.to(world.device), recipe), batch.labels.to(world.device)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
@@ -170,9 +191,9 @@ def predict(
             else:
                 loss += float(functional.cross_entropy(logits, truth, reduction="sum"))
                 labels.append(truth.cpu().numpy())
-                predicted.append(logits.topk(min(_TOP, classes)).indices.cpu().numpy())
-        done = sum(map(len, labels))
-        on_progress(done, done)
+                predicted.append(logits.topk(min(_TOP, source.classes)).indices.cpu().numpy())
+            if world.main:
+                on_progress(sum(map(len, labels)), total)
     parts = world.gather_at_main((labels, predicted, loss))
     labels = [array for part in parts for array in part[0]]
     if world.main and not labels and not (stop and stop.signal):
@@ -181,7 +202,37 @@ def predict(
         return None
     predicted = [array for part in parts for array in part[1]]
     loss = sum(part[2] for part in parts) / sum(map(len, labels))
-    return Predictions(classes, np.concatenate(labels), np.concatenate(predicted), loss)
+    return Predictions(source.classes, np.concatenate(labels), np.concatenate(predicted), loss)
+
+
+def evaluate(
+    config: TrainConfig,
+    model: nn.Module,
+    val: SampleSource,
+    image_size: int,
+    dtype: torch.dtype,
+    multi_label: bool,
+    world: World,
+    stop: StopFlag,
+) -> dict[str, float]:
+    """Evaluate the val split during training; return the scores on all ranks, or nothing if a signal came. Collective.
+
+    Raises:
+        FractalError: as ``predict`` does, or if the loss is not finite.
+    """
+    recipe, run = config.recipe, config.run
+    batch_size = max(recipe.batch_size, _LEAST_BATCH * world.size)
+    predictions = predict(
+        model, val, recipe, image_size, dtype, batch_size, multi_label, world, run.workers,
+        skip_bad=run.on_bad_sample == "skip", stop=stop,
+    )  # fmt: skip
+    scores = world.share(predictions.scores() if predictions else {})
+    if scores and not isfinite(scores["loss"]):
+        raise FractalError(
+            f"the loss on the val split is {scores['loss']}; lower --lr or limit the gradients (--set clip_grad=1), "
+            "and start again in another folder (--out)"
+        )
+    return scores
 
 
 @dataclass(frozen=True)
@@ -219,31 +270,13 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
         data = open_data(subset if run.settings.data == config.data.name else config.data, world, for_training=False)
         assert data.val is not None  # open_data gives both splits
         check_classes(run, data.val, config.data)
-        count = sum(data.val.lengths)
-        positions = evaluation_positions(count, config.batch_size, world.rank, world.size)
-        total = sum(map(len, positions))
+        settings = run.settings
         dtype = torch.float32 if world.device.type == "cpu" and run.precision == torch.float16 else run.precision
-        loader = epoch_loader(
-            data.val,
-            val_transform(run.settings.recipe, run.settings.image_size),
-            positions,
-            np.arange(count),
-            seed=0,
-            epoch=0,
-            workers=world.loader_workers(None),
-            pin_memory=world.device.type == "cuda",
-        )
-        with closing(loader):
-            predictions = predict(
-                run.build_model().to(world.device),
-                loader,
-                run.settings.recipe,
-                dtype,
-                run.settings.classes,
-                data.multi_label,
-                world,
-                on_progress=lambda done, _: on_progress(done, total) if world.main else None,
-            )
+        model = run.build_model().to(world.device)
+        predictions = predict(
+            model, data.val, settings.recipe, settings.image_size, dtype, config.batch_size, data.multi_label, world,
+            on_progress=on_progress,
+        )  # fmt: skip
         if predictions is None:
             return None
         if not isfinite(predictions.loss):

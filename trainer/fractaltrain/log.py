@@ -1,5 +1,6 @@
-"""The log of a run: a progress line, ``metrics.jsonl``, TensorBoard files in ``tb``, and ``history.png``."""
+"""The log of a run: progress line, ``metrics.jsonl``, TensorBoard files, ``history.png``, at last ``result.json``."""
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -7,11 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fractalshards.human import human_seconds, one_line
+from fractalshards.human import human_count, human_seconds, one_line
+from fractalshards.storage import atomic_file, write_json
 from fractaltrain.checkpoint import Position
+from fractaltrain.evaluate import describe_scores
 from fractaltrain.plotting import draw_history
-from fractaltrain.run_folder import append_metrics, rewind_metrics
+from fractaltrain.run_folder import RESULT
 
+METRICS = "metrics.jsonl"
 TENSORBOARD = "tb"
 HISTORY = "history.png"
 
@@ -19,6 +23,26 @@ _LOG_SECONDS = 10.0  # between lines where stdout is not a terminal
 _FIRST_DRAWING = 10.0  # seconds
 _DRAWING_SHARE = 1 / 20  # of a run's time, at most
 _CLEAR = "\r\033[K"
+
+
+def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
+    """Append a line to ``metrics.jsonl``; its ``global_step`` counts the optimiser steps since the start."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return all complete lines of ``metrics.jsonl``; a kill may have cut off the last one."""
+    path = folder / METRICS
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def rewind_metrics(folder: Path, global_step: int) -> None:
+    """Remove the lines after ``global_step``; a resumed run writes them again."""
+    kept = [line for line in read_metrics(folder) if line["global_step"] <= global_step]
+    with atomic_file(folder / METRICS) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
 
 
 class Timer:
@@ -143,13 +167,21 @@ class RunLog:
             self._tensorboard.flush()
             self._draw(last=epoch + 1 == self._epochs)
 
+    def result(self, position: Position) -> None:
+        """Write ``result.json`` and print it, also if quiet."""
+        if self._main:
+            self._end_line()
+            result = final_result(position)
+            write_json(self._folder / RESULT, result, indent=1)
+            print(*(f"{self._folder}: {line}" for line in describe_result(result)), sep="\n", flush=True)
+
     def _draw(self, last: bool) -> None:
         """Draw the last epoch, and others as long as drawing takes no more than a small share of the time."""
         began = time.monotonic()
         if began < self._next_drawing and not last:
             return
         try:
-            draw_history(self._folder)
+            draw_history(self._folder / HISTORY, read_metrics(self._folder))
         except Exception as error:  # a picture is no reason to lose a run
             self.message(f"{self._folder / HISTORY}: not drawn ({one_line(str(error))})")
         done = time.monotonic()
@@ -169,3 +201,24 @@ class RunLog:
         if self._unfinished:
             self._unfinished = False
             print(flush=True)
+
+
+def final_result(position: Position) -> dict[str, Any]:
+    """Return ``result.json``: the last epoch's figures, and the best top-1 or mAP with its epoch, counted from 1."""
+    last = position.history[-1]
+    result: dict[str, Any] = {"epochs": position.epoch, **last}
+    leading = next((name for name in ("top1", "map") if name in last), None)
+    if leading:
+        evaluated = (epoch for epoch in range(position.epoch) if leading in position.history[epoch])
+        best = max(evaluated, key=lambda epoch: position.history[epoch][leading])
+        result |= {f"best_{leading}": position.history[best][leading], "best_epoch": best + 1}
+    return result
+
+
+def describe_result(result: Mapping[str, Any]) -> list[str]:
+    """Return ``result.json`` in words: training, then evaluation if there was one."""
+    lines = [f"{human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}"]
+    best = result.get("best_top1", result.get("best_map"))
+    if best is not None:
+        lines.append(f"{describe_scores(result)} (best {best:.2%} after epoch {result['best_epoch']})")
+    return lines

@@ -3,7 +3,7 @@
 matplotlib is imported when something is drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from fractalshards.human import one_line
 from fractalshards.storage import atomic_file
-from fractaltrain.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,15 +60,14 @@ _HEADROOM = 1.08
 _ROOM = 1.015  # or the last ones would be cut at the edge
 
 
-def draw_history(folder: Path) -> None:
-    """Draw the metrics of a run into its ``history.png``.
+def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the metrics of a run; ``lines`` as they stand in its ``metrics.jsonl``.
 
     Raises:
         OSError: if it cannot be written.
     """
     from matplotlib.figure import Figure
 
-    lines = read_metrics(folder)
     epochs = [line for line in lines if line["split"] == "epoch"]
     steps = [line for line in lines if line["split"] == "train"]
     per_epoch = max((line["step"] for line in lines), default=1)
@@ -80,7 +78,7 @@ def draw_history(folder: Path) -> None:
 
     figure = Figure(figsize=(10, 6.4), facecolor="white")
     (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True, gridspec_kw=_MARGINS)
-    figure.suptitle(folder.resolve().name, color=INK, fontsize=13, fontweight="bold")
+    figure.suptitle(path.parent.resolve().name, color=INK, fontsize=13, fontweight="bold")
 
     style(loss, "Loss", "cross-entropy, nats")
     loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
@@ -130,7 +128,7 @@ def draw_history(folder: Path) -> None:
     for panel in (loss, accuracy, lr, throughput):
         panel.set_xlim(0, _ROOM * max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
-    save(figure, folder / "history.png")
+    save(figure, path)
 
 
 def _from_zero(panel: "Axes", y: Sequence[float]) -> None:

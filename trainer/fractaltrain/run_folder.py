@@ -1,4 +1,4 @@
-"""The folder of a run: ``run.json`` says what it computes, ``metrics.jsonl`` logs it, ``result.json`` ends it."""
+"""The folder of a run: ``run.json`` says what it computes; ``result.json`` is there when it has finished."""
 
 import json
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.storage import atomic_file, read_json, remove_leftovers, write_json
+from fractalshards.storage import read_json, remove_leftovers, write_json
 from fractaltrain.config import Resume
 from fractaltrain.recipes.recipe import TrainRecipe
 
-RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
+RUN, RESULT = "run.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -110,31 +110,6 @@ def _run_file(folder: Path) -> Path:
     if not path.is_file():
         raise FractalError(f"{folder}: has no {RUN}, so it is not the folder of a run; check the path")
     return path
-
-
-def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
-    """Append a line to ``metrics.jsonl``; its ``global_step`` counts the optimiser steps since the start."""
-    with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return all complete lines of ``metrics.jsonl``; a kill may have cut off the last one."""
-    path = folder / METRICS
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def rewind_metrics(folder: Path, global_step: int) -> None:
-    """Remove the lines after ``global_step``; a resumed run writes them again."""
-    kept = [line for line in read_metrics(folder) if line["global_step"] <= global_step]
-    with atomic_file(folder / METRICS) as file:
-        file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
-
-
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write ``result.json``."""
-    write_json(folder / RESULT, result, indent=1)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
