@@ -1,10 +1,9 @@
 """Compare two datasets: whether they hold the same samples under the same keys, and which differ."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise, zip_longest
+from itertools import accumulate, chain, takewhile
 from typing import NamedTuple
 
 import xxhash
@@ -35,18 +34,18 @@ class DatasetDiff:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The shards of a split in two datasets, matched by their numbers of samples.
+    """The shards of a split in two datasets, matched by position and number of samples.
 
     Attributes:
-        equal: pairs of one shard each with the same content digest.
-        different: pairs of one shard each with different content digests.
-        regrouped: groups of shards with as many samples on either side, cut in other places.
-        extra: the shards at the end of the longer side.
+        equal: pairs of shards with the same content digest.
+        different: pairs of shards with different content digests.
+        regrouped: the shards of either side from the first pair on that differs in the number of samples.
+        extra: the shards of the longer side that begin after the other has ended.
     """
 
-    equal: tuple[Pair, ...]
-    different: tuple[Pair, ...]
-    regrouped: tuple[Pair, ...]
+    equal: tuple[tuple[Shard, Shard], ...]
+    different: tuple[tuple[Shard, Shard], ...]
+    regrouped: Pair
     extra: Pair
 
 
@@ -77,17 +76,24 @@ def compare_datasets(
 
 
 def align(first: Sequence[Shard], second: Sequence[Shard]) -> Alignment:
-    """Match the shards of two datasets by their numbers of samples."""
-    *pairs, extra = _cut_where_both_end(tuple(first), tuple(second))
-    equal, different, regrouped = [], [], []
-    for pair in pairs:
-        if len(pair[0]) != 1 or len(pair[1]) != 1:
-            regrouped.append(pair)
-        elif pair[0][0].content_digest == pair[1][0].content_digest:
-            equal.append(pair)
-        else:
-            different.append(pair)
-    return Alignment(tuple(equal), tuple(different), tuple(regrouped), extra)
+    """Match the shards of two datasets."""
+    pairs = list(takewhile(lambda pair: pair[0].samples == pair[1].samples, zip(first, second, strict=False)))
+    rest = first[len(pairs) :], second[len(pairs) :]
+    shorter = min(sum(shard.samples for shard in row) for row in rest)
+    regrouped, extra = zip(*(_split_row(row, shorter) for row in rest), strict=True)
+    return Alignment(
+        equal=tuple((one, other) for one, other in pairs if one.content_digest == other.content_digest),
+        different=tuple((one, other) for one, other in pairs if one.content_digest != other.content_digest),
+        regrouped=regrouped,
+        extra=extra,
+    )
+
+
+def _split_row(row: Sequence[Shard], samples: int) -> Pair:
+    """Split shards into those that begin before so many samples, and the others."""
+    starts = accumulate((shard.samples for shard in row), initial=0)
+    count = sum(start < samples for start, _ in zip(starts, row, strict=False))
+    return tuple(row[:count]), tuple(row[count:])
 
 
 def digest_shard(index: ShardIndex, classes: int) -> list[SampleDigest]:
@@ -148,18 +154,6 @@ def _name_samples(shard: str, keys: Sequence[str], what: str) -> str:
     return f"{shard}: {human_count(len(keys), 'sample')} {what}: {human_list(sorted(keys), _MAX_KEYS)}"
 
 
-def _cut_where_both_end(*rows: tuple[Shard, ...]) -> Iterator[Pair]:
-    """Cut two rows of shards wherever a shard ends in both; the last pair is what one row has more, perhaps nothing."""
-    ends = [list(accumulate(shard.samples for shard in row)) for row in rows]
-    cuts = [tuple(bisect_right(row, end) for row in ends) for end in sorted({*ends[0]} & {*ends[1]})]
-    used = cuts[-1] if cuts else (0, 0)
-    if all(count < len(row) for count, row in zip(used, rows, strict=True)):  # both go on, one of them further
-        shorter = min(row[-1] for row in ends)
-        cuts.append(tuple(bisect_left(row, shorter) + 1 for row in ends))
-    for start, stop in pairwise(((0, 0), *cuts, tuple(map(len, rows)))):
-        yield rows[0][start[0] : stop[0]], rows[1][start[1] : stop[1]]
-
-
 def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: OnProgress) -> DatasetDiff:
     for one, other in (manifests, manifests[::-1]):
         if split not in other.splits:
@@ -173,9 +167,9 @@ def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: 
     if lines:
         return DatasetDiff(False, tuple(f"{split}: {line}" for line in lines))
     remarks = ""
-    if alignment.regrouped:
+    if any(alignment.regrouped):
         remarks += f", in {len(rows[0]):,} and {len(rows[1]):,} shards"
-    if count := sum(one.sha256 != other.sha256 for (one,), (other,) in alignment.equal):
+    if count := sum(one.sha256 != other.sha256 for one, other in alignment.equal):
         remarks += f"; {human_count(count, 'shard')} with other bytes, written by another CPU or other software"
     return DatasetDiff(True, (f"{split}: the same {_count_samples(rows[0])}{remarks}",))
 
@@ -184,14 +178,15 @@ def _compare_shards(
     manifests: Manifests, split: str, alignment: Alignment, workers: int, on_progress: OnProgress
 ) -> Iterator[str]:
     """Read the shards that may differ and describe how."""
-    read = (*alignment.different[:MAX_READ], *alignment.regrouped)
+    different = alignment.different[:MAX_READ]
+    read = [(*(pair[side] for pair in different), *alignment.regrouped[side]) for side in (0, 1)]
     unread = len(alignment.different) - MAX_READ
     words = "not in the same shard of" if unread > 0 else "not in"
     absent = f"{words} {manifests[1].folder}", f"{words} {manifests[0].folder}"
-    found = _match(manifests, split, read, workers, on_progress).findings(absent) if read else []
+    found = _match(manifests, split, read, workers, on_progress).findings(absent) if any(read) else []
     yield from found
-    if alignment.different and not found:
-        count = human_count(min(len(alignment.different), MAX_READ), "shard")
+    if different and not found:
+        count = human_count(len(different), "shard")
         yield (
             f"content digests of {count} differ, but the samples are the same: their order differs, or a manifest is "
             "wrong; check both with 'fractalshards verify'"
@@ -200,10 +195,13 @@ def _compare_shards(
         yield f"content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
 
 
-def _match(manifests: Manifests, split: str, pairs: Sequence[Pair], workers: int, on_progress: OnProgress) -> Matcher:
+def _match(
+    manifests: Manifests, split: str, rows: Sequence[Sequence[Shard]], workers: int, on_progress: OnProgress
+) -> Matcher:
+    """Read and match the samples of some shards of both sides."""
     matcher = Matcher()
-    tasks = list(_interleave(manifests, split, pairs))
-    done, total = 0, sum(len(index.offsets) - 1 for _, index in tasks)
+    tasks = list(_interleave(manifests, split, rows))
+    done, total = 0, sum(shard.samples for row in rows for shard in row)
     with worker_pool(workers) as pool:
         futures = {
             pool.submit(digest_shard, index, manifests[side].classes): (side, index.path.name) for side, index in tasks
@@ -217,18 +215,18 @@ def _match(manifests: Manifests, split: str, pairs: Sequence[Pair], workers: int
     return matcher
 
 
-def _interleave(manifests: Manifests, split: str, pairs: Sequence[Pair]) -> Iterator[tuple[int, ShardIndex]]:
-    """Yield the shards of both sides alternately, so that samples are soon paired and few of them take memory."""
+def _interleave(manifests: Manifests, split: str, rows: Sequence[Sequence[Shard]]) -> Iterator[tuple[int, ShardIndex]]:
+    """Yield the shards of both sides by their first samples, so that samples are soon paired and few take memory."""
     indices = [{index.path.name: index for index in index_split(manifest, split)} for manifest in manifests]
-    for pair in pairs:
-        for shards in zip_longest(*pair):
-            for side, shard in enumerate(shards):
-                if shard is not None:
-                    yield side, indices[side][shard.name]
+    starts = [accumulate((shard.samples for shard in row), initial=0) for row in rows]
+    places = [
+        (start, side, shard.name) for side in (0, 1) for start, shard in zip(starts[side], rows[side], strict=False)
+    ]
+    return ((side, indices[side][name]) for _, side, name in sorted(places))
 
 
 def _describe_manifests(first: Manifest, second: Manifest) -> Iterator[str]:
-    """Describe how recipes and facts differ; the samples may be the same all the same."""
+    """Describe how the manifests differ apart from their shards, which does not mean that samples differ."""
     for name, one, other in recipe_differences(first.recipe, second.recipe):
         yield f"recipe: {name} is {one} in {first.folder}, {other} in {second.folder}"
     for name in _FACTS:
