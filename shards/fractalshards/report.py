@@ -21,7 +21,6 @@ from fractalshards.survey import DETAIL, Counts, Survey
 if TYPE_CHECKING:
     import jinja2
 
-WIDTH, HEIGHT = 1000, 100  # of a chart, in its own units; the page stretches it
 _MAX_BARS = 250
 _BINS = 25
 _MAX_TALLY = 15
@@ -33,23 +32,13 @@ _BLACK_GROUND = 0.98  # images with a background have at least this share of pix
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A bar from the bottom of the chart, in its units, and its tooltip."""
-
-    x: float
-    width: float
-    height: float
-    tip: str
-
-
-@dataclass(frozen=True)
 class Chart:
-    """A bar chart; ``top`` labels its height, ``ticks`` are spread over its width, or below ``each`` bar."""
+    """A bar chart with a tooltip for each bar; ``ticks`` are spread over its width, or below ``each`` bar."""
 
     title: str
     note: str
-    bars: Sequence[Bar]
-    top: str
+    values: Sequence[float]
+    tips: Sequence[str]
     ticks: Sequence[str]
     each: bool = False
 
@@ -74,7 +63,7 @@ def class_chart(title: str, counts: Counts) -> Chart:
     if group > 1:
         note += f" Each bar is the mean of {group} neighbouring classes."
     ticks = ("class 0", f"class {len(counts) - 1:,}") if len(counts) > 1 else ("class 0",)
-    return Chart(title, note, _bars(means, tips), f"{max(means):,.4g}", ticks)
+    return Chart(title, note, means, tips, ticks)
 
 
 def histogram(
@@ -89,7 +78,7 @@ def histogram(
     low, median, high = map(show, np.percentile(values, [5, 50, 95]))
     ticks = tuple(show(value) for value in (0, highest / 2, highest))
     note = f"Median {median}; 90 % of the images are between {low} and {high}. {note}".strip()
-    return Chart(title, note, _bars(counts.tolist(), tips), f"{int(counts.max()):,}", ticks)
+    return Chart(title, note, counts.tolist(), tips, ticks)
 
 
 def tally(title: str, values: Sequence[int]) -> Chart:
@@ -98,17 +87,7 @@ def tally(title: str, values: Sequence[int]) -> Chart:
     names = [f"{number} or more" if number == _MAX_TALLY else str(number) for number in range(len(counts))]
     tips = [f"{name}: {human_count(count, 'image')}" for name, count in zip(names, counts, strict=True)]
     note = f"{min(values)} to {max(values)}, mean {np.mean(values):.3g}."
-    return Chart(title, note, _bars(counts, tips), f"{max(counts):,}", names, each=True)
-
-
-def _bars(values: Sequence[float], tips: Sequence[str]) -> list[Bar]:
-    step = WIDTH / len(values)
-    highest = max(values) or 1
-    gap = 0 if len(values) > 60 else min(step * 0.12, 4)  # many bars form an area
-    return [
-        Bar(round(number * step + gap / 2, 2), round(step - gap, 2), round(HEIGHT * value / highest, 2), tip)
-        for number, (value, tip) in enumerate(zip(values, tips, strict=True))
-    ]
+    return Chart(title, note, counts, tips, names, each=True)
 
 
 def load_template() -> "jinja2.Template":

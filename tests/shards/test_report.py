@@ -142,13 +142,13 @@ def test_thumbnails_fit_a_size() -> None:
 
 def test_charts() -> None:
     chart = class_chart("", np.array([2, 4, 0]))
-    assert [bar.height for bar in chart.bars] == [50, 100, 0]
+    assert chart.values == [2, 4, 0]
     assert chart.note == "0 to 4 images per class, median 2. 1 without images."
     many = class_chart("", np.arange(1500))
-    assert len(many.bars) == 250
-    assert many.bars[1].tip == "classes 6 to 11: 8.5 images"
-    assert sum(bar.height > 0 for bar in histogram("", "", [0.1, 0.1, 0.9], str).bars) == 2
-    assert [bar.tip for bar in tally("", [1, 1, 99]).bars[:2]] == ["0: 0 images", "1: 2 images"]
+    assert len(many.values) == 250
+    assert many.tips[1] == "classes 6 to 11: 8.5 images"
+    assert sorted(histogram("", "", [0.1, 0.1, 0.9], str).values)[-3:] == [0, 1, 2]
+    assert tally("", [1, 1, 99]).tips[:2] == ["0: 0 images", "1: 2 images"]
     assert tally("", [1, 1, 99]).ticks[-1] == "15 or more"
 
 
