@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from fractalshards.remote import transfer as remote_module
+from fractalshards.remote import stores
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored in what they run behind them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
@@ -54,7 +54,7 @@ def _mounted(disk: Path, options: str) -> Iterator[Path]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transfers that fail are tried again at once."""
-    monkeypatch.setattr(remote_module, "_DELAYS", (0.0,) * 7)
+    monkeypatch.setattr(stores, "_RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(scope="session")
@@ -97,19 +97,18 @@ def image_folder(image_file: Callable[..., bytes]) -> Callable[..., Path]:
 
 
 class WebServer:
-    """A web server with ranges, of which every request for a file may be spoilt as ``faults`` says.
+    """A web server, of which every request for a file may be spoilt as ``faults`` says.
 
     ``faults`` has a list for each file name, used up from the front: ``cut`` closes the connection half way, ``flip``
     changes a byte, ``503`` answers so, ``endless`` never stops sending, ``hang`` stops half way
     (and sets ``hanging``) until ``let_go`` is set. A list's last fault may be ``forever``, which
-    keeps the one before. ``requests`` has (file name, first byte asked for) of all requests.
+    keeps the one before. ``requests`` has the file names of all requests.
     """
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[str]] = {}
         self.hanging, self.let_go = threading.Event(), threading.Event()
-        self.ranges = True
-        self.requests: list[tuple[str, int]] = []
+        self.requests: list[str] = []
         self.queries: set[str] = set()
         outer = self
 
@@ -134,7 +133,7 @@ class WebServer:
 
     def count(self, name: str) -> int:
         """Requests for a file."""
-        return sum(name == asked for asked, _ in self.requests)
+        return self.requests.count(name)
 
     def _fault(self, name: str) -> str:
         faults = self.faults.get(name, [])
@@ -145,17 +144,15 @@ class WebServer:
     def _answer(self, request: http.server.BaseHTTPRequestHandler, folder: Path) -> None:
         path, _, query = request.path.partition("?")
         name = unquote(path).rpartition("/")[2]
-        wanted = request.headers.get("Range", "bytes=0-") if self.ranges else "bytes=0-"
-        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        self.requests.append((name, start))
+        self.requests.append(name)
         self.queries.add(query)
         fault = self._fault(name)
         file = folder / unquote(path).lstrip("/")
         if fault.isdigit() or not file.is_file():
             request.send_error(int(fault or 404))
             return
-        data = bytearray(file.read_bytes()[start:])
-        request.send_response(206 if start else 200)
+        data = bytearray(file.read_bytes())
+        request.send_response(200)
         if fault == "endless":
             request.end_headers()
             with suppress(OSError):

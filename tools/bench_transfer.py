@@ -22,10 +22,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 from rich.console import Console
@@ -33,7 +33,7 @@ from rich.table import Table
 
 from fractalshards.digest import mapping_digest
 from fractalshards.manifest import RECIPE, Shard, ShardRecord, shard_name, write_manifest, write_record
-from fractalshards.remote.transfer import Moved, pull, push
+from fractalshards.remote.transfer import pull, push
 from fractalshards.storage import write_json
 
 _PAIRS = {"push": "cp", "pull from a folder": "cp", "pull over HTTP": "curl"}
@@ -70,13 +70,10 @@ class Spent(NamedTuple):
     cpu: float
 
 
-def _ways(source: Path, url: str, jobs: int) -> dict[str, Callable[[Path], None]]:
+def _ways(source: Path, url: str, jobs: int) -> dict[str, Callable[[Path], object]]:
     names = sorted(path.name for path in source.iterdir())
     files = [f"{url}/{name}" for name in names]
     curl = ["curl", "--silent", "--no-progress-meter", "--fail", "--remote-name-all"]
-
-    def quiet(label: str, total: int, unit: str) -> Any:
-        return nullcontext(lambda count: None)
 
     def cp(copy: Path) -> None:
         subprocess.run(["cp", "-r", source, copy], check=True)
@@ -97,20 +94,16 @@ def _ways(source: Path, url: str, jobs: int) -> dict[str, Callable[[Path], None]
         "cp": cp,
         "cp, then sync": functools.partial(synced, cp),
         "cp, then sha256sum": hashed,
-        "push": lambda copy: _ignore(push(source, str(copy), None, jobs, quiet)),
-        "pull from a folder": lambda copy: _ignore(pull(str(source), copy, None, jobs, quiet)),
+        "push": lambda copy: push(source, str(copy), jobs=jobs),
+        "pull from a folder": lambda copy: pull(str(source), copy, jobs=jobs),
         "curl": fetch,
         "curl, eight at a time": lambda copy: fetch(copy, "-Z", "--parallel-max", "8"),
         "curl, then sync": functools.partial(synced, fetch),
-        "pull over HTTP": lambda copy: _ignore(pull(url, copy, None, jobs, quiet)),
+        "pull over HTTP": lambda copy: pull(url, copy, jobs=jobs),
     }
 
 
-def _ignore(moved: Moved) -> None:
-    """What moved is known."""
-
-
-def _measure(copy: Path, way: Callable[[Path], None]) -> Spent:
+def _measure(copy: Path, way: Callable[[Path], object]) -> Spent:
     shutil.rmtree(copy, ignore_errors=True)
     os.sync()
     wall, cpu = time.perf_counter(), _cpu_seconds()

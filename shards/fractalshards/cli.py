@@ -1,6 +1,7 @@
 """The command ``fractalshards``: parses options, calls one function per command, prints the result."""
 
 import json
+import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -17,20 +18,16 @@ from fractalshards.console import (
     next_step,
     note,
     notice,
-    old_progress,
     progress,
     quiet_option,
     workers_option,
 )
 from fractalshards.diff import compare_datasets
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, flat_recipe, load_manifest
 from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractalshards.portable import export_recipe
-from fractalshards.remote.transfer import parse_numbers
-from fractalshards.remote.transfer import pull as pull_dataset
-from fractalshards.remote.transfer import push as push_dataset
 from fractalshards.report import check_page_name, load_template, render_page
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
 from fractalshards.storage import write_bytes
@@ -170,8 +167,23 @@ def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
     return 0 if found.same else 1
 
 
+def _parse_ranges(context: click.Context, parameter: click.Parameter, text: str | None) -> list[range] | None:
+    """Parse ``0-9,12`` as ranges of shard numbers."""
+    if text is None:
+        return None
+    ranges = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part.strip()) or int(last or first) < int(first):
+            raise UsageError(f"--shards {text}: expected numbers and ranges of shards such as 0-9,12")
+        ranges.append(range(int(first), int(last or first) + 1))
+    return ranges
+
+
 _JOBS = click.option("--jobs", default=8, type=click.IntRange(1), help="Files transferred at a time.")
-_SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of each split.  [default: all]")
+_SHARDS = click.option(
+    "--shards", metavar="0-9,12", callback=_parse_ranges, help="Only these shards of each split.  [default: all]"
+)
 
 
 @main.command()
@@ -180,7 +192,7 @@ _SHARDS = click.option("--shards", metavar="0-9,12", help="Only these shards of 
 @_SHARDS
 @_JOBS
 @quiet_option
-def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
+def push(folder: Path, url: str, shards: list[range] | None, jobs: int) -> None:
     """Copy a dataset to another folder, S3, Google Cloud Storage or Hugging Face.
 
     URL is a path, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only missing or
@@ -188,8 +200,11 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 
     Example: fractalshards push shards/single s3://bucket/single
     """
-    moved = push_dataset(folder, url, parse_numbers(shards) if shards is not None else None, jobs, old_progress)
-    click.echo(moved.summary())
+    from fractalshards.remote import transfer  # fsspec and others take a while to import
+
+    with continuable(folder), progress("pushing", "B") as on_progress:
+        result = transfer.push(folder, url, shards, jobs, on_progress)
+    click.echo(result.summary())
 
 
 @main.command()
@@ -198,7 +213,7 @@ def push(folder: Path, url: str, shards: str | None, jobs: int) -> None:
 @_SHARDS
 @_JOBS
 @quiet_option
-def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
+def pull(url: str, folder: Path, shards: list[range] | None, jobs: int) -> None:
     """Copy a dataset from another folder, a web server, S3, Google Cloud Storage or Hugging Face.
 
     URL is a path, https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or hf://datasets/USER/NAME. Only
@@ -206,8 +221,11 @@ def pull(url: str, folder: Path, shards: str | None, jobs: int) -> None:
 
     Example: fractalshards pull s3://bucket/single shards/single
     """
-    moved = pull_dataset(url, folder, parse_numbers(shards) if shards is not None else None, jobs, old_progress)
-    click.echo(moved.summary())
+    from fractalshards.remote import transfer
+
+    with continuable(folder), progress("pulling", "B") as on_progress:
+        result = transfer.pull(url, folder, shards, jobs, on_progress)
+    click.echo(result.summary())
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

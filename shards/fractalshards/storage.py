@@ -3,8 +3,6 @@
 Only regular files are opened: a pipe blocks its reader, a device never ends.
 """
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -94,7 +92,7 @@ def _depth(text: bytes) -> int:
     return max(accumulate(steps), default=0)
 
 
-_PREFIX = ".tmp~"
+TEMPORARY = ".tmp~"  # names of unfinished files begin so
 _STALE_SECONDS = 3600.0
 
 
@@ -109,7 +107,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         OSError: as the file system does (full disk, no permission).
     """
     writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
-    temporary = path.with_name(f"{_PREFIX}{writer}~{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{writer}~{path.name}")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -148,7 +146,7 @@ def remove_leftovers(folder: Path) -> int:
     On this host, the process of the writer is gone; on other hosts, the file is an hour old.
     """
     removed = 0
-    for path in folder.glob(f"{_PREFIX}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         if _abandoned(path):
             path.unlink(missing_ok=True)
             removed += 1
@@ -156,7 +154,7 @@ def remove_leftovers(folder: Path) -> int:
 
 
 def _abandoned(path: Path) -> bool:
-    host, process, *_ = [*path.name.removeprefix(_PREFIX).split("~"), ""]
+    host, process, *_ = [*path.name.removeprefix(TEMPORARY).split("~"), ""]
     if host == socket.gethostname():
         return not Path(f"/proc/{process}").exists()
     try:
@@ -171,65 +169,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[int]:
-    """Hold the lock on a file, which is made if need be, waiting for it; yields the open descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def free_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock on a file if nobody else does, without waiting; yields whether it is held."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def passing_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on a file that is there only meanwhile, waiting for it; some file systems know no locks."""
-    descriptor = _lock_present(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock_present(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # as the folder allows
-        try:
-            _flock_if_known(descriptor)
-            with suppress(FileNotFoundError):  # whoever held the lock removes the file
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _flock_if_known(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise

@@ -1,189 +1,591 @@
-"""Single files to and from elsewhere: whole and right, or not there, whatever the other end does."""
+"""``push`` and ``pull``: what arrives is the dataset, whole and checked, or nothing looks like it."""
 
 import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
+import fsspec
+import huggingface_hub
+import numpy as np
 import pytest
+import s3fs
+from click.testing import CliRunner, Result
+from fsspec.implementations.memory import MemoryFileSystem
+from huggingface_hub.errors import HfHubHTTPError
 
-from fractalshards.errors import FractalError
-from fractalshards.remote.stores import Told, Upload
-from fractalshards.remote.transfer import open_destination, open_remote
+from fractalshards.cli import main
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, sample_key, write_manifest
+from fractalshards.remote import transfer
+from fractalshards.remote.stores import (
+    FileInfo,
+    Store,
+    Upload,
+    dataset_readme,
+    open_reader,
+    open_store,
+    parse_location,
+    redact,
+)
+from fractalshards.storage import write_json
+from fractalshards.writer import write_shard
 
 pytestmark = pytest.mark.usefixtures("impatient")
-DATA = bytes(range(256)) * 2000
-SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "a source"
-    folder.mkdir()
-    (folder / "f.tar").write_bytes(DATA)
-    return folder
+FIRST, SECOND = "train-000000.tar", "train-000001.tar"
+COMMAND = [sys.executable, "-c", "from fractalshards.cli import main; main()"]
+DATA = bytes(range(256)) * 20_000
+WHOLE = FileInfo(len(DATA), hashlib.sha256(DATA).hexdigest())
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "f.tar"
+    return tmp_path / "new" / "out"
 
 
-class Bytes:
-    """Adds up what moved."""
-
-    def __init__(self) -> None:
-        self.moved = 0
-
-    def __call__(self, count: int) -> None:
-        self.moved += count
-
-
-def upload(source: Path) -> list[Upload]:
-    return [Upload("f.tar", source / "f.tar", Told(len(DATA), SHA256))]
+@pytest.fixture
+def with_val(dataset: Path) -> Path:
+    """The dataset with a ``val`` split of one shard."""
+    manifest = load_manifest(dataset)
+    samples = [(sample_key(index), (np.full((16, 16, 3), index, np.uint8), index % 3)) for index in (10, 11)]
+    val = write_shard(dataset, "val-000000.tar", 3, samples).shard()
+    traits = {name: getattr(manifest, name) for name in ("recipe", "recipe_digest", "label_type", "classes")}
+    write_manifest(dataset, {**manifest.splits, "val": [val]}, image_size=16, **traits)
+    return dataset
 
 
-def fetch(url: str, out: Path, size: int = len(DATA), sha256: str = SHA256) -> int:
-    moved = Bytes()
-    open_remote(url).fetch("f.tar", out, size, sha256, moved)
-    return moved.moved
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_a_file_from_a_web_server(source: Path, out: Path, web: Callable) -> None:
-    server = web(source.parent)
-    assert fetch(f"{server.url}/a source/?token=abc", out) == len(DATA)
-    assert out.read_bytes() == DATA
+def good(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def bad(*arguments: object, code: int = 1) -> str:
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.output
+    return line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def change_json(path: Path, change: Callable[[dict], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "file"),
+    [
+        ("shards/single/", "file", "shards/single/f"),
+        ("./odd:name", "file", "odd:name/f"),
+        ("file:///data/a set/", "file", "/data/a set/f"),
+        ("s3://bucket", "s3", "bucket/f"),
+        ("s3://bucket/a set/x//", "s3", "bucket/a set/x/f"),
+        ("gs://bucket/x", "gs", "bucket/x/f"),
+        ("gcs://bucket/x", "gs", "bucket/x/f"),
+        ("hf://datasets/user/name", "hf", "datasets/user/name/f"),
+        ("hf://datasets/user/name@v1/a", "hf", "datasets/user/name@v1/a/f"),
+        ("HTTPS://Host.org/data/", "http", "https://Host.org/data/f"),
+        ("http://[::1]:8000/x", "http", "http://[::1]:8000/x/f"),
+        ("https://host/a set/?sig=a%2Fb&x=1", "http", "https://host/a%20set/f?sig=a%2Fb&x=1"),
+        ("https://host/a%20set", "http", "https://host/a%20set/f"),
+    ],
+)
+def test_urls_of_folders(text: str, scheme: str, file: str) -> None:
+    location = parse_location(text)
+    assert (location.scheme, location.file("f")) == (scheme, file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "pipe:cat /etc/passwd", "pipe://cat", "simplecache::s3://bucket/x", "zip://*.tar::https://host/x.zip",
+        "reference://x", "memory://x", "ftp://host/x", "s3:bucket", "s3://", "s3:///x", "s3://key:secret@bucket/x",
+        "hf://user/model", "hf://datasets/user", "http://", "https:///x", "https://host:port/x", "https://host/x#part",
+        "file://host/x", "file:x",
+    ],
+)  # fmt: skip
+def test_other_urls_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_location(text)
+    assert "secret" not in str(error.value)
+
+
+def test_secrets_of_urls_are_hidden() -> None:
+    location = parse_location("https://me:pass@host/data?token=abc")
+    assert location.shown == "https://***@host/data"
+    assert location.file("f") == "https://me:pass@host/data/f?token=abc"
+    text = "cannot reach https://me:pass@host/data/f?token=abc, url='https://host/f?sig=x'"
+    assert redact(text) == "cannot reach https://***@host/data/f?***, url='https://host/f?***'"
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "package"),
+    [("s3://b/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gcsfs"), ("hf://datasets/a/b", "huggingface_hub", "hub")],
+)
+def test_missing_packages_are_named(url: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
+    with pytest.raises(FractalError, match=f"{module}.*pip install .*{package}"):
+        open_reader(url)
+
+
+@pytest.mark.parametrize(
+    ("faults", "requests", "info", "message"),
+    [
+        (["503", "cut", "429", "flip"], 5, WHOLE, None),
+        ([], 1, FileInfo(1000, hashlib.sha256(DATA[:1000]).hexdigest()), None),  # no more is read than promised
+        (["flip", "forever"], 8, WHOLE, "sha256"),
+        (["endless", "forever"], 8, WHOLE, "sha256"),
+        (["503", "forever"], 8, WHOLE, "503"),
+        ([], 8, FileInfo(len(DATA) + 1, WHOLE.sha256), "ends after"),
+        (["403"], 1, WHOLE, "access denied"),
+        (["410"], 1, WHOLE, "410"),
+        (["404"], 1, WHOLE, "not there"),
+    ],
+)
+def test_fetch_gets_the_whole_file_or_nothing(
+    tmp_path: Path, out: Path, web: Callable, faults: list[str], requests: int, info: FileInfo, message: str | None
+) -> None:
+    (tmp_path / "a source").mkdir()
+    (tmp_path / "a source" / "f.tar").write_bytes(DATA)
+    server = web(tmp_path)
+    server.faults["f.tar"] = faults
+    reader = open_reader(f"{server.url}/a source/?token=abc")
+    with (tmp_path / "copy").open("w+b") as file:
+        if message is None:
+            reader.fetch("f.tar", file, info)
+            file.seek(0)
+            assert file.read() == DATA[: info.size]
+        else:
+            with pytest.raises((FractalError, OSError), match=message) as error:
+                reader.fetch("f.tar", file, info)
+            assert "abc" not in str(error.value)
+    assert server.count("f.tar") == requests
     assert server.queries == {"token=abc"}
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on_where_it_broke(source: Path, out: Path, web: Callable, ranges: bool) -> None:
-    data = DATA * 20  # several pieces, and more than the connection holds that breaks
-    (source / "f.tar").write_bytes(data)
-    server = web(source)
-    server.ranges = ranges
-    server.faults["f.tar"] = ["503", "cut", "cut"]
-    assert fetch(server.url, out, len(data), hashlib.sha256(data).hexdigest()) == len(data)
-    assert out.read_bytes() == data
-    starts = [start for _, start in server.requests]
-    assert len(starts) == 4
-    if ranges:
-        assert starts[:2] == [0, 0]
-        assert 0 < starts[2] <= len(data) // 2
-        assert starts[2] < starts[3] < len(data)
+def test_small_files_are_bounded(tmp_path: Path, web: Callable) -> None:
+    (tmp_path / "f").write_bytes(DATA)
+    server = web(tmp_path)
+    for url in (server.url, str(tmp_path)):
+        reader = open_reader(url)
+        assert reader.read("f", len(DATA)) == DATA
+        assert reader.read("g", 10) is None
+        with pytest.raises(FractalError, match="larger"):
+            reader.read("f", len(DATA) - 1)
+    server.faults["f"] = ["endless"]
+    with pytest.raises(FractalError, match="larger"):
+        open_reader(server.url).read("f", 1 << 20)
 
 
-def test_a_flipped_bit_is_noticed_and_the_file_fetched_again(source: Path, out: Path, web: Callable) -> None:
-    server = web(source)
-    server.faults["f.tar"] = ["flip", "flip"]
-    assert fetch(server.url, out) == len(DATA)
-    assert out.read_bytes() == DATA
+def test_uploads_are_checked_before_and_after(tmp_path: Path, bucket: str) -> None:
+    path = tmp_path / "f.tar"
+    path.write_bytes(DATA)
+    upload = Upload("f.tar", path, WHOLE)
+    for url in (f"{bucket}/a set", str(tmp_path / "out")):
+        store = open_store(url)
+        store.prepare()
+        path.write_bytes(DATA + b"x")  # it grew
+        with pytest.raises(FractalError, match=r"f\.tar"):
+            store.put([upload])
+        assert not store.holds(upload)
+        path.write_bytes(DATA)
+        store.put([upload])
+        assert store.holds(upload)
+        assert not store.holds(Upload("f.tar", path, FileInfo(len(DATA), WHOLE.sha256[::-1])))
+        assert store.read("f.tar", len(DATA)) == DATA
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["f.tar"]
 
 
-@pytest.mark.parametrize(
-    ("faults", "requests", "message"),
-    [
-        (["flip", "forever"], 3, "f.tar: damaged, its sha256 is not that in the manifest; it must be pushed again"),
-        (["404"], 1, "f.tar: not there; check the URL"),
-        (["403"], 1, "f.tar: access denied; check credentials and permissions"),
-        (["410"], 1, "f.tar: the server answers 410"),
-        (["503", "forever"], 8, "f.tar: the server answers 503 (tried 8 times)"),
-        (["endless"], 1, None),
-    ],
-)
-def test_what_cannot_be_had_is_one_error_and_leaves_nothing(
-    source: Path, out: Path, web: Callable, faults: list[str], requests: int, message: str | None
-) -> None:
-    server = web(source)
-    server.faults["f.tar"] = faults
-    if message is None:  # a server that never stops is cut off, and its zeros are not the file
-        server.faults["f.tar"] = ["endless", "forever"]
-        message, requests = "damaged", 3
-    with pytest.raises(FractalError, match=r"f\.tar") as error:
-        fetch(server.url, out)
-    assert message in str(error.value)
-    assert str(error.value).startswith(server.url)
-    assert server.count("f.tar") == requests
-    assert list(out.parent.iterdir()) == []
+@pytest.mark.parametrize("damage", [b"", DATA[:-1] + b"x"])
+def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch, damage: bytes) -> None:
+    files, attempts = MemoryFileSystem(), []
+    monkeypatch.setattr("fractalshards.remote.stores._filesystem", lambda scheme, **options: files)
+    store, upload = open_store("gs://bucket/read-back"), Upload.of_bytes("f", DATA)
+    assert type(store) is Store
+    store.put([upload])
+    assert store.holds(upload)
+    pipe_file = files.pipe_file
+    monkeypatch.setattr(files, "pipe_file", lambda path, data: attempts.append(pipe_file(path, damage)))
+    with pytest.raises(FractalError, match="damaged"):
+        store.put([upload])
+    assert len(attempts) == 3
 
 
-def test_a_file_shorter_than_promised(source: Path, out: Path, web: Callable) -> None:
-    with pytest.raises(FractalError, match="ends after 512,000 of 512,001 bytes"):
-        fetch(web(source).url, out, len(DATA) + 1)
-    with pytest.raises(FractalError, match="ends after 512,000 of 512,001 bytes"):
-        fetch(str(source), out, len(DATA) + 1)
-
-
-def test_bytes_after_those_promised_are_not_read(source: Path, out: Path, web: Callable) -> None:
-    assert fetch(web(source).url, out, 1000, hashlib.sha256(DATA[:1000]).hexdigest()) == 1000
-    assert out.read_bytes() == DATA[:1000]
-
-
-def test_nobody_listens(source: Path, out: Path, web: Callable) -> None:
-    server = web(source)
-    server.close()
-    with pytest.raises(FractalError, match=r"f\.tar: .*Connect.*tried 8 times"):
-        fetch(server.url, out)
-
-
-def test_small_files_are_bounded(source: Path, web: Callable) -> None:
-    server = web(source)
-    for url in (server.url, str(source)):
-        remote = open_remote(url)
-        assert remote.read("f.tar", len(DATA)) == DATA
-        assert remote.read("g.tar", 10) is None
-        with pytest.raises(FractalError, match="larger than 0 MiB"):
-            remote.read("f.tar", len(DATA) - 1)
-    server.faults["f.tar"] = ["endless"]
-    with pytest.raises(FractalError, match="larger than 1 MiB"):
-        open_remote(server.url).read("f.tar", 1 << 20)
-
-
-def test_to_and_from_s3(source: Path, out: Path, bucket: str) -> None:
-    remote, moved = open_destination(f"{bucket}/a set/"), Bytes()
-    assert not remote.holds("f.tar", len(DATA), SHA256)
-    remote.send(upload(source), moved)
-    assert moved.moved == len(DATA)
-    assert remote.store.told("f.tar") == Told(len(DATA), SHA256)
-    assert remote.holds("f.tar", len(DATA), SHA256)
-    assert not remote.holds("f.tar", len(DATA) + 1, SHA256)
-    assert not remote.holds("f.tar", len(DATA), SHA256[::-1])
-    assert fetch(f"{bucket}/a set", out) == len(DATA)
-    assert out.read_bytes() == DATA
-    with pytest.raises(FractalError, match="not there; check the URL"):
-        fetch(f"{bucket}/elsewhere", out)
-    with pytest.raises(FractalError, match="not there; check the URL"):
-        fetch(f"{bucket}-none/x", out)
-
-
-def test_s3_without_credentials_says_so(bucket: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_without_credentials_fails_at_once(bucket: str, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(FractalError, match="no credentials; set AWS_ACCESS_KEY_ID"):
-        fetch(bucket, out)
+    assert "credentials" in bad("pull", bucket, out)
 
 
-def test_a_local_file_that_is_not_what_it_should_be_is_not_sent(source: Path, out: Path, bucket: str) -> None:
-    (source / "f.tar").write_bytes(DATA[:-1] + b"x")
-    for url in (bucket, str(out.parent)):
-        with pytest.raises(FractalError, match=r"f\.tar: .*(not what the manifest says|damaged)"):
-            open_destination(url).send(upload(source), Bytes())
-    assert open_destination(bucket).store.told("f.tar") is None
-    assert list(out.parent.iterdir()) == []
+def test_pull_from_a_web_server(dataset: Path, out: Path, web: Callable) -> None:
+    server = web(dataset)
+    server.faults = {INFO: ["503"], FIRST: ["cut", "503"], SECOND: ["flip"], "train-000000.json": ["cut"]}
+    assert "2 shards moved (27.6 kB); " in good("pull", server.url, out, "--jobs", 2)
+    assert contents(out) == contents(dataset)
+    server.requests.clear()
+    assert "0 shards moved (0 B), 2 shards there already" in good("pull", server.url, out)
+    assert {*server.requests} == {INFO, RECIPE, SYSTEMS}
+
+
+def test_push_to_a_folder_and_on_to_another(dataset: Path, out: Path, tmp_path: Path) -> None:
+    before = contents(dataset)
+    good("push", dataset, out)
+    good("push", f"{out}/", f"file://{tmp_path}/a copy/")
+    assert before == contents(dataset) == contents(out) == contents(tmp_path / "a copy")
+
+
+def test_push_to_s3_and_pull_from_it(dataset: Path, out: Path, bucket: str) -> None:
+    before = contents(dataset)
+    good("push", dataset, f"{bucket}/a/set/")
+    assert contents(dataset) == before
+    found = s3fs.S3FileSystem().find(f"{bucket}/a/set")
+    assert {path.rpartition("/")[2] for path in found} == before.keys()
+    good("pull", f"{bucket}/a/set", out)
+    assert contents(out) == before
+
+
+def test_push_sends_only_what_is_missing_or_damaged(dataset: Path, bucket: str) -> None:
+    good("push", dataset, bucket)
+    files = s3fs.S3FileSystem()
+    written = files.info(f"{bucket}/{FIRST}")["LastModified"]
+    assert "0 shards moved (0 B), 2 shards there already" in good("push", dataset, bucket)
+    files.pipe(f"{bucket}/{SECOND}", (dataset / SECOND).read_bytes()[:-1] + b"x")
+    assert "1 shard moved (13.8 kB), 1 shard there already" in good("push", dataset, bucket)
+    files.invalidate_cache()
+    assert files.cat(f"{bucket}/{SECOND}") == (dataset / SECOND).read_bytes()
+    assert files.info(f"{bucket}/{FIRST}")["LastModified"] == written
+    files.rm(f"{bucket}/train-000000.json")
+    assert "1 shard moved" in good("push", dataset, bucket)
+
+
+def test_pull_fetches_only_what_is_missing_or_damaged(dataset: Path, out: Path, web: Callable) -> None:
+    server = web(dataset)
+    good("pull", server.url, out)
+    with (out / FIRST).open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 700)
+    server.requests.clear()
+    assert "1 shard moved (13.8 kB), 1 shard there already" in good("pull", server.url, out)
+    assert (server.count(FIRST), server.count(SECOND)) == (1, 0)
+    os.truncate(out / SECOND, 100)
+    (out / "train-000000.json").unlink()
+    assert "2 shards moved" in good("pull", server.url, out)
+    assert contents(out) == contents(dataset)
+
+
+def test_pull_of_a_copy_that_stays_damaged(dataset: Path, out: Path, web: Callable) -> None:
+    server = web(dataset)
+    server.faults[SECOND] = ["flip", "forever"]
+    assert f"{server.url}/{SECOND}" in bad("pull", server.url, out)
+    assert {path.name for path in out.iterdir()} <= {RECIPE, SYSTEMS, FIRST, "train-000000.json"}
+    server.faults.clear()
+    good("pull", server.url, out)
+    assert contents(out) == contents(dataset)
+
+
+def test_pull_continues_after_a_kill(dataset: Path, out: Path, web: Callable) -> None:
+    server = web(dataset)
+    server.faults[SECOND] = ["hang"]
+    process = subprocess.Popen([*COMMAND, "pull", server.url, str(out), "--jobs", "1"])
+    assert server.hanging.wait(60)
+    process.kill()
+    process.wait()
+    assert INFO in bad("info", out)
+    assert list(out.glob(".tmp~*"))
+    assert "1 shard moved (13.8 kB), 1 shard there already" in good("pull", server.url, out)
+    assert contents(out) == contents(dataset)
+
+
+def test_ctrl_c_ends_a_connection_that_hangs(dataset: Path, out: Path, web: Callable) -> None:
+    server = web(dataset)
+    server.faults[FIRST] = ["hang"]
+    process = subprocess.Popen([*COMMAND, "pull", server.url, str(out)], stderr=subprocess.PIPE, text=True)
+    assert server.hanging.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=15)
+    assert (process.returncode, err.count("\n")) == (130, 1)
+    assert err.startswith(f"error: {out}: stopped")
+    assert {path.name for path in out.iterdir()} <= {RECIPE, SYSTEMS, SECOND, "train-000001.json"}
+
+
+def test_pull_of_some_shards_and_then_of_more(with_val: Path, out: Path, web: Callable) -> None:
+    server = web(with_val)
+    assert "1 shard moved" in good("pull", server.url, out, "--shards", "1")
+    assert load_manifest(out).first_samples == {"train": (5,)}
+    assert "sound" in good("verify", out, "--workers", 1)
+    assert "2 shards moved" in good("pull", server.url, out, "--shards", "0-0")
+    assert contents(out) == contents(with_val)
+    before = contents(out)
+    good("push", out, with_val, "--shards", "0")
+    good("pull", with_val, out, "--shards", "1")
+    assert contents(out) == contents(with_val) == before
+
+
+def test_pull_of_a_part_of_every_split(with_val: Path, out: Path) -> None:
+    assert "2 shards moved" in good("pull", with_val, out, "--shards", "0")
+    assert load_manifest(out).first_samples == {"train": (0,), "val": (10,)}
+    assert "sound" in good("verify", out, "--workers", 1)
+    assert "1 shard moved (13.8 kB), 2 shards there already" in good("pull", with_val, out)
+    assert contents(out) == contents(with_val)
+
+
+def test_push_of_other_shards_is_refused(with_val: Path, bucket: str, out: Path) -> None:
+    good("push", with_val, bucket, "--shards", "0")
+    assert "--shards" in bad("push", with_val, bucket, "--shards", "1")
+    good("pull", bucket, out)
+    assert load_manifest(out).first_samples == {"train": (0,), "val": (10,)}
+    good("push", with_val, bucket)
+    assert "0 shards moved" in good("push", out, bucket)  # a part of it takes nothing away
+    assert "1 shard moved" in good("pull", bucket, out)
+    assert contents(out) == contents(with_val)
+
+
+def test_push_notices_a_manifest_that_came_meanwhile(dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_shards = transfer._copy_shards
+
+    def with_another_push(*arguments: object) -> list:
+        (out / INFO).write_text("{}")
+        return copy_shards(*arguments)
+
+    monkeypatch.setattr(transfer, "_copy_shards", with_another_push)
+    assert INFO in bad("push", dataset, out)
+    assert (out / INFO).read_text() == "{}"
+
+
+def test_shards_that_are_not_there(dataset: Path, out: Path) -> None:
+    for text in ("0-2", "x", "1-0", "", "1,,2", "-1", "1-2-3"):
+        assert "shard" in bad("pull", dataset, out, f"--shards={text}", code=2)
+    assert not out.exists()
+
+
+def test_another_dataset_is_not_overwritten(dataset: Path, tmp_path: Path, bucket: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    samples = [(sample_key(index), (np.zeros((16, 16, 3), np.uint8), index % 3)) for index in range(5)]
+    record = write_shard(other, FIRST, 3, samples)
+
+    def relist(info: dict) -> None:
+        split = info["splits"]["train"]
+        split["bytes"][0], split["sha256"][0] = record.bytes, record.sha256
+        split["content_digests"][0] = record.content_digest
+
+    change_json(other / INFO, relist)
+    good("push", dataset, bucket)
+    assert f"holds another dataset or another copy of it (its {FIRST} differs)" in bad("push", other, bucket)
+    assert f"{other}: holds another dataset" in bad("pull", bucket, other)
+
+
+def test_recipe_claims_the_folder(dataset: Path, out: Path) -> None:
+    out.mkdir(parents=True)
+    write_json(out / RECIPE, {"recipe": {}, "recipe_digest": "0" * 32})
+    for command in ("push", "pull"):
+        assert RECIPE in bad(command, dataset, out)
+    assert [path.name for path in out.iterdir()] == [RECIPE]
+
+
+def test_a_damaged_dataset_is_not_pushed(dataset: Path, out: Path, bucket: str) -> None:
+    with (dataset / SECOND).open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 700)
+    for url in (bucket, str(out)):
+        assert SECOND in bad("push", dataset, url)
+        assert INFO in bad("pull", url, out.with_name("back"))
+    (dataset / INFO).unlink()
+    assert INFO in bad("push", dataset, out)
 
 
 @pytest.mark.parametrize(
-    ("url", "module", "advice"),
-    [
-        ("s3://b/x", "s3fs", r"s3:// needs s3fs, which is not installed; run pip install '\.\[s3\]'"),
-        ("gs://b/x", "gcsfs", "gs:// needs gcsfs, which is not installed; run pip install gcsfs"),
-        ("hf://datasets/a/b", "huggingface_hub", r"hf:// needs huggingface_hub, .* run pip install '\.\[hub\]'"),
-    ],
+    "name", ["../evil.tar", "/tmp/evil.tar", "pipe:ls.tar", "recipe.tar", "train-000000.json", ".tmp~x.tar", "a.tar"]
 )
-def test_missing_packages_are_named(url: str, module: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
-    with pytest.raises(FractalError, match=advice):
-        open_remote(url)
+def test_hostile_names_write_nothing(dataset: Path, out: Path, web: Callable, name: str) -> None:
+    change_json(dataset / INFO, lambda info: info["splits"]["train"]["filenames"].__setitem__(0, name))
+    assert "do not use this dataset" in bad("pull", web(dataset).url, out)
+    assert not out.exists()
+
+
+def test_hostile_sizes(dataset: Path, out: Path, web: Callable) -> None:
+    def claim(size: int) -> None:
+        change_json(dataset / INFO, lambda info: info["splits"]["train"]["bytes"].__setitem__(0, size))
+        change_json(dataset / "train-000000.json", lambda sidecar: sidecar.update(bytes=size))
+
+    server, size = web(dataset), (dataset / FIRST).stat().st_size
+    claim(10**18)
+    assert "disk" in bad("pull", server.url, out)
+    for lie in (size + 512, size - 1):
+        claim(lie)
+        assert FIRST in bad("pull", server.url, out)
+    claim(size)
+    server.faults = {"train-000000.json": ["endless", "forever"]}
+    assert "train-000000.json" in bad("pull", server.url, out)
+    assert not (out / INFO).exists()
+    assert sum(path.stat().st_size for path in out.iterdir()) < 100_000
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_sidecar_recipe_and_systems_must_match(dataset: Path, out: Path, command: str) -> None:
+    def damaged(name: str, data: bytes | None) -> None:
+        before = (dataset / name).read_bytes()
+        (dataset / name).unlink()
+        if data is None:
+            os.mkfifo(dataset / name)
+        else:
+            (dataset / name).write_bytes(data)
+        assert name in bad(command, dataset, out)
+        (dataset / name).unlink()
+        (dataset / name).write_bytes(before)
+
+    sidecar, recipe = (dataset / "train-000001.json").read_bytes(), (dataset / RECIPE).read_bytes()
+    damaged("train-000001.json", sidecar.replace(b'"samples": 5', b'"samples": 6'))
+    damaged("train-000001.json", sidecar.replace(b'"content_digest": "', b'"content_digest": "0'))
+    damaged(SYSTEMS, b"no zip")
+    damaged(RECIPE, recipe.replace(b'"n": 10', b'"n": 11'))
+    for name in (SECOND, "train-000001.json", SYSTEMS, RECIPE, INFO):
+        damaged(name, None)
+    assert not (out / INFO).exists()
+
+
+def test_folders_that_cannot_be_written(dataset: Path, out: Path, read_only_disk: Path) -> None:
+    for command in ("pull", "push"):
+        assert "Read-only file system" in bad(command, dataset, read_only_disk / "x")
+    out.parent.mkdir()
+    out.write_text("a file")
+    assert "not a file" in bad("pull", dataset, out)
+
+
+def test_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (small_disk / "filler").write_bytes(bytes(585_000))
+    assert "needs 27.6 kB, the disk has" in bad("pull", dataset, small_disk)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: (10**9, 0, 10**9))
+    assert "No space left on device" in bad("pull", dataset, small_disk)
+    assert not (small_disk / INFO).exists()
+    assert not list(small_disk.glob(".tmp~*"))
+    (small_disk / "filler").unlink()
+    good("pull", dataset, small_disk)
+    assert "sound" in good("verify", small_disk, "--workers", 1)
+
+
+def test_errors_are_one_line_without_secrets(dataset: Path, out: Path, web: Callable, tmp_path: Path) -> None:
+    server = web(dataset)
+    assert f"{server.url}/none: no {INFO}" in bad("pull", f"{server.url}/none", out)
+    assert f"{tmp_path}/none: no {INFO}" in bad("pull", tmp_path / "none", out)
+    assert "read only" in bad("push", dataset, server.url, code=2)
+    assert "folder" in bad("push", tmp_path / "none", out)
+    server.faults[INFO] = ["403"]
+    secret = f"http://me:hidden@{server.url[7:]}/?token=abc"
+    messages = [bad("pull", secret, out)]
+    server.close()
+    messages.append(bad("pull", secret, out))
+    assert not any(word in message for word in ("hidden", "abc") for message in messages)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "names"), [("pull", [INFO]), ("push", ["train-000000.json", "train-000001.json"])])
+def test_memory_is_bounded(dataset: Path, out: Path, command: str, names: list[str]) -> None:
+    for name in names:
+        text = (dataset / name).read_text().rstrip()
+        lists = "[" + "[]," * 5_000_000 + "[]]"  # 15 MB
+        (dataset / name).write_text(f'{text[:-1]}, "software": {{"x": {lists}}}}}')
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], capture_output=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    words = [sys.executable, "-c", code, *COMMAND, command, str(dataset), str(out)]
+    kilobytes = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert int(kilobytes) < 1_500_000  # as shards/README.md states
+
+
+class HubFiles(MemoryFileSystem):
+    """In place of Hugging Face's file system."""
+
+    protocol = "hf"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    cachable = False
+
+
+class Hub:
+    """In place of Hugging Face's API; ``faults`` are used up from the front, ``commits`` are names of files."""
+
+    def __init__(self) -> None:
+        self.commits: list[list[str]] = []
+        self.faults: list[int] = []
+
+    def create_commit(self, repo_id: str, operations: list, *, repo_type: str, revision: str | None, **_: str) -> None:
+        assert (repo_id, repo_type) == ("me/set", "dataset")
+        if self.faults:
+            raise HfHubHTTPError(
+                "no", response=SimpleNamespace(status_code=self.faults.pop(0), headers={}, request=None)
+            )
+        root = f"datasets/{repo_id}" + (f"@{revision}" if revision else "")
+        for operation in operations:
+            with operation.as_file() as file:
+                fsspec.filesystem("hf").pipe_file(f"{root}/{operation.path_in_repo}", file.read())
+        self.commits.append([operation.path_in_repo for operation in operations])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub, before = Hub(), fsspec.get_filesystem_class("hf")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(HubFiles, "store", {})
+    fsspec.register_implementation("hf", HubFiles, clobber=True)
+    yield hub
+    fsspec.register_implementation("hf", before, clobber=True)
+
+
+def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
+    """Few commits, the manifest alone in the last; nothing is written into the source folder."""
+    before = contents(dataset)
+    hub.faults = [409, 429]
+    assert "2 shards moved" in good("push", dataset, "hf://datasets/me/set")
+    tars = ["train-000000.tar", "train-000000.json", "train-000001.tar", "train-000001.json"]
+    assert hub.commits == [["recipe.json", "systems.npz"], tars, ["README.md"], [INFO]]
+    assert "0 shards moved" in good("push", dataset, "hf://datasets/me/set")
+    assert len(hub.commits) == 4
+    good("pull", "hf://datasets/me/set", out)
+    assert contents(out) == contents(dataset) == before
+
+
+def test_hub_folders_of_a_revision(dataset: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fractalshards.remote.stores.HubStore.batch_size", 1)
+    good("push", dataset, "hf://datasets/me/set@main/a/folder")
+    assert sorted(hub.commits[1:-1]) == [
+        [f"a/folder/train-00000{number}.tar", f"a/folder/train-00000{number}.json"] for number in (0, 1)
+    ]
+
+
+def test_hub_errors(dataset: Path, hub: Hub) -> None:
+    hub.faults = [403]
+    assert "access denied" in bad("push", dataset, "hf://datasets/me/set")
+    (dataset / SECOND).write_bytes(b"x")
+    assert SECOND in bad("push", dataset, "hf://datasets/me/set")
+    assert hub.commits == [["recipe.json", "systems.npz"]]
+
+
+def test_hub_readme_is_how_load_dataset_reads_the_tars(dataset: Path, hub: Hub) -> None:
+    HubFiles.store.clear()
+    fsspec.filesystem("hf").pipe_file("datasets/me/set/README.md", b"my own")
+    good("push", dataset, "hf://datasets/me/set")
+    assert fsspec.filesystem("hf").cat_file("datasets/me/set/README.md") == b"my own"
+    datasets = pytest.importorskip("datasets")
+    (dataset / "README.md").write_bytes(dataset_readme({"train"}))
+    rows = list(datasets.load_dataset(str(dataset), streaming=True)["train"])
+    assert [row["cls"] for row in rows] == [index % 3 for index in (*range(5), *range(5))]

@@ -1,7 +1,7 @@
 """``fractaltrain pt``: pre-train a model on a dataset of shards."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ def _open_cache(config: ShardsConfig, world: World) -> ShardCache:
     cache = open_cache(config.location, config.cache_dir, config.cache_size, config.window, TRAINING)
     with world.local_main_first():
         if world.local_rank == 0:
-            cache.prepare(lambda *_: nullcontext(lambda count: None))  # until remote/ takes on_progress
+            cache.prepare()
     return cache
 
 

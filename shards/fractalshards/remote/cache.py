@@ -1,183 +1,156 @@
-"""A bounded local folder of the shards of a dataset that lies elsewhere, shared by all processes of a machine.
+"""A bounded local folder of the shards of a remote dataset, shared by all processes of a machine.
 
-    FOLDER/train-000000.json   sidecar records, all of them
-    FOLDER/train-000007.tar    shards, those needed last, whole and checked
-    FOLDER/locks/              one lock per shard, held while it is fetched or removed
+    FOLDER/train-000000.json   sidecars, all of them
+    FOLDER/train-000007.tar    the shards used last, whole and checked
+    FOLDER/locks/              one lock per shard, held while it is fetched
 
-Whoever needs a shard first fetches it, the others wait for its lock; a process that is killed lets go of it. Room is
-made by removing the shards whose last use is longest ago. Files that are open stay readable when they are removed.
+A process that needs a shard fetches it while others wait for its lock. The least recently used shards make room; a
+shard that is removed stays readable where it is open. Temporary files have their full size from the beginning, so they
+count, and those of killed processes are removed.
 """
 
-import multiprocessing
+import functools
 import os
+import pickle
 import shutil
-import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
+
+from filelock import FileLock
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
-from fractalshards.manifest import Manifest, Shard
-from fractalshards.remote.stores import Advance, Source
-from fractalshards.remote.transfer import (
-    AGAIN,
-    Brake,
-    Meter,
-    Remote,
-    Work,
-    entries,
-    fetch_sidecar,
-    is_described,
-    open_remote,
-    read_listing,
-    run_threads,
-    shard_number,
-)
-from fractalshards.storage import file_lock, free_lock, remove_leftovers
-from fractalshards.workers import end_with_parent
+from fractalshards.manifest import Manifest, Shard, sidecar_name
+from fractalshards.remote.stores import FileInfo, RemoteReader, open_reader
+from fractalshards.remote.transfer import is_sidecar, read_manifest, read_sidecar, run_tasks, select_shards
+from fractalshards.storage import TEMPORARY, atomic_file, remove_leftovers, write_bytes
+from fractalshards.workers import OnProgress, no_progress
 
 _JOBS = 8
-_LOCKS = "locks"
+_PREFETCH_JOBS = 4
 _POLL_SECONDS = 0.1
 
 
 class ShardCache:
-    """The shards of one dataset, of which at most ``size`` bytes are here at a time.
+    """The shards of a dataset, of which at most ``size`` bytes are cached at a time; usable in forks and pickles."""
 
-    Use it in any number of processes, each with an object of its own or one inherited by fork or pickle.
-    """
-
-    def __init__(self, url: str, folder: Path, size: int, manifest: Manifest, again: int = AGAIN) -> None:
-        """Open a cache that ``prepare`` has made; for ``again`` see ``Remote``."""
+    def __init__(self, url: str, folder: Path, size: int, manifest: Manifest) -> None:
         self.url = url
         self.folder = folder
         self.size = size
         self.manifest = replace(manifest, folder=folder)
-        self._again = again
-        self._shards = {entry.shard.name: entry.shard for entry in entries(manifest)}
-        self._remote: tuple[int, Remote[Source]] | None = None
+        self.attempts: int | None = None  # to fetch a shard, if not the usual number
+        self._shards = {shard.name: shard for shard in select_shards(manifest, None, url)}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of another process, which has no connection yet."""
-        return {**self.__dict__, "_remote": None}
-
-    def prepare(self, meter: Meter) -> None:
-        """Fetch the sidecars that are missing, and remove shards that were damaged here since they were fetched.
+    def prepare(self, on_progress: OnProgress = no_progress) -> None:
+        """Fetch missing sidecars, and remove shards that were damaged here. Progress is in shards.
 
         Raises:
-            FractalError: if a sidecar cannot be had, or the disk has no room for the cache.
-            OSError: as the local file system does.
+            FractalError: if a sidecar cannot be fetched, or the disk has no room for the cache.
+            OSError: if the folder cannot be written.
         """
-        (self.folder / _LOCKS).mkdir(parents=True, exist_ok=True)
-        with file_lock(self.folder / _LOCKS / "prepare"):
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+
+        def prepare(shard: Shard) -> None:
+            path, sidecar = self.folder / shard.name, self.folder / sidecar_name(shard.name)
+            if not (sidecar.is_file() and is_sidecar(sidecar.read_bytes(), self.manifest, shard)):
+                write_bytes(sidecar, read_sidecar(reader, self.manifest, shard))
+            with suppress(FileNotFoundError):  # another training may have removed it
+                if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
+                    path.unlink()
+
+        with self._lock("prepare"):
             remove_leftovers(self.folder)
             self._check_space()
-            work = Work(_JOBS, meter, Brake())
-            remote = open_remote(self.url, work.brake.wait)
-
-            def fetch(shard: Shard, advance: Advance) -> None:
-                fetch_sidecar(remote, self.folder, self.manifest, shard)
-                advance(1)
-
-            def check(shard: Shard, advance: Advance) -> None:
-                self._remove_if_damaged(shard)
-                advance(shard.bytes)
-
-            listed = entries(self.manifest)
-            missing = [e.shard for e in listed if not is_described(self.folder, self.manifest, e.shard)]
-            work.each("fetching records", len(missing), "shards", missing, fetch)
-            work.move("checking the cache", [e for e in listed if (self.folder / e.shard.name).exists()], check)
+            reader, shards = self._reader(), [*self._shards.values()]
+            run_tasks(prepare, shards, lambda shard: 1, _JOBS, on_progress, reader.cancel)
 
     def open(self, name: str) -> int:
-        """A descriptor of a whole shard, open for reading; it is fetched if it is not here.
+        """Return a descriptor of a whole shard, open for reading; fetch the shard if it is not here.
 
         Raises:
-            FractalError: naming the shard, if it cannot be had.
-            OSError: as the local file system does.
+            FractalError: naming the shard, if it cannot be fetched.
+            OSError: if it cannot be written or read here.
         """
         shard = self._shards[name]
         descriptor = self._open_whole(shard)
         if descriptor is None:
-            with file_lock(self._lock(name)) as lock:
+            with self._lock(name):
                 descriptor = self._open_whole(shard)
-                while descriptor is None:  # once, unless somebody else empties the folder
-                    self._fetch(shard, lock)
-                    descriptor = self._open_whole(shard)
+                if descriptor is None:
+                    descriptor = self._fetch(shard)
         _mark_used(descriptor)
         return descriptor
 
-    def ensure(self, name: str) -> None:
-        """Fetch a shard if it is not here, and keep it as if it had been used now; raises as ``open`` does."""
-        os.close(self.open(name))
+    def prefetch(self, name: str) -> None:
+        """Fetch a shard, if possible; failures are left to whoever opens it."""
+        with suppress(FractalError, OSError):
+            os.close(self.open(name))
 
-    def keep(self, name: str) -> None:
-        """Keep a shard, if it is here, as if it had been used now."""
-        descriptor = self._open_whole(self._shards[name])
-        if descriptor is not None:
-            _mark_used(descriptor)
-            os.close(descriptor)
-
-    def fitting(self, names: Sequence[str]) -> list[str]:
-        """The first of these shards, as many as can be here together."""
+    def first_that_fit(self, names: Sequence[str]) -> list[str]:
+        """Return the first of these shards, as many as the cache holds together; those here count as used now."""
         ends = accumulate(self._shards[name].bytes for name in names)
-        return [name for name, end in zip(names, ends, strict=True) if end <= self.size]
+        fitting = [name for name, end in zip(names, ends, strict=True) if end <= self.size]
+        for name in fitting:
+            descriptor = self._open_whole(self._shards[name])
+            if descriptor is not None:
+                _mark_used(descriptor)
+                os.close(descriptor)
+        return fitting
 
-    def _fetch(self, shard: Shard, lock: int) -> None:
-        """Fetch a shard whose lock is held; meanwhile the lock's file says how much room it takes."""
-        path = self.folder / shard.name
-        path.unlink(missing_ok=True)  # a damaged one, which nobody else can remove now
-        self._make_room(shard, lock)
-        try:
-            self._connect().fetch(shard.name, path, shard.bytes, shard.sha256, lambda count: None)
-        finally:
-            os.ftruncate(lock, 0)
+    def _fetch(self, shard: Shard) -> int:
+        """Fetch a shard whose lock is held, and open it."""
+        (self.folder / shard.name).unlink(missing_ok=True)  # a damaged one
+        with self._temporary_file(shard) as file:
+            self._reader().fetch(shard.name, file, FileInfo(shard.bytes, shard.sha256))
+            return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
 
-    def _make_room(self, shard: Shard, lock: int) -> None:
-        """Reserve room for a shard; waits where the room is taken by shards that are on their way, or just opened."""
-        os.ftruncate(lock, 0)  # a killed process may have reserved room for this shard, too
-        while True:
-            with file_lock(self.folder / _LOCKS / "room"):
-                remove_leftovers(self.folder)
-                coming = dict(self._coming())
-                here = self._here()  # later, so that what arrives in between counts, and not twice
-                for _, _, path in here:
-                    coming.pop(path.name, None)
-                free = self.size - sum(coming.values()) - sum(size for _, size, _ in here)
-                busy = bool(coming)
-                for _, size, path in sorted(here):
-                    if free < shard.bytes:
-                        removed = self._remove(path)
-                        busy |= not removed
-                        free += size * removed
-                if free >= shard.bytes:
-                    os.pwrite(lock, str(shard.bytes).encode(), 0)
-                    return
-                if not busy:
-                    raise FractalError(
-                        f"{self.folder}: no room for {shard.name} ({human_bytes(shard.bytes)}) in a cache of "
-                        f"{human_bytes(self.size)}; raise --cache-size"
-                    )
-            time.sleep(_POLL_SECONDS)
+    @contextmanager
+    def _temporary_file(self, shard: Shard) -> Iterator[BinaryIO]:
+        """Open a file that becomes the shard, once there is room for it: what others fetch just now is waited for."""
+        with ExitStack() as stack:
+            while True:
+                with self._lock("room"):
+                    if self._make_room(shard.bytes):
+                        file = stack.enter_context(atomic_file(self.folder / shard.name))
+                        file.truncate(shard.bytes)
+                        break
+                time.sleep(_POLL_SECONDS)
+            yield file
+
+    def _make_room(self, size: int) -> bool:
+        """Remove shards until ``size`` bytes are free, the least recently used first; return whether they are."""
+        remove_leftovers(self.folder)
+        coming = {path.name.rpartition("~")[2]: path for path in self.folder.glob(f"{TEMPORARY}*.tar")}
+        here = self._cached()  # after the temporary files, so that what arrives in between counts, and not twice
+        free = self.size - sum(size for _, size, _ in here)
+        free -= sum(self._shards[name].bytes for name in coming.keys() - {path.name for _, _, path in here})
+        for _, cached, path in sorted(here):
+            if free < size:
+                path.unlink(missing_ok=True)
+                free += cached
+        return free >= size
 
     def _check_space(self) -> None:
         wanted = min(self.size, self.manifest.bytes())
         total, _, free = shutil.disk_usage(self.folder)
-        if total and wanted > free + sum(size for _, size, _ in self._here()):
+        if total and wanted > free + sum(size for _, size, _ in self._cached()):
             raise FractalError(
                 f"{self.folder}: a cache of {human_bytes(wanted)} does not fit, the disk has {human_bytes(free)} free; "
                 "lower --cache-size or choose another --cache-dir"
             )
 
-    def _here(self) -> list[tuple[int, int, Path]]:
+    def _cached(self) -> list[tuple[int, int, Path]]:
         """(last use in ns, bytes, path) of every shard that is here."""
         found = []
         for entry in os.scandir(self.folder):
@@ -186,22 +159,6 @@ class ShardCache:
                     status = entry.stat()
                     found.append((status.st_atime_ns, status.st_size, Path(entry.path)))
         return found
-
-    def _coming(self) -> Iterator[tuple[str, int]]:
-        """(name, bytes) of the shards that are being fetched: a lock that is free was left by a killed process."""
-        for entry in os.scandir(self.folder / _LOCKS):
-            if entry.name in self._shards and entry.stat().st_size:
-                with free_lock(Path(entry.path)) as free:
-                    text = b"" if free else Path(entry.path).read_bytes()
-                if text.isdigit():
-                    yield entry.name, int(text)
-
-    def _remove(self, path: Path) -> bool:
-        """Remove a shard, unless it is just being fetched or opened."""
-        with free_lock(self._lock(path.name)) as free:
-            if free:
-                path.unlink(missing_ok=True)
-            return free
 
     def _open_whole(self, shard: Shard) -> int | None:
         try:
@@ -213,41 +170,41 @@ class ShardCache:
         os.close(descriptor)
         return None
 
-    def _remove_if_damaged(self, shard: Shard) -> None:
-        path = self.folder / shard.name
-        with suppress(FileNotFoundError):  # another training on this machine may have removed it
-            if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
-                with file_lock(self._lock(shard.name)):
-                    path.unlink()
+    def _reader(self) -> RemoteReader:
+        reader = _reader_of_process(self.url, os.getpid())
+        reader.attempts = self.attempts or reader.attempts
+        return reader
 
-    def _connect(self) -> Remote[Source]:
-        """The remote folder; connections do not survive a fork, so each process has its own."""
-        if self._remote is None or self._remote[0] != os.getpid():
-            self._remote = (os.getpid(), open_remote(self.url, again=self._again))
-        return self._remote[1]
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / "locks" / name)
 
-    def _lock(self, name: str) -> Path:
-        return self.folder / _LOCKS / name
+
+@functools.lru_cache(maxsize=4)
+def _reader_of_process(url: str, process: int) -> RemoteReader:
+    """A reader for this process: connections do not survive a fork."""
+    return open_reader(url)
+
+
+def _mark_used(descriptor: int) -> None:
+    """Set the access time, which file systems themselves keep only roughly."""
+    os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
 
 
 def open_cache(url: str, root: Path | None, size: int, window: int, split: str) -> ShardCache:
-    """The cache of a dataset elsewhere, in a folder of ``root`` named by its content digest; nothing is fetched yet.
+    """Return the cache of a remote dataset, in a folder of ``root`` named by its content digest; fetch no shards.
 
     Args:
-        root: None: ``$TMPDIR/fractalpretrain-UID`` where batch systems set it, else ``~/.cache/fractalpretrain``; it is
-            made, and must be the user's own, for shards are hashed when they come and not at every use.
-        size: bytes of shards that may be here at a time.
+        root: None for ``$TMPDIR/fractalpretrain-UID`` where batch systems set it, else ``~/.cache/fractalpretrain``;
+            created, and must be the user's own: shards are hashed when they arrive and not at every use.
+        size: bytes of shards that may be cached at a time.
         window: shards of ``split`` that are needed together.
 
     Raises:
-        UsageError: if that many may not fit.
+        UsageError: if these do not fit.
         FractalError: if there is no dataset, or others can write to the default root.
-        OSError: if that cannot be made.
+        OSError: if the root cannot be created.
     """
-    remote = open_remote(url)
-    manifest = read_listing(remote).manifest
-    for entry in entries(manifest):
-        shard_number(entry.shard.name, remote.shown)  # whose sidecar is no other file
+    manifest = read_manifest(open_reader(url)).manifest
     sizes = {name: [shard.bytes for shard in shards] for name, shards in manifest.splits.items()}
     least = max(sum(sorted(sizes.get(split, []))[-window:]), *(max(part, default=0) for part in sizes.values()))
     if size < least:
@@ -258,83 +215,59 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
     return ShardCache(url, (root or _private(_default_root())) / manifest.content_digest(), size, manifest)
 
 
-def _mark_used(descriptor: int) -> None:
-    """The time of access says when a shard was last needed; file systems themselves keep it only roughly."""
-    os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-
-
 def _default_root() -> Path:
     if temporary := os.environ.get("TMPDIR"):
-        return Path(temporary) / f"fractalpretrain-{os.getuid()}"  # it may be one that all users share
+        return Path(temporary) / f"fractalpretrain-{os.getuid()}"  # all users may share it
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fractalpretrain"
 
 
 def _private(folder: Path) -> Path:
-    """Make a folder that only this user may enter; one that is there must be the user's, and no link."""
+    """Create a folder that only this user may enter; an existing one must be the user's, and no link."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FractalError(f"{folder}: other users can write there, so no place for a cache; choose a --cache-dir")
+        raise FractalError(f"{folder}: other users can write there, so not a safe cache; choose a --cache-dir")
     return folder
-
-
-_PREFETCH_JOBS = 4
-_AGAIN = 1  # whoever needs the shard is more patient, and says what is wrong
 
 
 @contextmanager
 def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
-    """Start the process; yields a function that says which shards are needed next, soonest first.
+    """Run a process that fetches shards ahead; yield the function to call with the names needed next, soonest first.
 
-    As many of them are fetched as the cache holds together. What was said before is forgotten, but for the shards that
-    are on their way. Failures are not told.
+    As many of them are fetched as the cache holds together. A call replaces what was asked for before, except for
+    shards that are being fetched. It is a process of its own, so that a training that forks loader workers has no
+    threads that hold locks.
     """
-    here, there = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    arguments = (there, cache.url, cache.folder, cache.size, cache.manifest)
-    process = context.Process(target=_follow, args=arguments, daemon=True)
-    # the process inherits the mask: Ctrl-C is for this one
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-    process.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    there.close()
+    command = [sys.executable, "-c", f"from {__name__} import run_prefetcher; run_prefetcher()"]
+    # In a session of its own, Ctrl-C does not reach it; it ends with its input, when this process does.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    stdin = cast(BinaryIO, process.stdin)
 
-    def want(names: Sequence[str]) -> None:
-        with suppress(OSError):  # it was killed; whoever needs a shard fetches it
-            here.send(list(names))
+    def send(message: object) -> None:
+        with suppress(OSError):  # if it was killed, whoever needs a shard fetches it
+            pickle.dump(message, stdin)
+            stdin.flush()
 
+    send(cache)
     try:
-        yield want
+        yield lambda names: send([*names])
     finally:
         process.kill()
-        process.join()
-
-
-def _follow(wishes: Connection, url: str, folder: Path, size: int, manifest: Manifest) -> None:
-    end_with_parent()
-    cache = ShardCache(url, folder, size, manifest, again=_AGAIN)
-    while True:
-        names = wishes.recv()
-        while wishes.poll():
-            names = wishes.recv()
-        fetch_ahead(cache, names, wishes.poll)
-
-
-def fetch_ahead(cache: ShardCache, names: Sequence[str], outdated: Callable[[], bool] = lambda: False) -> None:
-    """Fetch shards in this order, as many as the cache holds together; those that are here already count as used.
-
-    One that cannot be had is left to whoever needs it. Nothing more is begun when the wish is ``outdated``.
-    """
-
-    def fetch(name: str) -> None:
-        if not outdated():
-            with suppress(FractalError, OSError):
-                cache.ensure(name)
-
-    fitting = cache.fitting(names)
-    for name in fitting:
         with suppress(OSError):
-            cache.keep(name)
-    run_threads([partial(fetch, name) for name in fitting], _PREFETCH_JOBS, Brake())
+            process.communicate()
+
+
+def run_prefetcher() -> None:
+    """Main function of the prefetching process: read the cache, then lists of names, from standard input."""
+    cache: ShardCache = pickle.load(sys.stdin.buffer)
+    cache.attempts = 1  # whoever needs a shard is more patient
+    pool, pending = ThreadPoolExecutor(_PREFETCH_JOBS), list[Future[None]]()
+    with suppress(EOFError):
+        while True:
+            names = pickle.load(sys.stdin.buffer)
+            for future in pending:
+                future.cancel()
+            pending = [pool.submit(cache.prefetch, name) for name in cache.first_that_fit(names)]
+    os._exit(0)  # without waiting for what is being fetched

@@ -1,42 +1,49 @@
-"""Where datasets lie: local folders and URLs, which of them are taken, and how they are shown. Pure functions."""
+"""Read and write the files of one folder: local, on a web server, S3, Google Cloud Storage or Hugging Face."""
 
 import base64
 import errno
 import hashlib
-import importlib
+import inspect
+import io
 import re
+import ssl
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from typing import Any, BinaryIO, Literal, TypeVar, cast
+from urllib.parse import quote, unquote, urlsplit
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError, needs_package
 from fractalshards.human import one_line
-from fractalshards.storage import regular_size
+from fractalshards.storage import atomic_file, regular_size, remove_leftovers
+
+README = "README.md"
 
 Scheme = Literal["file", "http", "s3", "gs", "hf"]
 
-_SCHEMES: dict[str, Scheme] = {
-    "file": "file", "http": "http", "https": "http", "s3": "s3", "gs": "gs", "gcs": "gs", "hf": "hf",
-}  # fmt: skip
-_KNOWN = "a local folder, s3://, gs://, hf://datasets/, http:// or https://"
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_ROOTS: dict[Scheme, re.Pattern[str]] = {
+    "file": re.compile(r"file://(/[^/].*)", re.IGNORECASE),
+    "http": re.compile(r"(https?://[^/?#]+[^?#]*)(?:\?([^#]*))?", re.IGNORECASE),
+    "s3": re.compile(r"s3://([^/@]+(?:/.*)?)", re.IGNORECASE),
+    "gs": re.compile(r"gc?s://([^/@]+(?:/.*)?)", re.IGNORECASE),
+    "hf": re.compile(r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)", re.IGNORECASE),
+}
+_HUB_ROOT = re.compile(r"datasets/([^/]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _SECRETS = ((re.compile(r"//[^/@\s]*@"), "//***@"), (re.compile(r"(://[^\s'\"<>)?]*)\?[^\s'\"<>),]*"), r"\1?***"))
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder somewhere.
+    """A folder at a path or URL.
 
     Attributes:
-        scheme: decides how it is reached.
-        root: as the store wants it: a path, ``bucket/key``, or for http a URL without its query.
-        query: of an http URL, goes behind every file's name: signatures and tokens stand there.
-        shown: the URL without credentials, for messages.
+        root: a path, ``bucket/key``, ``datasets/USER/NAME[@REVISION][/FOLDER]``, or an http URL without its query.
+        query: query of an http URL (a signature or token), appended to the URL of every file.
+        shown: the path or URL without credentials, for messages.
     """
 
     scheme: Scheme
@@ -45,575 +52,434 @@ class Location:
     shown: str
 
     def file(self, name: str) -> str:
-        """A file of the folder, as the store wants it."""
-        path = f"{self.root}/{name}"
-        return f"{path}?{self.query}" if self.query else path
+        """Path or URL of a file in the folder."""
+        return f"{self.root}/{name}" + (f"?{self.query}" if self.query else "")
 
 
 def parse_location(text: str) -> Location:
-    """Read a local path or a URL of a folder.
+    """Parse a local path or the URL of a folder.
 
-    Only schemes that fetch bytes are taken: fsspec would also chain URLs (``simplecache::``), and open archives and
-    references that name further files.
+    Only schemes that fetch plain bytes are accepted: fsspec would also chain URLs (``simplecache::``) and open
+    archives and references that name further files.
 
     Raises:
         UsageError: for any other scheme, or a URL that names no folder.
     """
-    shown = redact(text)
-    if "::" in text:
-        raise UsageError(f"{shown}: chained URLs are not taken; give {_KNOWN}")
-    match = _SCHEME.match(text)
-    if match is None:
-        if not text:
-            raise UsageError(f"an empty URL; give {_KNOWN}")
+    if text and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
         return Location("file", str(Path(text)), "", str(Path(text)))
-    scheme = _SCHEMES.get(match[1].lower())
-    if scheme is None or not text[match.end() :].startswith("//"):
-        raise UsageError(f"{shown}: not a kind of URL that is taken; give {_KNOWN}")
-    rest = text[match.end() + 2 :].rstrip("/")
-    if scheme == "http":
-        return _parse_http(text, shown)
-    if scheme == "file":
-        if not rest.startswith("/"):
-            raise UsageError(f"{shown}: a file URL has three slashes and a whole path, file:///data/set")
-        return Location(scheme, rest, "", rest)
-    if "@" in rest.split("/")[0]:
-        raise UsageError(f"{shown}: credentials do not belong into a URL; give them as the store's own tools take them")
-    if not rest or rest.startswith("/") or (scheme == "hf" and not re.match(r"datasets/[^/]+/[^/]+", rest)):
-        example = "hf://datasets/USER/NAME" if scheme == "hf" else f"{scheme}://BUCKET/FOLDER"
-        raise UsageError(f"{shown}: names no folder; write {example}")
-    return Location(scheme, rest, "", shown.rstrip("/"))
+    for scheme, pattern in _ROOTS.items():
+        match = pattern.fullmatch(text)
+        if match and (scheme != "http" or _has_host(text)):
+            root, query = match[1].rstrip("/"), match[2] if scheme == "http" else None
+            if scheme == "http":
+                start = root.index("//")
+                root = root[:start].lower() + quote(root[start:], safe="/%~!$&'()*+,;=:@[]")
+            shown = root if scheme == "file" else redact(text.partition("?")[0].rstrip("/"))
+            return Location(scheme, root, quote(query or "", safe="%/?:@!$&'()*+,;=~"), shown)
+    raise UsageError(
+        f"{redact(text)}: not a folder or supported URL; give a local path, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
+        "hf://datasets/USER/NAME or https://HOST/FOLDER, and credentials of object stores as their own tools expect"
+    )
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is not a number, an IPv6 address without its bracket
+        return False
 
 
 def redact(text: str) -> str:
-    """Text in which URLs have lost what may be secret: user and password, and the query."""
+    """Text with the secrets of its URLs replaced by ``***``: user and password, and the query."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
 
 
-def _parse_http(text: str, shown: str) -> Location:
-    try:
-        parts = urlsplit(text)
-        named = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number, an IPv6 address without its bracket
-        named = False
-    if not named or parts.fragment:
-        raise UsageError(f"{shown}: not the URL of a folder; write https://HOST/FOLDER")
-    path = quote(parts.path.rstrip("/"), safe="/%~!$&'()*+,;=:@")
-    root = urlunsplit((parts.scheme.lower(), parts.netloc, path, "", ""))
-    return Location("http", root, quote(parts.query, safe="%/?:@!$&'()*+,;=~"), redact(root))
-
-
-_T = TypeVar("_T")
-_CHUNK = 1 << 18  # of a local file; stays in a core's cache from reading to hashing and writing
-_DENIED = "access denied; check credentials and permissions"
-_PERMANENT = {  # by name, for their packages may not be there
-    "ClientConnectorCertificateError": "certificate not valid",
-    "InvalidURL": "not a URL",
-    "NoCredentialsError": "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or "
-    "FSSPEC_S3_ANON=true for a public bucket",
-    "ParamValidationError": "not a valid bucket or key",
-    "PartialCredentialsError": "credentials are incomplete",
-    "ProfileNotFound": "no such AWS profile",
-    "RepositoryNotFoundError": "no such repository, or a private one; log in with 'hf auth login'",
+_CHUNK = 1 << 20
+_BLOCK = 8 << 20  # of an object store, where every block is a request
+_SINGLE_PUT = 5 * 2**30  # bytes that S3 takes in one request
+_TIMEOUT = 30.0  # seconds
+_RETRY_SECONDS = (0.5, 30.0)  # before the first retry, doubled before each further one, and the longest
+_AGAIN = (408, 409, 412, 425, 429)  # HTTP statuses below 500 that may succeed later
+_PACKAGES = {
+    "http": ("aiohttp", "pip install aiohttp"),
+    "s3": ("s3fs", "pip install '.[s3]' in a clone of the project"),
+    "gs": ("gcsfs", "pip install gcsfs"),
+    "hf": ("huggingface_hub", "pip install '.[hub]' in a clone of the project"),
 }
-_AGAIN = (408, 409, 412, 425, 429)  # 409 and 412: somebody else wrote meanwhile
-
-Advance = Callable[[int], None]
-"""Called with the bytes that were moved; a negative number takes back what must be moved again."""
-
-Change = Callable[[bytes | None], bytes]
-"""Makes a small file's new content of what it is now; None: it is not there."""
+_T = TypeVar("_T")
 
 
-class StoreError(Exception):
-    """Something went wrong elsewhere: a line without secrets, and whether to try again."""
+class StoreError(FractalError):
+    """A store or the network failed; ``transient`` if trying again may help."""
 
-    def __init__(self, what: str, permanent: bool = False, missing: bool = False) -> None:
-        super().__init__(what)
-        self.permanent = permanent
-        self.missing = missing
-
-
-class MismatchError(StoreError):
-    """All bytes came, and they are not those promised."""
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a store says of a file without reading it: its size, and its sha256 where it knows."""
+class FileInfo:
+    """Size of a file in bytes, and its sha256; empty where a store does not know it."""
 
     size: int
-    sha256: str | None
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be stored as ``name``: a local file, or bytes, and what it must turn out to be."""
+    """A file to store, and the size and sha256 that it must have."""
 
     name: str
     content: Path | bytes
-    told: Told
-
-    @classmethod
-    def of_file(cls, path: Path) -> "Upload":
-        """A local file as it is now, under its own name."""
-        return cls(path.name, path, Told(regular_size(path), sha256_file(path)))
+    info: FileInfo
 
     @classmethod
     def of_bytes(cls, name: str, data: bytes) -> "Upload":
-        """A small file that is nowhere yet."""
-        return cls(name, data, Told(len(data), hashlib.sha256(data).hexdigest()))
+        """Content from memory."""
+        return cls(name, data, FileInfo(len(data), hashlib.sha256(data).hexdigest()))
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """Its bytes, in pieces that last until the next one is taken.
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the content, and at most a chunk more than its size.
 
         Raises:
-            FractalError: in the end, if they were not those promised; no more than promised are read.
-            OSError: as the local file system does.
+            FractalError: at the end, if size or sha256 differ.
+            OSError: if it cannot be read.
         """
-        digest, left = hashlib.sha256(), self.told.size
-        sound = isinstance(self.content, bytes) or regular_size(self.content) == left
-        for piece in [self.content] if isinstance(self.content, bytes) else file_pieces(self.content, 0):
-            if not sound or len(piece) > left:
-                break
-            digest.update(piece)
-            left -= len(piece)
-            yield piece
-        if not sound or left or digest.hexdigest() != self.told.sha256:
-            folder = self.content.parent if isinstance(self.content, Path) else ""
-            raise FractalError(f"{folder}/{self.name}: not what the manifest says; run 'fractalshards verify {folder}'")
-
-    def check(self) -> None:
-        """Raise FractalError if the local file is not what it must be."""
-        for _ in self.pieces():
-            pass
+        digest, size = hashlib.sha256(), 0
+        with io.BytesIO(self.content) if isinstance(self.content, bytes) else _open_regular(self.content) as file:
+            while size <= self.info.size and (chunk := file.read(_CHUNK)):
+                digest.update(chunk)
+                size += len(chunk)
+                yield chunk
+        if FileInfo(size, digest.hexdigest()) != self.info:
+            where = self.content if isinstance(self.content, Path) else self.name
+            raise FractalError(f"{where}: not what the manifest says; run 'fractalshards verify' on its folder")
 
 
-class Source(Protocol):
-    """Files of one folder. All methods raise StoreError, local ones OSError, and are safe from many threads."""
+class RemoteReader:
+    """Files of one folder, read through fsspec. Safe to use from many threads, but not after a fork.
 
-    @property
-    def steady(self) -> bool:
-        """Whether a file that is read again has the same bytes, for nothing on the way could damage them."""
+    Failures that may pass are retried: ``attempts`` in all, eight of them take about a minute. Methods raise
+    FileNotFoundError if a file is not there, and FractalError, without the secrets of a URL, for other failures.
+    """
 
-    def chunks(self, name: str, start: int) -> Generator[bytes | memoryview]:
-        """A file's bytes from ``start`` on, in pieces that fit into memory and last until the next one is taken.
+    attempts = 3  # the filesystems of object stores retry, too
+    _transient: tuple[type[Exception], ...] = (OSError,)
 
-        They may end early or late.
-        """
+    def __init__(self, location: Location, files: Any, **open_options: Any) -> None:
+        self.location, self.shown = location, location.shown
+        self._files = files
+        self._open_options = open_options or {"block_size": _BLOCK, "cache_type": "none"}
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Cut off the requests that other threads are waiting for. The reader cannot be used any more."""
+        import asyncio
+
+        from fsspec.asyn import get_loop
+
+        def cancel_requests() -> None:
+            for task in asyncio.all_tasks(loop):
+                if inspect.getcoroutinestate(cast(Any, task.get_coro())) == inspect.CORO_SUSPENDED:
+                    task.cancel()  # before its first step, it would leave the thread waiting forever
+
+        self._cancelled.set()
+        loop = get_loop()
+        loop.call_soon_threadsafe(cancel_requests)
+
+    def read(self, name: str, most: int) -> bytes | None:
+        """Contents of a file of at most ``most`` bytes; None if it is not there."""
+        data = bytearray()
+
+        def copy() -> None:
+            data.clear()
+            self._copy(name, data.extend, most + 1)
+
+        try:
+            self._persist(copy)
+        except FileNotFoundError:
+            return None
+        if len(data) > most:
+            raise FractalError(f"{self.shown}/{name}: larger than {most >> 20} MiB; do not use it")
+        return bytes(data)
+
+    def fetch(self, name: str, file: BinaryIO, info: FileInfo) -> None:
+        """Write the first ``info.size`` bytes of a remote file to ``file``, from its beginning, and check them."""
+
+        def copy() -> None:
+            file.seek(0)
+            found = self._copy(name, file.write, info.size)
+            if found.size < info.size:
+                raise StoreError(f"{self.shown}/{name}: ends after {found.size:,} of {info.size:,} bytes", True)
+            if found != info:
+                text = "damaged, its sha256 is not that in the manifest; it must be pushed again"
+                raise StoreError(f"{self.shown}/{name}: {text}", transient=True)
+
+        self._persist(copy)
+
+    def _copy(self, name: str, write: Callable[[bytes], object], most: int) -> FileInfo:
+        """Pass the first ``most`` bytes of a file to ``write``; return their number and sha256."""
+        digest, size = hashlib.sha256(), 0
+        with closing(self._chunks(name)) as chunks:  # errors of ``write`` are not those of the store
+            while size < most and (chunk := next(chunks, b"")[: most - size]):
+                write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+        return FileInfo(size, digest.hexdigest())
+
+    def _chunks(self, name: str) -> Generator[bytes]:
+        with self._translated(name), self._open(self.location.file(name)) as file:
+            while not self._cancelled.is_set() and (chunk := file.read(_CHUNK)):
+                yield chunk
+
+    def _open(self, path: str) -> Any:
+        return self._files.open(path, "rb", **self._open_options)
+
+    def _persist(self, action: Callable[[], _T]) -> _T:
+        """Run an action until it succeeds, fails for good, or has failed ``attempts`` times."""
+        import tenacity  # slow to import
+
+        first, longest = _RETRY_SECONDS
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
+            stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_when_event_set(self._cancelled),
+            wait=tenacity.wait_exponential(first, longest) + tenacity.wait_random(0, first),
+            sleep=tenacity.sleep_using_event(self._cancelled),
+            reraise=True,
+        )
+        return retrying(action)
+
+    @contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        """Turn the exceptions of a filesystem into FileNotFoundError and StoreError; local ones stay OSErrors."""
+        where = f"{self.shown}/{name}"
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "not there", where) from error
+        except Exception as error:  # whatever the libraries below a filesystem raise
+            if self.location.scheme == "file" or isinstance(error, FractalError):
+                raise
+            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+            text = redact(one_line(str(error) or type(error).__name__))[:300]
+            transient = isinstance(error, self._transient) and not isinstance(error, (ssl.SSLError, ValueError))
+            if isinstance(error, PermissionError) or status in (401, 403):
+                text, transient = "access denied; check credentials and permissions", False
+            elif isinstance(status, int):
+                text, transient = f"the server answers {status}", status >= 500 or status in _AGAIN
+            raise StoreError(f"{where}: {text}", transient) from error
 
 
-class Store(Source, Protocol):
-    """A folder that can be written to."""
+class HttpReader(RemoteReader):
+    """Files of a web server. Proxies come from the environment."""
 
-    @property
-    def tells(self) -> bool:
-        """Whether ``told`` knows the sha256 of all that ``put`` stored."""
+    attempts = 8
 
-    @property
-    def together(self) -> int:
-        """How many shards go in one ``put``."""
+    def __init__(self, location: Location) -> None:
+        import aiohttp
 
-    @property
-    def wants_card(self) -> bool:
-        """Whether a ``README.md`` says there how the dataset is read."""
+        self._transient = (OSError, aiohttp.ClientError)
+        client = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT),
+            "headers": {"Accept-Encoding": "identity"},
+            "read_bufsize": _CHUNK,
+            "trust_env": True,
+        }
+        # The URL is quoted already, and quoting it again would break a signature. A block size of 0 streams, and any
+        # size saves a request for it.
+        super().__init__(location, _filesystem("http", client_kwargs=client, encoded=True), block_size=0, size=1)
+
+
+class Store(RemoteReader):
+    """A folder that can be written to: here, on any filesystem; what is sent is read back.
+
+    Attributes:
+        has_checksums: ``holds`` compares sha256, not sizes alone.
+        batch_size: how many shards one ``put`` should take.
+        needs_readme: a ``README.md`` tells readers how to load the dataset.
+    """
+
+    has_checksums = False
+    batch_size = 1
+    needs_readme = False
+
+    def __init__(self, location: Location) -> None:
+        local = location.scheme == "file"
+        super().__init__(location, None if local else _filesystem(location.scheme, use_listings_cache=False))
 
     def prepare(self) -> None:
-        """Make the folder, where folders need making, and remove what killed writers left there."""
+        """Make the folder ready for writing."""
 
-    def told(self, name: str) -> Told | None:
-        """What the store says of a file; None if it is not there."""
+    def holds(self, upload: Upload) -> bool:
+        """Whether a file is stored already."""
+        found = self._persist(lambda: self._stored(upload, read_back=self.has_checksums))
+        return found in (upload.info, FileInfo(upload.info.size, ""))
 
-    def put(self, uploads: Sequence[Upload], advance: Advance) -> None:
+    def put(self, uploads: Sequence[Upload]) -> None:
         """Store files in this order, each visible only when it is whole, and check what arrived.
 
         Raises:
-            FractalError: if a local file is not what it must be.
-            MismatchError: if what arrived is not that.
+            FractalError: also if a local file has another size or sha256 than it must have.
+            OSError: if a local file cannot be read.
         """
 
-    def update(self, name: str, most: int, change: Change) -> None:
-        """Write what ``change`` makes of a small file, if it differs; nothing that others write meanwhile is lost.
+        def send() -> None:
+            with self._translated(uploads[0].name):
+                self._send(uploads)
+            for upload in uploads:
+                if self._stored(upload, read_back=True) != upload.info:
+                    raise StoreError(f"{self.shown}/{upload.name}: arrived damaged", transient=True)
 
-        Where the store can tell that somebody else wrote meanwhile this fails, and is to be tried again.
-        """
-
-
-def file_pieces(path: Path, start: int) -> Generator[bytes | memoryview]:
-    """Bytes of a regular local file from ``start`` on; each piece lasts until the next one is taken.
-
-    Raises:
-        FractalError: if it is not a regular file.
-        OSError: as the file system does.
-    """
-    regular_size(path)
-    buffer = memoryview(bytearray(_CHUNK))  # new memory for every piece would cost as much as the copy
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while count := file.readinto(buffer):
-            yield buffer[:count]
-
-
-def read_small(source: Source, name: str, most: int) -> bytes | None:
-    """A file of at most ``most`` bytes; None if it is not there.
-
-    Raises:
-        StoreError: if it is larger, or cannot be read.
-    """
-    data = bytearray()
-    try:
-        with closing(source.chunks(name, 0)) as chunks:
-            for chunk in chunks:
-                data += chunk
-                if len(data) > most:
-                    raise StoreError(f"larger than {most >> 20} MiB; do not use it", permanent=True)
-    except FileNotFoundError:
-        return None
-    except StoreError as error:
-        if error.missing:
-            return None
-        raise
-    return bytes(data)
-
-
-def read_back(source: Source, name: str) -> Told:
-    """Size and sha256 of a file, by reading it."""
-    digest, size = hashlib.sha256(), 0
-    for chunk in source.chunks(name, 0):
-        digest.update(chunk)
-        size += len(chunk)
-    return Told(size, digest.hexdigest())
-
-
-def check_arrived(store: Store, upload: Upload) -> None:
-    """Ask the store what it has of a file; read it back where the store cannot tell.
-
-    Raises:
-        MismatchError: if that is not what was sent.
-    """
-    told = store.told(upload.name)
-    if told and told.sha256 is None:
-        told = read_back(store, upload.name)
-    if told != upload.told:
-        raise MismatchError(f"arrived as {told.size if told else 'no'} bytes with another sha256")
-
-
-@contextmanager
-def translated(local: Path | bytes | None = None) -> Iterator[None]:
-    """Turn whatever a store's package raises into StoreError; errors of the file ``local`` stay what they are."""
-    try:
-        yield
-    except (StoreError, FractalError, ImportError):
-        raise
-    except Exception as error:
-        if isinstance(local, Path) and isinstance(error, OSError) and error.filename == str(local):
-            raise
-        raise _explain(error) from error
-
-
-def if_there(ask: Callable[[], _T]) -> _T | None:
-    """What a store's package answers; None if the file is not there. Raises StoreError for all else."""
-    try:
-        with translated():
-            return ask()
-    except StoreError as error:
-        if error.missing:
-            return None
-        raise
-
-
-def _explain(error: Exception) -> StoreError:
-    known = next((text for kind in type(error).__mro__ if (text := _PERMANENT.get(kind.__name__))), None)
-    if known:
-        return StoreError(known, permanent=True)
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, FileNotFoundError) or status == 404:
-        return StoreError("not there; check the URL", permanent=True, missing=True)
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return StoreError(_DENIED, permanent=True)
-    if status == 416:
-        return StoreError("shorter than promised", permanent=True)
-    permanent = isinstance(status, int) and 400 <= status < 500 and status not in _AGAIN
-    text = f"the server answers {status}" if isinstance(status, int) else str(error) or type(error).__name__
-    return StoreError(redact(one_line(text))[:200], permanent)
-
-
-_STREAM = 1 << 20  # each piece is a turn of another thread
-_TIMEOUT = 30.0
-
-
-class HttpSource:
-    """See ``Source``."""
-
-    steady = False
-
-    def __init__(self, location: Location) -> None:
-        with needs_package("http://", "aiohttp", "pip install aiohttp"):
-            from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
-        # proxies come from the environment; the URL is quoted already, and a signature would not survive a second time
-        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}, "encoded": True}
-        self._location = location
-        self._files = make_filesystem("http", options)
-
-    def chunks(self, name: str, start: int) -> Generator[bytes | memoryview]:
-        """See ``Source``."""
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        with translated():
-            url = self._location.file(name)
-            # a block size of 0 streams, and a size, whatever it is, saves asking for it
-            options = {"block_size": 0, "size": 1, "headers": headers, "read_bufsize": _STREAM}
-            with self._files.open(url, "rb", **options) as file:
-                skip = start if file.r.status != 206 else 0  # the server knows no ranges and sends all of it
-                while chunk := file.read(_STREAM):
-                    if skip < len(chunk):
-                        yield chunk[skip:]
-                    skip = max(skip - len(chunk), 0)
-
-
-_BLOCK = 8 << 20  # of an object store, where every block is a request
-
-
-def make_filesystem(scheme: str, options: dict[str, Any]) -> Any:
-    """A filesystem of its own: instances that are shared keep what they listed.
-
-    Raises:
-        ImportError: if its package is not installed.
-    """
-    make: Callable[..., Any] = importlib.import_module("fsspec").filesystem
-    return make(scheme, skip_instance_cache=True, **options)
-
-
-def find_info(files: Any, path: str) -> Any | None:
-    """What a filesystem says of a file now; None if it is not there. Raises StoreError."""
-
-    def ask() -> Any:
-        files.invalidate_cache(path)
-        return files.info(path)
-
-    return if_there(ask)
-
-
-def read_blocks(files: Any, path: str, start: int) -> Generator[bytes | memoryview]:
-    """Bytes of an object from ``start`` on, in large blocks; raises StoreError."""
-    with translated(), files.open(path, "rb", block_size=_BLOCK, cache_type="none") as file:
-        file.seek(start)
-        while chunk := file.read(_BLOCK):
-            yield chunk
-
-
-_SINGLE_PUT = 5 * 2**30  # what S3 takes in one request
-_INSTALL = {"s3": ("s3fs", "pip install '.[s3]' in a clone of the project"), "gs": ("gcsfs", "pip install gcsfs")}
-_NONE_YET = {"IfNoneMatch": "*"}
-
-
-class S3Store:
-    """See ``Store``. S3 is told the sha256 of what is sent and refuses anything else."""
-
-    steady = False
-    tells = True
-    together = 1
-    wants_card = False
-
-    def __init__(self, location: Location) -> None:
-        self._location = location
-        # ``Remote`` tries again
-        options = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
-        self._files = _open(location, options)
-        self._files.retries = 1
-
-    def prepare(self) -> None:
-        """Nothing needs doing."""
-
-    def chunks(self, name: str, start: int) -> Generator[bytes | memoryview]:
-        """See ``Source``."""
-        return read_blocks(self._files, self._location.file(name), start)
-
-    def told(self, name: str) -> Told | None:
-        """See ``Store``."""
-        head = self._head(name)
-        if head is None:
-            return None
-        checksum = head.get("ChecksumSHA256", "")
-        whole = checksum and "-" not in checksum  # otherwise it is one of parts
-        return Told(int(head["ContentLength"]), base64.b64decode(checksum).hex() if whole else None)
-
-    def put(self, uploads: Sequence[Upload], advance: Advance) -> None:
-        """See ``Store``."""
         for upload in uploads:
-            upload.check()
-            self._put(upload, {})
-            check_arrived(self, upload)
-        advance(sum(upload.told.size for upload in uploads))
+            deque(upload.chunks(), maxlen=0)  # checks them
+        self._persist(send)
 
-    def update(self, name: str, most: int, change: Change) -> None:
-        """See ``Store``: S3 refuses to overwrite what is not there any more; a store that cannot do so overwrites."""
-        head = self._head(name)
-        before = read_small(self, name, most)
-        if (after := change(before)) != before:
-            upload = Upload.of_bytes(name, after)
-            self._put(upload, {"IfMatch": head["ETag"]} if head else _NONE_YET)
-            check_arrived(self, upload)
+    def _stored(self, upload: Upload, read_back: bool) -> FileInfo | None:
+        """Size and sha256 of a file that is stored, or None; reads it if need be and ``read_back``."""
+        try:
+            with self._translated(upload.name):
+                found = self._info(self.location.file(upload.name))
+            if read_back and not found.sha256 and found.size == upload.info.size:
+                return self._copy(upload.name, lambda chunk: None, found.size + 1)
+            return found
+        except FileNotFoundError:
+            return None
 
-    def _put(self, upload: Upload, condition: dict[str, str]) -> None:
-        target, content = self._location.file(upload.name), upload.content
-        with translated(content):
-            if not isinstance(content, bytes) and upload.told.size > _SINGLE_PUT:
-                self._files.put_file(str(content), target)
-            elif isinstance(content, bytes):
-                try:
-                    self._send(upload, content, condition)
-                except OSError as error:
-                    if error.errno != errno.ENOSYS:
-                        raise
-                    self._send(upload, content, {})
+    def _info(self, path: str) -> FileInfo:
+        self._files.invalidate_cache(path)
+        found = self._files.info(path)
+        return FileInfo(int(found["size"]), (found.get("lfs") or {}).get("sha256", ""))
+
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        for upload in uploads:
+            path = self.location.file(upload.name)
+            if isinstance(upload.content, bytes):
+                self._files.pipe_file(path, upload.content)
             else:
-                with content.open("rb") as file:
-                    self._send(upload, file, condition)
-
-    def _send(self, upload: Upload, body: Any, condition: dict[str, str]) -> None:
-        bucket, key, _ = self._files.split_path(self._location.file(upload.name))
-        sha256 = base64.b64encode(bytes.fromhex(upload.told.sha256 or "")).decode()
-        checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
-        self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum, **condition)
-
-    def _head(self, name: str) -> dict[str, Any] | None:
-        bucket, key, _ = self._files.split_path(self._location.file(name))
-        return if_there(lambda: self._files.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED"))
+                self._files.put_file(str(upload.content), path)
 
 
-class GoogleStore:
-    """See ``Store``. What is sent is read back."""
+class LocalStore(Store):
+    """A local folder."""
 
-    steady = False
-    tells = False
-    together = 1
-    wants_card = False
+    has_checksums = True
 
-    def __init__(self, location: Location) -> None:
-        self._location = location
-        self._files = _open(location, {"use_listings_cache": False})
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Location("file", str(folder), "", str(folder)))
+        self.folder = folder
+        self.attempts = 1
+
+    def cancel(self) -> None:
+        """See ``RemoteReader.cancel``."""
+        self._cancelled.set()
 
     def prepare(self) -> None:
-        """Nothing needs doing."""
+        """Create the folder, and remove what killed writers left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
 
-    def chunks(self, name: str, start: int) -> Generator[bytes | memoryview]:
-        """See ``Source``."""
-        return read_blocks(self._files, self._location.file(name), start)
-
-    def told(self, name: str) -> Told | None:
-        """See ``Store``."""
-        info = find_info(self._files, self._location.file(name))
-        return info and Told(int(info["size"]), None)
-
-    def put(self, uploads: Sequence[Upload], advance: Advance) -> None:
-        """See ``Store``."""
+    def put(self, uploads: Sequence[Upload]) -> None:
+        """See ``Store.put``; the bytes are checked as they are written."""
         for upload in uploads:
-            upload.check()
-            target, content = self._location.file(upload.name), upload.content
-            with translated(content):
-                if isinstance(content, bytes):
-                    self._files.pipe_file(target, content)
-                else:
-                    self._files.put_file(str(content), target)
-            check_arrived(self, upload)
-        advance(sum(upload.told.size for upload in uploads))
+            with atomic_file(self.folder / upload.name) as file:
+                file.writelines(upload.chunks())
 
-    def update(self, name: str, most: int, change: Change) -> None:
-        """See ``Store``; but what is written between reading and writing is lost."""
-        before = read_small(self, name, most)
-        if (after := change(before)) != before:
-            self.put([Upload.of_bytes(name, after)], lambda count: None)
+    def _info(self, path: str) -> FileInfo:
+        return FileInfo(regular_size(Path(path)), sha256_file(Path(path)))
+
+    def _open(self, path: str) -> BinaryIO:
+        return _open_regular(Path(path))
 
 
-def _open(location: Location, options: dict[str, Any]) -> Any:
-    package, command = _INSTALL[location.scheme]
-    with needs_package(f"{location.scheme}://", package, command), translated():
-        return make_filesystem(location.scheme, options)
+class S3Store(Store):
+    """A folder of a bucket. S3 is sent the sha256 with the bytes, and refuses any others."""
+
+    has_checksums = True
+
+    def _info(self, path: str) -> FileInfo:
+        bucket, key, _ = self._files.split_path(path)
+        head = self._files.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        checksum = head.get("ChecksumSHA256", "")
+        whole = "-" not in checksum  # otherwise it is one of parts
+        return FileInfo(int(head["ContentLength"]), base64.b64decode(checksum).hex() if whole else "")
+
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        for upload in uploads:
+            if upload.info.size > _SINGLE_PUT:
+                super()._send([upload])
+                continue
+            bucket, key, _ = self._files.split_path(self.location.file(upload.name))
+            sha256 = base64.b64encode(bytes.fromhex(upload.info.sha256)).decode()
+            content = upload.content  # a file is streamed; put_file would hold all of it in memory
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as body:
+                checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
+                self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum)
 
 
-CARD = "README.md"
-_TOGETHER = 32
-_ROOT = re.compile(r"datasets/([^/]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+class HubStore(Store):
+    """A dataset repository on Hugging Face, or a folder in it. Each ``put`` is one commit; one is made at a time."""
 
-
-class HubStore:
-    """See ``Store``."""
-
-    steady = False
-    tells = True
-    together = _TOGETHER
+    has_checksums = True  # of large files; small ones are read
+    batch_size = 32  # commits per hour are limited
 
     def __init__(self, location: Location) -> None:
-        install = "pip install '.[hub]' in a clone of the project"
-        with needs_package("hf://", "huggingface_hub", install), translated():
-            self._files = make_filesystem("hf", {"use_listings_cache": False})
-            from huggingface_hub import HfApi
-
-        match = _ROOT.fullmatch(location.root)
-        if match is None:
-            raise StoreError("names no dataset; write hf://datasets/USER/NAME")
-        self._location = location
-        self._api = HfApi()
+        super().__init__(location)
+        name, revision, folder = cast(re.Match[str], _HUB_ROOT.fullmatch(location.root)).groups()
+        revision = revision and unquote(revision)
+        self._repository: dict[str, Any] = {"repo_id": name, "repo_type": "dataset", "revision": revision}
+        self._folder = f"{folder}/" if folder else ""
         self._turn = threading.Lock()
-        self._folder = f"{match[3]}/" if match[3] else ""
-        revision = unquote(match[2]) if match[2] else None
-        self._repository: dict[str, Any] = {"repo_id": match[1], "repo_type": "dataset", "revision": revision}
-        self.wants_card = not self._folder  # elsewhere the hub does not look for it
+        self.needs_readme = not folder  # the hub does not look for it elsewhere
 
-    def prepare(self) -> None:
-        """Nothing needs doing."""
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        from huggingface_hub import CommitOperationAdd, HfApi
 
-    def chunks(self, name: str, start: int) -> Generator[bytes | memoryview]:
-        """See ``Source``."""
-        return read_blocks(self._files, self._location.file(name), start)
-
-    def told(self, name: str) -> Told | None:
-        """See ``Store``. The hub knows the sha256 of large files."""
-        info = find_info(self._files, self._location.file(name))
-        return info and Told(int(info["size"]), (info.get("lfs") or {}).get("sha256"))
-
-    def put(self, uploads: Sequence[Upload], advance: Advance) -> None:
-        """See ``Store``. All come with one commit."""
-        self._commit(uploads, None)
-        advance(sum(upload.told.size for upload in uploads))
-
-    def update(self, name: str, most: int, change: Change) -> None:
-        """See ``Store``: the hub refuses a commit upon one that is not the newest."""
-        with translated():
-            newest = self._api.repo_info(**self._repository).sha
-        before = read_small(self, name, most)
-        if (after := change(before)) != before:
-            self._commit([Upload.of_bytes(name, after)], newest)
-
-    def _commit(self, uploads: Sequence[Upload], newest: str | None) -> None:
-        from huggingface_hub import CommitOperationAdd
-
-        for upload in uploads:
-            upload.check()
         message = f"Add {uploads[0].name}" + (f" and {len(uploads) - 1} more files" if uploads[1:] else "")
-        with self._turn, translated():
-            files = [CommitOperationAdd(f"{self._folder}{upload.name}", upload.content) for upload in uploads]
-            self._api.create_commit(operations=files, commit_message=message, parent_commit=newest, **self._repository)
-        for upload in uploads:
-            check_arrived(self, upload)
+        with self._turn:
+            operations = [CommitOperationAdd(f"{self._folder}{upload.name}", upload.content) for upload in uploads]
+            HfApi().create_commit(operations=operations, commit_message=message, **self._repository)
 
 
-def dataset_card(before: bytes | None, splits: Collection[str]) -> bytes:
-    """A ``README.md`` by which ``load_dataset`` and the hub's viewer take the tars, and not the sidecars, for data.
-
-    One that was there ``before`` stays, unless it is ours of fewer splits.
-    """
-    if before is not None and before not in map(_card, (("train",), ("val",))):
-        return before
-    return _card(sorted(splits))
-
-
-def _card(splits: Collection[str]) -> bytes:
-    files = "".join(f'  - {{split: {name}, path: "{name}-*.tar"}}\n' for name in splits)
+def dataset_readme(splits: Collection[str]) -> bytes:
+    """Return a ``README.md`` by which ``load_dataset`` and the hub's viewer read the tars, and not the sidecars."""
+    files = "".join(f'  - {{split: {name}, path: "{name}-*.tar"}}\n' for name in sorted(splits))
     head = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n"
     text = "WebDataset shards made with fractalpretrain; `fractalshards pull` fetches and checks them.\n"
     return f"{head}{text}".encode()
+
+
+def open_reader(url: str) -> RemoteReader:
+    """Return a reader for the folder at a local path or a URL; nothing is requested yet.
+
+    Raises:
+        UsageError: for URLs that are not supported.
+        FractalError: if a package is missing.
+    """
+    location = parse_location(url)
+    return HttpReader(location) if location.scheme == "http" else open_store(url)
+
+
+def open_store(url: str) -> Store:
+    """Return the folder at a local path or a URL for writing; raises as ``open_reader`` does, and for web servers."""
+    location = parse_location(url)
+    if location.scheme == "http":
+        raise UsageError(f"{location.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
+    if location.scheme == "file":
+        return LocalStore(Path(location.root))
+    return {"s3": S3Store, "hf": HubStore}.get(location.scheme, Store)(location)
+
+
+def _filesystem(scheme: str, **options: Any) -> Any:
+    """A filesystem of its own: shared instances keep listings."""
+    import fsspec
+
+    with needs_package(f"{scheme}://", *_PACKAGES[scheme]):
+        return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    regular_size(path)
+    return path.open("rb")
