@@ -108,6 +108,7 @@ def test_timm(workspace: Path, kind: str, split: str, options: dict[str, str]) -
     assert theirs == list(read_ours(root, split).values())
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets(workspace: Path) -> None:
     card = re.search(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
     assert card
