@@ -99,7 +99,7 @@ def test_compare_counts_only_runs_of_the_plan(tmp_path):
     planned = plan(tmp_path)
     vit = planned.finetunings[0]
     after = next(run for run in planned.finetunings if run.start)
-    start = planned.starts()[after.start]
+    start = planned.starts[after.start]
     seed1 = next(run for run in planned.finetunings if run.seed == 1)
     for run, share in ((vit, 0.5), (seed1, 0.6), (start, 0.0), (after, 0.9)):
         finish(tmp_path / run.run, run.settings, share)

@@ -80,7 +80,7 @@ def check_models(plan: StudyPlan, image_size: int) -> None:
 
 
 def is_done(run: StudyRun, folder: Path) -> bool:
-    """Return whether a run has finished."""
+    """Return whether a run has finished, whatever its settings."""
     return (folder / run.run / RESULT).exists() and (folder / run.run / RUN).exists()
 
 
@@ -103,14 +103,12 @@ def why_unusable(run: StudyRun, plan: StudyPlan, folder: Path) -> str | None:
             return f"has {field} {found.get(field)}, not {wanted[field]}; remove this run, or choose another --out"
     if run.start is None:
         return None
-    if why_unusable(plan.starts()[run.start], plan, folder):
+    if why_unusable(plan.starts[run.start], plan, folder):
         return f"starts from {run.start}, which is not usable; remove this run, too"
     from fractaltrain.checkpoint import list_checkpoints  # imports torch
 
-    checkpoints = list_checkpoints(folder / run.start)
-    if checkpoints and all(
-        _sha256(path, path.stat().st_mtime_ns) != found.get("weights") for path in checkpoints[::-1]
-    ):
+    checkpoints = list_checkpoints(folder / run.start)[::-1]
+    if checkpoints and all(_sha256(path, path.stat().st_mtime_ns) != found.get("weights") for path in checkpoints):
         return f"started from other weights than {run.start} has now; remove this run"
     return None
 
@@ -165,12 +163,12 @@ def run_study(
     waiting = list(runs)
     done: dict[str, bool] = {}  # by run: whether its result can be used
     running: dict[str, subprocess.Popen[bytes]] = {}
-    signals: list[int] = []
+    received: list[int] = []  # signals; nothing starts after the first
     forwarded = False
     try:
-        with handling(lambda number, frame: signals.append(number), *STOP_SIGNALS):
-            while running or (waiting and not signals):
-                run = None if signals or len(running) == jobs else _next(waiting, done)
+        with handling(lambda number, frame: received.append(number), *STOP_SIGNALS):
+            while running or (waiting and not received):
+                run = None if received or len(running) == jobs else _next(waiting, done)
                 if run:
                     waiting.remove(run)
                     state = _state(run, plan, folder, done)
@@ -185,23 +183,23 @@ def run_study(
                     code = running.pop(name).returncode
                     done[name] = code == 0
                     if code == EXIT_STOPPED:
-                        signals.append(STOP_SIGNALS[0])
-                    elif code and not signals:
+                        received.append(STOP_SIGNALS[0])
+                    elif code and not received:
                         _log.error("%s: failed with exit code %d; continuing with other runs", folder / name, code)
-                if signals and not forwarded:
-                    forwarded = True  # nothing starts from now on
+                if received and not forwarded:
+                    forwarded = True
                     for process in running.values():
-                        process.send_signal(signals[0])
+                        process.send_signal(received[0])
     except KeyboardInterrupt as error:
-        raise StoppedError("stopped by Ctrl-C; run the same command to continue", 130) from error
+        raise StoppedError(f"{folder}: stopped by Ctrl-C; run the same command to continue", 130) from error
     finally:
-        for process in running.values():  # Ctrl-C reaches them, too
+        for process in running.values():  # Ctrl-C at a terminal reaches them as well
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_INTERRUPT_SECONDS)
-            process.kill()
+            process.terminate()
             process.wait()
-    if signals:
-        raise StoppedError("stopped; run the same command to continue", EXIT_STOPPED)
+    if received:
+        raise StoppedError(f"{folder}: stopped; run the same command to continue", EXIT_STOPPED)
     return [run.run for run in runs if not done[run.run]]
 
 

@@ -6,6 +6,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -220,6 +221,7 @@ class StudyPlan:
                     groups.setdefault((row, run.model, run.seed), []).append(run)
         return tuple(map(tuple, groups.values()))
 
+    @cached_property
     def starts(self) -> dict[str, StudyRun]:
         """Return the pre-trainings by ``run``."""
         return {run.run: run for run in self.pretrainings}
@@ -358,12 +360,11 @@ def read_plan(folder: Path) -> StudyPlan:
     """
     path = folder / PLAN
     plan = read_json(path, StudyPlan)
-    starts = plan.starts()
     for run in (*plan.pretrainings, *plan.finetunings):
         parts = PurePosixPath(run.run)
         if parts.is_absolute() or ".." in parts.parts or not parts.parts:
             raise FractalError(f"{path}: run {run.run!r} is outside of the study's folder; do not use this file")
-        if run.start is not None and run.start not in starts:
+        if run.start is not None and run.start not in plan.starts:
             raise FractalError(f"{path}: start {run.start!r} of {run.run} is not in the plan; run the study again")
     for run in plan.finetunings:
         for name, known in ((run.row, plan.rows), (run.model, plan.models), (run.target, plan.targets)):
