@@ -133,20 +133,15 @@ def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:
     ("path", "value", "noun"),
     [
         ("portable_version", 2, "version 2"),
-        ("portable_version", None, "portable recipe"),
         ("recipe.n", 11, "recipe digest"),
         ("recipe_digest", "0" * 32, "recipe digest"),
-        ("recipe", [], "recipe"),
         ("label_type", "triple", "label_type"),
         ("content_digest", "0" * 32, "content digest"),
         ("systems.0.0.0.0", 0.5, "systems digest"),
         ("systems", [], "systems"),
-        ("systems", {}, "systems"),
         ("systems.1", [], "systems"),
-        ("systems.1.0.0", [1.0, 2.0], "systems"),
         ("systems.1.0", [1.0] * 7, "system 1"),
         ("systems.1", [[1.0] * 6], "system 1"),
-        ("systems.1", [[1.0] * 8], "systems"),
         ("systems.1", [[1.0] * 7] * 1001, "systems"),
         ("systems.1.0.0.0", "1.0", "systems"),
         ("systems.1.0.0.0", True, "systems"),
@@ -156,7 +151,6 @@ def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:
         ("splits.train.shard_lengths.0", -1, "shard_lengths"),
         ("splits.train.shard_lengths", [5], "length"),
         ("splits.train.content_digests.0", "0" * 32, "content digest"),
-        ("splits.train.content_digests.0", "../x", "content_digests"),
         ("splits", {"../train": {"filenames": [], "shard_lengths": [], "content_digests": []}}, "../train"),
     ],
 )
@@ -189,12 +183,3 @@ def test_other_files_are_refused(dataset: Path, tmp_path: Path) -> None:
         file.truncate(17 << 20)
     with pytest.raises(FractalError, match=r"large\.json"):
         read_portable(tmp_path / "large.json")
-
-
-def test_a_thousand_classes_take_some_hundred_kilobytes(dataset: Path) -> None:
-    systems = [np.round(np.random.default_rng(0).uniform(-1, 1, (3, 2, 3)) * 2**24) / 2**24] * 1000
-    write_systems(dataset / SYSTEMS, systems)
-    manifest = load_manifest(dataset)
-    fitting = {**manifest.recipe, "systems_digest": systems_digest(systems)}
-    text = export_recipe(replace(manifest, recipe=fitting, recipe_digest=mapping_digest(fitting)))
-    assert 200_000 < len(text) < 600_000
