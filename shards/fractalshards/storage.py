@@ -76,7 +76,7 @@ def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
             deep, or has more than four million commas.
     """
     advice = "the file is damaged or not of this format, fetch or build it again"
-    if data.count(b",") > _MAX_COMMAS or _depth(data) > _MAX_DEPTH:
+    if data.count(b",") > _MAX_COMMAS or _is_deep(data):
         raise FractalError(f"{where}: too many values, or nested too deep; {advice}")
     try:
         return msgspec.json.decode(data, type=kind)
@@ -86,10 +86,10 @@ def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
         raise FractalError(f"{where}: not valid JSON ({error}); {advice}") from error
 
 
-def _depth(text: bytes) -> int:
-    """How deep the lists and objects of a JSON text are nested."""
+def _is_deep(text: bytes) -> bool:
+    """Whether lists and objects of a JSON text are nested too deep."""
     steps = (1 if bracket in b"[{" else -1 for bracket in _NOT_BRACKETS.sub(b"", text))
-    return max(accumulate(steps), default=0)
+    return any(depth > _MAX_DEPTH for depth in accumulate(steps))
 
 
 TEMPORARY = ".tmp~"  # names of unfinished files begin so
