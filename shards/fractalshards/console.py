@@ -268,12 +268,12 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
         return
     start = time.monotonic()
 
-    def describe(done: int, total: int) -> tuple[str, str]:
+    def describe(done: int, total: int) -> str:
         rate = done / max(time.monotonic() - start, 1e-9)
         left = human_seconds((total - done) / rate) if rate else "?"
         if unit == "B":
-            return f"{human_bytes(done)} / {human_bytes(total)}", f"{human_bytes(rate)}/s, {left} left"
-        return f"{done:,} / {total:,} {unit}", f"{rate:,.0f} {unit}/s, {left} left"
+            return f"{human_bytes(done)} / {human_bytes(total)}, {human_bytes(rate)}/s, {left} left"
+        return f"{done:,} / {total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
 
     if not sys.stderr.isatty():
         shown = start
@@ -283,7 +283,7 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
             now = time.monotonic()
             if now - shown >= _LOG_SECONDS or done == total:
                 shown = now
-                click.echo(f"{label}: {', '.join(describe(done, total))}", err=True)
+                click.echo(f"{label}: {describe(done, total)}", err=True)
 
         yield log
         return
@@ -293,7 +293,7 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
     task = bar.add_task(label, text="")
 
     def draw(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, text=" ".join(describe(done, total)))
+        bar.update(task, completed=done, total=total, text=describe(done, total))
         bar.start()  # not before: perhaps there is nothing to do
 
     try:

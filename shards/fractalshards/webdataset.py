@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
 from contextlib import suppress
 from dataclasses import astuple, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ def index_tar(path: Path) -> TarIndex:
         FractalError: if it is not a plain tar, ends early, or a sample lacks image or label.
         OSError: if it cannot be read.
     """
-    samples = [_sample(path, key, members) for key, members in _groups(path)]
+    samples = list(_samples(path))
     keys = [key.encode(errors="replace") for key, *_ in samples]
     table = np.array([numbers for _, *numbers in samples], np.int64).reshape(-1, 3)
     return TarIndex(
@@ -211,31 +213,38 @@ def _cache_path(path: Path) -> Path:
     return root / "fractalpretrain" / "listings" / f"{xxhash.xxh3_128_hexdigest(identity.encode())}.npz"
 
 
-def _groups(path: Path) -> Iterator[tuple[str, dict[str, bytes | tuple[int, int]]]]:
-    """The samples of a tar: key, and by extension the start and size of an image, or the bytes of a label."""
+def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Key, start and size of the image, and label of the samples of a tar."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        last, members = "", dict[str, bytes | tuple[int, int]]()
-        for member in _regular_files(path, file.fileno()):
-            folder, slash, name = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = name.partition(".")
-            key, extension = f"{folder}{slash}{stem}", extension.lower()
-            if key != last:
-                if members:
-                    yield last, members
-                last, members = key, {}
-            if not stem or extension not in (*_IMAGES, _LABEL):
+        named = ((*_parse_name(member.name), member) for member in _regular_files(path, file.fileno()))
+        for key, members in groupby(named, itemgetter(0)):
+            found: dict[str, tarfile.TarInfo] = {}
+            for _, extension, member in members:
+                if extension not in (*_IMAGES, _LABEL):
+                    continue
+                if extension in found:
+                    raise FractalError(f"{path}: {key}.{extension} occurs twice in one sample; fetch the file again")
+                if member.offset_data + member.size > size:
+                    raise FractalError(f"{path}: {member.name} is cut off; fetch the file again")
+                found[extension] = member
+            if not found:
                 continue
-            if extension in members:
-                raise FractalError(f"{path}: {key}.{extension} occurs twice in one sample; fetch the file again")
-            if member.offset_data + member.size > size:
-                raise FractalError(f"{path}: {member.name} is cut off; fetch the file again")
-            if extension == _LABEL:
-                members[_LABEL] = os.pread(file.fileno(), min(member.size, _MAX_LABEL_BYTES + 1), member.offset_data)
-            else:
-                members[extension] = (member.offset_data, member.size)
-        if members:
-            yield last, members
+            image = next((found[extension] for extension in _IMAGES if extension in found), None)
+            if image is None or _LABEL not in found:
+                lacking = f".{_LABEL} file" if image else "image"
+                raise FractalError(f"{path}: {key} has no {lacking}; every image needs one .{_LABEL} file")
+            label = os.pread(file.fileno(), min(found[_LABEL].size, _MAX_LABEL_BYTES + 1), found[_LABEL].offset_data)
+            if not (label.strip().isdigit() and len(label.strip()) <= _MAX_DIGITS):
+                raise FractalError(f"{path}: {key}: label {label[:_MAX_LABEL_BYTES]!r} is not a class index")
+            yield key, image.offset_data, image.size, int(label)
+
+
+def _parse_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member; the extension is empty for hidden files."""
+    folder, slash, file = name.removeprefix("./").rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower() if stem else ""
 
 
 def _regular_files(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
@@ -246,17 +255,3 @@ def _regular_files(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
                     yield member
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise FractalError(f"{path}: not a plain tar ({error}); fetch it again, or decompress it") from error
-
-
-def _sample(path: Path, key: str, members: Mapping[str, bytes | tuple[int, int]]) -> tuple[str, int, int, int]:
-    """Key, start and size of the image, label."""
-    places = [place for extension in _IMAGES if isinstance(place := members.get(extension), tuple)]
-    label = members.get(_LABEL)
-    if not places or not isinstance(label, bytes):
-        missing = f".{_LABEL} file" if places else "image"
-        raise FractalError(f"{path}: {key} has no {missing}; only images that have one .{_LABEL} each can be read")
-    text = label.strip()
-    if not (text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise FractalError(f"{path}: {key}: label {label[:_MAX_LABEL_BYTES]!r} is not a class index")
-    start, size = places[0]
-    return key, start, size, int(text)
