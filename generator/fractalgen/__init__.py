@@ -1,4 +1,4 @@
-"""Samples IFS codes, renders images, builds datasets. Never imports torch.
+"""Renders fractal images and builds datasets of them. Does not import torch.
 
 from fractalgen import draw_systems, make_recipe, render_sample
 recipe = make_recipe("single", n=1000, classes=10)

@@ -1,9 +1,9 @@
-"""FractalDB's search for categories (Kataoka et al., ACCV 2020), on all cores, with the published result to the bit."""
+"""FractalDB's categories (Kataoka et al., ACCV 2020): those shipped, files of others, and the published search."""
 
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -18,24 +18,21 @@ from fractalgen.kernels.fractaldb import fill_rate as measure
 from fractalgen.kinds.kind import MAX_MAPS
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import MAX_CLASSES
-from fractalshards.systems import read_systems, write_systems
+from fractalshards.systems import read_systems
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 _POINTS = 100_000
 _SIZE = 512
-_MAX_FILL_RATE = 0.38  # with a pixel per point it would be 100,000 / 512**2 = 0.3815
-_BATCH = 64  # candidates that a worker draws at a time, for some 50 ms
-_AHEAD = 3  # batches per worker that are begun or wait to be, so that none is idle
+_MAX_FILL_RATE = 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
+_BATCH = 64  # candidates per task, some 50 ms of work
+_AHEAD = 3  # tasks submitted per worker, so that none is idle
 
 State = Any  # of a numpy RandomState
 
 
 @dataclass(frozen=True)
 class Found:
-    """A category: (maps, 7) float64; the number of the candidate that became it, from 1; the share of pixels hit.
-
-    The share is kept to be held against that of the published search.
-    """
+    """A category (maps, 7) float64, the number of its candidate, from 1, and the share of pixels that it hits."""
 
     category: npt.NDArray[np.float64]
     candidate: int
@@ -49,22 +46,22 @@ def search_categories(
     workers: int = 1,
     on_progress: OnProgress = no_progress,
 ) -> list[Found]:
-    """Try random candidates one after the other until so many hit a large enough share of 512 x 512 pixels.
+    """Try random candidates until enough of them hit the wanted share of 512 x 512 pixels.
 
-    The result is that of the published code for the same seed, whatever the number of workers; 1000 categories of
-    seed 1 need 42,655 candidates.
+    The result is that of the published code for the same seed, for any number of workers; 1000 categories of seed 1
+    take 42,655 candidates.
 
     Args:
-        classes: categories to find.
+        classes: number of categories to find.
         seed: of numpy's ``RandomState``; the published one is 1.
-        fill_rate: least share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so that a
-            search may take forever.
-        workers: processes.
+        fill_rate: least share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so a search
+            for more may not end.
+        workers: number of processes.
         on_progress: called after every batch of candidates with the categories found and those to find.
 
     Raises:
         UsageError: if an argument is out of its range.
-        FractalError: if a worker was killed.
+        FractalError: if workers die again and again.
     """
     _check(classes, seed, fill_rate)
     found: list[Found] = []
@@ -87,16 +84,16 @@ def _check(classes: int, seed: int, fill_rate: float) -> None:
         raise UsageError(f"seed is {seed}: the random numbers of a search have seeds of 0 to {(1 << 32) - 1}")
     if not 0 < fill_rate <= _MAX_FILL_RATE:
         raise UsageError(
-            f"fill rate is {fill_rate:g}: expected above 0 and at most {_MAX_FILL_RATE}, for {_POINTS:,} points cannot "
-            f"hit more of {_SIZE} x {_SIZE} pixels"
+            f"fill rate is {fill_rate:g}: expected above 0 and at most {_MAX_FILL_RATE}, because {_POINTS:,} points "
+            f"cannot hit more of {_SIZE} x {_SIZE} pixels"
         )
 
 
 def _batches(seed: int) -> Iterator[tuple[State, int]]:
-    """Where in the random numbers each batch of candidates starts, and the number of its first candidate.
+    """Yield the generator state at the start of each batch of candidates, and the number of its first candidate.
 
-    There is no other way to that place than to draw all numbers before it. Drawing them is a third of the work; the
-    workers do it again, for a state is smaller to send than what was drawn.
+    The state can only be reached by drawing all numbers before it. Drawing is a third of the work; the workers repeat
+    it, because a state is smaller to send than the numbers.
     """
     rng = np.random.RandomState(seed)
     first = 1
@@ -108,7 +105,7 @@ def _batches(seed: int) -> Iterator[tuple[State, int]]:
 
 
 def _try_batch(state: State, first: int, fill_rate: float) -> list[Found]:
-    """Those candidates of a batch that become categories."""
+    """Return the candidates of a batch that become categories."""
     rng = np.random.RandomState()
     rng.set_state(state)
     found = []
@@ -121,47 +118,38 @@ def _try_batch(state: State, first: int, fill_rate: float) -> list[Found]:
 
 
 def _draw_candidate(rng: np.random.RandomState) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The next candidate (maps, 7), and the (points,) random numbers that drive its orbit.
+    """Draw the next candidate (maps, 7), and the (points,) random numbers that drive its orbit.
 
-    2 to 7 maps with coefficients uniform in [-1, 1) and probabilities in proportion to |ad - bc|.
+    It has 2 to 7 maps, with coefficients uniform in [-1, 1) and probabilities proportional to |ad - bc|.
     """
     category = np.empty((rng.randint(2, 8), 7))
     for row in category:
         row[:6] = rng.uniform(-1, 1, 6)
     a, b, c, d, _, _, p = category.T
     p[:] = np.abs(a * d - b * c)
-    p /= np.cumsum(p)[-1]  # added one after the other: sum() would round otherwise
+    p /= np.cumsum(p)[-1]  # added in order; sum() would round differently
     return category, rng.random_sample(_POINTS)
 
 
 Category = npt.NDArray[np.float64]  # (maps, 7): a, b, c, d, e, f, p
 
 _COLUMNS = "a, b, c, d, e, f, p"
-_RENEW = "fetch it again or write it with 'fractalgen search'"
+_RENEW = "fetch it again, or write it with 'fractalgen search'"
 _CSV_NAME = re.compile(r"\d{5}\.csv")
 
 
 @cache
 def shipped_categories() -> tuple[Category, ...]:
-    """The 1000 published categories, bit for bit: what ``search_categories(1000)`` finds."""
+    """Return the 1000 published categories, bit for bit those that ``search_categories(1000)`` finds."""
     with as_file(files("fractalgen") / "data" / "fractaldb_categories.npz") as path:
         return read_categories(path)
 
 
-def write_categories(path: Path, categories: Sequence[Category]) -> None:
-    """Write categories as one file of arrays, atomically.
-
-    Raises:
-        OSError: as the file system does.
-    """
-    write_systems(path, categories)
-
-
 def read_categories(path: Path) -> tuple[Category, ...]:
-    """Read what ``write_categories`` wrote, in order of class.
+    """Read a file of 'fractalgen search', in order of class.
 
     Raises:
-        FractalError: if the file is damaged or holds anything but categories.
+        FractalError: if the file is damaged or holds something else.
         OSError: if it cannot be read.
     """
     try:
@@ -171,8 +159,7 @@ def read_categories(path: Path) -> tuple[Category, ...]:
     if not categories:
         raise FractalError(f"{path}: holds no categories; {_RENEW}")
     for index, category in enumerate(categories):
-        fault = _fault(category)
-        if fault:
+        if fault := _fault(category):
             raise FractalError(f"{path}: category {index:05d}: {fault}; {_RENEW}")
     return categories
 
@@ -181,7 +168,7 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
     """Read a folder of CSV files as FractalDB publishes them: 00000.csv, 00001.csv, ... in it or its subfolders.
 
     Raises:
-        FractalError: if there are none, a number is missing or there twice, or a file is no category.
+        FractalError: if there are none, a number is missing or occurs twice, or a file is not a category.
         OSError: if the folder or a file cannot be read.
     """
     paths = sorted(_csv_files(folder), key=lambda path: (path.name, path))
@@ -196,7 +183,7 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
 
 
 def read_csv(path: Path) -> Category:
-    """Read a category as FractalDB publishes it: a line per map, with a, b, c, d, e, f and the probability p.
+    """Read a category as FractalDB publishes it: a line per map with a, b, c, d, e, f and the probability p.
 
     Raises:
         FractalError: if a line is anything else.
@@ -208,14 +195,11 @@ def read_csv(path: Path) -> Category:
             if not line.strip():
                 continue
             if len(rows) == MAX_MAPS:
-                raise FractalError(f"{path}: line {number}: a category has at most {MAX_MAPS} maps; leave out the rest")
+                raise FractalError(f"{path}: line {number}: a category has at most {MAX_MAPS} maps; remove the others")
             rows.append(_parse_row(line, f"{path}: line {number}"))
-    if not rows:
-        raise FractalError(f"{path}: empty; write a line '{_COLUMNS}' for each map")
-    category = np.array(rows)
-    fault = _fault(category)
-    if fault:
-        raise FractalError(f"{path}: line 1 to {number}: {fault}; write the share of each map in the last column")
+    category = np.array(rows).reshape(-1, 7)
+    if fault := _fault(category):
+        raise FractalError(f"{path}: {fault}; write a line '{_COLUMNS}' for each map")
     return category
 
 
@@ -228,28 +212,18 @@ def _csv_files(folder: Path) -> Iterator[Path]:
 
 
 def _parse_row(line: str, where: str) -> list[float]:
-    """The seven numbers of a line."""
-    fields = line.split(",")
-    if len(fields) != 7:
-        raise FractalError(f"{where}: {len(fields)} columns; write the seven numbers {_COLUMNS}, commas between them")
-    row = [_parse_number(field.strip(), where) for field in fields]
-    if row[-1] < 0:
-        raise FractalError(f"{where}: the probability p is {row[-1]:g}; write one that is not negative")
+    """Parse the seven finite numbers of a line."""
+    try:
+        row = [float(field) for field in line.split(",")]
+    except ValueError:
+        row = []
+    if len(row) != 7 or not all(map(math.isfinite, row)):
+        raise FractalError(f"{where}: {line.strip()[:60]!r} is not seven finite numbers {_COLUMNS}; correct the line")
     return row
 
 
-def _parse_number(field: str, where: str) -> float:
-    try:
-        number = float(field)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise FractalError(f"{where}: {field[:30]!r} is no finite number; write the seven numbers {_COLUMNS}")
-    return number
-
-
 def _fault(category: Category) -> str:
-    """What makes an array no category, in words; empty if it is one."""
+    """Say why an array is not a category; empty if it is one."""
     if category.ndim != 2 or category.shape[1] != 7 or not 1 <= len(category) <= MAX_MAPS:
         return f"an array of shape {category.shape}, not 1 to {MAX_MAPS} rows of {_COLUMNS}"
     if not np.isfinite(category).all():

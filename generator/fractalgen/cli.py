@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fractalgen.build import Plan, open_folder, plan_build, run_build
-from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, write_categories
+from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories
 from fractalgen.executors import open_executor
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
@@ -42,7 +42,7 @@ from fractalshards.settings import parse_settings, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
 from fractalshards.storage import write_bytes
-from fractalshards.systems import Systems
+from fractalshards.systems import Systems, write_systems
 
 _ALL = "all"
 _KIND = click.option(
@@ -299,7 +299,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
             found = search_categories(classes, seed, fill_rate, workers, on_progress)
         categories = tuple(one.category for one in found)
         note(f"tried {found[-1].candidate:,} candidates")
-    write_categories(out, categories)
+    write_systems(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
     next_step(f"fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
 
@@ -381,7 +381,3 @@ def _check_writable(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """Maps a sample index to its unit and shard: pure functions of the recipe, in constant time and memory."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fractalgen.kernels.random import Stream
@@ -49,8 +48,8 @@ def shard_tasks(recipe: Recipe) -> tuple[ShardTask, ...]:
     """
     tasks = []
     for split in _splits(recipe):
-        for number, begin in enumerate(range(0, split.samples, split.shard_size)):
-            start, stop = _align(split, begin), _align(split, begin + split.shard_size)
+        for number, begin in enumerate(range(0, split.samples, recipe.shard_size)):
+            start, stop = _align(split, begin), _align(split, begin + recipe.shard_size)
             if start < stop:
                 name = shard_name(split.name, number)
                 tasks.append(ShardTask(split.name, name, split.offset + start, split.offset + stop))
@@ -79,18 +78,22 @@ class _Split:
     """The samples of a split by position, unit after unit; position 0 is sample ``offset`` of the dataset.
 
     The first ``whole`` positions hold ``rounds`` whole units of every class; the remainder is less than a unit per
-    class.
+    class. Earlier splits have at most ``before`` units per class.
     """
 
+    recipe: Recipe
     name: str
-    offset: int
     samples: int
-    classes: int
-    per_unit: int
+    offset: int
     before: int
-    seed: int
-    shard_size: int
-    block_size: int
+
+    @property
+    def classes(self) -> int:
+        return self.recipe.classes
+
+    @property
+    def per_unit(self) -> int:
+        return self.recipe.family.images_per_unit
 
     @property
     def rounds(self) -> int:
@@ -101,27 +104,12 @@ class _Split:
         return self.rounds * self.classes * self.per_unit
 
     def key(self, purpose: str | int) -> int:
-        return Stream.of("order", self.seed, self.name, purpose).bits64()
+        return Stream.of("order", self.recipe.seed, self.name, purpose).bits64()
 
 
-def _splits(recipe: Recipe) -> Iterator[_Split]:
-    per_unit = recipe.family.images_per_unit
-    block_size = max(_BLOCK_PIXELS // recipe.size**2, 1) * per_unit
-    offset = before = 0
-    for name, samples in (("train", recipe.n), ("val", recipe.val)):
-        yield _Split(
-            name=name,
-            offset=offset,
-            samples=samples,
-            classes=recipe.classes,
-            per_unit=per_unit,
-            before=before,
-            seed=recipe.seed,
-            shard_size=recipe.shard_size,
-            block_size=block_size,
-        )
-        offset += samples
-        before += -(-samples // (recipe.classes * per_unit))
+def _splits(recipe: Recipe) -> tuple[_Split, _Split]:
+    train = _Split(recipe, "train", recipe.n, 0, 0)
+    return train, _Split(recipe, "val", recipe.val, recipe.n, -(-recipe.n // (train.classes * train.per_unit)))
 
 
 def _unit_at(split: _Split, position: int) -> tuple[int, int]:
@@ -165,6 +153,7 @@ def _shuffled(split: _Split, position: int) -> int:
     """The position that is stored at a position: images of units are permuted within the blocks of a shard."""
     if split.per_unit == 1:
         return position
-    shard = _block(split, position, 0, split.samples, split.shard_size)
-    start, stop = _block(split, position, *shard, split.block_size)
+    shard = _block(split, position, 0, split.samples, split.recipe.shard_size)
+    block_size = max(_BLOCK_PIXELS // split.recipe.size**2, 1) * split.per_unit
+    start, stop = _block(split, position, *shard, block_size)
     return start + permute(position - start, stop - start, split.key(start))

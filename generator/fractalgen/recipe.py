@@ -24,21 +24,22 @@ _COUNTS = ("n", "val", "classes", "size", "points", "seed", "shard_size")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a dataset is. Equal recipes with equal systems give equal samples, everywhere and always.
+    """The description of a dataset: equal recipes with equal systems give equal samples, everywhere.
 
-    Samples are numbered 0..n-1 in the ``train`` split and n..n+val-1 in ``val``.
+    Samples are numbered 0..n-1 in the split ``train`` and n..n+val-1 in ``val``.
 
     Attributes:
         kind: name of a kind, see ``fractalgen kinds``.
-        n: samples to train on.
-        val: samples to evaluate on.
+        n: training samples.
+        val: validation samples.
         classes: number of classes, each with one system; at most n for kinds whose images show one class.
         size: side length of the square images in pixels.
         points: points of a chaos game.
-        seed: of everything random.
+        seed: seed of all random numbers.
         shard_size: samples per shard.
         params: the parameters of the kind.
-        systems_digest: of the drawn systems; empty until they are.
+        systems_digest: digest of the systems; empty until they are drawn.
+        version: see ``RECIPE_VERSION``.
     """
 
     kind: str
@@ -64,7 +65,7 @@ class Recipe:
         _require(1 <= self.classes <= MAX_CLASSES, f"classes is {self.classes}: ask for 1 to {MAX_CLASSES:,} classes")
         _require(
             self.n >= self.classes or kind.label_type == "multi",
-            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes (--classes)",
+            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
         )
         self._check_units()
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
@@ -85,7 +86,7 @@ class Recipe:
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
 
     def _check_units(self) -> None:
-        """Refuse more images than the kind can give without repeating a render."""
+        """Refuse more images than the kind can render without repeating one."""
         kind = self.family
         limit = kind.units_per_class(self.params)
         if limit is None:
@@ -99,7 +100,7 @@ class Recipe:
 
     @property
     def family(self) -> Kind:
-        """The kind that ``kind`` names."""
+        """The kind named by ``kind``."""
         return find_kind(self.kind)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class Recipe:
         return mapping_digest(self.to_json())
 
     def with_systems(self, systems: Systems) -> "Recipe":
-        """This recipe with the digest of its systems filled in."""
+        """Return this recipe with the digest of its systems."""
         return replace(self, systems_digest=systems_digest(systems))
 
 
@@ -171,16 +172,16 @@ def make_recipe(
     shard_size: int = 1000,
     overrides: Mapping[str, object] | None = None,
 ) -> Recipe:
-    """A recipe with the kind's defaults for what is not given.
+    """Make a recipe, with the kind's defaults for arguments that are None.
 
     Args:
         kind: name of a kind: ``fractaldb``, ``single``, ``multi``.
-        n: samples to train on, at least 1.
-        val: samples to evaluate on, of the same classes; they share no render with those to train on.
+        n: training samples, at least 1.
+        val: validation samples of the same classes; they share no render with the training samples.
         classes: number of classes, 1 to 100,000; at most n for kinds whose images show one class.
         size: side length of the images in pixels, 16 to 4096.
         points: points of a chaos game, 1 to 100,000,000.
-        seed: of everything random, 0 to 2**63 - 1.
+        seed: seed of all random numbers, 0 to 2**63 - 1.
         shard_size: samples per shard.
         overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
 
@@ -202,13 +203,13 @@ def make_recipe(
 
 
 def _integer(name: str, value: Any) -> int:
-    """A plain integer, of numpy's too, for a recipe is hashed as JSON."""
+    """Convert to a plain integer, also from numpy's, because a recipe is hashed as JSON."""
     try:
         return operator.index(value)
     except TypeError as error:
         raise UsageError(f"{name} is {value!r}: expected an integer") from error
 
 
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
         raise UsageError(otherwise)

@@ -1,4 +1,4 @@
-"""A sample from its index: the pure function that a dataset is made of."""
+"""Renders samples: the pure function from (recipe, systems, index) to image and label."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from fractalshards.writer import Rendered
 
 
 def draw_systems(recipe: Recipe) -> Systems:
-    """The system of every class of a recipe: (maps, 2, 3) float64, or (maps, 7) for the categories of FractalDB.
+    """Draw the system of every class of a recipe: (maps, 2, 3) float64, or (maps, 7) for FractalDB categories.
 
-    Numpy may change its distributions between versions, so a build draws once and stores what it drew.
+    A build draws once and stores the systems, because numpy may change its distributions between versions.
 
     Raises:
-        UsageError: if the kind has not that many.
+        UsageError: if the kind has fewer systems than classes.
     """
     return recipe.family.draw_systems(recipe.params, recipe.seed, recipe.classes)
 
@@ -31,8 +31,8 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     """Render sample ``index`` of a dataset.
 
     Args:
-        recipe: what the dataset is.
-        systems: one float64 array per class, as ``draw_systems`` gives them.
+        recipe: of the dataset.
+        systems: one float64 array per class, see ``draw_systems``.
         index: in [0, n + val).
 
     Returns:
@@ -42,20 +42,20 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     Raises:
         IndexError: if the index is out of range.
     """
-    place = locate(recipe, operator.index(index))  # of numpy's integers too
+    place = locate(recipe, operator.index(index))  # also of numpy's integers
     image, label = render_unit(recipe, systems, place.unit)[place.part]
     return pixels_of(image), label
 
 
 def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Rendered]:
-    """Render all images of a unit with their labels."""
+    """Render all images of a unit, with their labels."""
     return recipe.family.render(recipe.params, recipe.size, recipe.points, unit, systems)
 
 
 def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Iterator[tuple[str, Rendered]]:
-    """(key, (image, label)) of the samples ``first`` to ``stop - 1``, as a shard takes them.
+    """Yield (key, (image, label)) of the samples ``first`` to ``stop - 1``, as ``write_shard`` takes them.
 
-    A unit is rendered once, when its first image is due, and kept until the last one is.
+    A unit is rendered when its first image is due, and kept until its last one is.
     """
     waiting: dict[Unit, tuple[Sequence[Rendered], int]] = {}
     for index in range(first, stop):
@@ -68,14 +68,15 @@ def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Ite
         yield sample_key(index), images[place.part]
 
 
-_PATIENCE = 8  # images per image shown, until rows of a multi-label kind may stay short
+_PATIENCE = 8  # renders per image shown, after which rows of a multi-label kind may stay short
 
 
 def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
-    """Draw a labelled sheet, a row per class; images of several classes stand in the row of one of them.
+    """Draw a contact sheet with a row per class; an image of several classes is in the row of one of them.
 
     Args:
-        per_class: images in a row.
+        recipe: of the dataset to preview.
+        per_class: images per row.
         tile: side length of an image on the sheet in pixels.
     """
     rows = class_rows(_samples(recipe, per_class), range(recipe.classes), per_class, tile)
@@ -83,7 +84,7 @@ def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
 
 
 def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:
-    """Images of different units, class after class."""
+    """Yield an image of every class in turn, each from another unit."""
     systems = draw_systems(recipe)
     end = recipe.family.units_per_class(recipe.params) or per_class * _PATIENCE
     for number in range(end):

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.build import Plan, open_folder, plan_build, run_build
-from fractalgen.categories import read_categories, shipped_categories, write_categories
+from fractalgen.categories import read_categories, shipped_categories
 from fractalgen.cli import main
 from fractalshards.cli import main as fractalshards
 from fractalshards.digest import mapping_digest
@@ -356,7 +356,7 @@ def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
     folder.mkdir(parents=True)
     for index in range(3):
         np.savetxt(folder / f"{index:05d}.csv", shipped_categories()[index + 5], delimiter=",", fmt="%.18e")
-    write_categories(stored, shipped_categories()[5:9])
+    write_systems(stored, shipped_categories()[5:9])
     options = ["build", "--kind", "fractaldb", "--n", 16, "--size", 32, "--points", 500]
     for name, given in (("a", ["--from-csv", tmp_path / "csv"]), ("b", ["--categories", stored, "--classes", 3])):
         assert run(*options, "--out", tmp_path / name, *given).exit_code == 0
@@ -364,7 +364,7 @@ def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
         same = map(np.array_equal, read_categories(tmp_path / name / "systems.npz"), shipped_categories()[5:8])
         assert all(same)
     assert "nothing to render" in run(*options, "--out", tmp_path / "a", "--classes", 3).stderr
-    write_categories(stored, shipped_categories()[:3])
+    write_systems(stored, shipped_categories()[:3])
     assert "systems_digest" in error_line(run(*options, "--out", tmp_path / "a", "--categories", stored))
     assert "3 categories" in error_line(run(*options, "--classes", 4, "--categories", stored, "--out", tmp_path / "c"))
 

@@ -8,28 +8,30 @@ from fractalgen.kernels.random import hash32
 from fractalgen.kinds.kind import MAX_MAPS
 from fractalshards.errors import UsageError
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 _LANES = 16  # independent orbits; one alone waits for the latency of its own multiplications
 _FEW = 4  # maps whose coefficients fit into registers; the published systems have no more
-_HEAD = 256  # points of one orbit before it splits into lanes, so that the way from the start shows once
+_HEAD = 256  # points of one orbit before it splits into lanes, so that the path from the start appears once
 
 
-def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint32, np.uint32]) -> tuple[Floats, Floats]:
-    """Points of the attractor of an IFS by random iteration (Barnsley 1988).
+def chaos_game(
+    system: npt.NDArray[np.float64], points: int, key: tuple[np.uint32, np.uint32]
+) -> tuple[Float32s, Float32s]:
+    """Compute points of the attractor of an IFS by random iteration (Barnsley 1988).
 
-    Starts at the fixed point of map 0, which lies on the attractor, and keeps the way from there, as the published
-    code does: where map 0 is seldom drawn, its first points stand far out, and they widen the bounding box. After 256
-    points the orbit splits into sixteen. At every step a map is drawn with probability proportional to |det A|; where
-    all determinants are zero, all maps are equally likely.
+    Starts at the fixed point of map 0, which lies on the attractor, and keeps all points from there, as the published
+    code does: where map 0 is rarely drawn, its first points are far out and widen the bounding box. After 256 points
+    the orbit splits into sixteen. Every step draws a map with probability proportional to |det A|; if all determinants
+    are zero, all maps are equally likely.
 
     Args:
         system: (n, 2, 3) float64, n in 1..255; row i of map k is (a, b, e) with x_i' = a x + b y + e.
-        points: how many points, at least 1.
-        key: of ``rng.hash32``; the choice at step t depends on (key, t) alone.
+        points: number of points, at least 1.
+        key: of ``hash32``; the choice at step t depends on (key, t) alone.
 
     Returns:
-        x and y, each (points,) float32. Systems that are not contractive may run to infinity or NaN.
+        x and y, each (points,) float32. Systems that are not contractive may reach infinity or NaN.
 
     Raises:
         UsageError: if there are no maps, or more than 255.
@@ -51,7 +53,7 @@ def chaos_game(system: npt.NDArray[np.float64], points: int, key: tuple[np.uint3
 
 
 def fixed_point(affine: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The point that an affine map (2, 3) leaves in place; the origin if there is none or it is not unique."""
+    """Return the fixed point of an affine map (2, 3), or the origin if there is none or more than one."""
     (a, b, e), (c, d, f) = affine.tolist()
     determinant = (1 - a) * (1 - d) - b * c
     if determinant == 0:
@@ -60,7 +62,7 @@ def fixed_point(affine: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def determinants(system: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """|det A| of every map of a system (n, 2, 3), as (n,) float64."""
+    """Return |det A| of every map of a system (n, 2, 3), as (n,) float64."""
     return np.abs(system[:, 0, 0] * system[:, 1, 1] - system[:, 0, 1] * system[:, 1, 0])
 
 
@@ -79,7 +81,7 @@ def _choose_maps(
 ) -> None:
     """choices[i] = the map whose share of [0, 2**32) the i-th random word falls into.
 
-    One pass per threshold that computes the words anew: each vectorises, one with an inner loop would not.
+    One pass per threshold, which computes the words anew, vectorises; a single pass with an inner loop would not.
     """
     choices[:] = 0
     for k in range(len(thresholds)):
@@ -89,7 +91,9 @@ def _choose_maps(
 
 
 @njit(cache=True)
-def _start(maps: Floats, choices: npt.NDArray[np.uint8], x: np.float32, y: np.float32, xs: Floats, ys: Floats) -> None:
+def _start(
+    maps: Float32s, choices: npt.NDArray[np.uint8], x: np.float32, y: np.float32, xs: Float32s, ys: Float32s
+) -> None:
     """The first _HEAD points, as one orbit from (x, y)."""
     for i in range(_HEAD):
         k = choices[i]
@@ -99,7 +103,7 @@ def _start(maps: Floats, choices: npt.NDArray[np.uint8], x: np.float32, y: np.fl
 
 
 @njit(cache=True)
-def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Floats) -> None:
+def _iterate(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
     """Continue every lane, given its start in the first row of lanes: point i follows point i - _LANES."""
     for i in range(_HEAD, len(xs)):
         k = choices[i]
@@ -109,10 +113,10 @@ def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Float
 
 
 @njit(cache=True)
-def _iterate_few(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Floats) -> None:
+def _iterate_few(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
     """``_iterate`` for four maps: coefficients are selected instead of looked up, so that the lanes vectorise.
 
-    Indices are unsigned, for numba checks signed ones for being negative.
+    Indices are unsigned, because numba checks signed ones for negative values.
     """
     a, b, e = _column(maps, 0), _column(maps, 1), _column(maps, 2)
     c, d, f = _column(maps, 3), _column(maps, 4), _column(maps, 5)
@@ -128,7 +132,7 @@ def _iterate_few(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: F
 
 
 @njit(inline="always")
-def _column(maps: Floats, column: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+def _column(maps: Float32s, column: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
     return maps[0, column], maps[1, column], maps[2, column], maps[3, column]
 
 

@@ -1,6 +1,6 @@
-"""Resizing as OpenCV's ``INTER_LINEAR`` does it for 8 bits: bilinear, without antialiasing, in fixed point."""
+"""Resizing as OpenCV's ``INTER_LINEAR`` does it for 8 bits, and pasting objects onto a canvas."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,10 @@ _ONE = 2048  # weights have 11 fractional bits
 
 
 def resize(image: Pixels, size: int) -> Pixels:
-    """Resize a square image (s, s, 3) uint8 to (size, size, 3).
+    """Resize a square image (s, s, 3) uint8 to (size, size, 3): bilinear, without antialiasing, in fixed point.
 
-    Pixel centres are aligned: output i lies at (i + 0.5) s / size - 0.5 of the input, and beyond the border the last
-    pixel goes on. Equal to OpenCV's result byte for byte.
+    Pixel centres are aligned: output i lies at (i + 0.5) s / size - 0.5 of the input, with the border repeated. Equal
+    to OpenCV's result byte for byte.
 
     Args:
         size: side length in pixels, at least 1.
@@ -30,7 +30,7 @@ def resize(image: Pixels, size: int) -> Pixels:
 
 @dataclass(frozen=True)
 class _Taps:
-    """For every output pixel the two input pixels it lies between, and the weight of the second, 0..2048."""
+    """For every output pixel the two input pixels that it lies between, and the weight of the second, 0..2048."""
 
     near: Integers
     far: Integers
@@ -46,7 +46,7 @@ def _taps(source: int, target: int) -> _Taps:
 
 @njit(cache=True)
 def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resized: Pixels) -> None:
-    """Every input row is mixed along x, then pairs of them along y, with OpenCV's two roundings."""
+    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings."""
     size = len(near)
     mixed = np.empty((len(image), 3 * size), np.int32)
     for row in range(len(image)):
@@ -73,28 +73,28 @@ Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 class Canvas:
     """An image (size, size, 3) uint8, and for every pixel the number of the object it shows, 0 for none.
 
-    At most 255 objects.
+    Holds at most 255 objects.
     """
 
     image: Pixels
     owner: npt.NDArray[np.uint8]
-    pasted: int = field(default=0)
+    pasted: int = 0
 
     @classmethod
     def of(cls, background: Pixels) -> "Canvas":
-        """A canvas with nothing on it but a background (size, size, 3) uint8, which is painted over."""
+        """Make a canvas without objects; the background (size, size, 3) uint8 is painted over."""
         return cls(background, np.zeros(background.shape[:2], np.uint8))
 
     def paste(self, pixels: Pixels, x: int, y: int) -> None:
-        """Lay an object (s, s, 3) uint8 with its top left corner at column x, row y; pixels that are black are clear.
+        """Paste an object (s, s, 3) uint8 with its top left corner at column x, row y; black pixels are transparent.
 
-        What lies outside the canvas is cut off.
+        Parts outside the canvas are cut off.
         """
         self.pasted += 1
         _paste(self.image, self.owner, pixels, x, y, np.uint8(self.pasted))
 
     def visible_boxes(self) -> list[Box | None]:
-        """For every object in order of pasting, the smallest box round its visible pixels; None if there are none."""
+        """Return the bounding box of the visible pixels of every object, in order of pasting; None if hidden."""
         low = np.full((self.pasted + 1, 2), len(self.owner), np.int64)
         high = np.full((self.pasted + 1, 2), -1, np.int64)
         _find_boxes(self.owner, low, high)

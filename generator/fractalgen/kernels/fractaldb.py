@@ -1,6 +1,6 @@
-"""FractalDB's renderer (Kataoka et al., ACCV 2020), equal to the published one to the pixel, and fast.
+"""FractalDB's renderer (Kataoka et al., ACCV 2020): a fast version, equal to the published one in every pixel.
 
-A category is a float64 array (maps, 7) of 1 to 255 maps, a row per map: a, b, c, d, e, f and the probability p, with
+A category is a float64 array (maps, 7) of 1 to 255 maps, one row per map: a, b, c, d, e, f and the probability p, with
 x' = a x + b y + e and y' = c x + d y + f.
 """
 
@@ -17,7 +17,7 @@ from fractalgen.kernels.random import hash32
 from fractalgen.kinds.kind import MAX_MAPS, MAX_POINTS, SIZES
 from fractalshards.errors import UsageError
 
-Floats = npt.NDArray[np.float64]
+Float64s = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.uint8]
 Masks = npt.NDArray[np.uint16]
 
@@ -27,18 +27,18 @@ DRAWS: tuple[Draw, ...] = get_args(Draw)
 
 _PAD = 6
 _COLORS = 128
-_CHUNK = 1 << 22  # points whose number and mask fit into a word of 32 bits; a multiple of the colours
+_CHUNK = 1 << 22  # points whose number and mask fit into 32 bits; a multiple of the number of colours
 _NUMBERS_SEED = 100  # of every image
-_BEFORE_NAN = 100  # this many points before the first NaN are given up with it
+_BEFORE_NAN = 100  # points before the first NaN that are dropped with it
 
-_LANES = 8  # segments of an orbit that are followed side by side
-_WARM_UP = 256  # steps by which a segment starts early, to have joined the orbit when it begins
+_LANES = 8  # segments of an orbit that are computed side by side
+_WARM_UP = 256  # steps by which a segment starts early, to reach the orbit before it begins
 
 
-def weight_rows(step: float = 0.4) -> Floats:
-    """The multipliers of a..f that turn a category into its 25 variants, as (25, 6) float64.
+def weight_rows(step: float = 0.4) -> Float64s:
+    """Return the multipliers of a..f that turn a category into its 25 variants, as (25, 6) float64.
 
-    Each coefficient in turn is multiplied by 1 - 2s, 1 - s, 1 + s and 1 + 2s; the row of ones stands third.
+    Each coefficient in turn is multiplied by 1 - 2s, 1 - s, 1 + s and 1 + 2s; row 2 is all ones.
     """
     factors = [round(1 + k * step, 12) for k in (-2, -1, 1, 2)]  # the decimal numbers of the published file
     rows = np.ones((24, 6))
@@ -48,49 +48,49 @@ def weight_rows(step: float = 0.4) -> Floats:
 
 
 def is_patch(draw: Draw) -> bool:
-    """Whether points are drawn as patches of 3 x 3 pixels, which need masks."""
+    """Return whether points are drawn as patches of 3 x 3 pixels, which need masks."""
     return draw.startswith("patch")
 
 
 def palette(draw: Draw) -> Indices:
-    """The colours that the indices of an image stand for: (2 or 129, 3) uint8 RGB, black first."""
+    """Return the colours of the indices of an image: (2 or 129, 3) uint8 RGB, black first."""
     colors = [_color(k) for k in range(_COLORS)] if _in_color(draw) else [(127, 127, 127)]
     return np.array([(0, 0, 0), *colors], np.uint8)
 
 
 @lru_cache(maxsize=1)
-def random_numbers(points: int) -> Floats:
-    """The random numbers that choose the maps, the same for every image: (points,) float64 in [0, 1), read-only.
+def random_numbers(points: int) -> Float64s:
+    """Return the random numbers that choose the maps, the same for every image: (points,) float64 in [0, 1), read-only.
 
     Raises:
         UsageError: if there are no points, or too many.
     """
     if not 1 <= points <= MAX_POINTS:
         raise UsageError(f"points is {points}: an orbit has 1 to {MAX_POINTS:,} points")
-    numbers: Floats = np.random.RandomState(_NUMBERS_SEED).random_sample(points)
+    numbers: Float64s = np.random.RandomState(_NUMBERS_SEED).random_sample(points)
     numbers.flags.writeable = False
     return numbers
 
 
 def masks(key: tuple[np.uint32, np.uint32], count: int) -> Masks:
-    """Patch masks of ``count`` points, (count,) uint16, uniform in 1..511; number i depends on (key, i) alone."""
+    """Draw ``count`` patch masks, (count,) uint16, uniform in 1..511; mask i depends on (key, i) alone."""
     drawn = np.empty(count, np.uint16)
     _draw_masks(*key, drawn)
     return drawn
 
 
 def published_masks(seed: int, count: int) -> Masks:
-    """The patch masks that the published code draws after ``random.seed(seed)``: (count,) uint16 in 1..511."""
+    """Return the patch masks that the published code draws after ``random.seed(seed)``: (count,) uint16 in 1..511."""
     rng = random.Random(seed)
     return np.array([rng.randrange(1, 512) for _ in range(count)], np.uint16)
 
 
 def render(
-    category: Floats, weights: Floats, size: int, points: int, draw: Draw, patch_masks: Masks | None = None
+    category: Float64s, weights: Float64s, size: int, points: int, draw: Draw, patch_masks: Masks | None = None
 ) -> Indices:
-    """Draw a category; the published image with flip 0.
+    """Draw a category; equal to the published image with flip 0.
 
-    Where the orbit diverges, the points up to 100 before the first NaN are drawn; if none are left, the image is black.
+    If the orbit diverges, the points up to 100 before the first NaN are drawn; if none are left, the image is black.
 
     Args:
         category: (maps, 7) float64, any values.
@@ -98,8 +98,8 @@ def render(
         size: side length in pixels, in ``SIZES``.
         points: 1..``MAX_POINTS``.
         draw: one of ``DRAWS``. A point sets a pixel; a patch sets 3 x 3 pixels, black where its mask has no bit.
-        patch_masks: (points,) uint16 in 1..511, for patches: a mask per point that is drawn. Bit 8 is the top left
-            and bit 0 the bottom right pixel, before the image is turned upside down.
+        patch_masks: (points,) uint16 in 1..511, one mask per point, for patches. Bit 8 is the top left and bit 0 the
+            bottom right pixel, before the image is turned upside down.
 
     Returns:
         (size, size) uint8: 0 where nothing was drawn, else an index into ``palette(draw)``.
@@ -125,31 +125,31 @@ def render(
 
 
 def flip(image: Indices, number: int) -> Indices:
-    """One of the four views of an image, which share its memory: 0 as it is, 1 top-bottom, 2 left-right, 3 both."""
+    """Return a flipped view of an image, sharing its memory: 0 as it is, 1 top-bottom, 2 left-right, 3 both."""
     rows, columns = (-1 if number & 1 else 1), (-1 if number & 2 else 1)
     return image[::rows, ::columns]
 
 
-def fill_rate(category: Floats, numbers: Floats, size: int) -> float:
-    """The share of the pixels of a (size, size) image that the points of a category hit."""
+def fill_rate(category: Float64s, numbers: Float64s, size: int) -> float:
+    """Return the share of pixels of a (size, size) image that the points of a category hit."""
     image = np.zeros(size * size, np.uint8)
     with np.errstate(all="ignore"):
         _draw_points(_cells(*orbit(category, numbers), size, size), np.uint32(0), image)
     return int(np.count_nonzero(image.view(np.bool_))) / (size * size)
 
 
-def orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
-    """The points of a category: the origin, then a step for every random number but the last.
+def orbit(category: Float64s, numbers: Float64s) -> tuple[Float64s, Float64s]:
+    """Compute the points of a category: the origin, then a step for every random number but the last.
 
-    Step i takes the first map whose cumulative probability is at least number i, and none if there is no such map.
-    All points with a coordinate NaN are dropped, with the 100 points before the first of them, first for x, then y.
+    Step i applies the first map whose cumulative probability is at least number i, or none if there is no such map.
+    Points with a NaN coordinate are dropped, with the 100 points before the first of them, first for x, then for y.
 
     Args:
         category: (maps, 7) float64, any values.
         numbers: (points,) float64 in [0, 1).
 
     Returns:
-        x and y, each (at most points,) float64 without NaN, but perhaps infinite.
+        x and y, each (at most points,) float64 without NaN, possibly infinite.
 
     Raises:
         UsageError: if there are no maps, too many, or no points.
@@ -165,14 +165,14 @@ def orbit(category: Floats, numbers: Floats) -> tuple[Floats, Floats]:
     return xs[:kept], ys[:kept]
 
 
-def _before_nan(values: Floats) -> int:
-    """How many values are kept; once NaN, an orbit remains so."""
+def _before_nan(values: Float64s) -> int:
+    """How many values are kept; an orbit that is NaN stays NaN."""
     if len(values) == 0 or not math.isnan(values[-1]):
         return len(values)
     return max(0, int(np.isnan(values).argmax()) - _BEFORE_NAN)
 
 
-def _cells(xs: Floats, ys: Floats, size: int, pitch: int) -> npt.NDArray[np.uint32]:
+def _cells(xs: Float64s, ys: Float64s, size: int, pitch: int) -> npt.NDArray[np.uint32]:
     """Number ``row * pitch + column`` of the pixel of each point; see ``_rescale``."""
     cells = np.empty(len(xs), np.uint32)
     if len(xs):
@@ -182,8 +182,8 @@ def _cells(xs: Floats, ys: Floats, size: int, pitch: int) -> npt.NDArray[np.uint
     return cells
 
 
-def _draw_patches(xs: Floats, ys: Floats, patch_masks: Masks, period: np.uint32, image: Indices) -> None:
-    """Paste the patch of each point, the top left pixel one below and one right of the point."""
+def _draw_patches(xs: Float64s, ys: Float64s, patch_masks: Masks, period: np.uint32, image: Indices) -> None:
+    """Paste the patch of each point; its top left pixel is one below and one right of the point."""
     size = len(image)
     pitch = size + 2  # a margin of three cells above and left: pixel (row, column) is reached from row - 3..row - 1
     cells = _cells(xs, ys, size, pitch)
@@ -199,7 +199,7 @@ def _in_color(draw: Draw) -> bool:
 
 
 def _color(k: int) -> tuple[int, int, int]:
-    """Colour k of 128 round the hues, channels in the published order."""
+    """Colour k of 128 around the hue circle, with the channels in the published order."""
     saturation = intensity = 0.75
     turn = 3 / math.pi * (2 * math.pi * (k / _COLORS))
     sector = math.floor(turn)
@@ -217,10 +217,10 @@ def _draw_masks(key0: np.uint32, key1: np.uint32, drawn: Masks) -> None:
 
 
 @njit(cache=True)
-def _choose_maps(cumulative: Floats, numbers: Floats, choices: npt.NDArray[np.uint8]) -> None:
+def _choose_maps(cumulative: Float64s, numbers: Float64s, choices: npt.NDArray[np.uint8]) -> None:
     """choices[i] = the first map with numbers[i] <= cumulative, else the number of maps.
 
-    One pass per map, the last map first: each vectorises, one with an inner loop would not.
+    One pass per map, the last map first, vectorises; a single pass with an inner loop would not.
     """
     choices[:] = len(cumulative)
     for k in range(len(cumulative) - 1, -1, -1):
@@ -230,8 +230,8 @@ def _choose_maps(cumulative: Floats, numbers: Floats, choices: npt.NDArray[np.ui
 
 
 @njit(inline="always")
-def _step(maps: Floats, choice: np.uint8, x: float, y: float) -> tuple[float, float]:
-    """One map applied to a point; none if there is no map of that number. Unsigned indices save the test for < 0."""
+def _step(maps: Float64s, choice: np.uint8, x: float, y: float) -> tuple[float, float]:
+    """Apply a map to a point, or none if there is no map of that number. Unsigned indices save the test for < 0."""
     k = uint64(6) * uint64(choice)
     if k >= uint64(len(maps)):
         return x, y
@@ -242,26 +242,26 @@ def _step(maps: Floats, choice: np.uint8, x: float, y: float) -> tuple[float, fl
 
 
 @njit(cache=True)
-def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Floats) -> None:
-    """Follow one orbit from the origin, exactly, but not one step after the other.
+def _iterate(maps: Float64s, choices: npt.NDArray[np.uint8], xs: Float64s, ys: Float64s) -> None:
+    """Compute one orbit from the origin, exactly, but not one step after the other.
 
-    A step waits for the step before it, so the orbit is cut into segments that are followed side by side from guesses:
-    maps that contract on average soon lead any two orbits to the same bits. Then the segments are joined: where the
-    true orbit does not come out at the guess, it is followed on until it meets what the guess led to.
+    Every step waits for the one before, so the orbit is cut into segments that are computed side by side from guessed
+    starts: maps that contract on average soon bring any two orbits to the same bits. Then the segments are joined:
+    where the true orbit differs from the guess, it is continued until it meets the guessed one.
     """
     points = len(xs)
     length = max(points // _LANES, 1)
     guessed = length * _LANES if length > _WARM_UP else 0
     if guessed:
         _guess(maps, choices, length, xs, ys)
-    xs[guessed:] = np.nan  # equal to nothing: what was not guessed is followed
+    xs[guessed:] = np.nan  # equal to nothing, so that points without a guess are computed
     xs[0], ys[0] = 0.0, 0.0
     i = 1
     while i < points:
         x, y = _step(maps, choices[i - 1], xs[i - 1], ys[i - 1])
         if x == xs[i] and y == ys[i]:
             i = (i // length + 1) * length
-        elif x != x and y != y:  # for good
+        elif x != x and y != y:  # NaN for good
             xs[i:], ys[i:] = np.nan, np.nan
             return
         else:
@@ -270,8 +270,8 @@ def _iterate(maps: Floats, choices: npt.NDArray[np.uint8], xs: Floats, ys: Float
 
 
 @njit(cache=True)
-def _guess(maps: Floats, choices: npt.NDArray[np.uint8], length: int, xs: Floats, ys: Floats) -> None:
-    """Follow segments of the given length side by side, all from the origin, all but the first some steps early."""
+def _guess(maps: Float64s, choices: npt.NDArray[np.uint8], length: int, xs: Float64s, ys: Float64s) -> None:
+    """Compute segments side by side, all from the origin, all but the first starting some steps early."""
     for lane in range(_LANES):
         xs[lane * length], ys[lane * length] = 0.0, 0.0
     for t in range(length - _WARM_UP, length):
@@ -288,8 +288,8 @@ def _guess(maps: Floats, choices: npt.NDArray[np.uint8], length: int, xs: Floats
 
 @njit(cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception
 def _rescale(
-    xs: Floats,
-    ys: Floats,
+    xs: Float64s,
+    ys: Float64s,
     left: float,
     bottom: float,
     width: float,
@@ -298,10 +298,10 @@ def _rescale(
     pitch: int,
     cells: npt.NDArray[np.uint32],
 ) -> None:
-    """cells[i] = row * pitch + column of the pixel that point i falls into, a coordinate that is not finite being 0.
+    """cells[i] = row * pitch + column of the pixel of point i, where coordinates that are not finite become 0.
 
-    The lowest coordinate is never positive, for the origin is a point: subtracting it is what the published code does
-    where it is negative. A quotient is in [0, 1] or NaN, so only NaN fails the tests.
+    The lowest coordinate is never positive, because the origin is a point; the published code subtracts it if it is
+    negative. A quotient is in [0, 1] or NaN, so only NaN fails the tests.
     """
     pad, limit = float(_PAD), float(size)
     span = float(size - 2 * _PAD)
@@ -322,9 +322,9 @@ def _draw_points(cells: npt.NDArray[np.uint32], period: np.uint32, image: Indice
 
 @njit(cache=True)
 def _mark_last(cells: npt.NDArray[np.uint32], patch_masks: Masks, last: npt.NDArray[np.uint32]) -> None:
-    """Leave in each cell its last point: its number, from 1, above its mask in the nine low bits.
+    """Store in each cell its last point: the number, from 1, above the mask in the nine low bits.
 
-    A later patch in the same place covers an earlier one wholly, so one point per cell is all that can show.
+    A later patch in the same place covers an earlier one entirely, so only one point per cell can be visible.
     """
     for i in range(len(cells)):
         last[cells[i]] = uint32(uint32(i + 1) << uint32(9)) | uint32(patch_masks[i] & uint16(511))
@@ -332,15 +332,15 @@ def _mark_last(cells: npt.NDArray[np.uint32], patch_masks: Masks, last: npt.NDAr
 
 @njit(cache=True)
 def _paste_last(last: npt.NDArray[np.uint32], period: np.uint32, image: Indices) -> None:
-    """Set each pixel by the last of the points in the nine cells whose patch reaches it; none leaves it as it is.
+    """Set each pixel by the last point of the nine cells whose patches reach it; without one, leave it as it is.
 
-    That is a maximum of (number, bit of the mask at this pixel), which vectorises; writing nine pixels for each point
-    in turn takes three times as long.
+    This is a maximum of (number, bit of the mask at this pixel), which vectorises; writing nine pixels per point takes
+    three times as long.
     """
     size = len(image)
     one, numbers = uint32(1), uint32(0xFFFFFFFE)
     for row in range(size):
-        above, beside, below = last[row + 2], last[row + 1], last[row]  # reach it with row 0, 1 and 2 of the patch
+        above, beside, below = last[row + 2], last[row + 1], last[row]  # reach it with rows 0, 1 and 2 of the patch
         for column in range(size):
             best = uint32(0)
             for k in range(3):

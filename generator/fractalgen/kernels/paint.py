@@ -1,4 +1,4 @@
-"""Backgrounds: diamond-square noise, and how its heights become colours (Anderson & Farrell 2022)."""
+"""Colours: diamond-square backgrounds, fractals by hit count, and blur (Anderson & Farrell 2022)."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Heights = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class HeightColors:
-    """Affine maps of height x to hue, saturation and value, each (scale, shift) in units of 0..255.
+    """Affine maps from height x to hue, saturation and value, each (scale, shift) in units of 0..255.
 
     hue = int(scale x + shift) mod 256; saturation and value are truncated and clamped to 0..255.
     """
@@ -30,7 +30,7 @@ BLACK = HeightColors((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
 
 
 def draw_height_colors(rng: Stream) -> HeightColors:
-    """Draw the colours of a background, with the published ranges."""
+    """Draw the colours of a background from the published ranges."""
     return HeightColors(
         hue=(255 * rng.uniform(0.25, 1.0), 255 * rng.uniform(0.0, 1.0)),
         saturation=(255 * rng.uniform(0.1, 0.3), 255 * rng.uniform(0.4, 0.6)),
@@ -39,16 +39,16 @@ def draw_height_colors(rng: Stream) -> HeightColors:
 
 
 def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) -> Heights:
-    """Fractal noise by the diamond-square algorithm (Fournier, Fussell & Carpenter 1982).
+    """Compute fractal noise by the diamond-square algorithm (Fournier, Fussell & Carpenter 1982).
 
-    On a grid of side 2**k + 1, k = ceil(log2 size), with corners U(0, 1); the displacement at level j = 1..k is
-    U(-m, m) with m = 0.5 exp(decay (1 - j)). At the border of the square step the missing neighbour is the one
-    that lies a step inside the opposite border.
+    The grid has side 2**k + 1, k = ceil(log2 size), and corners U(0, 1); the displacement at level j = 1..k is U(-m, m)
+    with m = 0.5 exp(decay (1 - j)). In the square step, the neighbour missing at a border is the one that lies a step
+    inside the opposite border.
 
     Args:
         size: side length in pixels, at least 2.
         decay: how fast detail loses amplitude per level.
-        key: of ``rng.hash32``; the displacement of a cell depends on (key, cell) alone.
+        key: of ``hash32``; the displacement of a cell depends on (key, cell) alone.
 
     Returns:
         The top left (size, size) float32 of the grid.
@@ -63,7 +63,7 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
 
 @njit(cache=True)
 def _fill_noise(cells: Heights, key0: np.uint32, key1: np.uint32) -> None:
-    """cells[i] = a uniform float32 in [-1, 1), of 24 random bits."""
+    """Fill cells with uniform float32 in [-1, 1), of 24 random bits."""
     for i in range(len(cells)):
         bits = hash32(np.uint32(i), key0, key1) >> np.uint32(8)
         cells[i] = np.float32(np.int32(bits)) * np.float32(2.0**-23) - np.float32(1)
@@ -71,7 +71,7 @@ def _fill_noise(cells: Heights, key0: np.uint32, key1: np.uint32) -> None:
 
 @njit(cache=True)
 def _displace(grid: Heights, amplitudes: Heights) -> None:
-    """Turn noise in [-1, 1) into heights, in place and level by level; a cell holds its noise until its level comes."""
+    """Turn noise in [-1, 1) into heights, in place, level by level; a cell holds its noise until its level is due."""
     last = len(grid) - 1
     half = np.float32(0.5)
     for row in (0, last):
@@ -90,10 +90,10 @@ def _displace(grid: Heights, amplitudes: Heights) -> None:
 
 @njit(inline="always")
 def _diamonds(above: Heights, here: Heights, below: Heights, step: int, amplitude: np.float32) -> None:
-    """The centres of squares: every second column from the first."""
+    """Displace the centres of squares: every second column, starting at ``step``."""
     quarter = np.float32(0.25)
     for k in range(len(here) // (2 * step)):
-        # unsigned, for numba checks signed indices for being negative, in every loop of a kernel
+        # unsigned, because numba checks signed indices for negative values
         left = np.uint64(2 * step) * np.uint64(k)
         centre, right = left + np.uint64(step), left + np.uint64(2 * step)
         corners = (above[left] + above[right]) + (below[left] + below[right])
@@ -102,7 +102,7 @@ def _diamonds(above: Heights, here: Heights, below: Heights, step: int, amplitud
 
 @njit(inline="always")
 def _squares(above: Heights, here: Heights, below: Heights, step: int, odd: bool, amplitude: np.float32) -> None:
-    """The centres of edges: every second column, the odd ones or the even ones, whose ends have a neighbour missing."""
+    """Displace the centres of edges: the odd columns, or the even ones, whose ends lack a neighbour."""
     quarter = np.float32(0.25)
     last = len(here) - 1
     if not odd:
@@ -119,7 +119,7 @@ def _squares(above: Heights, here: Heights, below: Heights, step: int, odd: bool
 
 @njit(inline="always")
 def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tuple[np.float32, np.float32, np.float32]:
-    """One pixel: float32 hue, saturation, value in 0..255 to float32 r, g, b in 0..255, not yet rounded."""
+    """Convert one pixel: float32 hue, saturation, value in 0..255 to float32 r, g, b in 0..255, not yet rounded."""
     one = np.float32(1)
     sextant = hue * np.float32(6 / 180)
     sextant = sextant - np.float32(6) if sextant >= np.float32(6) else sextant
@@ -137,7 +137,7 @@ def hsv_pixel(hue: np.float32, saturation: np.float32, value: np.float32) -> tup
     return red * scale, green * scale, blue * scale
 
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
 
     Args:
         counts: (size, size) uint32 hits per pixel.
+        fractal: colours of pixels with hits.
         heights: (size, size) float32.
+        background: colours of the other pixels.
 
     Returns:
         (size, size, 3) uint8 RGB.
@@ -167,7 +169,7 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
 
 
 def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
-    """Blur with a 3 x 3 Gaussian in OpenCV's 8-bit fixed-point arithmetic, the border reflected without its edge.
+    """Blur with a 3 x 3 Gaussian in OpenCV's 8-bit fixed-point arithmetic, reflecting the border without its edge.
 
     Args:
         image: (H, W, 3) uint8, at least 2 x 2.
@@ -181,8 +183,8 @@ def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
 
 
 @njit(cache=True)
-def _paint(counts: Counts, peak: int, own: Floats, heights: Heights, maps: Floats, image: Pixels) -> None:
-    """Row by row in three loops that each vectorise, as one loop of all would not."""
+def _paint(counts: Counts, peak: int, own: Float32s, heights: Heights, maps: Float32s, image: Pixels) -> None:
+    """Paint row by row in three loops, each of which vectorises; a single loop would not."""
     width = counts.shape[1]
     hsv = np.empty((3, width), np.uint8)
     rgb = np.empty((3, width), np.uint8)
@@ -199,14 +201,14 @@ def _paint(counts: Counts, peak: int, own: Floats, heights: Heights, maps: Float
 def _color_row(
     counts: npt.NDArray[np.uint32],
     peak: np.float32,
-    own: Floats,
-    heights: Floats,
-    maps: Floats,
+    own: Float32s,
+    heights: Float32s,
+    maps: Float32s,
     hue: Pixels,
     saturation: Pixels,
     value: Pixels,
 ) -> None:
-    """Hue, saturation and value of each pixel: both colourings are computed, and one is taken, without a branch."""
+    """Compute hue, saturation and value of each pixel in both colourings, and select one without a branch."""
     full = np.float32(255)
     own_hue, own_saturation, own_value = own[0], own[1], own[2]
     hue_scale, hue_shift = maps[0], maps[1]
@@ -226,14 +228,14 @@ def _color_row(
 
 @njit(inline="always")
 def _clamp(level: np.float32) -> np.float32:
-    """To 0..255; written out because ``min`` and ``max`` of floats do not vectorise."""
+    """Clamp to 0..255; written out because ``min`` and ``max`` of floats do not vectorise."""
     level = level if level > np.float32(0) else np.float32(0)
     return level if level < np.float32(255) else np.float32(255)
 
 
 @njit(inline="always")
 def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, green: Pixels, blue: Pixels) -> None:
-    """HSV to RGB, truncated as OpenCV's vector code does, so that images are those of the published generator."""
+    """Convert HSV to RGB, truncating like OpenCV's vector code and so like the published generator."""
     for i in range(len(hue)):
         r, g, b = hsv_pixel(np.float32(hue[i]), np.float32(saturation[i]), np.float32(value[i]))
         red[i], green[i], blue[i] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
@@ -241,9 +243,9 @@ def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, gr
 
 @njit(cache=True)
 def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) -> None:
-    """Separable: sums of weights in 1/256 along rows, then along columns, rounded once at the end.
+    """Blur along rows, then along columns, with weights in 1/256, rounding once at the end.
 
-    Shifted views instead of shifted indices, which numba would have to check for being negative.
+    Views are shifted instead of indices, which numba would have to check for negative values.
     """
     height, width, _ = image.shape
     sums = np.empty((height, 3 * width), np.uint32)

@@ -1,4 +1,4 @@
-"""Points to counts: a histogram over the pixels of a window, splatted once with a patch."""
+"""Rasteriser: counts of points per pixel of a window, each point drawn as a patch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ POINT = np.array([[1, 1]])  # the patch of a single pixel
 
 @dataclass(frozen=True)
 class Orientation:
-    """How the image lies: transposed first, then mirrored top-bottom and left-right."""
+    """How an image is turned: transposed first, then mirrored top-bottom and left-right."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -23,7 +23,7 @@ class Orientation:
 
 
 def bounding_box(xs: npt.NDArray[Any], ys: npt.NDArray[Any]) -> Window:
-    """The smallest window (xmin, ymin, xmax, ymax) that holds all points; NaN is passed over, infinity is not."""
+    """Return the smallest window (xmin, ymin, xmax, ymax) that holds all points; NaN is ignored, infinity is not."""
     low, high = np.fmin.reduce, np.fmax.reduce
     return float(low(xs)), float(low(ys)), float(high(xs)), float(high(ys))
 
@@ -36,40 +36,41 @@ def splat(
     patch: npt.NDArray[np.int64] = POINT,
     orientation: Orientation = Orientation(),
 ) -> Counts:
-    """How often each pixel is hit when every point draws the patch: (size, size) uint32.
+    """Count how often each pixel is hit when every point draws the patch: (size, size) uint32.
 
-    Row and column are ``int((x - xmin) * scale)`` and ``int((y - ymin) * scale)`` with scale = (size - 1) / extent,
-    an extent that is not positive counting as 1; cell (i, j) of the 3 x 3 patch is added at (row + i - 1,
-    column + j - 1), and what falls outside is dropped (so the published rasteriser). Points are counted first and
-    the patch applied once to the counts, which gives the same sums.
+    Row and column are ``int((x - xmin) * scale)`` and ``int((y - ymin) * scale)`` with scale = (size - 1) / extent, or
+    size - 1 if the extent is not positive. Cell (i, j) of the 3 x 3 patch is added at (row + i - 1, column + j - 1);
+    cells outside the image are dropped, as in the published rasteriser. Points are counted first and the patch is
+    applied once to the counts, which gives the same sums.
 
     Args:
-        xs: (n,) float32 or float64; the arithmetic is done in that type. Non-finite points are dropped.
-        ys: likewise.
+        xs: (n,) float32 or float64, the type of the arithmetic. Non-finite points are dropped.
+        ys: as xs.
         size: side length in pixels, at least 1.
+        window: (xmin, ymin, xmax, ymax).
         patch: (k, 2) cells, each in 0..2.
-        orientation: applied to the image of the points; the patch is laid on after that.
+        orientation: applied to the image of the points, before the patch.
     """
     xmin, ymin, xmax, ymax = window
-    kind = xs.dtype.type
-    x_scale = kind((size - 1) / (xmax - xmin if xmax > xmin else 1))
-    y_scale = kind((size - 1) / (ymax - ymin if ymax > ymin else 1))
+    scalar = xs.dtype.type
+    x_scale = scalar((size - 1) / (xmax - xmin if xmax > xmin else 1))
+    y_scale = scalar((size - 1) / (ymax - ymin if ymax > ymin else 1))
     hits = np.zeros((size + 2) ** 2 + 1, np.uint32)
-    _count(xs, ys, kind(xmin), kind(ymin), x_scale, y_scale, size, *_index_map(size, orientation), hits)
+    _count(xs, ys, scalar(xmin), scalar(ymin), x_scale, y_scale, size, *_index_map(size, orientation), hits)
     counts = np.zeros((size, size), np.uint32)
     _spread(hits[:-1].reshape(size + 2, size + 2), np.ascontiguousarray(patch), counts)
     return counts
 
 
 def peak_of(counts: Counts) -> int:
-    """What counts are divided by to lie in [0, 1]: their maximum, or 1 where nothing was hit."""
+    """Return the divisor that brings counts into [0, 1]: their maximum, or 1 if nothing was hit."""
     return max(int(counts.max()), 1)
 
 
 def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
     """(start, row step, column step) of a point's cell in the flat (size + 2) x (size + 2) grid of hits.
 
-    The margin of one cell keeps the points just outside, whose patch reaches in.
+    The margin of one cell keeps the points just outside, whose patches reach into the image.
     """
     pitch = size + 2
     down = -pitch if orientation.flip_rows else pitch
@@ -92,10 +93,10 @@ def _count(
     column_step: Any,
     hits: Counts,
 ) -> None:
-    """Count the points in each cell of the flat grid; the last element of ``hits`` takes those outside.
+    """Count the points in each cell of the flat grid; the last element of ``hits`` counts those outside.
 
-    The cells are computed in a first loop that vectorises, the counts are raised in a second that cannot. A float
-    is cast only where it is known to lie in (-2, size + 1).
+    The first loop, over cells, vectorises; the second, over counts, cannot. A float is cast to an integer only if it
+    is known to lie in (-2, size + 1).
     """
     low = xs.dtype.type(-2)
     high = xs.dtype.type(size + 1)
@@ -116,7 +117,7 @@ def _count(
 
 @njit(cache=True)
 def _spread(hits: Counts, patch: npt.NDArray[np.int64], counts: Counts) -> None:
-    """Add the grid of hits to ``counts`` once for each cell of the patch, shifted by it."""
+    """Add the grid of hits to ``counts`` once per cell of the patch, shifted by it."""
     size = len(counts)
     for row in range(size):
         out = counts[row]

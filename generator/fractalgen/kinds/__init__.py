@@ -1,4 +1,4 @@
-"""The registry of kinds: a new kind is one new file beside this one, and one name in ``KINDS``."""
+"""The registry of kinds. To add a kind, add a module beside this one and name it in ``KINDS``."""
 
 from fractalgen.kinds import fractaldb, multi, single
 from fractalgen.kinds.kind import Kind
@@ -11,10 +11,10 @@ KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (fractaldb
 
 
 def find_kind(name: str) -> Kind:
-    """The kind of that name.
+    """Return the kind of a name.
 
     Raises:
-        UsageError: if there is none; the nearest name is suggested.
+        UsageError: if there is none; suggests the nearest name.
     """
     if name not in KINDS:
         raise UsageError(f"unknown kind {name!r}{nearest(name, KINDS)}")

@@ -21,7 +21,7 @@ from fractalshards.errors import UsageError
 from fractalshards.png import Pixels
 from fractalshards.systems import Systems
 
-Floats = npt.NDArray[np.float64]
+Float64s = npt.NDArray[np.float64]
 
 SIGMA_FACTOR = (5.0, 6.0)
 
@@ -30,16 +30,16 @@ def sample_system(
     n: int | tuple[int, int],
     rng: np.random.Generator,
     sigma_factor: tuple[float, float] = SIGMA_FACTOR,
-) -> Floats:
+) -> Float64s:
     """Draw a contractive IFS (Anderson & Farrell 2022, section 3.2).
 
-    Every map is A = U diag(s) V with U and V random rotations times random signs on the axes, and singular values
-    that sum to the sigma factor alpha = sum(s1 + 2 s2); the draws come in the published order, so that the same
-    generator gives the same system.
+    Every map is A = U diag(s) V, where U and V are random rotations times random signs on the axes; the singular values
+    sum to the sigma factor alpha = sum(s1 + 2 s2). Draws are in the published order, so that the same generator gives
+    the same system.
 
     Args:
-        n: number of maps, or a half-open range (low, high) to draw it from first.
-        rng: a numpy generator.
+        n: number of maps, or a half-open range (low, high) from which it is drawn first.
+        rng: generator to draw from.
         sigma_factor: (low, high); alpha is uniform in ((low + n) / 2, (high + n) / 2).
 
     Returns:
@@ -47,7 +47,7 @@ def sample_system(
         in [-1, 1), in [..., 2].
 
     Raises:
-        UsageError: if n is or may be less than 2, for which the sigma factor cannot be reached.
+        UsageError: if n is less than 2, for which the sigma factor cannot be reached.
     """
     maps = int(n) if isinstance(n, int | np.integer) else int(rng.integers(*n))
     if maps < 2:
@@ -65,7 +65,7 @@ def sample_system(
     return system
 
 
-def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> Floats:
+def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> Float64s:
     """Draw n pairs s1 >= s2 in [0, 1] with sum(s1 + 2 s2) = alpha (Anderson & Farrell 2022, algorithm 1)."""
     values = np.empty((n, 2))
     above, below = alpha, alpha - 3 * n + 3
@@ -82,20 +82,20 @@ def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> F
     return values
 
 
-_GRID = 2.0**24  # systems are rounded to multiples of 1 / _GRID, so that every machine stores the same
+_GRID = 2.0**24  # systems are rounded to multiples of 1 / _GRID, so that all machines store the same
 
 
 @dataclass(frozen=True)
 class AndersonParams:
-    """What the paper varies in both kinds, with its values as defaults; pairs bound a uniform distribution."""
+    """Parameters of both kinds, with the published values as defaults; pairs bound a uniform distribution."""
 
-    maps: tuple[int, int] = parameter((2, 4), "number of maps of a system, both ends included", 2, MAX_MAPS)
+    maps: tuple[int, int] = parameter((2, 4), "number of maps of a system, inclusive", 2, MAX_MAPS)
     sigma_factor: tuple[float, float] = parameter(
-        SIGMA_FACTOR, "a, b: the singular values' weighted sum is U((a + maps) / 2, (b + maps) / 2)", 0.0, 6.0
+        SIGMA_FACTOR, "a,b: the weighted sum of singular values is U((a + maps) / 2, (b + maps) / 2)", 0.0, 6.0
     )
-    patch: bool = parameter(True, "draw every point as one random 3 x 3 patch per fractal, else as a pixel")
+    patch: bool = parameter(True, "draw points as a 3 x 3 patch, random per fractal, else as pixels")
     flips: bool = parameter(True, "transpose and mirror at random")
-    color: bool = parameter(True, "colour the fractal by how often a pixel is hit, else grey 127")
+    color: bool = parameter(True, "colour the fractal by hits per pixel, else grey 127")
     saturation: tuple[float, float] = parameter((0.3, 1.0), "saturation of a fractal", 0.0, 1.0)
     value: tuple[float, float] = parameter((0.5, 1.0), "value (brightness) of a fractal", 0.0, 1.0)
     background: bool = parameter(True, "diamond-square noise behind the fractal, else black")
@@ -108,12 +108,12 @@ class AndersonParams:
 
 
 def draw_systems(params: AndersonParams, seed: int, classes: int) -> Systems:
-    """The systems of all classes, each (maps, 2, 3) float64, multiples of 2**-24; a class's own is always the same."""
+    """Draw a system per class, (maps, 2, 3) float64 in multiples of 2**-24, whatever the number of classes."""
     return tuple(_draw_system(params, np.random.default_rng([seed, label])) for label in range(classes))
 
 
 def draw_patch(params: AndersonParams, rng: Stream) -> npt.NDArray[np.int64]:
-    """A random patch that is not empty: the cells of the bits of 1..511, as (k, 2); or a single pixel."""
+    """Draw a patch, (k, 2) cells: the bits of a number in 1..511, or a single pixel without ``params.patch``."""
     if not params.patch:
         return POINT
     mask = rng.integer(1, 512)
@@ -121,12 +121,12 @@ def draw_patch(params: AndersonParams, rng: Stream) -> npt.NDArray[np.int64]:
 
 
 def draw_orientation(params: AndersonParams, rng: Stream) -> Orientation:
-    """Transposed and mirrored each way with probability 1/2."""
+    """Draw an orientation: transposed and mirrored each way with probability 1/2."""
     return Orientation(*(rng.chance(0.5) for _ in range(3))) if params.flips else Orientation()
 
 
 def draw_fractal_colors(params: AndersonParams, rng: Stream) -> FractalColors:
-    """Hue shift, saturation and value of one fractal."""
+    """Draw hue shift, saturation and value of one fractal."""
     shift, saturation, value = rng.uniform(0.0, 255.0), rng.uniform(*params.saturation), rng.uniform(*params.value)
     if not params.color:
         return FractalColors(0.0, 0, 127)
@@ -134,14 +134,14 @@ def draw_fractal_colors(params: AndersonParams, rng: Stream) -> FractalColors:
 
 
 def draw_background(params: AndersonParams, size: int, rng: Stream) -> tuple[Heights, HeightColors]:
-    """Heights (size, size) float32 and how they are coloured."""
+    """Draw a background: heights (size, size) float32 and their colours."""
     heights = diamond_square(size, rng.uniform(*params.decay), rng.key())
     colors = draw_height_colors(rng)
     return heights, colors if params.background else BLACK
 
 
 def blur_at_random(image: Pixels, params: AndersonParams, rng: Stream) -> Pixels:
-    """The image (H, W, 3) uint8, blurred or as it is."""
+    """Blur an image (H, W, 3) uint8 with probability ``params.blur_probability``."""
     if rng.chance(params.blur_probability):
         return gaussian_blur(image, rng.uniform(*params.blur_sigma))
     return image

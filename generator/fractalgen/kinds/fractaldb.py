@@ -19,30 +19,26 @@ FLIPS = 4
 
 @dataclass(frozen=True)
 class FractaldbParams:
-    """What the paper varies, with its values as defaults."""
+    """Parameters with the published values as defaults."""
 
-    draw: kernel.Draw = parameter("patch-gray", "points as pixels or as random 3 x 3 patches, grey or coloured")
-    weight_step: float = parameter(
-        0.4, "s: one of a..f is multiplied by 1-2s, 1-s, 1+s or 1+2s, in 24 weight rows", 0.0, 1.0
-    )
-    weight_rows: tuple[int, int] = parameter(
-        (0, 24), "first and last weight row that is used; row 2 changes nothing", 0, 24
-    )
+    draw: kernel.Draw = parameter("patch-gray", "points as pixels or random 3 x 3 patches, grey or coloured")
+    weight_step: float = parameter(0.4, "s: 24 weight rows multiply one of a..f by 1-2s, 1-s, 1+s or 1+2s", 0.0, 1.0)
+    weight_rows: tuple[int, int] = parameter((0, 24), "first and last weight row; row 2 changes nothing", 0, 24)
 
     def __post_init__(self) -> None:
         check_parameters(self)
 
     @property
     def rows(self) -> int:
-        """How many weight rows are used."""
+        """Number of weight rows in use."""
         return self.weight_rows[1] - self.weight_rows[0] + 1
 
 
 def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
-    """The first categories of the published search, each (maps, 7) float64: a b c d e f p.
+    """Return the first categories of the published search, each (maps, 7) float64: a b c d e f p.
 
     Raises:
-        UsageError: if there are not that many.
+        UsageError: if there are fewer than ``classes``.
     """
     categories = shipped_categories()
     if classes > len(categories):
@@ -54,17 +50,17 @@ def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
 
 
 def units_per_class(params: FractaldbParams) -> int | None:
-    """Renders of a category: one per weight row for points; patches are drawn anew without end."""
+    """Return the number of renders of a category: one per weight row for points, unlimited for random patches."""
     return None if kernel.is_patch(params.draw) else params.rows
 
 
 def render(
     params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems
 ) -> tuple[Rendered, Rendered, Rendered, Rendered]:
-    """One render of a category and its three flips, each (size, size) indexed.
+    """Render a category and its three flips, each (size, size) indexed.
 
-    The weight rows are used up before patches are drawn again. Evaluation goes on where training stops: with other
-    draws of the patches, or for points with other weight rows.
+    All weight rows are used before patches are drawn again. The validation split continues after the training split:
+    with new patches, or for points with other weight rows.
     """
     number = unit.number + _first_number(params, unit.before)
     draw, row = divmod(number, params.rows)
@@ -81,7 +77,7 @@ def render(
 
 
 def _first_number(params: FractaldbParams, before: int) -> int:
-    """Where a split counts on after ``before`` renders per class: patches with a new draw of all weight rows."""
+    """The number of a split's first render after ``before`` renders per class; patches start a new draw of all rows."""
     return -(-before // params.rows) * params.rows if kernel.is_patch(params.draw) else before
 
 

@@ -1,4 +1,4 @@
-"""How large an image, a chaos game and a system may be, for whoever draws one."""
+"""The ``Kind`` record, the parameters of a kind, and limits that hold for all kinds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 SIZES = range(16, 4097)  # pixels of a side
 MAX_POINTS = 10**8
-MAX_MAPS = 255  # the number of a map is a byte, and one more means none
+MAX_MAPS = 255  # map numbers are bytes, and one value means no map
 
 
 def parameter(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with a default, a line for ``fractalgen kinds``, and the range of numbers that it takes.
+    """Declare a parameter of a kind: a dataclass field with a default, a description and a range.
 
     Args:
-        default: its value unless ``--set`` changes it.
-        help: what it is, in one line.
-        low: the least value; None for texts and for true and false.
+        default: the value unless ``--set`` changes it.
+        help: one line for ``fractalgen kinds``.
+        low: the least value; None for text and booleans.
         high: the greatest value.
     """
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 def check_parameters(params: "DataclassInstance") -> None:
-    """Refuse numbers outside the range of their field, and pairs that are not (low, high); for ``__post_init__``.
+    """Check that numbers are in the range of their field, and that pairs are (low, high); for ``__post_init__``.
 
     Raises:
-        UsageError: then; it names the field.
+        UsageError: naming the first field that is not.
     """
     for one in fields(params):
         low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)
@@ -48,25 +48,25 @@ def check_parameters(params: "DataclassInstance") -> None:
 
 
 def show_range(params: "type[DataclassInstance]", parameter: "Field[Any]") -> str:
-    """What a parameter may be, in the words of ``fractalgen kinds``: ``0.0 to 1.0`` or all that it takes."""
-    kind = get_type_hints(params)[parameter.name]
-    if get_origin(kind) is Literal:
-        return ", ".join(get_args(kind))
-    if kind is bool:
+    """Describe the values that a parameter takes: ``0.0 to 1.0``, or all of them."""
+    hint = get_type_hints(params)[parameter.name]
+    if get_origin(hint) is Literal:
+        return ", ".join(get_args(hint))
+    if hint is bool:
         return "true, false"
     return f"{parameter.metadata['low']} to {parameter.metadata['high']}"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The ``number``-th render of a class in a split.
+    """A render: number ``number`` of a class in a split.
 
     Attributes:
         seed: of the recipe.
         split: ``train`` or ``val``.
-        label: class index; kinds whose images show several classes take it as part of the identity only.
-        number: counts the renders of the class in the split from 0.
-        before: renders of a class in the splits before this one, at most; for kinds that number renders on.
+        label: class index; only a part of the identity for kinds whose images show several classes.
+        number: index of the render among those of its class and split.
+        before: upper bound of the renders per class in earlier splits, for kinds that number renders across splits.
     """
 
     seed: int
@@ -76,12 +76,8 @@ class Unit:
     before: int = 0
 
     def identity(self) -> tuple[str | int, ...]:
-        """What ``rng.Stream.of`` takes after the name of the kind."""
+        """Return the arguments of ``Stream.of`` after the name of the kind."""
         return self.seed, self.split, self.label, self.number
-
-
-def _without_end(params: Any) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -89,19 +85,19 @@ class Kind:
     """A family of images.
 
     Attributes:
-        name: as ``--kind`` calls it.
-        summary: one line for ``--help``.
-        params: a frozen dataclass whose fields are ``params.parameter``, with defaults, checked when made.
-        classes: default of a recipe; so are
-        size: the side length in pixels, and
-        points: the points of a chaos game.
+        name: the value of ``--kind``.
+        summary: one line for ``fractalgen kinds``.
+        params: a frozen dataclass whose fields are made by ``parameter`` and checked in ``__post_init__``.
+        classes: default number of classes.
+        size: default side length in pixels.
+        points: default number of points of a chaos game.
         draw_systems: (params, seed, classes) -> the systems of all classes, float64 arrays.
         render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels; an image is
             (size, size, 3) uint8 or indexed. All random numbers come from the unit's identity.
-        map_shape: of one map of a system: (2, 3), or (7,) for the categories of FractalDB.
-        label_type: ``single``: one class per image, balanced over the dataset; ``multi``: what an image shows.
-        images_per_unit: images that share one render, and so lie in one shard.
-        units_per_class: params -> how many units a class has at most; None for no end.
+        map_shape: shape of a map of a system: (2, 3), or (7,) for FractalDB categories.
+        label_type: ``single``: one class per image, balanced over the dataset; ``multi``: the objects that it shows.
+        images_per_unit: number of images that share a render, and are therefore in one shard.
+        units_per_class: params -> the most units that a class can have; None if there is no limit.
     """
 
     name: str
@@ -115,4 +111,4 @@ class Kind:
     map_shape: tuple[int, ...] = (2, 3)
     label_type: LabelType = "single"
     images_per_unit: int = 1
-    units_per_class: Callable[[Any], int | None] = _without_end
+    units_per_class: Callable[[Any], int | None] = lambda params: None

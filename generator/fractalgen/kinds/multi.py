@@ -33,19 +33,19 @@ _TRIES = 100  # images drawn until one shows an object; with the published param
 
 @dataclass(frozen=True)
 class MultiParams(AndersonParams):
-    """What the paper varies, with its values as defaults; pairs are (low, high) of a uniform distribution."""
+    """Parameters with the published values as defaults; pairs bound a uniform distribution."""
 
-    objects: tuple[int, int] = parameter((1, 5), "objects of an image, both ends included", 1, 255)
-    object_size: tuple[float, float] = parameter((0.15, 0.6), "side of an object as a share of the image's", 0.01, 1.0)
+    objects: tuple[int, int] = parameter((1, 5), "number of objects in an image, inclusive", 1, 255)
+    object_size: tuple[float, float] = parameter((0.15, 0.6), "side of an object, as a share of the image's", 0.01, 1.0)
 
 
 def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
-    """Render one image, (size, size, 3) uint8, and the objects that are visible in it.
+    """Render one image, (size, size, 3) uint8, labelled with its visible objects.
 
-    An image that shows none is drawn again from the next counter.
+    An image without visible objects is drawn again from another stream.
 
     Raises:
-        FractalError: if a hundred images in a row show none.
+        FractalError: if a hundred images in a row have none.
     """
     for attempt in range(_TRIES):
         rng = Stream.of("multi", *unit.identity(), attempt)
@@ -61,7 +61,7 @@ def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Sys
 def _draw_image(
     params: MultiParams, size: int, points: int, systems: Systems, rng: Stream
 ) -> tuple[Pixels, tuple[Object, ...]]:
-    """An image before blur, and its visible objects in paint order."""
+    """Draw an image before blur, and its visible objects in paint order."""
     nothing = np.zeros((size, size), np.uint32)
     canvas = Canvas.of(paint(nothing, draw_fractal_colors(params, rng), *draw_background(params, size, rng)))
     labels = []
@@ -75,7 +75,7 @@ def _draw_image(
 
 
 def _draw_object(params: MultiParams, size: int, points: int, system: np.ndarray, rng: Stream) -> Pixels:
-    """One fractal on black, (size, size, 3) uint8, that fills its bounding box."""
+    """Draw one fractal on black, (size, size, 3) uint8, filling its bounding box."""
     xs, ys = chaos_game(system, points, rng.key())
     patch = draw_patch(params, rng)
     counts = splat(xs, ys, size, bounding_box(xs, ys), patch, draw_orientation(params, rng))

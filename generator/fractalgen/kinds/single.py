@@ -31,17 +31,17 @@ _JITTER_TRIES = 4
 
 @dataclass(frozen=True)
 class SingleParams(AndersonParams):
-    """What the paper varies, with its values as defaults; pairs are (low, high) of a uniform distribution."""
+    """Parameters with the published values as defaults; pairs bound a uniform distribution."""
 
-    jitter: tuple[float, float] = parameter((0.8, 1.1), "factor on one map of the system; 1,1 for none", 0.0, 10.0)
-    window_shift: float = parameter(0.2, "centre of the window moves by up to this share of the extent", 0.0, 10.0)
+    jitter: tuple[float, float] = parameter((0.8, 1.1), "factor on one map of the system; 1,1 to disable", 0.0, 10.0)
+    window_shift: float = parameter(0.2, "largest shift of the window, as a share of the extent", 0.0, 10.0)
     window_scale: tuple[float, float] = parameter(
-        (0.5, 2.0), "factor on the extent of the window; 1,1 for none", 0.01, 100.0
+        (0.5, 2.0), "factor on the extent of the window; 1,1 to disable", 0.01, 100.0
     )
 
 
 def render(params: SingleParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
-    """Render one image, (size, size, 3) uint8, by the published steps in their order."""
+    """Render one image, (size, size, 3) uint8, in the published order of steps."""
     rng = Stream.of("single", *unit.identity())
     system = jitter(systems[unit.label], params.jitter, rng)
     xs, ys = chaos_game(system, points, rng.key())
@@ -54,7 +54,7 @@ def render(params: SingleParams, size: int, points: int, unit: Unit, systems: Sy
 
 
 def jitter(system: npt.NDArray[np.float64], factors: tuple[float, float], rng: Stream) -> npt.NDArray[np.float64]:
-    """Scale one random map of a system; if a singular value exceeds 1, try again, four times at most, else leave it."""
+    """Scale one random map of a system; tries up to four times to keep all singular values at most 1."""
     for _ in range(_JITTER_TRIES):
         k = rng.integer(0, len(system))
         jittered = system.copy()
@@ -65,7 +65,7 @@ def jitter(system: npt.NDArray[np.float64], factors: tuple[float, float], rng: S
 
 
 def _largest_singular_value(affine: npt.NDArray[np.float64]) -> float:
-    """Of the linear part of a (2, 3) map, in closed form: sqrt is exact on every machine, LAPACK is not."""
+    """The largest singular value of a (2, 3) map, in closed form: sqrt is exact on all machines, LAPACK is not."""
     (a, b, _), (c, d, _) = affine.tolist()
     total = a * a + b * b + c * c + d * d
     determinant = a * d - b * c
@@ -74,7 +74,7 @@ def _largest_singular_value(affine: npt.NDArray[np.float64]) -> float:
 
 
 def _draw_window(box: Window, params: SingleParams, rng: Stream) -> Window:
-    """The bounding box, its centre moved and its extent scaled, each axis on its own."""
+    """Shift the centre and scale the extent of the bounding box, each axis independently."""
     edges = []
     for low, high in ((box[0], box[2]), (box[1], box[3])):
         centre = (low + high) / 2 + (high - low) * rng.uniform(-params.window_shift, params.window_shift)
