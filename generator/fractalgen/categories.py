@@ -169,9 +169,10 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
 
     Raises:
         FractalError: if there are none, a number is missing or occurs twice, or a file is not a category.
-        OSError: if the folder or a file cannot be read.
+        OSError: if a file cannot be read.
     """
-    paths = sorted(_csv_files(folder), key=lambda path: (path.name, path))
+    files = (path for pattern in ("*.csv", "*/*.csv") for path in folder.glob(pattern))
+    paths = sorted((path for path in files if _CSV_NAME.fullmatch(path.name)), key=lambda path: (path.name, path))
     if not paths:
         raise FractalError(f"{folder}: no files 00000.csv, 00001.csv, ...; give the folder of FractalDB's CSV files")
     for index, path in enumerate(paths):
@@ -201,14 +202,6 @@ def read_csv(path: Path) -> Category:
     if fault := _fault(category):
         raise FractalError(f"{path}: {fault}; write a line '{_COLUMNS}' for each map")
     return category
-
-
-def _csv_files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from (inner for inner in path.iterdir() if _CSV_NAME.fullmatch(inner.name))
-        elif _CSV_NAME.fullmatch(path.name):
-            yield path
 
 
 def _parse_row(line: str, where: str) -> list[float]:

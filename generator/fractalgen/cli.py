@@ -1,9 +1,10 @@
 """The command ``fractalgen``: parses options, calls one function per subcommand, and prints the result."""
 
-import errno
 import json
 import os
 import shlex
+import tempfile
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,21 @@ from fractalshards.storage import write_bytes
 from fractalshards.systems import Systems, write_systems
 
 _ALL = "all"
-_KIND = click.option(
-    "--kind",
-    metavar="|".join(KINDS),
-    shell_complete=lambda context, option, typed: [name for name in KINDS if name.startswith(typed)],
-    help="Kind of images; 'fractalgen kinds' lists them.",
-)
-_SIZE = click.IntRange(SIZES.start, SIZES.stop - 1)
-_POINTS = click.IntRange(1, MAX_POINTS)
+
+
+def _kind_option(*names: str, required: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--kind",
+        required=required,
+        metavar="|".join(names),
+        shell_complete=lambda context, option, typed: [name for name in names if name.startswith(typed)],
+        help="Kind of images, see 'fractalgen kinds'.",
+    )
+
+
+_SIZE = click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
+_POINTS = click.option("--points", type=int, help="Points of each chaos game.  [default: by kind]")
+_SEED = click.option("--seed", default=0, help="Random seed.")
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the kind; repeatable."
 )
@@ -75,13 +83,13 @@ def main() -> None:
         "Work": "--workers --slice --executor --scheduler",
     }
 )
-@_KIND
+@_kind_option(*KINDS)
 @click.option("--n", type=int, help="Training images.")
 @click.option("--val", default=0, help="Validation images, of the same classes.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
-@click.option("--size", type=int, help="Side length in pixels.  [default: by kind, see 'fractalgen kinds']")
-@click.option("--points", type=int, help="Points of each chaos game.  [default: by kind]")
-@click.option("--seed", default=0, help="Random seed.")
+@_SIZE
+@_POINTS
+@_SEED
 @click.option("--shard-size", default=1000, help="Images per shard.")
 @click.option("--categories", type=PATH, metavar="FILE.npz", help="FractalDB: categories from 'fractalgen search'.")
 @click.option("--from-csv", type=PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
@@ -101,14 +109,10 @@ def main() -> None:
 @click.pass_context
 def build(
     context: click.Context,
+    /,
     kind: str | None,
     n: int | None,
-    val: int,
     classes: int | None,
-    size: int | None,
-    points: int | None,
-    seed: int,
-    shard_size: int,
     categories: Path | None,
     from_csv: Path | None,
     recipe_file: Path | None,
@@ -118,6 +122,7 @@ def build(
     slice_: str | None,
     workers: int,
     settings: tuple[str, ...],
+    **others: Any,
 ) -> None:
     """Build a dataset, or continue a build: finished shards are skipped.
 
@@ -133,17 +138,8 @@ def build(
         raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n, or --recipe")
     else:
         given = _read_given(kind, classes, categories, from_csv)
-        recipe = make_recipe(
-            kind,
-            n,
-            val=val,
-            classes=classes if given is None else len(given),
-            size=size,
-            points=points,
-            seed=seed,
-            shard_size=shard_size,
-            overrides=parse_settings(settings),
-        )
+        classes = classes if given is None else len(given)
+        recipe = make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others)
     folder = out if out is not None else Path("shards") / recipe.kind
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
@@ -209,31 +205,17 @@ def kinds(as_json: bool) -> None:
 
 
 @main.command(groups={"Images": "--kind --size --points --seed --set", "Sheet": "--classes --per-class --tile --out"})
-@click.option(
-    "--kind",
-    required=True,
-    metavar="|".join((*KINDS, _ALL)),
-    shell_complete=lambda context, option, typed: [name for name in (*KINDS, _ALL) if name.startswith(typed)],
-    help="Kind of images.",
-)
-@click.option("--size", type=_SIZE, help="Side length in pixels.  [default: by kind]")
-@click.option("--points", type=_POINTS, help="Points of each chaos game.  [default: by kind]")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Random seed.")
+@_kind_option(*KINDS, _ALL, required=True)
+@_SIZE
+@_POINTS
+@_SEED
 @_SET
 @click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Classes to show, a row each.")
 @click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images per row.")
 @click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Side of an image on the sheet in pixels.")
 @click.option("--out", required=True, type=PATH, help="Output image, .png or .jpg.")
 def preview(
-    kind: str,
-    size: int | None,
-    points: int | None,
-    seed: int,
-    settings: tuple[str, ...],
-    classes: int,
-    per_class: int,
-    tile: int,
-    out: Path,
+    kind: str, settings: tuple[str, ...], classes: int, per_class: int, tile: int, out: Path, **others: Any
 ) -> None:
     """Draw a contact sheet of a dataset without building it; --kind all shows all kinds side by side.
 
@@ -244,10 +226,7 @@ def preview(
     if kind == _ALL and overrides:
         raise UsageError("--set changes one kind, but --kind is 'all'")
     names = KINDS if kind == _ALL else (kind,)
-    recipes = [
-        make_recipe(name, classes, classes=classes, size=size, points=points, seed=seed, overrides=overrides)
-        for name in names
-    ]
+    recipes = [make_recipe(name, classes, classes=classes, overrides=overrides, **others) for name in names]
     picture = side_by_side([draw_preview(recipe, per_class, tile) for recipe in recipes])
     save_picture(picture, out)
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
@@ -257,8 +236,8 @@ def preview(
 @click.option("--params", required=True, type=PATH, metavar="FILE.csv", help="A category: a row a,b,c,d,e,f,p per map.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 leaves the category as it is.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="Drawing style.")
-@click.option("--size", default=362, type=_SIZE, help="Side length in pixels.")
-@click.option("--points", default=200_000, type=_POINTS, help="Points to draw.")
+@click.option("--size", default=362, type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side length in pixels.")
+@click.option("--points", default=200_000, type=click.IntRange(1, MAX_POINTS), help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="0 none, 1 top-bottom, 2 left-right, 3 both.")
 @click.option("--mask-seed", default=0, type=int, help="Seed of Python's random, for patches.")
 @click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
@@ -291,7 +270,10 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
 
     Example: fractalgen search --classes 2000 --out categories.npz
     """
-    _check_writable(out)  # before a long search
+    if out.is_dir():
+        raise UsageError(f"--out is {out}: expected the name of a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails before a long search if the folder cannot be written
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
     else:
@@ -372,12 +354,3 @@ def _scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str
     if executor != "dask" and scheduler:
         raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
     return scheduler
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a file that cannot be written; creates missing folders."""
-    if not out.name or out.is_dir():
-        raise UsageError(f"--out is {str(out)!r}: expected the name of a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK, effective_ids=True):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))

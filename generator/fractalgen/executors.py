@@ -38,13 +38,7 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
     if scheduler is None:
         with worker_pool(workers) as pool:
             yield pool, workers
-    else:
-        with _open_dask(scheduler) as dask:
-            yield dask
-
-
-@contextmanager
-def _open_dask(scheduler: str) -> Iterator[tuple[Executor, int]]:
+        return
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
         from distributed.comm.addressing import get_address_host_port

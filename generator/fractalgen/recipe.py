@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
-_COUNTS = ("n", "val", "classes", "size", "points", "seed", "shard_size")
+_RANGES = {
+    "n": (1, MAX_SAMPLES),
+    "val": (0, MAX_SAMPLES),
+    "classes": (1, MAX_CLASSES),
+    "size": (SIZES.start, SIZES.stop - 1),
+    "points": (1, MAX_POINTS),
+    "seed": (0, 2**63 - 1),
+    "shard_size": (1, MAX_SHARD_SIZE),
+}
 
 
 @dataclass(frozen=True)
@@ -55,14 +63,13 @@ class Recipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        for name, (low, high) in _RANGES.items():
+            value = _integer(name, getattr(self, name))
+            _require(low <= value <= high, f"{name} is {value}: expected {low} to {high:,}")
+            object.__setattr__(self, name, value)
         kind = self.family
         if not isinstance(self.params, kind.params):
             raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
-        _require(self.n >= 1, f"n is {self.n}: ask for at least 1 image")
-        _require(self.val >= 0, f"val is {self.val}: it cannot be negative")
-        _require(1 <= self.classes <= MAX_CLASSES, f"classes is {self.classes}: ask for 1 to {MAX_CLASSES:,} classes")
         _require(
             self.n >= self.classes or kind.label_type == "multi",
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
@@ -70,16 +77,8 @@ class Recipe:
         self._check_units()
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
         _require(
-            self.size in SIZES, f"size is {self.size}: images may be {SIZES.start} to {SIZES.stop - 1} pixels wide"
-        )
-        _require(
-            1 <= self.points <= MAX_POINTS, f"points is {self.points}: a chaos game has 1 to {MAX_POINTS:,} points"
-        )
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it may be 0 to 2**63 - 1")
-        least = kind.images_per_unit
-        _require(
-            least <= self.shard_size <= MAX_SHARD_SIZE,
-            f"shard_size is {self.shard_size}: a shard of kind {self.kind} has {least} to {MAX_SHARD_SIZE:,} samples",
+            self.shard_size >= kind.images_per_unit,
+            f"shard_size is {self.shard_size}: kind {self.kind} needs at least {kind.images_per_unit}",
         )
         shards = (self.n + self.val) // self.shard_size
         _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")

@@ -299,7 +299,7 @@ def nobody() -> Iterator[None]:
 def test_build_without_write_permission(small: list[str], nobody: None) -> None:
     result = run(*small, "--out", "/usr/share/fractals", "--workers", "1")
     assert result.exit_code == 1
-    assert error_line(result).startswith("error: /usr/share: Permission denied")
+    assert error_line(result).startswith("error: /usr/share/fractals: Permission denied")
 
 
 def test_disk_too_small_is_refused_before_writing(small: list[str], small_disk: Path, threads: None) -> None:

@@ -67,7 +67,7 @@ def test_csv_folder_without_categories_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path / "csv1" / "00000.csv", shipped_categories()[0])
     with pytest.raises(FractalError, match="same category"):
         read_csv_folder(tmp_path)
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(FractalError, match="missing"):
         read_csv_folder(tmp_path / "missing")
 
 

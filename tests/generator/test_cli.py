@@ -181,7 +181,7 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
         (["--kind", "all", "--set", "maps=2,3"], "--set"),
         (["--kind", "single", "--set", "mops=2,3"], "'maps'"),
         (["--kind", "single", "--classes", 0], "--classes"),
-        (["--kind", "single", "--size", 8], "--size"),
+        (["--kind", "single", "--size", 8], "size is 8"),
         (["--kind", "single", "--out", "x.tiff"], "x.tiff"),
     ],
     ids=str,
