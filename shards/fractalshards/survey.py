@@ -159,7 +159,7 @@ def select_samples(
     shards = split_shards(manifest, split)
     classes = np.array(shown)
     totals = np.zeros(manifest.classes, np.int64)
-    available = np.zeros((len(shards), len(classes)), np.int32)
+    available = np.zeros((len(shards), len(classes)), np.min_scalar_type(per_class))
     for number, shard in enumerate(shards):
         counts = _read_counts(manifest, shard)
         totals += counts
