@@ -1,12 +1,11 @@
-"""Measures how fast shards are checked: hashing, decoding beside Pillow, and the whole of ``fractalshards verify``.
+"""Benchmark reading shards: hashing, decoding compared with Pillow, and ``fractalshards verify`` as a whole.
 
     python tools/bench_shards.py --json bench.json            # builds a dataset of its own, 4000 images of 224 x 224
     python tools/bench_shards.py shards/single --rounds 9
 
-All measurements take turns in every round, and the median of the rounds is given with the lowest and the highest, for
-machines are noisy: trust ratios. Beside units per second of the clock stand units per second of a core, that is of the
-time that processors really worked on it, which other people's work changes less. Files come from the page cache, so
-storage is not measured. The whole of verify has the start of its worker processes in it, as its users have.
+Each round runs all measurements in turn, and the table shows the median, lowest and highest round. Machines are noisy, so
+compare ratios. Units per core second count the CPU time that was used, which depends less on other load. Files come from
+the page cache, so storage is not measured. The time of verify includes the start of its worker processes.
 """
 
 import io
@@ -42,7 +41,7 @@ _DECODED = 500  # images of a round
 
 @dataclass(frozen=True)
 class Measurement:
-    """Something to measure: ``work`` does so many units, e.g. decodes 500 images."""
+    """A measurement: ``work`` processes so many units, e.g. decodes 500 images."""
 
     name: str
     unit: str
@@ -52,7 +51,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured: units per second of the clock, and of the cores that worked, of every round."""
+    """Units per second of wall time and of CPU time in every round."""
 
     name: str
     unit: str
@@ -60,20 +59,22 @@ class Result:
     per_core_second: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The medians and every round."""
+        """Return the medians and all rounds."""
         medians = {"median": statistics.median(self.per_second), "core_median": statistics.median(self.per_core_second)}
         return {**asdict(self), **medians}
 
 
 @click.command()
 @click.argument("folder", required=False, metavar="[DIR]", type=click.Path(path_type=Path, exists=True))
-@click.option("--images", default=4000, show_default=True, type=click.IntRange(1), help="Of the dataset to build.")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="The median of so many.")
+@click.option(
+    "--images", default=4000, show_default=True, type=click.IntRange(1), help="Images of the dataset to build."
+)
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Rounds to take the median of.")
 @click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
-              help="Worker counts of verify to compare, each with an option of its own.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+              help="Worker processes of verify; may be repeated.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the results to this file.")
 def main(folder: Path | None, images: int, rounds: int, counts: tuple[int, ...], json_path: Path | None) -> None:
-    """Measure on this machine how fast shards are checked, of the dataset in DIR or of one built for it."""
+    """Benchmark reading the shards of the dataset in DIR, or of one built for the purpose."""
     try:
         with _dataset(folder, images) as manifest:
             summary = manifest.summary()
@@ -89,11 +90,11 @@ def main(folder: Path | None, images: int, rounds: int, counts: tuple[int, ...],
 
 @contextmanager
 def _dataset(folder: Path | None, images: int) -> Iterator[Manifest]:
-    """The dataset in a folder, or one built for the while: kind ``single``, 224 x 224, shards of 1000."""
+    """Load the dataset in a folder, or build a temporary one: kind ``single``, 224 x 224, shards of 1000."""
     if folder:
         yield load_manifest(folder)
         return
-    # not above, for the workers of verify import this file, and shall not import numba with it
+    # not at the top: the workers of verify import this file and should not import numba
     from fractalgen import make_recipe
     from fractalgen.build import open_folder, plan_build, run_build
 
@@ -106,7 +107,7 @@ def _dataset(folder: Path | None, images: int) -> Iterator[Manifest]:
 
 
 def _reading(manifest: Manifest) -> list[Measurement]:
-    """Hashing and decoding in this process, so on one core."""
+    """Measure hashing and decoding in this process, on one core."""
     shard = index_split(manifest, next(iter(manifest.splits)))[0]
     samples = list(islice(iterate_shard(shard), _DECODED))
     images = [data for sample in samples for name, data in sample.files.items() if name not in ("cls", "json")]
@@ -118,7 +119,7 @@ def _reading(manifest: Manifest) -> list[Measurement]:
 
 
 def _verifying(manifest: Manifest, counts: Sequence[int]) -> list[Measurement]:
-    """The whole of verify by number of worker processes."""
+    """Measure verify by number of worker processes."""
     samples = sum(map(manifest.samples, manifest.splits))
     return [
         Measurement(f"verify with {count}", "images", samples, partial(_verify, manifest, count)) for count in counts
@@ -141,7 +142,7 @@ def _verify(manifest: Manifest, workers: int) -> None:
 
 
 def _take_turns(measurements: Sequence[Measurement], rounds: int) -> list[Result]:
-    """Do the work of every measurement once to warm up, then once a round."""
+    """Run every measurement once to warm up, then once per round."""
     for measurement in measurements:
         measurement.work()
     rates = [[_rates(measurement) for measurement in measurements] for _ in range(rounds)]
@@ -152,7 +153,7 @@ def _take_turns(measurements: Sequence[Measurement], rounds: int) -> list[Result
 
 
 def _rates(measurement: Measurement) -> tuple[float, float]:
-    """Units per second of the clock, and of the cores that worked, children that ended included."""
+    """Return units per second of wall time, and of CPU time including finished child processes."""
     start, start_core = time.perf_counter(), _core_seconds()
     measurement.work()
     return measurement.units / (time.perf_counter() - start), measurement.units / (_core_seconds() - start_core)

@@ -1,6 +1,6 @@
-"""What the documentation site takes from the software itself: the help of every command.
+"""Insert the help of every command into the documentation site.
 
-mkdocs calls this; see mkdocs.yml. A line ``<!-- help: fractalgen -->`` of a page becomes the help of all its commands.
+mkdocs calls this; see mkdocs.yml. A line ``<!-- help: fractalgen -->`` becomes the help of all commands of fractalgen.
 """
 
 import re
@@ -21,12 +21,12 @@ _MARK = re.compile(r"^<!-- help: (\w+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the help in; mkdocs's event of that name."""
+    """Insert the help; mkdocs calls this for its event of the same name."""
     return _MARK.sub(lambda mark: _describe(mark[1]), markdown)
 
 
 def _describe(name: str) -> str:
-    """A section for every command of a program."""
+    """Return a section for each command of a program."""
     program = _PROGRAMS[name]
     parent = click.Context(program, info_name=name, **program.context_settings)
     sections = []

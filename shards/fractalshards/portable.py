@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import MAX_CLASSES, SYSTEMS, Manifest, Shard, check_plain, recipe_problems
+from fractalshards.manifest import MAX_CLASSES, SYSTEMS, Count, Manifest, Shard, check_names, recipe_problems
 from fractalshards.sample import LabelType
 from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded
 from fractalshards.systems import MAP_SHAPES, read_systems
@@ -27,7 +27,6 @@ _ADVICE = "the file is damaged or was changed; ask for it again"
 _Row = tuple[float, float, float]
 _Map = Annotated[list[_Row | float], Meta(min_length=2, max_length=7)]  # 2 x 3 or 7 numbers
 _System = Annotated[list[_Map], Meta(min_length=1, max_length=1000)]
-_Count = Annotated[int, Meta(ge=0)]
 _Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 
 
@@ -37,7 +36,7 @@ class _Version(msgspec.Struct):
 
 class _Split(msgspec.Struct):
     filenames: list[str]
-    shard_lengths: list[_Count]
+    shard_lengths: list[Count]
     content_digests: list[_Digest]
 
 
@@ -168,11 +167,7 @@ def _to_array(system: _System, where: str) -> npt.NDArray[np.float64]:
 
 
 def _collect_digests(splits: Mapping[str, _Split], where: str) -> dict[str, dict[str, str]]:
-    names = [name for split in splits.values() for name in split.filenames]
-    for name in (*splits, *names):
-        check_plain(name, where)
-    if len(set(names)) != len(names):
-        raise FractalError(f"{where}: a shard is listed twice; {_ADVICE}")
+    check_names({name: split.filenames for name, split in splits.items()}, where)
     if any(not len(one.filenames) == len(one.shard_lengths) == len(one.content_digests) for one in splits.values()):
         raise FractalError(f"{where}: the lists of a split differ in length; {_ADVICE}")
     return {name: dict(zip(one.filenames, one.content_digests, strict=True)) for name, one in splits.items()}
