@@ -84,13 +84,6 @@ def test_for_dataset(recipe, kind, values):
     assert for_dataset(PT_RECIPES[recipe], kind) == replace(PT_RECIPES[recipe], **values)
 
 
-def test_for_dataset_keeps_what_the_user_set():
-    """Even where the value is the recipe's own."""
-    recipe = change(PT_RECIPES["anderson"], {"crop": "none", "lr": "1"})
-    kept = for_dataset(recipe, "fractaldb", keep={"crop", "lr"})
-    assert kept == replace(recipe, mean=(0.2,) * 3, std=HALF)
-
-
 def test_change():
     changes = {"epochs": "3", "lr": "1e-2", "mean": "0.2", "std": "0.1,0.2,0.3", "augment": "none"}
     recipe = change(FT_RECIPES["anderson"], {**changes, "head_weight_decay": "none"})

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -227,6 +227,18 @@ class StudyPlan:
         return {run.run: run for run in self.pretrainings}
 
 
+class _Place(NamedTuple):
+    """What a pre-training and its fine-tunings, or runs from scratch, have in common."""
+
+    row: str
+    model: str
+    seed: int
+
+    @property
+    def pretraining(self) -> str:
+        return f"pt/{self.row}--{self.model}--seed{self.seed}"
+
+
 def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) -> StudyPlan:
     """List all runs of a study.
 
@@ -238,61 +250,52 @@ def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) 
     """
     rows = (*([] if study.scratch is None else [SCRATCH]), *study.pretraining)
     pretrainings, finetunings = [], []
-    for row, model, seed in product(rows, study.models, study.study.seeds):
-        if row != SCRATCH:
-            if model not in (study.pretraining[row].models or study.models):
+    for place in map(_Place._make, product(rows, study.models, study.study.seeds)):
+        if place.row != SCRATCH:
+            if place.model not in (study.pretraining[place.row].models or study.models):
                 continue
-            pretrainings.append(_plan_pretraining(study, row, model, seed, digests))
+            pretrainings.append(_plan_pretraining(study, place, digests))
         for target, images in study.finetuning.items():
-            for per_class, subset_seed in images.subsets():
-                finetunings.append(_plan_finetuning(study, row, model, seed, target, per_class, subset_seed, digests))
+            finetunings += [_plan_finetuning(study, place, target, *subset, digests) for subset in images.subsets()]
     if len({run.run for run in finetunings}) < len(finetunings):
         raise UsageError("seeds, per_class or subset_seeds: a number twice; remove one")
     return StudyPlan(rows, tuple(study.models), tuple(study.finetuning), tuple(pretrainings), tuple(finetunings))
 
 
-def _plan_pretraining(study: Study, row: str, model: str, seed: int, digests: Mapping[str, str]) -> StudyRun:
-    dataset, run = study.pretraining[row], _pretraining_name(row, model, seed)
-    tables = (study.study.pretraining, study.models[model].pretraining, dataset)
-    options, recipe = _resolve(run, "anderson", tables, PT_RECIPES)
-    changed = {field for table in tables for field in table.texts()}
-    follow_dataset = dataset_fields(recipe.name) - changed
+def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -> StudyRun:
+    dataset = study.pretraining[place.row]
+    tables = (study.study.pretraining, study.models[place.model].pretraining, dataset)
+    options, recipe = _resolve(place.pretraining, "anderson", tables, PT_RECIPES)
+    follow_dataset = dataset_fields(recipe.name) - {field for table in tables for field in table.texts()}
     settings = {
         "task": "pt",
-        **_shared_settings(study, model, seed),
+        **_shared_settings(study, place),
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
         "dataset": ShardsConfig(dataset.shards).name,
     }
     if dataset.shards in digests:
         settings["dataset_digest"] = digests[dataset.shards]
-    arguments = ("pt", "--shards", dataset.shards, "--model", model, *options, *_shared_options(study, seed))
-    return StudyRun(run, settings, row, model, seed=seed, arguments=arguments)
+    arguments = ("pt", "--shards", dataset.shards, "--model", place.model, *options, *_shared_options(study, place))
+    return StudyRun(place.pretraining, settings, **place._asdict(), arguments=arguments)
 
 
 def _plan_finetuning(
-    study: Study,
-    row: str,
-    model: str,
-    seed: int,
-    target: str,
-    per_class: int | None,
-    subset_seed: int,
-    digests: Mapping[str, str],
+    study: Study, place: _Place, target: str, per_class: int | None, subset_seed: int, digests: Mapping[str, str]
 ) -> StudyRun:
-    data, own = study.data(target), study.models[model]
+    data, model = study.data(target), study.models[place.model]
     subset = "" if per_class is None else f"-{per_class}-per-class-{subset_seed}"
-    run = f"ft/{target}{subset}--{row}--{model}--seed{seed}"
-    tables: list[RecipeChanges] = [study.study.finetuning, own.finetuning, study.finetuning[target]]
-    if row == SCRATCH:
+    run = f"ft/{target}{subset}--{place.row}--{place.model}--seed{place.seed}"
+    tables: list[RecipeChanges] = [study.study.finetuning, model.finetuning, study.finetuning[target]]
+    if place.row == SCRATCH:
         start, default = None, "anderson-scratch"
-        tables += [study.scratch or RecipeChanges(), own.scratch]
+        tables += [study.scratch or RecipeChanges(), model.scratch]
     else:
-        start, default = _pretraining_name(row, model, seed), "anderson"
-        tables += [study.pretraining[row].finetuning]
+        start, default = place.pretraining, "anderson"
+        tables += [study.pretraining[place.row].finetuning]
     options, recipe = _resolve(run, default, tables, FT_RECIPES)
     settings = {
         "task": "ft",
-        **_shared_settings(study, model, seed),
+        **_shared_settings(study, place),
         "recipe": asdict(recipe),
         "data": data,
         "per_class": per_class,
@@ -300,23 +303,19 @@ def _plan_finetuning(
     }
     if data.startswith(SHARDS_PREFIX) and (digest := digests.get(data.removeprefix(SHARDS_PREFIX))):
         settings["data_digest"] = digest
-    weights = () if start else ("--weights", "none", "--model", model)
+    weights = () if start else ("--weights", "none", "--model", place.model)
     few = () if per_class is None else ("--per-class", str(per_class), "--subset-seed", str(subset_seed))
-    arguments = ("ft", *weights, "--data", data, *few, *options, *_shared_options(study, seed))
-    return StudyRun(run, settings, row, model, target, per_class, seed, subset_seed, start, arguments)
+    arguments = ("ft", *weights, "--data", data, *few, *options, *_shared_options(study, place))
+    return StudyRun(run, settings, *place[:2], target, per_class, place.seed, subset_seed, start, arguments)
 
 
-def _pretraining_name(row: str, model: str, seed: int) -> str:
-    return f"pt/{row}--{model}--seed{seed}"
+def _shared_settings(study: Study, place: _Place) -> dict[str, Any]:
+    return {"model": place.model, "image_size": study.study.image_size, "seed": place.seed}
 
 
-def _shared_settings(study: Study, model: str, seed: int) -> dict[str, Any]:
-    return {"model": model, "image_size": study.study.image_size, "seed": seed}
-
-
-def _shared_options(study: Study, seed: int) -> tuple[str, ...]:
+def _shared_options(study: Study, place: _Place) -> tuple[str, ...]:
     sparse = ("--eval-every", str(study.study.eval_every)) if study.study.eval_every > 1 else ()
-    return ("--image-size", str(study.study.image_size), "--seed", str(seed), *sparse)
+    return ("--image-size", str(study.study.image_size), "--seed", str(place.seed), *sparse)
 
 
 def _resolve(
@@ -366,8 +365,4 @@ def read_plan(folder: Path) -> StudyPlan:
             raise FractalError(f"{path}: run {run.run!r} is outside of the study's folder; do not use this file")
         if run.start is not None and run.start not in plan.starts:
             raise FractalError(f"{path}: start {run.start!r} of {run.run} is not in the plan; run the study again")
-    for run in plan.finetunings:
-        for name, known in ((run.row, plan.rows), (run.model, plan.models), (run.target, plan.targets)):
-            if name not in known:
-                raise FractalError(f"{path}: {run.run} belongs to {name!r}, which is not listed; run the study again")
     return plan

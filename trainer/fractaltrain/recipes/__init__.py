@@ -3,7 +3,7 @@
 ``PT_RECIPES`` are for pre-training, ``FT_RECIPES`` for fine-tuning and training from scratch.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +22,9 @@ _PT_FOR_DATASETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def for_dataset(recipe: TrainRecipe, kind: str, keep: Collection[str] = ()) -> TrainRecipe:
-    """Return a pre-training recipe with the values that it has for datasets of one kind.
-
-    Args:
-        recipe: one of ``PT_RECIPES``, possibly with other values in some fields.
-        kind: kind of the dataset, e.g. ``fractaldb`` or ``imagenet``.
-        keep: fields to leave as they are: those that the user has set.
-    """
-    values = _PT_FOR_DATASETS.get(recipe.name, {}).get(kind, {})
-    return replace(recipe, **{field: value for field, value in values.items() if field not in keep})
+def for_dataset(recipe: TrainRecipe, kind: str) -> TrainRecipe:
+    """Return one of ``PT_RECIPES`` with the values that it has for a kind of dataset, e.g. ``fractaldb``."""
+    return replace(recipe, **_PT_FOR_DATASETS.get(recipe.name, {}).get(kind, {}))
 
 
 def dataset_fields(recipe: str) -> frozenset[str]:
