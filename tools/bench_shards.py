@@ -3,9 +3,9 @@
     python tools/bench_shards.py --json bench.json            # builds a dataset of its own, 4000 images of 224 x 224
     python tools/bench_shards.py shards/single --rounds 9
 
-Each round runs all measurements in turn, and the table shows the median, lowest and highest round. Machines are noisy, so
-compare ratios. Units per core second count the CPU time that was used, which depends less on other load. Files come from
-the page cache, so storage is not measured. The time of verify includes the start of its worker processes.
+Each round runs all measurements in turn, and the table shows the median, lowest and highest round. Machines are noisy,
+so compare ratios. Units per core second count the CPU time that was used, which depends less on other load. Files come
+from the page cache, so storage is not measured. The time of verify includes the start of its worker processes.
 """
 
 import io
