@@ -1,5 +1,6 @@
-"""A small dataset of random images, made with the writer alone."""
+"""Small datasets of random images, and packed JPEGs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.manifest import RECIPE, SYSTEMS, sample_key, shard_name, write_manifest
+from fractalshards.sample import Label, LabelType, MultiLabel, Object
 from fractalshards.storage import write_json
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
@@ -16,33 +18,46 @@ from packed_flowers import Make, pack
 CLASSES = 3
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    """Two shards of five samples, three classes, 16 x 16 pixels."""
-    folder = tmp_path / "small"
+def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
+    """Write random images of 16 x 16 pixels with these labels, of three classes, and all that describes them."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     systems = [rng.random((2, 2, 3)) for _ in range(CLASSES)]
-    recipe = {"kind": "random", "n": 10, "systems_digest": systems_digest(systems)}
+    recipe = {"kind": "random", "n": len(labels), "systems_digest": systems_digest(systems)}
+    digest = mapping_digest(recipe)
     write_systems(folder / SYSTEMS, systems)
-    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
+    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": digest})
     records = []
-    for shard in range(2):
+    for first in range(0, len(labels), shard_size):
         samples = [
-            (sample_key(5 * shard + i), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), i % CLASSES))
-            for i in range(5)
+            (sample_key(index), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), label))
+            for index, label in enumerate(labels[first : first + shard_size], first)
         ]
-        records.append(write_shard(folder, shard_name("train", shard), CLASSES, samples))
+        records.append(write_shard(folder, shard_name("train", first // shard_size), CLASSES, samples))
+    label_type: LabelType = "single" if isinstance(labels[0], int) else "multi"
     write_manifest(
         folder,
         {"train": records},
         recipe=recipe,
-        recipe_digest=mapping_digest(recipe),
-        label_type="single",
+        recipe_digest=digest,
+        label_type=label_type,
         classes=CLASSES,
         image_size=16,
     )
     return folder
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Two shards of five samples, three classes."""
+    return write_small(tmp_path / "small", [0, 1, 2, 0, 1] * 2, 5)
+
+
+@pytest.fixture
+def multi(tmp_path: Path) -> Path:
+    """A shard of six multi-label samples, three classes."""
+    labels = [MultiLabel.of((Object(i % 3, (i, 0, 3, 4)), Object((i + 1) % 3, (1, 1, 15, 15)))) for i in range(6)]
+    return write_small(tmp_path / "multi", labels, 6)
 
 
 @pytest.fixture(scope="session")

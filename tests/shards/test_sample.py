@@ -20,13 +20,9 @@ from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import (
-    RECIPE,
-    SYSTEMS,
     finished_record,
     load_manifest,
     read_record,
-    sample_key,
-    write_manifest,
 )
 from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
@@ -42,8 +38,7 @@ from fractalshards.sample import (
     pack_sample,
     parse_sample,
 )
-from fractalshards.storage import write_json
-from fractalshards.systems import read_systems, write_systems
+from fractalshards.systems import read_systems
 from fractalshards.writer import write_shard
 
 Encode = Callable[[np.ndarray], bytes]
@@ -245,35 +240,6 @@ def test_multi_label_json() -> None:
 def test_decode_label_rejects(files: dict[str, bytes]) -> None:
     with pytest.raises(FractalError):
         decode_label(files)
-
-
-@pytest.fixture
-def multi(tmp_path: Path) -> Path:
-    """A multi-label dataset of six samples, three classes, 16 x 16 pixels."""
-    folder = tmp_path / "multi"
-    folder.mkdir()
-    systems = [np.zeros((2, 2, 3))] * 3
-    recipe = {"kind": "random", "n": 6, "systems_digest": systems_digest(systems)}
-    write_systems(folder / SYSTEMS, systems)
-    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
-    rng = np.random.default_rng(0)
-    samples = []
-    for i in range(6):
-        label = MultiLabel.of((Object(i % 3, (i, 0, 3, 4)), Object((i + 1) % 3, (1, 1, 15, 15))))
-        samples.append((sample_key(i), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), label)))
-    record = write_shard(folder, "train-000000.tar", 3, samples)
-    assert record.label_counts == (4, 4, 4)
-    digest = mapping_digest(recipe)
-    write_manifest(
-        folder,
-        {"train": [record.shard()]},
-        recipe=recipe,
-        recipe_digest=digest,
-        label_type="multi",
-        classes=3,
-        image_size=16,
-    )
-    return folder
 
 
 def rewrite(folder: Path, old: bytes, new: bytes) -> None:
