@@ -29,6 +29,7 @@ epochs = 3
 per_class = [5, 10]
 subset_seeds = [0, 1]
 """
+ONE_SEED = STUDY.replace("seeds = [0, 1]", "seeds = [0]")
 FIRST = "pt/small--test_resnet--seed0"
 
 STAND_IN = """
@@ -191,17 +192,6 @@ def test_slices_partition_the_runs(study, parts):
     assert sorted(run.run for share in shares for group in share for run in group) == sorted(names(plan))
 
 
-def test_plan_survives_writing(study):
-    plan = study.plan()
-    found = read_plan(study.folder)
-    assert [run.run for run in found.finetunings] == [run.run for run in plan.finetunings]
-    assert found.finetunings[-1].settings["recipe"]["lr"] == plan.finetunings[-1].settings["recipe"]["lr"]
-    last = found.finetunings[-1]
-    assert (last.row, last.model, last.target, last.per_class, last.seed, last.subset_seed, last.start) == (
-        "small", "test_resnet", "digits", 10, 1, 1, "pt/small--test_resnet--seed1",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", ""])
 def test_read_plan_refuses_runs_outside_of_the_folder(study, path):
     study.plan()
@@ -294,43 +284,42 @@ def test_runs_with_other_settings_are_neither_used_nor_run_again(study, errors):
 
 def test_rebuilt_dataset_is_noticed(study, write_dataset, tmp_path, errors):
     dataset = write_dataset(tmp_path / "set", train=(20,))
-    text = STUDY.replace("shards/small", str(dataset))
+    text = ONE_SEED.replace("shards/small", str(dataset))
     assert study.run(study.plan(text)) == []
     shutil.rmtree(dataset)
     write_dataset(dataset, train=(21,))
     plan = study.plan(text)
     assert study.run(plan) == [run.run for group in plan.groups() if group[0].target is None for run in group]
-    assert ["dataset" in error for error in errors()] == [True, True]
+    assert ["dataset" in error for error in errors()] == [True]
 
 
 def test_retrained_weights_are_noticed(study):
-    plan = study.plan()
+    plan = study.plan(ONE_SEED)
     study.run(plan)
     shutil.rmtree(study.folder / FIRST)
-    assert study.run(plan) == [run.run for run in plan.groups()[2][1:]]
+    assert study.run(plan) == [run.run for run in plan.groups()[1][1:]]
     assert study.events("start") == [FIRST]
-    finetuning = plan.groups()[2][1]
+    finetuning = plan.groups()[1][1]
     assert "weights" in str(why_unusable(finetuning, plan, study.folder))
     [checkpoint] = (study.folder / FIRST).glob("*.pt")
     checkpoint.unlink()
     assert why_unusable(finetuning, plan, study.folder) is None  # nothing left to tell by
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("behaviour", ["stop", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(("behaviour", "jobs"), [("stop", 1), ("SIGTERM", 1), ("SIGTERM", 2), ("SIGUSR1", 2)])
 def test_stop_ends_the_study_with_75(study, behaviour, jobs):
-    plan = study.plan()
+    plan = study.plan(ONE_SEED)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedError) as caught:
         study.run(plan, {plan.finetunings[0].run: behaviour}, jobs=jobs)
     assert caught.value.code == 75
     assert signal.getsignal(signal.SIGTERM) == before
-    assert len(study.events("start")) < 10
+    assert len(study.events("start")) < 9
     assert study.run(plan) == []
 
 
 def test_ctrl_c_ends_the_study_with_130(study):
-    plan = study.plan()
+    plan = study.plan(ONE_SEED)
     with pytest.raises(StoppedError) as caught:
         study.run(plan, {plan.finetunings[0].run: "SIGINT"})
     assert caught.value.code == 130
