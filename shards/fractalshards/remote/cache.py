@@ -72,7 +72,7 @@ class ShardCache:
         with self._lock("prepare"):
             remove_leftovers(self.folder)
             self._check_space()
-            reader, shards = self._reader(), [*self._shards.values()]
+            reader, shards = open_reader(self.url), [*self._shards.values()]
             run_tasks(prepare, shards, lambda shard: 1, _JOBS, on_progress, reader.cancel)
 
     def open(self, name: str) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, cast
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import quote, unquote
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError, needs_package
@@ -23,15 +23,17 @@ from fractalshards.storage import atomic_file, regular_size, remove_leftovers
 
 README = "README.md"
 
-Scheme = Literal["file", "http", "s3", "gs", "hf"]
-
-_ROOTS: dict[Scheme, re.Pattern[str]] = {
-    "file": re.compile(r"file://(/[^/].*)", re.IGNORECASE),
-    "http": re.compile(r"(https?://[^/?#]+[^?#]*)(?:\?([^#]*))?", re.IGNORECASE),
-    "s3": re.compile(r"s3://([^/@]+(?:/.*)?)", re.IGNORECASE),
-    "gs": re.compile(r"gc?s://([^/@]+(?:/.*)?)", re.IGNORECASE),
-    "hf": re.compile(r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)", re.IGNORECASE),
+_ROOTS = {
+    scheme: re.compile(pattern, re.IGNORECASE)
+    for scheme, pattern in (
+        ("file", r"file://(/[^/].*)"),
+        ("http", r"(https?://(?:[^/?#@]*@)?(?:[^][/?#@:]+|\[[\da-f:]+\])(?::\d{1,5})?(?:/[^?#]*)?)(?:\?([^#]*))?"),
+        ("s3", r"s3://([^/@]+(?:/.*)?)"),
+        ("gs", r"gc?s://([^/@]+(?:/.*)?)"),
+        ("hf", r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)"),
+    )
 }
+_UNQUOTED = "/%~!$&'()*+,;=:@[]?"  # characters that stay as they are in a URL
 _HUB_ROOT = re.compile(r"datasets/([^/]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _SECRETS = ((re.compile(r"//[^/@\s]*@"), "//***@"), (re.compile(r"(://[^\s'\"<>)?]*)\?[^\s'\"<>),]*"), r"\1?***"))
 
@@ -41,12 +43,13 @@ class Location:
     """A folder at a path or URL.
 
     Attributes:
+        scheme: file, http, s3, gs or hf.
         root: a path, ``bucket/key``, ``datasets/USER/NAME[@REVISION][/FOLDER]``, or an http URL without its query.
         query: query of an http URL (a signature or token), appended to the URL of every file.
         shown: the path or URL without credentials, for messages.
     """
 
-    scheme: Scheme
+    scheme: str
     root: str
     query: str
     shown: str
@@ -68,26 +71,18 @@ def parse_location(text: str) -> Location:
     if text and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
         return Location("file", str(Path(text)), "", str(Path(text)))
     for scheme, pattern in _ROOTS.items():
-        match = pattern.fullmatch(text)
-        if match and (scheme != "http" or _has_host(text)):
-            root, query = match[1].rstrip("/"), match[2] if scheme == "http" else None
+        if match := pattern.fullmatch(text):
+            root, query = match[1].rstrip("/"), ""
             if scheme == "http":
-                start = root.index("//")
-                root = root[:start].lower() + quote(root[start:], safe="/%~!$&'()*+,;=:@[]")
+                protocol, _, rest = root.partition(":")
+                root = f"{protocol.lower()}:{quote(rest, safe=_UNQUOTED)}"
+                query = quote(match[2] or "", safe=_UNQUOTED)
             shown = root if scheme == "file" else redact(text.partition("?")[0].rstrip("/"))
-            return Location(scheme, root, quote(query or "", safe="%/?:@!$&'()*+,;=~"), shown)
+            return Location(scheme, root, query, shown)
     raise UsageError(
         f"{redact(text)}: not a folder or supported URL; give a local path, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
         "hf://datasets/USER/NAME or https://HOST/FOLDER, and credentials of object stores as their own tools expect"
     )
-
-
-def _has_host(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is not a number, an IPv6 address without its bracket
-        return False
 
 
 def redact(text: str) -> str:
@@ -98,6 +93,7 @@ def redact(text: str) -> str:
 
 
 _CHUNK = 1 << 20
+_LOCAL_CHUNK = 1 << 18  # stays in a core's cache from reading to hashing and writing
 _BLOCK = 8 << 20  # of an object store, where every block is a request
 _SINGLE_PUT = 5 * 2**30  # bytes that S3 takes in one request
 _TIMEOUT = 30.0  # seconds
@@ -150,7 +146,7 @@ class Upload:
         """
         digest, size = hashlib.sha256(), 0
         with io.BytesIO(self.content) if isinstance(self.content, bytes) else _open_regular(self.content) as file:
-            while size <= self.info.size and (chunk := file.read(_CHUNK)):
+            while size <= self.info.size and (chunk := file.read(_LOCAL_CHUNK)):
                 digest.update(chunk)
                 size += len(chunk)
                 yield chunk
@@ -212,10 +208,9 @@ class RemoteReader:
         def copy() -> None:
             file.seek(0)
             found = self._copy(name, file.write, info.size)
-            if found.size < info.size:
-                raise StoreError(f"{self.shown}/{name}: ends after {found.size:,} of {info.size:,} bytes", True)
             if found != info:
-                text = "damaged, its sha256 is not that in the manifest; it must be pushed again"
+                what = "sha256 differs" if found.size == info.size else f"ends after {found.size:,} bytes"
+                text = f"damaged ({what}), not what the manifest says; it must be pushed again"
                 raise StoreError(f"{self.shown}/{name}: {text}", transient=True)
 
         self._persist(copy)
@@ -234,6 +229,8 @@ class RemoteReader:
         with self._translated(name), self._open(self.location.file(name)) as file:
             while not self._cancelled.is_set() and (chunk := file.read(_CHUNK)):
                 yield chunk
+            if self._cancelled.is_set():
+                raise StoreError(f"{self.shown}/{name}: cancelled")
 
     def _open(self, path: str) -> Any:
         return self._files.open(path, "rb", **self._open_options)
@@ -482,4 +479,4 @@ def _filesystem(scheme: str, **options: Any) -> Any:
 
 def _open_regular(path: Path) -> BinaryIO:
     regular_size(path)
-    return path.open("rb")
+    return cast(BinaryIO, path.open("rb", buffering=0))

@@ -117,7 +117,8 @@ def _copy_dataset(
     names = _listed_names(ours, {shard.name for shard in chosen}, theirs, target.shown, add)
     recipe, *systems = _read_recipe(source, ours.manifest)
     target.prepare()
-    if missing := [*([] if _holds_recipe(target, ours.manifest) else [recipe]), *_missing(target, systems)]:
+    missing = [] if _holds_recipe(target, ours.manifest) else [recipe]
+    if missing := missing + [one for one in systems if not target.holds(one)]:
         target.put(missing)
     if isinstance(target, LocalStore):
         _check_space(target.folder, chosen)
@@ -314,10 +315,6 @@ def _holds_recipe(target: Store, manifest: Manifest) -> bool:
     if text is not None and parse_json(text, RecipeFile, where).recipe_digest != manifest.recipe_digest:
         raise FractalError(f"{where}: recipe of another dataset; choose another folder")
     return text is not None
-
-
-def _missing(target: Store, uploads: Sequence[Upload]) -> list[Upload]:
-    return [upload for upload in uploads if not target.holds(upload)]
 
 
 def _check_space(folder: Path, chosen: Sequence[Shard]) -> None:
