@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,21 +33,26 @@ from fractalshards.png import decode_image
 from fractalshards.reader import ShardIndex, index_split, iterate_shard
 from fractalshards.storage import write_json
 from fractaltrain.data.shards import ShardSource
-from fractaltrain.data.source import Source
+from fractaltrain.data.source import Images, SampleSource
 from fractaltrain.recipes import PT_RECIPES
-from fractaltrain.recipes.recipe import change
-from fractaltrain.stream.loader import Batch, Batches, Loading, iterate
+from fractaltrain.recipes.recipe import TrainRecipe, change
+from fractaltrain.stream.loader import Batch, Transform, epoch_loader
 from fractaltrain.stream.order import epoch_order, training_positions
-from fractaltrain.transforms import randaugment, timm_randaugment, training_batch, training_geometry
+from fractaltrain.transforms import train_batch, train_transform
 
 _WINDOW = 16
 _SHUFFLE = 1000  # samples in webdataset's buffer
 _SOME = 100  # images whose decoding is timed
 _MANY = 1_281_167  # images of ImageNet
-_CPU, _ELSEWHERE = torch.device("cpu"), torch.device("meta")  # not on a CPU, geometry leaves RandAugment to the device
 _PLAIN = PT_RECIPES["anderson"]
-_CROPPED = change(_PLAIN, {"crop": "resized", "hflip": "0.5"})
-_GREY = (128, 128, 128)
+_IN_WORKERS = {
+    "resized crop and flip": "crop=resized,hflip=0.5",
+    "random crop to 192": "crop=random",
+    "affine": "augment=affine,hflip=0.5",
+    "color jitter": "color_jitter=0.3",
+    "RandAugment": "randaugment=9",
+}
+_ON_BATCHES = {"normalizing": "", "erasing": "erasing=0.25", "mixup or cutmix": "mixup=0.8,cutmix=1"}
 
 
 @click.command()
@@ -120,25 +125,25 @@ def _streaming(
 
 
 def _augmenting(manifest: Manifest, batch_size: int, rounds: int) -> dict[str, float]:
-    """ms per image of what augmentation adds, on one core."""
-    source = ShardSource(manifest, "train")
-    order, keys = np.arange(sum(source.lengths)), np.arange(batch_size, dtype=np.uint64)
-    batch = Batches(source, training_geometry(_PLAIN, 224, _CPU), order[None, :batch_size], order, 0, 0)[0]
-    assert isinstance(batch, Batch)
-    pictures = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
-    reference = timm_randaugment(224, 9, _GREY)
-    crop = training_geometry(_CROPPED, 224, _ELSEWHERE)
-    parts: dict[str, Callable[[], object]] = {
-        "resized crop and flip": lambda: [crop(picture, key) for key, picture in enumerate(pictures)],
-        "RandAugment, timm and Pillow": lambda: [reference(picture, key) for key, picture in enumerate(pictures)],
-        "RandAugment, batch": lambda: randaugment(batch.images, keys, 9, _GREY),
-        "to float, normalised": lambda: training_batch(batch, _PLAIN, manifest.classes, _CPU),
-    }
-    extras = {"color jitter": "color_jitter=0.3", "erasing": "erasing=0.25", "mixup or cutmix": "mixup=0.8,cutmix=1"}
-    for name, settings in extras.items():
-        recipe = change(_PLAIN, dict(setting.split("=") for setting in settings.split(",")))
-        parts[f"to float, {name}"] = partial(training_batch, batch, recipe, manifest.classes, _CPU)
+    """ms per image of augmentation on one core: of single images, and of batches with their normalizing."""
+    batch = next(_batches(ShardSource(manifest, "train"), batch_size, 1, workers=0))
+    images = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
+    parts: dict[str, Callable[[], object]] = {}
+    for name, fields in _IN_WORKERS.items():
+        transform = train_transform(_recipe(fields), 192 if "192" in name else 224)
+        parts[name] = partial(_apply, transform, images)
+    for name, fields in _ON_BATCHES.items():
+        parts[f"batch: {name}"] = partial(train_batch, batch, _recipe(fields), manifest.classes, torch.device("cpu"))
     return {name: 1000 * spent / batch_size for name, spent in _take_turns(parts, rounds).items()}
+
+
+def _recipe(fields: str) -> TrainRecipe:
+    return change(_PLAIN, dict(field.split("=") for field in fields.split(",") if field))
+
+
+def _apply(transform: Transform, images: Sequence[Images]) -> None:
+    for key, image in enumerate(images):
+        transform(image, key)
 
 
 def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
@@ -147,13 +152,12 @@ def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
     for name, source in (("this dataset", ShardSource(manifest, "train")), (f"{_MANY:,} images", _Many(manifest))):
         order = epoch_order(source.lengths, 0, 0, _WINDOW)
         positions = training_positions(len(order), batch_size, 0, 1, pad=False)
-        batches = Batches(source, training_geometry(_PLAIN, 224, _CPU), positions, order, 0, 0)
-        for number, _ in enumerate(iterate(batches, 0, Loading(2, pin_memory=False))):
-            if number == 40:
-                pids = [child.pid for child in multiprocessing.active_children() if child.pid]
-                figures[f"worker, {name}: most, with what it shares"] = max(_status(pid, "VmHWM") for pid in pids)
-                figures[f"worker, {name}: its own"] = max(_private(pid) for pid in pids)
-                break
+        with closing(epoch_loader(source, train_transform(_PLAIN, 224), positions, order, 0, 0, workers=2)) as loader:
+            for _ in islice(loader, 40):
+                pass
+            pids = [child.pid for child in multiprocessing.active_children() if child.pid]
+            figures[f"worker, {name}: most, with what it shares"] = max(_status(pid, "VmHWM") for pid in pids)
+            figures[f"worker, {name}: its own"] = max(_private(pid) for pid in pids)
     return figures
 
 
@@ -168,13 +172,13 @@ class _Many(ShardSource):
         self._starts = np.cumsum([0, *self.lengths])
 
 
-def _read(source: Source, batch_size: int, batches: int) -> None:
+def _read(source: SampleSource, batch_size: int, batches: int) -> None:
     """Read so many batches of an epoch."""
     for _ in _batches(source, batch_size, batches, workers=0):
         pass
 
 
-def _rate(source: Source, batch_size: int, batches: int, workers: int) -> float:
+def _rate(source: SampleSource, batch_size: int, batches: int, workers: int) -> float:
     """Images per second that loader workers give, once they have started and their queues are full."""
     warm = 8 * workers
     stream = _batches(source, batch_size, warm + batches * workers, workers)
@@ -185,11 +189,10 @@ def _rate(source: Source, batch_size: int, batches: int, workers: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-def _batches(source: Source, batch_size: int, batches: int, workers: int) -> Iterator[Batch]:
+def _batches(source: SampleSource, batch_size: int, batches: int, workers: int) -> Iterator[Batch]:
     order = epoch_order(source.lengths, 0, 0, _WINDOW)
     positions = np.arange(batch_size * batches).reshape(batches, batch_size)
-    transform = training_geometry(_PLAIN, 224, _CPU)
-    return iterate(Batches(source, transform, positions, order, 0, 0), 0, Loading(workers, pin_memory=False))
+    return epoch_loader(source, train_transform(_PLAIN, 224), positions, order, 0, 0, workers=workers)
 
 
 def _read_with_webdataset(manifest: Manifest, batch_size: int, batches: int) -> None:

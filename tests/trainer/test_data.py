@@ -1,37 +1,54 @@
+"""Datasets to train and evaluate on: digits, CIFAR, folders of images, packed images, WebDataset folders."""
+
 import hashlib
 import io
+import json
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from fractaltrain.data.cifar import DATASETS, load_cifar
-from fractaltrain.data.digits import load_digits
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from fractalshards.errors import FractalError
-from fractaltrain.data.images import DataChoice, open_data
-from fractaltrain.data.source import ArraySource, Source, split_per_class
-from fractaltrain.distributed import World
+from fractalshards.pack import parse_source, plan_pack, run_pack
+from fractaltrain.data.images import DataChoice, FolderSource, load_cifar, load_digits, open_data
+from fractaltrain.data.shards import open_dataset
+from fractaltrain.data.source import InMemorySource, SampleSource, Splits, split_per_class
+from fractaltrain.log import read_metrics
+from fractaltrain.recipes import PT_RECIPES
+from fractaltrain.recipes.recipe import change
+from fractaltrain.stream.loader import epoch_loader
+from fractaltrain.transforms import train_transform
+from tiny_training import ALONE
 
-ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
-def keys(source: Source) -> list[str]:
+def open_images(name: str, per_class: int | None = None, seed: int = 0, folder: Path = Path("unused")) -> Splits:
+    return open_data(DataChoice(name, per_class, seed, folder), ALONE)
+
+
+def keys(source: SampleSource) -> list[str]:
     return [source.read(index).key for index in range(sum(source.lengths))]
 
 
-def labels(source: Source) -> list[int]:
+def labels(source: SampleSource) -> list[int]:
     return [source.read(index).label for index in range(sum(source.lengths))]
 
 
-def digits(per_class: int | None, seed: int = 0) -> tuple[Source, Source]:
-    data = open_data(DataChoice("digits", per_class, seed, Path("unused")), ALONE)
-    return data.training, data.held_out
+def test_images_import_neither_torch_nor_scikit_learn():
+    """The command line needs the names of data for its help."""
+    names = "('torch', 'torchvision', 'sklearn', 'timm')"
+    code = f"import sys, fractaltrain.data.images; assert not [name for name in {names} if name in sys.modules]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_digits_are_scikit_learns_images():
@@ -41,169 +58,300 @@ def test_digits_are_scikit_learns_images():
     assert np.array_equal(source.labels, original.target)
 
 
-@pytest.mark.parametrize("per_class", [5, 10])
-def test_few_digits_for_training_and_all_others_held_out(per_class):
-    train, held_out = digits(per_class)
-    assert np.bincount(labels(train)).tolist() == [per_class] * 10
-    assert sorted(keys(train) + keys(held_out)) == [f"digits/{index:06d}" for index in range(1797)]
+@pytest.mark.parametrize("per_class", [5, None])
+def test_digits_are_split_by_class(per_class):
+    digits = open_images("digits", per_class)
+    counts = np.bincount(labels(digits.train))
+    if per_class:
+        assert counts.tolist() == [per_class] * 10
+    else:
+        assert np.allclose(counts / np.bincount(sklearn_digits().target), 0.8, atol=0.003)
+    assert sorted(keys(digits.train) + keys(digits.val)) == [f"digits/{index:06d}" for index in range(1797)]
 
 
-def test_digits_without_a_number_are_split_four_to_one_in_every_class():
-    train, held_out = digits(None)
-    shares = np.bincount(labels(train)) / np.bincount(sklearn_digits().target)
-    assert np.allclose(shares, 0.8, atol=0.003)
-    assert sorted(keys(train) + keys(held_out)) == [f"digits/{index:06d}" for index in range(1797)]
+def test_subset_is_a_function_of_its_seed():
+    chosen = keys(open_images("digits", 5, seed=1).train)
+    assert set(chosen) != set(keys(open_images("digits", 5, seed=2).train))
+    assert hashlib.sha256(" ".join(chosen).encode()).hexdigest()[:16] == "fa8179bcd0fb27b3"
 
 
-def test_subset_seed_chooses_other_digits_and_always_the_same():
-    assert keys(digits(5, seed=1)[0]) == keys(digits(5, seed=1)[0])
-    assert set(keys(digits(5, seed=1)[0])) != set(keys(digits(5, seed=2)[0]))
-    assert hashlib.sha256(" ".join(keys(digits(5, seed=1)[0])).encode()).hexdigest()[:16] == "fa8179bcd0fb27b3"
-
-
-def test_more_per_class_than_there_are():
-    source = ArraySource("few", np.zeros((5, 8, 8, 3), np.uint8), np.array([0, 0, 0, 1, 1]), classes=2)
-    with pytest.raises(FractalError, match="class 1 has 2 training samples, not 3; lower --per-class"):
+def test_subset_larger_than_a_class_is_refused():
+    source = InMemorySource("few", np.zeros((5, 8, 8, 3), np.uint8), np.array([0, 0, 0, 1, 1]), classes=2)
+    with pytest.raises(FractalError, match=r"class 1 has 2 .*--per-class"):
         split_per_class(source, 3, seed=0)
 
 
-def cifar_images(count: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 256, (count, 3072), np.uint8), [index % 10 for index in range(count)]
-
-
 def make_archive(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
-    """Write an archive as CIFAR's authors do, and teach torchvision its checksums instead of the published ones."""
-    kind = DATASETS[name]
+    """Write an archive as CIFAR's authors do, and make torchvision expect its checksums and not reach the network."""
+    dataset = CIFAR[name]
     label_key = "labels" if name == "cifar10" else "fine_labels"
-    parts, sums = {}, {}
-    with tarfile.open(folder / kind.filename, "w:gz") as archive:
+    contents, sums = {}, {}
+    with tarfile.open(folder / dataset.filename, "w:gz") as archive:
 
         def add(file: str, content: dict) -> None:
             data = pickle.dumps(content, protocol=2)
             sums[file] = hashlib.md5(data).hexdigest()
-            member = tarfile.TarInfo(f"{kind.base_folder}/{file}")
+            member = tarfile.TarInfo(f"{dataset.base_folder}/{file}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
 
-        for number, (file, _) in enumerate(kind.train_list + kind.test_list):
-            images, targets = cifar_images(20, seed=number)
-            parts[file] = (images, targets)
-            add(file, {"data": images, label_key: targets})
-        add(kind.meta["filename"], {kind.meta["key"]: [f"class {index}" for index in range(10)]})
-    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((folder / kind.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(kind, "train_list", [[file, sums[file]] for file, _ in kind.train_list])
-    monkeypatch.setattr(kind, "test_list", [[file, sums[file]] for file, _ in kind.test_list])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums[kind.meta["filename"]]})
-    return parts
+        for number, (file, _) in enumerate(dataset.train_list + dataset.test_list):
+            images = np.random.default_rng(number).integers(0, 256, (20, 3072), np.uint8)
+            contents[file] = images, [index % 10 for index in range(20)]
+            add(file, {"data": images, label_key: contents[file][1]})
+        add(dataset.meta["filename"], {dataset.meta["key"]: [f"class {index}" for index in range(10)]})
+    monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5((folder / dataset.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(dataset, "train_list", [[file, sums[file]] for file, _ in dataset.train_list])
+    monkeypatch.setattr(dataset, "test_list", [[file, sums[file]] for file, _ in dataset.test_list])
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": sums[dataset.meta["filename"]]})
+    monkeypatch.setattr(dataset, "url", f"file://{folder}/nowhere/{dataset.filename}")
+    return contents
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_from_an_archive(name, tmp_path, monkeypatch):
-    parts = make_archive(tmp_path, name, monkeypatch)
-    train, test = load_cifar(name, tmp_path)
-    files = [file for file, _ in DATASETS[name].train_list]
-    assert (train.lengths, test.lengths, train.classes) == ((20 * len(files),), (20,), 10)
-    images, targets = parts[files[-1]]
+def test_cifar_is_read_from_its_archive_or_unpacked_folder(name, tmp_path, monkeypatch):
+    contents = make_archive(tmp_path, name, monkeypatch)
+    files = [file for file, _ in CIFAR[name].train_list]
+    cifar = open_images(name, per_class=1, folder=tmp_path)
+    assert sorted(labels(cifar.train)) == list(range(10))
+    assert cifar.val.lengths == (20,)
+    train = load_cifar(name, tmp_path, train=True)
+    images, targets = contents[files[-1]]
     last = train.read(20 * len(files) - 1)
     assert last.label == targets[19]
     assert np.array_equal(last.image.transpose(2, 0, 1).ravel(), images[19])  # red, green, blue planes
-    data = open_data(DataChoice(name, 1, 0, tmp_path), ALONE)
-    few, held_out = data.training, data.held_out
-    assert sorted(labels(few)) == list(range(10))
-    assert keys(held_out) == keys(test)
+    (tmp_path / CIFAR[name].filename).unlink()
+    assert keys(load_cifar(name, tmp_path, train=False)) == keys(cifar.val)
+    file = tmp_path / CIFAR[name].base_folder / CIFAR[name].test_list[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FractalError, match="--data-dir"):
+        load_cifar(name, tmp_path, train=False)
 
 
-def test_cifar_without_archive_or_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(DATASETS["cifar10"], "url", f"file://{tmp_path}/nowhere/cifar-10-python.tar.gz")
-    with pytest.raises(FractalError, match=r"cannot be downloaded \(.*\); fetch it elsewhere, put cifar-10-python"):
-        load_cifar("cifar10", tmp_path)
-
-
-def test_cifar_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("archive", ["missing", "cut", "a page to log in"])
+def test_cifar_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, web, archive):
     make_archive(tmp_path, "cifar10", monkeypatch)
-    path = tmp_path / "cifar-10-python.tar.gz"
-    path.write_bytes(path.read_bytes()[:-100])
-    monkeypatch.setattr(DATASETS["cifar10"], "url", f"file://{tmp_path}/nowhere/cifar-10-python.tar.gz")
-    with pytest.raises(
-        FractalError, match=r"cifar-10-python\.tar\.gz: not as published, or damaged, .*; fetch it from .* again"
-    ):
-        load_cifar("cifar10", tmp_path)
-    assert not (tmp_path / "cifar-10-batches-py").exists()
+    path = tmp_path / CIFAR10.filename
+    if archive == "missing":
+        path.unlink()
+    elif archive == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_text("<html>")
+        monkeypatch.setattr(CIFAR10, "url", f"{web(tmp_path).url}/{path.name}")
+    with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: .*--data-dir"):
+        load_cifar("cifar10", tmp_path / ("data" if archive == "a page to log in" else ""), train=True)
+    assert not (tmp_path / CIFAR10.base_folder).exists()
 
 
-def make_folders(path: Path, classes: dict[str, list[str]]) -> None:
-    for part, names in classes.items():
+def make_folders(path: Path, classes: dict[str, list[str]]) -> str:
+    for split, names in classes.items():
+        (path / split).mkdir()
         for number, name in enumerate(names):
-            folder = path / part / name
-            folder.mkdir(parents=True)
+            (path / split / name).mkdir()
             for index in range(3):
-                Image.new("RGB", (10 + number, 7), (number, index, 0)).save(folder / f"{index}.png")
+                image = Image.new("RGB", (10 + number, 7), (number, index, 0))
+                image.save(path / split / name / f"{index}.png")
+    return f"imagefolder:{path}"
 
 
 def test_image_folders(tmp_path):
-    make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
-    data = open_data(DataChoice(f"imagefolder:{tmp_path}", 2, 0, Path("unused")), ALONE)
-    train, held_out = data.training, data.held_out
-    assert sorted(labels(train)) == [0, 0, 1, 1]
-    assert keys(held_out) == [f"{name}/{index}.png" for name in ("ant", "bee") for index in range(3)]
-    assert held_out.read(4).image.shape == (7, 11, 3)
-    assert held_out.read(4).image[0, 0].tolist() == [1, 1, 0]
+    photos = open_images(make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]}), per_class=2)
+    assert sorted(labels(photos.train)) == [0, 0, 1, 1]
+    assert photos.train.class_names == ("ant", "bee")
+    assert keys(photos.val) == [f"{name}/{index}.png" for name in ("ant", "bee") for index in range(3)]
+    assert photos.val.read(4).image.shape == (7, 11, 3)
+    assert photos.val.read(4).image[0, 0].tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
-    ("folders", "message"),
+    ("folders", "noun"),
     [
-        ({}, "train: no such folder; images belong into PATH/train/CLASS/"),
+        ({}, "train: no such folder"),
         ({"train": ["ant"]}, "val: no such folder"),
-        ({"train": ["ant", "bee"], "val": ["ant"]}, r"train and val differ in their class folders \(bee\)"),
+        ({"train": ["ant", "bee"], "val": ["ant"]}, r"class folders \(bee\)"),
+        ({"train": [], "val": []}, "train: .*class folder"),
     ],
 )
-def test_image_folders_that_do_not_fit(tmp_path, folders, message):
-    make_folders(tmp_path, folders)
-    with pytest.raises(FractalError, match=message):
-        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
+def test_image_folders_that_do_not_fit_are_refused(tmp_path, folders, noun):
+    with pytest.raises(FractalError, match=noun):
+        open_images(make_folders(tmp_path, folders))
 
 
-def test_empty_image_folder(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "val").mkdir()
-    with pytest.raises(FractalError, match=r"train: Couldn't find any class folder.*images belong into"):
-        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
-    (tmp_path / "train" / "ant").mkdir()
-    with pytest.raises(FractalError, match=r"train: Found no valid file for the classes ant; images belong into"):
-        open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE)
-
-
-def test_damaged_image_is_named(tmp_path):
-    make_folders(tmp_path, {"train": ["ant"], "val": ["ant"]})
+def test_damaged_or_missing_image_is_named(tmp_path):
+    train = open_images(make_folders(tmp_path, {"train": ["ant"], "val": ["ant"]})).train
     (tmp_path / "train" / "ant" / "1.png").write_bytes(b"no image")
-    train = open_data(DataChoice(f"imagefolder:{tmp_path}", None, 0, Path("unused")), ALONE).training
-    with pytest.raises(FractalError, match=r"ant/1\.png: image cannot be decoded.*; replace or remove it"):
+    with pytest.raises(FractalError, match=r"ant/1\.png: "):
         train.read(1)
     (tmp_path / "train" / "ant" / "1.png").unlink()
-    with pytest.raises(FractalError, match=rf"^{tmp_path}/train/ant/1\.png: No such file or directory"):
+    with pytest.raises(FractalError, match=rf"^{tmp_path}/train/ant/1\.png: "):
         train.read(1)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_unpacked_without_its_archive(name, tmp_path, monkeypatch):
-    make_archive(tmp_path, name, monkeypatch)
-    archive = tmp_path / DATASETS[name].filename
-    shutil.unpack_archive(archive, tmp_path)
-    archive.unlink()
-    monkeypatch.setattr(DATASETS[name], "url", f"file://{tmp_path}/nowhere.tar.gz")
-    assert load_cifar(name, tmp_path)[1].lengths == (20,)
-    file = tmp_path / DATASETS[name].base_folder / DATASETS[name].test_list[0][0]
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(FractalError, match=rf"{DATASETS[name].base_folder}: not as published, or damaged, .* again$"):
-        load_cifar(name, tmp_path)
+def add(folder: Path) -> None:
+    (folder / "ant" / "new.png").write_bytes((folder / "ant" / "0.png").read_bytes())
 
 
-def test_cifar_download_that_is_something_else(tmp_path, monkeypatch, web):
-    make_archive(tmp_path, "cifar10", monkeypatch)
-    portal = tmp_path / "log-in-here.html"
-    portal.write_text("<html>")
-    monkeypatch.setattr(DATASETS["cifar10"], "url", f"{web(tmp_path).url}/log-in-here.html")
-    with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: damaged \(.*\); remove it and run again"):
-        load_cifar("cifar10", tmp_path / "data")
+def replace(folder: Path) -> None:
+    path = folder / "bee" / "0.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def move(folder: Path) -> None:
+    (folder / "ant" / "0.png").rename(folder / "bee" / "new.png")
+
+
+@pytest.mark.parametrize("edit", [add, replace, move])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_image_folders_that_change_have_another_digest(tmp_path, edit, split):
+    name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
+    before = open_images(name).digest
+    assert open_images(name).digest == before is not None
+    edit(tmp_path / split)
+    assert open_images(name).digest != before
+
+
+def test_run_on_image_folders_that_changed_is_not_continued(fractaltrain, tmp_path, monkeypatch):
+    name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
+    command = ("ft", "--weights", "none", "--data", name, "--model", "test_resnet", "--image-size", 16,
+               "--batch-size", 4, "--epochs", 1, "--out", tmp_path / "run")  # fmt: skip
+    assert [fractaltrain(*command).code for _ in range(2)] == [0, 0]
+    with monkeypatch.context() as patch:  # there may be millions of files, on a file system that many share
+        patch.setattr(FolderSource, "describe", lambda self: pytest.fail("eval looks at every file"))
+        assert fractaltrain("eval", "--weights", tmp_path / "run", "--data", name).code == 0
+    add(tmp_path / "val")
+    refused = fractaltrain(*command)
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+    assert "data_digest" in refused.err
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_webdataset(folder: Path, image_file: Callable[..., bytes], splits: dict[str, list[int]], **info: int) -> Path:
+    """Tars as others write them: PNG and JPEG of several sizes, json beside the cls, pax headers, long names."""
+    folder.mkdir()
+    described = {}
+    for split, lengths in splits.items():
+        names = [f"in-{split}-{number:03d}.tar" for number in range(len(lengths))]
+        for name, length in zip(names, lengths, strict=True):
+            with tarfile.open(folder / name, "w", format=tarfile.PAX_FORMAT) as tar:
+                for number in range(length):
+                    form = ("PNG", "JPEG")[number % 2]
+                    image = image_file(form, 40 + number, 33, number)
+                    files = {form.lower().replace("jpeg", "jpg"): image, "cls": b"%d" % (number % 4), "json": b"{}"}
+                    for extension, data in files.items():
+                        member = tarfile.TarInfo(f"./{split}/{number:05d}.{extension}")
+                        member.size, member.mtime = len(data), 1.25
+                        tar.addfile(member, io.BytesIO(data))
+        described[split] = {"num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+    (folder / "_info.json").write_text(json.dumps({"splits": described, **info}))
+    return folder
+
+
+def epoch(source: SampleSource, crop: str, workers: int) -> list[tuple[str, int, bytes]]:
+    transform = train_transform(change(PT_RECIPES["anderson"], {"crop": crop}), 24)
+    order = np.arange(sum(source.lengths))
+    positions = order[: len(order) // 4 * 4].reshape(-1, 4)
+    return [
+        (key, int(label), image.numpy().tobytes())
+        for batch in epoch_loader(source, transform, positions, order, 0, 0, workers=workers)
+        for key, label, image in zip(batch.keys, batch.labels, batch.images, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("crop", ["none", "resized"])
+def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
+    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [5, 7], "validation": [3]})
+    before, progress = sorted(folder.iterdir()), []
+    splits = open_dataset(folder, ALONE, lambda done, total: progress.append((done, total)))
+    assert progress[-1] == (3, 3)
+    assert (splits.train.lengths, splits.val.lengths) == ((5, 7), (3,))
+    assert (splits.train.classes, splits.image_size) == (4, None)
+    seen = epoch(splits.train, crop, workers=0)
+    assert [key for key, *_ in seen] == [f"train/{number:05d}" for number in (*range(5), *range(7))]
+    assert [label for _, label, _ in seen] == [number % 4 for number in (*range(5), *range(7))]
+    assert epoch(splits.train, crop, workers=2) == seen
+    for number in range(4):
+        with Image.open(io.BytesIO(image_file(("PNG", "JPEG")[number % 2], 40 + number, 33, number))) as picture:
+            assert np.array_equal(splits.train.read(number).image, np.asarray(picture.convert("RGB")))
+    assert sorted(folder.iterdir()) == before  # nothing is written there
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("splits", "info", "noun"),
+    [
+        ({"train": [4]}, {"num_classes": 3}, "3 classes"),
+        ({"test": [4]}, {}, "'train'"),
+        ({"train": []}, {}, "0 classes"),
+    ],
+)
+def test_webdataset_folder_without_sound_classes_or_splits_is_refused(tmp_path, image_file, splits, info, noun):
+    assert (
+        open_dataset(write_webdataset(tmp_path / "a", image_file, {"train": [4]}, num_classes=9), ALONE).train.classes
+        == 9
+    )
+    with pytest.raises(FractalError, match=noun):
+        open_dataset(write_webdataset(tmp_path / "b", image_file, splits, **info), ALONE)
+
+
+@pytest.mark.usefixtures("cache")
+def test_damaged_image_of_a_webdataset_folder_is_named(tmp_path, image_file):
+    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [4]})
+    source = open_dataset(folder, ALONE).train
+    data = bytearray((folder / "in-train-000.tar").read_bytes())
+    data[data.index(b"IDAT") + 8 : data.index(b"IEND")] = bytes(data.index(b"IEND") - data.index(b"IDAT") - 8)
+    (folder / "in-train-000.tar").write_bytes(data)
+    with pytest.raises(FractalError, match=r"in-train-000\.tar: train/00000: "):
+        source.read(0)
+
+
+@pytest.mark.usefixtures("cache")
+def test_finetuning_on_a_webdataset_folder(tmp_path, image_file):
+    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [9, 8], "validation": [6]})
+    splits = open_images(f"shards:{folder}", per_class=2)
+    assert sorted(labels(splits.train)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert splits.val.lengths == (6,)
+
+
+@pytest.mark.usefixtures("cache")
+def test_pretraining_on_a_webdataset_folder(tmp_path, image_file, fractaltrain):
+    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [9, 8], "validation": [3]})
+    command = (
+        "pt", "--shards", folder, "--out", tmp_path / "run", "--model", "test_resnet", "--batch-size", 4,
+        "--image-size", 32, "--epochs", 1, "--set", "crop=resized", "--set", "repeats=3", "--set", "mixup=0.8",
+    )  # fmt: skip
+    assert [fractaltrain(*command).code for _ in range(2)] == [0, 0]
+    (last,) = (line for line in read_metrics(tmp_path / "run") if line["split"] == "epoch")
+    assert (last["step"], last["samples"]) == (3, 3)  # floor(17 / 3) samples three times, in batches of 4
+
+
+def test_packed_images_of_several_sizes(tmp_path, image_folder):
+    folder = image_folder(tmp_path / "images", {"cat": 6, "dog": 6})
+    plan = plan_pack(tmp_path / "packed", parse_source(f"imagefolder:{folder}", None), seed=0, shard_size=5)
+    run_pack(plan, workers=1)
+    source = open_dataset(tmp_path / "packed", ALONE).train
+    assert source.class_names == ("cat", "dog")
+    assert len({source.read(index).image.shape for index in range(12)}) > 3
+    for crop in ("none", "random", "resized"):
+        assert [len(pixels) for _, _, pixels in epoch(source, crop, workers=0)] == [24 * 24 * 3] * 12
+
+
+def test_labels_and_counts_of_shards(dataset, tmp_path):
+    """They come from headers and sidecars, and must agree."""
+    source = open_dataset(dataset, ALONE).train
+    assert source.labels.tolist() == labels(source)
+    assert source.label_counts.tolist() == np.bincount(labels(source)).tolist()
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    sidecar = copy / "train-000000.json"
+    record = json.loads(sidecar.read_text())
+    record["label_counts"][0] += 1
+    record["label_counts"][1] -= 1
+    sidecar.write_text(json.dumps(record))
+    with pytest.raises(FractalError, match="labels"):
+        _ = open_dataset(copy, ALONE).train.labels

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
@@ -120,14 +121,14 @@ def seeded_torch(key: int, device: torch.device | None = None) -> Iterator[None]
 @contextmanager
 def seeded_numpy(key: int) -> Iterator[None]:
     """Seed numpy's and Python's global generators, from which timm draws, and restore them at the end."""
-    python_state, numpy_generator = random.getstate(), np.random.get_bit_generator()
+    python_state, numpy_generator = random.getstate(), get_bit_generator()
     random.seed(key)
-    np.random.set_bit_generator(np.random.PCG64(key))
+    set_bit_generator(np.random.PCG64(key))
     try:
         yield
     finally:
         random.setstate(python_state)
-        np.random.set_bit_generator(numpy_generator)
+        set_bit_generator(numpy_generator)
 
 
 def _mix(images: Tensor, labels: Tensor, recipe: TrainRecipe, classes: int) -> tuple[Tensor, Tensor]:

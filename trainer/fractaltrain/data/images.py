@@ -197,8 +197,8 @@ def load_cifar(name: str, folder: Path, train: bool) -> InMemorySource:
         dataset = dataset_class(folder, train=train, download=True)
     except (OSError, HTTPException, RuntimeError, EOFError, TarError) as error:
         raise FractalError(
-            f"{folder / dataset_class.filename}: missing or damaged, and cannot be downloaded ({error}); remove what "
-            f"is there and run again, or fetch it from {dataset_class.url} (another folder: --data-dir)"
+            f"{folder / dataset_class.filename}: missing or damaged, and cannot be downloaded ({error}); remove it and "
+            f"run again, or fetch it from {dataset_class.url} (another folder: --data-dir)"
         ) from error
     names = tuple(dataset.classes)
     images, labels = np.asarray(dataset.data), np.asarray(dataset.targets, np.int64)

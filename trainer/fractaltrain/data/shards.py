@@ -14,14 +14,7 @@ from fractalshards.png import decode_image
 from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.remote.cache import ShardCache
 from fractalshards.sample import classes_of
-from fractalshards.webdataset import (
-    TarIndex,
-    WebDatasetInfo,
-    index_digest,
-    index_tars,
-    is_webdataset,
-    load_webdataset,
-)
+from fractalshards.webdataset import TarIndex, WebDatasetInfo, index_digest, index_tars, is_webdataset, load_webdataset
 from fractalshards.workers import OnProgress, no_progress
 from fractaltrain.data.source import BadSampleError, Example, Indices, LabelledSource, Splits
 
@@ -135,8 +128,8 @@ class ShardSource:
             FractalError: if a tar is damaged, or its labels are not those that its sidecar counts.
         """
         manifest = self._manifest
-        shards = [(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self._split]]
-        labels = np.concatenate([index.labels for index in index_tars(shards)])
+        tars = [(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self._split]]
+        labels = np.concatenate([index.labels for index in index_tars(tars)])
         highest = int(labels.max(initial=0))
         if highest >= self.classes or np.any(np.bincount(labels, minlength=self.classes) != self.label_counts):
             raise FractalError(f"{manifest.folder}: labels are not those that its sidecars count; {self._advice}")
@@ -221,7 +214,7 @@ def _open_webdataset(info: WebDatasetInfo, on_progress: OnProgress) -> Splits:
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
-    indices = index_tars([shard for name in names for shard in info.splits[name]], on_progress)
+    indices = index_tars([tar for name in names for tar in info.splits[name]], on_progress)
     classes = _count_classes(info, indices)
     sources, first = [], 0
     for name in names:
@@ -233,7 +226,7 @@ def _open_webdataset(info: WebDatasetInfo, on_progress: OnProgress) -> Splits:
 
 def _count_classes(info: WebDatasetInfo, indices: Sequence[TarIndex]) -> int:
     """The number of classes in ``_info.json``, else the highest label plus one."""
-    highest = max((int(index.labels.max()) for index in indices if len(index)), default=-1)
+    highest = max((int(tar.labels.max()) for tar in indices if len(tar)), default=-1)
     classes = highest + 1 if info.classes is None else info.classes
     if not highest < classes <= MAX_CLASSES or not classes:
         raise FractalError(f"{info.folder}: labels reach {highest}, which does not fit {classes} classes")

@@ -1,5 +1,6 @@
 """Batches of an epoch: read and transformed in loader workers, in order, from any step on."""
 
+import multiprocessing
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -88,18 +89,22 @@ def epoch_loader(
         generator=torch.Generator(),  # instead of the global one
         worker_init_fn=init_loader_worker if workers else None,
     )
+    before = multiprocessing.active_children()
     items = iter(loader)
+    processes = [process for process in multiprocessing.active_children() if process not in before]
     try:
         for item in items:
             if isinstance(item, FractalError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
     finally:
-        del items  # ends the workers; the traceback of an error would keep them alive
+        del items  # which ends the workers; the traceback of an error would keep them alive
+        for process in processes:
+            process.kill()  # one that hangs: torch sends it SIGTERM, which it ignores, and Python would wait for it
 
 
 @dataclass(frozen=True)

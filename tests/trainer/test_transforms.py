@@ -1,0 +1,243 @@
+"""Transforms: random numbers come from keys alone, distributions are as published; libraries test their own pixels."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
+from fractaltrain.recipes.recipe import TrainRecipe, change
+from fractaltrain.stream.loader import Batch
+from fractaltrain.transforms import normalize, train_batch, train_transform, val_transform
+
+CPU = torch.device("cpu")
+IMAGE = np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)
+SQUARE = IMAGE[:24]
+
+
+def recipe(**fields: object) -> TrainRecipe:
+    return change(PT_RECIPES["anderson"], {name: str(value) for name, value in fields.items()})
+
+
+RECIPES = {
+    "plain": recipe(),
+    "random": recipe(crop="random"),
+    "resized": recipe(crop="resized", hflip=0.5),
+    "affine": FT_RECIPES["anderson"],
+    "jitter": recipe(color_jitter=0.3),
+    "deit": PT_RECIPES["deit"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_transforms_depend_on_the_key_alone(name):
+    """Not on the state of a global generator, which they leave as it was, nor on earlier calls; also when pickled."""
+    transform = train_transform(RECIPES[name], 16)
+    expected = [transform(IMAGE, key).tobytes() for key in range(30)]
+    assert len(set(expected)) == 1 if name == "plain" else len(set(expected)) > 15
+    generators = (random.random, np.random.rand, lambda: float(torch.rand(())))
+    states = []
+    for again in (transform, pickle.loads(pickle.dumps(transform))):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        assert [again(IMAGE, key).tobytes() for key in reversed(range(30))] == expected[::-1]
+        states.append([draw() for draw in generators])
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert states == [[draw() for draw in generators]] * 2
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (1, 1), (5, 500), (900, 1)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_transforms_make_a_square_of_any_image(name, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    for size in (16, 32):
+        for transform in (train_transform(RECIPES[name], size), val_transform(RECIPES[name], size)):
+            seen = transform(image, 7)
+            assert (seen.shape, seen.dtype) == ((size, size, 3), np.uint8)
+
+
+def test_image_of_the_right_size_stays_as_it_is():
+    for transform in (train_transform(RECIPES["plain"], 24), val_transform(RECIPES["plain"], 24)):
+        assert np.array_equal(transform(SQUARE, 0), SQUARE)
+
+
+def test_affine_augmentation_never_changes():
+    """The pixels of the published augmentation for fine-tuning, as the first version had them."""
+    image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    seen = np.stack([train_transform(FT_RECIPES["anderson"], 32)(image, key) for key in range(20)])
+    assert xxhash.xxh3_64_hexdigest(seen.tobytes()) == "74ed2d6d7c1c31d5"
+
+
+def test_affine_augmentation_shifts_along_y_and_zooms_in():
+    """The scatter of a centred disc over many samples, as published: at most 1/8 of the padded image down or up."""
+    y, x = np.mgrid[:64, :64]
+    disc = np.repeat((255 * ((y - 31.5) ** 2 + (x - 31.5) ** 2 < 64)).astype(np.uint8)[..., None], 3, axis=2)
+    transform = train_transform(FT_RECIPES["anderson"], 64)
+    centres, areas = [], []
+    for key in range(300):
+        seen = transform(disc, key)[..., 0] > 127
+        areas.append(seen.sum() / (disc[..., 0] > 127).sum())
+        centres.append([index.mean() for index in np.nonzero(seen)])
+    assert min(areas) > 0.97
+    assert 1.3 < max(areas) < 1.2**2 * 1.03
+    shift_y, shift_x = np.ptp(np.array(centres), axis=0)
+    assert shift_y == pytest.approx(2 * 10, abs=4)
+    assert shift_x < 2
+
+
+def test_flip_has_its_probability():
+    transform = train_transform(recipe(hflip=0.5), 24)
+    seen = [transform(SQUARE, key) for key in range(200)]
+    flipped = sum(np.array_equal(image, SQUARE[:, ::-1]) for image in seen)
+    assert flipped + sum(np.array_equal(image, SQUARE) for image in seen) == 200
+    assert 70 < flipped < 130
+
+
+def test_random_crops_come_from_everywhere():
+    marked = np.zeros((40, 30, 3), np.uint8)
+    marked[..., 0], marked[..., 1] = np.mgrid[:40, :30]
+    transform, places = train_transform(recipe(crop="random"), 24), np.zeros((17, 7), int)
+    for key in range(3000):
+        piece = transform(marked, key)
+        top, left = piece[0, 0, :2]
+        assert np.array_equal(piece, marked[top : top + 24, left : left + 24])
+        places[top, left] += 1
+    assert places.min() > 5  # the mean is 25
+
+
+def test_resized_crops_have_torchvisions_distribution():
+    """Corners of a ramp tell the box of a crop."""
+    ramp = np.zeros((128, 128, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.mgrid[:128, :128]
+    transform = train_transform(recipe(crop="resized"), 128)
+    seen = [transform(ramp, key) for key in range(1500)]
+    top, bottom, left, right = np.array(
+        [(image[0, 64, 0], image[-1, 64, 0], image[64, 0, 1], image[64, -1, 1]) for image in seen]
+    ).T.astype(int)
+    height, width = bottom - top + 1, right - left + 1
+    torch.manual_seed(0)
+    picture = torch.empty(3, 128, 128)
+    boxes = [RandomResizedCrop.get_params(picture, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)]
+    their_top, their_left, their_height, their_width = np.array(boxes).T
+    shares = np.linspace(0.05, 0.95, 7)
+    for ours, theirs, spread in (
+        (height * width / 128**2, their_height * their_width / 128**2, 0.06),
+        (width / height, their_width / their_height, 0.06),
+        (top, their_top, 5),
+        (left, their_left, 5),
+    ):
+        assert np.allclose(np.quantile(ours, shares), np.quantile(theirs, shares), atol=spread)
+
+
+@pytest.mark.parametrize("magnitude", [0.5, 9.0, 10.0])
+def test_randaugment_takes_any_magnitude(monkeypatch, magnitude):
+    drawn = []
+    monkeypatch.setattr(random, "gauss", lambda mean, deviation: drawn.append((mean, deviation)) or mean)
+    transform = train_transform(recipe(randaugment=magnitude), 24)
+    for key in range(100):
+        transform(SQUARE, key)
+    assert set(drawn) == {(magnitude, 0.5)}
+
+
+def test_color_jitter_stays_within_its_strength():
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    transform = train_transform(recipe(color_jitter=0.3), 4)
+    seen = np.stack([transform(grey, key) for key in range(64)])
+    assert 69 <= seen.min() < seen.max() <= 130
+    assert len(np.unique(seen[:, 0, 0, 0])) > 30
+
+
+@pytest.mark.parametrize(("height", "width"), [(112, 112), (84, 150), (150, 84)])
+def test_val_transform_keeps_shapes(height, width):
+    """A disc stays one, at 8/7 of the scale of the shorter side, in the centre."""
+    y, x = np.mgrid[:height, :width]
+    radius = min(height, width) / 4
+    disc = 255 * ((y - (height - 1) / 2) ** 2 + (x - (width - 1) / 2) ** 2 < radius**2)
+    seen = val_transform(recipe(crop="resized"), 56)(np.repeat(disc[..., None].astype(np.uint8), 3, axis=2), 0)
+    inside = seen[..., 0] > 127
+    for line in (np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))):
+        assert np.ptp(line) + 1 == pytest.approx(64 / 2, abs=2)
+        assert line.mean() == pytest.approx(27.5, abs=1)
+
+
+def test_val_transform_after_random_crops_is_the_centre():
+    assert np.array_equal(val_transform(recipe(crop="random"), 20)(IMAGE, 0), IMAGE[10:30, 2:22])
+    assert val_transform(recipe(), 20)(np.full((40, 24, 3), 255, np.uint8), 0).min() == 255
+
+
+def test_resize_is_pillows():
+    want = Image.fromarray(IMAGE).resize((30, 30), Image.Resampling.BILINEAR)
+    assert np.array_equal(val_transform(recipe(), 30)(IMAGE, 0), np.asarray(want))
+    bicubic = np.asarray(Image.fromarray(SQUARE[:20, :20]).resize((30, 30), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(val_transform(recipe(crop="random"), 30)(SQUARE[:20, :20], 0) - bicubic).max() <= 2
+
+
+def batch(images: torch.Tensor, labels: torch.Tensor, key: int = 0) -> Batch:
+    return Batch(images, labels, (), np.arange(key, key + len(images), dtype=np.uint64), ())
+
+
+def test_normalize():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    seen = normalize(images, recipe(mean="0.1,0.2,0.5", std="1,0.5,0.25")).flatten()
+    assert torch.allclose(seen, torch.tensor([-0.1, 0.0, 2.0]))
+
+
+def test_batch_stays_as_it_is_without_mixing():
+    images, labels = torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 2, 1])
+    seen, targets = train_batch(batch(images, labels), recipe(), 5, CPU)
+    assert torch.equal(seen, images.float())
+    assert torch.equal(targets, labels)
+    _, smoothed = train_batch(batch(images, labels), recipe(label_smoothing=0.1), 5, CPU)
+    assert torch.allclose(smoothed, torch.full((3, 5), 0.02) + 0.9 * torch.eye(5)[labels])
+
+
+def test_batch_depends_on_its_first_key_alone():
+    chosen = recipe(erasing=0.5, mixup=0.8, cutmix=1.0)
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    seen = []
+    for key in (3, 4, 3):
+        torch.manual_seed(len(seen)), np.random.seed(len(seen)), random.seed(len(seen))
+        seen.append(train_batch(batch(images, torch.arange(8), key), chosen, 8, CPU))
+    assert all(torch.equal(*pair) for pair in zip(seen[0], seen[2], strict=True))
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_erasing_fills_rectangles_with_noise():
+    images = torch.full((400, 3, 40, 32), 255, dtype=torch.uint8)
+    erased, _ = train_batch(batch(images, torch.zeros(400, dtype=torch.int64)), recipe(erasing=0.25), 1, CPU)
+    inside = (erased != 1).any(1)
+    chosen = inside.flatten(1).any(1)
+    assert float(chosen.float().mean()) == pytest.approx(0.25, abs=0.07)
+    areas = inside[chosen].float().mean((1, 2))
+    assert 0.015 < areas.min() < areas.max() < 0.36
+    for mask in inside[chosen]:
+        assert mask.sum() == mask.any(1).sum() * mask.any(0).sum()
+    noise = erased[inside[:, None].expand_as(erased)]
+    assert (float(noise.mean()), float(noise.std())) == pytest.approx((0, 1), abs=0.05)
+
+
+def test_mixing_makes_soft_targets_of_pairs():
+    chosen, seen = recipe(mixup=0.8, cutmix=1.0, label_smoothing=0.1), set()
+    pure = (torch.arange(8, dtype=torch.uint8) * 10).view(8, 1, 1, 1).expand(8, 3, 16, 16)
+    for key in range(40):
+        images, targets = train_batch(batch(pure, torch.arange(8), key), chosen, 10, CPU)
+        assert (targets.shape, targets.dtype) == ((8, 10), torch.float32)
+        assert torch.allclose(targets.sum(1), torch.ones(8))
+        share = float((targets[0, 0] - 0.01) / 0.9)  # of the first image in itself
+        assert float(images[0].mean()) == pytest.approx(70 / 255 * (1 - share), abs=0.002)
+        seen.add("mixup" if len(images[0].unique()) == 1 else "cutmix")
+    assert seen == {"mixup", "cutmix"}
+
+
+def test_mixed_multi_label_images_show_the_classes_of_both():
+    shown = torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    pure = (torch.arange(4, dtype=torch.uint8) * 10).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    images, targets = train_batch(batch(pure, shown), recipe(mixup=0.8, label_smoothing=0.1), 3, CPU)
+    share = 1 - float(images[0].mean()) * 255 / 30
+    assert 0 < share < 1
+    assert torch.allclose(targets[0], share * shown[0] + (1 - share) * shown[3], atol=1e-5)
+    assert torch.allclose(targets[1], share * shown[1] + (1 - share) * shown[2], atol=1e-5)
