@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.kernels.random import Stream
-from fractalgen.kernels.raster import Orientation
 from fractalgen.kinds import anderson, multi, single
 from fractalgen.kinds.anderson import AndersonParams, sample_system
 from fractalgen.kinds.kind import Unit
@@ -93,18 +92,6 @@ def test_systems_do_not_depend_on_the_number_of_classes() -> None:
     assert {len(system) for system in many} == {2, 3, 4}
 
 
-def test_single_images_differ_by_every_part_of_their_identity() -> None:
-    units = [(0, "train", 1, 0), (0, "train", 1, 1), (0, "val", 1, 0), (1, "train", 1, 0), (0, "train", 2, 0)]
-    assert len({draw_single(SingleParams(), 32, 2000, Unit(*unit)).tobytes() for unit in units}) == len(units)
-
-
-def test_single_images_are_kept_in_a_larger_dataset() -> None:
-    small, large = (make_recipe("single", n, classes=4, size=32, points=500) for n in (40, 80))
-    systems = draw_systems(small)
-    images = {render_sample(small, systems, index)[0].tobytes() for index in range(40)}
-    assert images < {render_sample(large, systems, index)[0].tobytes() for index in range(80)}
-
-
 def test_jitter_scales_one_map_within_singular_value_1() -> None:
     system = SYSTEM.copy()
     system[1, :, :2] *= 0.999 / np.linalg.svd(system[1, :, :2], compute_uv=False).max()
@@ -123,17 +110,6 @@ def test_jitter_scales_one_map_within_singular_value_1() -> None:
     assert np.array_equal(jitter(rigid, (1.01, 1.1), Stream.of("never")), rigid)  # after four tries
 
 
-def test_single_shows_its_fractal_and_the_background_can_be_left_out() -> None:
-    options = {"background": "false", "blur_probability": "0"}
-    recipe = make_recipe("single", 200, classes=50, size=64, points=20_000, overrides=options)
-    systems = draw_systems(recipe)
-    shares = [render_sample(recipe, systems, index)[0].any(-1).mean() for index in range(200)]
-    assert min(shares) > 0
-    assert 0.1 < np.mean(shares) < 0.6
-    recipe = make_recipe("single", 200, classes=50, size=64, overrides={"color": "false", "blur_probability": "0"})
-    assert (render_sample(recipe, systems, 0)[0] == 127).all(-1).mean() > 0.01
-
-
 def test_single_windows_patches_and_colors_have_the_published_distributions() -> None:
     rng, params = Stream.of("windows"), SingleParams()
     windows = np.array([single._draw_window((10.0, -4.0, 14.0, 4.0), params, rng) for _ in range(4000)])
@@ -149,19 +125,6 @@ def test_single_windows_patches_and_colors_have_the_published_distributions() ->
     assert is_uniform(np.array([colors.hue_shift for colors in drawn]), 0, 255)
     assert is_uniform(np.array([colors.saturation + 0.5 for colors in drawn]), 0.3 * 255, 255)
     assert is_uniform(np.array([colors.value + 0.5 for colors in drawn]), 0.5 * 255, 255)
-
-
-def test_single_is_transposed_mirrored_and_blurred_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    orientations, sigmas = [], []
-    monkeypatch.setattr(anderson, "Orientation", lambda *flips: orientations.append(flips) or Orientation(*flips))
-    monkeypatch.setattr(anderson, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
-    for number in range(2000):
-        draw_single(SingleParams(), 16, 16, Unit(0, "train", 0, number))
-    flips = np.array(orientations)
-    assert np.abs(flips.mean(0) - 0.5).max() < 0.04
-    assert np.abs(np.corrcoef(flips.T) - np.eye(3)).max() < 0.08
-    assert abs(len(sigmas) / 2000 - 0.5) < 0.04
-    assert is_uniform(np.array(sigmas), 0.5, 1.0)
 
 
 @given(st.data())
@@ -246,11 +209,3 @@ def test_multi_objects_have_the_published_number_size_and_place(monkeypatch: pyt
     assert np.abs(centres.mean(0) - 111.5).max() < 4
     assert abs(np.corrcoef(centres.T)[0, 1]) < 0.05
     assert np.abs(np.bincount(classes, minlength=6) / len(classes) - 1 / 6).max() < 0.03
-
-
-def test_multi_objects_fill_their_bounding_boxes() -> None:
-    """The window is the exact bounding box: the outermost rows and columns are hit, the last one but for rounding."""
-    rng = np.random.default_rng(0)
-    for number in range(20):
-        pixels = multi._draw_object(MultiParams(patch=False), 60, 20_000, sample_system((2, 5), rng), Stream.of(number))
-        assert all(pixels[edge].any() for edge in (np.s_[:2], np.s_[-2:], np.s_[:, :2], np.s_[:, -2:]))

@@ -22,7 +22,6 @@ from fractalgen.categories import read_categories, shipped_categories
 from fractalgen.cli import main
 from fractalshards.cli import main as fractalshards
 from fractalshards.digest import mapping_digest
-from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
@@ -55,18 +54,6 @@ def wait_until(holds: Callable[[], object], process: subprocess.Popen[str] | Non
         time.sleep(0.005)
 
 
-def sidecars(out: Path) -> list[Path]:
-    return list(out.glob("*-*.json"))
-
-
-def content(folder: Path) -> str:
-    return load_manifest(folder).content_digest()
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -76,6 +63,14 @@ def error_line(result: Result) -> str:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.stderr.rstrip().endswith(line)
     return line
+
+
+def sidecars(out: Path) -> list[Path]:
+    return list(out.glob("*-*.json"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_built_folder_describes_itself(built: Path) -> None:
@@ -99,16 +94,6 @@ def test_built_folder_describes_itself(built: Path) -> None:
         assert max(counts.values()) - min(counts[label] for label in range(20)) <= 1
 
 
-def test_recipe_options_reach_the_manifest(tmp_path: Path, threads: None) -> None:
-    text = "--kind single --n 9 --val 4 --classes 3 --size 16 --points 70 --seed 5 --shard-size 6"
-    result = run("build", *text.split(), "--set", "blur_probability=0.25", "--workers", 1, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    recipe = load_manifest(tmp_path / "out").recipe
-    expected = {"kind": "single", "n": 9, "val": 4, "classes": 3, "size": 16, "points": 70, "seed": 5, "shard_size": 6}
-    assert {name: recipe[name] for name in expected} == expected
-    assert recipe["params"]["blur_probability"] == 0.25
-
-
 def test_second_build_does_nothing(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
     out = shutil.copytree(built, tmp_path / "again")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -122,6 +107,7 @@ def test_build_renders_what_is_missing_or_damaged(built: Path, small: list[str],
     out = shutil.copytree(built, tmp_path / "gaps")
     (out / "train-000001.json").unlink()
     (out / "train-000003.tar").unlink()
+    (out / "systems.npz").unlink()
     os.truncate(out / "val-000000.tar", 700)
     kept = (out / "train-000000.tar").stat().st_mtime_ns
     result = run(*small, "--out", out)
@@ -129,15 +115,6 @@ def test_build_renders_what_is_missing_or_damaged(built: Path, small: list[str],
     assert "to render: 63 images in 3 shards (3 done)" in result.stderr
     assert files(out) == files(built)
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
-
-
-def test_missing_systems_are_drawn_again(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
-    """A build that was killed between writing the recipe and the systems."""
-    out = tmp_path / "early"
-    out.mkdir()
-    shutil.copy(built / "recipe.json", out)
-    assert run(*small, "--out", out).exit_code == 0
-    assert files(out) == files(built)
 
 
 def test_build_refuses_a_folder_of_something_else(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
@@ -189,15 +166,11 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_build_continues_to_the_same_dataset(small: list[str], tmp_path: Path, threads: None) -> None:
-    """SIGKILL of a worker costs nothing; SIGKILL of the parent ends the workers, and the next build goes on."""
+    """SIGKILL of the parent ends the workers, and the next build goes on."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
     assert run(*small, *SLOW, "--out", undisturbed).exit_code == 0
     process = start([*small, *SLOW], out, workers=2)
     wait_until(lambda: sidecars(out), process)
-    for worker in workers_of(process):
-        os.kill(worker, signal.SIGKILL)
-    before = len(sidecars(out))
-    wait_until(lambda: len(sidecars(out)) > before + 2, process)
     process.kill()
     process.communicate()
     wait_until(lambda: not running_in(process.pid))
@@ -245,21 +218,18 @@ def test_signal_ends_a_build_after_the_running_shards(
 @pytest.mark.parametrize(
     ("options", "code", "noun"),
     [
+        (["--recipe", "recipe.json"], 2, "--recipe"),
         (["--kind", "fractl"], 2, "'fractl'"),
-        (["--n", "0"], 2, "n is 0"),
         (["--n", "many"], 2, "--n"),
         (["--size", "8"], 2, "size is 8"),
         (["--workers", "0"], 2, "--workers"),
-        (["--set", "maps"], 2, "NAME=VALUE"),
         (["--set", "mops=2,3"], 2, "'maps'"),
         (["--slice", ""], 2, "I/K"),
-        (["--sead", "1"], 2, "--sead"),
         (["--categories", "x.npz"], 2, "--kind is 'single'"),
         (["--kind", "fractaldb", "--categories", "x.npz", "--from-csv", "y"], 2, "--from-csv"),
         (["--kind", "fractaldb", "--categories", "nowhere.npz"], 1, "nowhere.npz"),
         (["--kind", "fractaldb", "--from-csv", "."], 1, "00000.csv"),
         (["--kind", "fractaldb", "--n", "5000", "--classes", "1001"], 2, "fractalgen search --classes 1001"),
-        (["--kind", "fractaldb", "--shard-size", "3"], 2, "shard_size is 3"),
         (["--kind", "fractaldb", "--n", "2000000", "--set", "draw=point-gray"], 2, "kind fractaldb"),
         (["--out", ""], 2, "--out"),
         (["--out", "/proc/nowhere"], 1, "/proc/nowhere"),
@@ -276,13 +246,6 @@ def test_build_refuses_in_one_line(
     assert result.exit_code == code, result.stderr
     assert noun in error_line(result)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("given", "missing"), [(("--kind", "single"), "--n"), (("--n", 20), "--kind")])
-def test_build_names_a_missing_option(given: tuple[object, ...], missing: str) -> None:
-    result = run("build", *given)
-    assert result.exit_code == 2
-    assert error_line(result).startswith(f"error: {missing} ")
 
 
 @pytest.fixture
@@ -379,6 +342,9 @@ def export(folder: Path, file: Path) -> dict:
 def test_portable_recipe_rebuilds_the_same_dataset(tmp_path: Path, kind: str, threads: None) -> None:
     options = f"build --kind {kind} --n 48 --val 12 --classes 6 --size 48 --points 2000 --seed 9 --shard-size 16"
     assert run(*options.split(), "--out", tmp_path / "first").exit_code == 0
+    found = load_manifest(tmp_path / "first").recipe
+    expected = {"n": 48, "val": 12, "classes": 6, "size": 48, "points": 2000, "seed": 9, "shard_size": 16}
+    assert {name: found[name] for name in expected} == expected
     export(tmp_path / "first", tmp_path / "recipe.json")
     result = run("build", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second")
     assert result.exit_code == 0, result.output
@@ -394,21 +360,3 @@ def test_portable_recipe_with_another_promise_is_an_error(built: Path, tmp_path:
     result = run("build", "--recipe", recipe, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "val-000000.tar" in error_line(result)
-
-
-def test_portable_recipe_is_refused_in_one_line(built: Path, tmp_path: Path) -> None:
-    recipe, older = tmp_path / "recipe.json", tmp_path / "older.json"
-    fields = export(built, recipe)
-    fields["recipe"]["version"] -= 1
-    older.write_text(json.dumps(fields | {"recipe_digest": mapping_digest(fields["recipe"])}))
-    for options, code, noun in (
-        (["--recipe", recipe, "--n", "5"], 2, "--n and --recipe"),
-        (["--recipe", recipe, "--set", "maps=2"], 2, "--set and --recipe"),
-        (["--recipe", tmp_path / "none.json"], 1, "none.json"),
-        (["--recipe", built / "recipe.json"], 1, "recipe.json"),
-        (["--recipe", older], 1, "recipe version"),
-    ):
-        result = run("build", *options, "--out", tmp_path / "out")
-        assert result.exit_code == code, result.output
-        assert noun in error_line(result)
-        assert not (tmp_path / "out").exists()

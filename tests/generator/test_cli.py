@@ -4,7 +4,6 @@ import json
 import time
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -15,7 +14,6 @@ from fractalgen.categories import read_categories, shipped_categories
 from fractalgen.cli import main
 from fractalgen.kinds import KINDS
 from fractalshards import console
-from fractalshards.console import PATH
 
 
 def run(*arguments: object) -> Result:
@@ -47,17 +45,6 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, name
     assert np.array_equal(pixels(out), expected)
     assert run("render", *options, "--flip", 2).exit_code == 0
     assert np.array_equal(pixels(out), expected[:, ::-1])
-
-
-def test_render_takes_size_and_points(csv: Path, tmp_path: Path) -> None:
-    def hits(*options: object) -> np.ndarray:
-        out = tmp_path / "image.png"
-        result = run("render", "--params", csv, "--draw", "point-gray", "--out", out, *options)
-        assert result.exit_code == 0, result.output
-        return pixels(out).any(-1)
-
-    assert hits("--size", 40, "--points", 3).shape == (40, 40)
-    assert 1 <= hits("--size", 40, "--points", 3).sum() <= 3 < hits("--size", 40, "--points", 300).sum()
 
 
 @pytest.mark.parametrize(
@@ -106,15 +93,6 @@ def test_search_writes_categories(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert searches == [(2, 5, 0.1)] * 2
 
 
-def test_search_converts_csv_folders(tmp_path: Path) -> None:
-    (tmp_path / "csv").mkdir()
-    for index in range(3):
-        np.savetxt(tmp_path / "csv" / f"{index:05d}.csv", shipped_categories()[index], delimiter=",", fmt="%.18e")
-    assert run("search", "--from-csv", tmp_path / "csv", "--out", tmp_path / "found.npz").exit_code == 0
-    found = read_categories(tmp_path / "found.npz")
-    assert all(np.array_equal(*pair) for pair in zip(found, shipped_categories()[:3], strict=True))
-
-
 @pytest.mark.parametrize(
     ("options", "code", "noun"),
     [
@@ -132,14 +110,6 @@ def test_search_refuses_in_one_line(tmp_path: Path, options: list[object], code:
     (line,) = result.stderr.splitlines()
     assert noun in line
     assert not (tmp_path / "found.npz").exists()
-
-
-def test_paths_may_not_be_empty() -> None:
-    parameters = [parameter for command in main.commands.values() for parameter in command.params]
-    assert all(parameter.type is PATH for parameter in parameters if isinstance(parameter.type, click.Path))
-    result = run("repair", "")
-    assert result.exit_code == 2
-    assert "is empty" in result.stderr
 
 
 def test_build_that_compiles_for_long_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: None) -> None:

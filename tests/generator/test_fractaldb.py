@@ -1,16 +1,34 @@
-"""Kind ``fractaldb``: the published composition of categories, weight rows, patch draws and flips."""
+"""FractalDB: the published pixels and composition, equality with a slow renderer, no crash whatever the input."""
 
+import json
+import math
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
-from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels import fractaldb as kernel
+from fractalgen.kernels.fractaldb import (
+    DRAWS,
+    Draw,
+    flip,
+    is_patch,
+    masks,
+    orbit,
+    palette,
+    published_masks,
+    random_numbers,
+    render,
+    weight_rows,
+)
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds import fractaldb
 from fractalgen.kinds.fractaldb import FractaldbParams
@@ -19,8 +37,189 @@ from fractalgen.plan import locate
 from fractalshards.errors import UsageError
 from fractalshards.png import Indexed
 
+KEY = Stream.of("kataoka").key()
+ONES = np.ones(6)
+LEAF = np.array(
+    [
+        [0.5, 0.25, -0.25, 0.5, 0.0, 0.0, 0.3],
+        [0.5, -0.375, 0.125, 0.625, 1.0, 0.5, 0.4],
+        [-0.25, 0.5, 0.75, 0.125, -0.5, 1.0, 0.3],
+    ]
+)
+DIVERGING = LEAF * [2.5, 2.5, 2.5, 2.5, 1.0, 1.0, 1.0]
 
-def draw(params: FractaldbParams, unit: Unit, size: int = 64, points: int = 5000) -> list[Indexed]:
+TAME = st.floats(-1.2, 1.2)
+WILD = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, -1e308, math.inf, -math.inf, math.nan])
+
+
+def slow_points(category: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[float, float]]:
+    """The chaos game in plain Python, one step after the other."""
+    maps = category.tolist()
+    x = y = 0.0
+    yield x, y
+    for number in numbers[:-1].tolist():
+        total = 0.0
+        for a, b, c, d, e, f, p in maps:
+            total += p
+            if number <= total:
+                x, y = x * a + y * b + e, x * c + y * d + f
+                break
+        yield x, y
+
+
+@np.errstate(all="ignore")
+def slow_render(
+    category: np.ndarray, weights: np.ndarray, size: int, points: int, draw: Draw, patch_masks: np.ndarray
+) -> np.ndarray:
+    """The published rendering, point by point."""
+    scaled = category.copy()
+    scaled[:, :6] *= weights
+    kept = np.array(list(slow_points(scaled, np.random.RandomState(100).random_sample(points))))
+    for axis in (0, 1):
+        lost = np.isnan(kept[:, axis])
+        if lost.any():
+            first = int(np.argmax(lost))
+            lost[max(0, first - 100) : first] = True
+        kept = kept[~lost]
+    image = np.zeros((size, size), np.uint8)
+    if len(kept):
+        shifted = kept - np.minimum(kept.min(0), 0)
+        places = shifted / (shifted.max(0) - shifted.min(0)) * (size - 12) + 6
+        columns, rows = np.where(np.isfinite(places), places, 0).astype(int).T.tolist()
+        for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+            color = 1 + i % 128 if draw.endswith("color") else 1
+            if is_patch(draw):
+                bits = np.array([int(bit) for bit in f"{patch_masks[i]:09b}"]).reshape(3, 3)
+                image[row + 1 : row + 4, column + 1 : column + 4] = bits * color
+            else:
+                image[row, column] = color
+    return image[::-1]
+
+
+def test_render_equals_the_published_images(reference: Path) -> None:
+    cases = json.loads((reference / "fractaldb_images" / "index.json").read_text())
+    assert {case["draw"].replace("_", "-") for case in cases} == set(DRAWS)
+    for case in cases:
+        category = np.loadtxt(reference / "fractaldb_csv" / f"{case['category']}.csv", delimiter=",", ndmin=2)
+        draw = case["draw"].replace("_", "-")
+        seed = case.get("python_random_seed")
+        drawn = None if seed is None else published_masks(seed, case["iterations"])
+        weights = weight_rows()[case["weight_row"]]
+        indices = flip(render(category, weights, case["size"], case["iterations"], draw, drawn), case["flip"])
+        with Image.open(reference / "fractaldb_images" / case["file"]) as theirs:
+            assert np.array_equal(palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
+
+
+def test_weight_rows_are_the_published_ones(reference: Path) -> None:
+    published = np.loadtxt(reference / "fractaldb_weights_0.4.csv", delimiter=",")
+    assert np.array_equal(weight_rows(), published)
+
+
+def test_render_pixels_are_pinned() -> None:
+    """A change of any pixel would change every dataset."""
+    drawn = masks(KEY, 5000)
+    images = [render(LEAF, row, 64, 5000, draw, drawn) for draw in DRAWS for row in weight_rows()[[2, 7]]]
+    images += [render(DIVERGING, ONES, 48, 5000, draw, drawn) for draw in DRAWS]
+    assert all(image.any() for image in images)
+    assert [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images] == [
+        "a1624a00d44b7953",
+        "76217e26207fde37",
+        "c7b2a3aaa14a6d92",
+        "92c81a61a454aad3",
+        "c6fdc5e80d813c4f",
+        "ef175cf39113262b",
+        "29bbe5a65c4b3a6a",
+        "b78d0f7a1025c151",
+        "33ff8273f5da7826",
+        "65c2129c7d7911cb",
+        "4028331232ff201d",
+        "939f3904de8280da",
+    ]
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_render_equals_the_slow_renderer(data: st.DataObject) -> None:
+    maps = data.draw(st.integers(1, 4))
+    values = data.draw(st.sampled_from([TAME, st.one_of(TAME, TAME, WILD)]))
+    category = np.array(data.draw(st.lists(st.lists(values, min_size=7, max_size=7), min_size=maps, max_size=maps)))
+    if data.draw(st.booleans()):
+        category[:, 6] = 1 / maps
+    weights = weight_rows()[data.draw(st.integers(0, 24))]
+    size, points = data.draw(st.integers(16, 40)), data.draw(st.one_of(st.integers(1, 300), st.integers(2000, 3000)))
+    draw = data.draw(st.sampled_from(DRAWS))
+    drawn = masks(KEY, points)
+    expected = slow_render(category, weights, size, points, draw, drawn)
+    assert np.array_equal(render(category, weights, size, points, draw, drawn), expected)
+
+
+@pytest.mark.parametrize("label", [0, 6, 42, 123, 500, 999])
+def test_orbit_of_published_categories_equals_the_slow_one(label: int) -> None:
+    """Published categories with every sixth weight row: contracting, slowly contracting and diverging."""
+    for row in weight_rows()[label % 6 :: 6]:
+        category = shipped_categories()[label] * [*row, 1]
+        expected = np.array(list(slow_points(category, random_numbers(12_345))))
+        end = int(np.argmax(np.isnan(expected[:, 0]))) - 100 if np.isnan(expected).any() else None
+        assert np.array_equal(np.stack(orbit(category, random_numbers(12_345)), 1), expected[:end])
+
+
+@pytest.mark.parametrize("points", [1, 2, 7, 8, 9, 2047, 2048, 2055, 2056, 2057, 2063, 2064, 4999])
+@pytest.mark.parametrize("turn", [0.5, 1.0], ids=["contracts", "only turns"])
+def test_orbit_of_any_length(points: int, turn: float) -> None:
+    """A map that only turns never leads two orbits together; nor do maps that are not always chosen."""
+    cosine, sine = turn * math.cos(1), turn * math.sin(1)
+    category = np.array([[cosine, -sine, sine, cosine, 1, 0, 0.5], [cosine, sine, -sine, cosine, 0, 1, 0.4]])
+    expected = np.array(list(slow_points(category, random_numbers(points))))
+    assert np.array_equal(np.stack(orbit(category, random_numbers(points)), 1), expected)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("p", [0.0, math.nan, -1.0])
+def test_render_without_a_chosen_map_draws_the_origin(p: float, draw: Draw) -> None:
+    category = np.array([[0.5, 0, 0, 0.5, 1, 1, p]])
+    image = render(category, ONES, 16, 50, draw, np.full(50, 0b100_000_000, np.uint16))
+    assert np.argwhere(image).tolist() == ([[14, 1]] if is_patch(draw) else [[15, 0]])
+
+
+def test_render_diverging_category_is_black() -> None:
+    for coefficient in (math.nan, math.inf):
+        category = np.array([[coefficient] * 6 + [0.5]] * 2)
+        for points in (2, 50, 5000):
+            image = render(category, ONES, 32, points, "patch-color", masks(KEY, points))
+            assert image.shape == (32, 32)
+            assert not image.any()
+
+
+def test_render_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = masks(KEY, 5000)
+    whole = [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS]
+    monkeypatch.setattr(kernel, "_CHUNK", 256)
+    assert np.array_equal(whole, [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS])
+
+
+def test_render_refuses_bad_arguments() -> None:
+    drawn = masks(KEY, 10)
+    for size, points, draw, given_masks in (
+        (15, 10, "point-gray", None),
+        (4097, 10, "point-gray", None),
+        (32, 0, "point-gray", None),
+        (32, 10**8 + 1, "point-gray", None),
+        (32, 10, "patch-gray", None),
+        (32, 11, "patch-color", drawn),
+        (32, 10, "line-gray", drawn),
+    ):
+        with pytest.raises(UsageError):
+            render(LEAF, ONES, size, points, draw, given_masks)
+    for maps in (0, 256):
+        with pytest.raises(UsageError, match=f"{maps} maps"):
+            render(np.zeros((maps, 7)), ONES, 32, 10, "point-gray")
+
+
+def test_masks_are_pinned_whatever_their_number() -> None:
+    assert masks(KEY, 6).tolist() == masks(KEY, 1000)[:6].tolist() == [468, 423, 91, 16, 309, 66]
+
+
+def draw_unit(params: FractaldbParams, unit: Unit, size: int = 64, points: int = 5000) -> list[Indexed]:
     """The four images of a unit."""
     rendered = fractaldb.render(params, size, points, unit, shipped_categories())
     assert [label for _, label in rendered] == [unit.label] * 4
@@ -29,38 +228,16 @@ def draw(params: FractaldbParams, unit: Unit, size: int = 64, points: int = 5000
     return images
 
 
-def test_pixels_are_pinned() -> None:
+def test_kind_pixels_are_pinned() -> None:
     """A change of any pixel needs a new recipe version."""
     digests = []
-    for number, name in enumerate(kataoka.DRAWS):
-        images = draw(FractaldbParams(draw=name), Unit(7, "train", 3, number))
+    for number, name in enumerate(kernel.DRAWS):
+        images = draw_unit(FractaldbParams(draw=name), Unit(7, "train", 3, number))
         digests.append(xxhash.xxh3_64_hexdigest(b"".join(image.rgb().tobytes() for image in images)))
     assert digests == ["ee8b28242a501bd2", "fa3cc686905f2f66", "d48008034278d3f1", "adef9d36794a95ff"]
 
 
-@given(st.data())
-def test_any_sample_of_any_recipe_renders_and_is_deterministic(data: st.DataObject) -> None:
-    classes = data.draw(st.integers(1, 6))
-    recipe = make_recipe(
-        "fractaldb",
-        data.draw(st.integers(classes, 60 * classes)),
-        val=data.draw(st.integers(0, 5)),
-        classes=classes,
-        size=data.draw(st.integers(16, 70)),
-        points=data.draw(st.integers(1, 3000)),
-        seed=data.draw(st.integers(0, 2**63 - 1)),
-        overrides={"draw": data.draw(st.sampled_from(kataoka.DRAWS)), "weight_step": data.draw(st.sampled_from("01"))},
-    )
-    systems = draw_systems(recipe)
-    index = data.draw(st.integers(0, recipe.n + recipe.val - 1))
-    image, label = render_sample(recipe, systems, index)
-    assert image.shape == (recipe.size, recipe.size, 3)
-    assert image.dtype == np.uint8
-    assert label == locate(recipe, index).unit.label
-    assert np.array_equal(image, render_sample(recipe, systems, index)[0])
-
-
-def test_a_million_are_the_published_composition() -> None:
+def test_kind_composes_a_million_as_published() -> None:
     """Every class has 25 weight rows, 10 draws and 4 flips of each: checked on all images of some classes."""
     recipe = make_recipe("fractaldb", 100_000, classes=100)
     assert make_recipe("fractaldb", 1_000_000).classes == 1000
@@ -70,45 +247,38 @@ def test_a_million_are_the_published_composition() -> None:
     assert taken == Counter((label, number, part) for label in range(100) for number in range(250) for part in range(4))
 
 
-@pytest.mark.parametrize("name", kataoka.DRAWS)
-def test_images_are_those_of_the_renderer(name: kataoka.Draw) -> None:
+@pytest.mark.parametrize("name", kernel.DRAWS)
+def test_kind_images_are_those_of_the_renderer(name: kernel.Draw) -> None:
     """Number 60 is weight row 10 of the third draw; flips are those of the published code."""
-    images = draw(FractaldbParams(draw=name, weight_rows=(0, 24)), Unit(5, "train", 2, 60 if "patch" in name else 10))
-    masks = kataoka.masks(Stream.of("fractaldb", 5, 2, 10, 2).key(), 5000) if "patch" in name else None
-    expected = kataoka.render(shipped_categories()[2], kataoka.weight_rows()[10], 64, 5000, name, masks)
-    for flip, image in enumerate(images):
-        views = (expected, expected[::-1], expected[:, ::-1], expected[::-1, ::-1])
-        assert np.array_equal(image.indices, views[flip])
-        assert np.array_equal(image.palette, kataoka.palette(name))
-
-
-def test_patches_are_drawn_anew_for_every_class_weight_row_draw_and_seed() -> None:
-    params = FractaldbParams(weight_step=0.0)  # all weight rows render alike but for their patches
-    units = [Unit(0, "train", 0, number) for number in range(50)] + [Unit(1, "train", 0, 0)]
-    assert len({draw(params, unit)[0].indices.tobytes() for unit in units}) == len(units)
+    unit = Unit(5, "train", 2, 60 if "patch" in name else 10)
+    masks = kernel.masks(Stream.of("fractaldb", 5, 2, 10, 2).key(), 5000) if "patch" in name else None
+    expected = kernel.render(shipped_categories()[2], kernel.weight_rows()[10], 64, 5000, name, masks)
+    views = (expected, expected[::-1], expected[:, ::-1], expected[::-1, ::-1])
+    for image, view in zip(draw_unit(FractaldbParams(draw=name), unit), views, strict=True):
+        assert np.array_equal(image.indices, view)
 
 
 @pytest.mark.parametrize(("name", "n"), [("patch-gray", 240), ("patch-gray", 1000), ("point-gray", 240)])
-def test_evaluation_shares_no_render_with_training(name: str, n: int) -> None:
+def test_kind_shares_no_render_between_splits(name: str, n: int) -> None:
     recipe = make_recipe("fractaldb", n, val=40, classes=10, size=32, points=500, overrides={"draw": name})
     systems = draw_systems(recipe)
     images = [(label, image.tobytes()) for image, label in (render_sample(recipe, systems, i) for i in range(n + 40))]
     assert not set(images[:n]) & set(images[n:])
 
 
-def test_evaluation_takes_new_draws_of_the_first_weight_rows_and_points_the_rows_that_are_left() -> None:
+def test_kind_continues_numbers_in_the_validation_split() -> None:
     recipe = make_recipe("fractaldb", 240, val=40, classes=10, size=32, points=500)
     unit = next(locate(recipe, index).unit for index in range(240, 280) if locate(recipe, index).unit.label == 4)
     assert (unit.split, unit.number, unit.before) == ("val", 0, 6)
-    masks = kataoka.masks(Stream.of("fractaldb", 0, 4, 0, 1).key(), 500)
-    weights = kataoka.weight_rows()
-    expected = kataoka.render(shipped_categories()[4], weights[0], 32, 500, "patch-gray", masks)
-    assert np.array_equal(draw(FractaldbParams(), unit, 32, 500)[0].indices, expected)
-    points = draw(FractaldbParams(draw="point-gray"), unit, 32, 500)[0]
-    assert np.array_equal(points.indices, kataoka.render(shipped_categories()[4], weights[6], 32, 500, "point-gray"))
+    masks = kernel.masks(Stream.of("fractaldb", 0, 4, 0, 1).key(), 500)
+    weights = kernel.weight_rows()
+    expected = kernel.render(shipped_categories()[4], weights[0], 32, 500, "patch-gray", masks)
+    assert np.array_equal(draw_unit(FractaldbParams(), unit, 32, 500)[0].indices, expected)
+    points = draw_unit(FractaldbParams(draw="point-gray"), unit, 32, 500)[0]
+    assert np.array_equal(points.indices, kernel.render(shipped_categories()[4], weights[6], 32, 500, "point-gray"))
 
 
-def test_point_kinds_have_a_hundred_images_per_class_and_refuse_more() -> None:
+def test_kind_of_points_has_a_hundred_images_per_class() -> None:
     points = {"draw": "point-color"}
     assert make_recipe("fractaldb", 1000, classes=10, overrides=points).n == 1000
     assert make_recipe("fractaldb", 960, val=40, classes=10, overrides=points).val == 40
@@ -118,23 +288,3 @@ def test_point_kinds_have_a_hundred_images_per_class_and_refuse_more() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="has 12"):
         make_recipe("fractaldb", 130, classes=10, overrides={**points, "weight_rows": "2,4"})
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"draw": "patch"}, "draw=patch: expected point-gray or patch-gray"),
-        ({"weight_rows": "0,25"}, "weight_rows is 0,25"),
-        ({"weight_rows": "5,4"}, "weight_rows is 5,4"),
-        ({"weight_step": "-1"}, "weight_step is -1"),
-    ],
-    ids=str,
-)
-def test_nonsense_is_refused(overrides: dict[str, str], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        make_recipe("fractaldb", 1000, overrides=overrides)
-
-
-def test_more_classes_than_come_along_say_where_to_get_them() -> None:
-    with pytest.raises(UsageError, match="fractalgen search --classes 1001"):
-        draw_systems(make_recipe("fractaldb", 2000, classes=1001))

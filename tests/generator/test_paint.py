@@ -9,11 +9,9 @@ import pytest
 from numba import njit
 
 from fractalgen.kernels.paint import (
-    BLACK,
     FractalColors,
     HeightColors,
     diamond_square,
-    draw_height_colors,
     gaussian_blur,
     paint,
 )
@@ -60,12 +58,6 @@ def test_paint_follows_its_definition() -> None:
     assert np.mean(differences != 0) < 2e-4  # where OpenCV's compiler fused a multiplication and an addition
     truncated = hsv_to_rgb(hsv.astype(np.uint8)) - painted
     assert set(np.unique(truncated)) == {0, 1}
-
-
-def test_paint_without_background_and_colour() -> None:
-    counts = np.array([[0, 1], [7, 0]], np.uint32)
-    image = paint(counts, FractalColors(0.0, 0, 127), heights_of(2, 0), BLACK)
-    assert image.tolist() == [[[0] * 3, [127] * 3], [[127] * 3, [0] * 3]]
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 5), (31, 30), (224, 224)])
@@ -124,17 +116,3 @@ def cell_noise(levels: int, key: tuple[np.uint32, np.uint32]) -> np.ndarray:
 
     fill(words, *key)
     return ((words >> 8) * 2.0**-23 - 1).reshape(side, side)
-
-
-def test_background_colors_have_the_published_ranges() -> None:
-    drawn = [draw_height_colors(Stream.of("colours", i)) for i in range(2000)]
-    for name, ranges in {
-        "hue": ((0.25, 1), (0, 1)),
-        "saturation": ((0.1, 0.3), (0.4, 0.6)),
-        "value": ((0.3, 0.6), (0.4, 0.6)),
-    }.items():
-        values = np.array([getattr(colors, name) for colors in drawn]) / 255
-        for column, (low, high) in zip(values.T, ranges, strict=True):
-            assert low <= column.min() < low + 0.01 * (high - low)
-            assert high - 0.01 * (high - low) < column.max() <= high
-            assert abs(column.mean() - (low + high) / 2) < 0.03 * (high - low)

@@ -1,8 +1,11 @@
-"""Which sample is what: balanced, mixed, and computed without listing anything."""
+"""Recipes and plans: nonsense is refused, digests cover every field, samples are balanced, mixed and pinned."""
 
+import json
 import time
 from collections import Counter
+from dataclasses import asdict, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,30 +13,114 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractalgen import make_recipe
+from fractalgen import draw_systems, make_recipe
+from fractalgen.kinds import KINDS
 from fractalgen.plan import locate, permute, shard_tasks
+from fractalgen.recipe import parse_recipe
+from fractalshards.digest import mapping_digest
+from fractalshards.errors import FractalError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("changes", "noun"),
+    [
+        ({"kind": "singel"}, "'single'"),
+        ({"n": 0}, "n is 0"),
+        ({"n": 1e3}, "n is 1000.0"),
+        ({"n": 999}, "1000 classes"),
+        ({"n": 10**9, "val": 1}, "n . val"),
+        ({"val": -1}, "val is -1"),
+        ({"n": 10**6, "shard_size": 1}, "shards"),
+        ({"size": 15}, "size is 15"),
+        ({"size": 4097}, "size is 4097"),
+        ({"seed": -1}, "seed is -1"),
+        ({"overrides": {"blur": "1"}}, "'blur_"),
+        ({"overrides": {"blur_probability": "1.5"}}, "blur_probability"),
+        ({"overrides": {"maps": "4,2"}}, "maps"),
+        ({"kind": "fractaldb", "overrides": {"draw": "patch"}}, "draw"),
+        ({"kind": "fractaldb", "overrides": {"weight_rows": "0,25"}}, "weight_rows"),
+    ],
+    ids=str,
+)
+def test_make_recipe_refuses_nonsense(changes: dict[str, Any], noun: str) -> None:
+    with pytest.raises(UsageError, match=noun) as caught:
+        make_recipe(**{"kind": "single", "n": 1000, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_make_recipe_has_the_published_defaults() -> None:
+    recipe = make_recipe("single", 1_000_000)
+    assert (recipe.classes, recipe.size, recipe.points, recipe.shard_size) == (1000, 224, 100_000, 1000)
+    assert asdict(recipe.params) == {
+        "maps": (2, 4),
+        "sigma_factor": (5.0, 6.0),
+        "jitter": (0.8, 1.1),
+        "window_shift": 0.2,
+        "window_scale": (0.5, 2.0),
+        "patch": True,
+        "flips": True,
+        "color": True,
+        "saturation": (0.3, 1.0),
+        "value": (0.5, 1.0),
+        "background": True,
+        "decay": (0.4, 0.8),
+        "blur_probability": 0.5,
+        "blur_sigma": (0.5, 1.0),
+    }
+
+
+def test_recipe_digest_covers_every_field() -> None:
+    recipe = make_recipe("single", 100, classes=5, overrides={"maps": "2,3"})
+    counts = ("n", "val", "classes", "size", "points", "seed", "shard_size")
+    variants = [
+        recipe,
+        *(replace(recipe, **{name: getattr(recipe, name) + 1}) for name in counts),
+        make_recipe("single", 100, classes=5, overrides={"maps": "2,5"}),
+        recipe.with_systems(draw_systems(recipe)),
+        recipe.with_systems(draw_systems(replace(recipe, seed=1))),
+    ]
+    assert len({variant.digest() for variant in variants}) == len(variants)
+    assert make_recipe("single", np.int64(100), classes=np.uint8(5), overrides={"maps": (2, 3)}) == recipe
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
+    recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60)
+    recipe = recipe.with_systems(draw_systems(recipe))
+    assert parse_recipe(json.loads(json.dumps(recipe.to_json())), recipe.digest(), "a test") == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "noun"),
+    [
+        ({"version": 1}, "version 1"),
+        ({"kind": "sinlge"}, "'sinlge'"),
+        ({"kind": ["single"]}, "kind"),
+        ({"n": -1}, "n is -1"),
+        ({"params": []}, "params"),
+        ({"params": {"blur": 1}}, "'blur'"),
+        ({"params": {"maps": {"a": [1]}}}, "maps"),
+        ({"params": {}}, "digest"),
+        ({"more": 1}, "digest"),
+    ],
+    ids=str,
+)
+def test_parse_recipe_refuses_other_json(changes: dict[str, Any], noun: str) -> None:
+    data = make_recipe("single", 100, classes=5).to_json() | changes
+    with pytest.raises(FractalError, match=noun) as caught:
+        parse_recipe(data, mapping_digest(data), "recipe.json")
+    assert not isinstance(caught.value, UsageError)
+    assert str(caught.value).startswith("recipe.json")
+    assert "\n" not in str(caught.value)
 
 
 @given(st.integers(1, 600), st.integers(0, 2**64 - 1))
-def test_permutations_are_permutations(count: int, key: int) -> None:
+def test_permute_is_a_permutation(count: int, key: int) -> None:
     assert sorted(permute(index, count, key) for index in range(count)) == list(range(count))
 
 
-def test_permutations_mix() -> None:
-    places = np.array([permute(index, 10_000, 5) for index in range(10_000)])
-    assert abs(np.corrcoef(places, np.arange(10_000))[0, 1]) < 0.05
-    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.05
-    assert np.mean(places == np.array([permute(index, 10_000, 6) for index in range(10_000)])) < 0.002
-
-
-@given(
-    st.sampled_from(["fractaldb", "single", "multi"]),
-    st.integers(1, 30),
-    st.integers(0, 400),
-    st.integers(0, 100),
-    st.integers(4, 90),
-)
-def test_classes_differ_by_at_most_one_and_units_lie_in_one_shard(
+@given(st.sampled_from(list(KINDS)), st.integers(1, 30), st.integers(0, 400), st.integers(0, 100), st.integers(4, 90))
+def test_locate_balances_classes_and_keeps_units_in_a_shard(
     kind: str, classes: int, more: int, val: int, shard_size: int
 ) -> None:
     recipe = make_recipe(kind, classes + more, val=val, classes=classes, shard_size=shard_size)
@@ -53,41 +140,26 @@ def test_classes_differ_by_at_most_one_and_units_lie_in_one_shard(
     assert all(0 < task.stop - task.first < shard_size + 4 for task in tasks)
 
 
-@given(st.integers(1, 9), st.integers(0, 300))
-def test_a_class_takes_flips_first_then_weight_rows_then_draws(classes: int, more: int) -> None:
-    recipe = make_recipe("fractaldb", classes + more, classes=classes)
-    taken: dict[int, set[int]] = {label: set() for label in range(classes)}
-    for index in range(recipe.n):
-        place = locate(recipe, index)
-        taken[place.unit.label].add(4 * place.unit.number + place.part)
-    assert all(numbers == set(range(len(numbers))) for numbers in taken.values())
-
-
-def test_the_images_of_a_unit_are_shuffled_with_others_of_their_shard() -> None:
+def test_locate_mixes_classes_and_images_of_units_inside_shards() -> None:
     recipe = make_recipe("fractaldb", 4000, classes=10, shard_size=1000)
     for task in shard_tasks(recipe):
         places = [locate(recipe, index) for index in range(task.first, task.stop)]
         assert sum(a.unit == b.unit for a, b in pairwise(places)) < 20
-        parts = np.bincount([place.part for place in places[:500]], minlength=4)
-        assert parts.min() > 80
+        assert np.bincount([place.part for place in places[:500]], minlength=4).min() > 80
+        assert np.bincount([place.unit.label for place in places], minlength=10).min() > 50
 
 
-def test_a_worker_holds_few_renders_at_a_time_of_large_images() -> None:
+def test_locate_lets_a_worker_hold_few_renders_of_large_images() -> None:
     recipe = make_recipe("fractaldb", 4000, classes=10, size=4096)
-    held: set[object] = set()
-    most = 0
     seen: Counter[object] = Counter()
-    for index in range(1000):
-        place = locate(recipe, index)
+    for place in (locate(recipe, index) for index in range(1000)):
         seen[place.unit] += 1
-        held.add(place.unit)
-        most = max(most, len(held))
         if seen[place.unit] == place.parts:
-            held.discard(place.unit)
-    assert most <= 2
+            del seen[place.unit]
+        assert len(seen) <= 2
 
 
-def test_the_order_is_pinned() -> None:
+def test_locate_is_pinned() -> None:
     """A change of what an index stands for needs a new recipe version."""
     found = []
     for kind in ("fractaldb", "single", "multi"):
@@ -96,43 +168,22 @@ def test_the_order_is_pinned() -> None:
         text = repr([(x.unit.split, x.unit.label, x.unit.number, x.unit.before, x.part, x.parts) for x in places])
         found.append(xxhash.xxh3_64_hexdigest(text.encode()))
     assert found == ["c2518534f135e573", "82a5e16ca1b839d7", "82a5e16ca1b839d7"]
+    for index in (-1, 12_666):
+        with pytest.raises(IndexError):
+            locate(recipe, index)
 
 
-def test_classes_are_mixed_inside_shards() -> None:
-    recipe = make_recipe("single", 10_000, classes=10, shard_size=500)
-    for task in shard_tasks(recipe):
-        counts = np.bincount([locate(recipe, index).unit.label for index in range(task.first, task.stop)], minlength=10)
-        assert counts.min() > 20
-        assert counts.max() < 90
+def test_shard_tasks_are_numbered_per_split_and_end_units() -> None:
+    tasks = shard_tasks(make_recipe("fractaldb", 250, val=7, classes=10, shard_size=102))
+    names = ["train-000000.tar", "train-000001.tar", "train-000002.tar", "val-000000.tar"]
+    assert [task.name for task in tasks] == names
+    assert [(task.first, task.stop) for task in tasks] == [(0, 104), (104, 204), (204, 250), (250, 257)]
 
 
-def test_shards_cover_all_samples_once() -> None:
-    recipe = make_recipe("single", 2501, val=7, classes=10, shard_size=1000)
-    tasks = shard_tasks(recipe)
-    assert [(task.name, task.first, task.stop) for task in tasks] == [
-        ("train-000000.tar", 0, 1000),
-        ("train-000001.tar", 1000, 2000),
-        ("train-000002.tar", 2000, 2501),
-        ("val-000000.tar", 2501, 2508),
-    ]
-
-
-def test_shards_of_units_hold_as_many_more_as_end_a_unit() -> None:
-    recipe = make_recipe("fractaldb", 250, classes=10, shard_size=102)
-    assert [(task.first, task.stop) for task in shard_tasks(recipe)] == [(0, 104), (104, 204), (204, 250)]
-
-
-@pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_million_images_are_planned_at_once(kind: str) -> None:
     recipe = make_recipe(kind, 1_000_000)
     start = time.perf_counter()
     assert len(shard_tasks(recipe)) == 1000
     assert locate(recipe, 999_999).unit.split == "train"
     assert time.perf_counter() - start < 1
-
-
-def test_indices_outside_are_refused() -> None:
-    recipe = make_recipe("single", 20, classes=2)
-    for index in (-1, 20):
-        with pytest.raises(IndexError):
-            locate(recipe, index)
