@@ -61,13 +61,6 @@ def test_slices_make_the_dataset_of_one_build(built: Path, small: list[str], tmp
     assert "nothing to render, all 2 shards of slice 3/3" in run(*small, "--out", out, "--slice", "3/3").stderr
 
 
-def test_build_without_slice_completes_slices(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
-    out = tmp_path / "sliced"
-    assert run(*small, "--out", out, "--slice", "1/2").exit_code == 0
-    assert "63 images in 3 shards (3 done)" in run(*small, "--out", out).stderr
-    assert content(out) == content(built)
-
-
 class Here(Executor):
     """Runs tasks in this thread, fails those of some shards, and may change the arguments of others."""
 

@@ -200,11 +200,8 @@ def test_render_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_render_refuses_bad_arguments() -> None:
     drawn = masks(KEY, 10)
     for size, points, draw, given_masks in (
-        (15, 10, "point-gray", None),
         (4097, 10, "point-gray", None),
-        (32, 0, "point-gray", None),
         (32, 10**8 + 1, "point-gray", None),
-        (32, 10, "patch-gray", None),
         (32, 11, "patch-color", drawn),
         (32, 10, "line-gray", drawn),
     ):
@@ -264,18 +261,6 @@ def test_kind_shares_no_render_between_splits(name: str, n: int) -> None:
     systems = draw_systems(recipe)
     images = [(label, image.tobytes()) for image, label in (render_sample(recipe, systems, i) for i in range(n + 40))]
     assert not set(images[:n]) & set(images[n:])
-
-
-def test_kind_continues_numbers_in_the_validation_split() -> None:
-    recipe = make_recipe("fractaldb", 240, val=40, classes=10, size=32, points=500)
-    unit = next(locate(recipe, index).unit for index in range(240, 280) if locate(recipe, index).unit.label == 4)
-    assert (unit.split, unit.number, unit.before) == ("val", 0, 6)
-    masks = kernel.masks(Stream.of("fractaldb", 0, 4, 0, 1).key(), 500)
-    weights = kernel.weight_rows()
-    expected = kernel.render(shipped_categories()[4], weights[0], 32, 500, "patch-gray", masks)
-    assert np.array_equal(draw_unit(FractaldbParams(), unit, 32, 500)[0].indices, expected)
-    points = draw_unit(FractaldbParams(draw="point-gray"), unit, 32, 500)[0]
-    assert np.array_equal(points.indices, kernel.render(shipped_categories()[4], weights[6], 32, 500, "point-gray"))
 
 
 def test_kind_of_points_has_a_hundred_images_per_class() -> None:

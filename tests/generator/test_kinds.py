@@ -1,4 +1,4 @@
-"""What holds for every kind: the same pixels on any CPU, extremes that render, systems that are degenerate."""
+"""All kinds: the same pixels on any CPU, extremes, any setting, degenerate systems."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kind_variants
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
-from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds import KINDS
 from fractalgen.plan import locate
@@ -33,7 +33,7 @@ FEWER_INSTRUCTIONS = {
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All variants, built with all that this processor has."""
+    """All variants, built with all instructions of this processor."""
     out = tmp_path_factory.mktemp("native")
     kind_variants.build_variants(out)
     return out
@@ -51,7 +51,7 @@ def with_fewer_instructions(native: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", kind_variants.VARIANTS)
-def test_fewer_instructions_build_the_same(name: str, native: Path, with_fewer_instructions: Path) -> None:
+def test_build_is_the_same_with_fewer_instructions(name: str, native: Path, with_fewer_instructions: Path) -> None:
     """The files of single and multi are equal to the byte, for their PNGs are not made by ISA-L."""
     ours, theirs = load_manifest(native / name), load_manifest(with_fewer_instructions / name)
     assert ours.content_digest() == theirs.content_digest()
@@ -59,7 +59,7 @@ def test_fewer_instructions_build_the_same(name: str, native: Path, with_fewer_i
         assert ours.splits == theirs.splits
 
 
-def test_a_built_fractaldb_holds_the_pixels_that_render_gives(tmp_path: Path) -> None:
+def test_built_fractaldb_holds_the_pixels_of_its_renderer(tmp_path: Path) -> None:
     recipe = kind_variants.small_recipe("fractaldb", n=612, classes=6)
     kind_variants.build(recipe, tmp_path / "built")
     manifest = load_manifest(tmp_path / "built")
@@ -71,17 +71,17 @@ def test_a_built_fractaldb_holds_the_pixels_that_render_gives(tmp_path: Path) ->
                 place = locate(recipe, int(sample.key))
                 number = place.unit.number + (50 if split == "val" else 0)  # training has used two draws of 25 rows
                 draw, row = divmod(number, 25)
-                masks = kataoka.masks(Stream.of("fractaldb", 0, label, row, draw).key(), 20_000)
-                weights = kataoka.weight_rows()[row]
-                indices = kataoka.render(shipped_categories()[label], weights, 96, 20_000, "patch-gray", masks)
-                assert np.array_equal(image, kataoka.palette("patch-gray")[kataoka.flip(indices, place.part)])
+                masks = kernel.masks(Stream.of("fractaldb", 0, label, row, draw).key(), 20_000)
+                weights = kernel.weight_rows()[row]
+                indices = kernel.render(shipped_categories()[label], weights, 96, 20_000, "patch-gray", masks)
+                assert np.array_equal(image, kernel.palette("patch-gray")[kernel.flip(indices, place.part)])
                 seen.add((label, row, draw, place.part))
     assert len(seen) == 620
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "points"), [(16, 1), (16, 3000), (4096, 1), (4096, 3000)])
-def test_extremes_render(kind: str, size: int, points: int) -> None:
+def test_extremes_of_size_and_points_render(kind: str, size: int, points: int) -> None:
     recipe = make_recipe(kind, 5, classes=5, size=size, points=points)
     image, label = render_sample(recipe, draw_systems(recipe), 3)
     assert image.shape == (size, size, 3)
@@ -107,22 +107,26 @@ SETTINGS = {
     "window_scale": ["0.01", "100"],
     "objects": ["1", "30"],
     "object_size": ["0.3", "1"],
-    "draw": list(kataoka.DRAWS),
+    "draw": list(kernel.DRAWS),
     "weight_step": ["0", "1"],
     "weight_rows": ["0", "3,20"],
 }
 
 
 @given(st.data())
-def test_any_setting_of_any_parameter_renders(data: st.DataObject) -> None:
+def test_any_setting_renders_and_is_deterministic(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(KINDS)))
     names = [field.name for field in fields(KINDS[kind].params)]
     assert set(names) <= set(SETTINGS)
     chosen = data.draw(st.lists(st.sampled_from(names), unique=True))
     overrides = {name: data.draw(st.sampled_from(SETTINGS[name])) for name in chosen}
     recipe = make_recipe(kind, 6, classes=6, size=32, points=2000, overrides=overrides)
-    image, label = render_sample(recipe, draw_systems(recipe), data.draw(st.integers(0, 5)))
+    systems, index = draw_systems(recipe), data.draw(st.integers(0, 5))
+    image, label = render_sample(recipe, systems, index)
     assert image.shape == (32, 32, 3)
+    again, same_label = render_sample(recipe, systems, index)
+    assert np.array_equal(image, again)
+    assert label == same_label
     assert image.dtype == np.uint8
     assert max(classes_of(label)) < 6
 
@@ -153,7 +157,7 @@ def test_degenerate_systems_render(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", DIVERGING)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_systems_that_diverge_show_a_background_or_are_refused(name: str) -> None:
+def test_diverging_systems_show_a_background_or_are_refused(name: str) -> None:
     recipe = make_recipe("single", 4, classes=1, size=48, points=2000)
     for index in range(4):
         assert render_sample(recipe, [DIVERGING[name]], index)[0].any()
