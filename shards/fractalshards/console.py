@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error, interrupt_code
+from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError, describe_os_error
 from fractalshards.human import human_bytes, human_count, human_seconds, one_line
 from fractalshards.workers import OnProgress, available_cores, no_progress
 
@@ -121,7 +121,7 @@ class Commands(click.Group):
         except OSError as error:
             _fail(describe_os_error(error), 1)
         except (click.Abort, KeyboardInterrupt) as error:
-            _fail("stopped", interrupt_code(error))
+            _fail("stopped", _interrupt_code(error))
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -132,7 +132,7 @@ def continuable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         text = f"{folder}: stopped; finished shards are kept, run the same command again to go on"
-        raise StoppedError(text, interrupt_code(error)) from error
+        raise StoppedError(text, _interrupt_code(error)) from error
 
 
 def quiet_option(command: _Command) -> _Command:
@@ -225,38 +225,6 @@ def show_logs(quiet: bool = False) -> None:
 
 
 @contextmanager
-def old_progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show progress of ``total`` units of long work on stderr; yields a function that advances it by so many.
-
-    The unit ``B`` is shown as kB, MB and so on.
-    On a terminal a bar; elsewhere a line every ten seconds, without carriage returns.
-    """
-    if is_quiet():
-        yield lambda count: None
-        return
-    meter = _Meter(total, unit)
-    if not sys.stderr.isatty():
-
-        def log(count: int) -> None:
-            meter.done += count
-            if meter.due() or meter.done == total:
-                click.echo(f"{label}: {meter.reached()}, {meter.pace()}", err=True)
-
-        yield log
-        return
-
-    columns = [TextColumn(text) for text in ("{task.description}", "{task.fields[reached]}", "{task.fields[pace]}")]
-    with Progress(columns[0], BarColumn(), *columns[1:], console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, reached=meter.reached(), pace="")
-
-        def draw(count: int) -> None:
-            meter.done += count
-            bar.update(task, completed=meter.done, reached=meter.reached(), pace=meter.pace())
-
-        yield draw
-
-
-@contextmanager
 def progress(label: str, unit: str) -> Iterator[OnProgress]:
     """Show the progress of long work on stderr: a bar on a terminal, else a line every ten seconds.
 
@@ -314,37 +282,12 @@ def notice(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-class _Meter:
-    """Counts work done, and says how fast it goes."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self.done = 0
-        self._total = total
-        self._unit = unit
-        self._start = time.monotonic()
-        self._shown = self._start
-
-    def due(self) -> bool:
-        """Whether it is time for another line of a log."""
-        now = time.monotonic()
-        if now - self._shown < _LOG_SECONDS:
-            return False
-        self._shown = now
-        return True
-
-    def reached(self) -> str:
-        """What is done, of how much."""
-        if self._unit == "B":
-            return f"{human_bytes(self.done)} / {human_bytes(self._total)}"
-        return f"{self.done:,} / {self._total:,} {self._unit}"
-
-    def pace(self) -> str:
-        """Rate so far and time left."""
-        rate = self.done / max(time.monotonic() - self._start, 1e-9)
-        left = human_seconds((self._total - self.done) / rate) if rate else "?"
-        return f"{human_bytes(rate) if self._unit == 'B' else f'{rate:,.0f} {self._unit}'}/s, {left} left"
-
-
 def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)
+
+
+def _interrupt_code(error: BaseException) -> int:
+    """Return the exit code of a command that a signal ended: 143 after SIGTERM, 130 after Ctrl-C."""
+    terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)  # click wraps interrupts
+    return 143 if terminated else 130

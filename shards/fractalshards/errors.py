@@ -42,12 +42,6 @@ class StoppedError(FractalError):
         self.code = code
 
 
-def interrupt_code(error: BaseException) -> int:
-    """Return the exit code of a command that a signal ended: 143 after SIGTERM, 130 after Ctrl-C."""
-    terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)  # click wraps interrupts
-    return 143 if terminated else 130
-
-
 def describe_os_error(error: OSError) -> str:
     """Describe an error of the operating system in one line: which file, what, and what to do."""
     where = f"{error.filename}: " if error.filename else ""

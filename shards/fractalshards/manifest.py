@@ -267,7 +267,7 @@ def write_manifest(
         "image_size": image_size,
         **{name: values for name, values in names.items() if values},
         "software": _software(),
-        "splits": {name: {"name": name, **alt_label, **split_lists(shards)} for name, shards in splits.items()},
+        "splits": {name: {"name": name, **alt_label, **_split_lists(shards)} for name, shards in splits.items()},
     }
     write_json(folder / INFO, info, indent=1)
 
@@ -356,8 +356,8 @@ def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
     return total >= record.samples and all(count <= record.samples for count in record.label_counts)
 
 
-def split_lists(shards: Sequence[Shard]) -> dict[str, object]:
-    """Return the fields of a split in ``_info.json`` that list its shards."""
+def _split_lists(shards: Sequence[Shard]) -> dict[str, object]:
+    """The fields of a split that list its shards."""
     return {
         "num_samples": sum(shard.samples for shard in shards),
         "filenames": [shard.name for shard in shards],
