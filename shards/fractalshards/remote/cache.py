@@ -12,7 +12,6 @@ count, and those of killed processes are removed.
 import functools
 import os
 import pickle
-import shutil
 import stat
 import subprocess
 import sys
@@ -32,7 +31,14 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard, sidecar_name
 from fractalshards.remote.stores import FileInfo, RemoteReader, open_reader
-from fractalshards.remote.transfer import is_sidecar, read_manifest, read_sidecar, run_tasks, select_shards
+from fractalshards.remote.transfer import (
+    check_space,
+    is_sidecar,
+    read_manifest,
+    read_sidecar,
+    run_tasks,
+    select_shards,
+)
 from fractalshards.storage import TEMPORARY, atomic_file, remove_leftovers, write_bytes
 from fractalshards.workers import OnProgress, no_progress
 
@@ -71,7 +77,8 @@ class ShardCache:
 
         with self._lock("prepare"):
             remove_leftovers(self.folder)
-            self._check_space()
+            wanted = min(self.size, self.manifest.bytes()) - sum(size for _, size, _ in self._cached())
+            check_space(self.folder, wanted, "lower --cache-size or choose another --cache-dir")
             reader, shards = open_reader(self.url), [*self._shards.values()]
             run_tasks(prepare, shards, lambda shard: 1, _JOBS, on_progress, reader.cancel)
 
@@ -140,15 +147,6 @@ class ShardCache:
                 path.unlink(missing_ok=True)
                 free += cached
         return free >= size
-
-    def _check_space(self) -> None:
-        wanted = min(self.size, self.manifest.bytes())
-        total, _, free = shutil.disk_usage(self.folder)
-        if total and wanted > free + sum(size for _, size, _ in self._cached()):
-            raise FractalError(
-                f"{self.folder}: a cache of {human_bytes(wanted)} does not fit, the disk has {human_bytes(free)} free; "
-                "lower --cache-size or choose another --cache-dir"
-            )
 
     def _cached(self) -> list[tuple[int, int, Path]]:
         """(last use in ns, bytes, path) of every shard that is here."""

@@ -76,11 +76,7 @@ class TransferResult:
 
 
 def push(
-    folder: Path,
-    url: str,
-    wanted: Sequence[range] | None = None,
-    jobs: int = 8,
-    on_progress: OnProgress = no_progress,
+    folder: Path, url: str, wanted: Sequence[range] | None = None, jobs: int = 8, on_progress: OnProgress = no_progress
 ) -> TransferResult:
     """Store a local dataset, or some of its shards, elsewhere. Only what is missing there is sent.
 
@@ -99,11 +95,7 @@ def push(
 
 
 def pull(
-    url: str,
-    folder: Path,
-    wanted: Sequence[range] | None = None,
-    jobs: int = 8,
-    on_progress: OnProgress = no_progress,
+    url: str, folder: Path, wanted: Sequence[range] | None = None, jobs: int = 8, on_progress: OnProgress = no_progress
 ) -> TransferResult:
     """Fetch a dataset, or some of its shards, into a local folder; see ``push``. Shards that are there stay listed."""
     return _copy_dataset(stores.open_reader(url), LocalStore(folder), wanted, True, jobs, on_progress)
@@ -121,7 +113,9 @@ def _copy_dataset(
     if missing := missing + [one for one in systems if not target.holds(one)]:
         target.put(missing)
     if isinstance(target, LocalStore):
-        _check_space(target.folder, chosen)
+        sizes = {path.name: path.stat().st_size for path in target.folder.glob("*.tar")}
+        missing_bytes = sum(shard.bytes for shard in chosen if sizes.get(shard.name) != shard.bytes)
+        check_space(target.folder, missing_bytes, "choose another folder, or take fewer shards with --shards")
 
     def cancel() -> None:
         source.cancel()
@@ -317,13 +311,10 @@ def _holds_recipe(target: Store, manifest: Manifest) -> bool:
     return text is not None
 
 
-def _check_space(folder: Path, chosen: Sequence[Shard]) -> None:
-    """Refuse to begin if the shards that are not there yet do not fit on the disk."""
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
-    wanted = sum(shard.bytes for shard in chosen if sizes.get(shard.name) != shard.bytes)
+def check_space(folder: Path, wanted: int, advice: str) -> None:
+    """Raise FractalError if the disk of a folder has less than ``wanted`` bytes free."""
     total, _, free = shutil.disk_usage(folder)
     if total and wanted > free:
         raise FractalError(
-            f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; "
-            "free some space, choose another folder, or take fewer shards with --shards"
+            f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; free some space, {advice}"
         )
