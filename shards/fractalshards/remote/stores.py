@@ -158,11 +158,11 @@ class Upload:
 class RemoteReader:
     """Files of one folder, read through fsspec. Safe to use from many threads, but not after a fork.
 
-    Failures that may pass are retried: ``attempts`` in all, eight of them take about a minute. Methods raise
+    Failures that may pass are retried: ``attempts`` in all, which take about a minute. Methods raise
     FileNotFoundError if a file is not there, and FractalError, without the secrets of a URL, for other failures.
     """
 
-    attempts = 3  # the filesystems of object stores retry, too
+    attempts = 6  # the filesystems of object stores retry, too
     _transient: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, location: Location, files: Any, **open_options: Any) -> None:
@@ -186,7 +186,7 @@ class RemoteReader:
         loop = get_loop()
         loop.call_soon_threadsafe(cancel_requests)
 
-    def read(self, name: str, most: int) -> bytes | None:
+    def read(self, name: str, most: int, attempts: int | None = None) -> bytes | None:
         """Contents of a file of at most ``most`` bytes; None if it is not there."""
         data = bytearray()
 
@@ -195,7 +195,7 @@ class RemoteReader:
             self._copy(name, data.extend, most + 1)
 
         try:
-            self._persist(copy)
+            self._persist(copy, attempts)
         except FileNotFoundError:
             return None
         if len(data) > most:
@@ -235,14 +235,14 @@ class RemoteReader:
     def _open(self, path: str) -> Any:
         return self._files.open(path, "rb", **self._open_options)
 
-    def _persist(self, action: Callable[[], _T]) -> _T:
+    def _persist(self, action: Callable[[], _T], attempts: int | None = None) -> _T:
         """Run an action until it succeeds, fails for good, or has failed ``attempts`` times."""
         import tenacity  # slow to import
 
         first, longest = _RETRY_SECONDS
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
-            stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_when_event_set(self._cancelled),
+            stop=tenacity.stop_after_attempt(attempts or self.attempts) | tenacity.stop_when_event_set(self._cancelled),
             wait=tenacity.wait_exponential(first, longest) + tenacity.wait_random(0, first),
             sleep=tenacity.sleep_using_event(self._cancelled),
             reraise=True,

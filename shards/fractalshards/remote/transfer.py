@@ -219,7 +219,7 @@ def read_manifest(reader: RemoteReader) -> ManifestFile:
 
 
 def _find_manifest(reader: RemoteReader) -> ManifestFile | None:
-    text, where = reader.read(INFO, MAX_JSON_BYTES), f"{reader.shown}/{INFO}"
+    text, where = reader.read(INFO, MAX_JSON_BYTES, attempts=3), f"{reader.shown}/{INFO}"  # the URL may be mistyped
     if text is None:
         return None
     return ManifestFile(text, parse_manifest(text, Path(reader.shown), where))
