@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fractalshards.digest import mapping_digest
-from fractalshards.manifest import RECIPE, Shard, ShardRecord, shard_name, write_manifest, write_record
+from fractalshards.manifest import RECIPE, DatasetInfo, Shard, ShardRecord, shard_name, write_manifest, write_record
 from fractalshards.remote.transfer import pull, push
 from fractalshards.storage import write_json
 
@@ -136,15 +136,7 @@ def _make_dataset(folder: Path, shards: int, size: int) -> int:
         record = ShardRecord(name, 1000, size, hashlib.sha256(data).hexdigest(), f"{number:032x}", (1000,), offsets)
         write_record(folder, record)
         listed.append(record.shard())
-    write_manifest(
-        folder,
-        {"train": listed},
-        recipe=recipe,
-        recipe_digest=mapping_digest(recipe),
-        label_type="single",
-        classes=1,
-        image_size=None,
-    )
+    write_manifest(folder, {"train": listed}, DatasetInfo(recipe, "single", 1), None)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

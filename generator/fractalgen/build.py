@@ -21,6 +21,7 @@ from fractalshards.human import human_bytes
 from fractalshards.manifest import (
     RECIPE,
     SYSTEMS,
+    DatasetInfo,
     ShardRecord,
     claim_folder,
     refuse_other,
@@ -33,7 +34,6 @@ from fractalshards.storage import remove_leftovers
 from fractalshards.systems import Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
-    DatasetInfo,
     ShardTask,
     finished_shards,
     pack_rendered,

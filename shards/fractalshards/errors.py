@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
@@ -49,9 +49,8 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
-@contextmanager
-def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """Turn a failed import inside the block into an error that names the extra to install.
+def needs_extra(extra: str, what: str) -> AbstractContextManager[None]:
+    """Turn a failed import inside the block into an error that names the extra of this distribution to install.
 
     Args:
         extra: name of the extra in pyproject.toml.
@@ -60,12 +59,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
     Raises:
         FractalError: if a package is not installed.
     """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise _missing(
-            what, str(error.name).partition(".")[0], f"pip install '.[{extra}]' in a clone of the project"
-        ) from error
+    return needs_package(what, "", f"pip install '.[{extra}]' in a clone of the project")
 
 
 @contextmanager
@@ -74,6 +68,7 @@ def needs_package(what: str, package: str, command: str) -> Iterator[None]:
 
     Args:
         what: the feature that needs it, as the subject of the message.
+        package: its name; if empty, that of the module which was not found.
         command: installs the package.
 
     Raises:
@@ -82,8 +77,7 @@ def needs_package(what: str, package: str, command: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise _missing(what, package, command) from error
-
-
-def _missing(what: str, package: str, command: str) -> FractalError:
-    return FractalError(f"{what} needs {package}, which is not installed; run {command}")
+        if not package and not isinstance(error, ModuleNotFoundError):
+            raise  # installed, but broken
+        missing = package or str(error.name).partition(".")[0]
+        raise FractalError(f"{what} needs {missing}, which is not installed; run {command}") from error

@@ -103,6 +103,22 @@ class ShardRecord(Shard):
         return Shard(self.name, self.samples, self.bytes, self.sha256, self.content_digest)
 
 
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The fields of a manifest that are known before any sample is written; ``recipe`` as JSON holds it."""
+
+    recipe: Mapping[str, Any]
+    label_type: LabelType
+    classes: int
+    class_names: tuple[str, ...] = ()
+    class_ids: tuple[str, ...] = ()
+
+    @property
+    def recipe_digest(self) -> str:
+        """32 hexadecimal digits that identify the recipe."""
+        return mapping_digest(self.recipe)
+
+
 class RecipeFile(msgspec.Struct, frozen=True):
     """``recipe.json``, and these two fields of ``_info.json``."""
 
@@ -244,32 +260,23 @@ def finished_record(folder: Path, shard: str, label_type: LabelType) -> ShardRec
 
 
 def write_manifest(
-    folder: Path,
-    splits: Mapping[str, Sequence[Shard]],
-    *,
-    recipe: Mapping[str, Any],
-    recipe_digest: str,
-    label_type: LabelType,
-    classes: int,
-    image_size: int | None,
-    class_names: Sequence[str] = (),
-    class_ids: Sequence[str] = (),
+    folder: Path, splits: Mapping[str, Sequence[Shard]], info: DatasetInfo, image_size: int | None
 ) -> None:
     """Write ``_info.json``, with timm's keys and our own; see ``Manifest``."""
-    names = {"class_names": list(class_names), "class_ids": list(class_ids)}
-    alt_label = {"alt_label": "labels"} if label_type == "multi" else {}  # the field of KEY.json for timm to read
-    info = {
+    names = {"class_names": info.class_names, "class_ids": info.class_ids}
+    alt_label = {"alt_label": "labels"} if info.label_type == "multi" else {}  # the field of KEY.json for timm to read
+    fields = {
         "format_version": FORMAT_VERSION,
-        "recipe": dict(recipe),
-        "recipe_digest": recipe_digest,
-        "label_type": label_type,
-        "classes": classes,
+        "recipe": dict(info.recipe),
+        "recipe_digest": info.recipe_digest,
+        "label_type": info.label_type,
+        "classes": info.classes,
         "image_size": image_size,
         **{name: values for name, values in names.items() if values},
-        "software": _software(),
+        "software": {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}},
         "splits": {name: {"name": name, **alt_label, **_split_lists(shards)} for name, shards in splits.items()},
     }
-    write_json(folder / INFO, info, indent=1)
+    write_json(folder / INFO, fields, indent=1)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -384,10 +391,6 @@ def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[
             raise FractalError(f"{where}: first_samples do not fit shard_lengths; fetch or build it again")
         firsts[name] = listed
     return firsts
-
-
-def _software() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}}
 
 
 _MAX_TEXT = 60  # characters of a value

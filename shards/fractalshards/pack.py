@@ -21,6 +21,7 @@ from fractalshards.manifest import (
     MAX_SAMPLES,
     MAX_SHARD_SIZE,
     MAX_SHARDS,
+    DatasetInfo,
     claim_folder,
     refuse_other,
     sample_key,
@@ -33,7 +34,6 @@ from fractalshards.sample import PNG, Sample, encode_label, image_format
 from fractalshards.storage import remove_leftovers
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 from fractalshards.writer import (
-    DatasetInfo,
     Encoded,
     ShardTask,
     check_size,

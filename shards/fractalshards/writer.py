@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from fractalshards.digest import ContentDigest, mapping_digest
+from fractalshards.digest import ContentDigest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.manifest import (
     MAX_SAMPLE_BYTES,
+    DatasetInfo,
     ShardRecord,
     finished_record,
     load_manifest,
@@ -23,7 +24,6 @@ from fractalshards.sample import (
     END_OF_TAR,
     PNG,
     Label,
-    LabelType,
     Sample,
     classes_of,
     encode_label,
@@ -140,22 +140,6 @@ class ShardTask:
     stop: int
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """The fields of a manifest that are known before any sample is written; ``recipe`` as JSON holds it."""
-
-    recipe: Mapping[str, Any]
-    label_type: LabelType
-    classes: int
-    class_names: tuple[str, ...] = ()
-    class_ids: tuple[str, ...] = ()
-
-    @property
-    def recipe_digest(self) -> str:
-        """32 hexadecimal digits that identify the recipe."""
-        return mapping_digest(self.recipe)
-
-
 def finished_shards(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> dict[str, ShardRecord]:
     """Read the records of the finished shards, by name: whole, and with the samples and classes of their tasks."""
     found = {task: finished_record(folder, task.name, info.label_type) for task in tasks}
@@ -250,17 +234,7 @@ def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], 
         splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
         sides = {record.image_size for record in records.values()}
         if not _is_published(folder, splits, info):
-            write_manifest(
-                folder,
-                splits,
-                recipe=info.recipe,
-                recipe_digest=info.recipe_digest,
-                label_type=info.label_type,
-                classes=info.classes,
-                image_size=sides.pop() if len(sides) == 1 else None,
-                class_names=info.class_names,
-                class_ids=info.class_ids,
-            )
+            write_manifest(folder, splits, info, sides.pop() if len(sides) == 1 else None)
     remove_leftovers(folder)
     return missing
 

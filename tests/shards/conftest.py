@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fractalshards.digest import mapping_digest, systems_digest
-from fractalshards.manifest import RECIPE, SYSTEMS, sample_key, shard_name, write_manifest
+from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, sample_key, shard_name, write_manifest
 from fractalshards.sample import Label, LabelType, MultiLabel, Object
 from fractalshards.storage import write_json
 from fractalshards.systems import write_systems
@@ -24,9 +24,8 @@ def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
     rng = np.random.default_rng(0)
     systems = [rng.random((2, 2, 3)) for _ in range(CLASSES)]
     recipe = {"kind": "random", "n": len(labels), "systems_digest": systems_digest(systems)}
-    digest = mapping_digest(recipe)
     write_systems(folder / SYSTEMS, systems)
-    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": digest})
+    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
     records = []
     for first in range(0, len(labels), shard_size):
         samples = [
@@ -35,15 +34,7 @@ def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
         ]
         records.append(write_shard(folder, shard_name("train", first // shard_size), CLASSES, samples))
     label_type: LabelType = "single" if isinstance(labels[0], int) else "multi"
-    write_manifest(
-        folder,
-        {"train": records},
-        recipe=recipe,
-        recipe_digest=digest,
-        label_type=label_type,
-        classes=CLASSES,
-        image_size=16,
-    )
+    write_manifest(folder, {"train": records}, DatasetInfo(recipe, label_type, CLASSES), 16)
     return folder
 
 

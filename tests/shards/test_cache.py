@@ -16,7 +16,7 @@ import pytest
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import parse_bytes
-from fractalshards.manifest import load_manifest, sample_key, shard_name, write_manifest
+from fractalshards.manifest import DatasetInfo, load_manifest, sample_key, shard_name, write_manifest
 from fractalshards.remote import cache as cache_module
 from fractalshards.remote import transfer
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
@@ -39,8 +39,7 @@ def source(tmp_path: Path) -> Path:
         pixels = [rng.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(2)]
         samples = [(sample_key(2 * number + i), (image, i)) for i, image in enumerate(pixels)]
         records.append(write_shard(folder, name, 2, samples).shard())
-    traits = {"recipe": {}, "recipe_digest": "x", "label_type": "single", "classes": 2, "image_size": 16}
-    write_manifest(folder, {"train": records}, **traits)
+    write_manifest(folder, {"train": records}, DatasetInfo({}, "single", 2), 16)
     assert len({record.bytes for record in records}) == 1
     return folder
 

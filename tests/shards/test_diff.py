@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 
 from fractalshards.cli import main
 from fractalshards.diff import MAX_READ, align
-from fractalshards.digest import mapping_digest
-from fractalshards.manifest import INFO, Shard, sample_key, shard_name, write_manifest
+from fractalshards.manifest import INFO, DatasetInfo, Shard, sample_key, shard_name, write_manifest
 from fractalshards.png import encode_png
 from fractalshards.storage import write_json
 from fractalshards.writer import Rendered, write_shard
@@ -50,8 +49,7 @@ def build(
         ]
         for split, parts in (splits | ({"val": [val]} if val else {})).items()
     }
-    facts: dict[str, Any] = {"label_type": "single", "classes": CLASSES, "image_size": 8}
-    write_manifest(folder, shards, recipe=recipe, recipe_digest=mapping_digest(recipe), **facts)
+    write_manifest(folder, shards, DatasetInfo(recipe, "single", CLASSES), 8)
     return folder
 
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from fractalshards.cli import main
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, sample_key, write_manifest
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
 from fractalshards.remote import transfer
 from fractalshards.remote.stores import (
     FileInfo,
@@ -56,8 +56,7 @@ def with_val(dataset: Path) -> Path:
     manifest = load_manifest(dataset)
     samples = [(sample_key(index), (np.full((16, 16, 3), index, np.uint8), index % 3)) for index in (10, 11)]
     val = write_shard(dataset, "val-000000.tar", 3, samples).shard()
-    traits = {name: getattr(manifest, name) for name in ("recipe", "recipe_digest", "label_type", "classes")}
-    write_manifest(dataset, {**manifest.splits, "val": [val]}, image_size=16, **traits)
+    write_manifest(dataset, {**manifest.splits, "val": [val]}, DatasetInfo(manifest.recipe, "single", 3), 16)
     return dataset
 
 

@@ -21,10 +21,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fractalshards.cli import main
-from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import (
     INFO,
+    DatasetInfo,
     load_manifest,
     read_record,
     sample_key,
@@ -61,9 +61,8 @@ def write_dataset(folder: Path, shards: Sequence[Sequence[tuple[Pixels, Label]]]
     ]
     multi = any(isinstance(label, MultiLabel) for samples in shards for _, label in samples)
     recipe = {"kind": "test", "systems_digest": "0" * 32}
-    facts = {"label_type": "multi" if multi else "single", "classes": classes, "image_size": None, "recipe": recipe}
-    facts |= more
-    write_manifest(folder, {"train": records}, recipe_digest=mapping_digest(facts["recipe"]), **facts)
+    facts = {"label_type": "multi" if multi else "single", "classes": classes, "recipe": recipe, **more}
+    write_manifest(folder, {"train": records}, DatasetInfo(**facts), None)
     return folder
 
 

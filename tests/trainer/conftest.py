@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fractalshards.manifest import sample_key, shard_name, write_manifest
+from fractalshards.manifest import DatasetInfo, sample_key, shard_name, write_manifest
 from fractalshards.writer import write_shard
 from fractaltrain import log
 from fractaltrain.cli import main
@@ -43,15 +43,8 @@ def write_dataset(folder: Path, train: Sequence[int], val: int = 0) -> Path:
                 samples.append((sample_key(index), (pixels, index % CLASSES)))
                 index += 1
             records[split].append(write_shard(folder, shard_name(split, number), CLASSES, samples))
-    write_manifest(
-        folder,
-        {split: shards for split, shards in records.items() if shards},
-        recipe={"kind": "test"},
-        recipe_digest="test",
-        label_type="single",
-        classes=CLASSES,
-        image_size=SIZE,
-    )
+    splits = {split: shards for split, shards in records.items() if shards}
+    write_manifest(folder, splits, DatasetInfo({"kind": "test"}, "single", CLASSES), SIZE)
     return folder
 
 
