@@ -153,7 +153,7 @@ def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
         order = epoch_order(source.lengths, 0, 0, _WINDOW)
         positions = training_positions(len(order), batch_size, 0, 1, pad=False)
         with closing(epoch_loader(source, train_transform(_PLAIN, 224), positions, order, 0, 0, workers=2)) as loader:
-            for _ in islice(loader, 40):
+            for _ in islice(loader, min(40, len(positions) - 1)):
                 pass
             pids = [child.pid for child in multiprocessing.active_children() if child.pid]
             figures[f"worker, {name}: most, with what it shares"] = max(_status(pid, "VmHWM") for pid in pids)

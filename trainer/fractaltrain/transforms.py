@@ -1,8 +1,8 @@
 """Transforms: crops, flips and augmentation of single images in the loader workers, the rest on batches on the device.
 
-A worker's random numbers depend on the key of the sample alone, those of a batch on the key of its first sample.
-Libraries draw from global generators, under ``seeded_torch`` and ``seeded_numpy``. Crops and flips are our own, because
-torchvision's take 0.1 to 0.2 ms more per image, where decoding takes 0.4 ms.
+The random numbers of an image depend on the key of its sample alone, those of a batch on the key of its first sample.
+timm and torchvision draw from global generators, which ``seeded_torch`` and ``seeded_numpy`` seed and restore. Crops
+and flips are our own: torchvision's take 0.1 to 0.2 ms more per image, where decoding takes 0.4 ms.
 """
 
 import math
