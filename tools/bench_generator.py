@@ -25,7 +25,7 @@ from rich.table import Table
 
 from fractalgen import build, draw_systems, make_recipe, render
 from fractalgen.build import build_shard
-from fractalgen.kernels import fractaldb as kataoka
+from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, anderson, multi, single
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
@@ -42,7 +42,7 @@ _BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
 _STORED: list[Stage] = [(build, "encode_image"), (writer, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
 _WHOLE: list[Stage] = [(render, "render_unit")]  # of kinds without stages of their own below
 _STAGES: dict[str, list[Stage]] = {
-    "fractaldb": [(kataoka, name) for name in ("masks", "orbit", "_draw_patches")],
+    "fractaldb": [(kernel, name) for name in ("masks", "orbit", "_draw_patches")],
     "single": [(single, name) for name in ("jitter", "chaos_game", "bounding_box", "splat", "paint")] + _BLURRED,
     "multi": [(multi, name) for name in ("chaos_game", "bounding_box", "splat", "paint", "resize")] + _BLURRED,
 }

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,14 @@ _MAX_PIXELS = 64_000_000
 _MAX_CHUNKS = 100_000  # an empty chunk takes thirty times its bytes in memory
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # not EPS, which starts Ghostscript
 
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8): the bits of every byte
-
 Pixels = npt.NDArray[np.uint8]
+
+
+@lru_cache(maxsize=16)
+def _octets(palette: bytes) -> npt.NDArray[np.uint64]:
+    """The eight pixels of two colours that the bits of every byte stand for, 24 bytes each: (256, 3) uint64."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+    return np.frombuffer(palette, np.uint8).reshape(2, 3)[bits].reshape(256, 24).view(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Indexed:
         """The image as (H, W, 3) uint8."""
         height, width = self.indices.shape
         if len(self.palette) == 2:  # eight pixels per look-up, several times as fast as one
-            octets = self.palette.take(_BITS, axis=0).reshape(256, 24).view(np.uint64)
-            pixels = octets.take(np.packbits(self.indices), axis=0).view(np.uint8)
+            octets = _octets(self.palette.tobytes())
+            pixels = octets.take(np.packbits(self.indices), axis=0, mode="clip").view(np.uint8)
             return pixels.reshape(-1, 3)[: height * width].reshape(height, width, 3)
         picture = Image.frombytes("P", (width, height), self.indices.tobytes())
         picture.putpalette(self.palette.tobytes())
