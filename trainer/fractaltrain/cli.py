@@ -47,6 +47,7 @@ _DEFAULT_MODEL = "deit_small_patch16_224"
 _CACHE_SIZE = "20GB"
 _ALL_CLASSES = 99  # with more classes, eval prints only the best and the worst
 _END = 10
+_HEADINGS = {"top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
 
 _Config = TypeVar("_Config")
 
@@ -262,29 +263,24 @@ def _evaluate(config: EvalConfig) -> None:
 
 
 def _print_classes(scores: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
-    """Print a table of all classes, or the best and the worst of many."""
+    """Print a table of all classes, or of the worst and the best of many."""
     rows = list(enumerate(scores))
-    if len(rows) <= _ALL_CLASSES:
-        _print_table("all classes", rows, names)
-        return
-    leading = next(name for name in scores[0] if name != "samples")
-    ranked = sorted((row for row in rows if row[1][leading] is not None), key=lambda row: float(row[1][leading]))
-    _print_table("the worst ten", ranked[:_END], names)
-    _print_table("the best ten", ranked[: -_END - 1 : -1], names)
-    click.echo(f"all {len(rows):,} classes: {file}")
-
-
-def _print_table(title: str, rows: Sequence[tuple[int, Mapping[str, Any]]], names: Sequence[str]) -> None:
-    headings = {"samples": "images", "top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    columns = list(rows[0][1]) if rows else []
-    for heading in ("class", *(["name"] if names else []), *(headings[column] for column in columns)):
-        table.add_column(heading, justify="left" if heading == "name" else "right")
-    for label, scores in rows:
-        name = [Text(one_line(names[label]))] if names else []
-        shares = ["-" if scores[column] is None else f"{scores[column]:.1%}" for column in columns[1:]]
-        table.add_row(str(label), *name, f"{scores['samples']:,}", *shares)
-    Console().print(table)
+    columns = [name for name in scores[0] if name != "samples"]
+    groups = {"all classes": rows}
+    if len(rows) > _ALL_CLASSES:
+        ranked = sorted((row for row in rows if row[1]["samples"]), key=lambda row: float(row[1][columns[0]]))
+        groups = {"the worst ten": ranked[:_END], "the best ten": ranked[: -_END - 1 : -1]}
+    for title, group in groups.items():
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for heading in ("class", *(["name"] if names else []), "images", *(_HEADINGS[column] for column in columns)):
+            table.add_column(heading, justify="left" if heading == "name" else "right")
+        for label, row in group:
+            name = [Text(one_line(names[label]))] if names else []
+            shares = ["-" if row[column] is None else f"{row[column]:.1%}" for column in columns]
+            table.add_row(str(label), *name, f"{row['samples']:,}", *shares)
+        Console().print(table)
+    if len(rows) > _ALL_CLASSES:
+        click.echo(f"all {len(rows):,} classes: {file}")
 
 
 def _launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None) -> None:

@@ -106,14 +106,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def gather_at_main(self, value: _T) -> list[_T]:
-        """Return the values of all ranks, by rank, on rank 0; an empty list on the others (pickled)."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.size if self.main else None
-        dist.gather_object(value, values, dst=0)
-        return values or []
-
     def loader_workers(self, wanted: int | None) -> int:
         """Return ``wanted``, or by default as many loader processes as this rank has idle cores: 0 on CPUs."""
         if wanted is not None:

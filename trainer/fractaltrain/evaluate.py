@@ -194,11 +194,11 @@ def predict(
                 predicted.append(logits.topk(min(_TOP, source.classes)).indices.cpu().numpy())
             if world.main:
                 on_progress(sum(map(len, labels)), total)
-    parts = world.gather_at_main((labels, predicted, loss))
+    parts = world.gather((labels, predicted, loss, bool(stop and stop.signal)))
     labels = [array for part in parts for array in part[0]]
-    if world.main and not labels and not (stop and stop.signal):
+    if not labels and not any(part[3] for part in parts):
         raise FractalError("none of the val samples can be read; is the dataset still there?")
-    if not labels:
+    if not labels or not world.main:
         return None
     predicted = [array for part in parts for array in part[1]]
     loss = sum(part[2] for part in parts) / sum(map(len, labels))
