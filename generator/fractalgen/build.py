@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.deflate import encode_image
-from fractalgen.kinds.kind import MAX_MAPS
 from fractalgen.plan import locate, shard_tasks
 from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import draw_systems, render_range, render_unit

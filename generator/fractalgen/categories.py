@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.fractaldb import fill_rate as measure
-from fractalgen.kinds.kind import MAX_MAPS
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.systems import read_systems

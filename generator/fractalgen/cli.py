@@ -17,9 +17,10 @@ from rich.table import Table
 from fractalgen.build import Plan, open_folder, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories
 from fractalgen.executors import open_executor
+from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
-from fractalgen.kinds.kind import MAX_POINTS, SIZES, show_range
+from fractalgen.kinds.kind import show_range
 from fractalgen.recipe import make_recipe, parse_recipe
 from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset

@@ -171,3 +171,13 @@ def _exit_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def init_loader_worker(worker: int) -> None:
+    """Prepare a loader process: it ends with its parent, and ignores the signals that only the parent acts on.
+
+    Batch systems signal all processes of a job; a loader that ended first would turn a stop into a failure.
+    """
+    end_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

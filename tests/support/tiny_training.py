@@ -11,8 +11,7 @@ from torch import nn
 
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint
-from fractaltrain.config import ModelConfig, RunConfig, TrainConfig
-from fractaltrain.data.images import DataChoice
+from fractaltrain.config import ImagesConfig, ModelConfig, RunConfig, TrainConfig
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits
 from fractaltrain.distributed import World
 from fractaltrain.log import read_metrics
@@ -56,7 +55,7 @@ def run_tiny(
 ) -> None:
     """Train in ``folder``, with checkpoints after every ten steps."""
     settings = {"out": folder, "seed": seed, "save_every_minutes": 0.0} | run
-    config = TrainConfig(DataChoice("squares", None, 0, folder), ModelConfig("tiny"), recipe, RunConfig(**settings))
+    config = TrainConfig(ImagesConfig("squares", None, 0, folder), ModelConfig("tiny"), recipe, RunConfig(**settings))
     train, val = splits or (squares(SAMPLES, 1), squares(13, 2))
     torch.manual_seed(seed)
     module.train(config, model(), Splits(train, val, multi_label=multi_label), 16, {"task": "test"}, ALONE)

@@ -19,7 +19,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from fractalshards.errors import FractalError
 from fractalshards.pack import parse_source, plan_pack, run_pack
-from fractaltrain.data.images import DataChoice, FolderSource, load_cifar, load_digits, open_data
+from fractaltrain.config import ImagesConfig
+from fractaltrain.data.images import FolderSource, load_cifar, load_digits, open_data
 from fractaltrain.data.shards import open_dataset
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits, split_per_class
 from fractaltrain.log import read_metrics
@@ -33,7 +34,7 @@ CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def open_images(name: str, per_class: int | None = None, seed: int = 0, folder: Path = Path("unused")) -> Splits:
-    return open_data(DataChoice(name, per_class, seed, folder), ALONE)
+    return open_data(ImagesConfig(name, per_class, seed, folder), ALONE)
 
 
 def keys(source: SampleSource) -> list[str]:

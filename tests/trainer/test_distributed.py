@@ -159,6 +159,16 @@ def test_fewer_val_images_than_ranks(ranks, tmp_path, write_dataset):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 3
 
 
+def test_damaged_sample_ends_all_ranks(ranks, dataset, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(dataset, folder)
+    damage(folder, "train-000000.tar", 3)
+    ended = ranks(2, *pretraining(folder, tmp_path / "run"))
+    assert 0 not in ended.codes
+    [error] = [err for err in ended.err if "000000003" in err]
+    assert (error.startswith("error: "), error.count("\n"), "train-000000.tar" in error) == (True, 1, True)
+
+
 def test_bad_samples_are_replaced_and_counted(ranks, dataset, tmp_path):
     folder = tmp_path / "bad"
     shutil.copytree(dataset, folder)

@@ -9,8 +9,9 @@ import timm
 import torch
 
 from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.config import ImagesConfig
 from fractaltrain.data import shards
-from fractaltrain.data.images import DataChoice, open_data
+from fractaltrain.data.images import open_data
 from fractaltrain.models import create_model, freeze_backbone, set_training
 from tiny_training import ALONE
 
@@ -40,7 +41,7 @@ def test_per_class_subset_reads_no_images(dataset, monkeypatch):
         raise AssertionError("an image was read")
 
     monkeypatch.setattr(shards, "read_sample", refuse)
-    data = open_data(DataChoice(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
+    data = open_data(ImagesConfig(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
     monkeypatch.undo()
     labels = [data.train.read(index).label for index in range(sum(data.train.lengths))]
     assert np.bincount(labels).tolist() == [3] * 5

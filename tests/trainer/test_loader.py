@@ -221,16 +221,21 @@ def test_killed_worker_is_one_line():
     assert "\n" not in str(error.value)
 
 
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
 def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
     source = InMemorySource("zeros", np.zeros((40, 32, 32, 3), np.uint8), np.zeros(40, np.int64), 1)
+    before = children()
     loader = epoch_loader(source, PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=2)
     with closing(loader):
         next(loader), next(loader)  # both have started
-        workers = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        workers = children() - before
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
         assert len(list(loader)) == 18
-    assert not set(workers) & {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    assert not workers & children()
 
 
 ORPHANS = """
@@ -249,6 +254,7 @@ input()
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent_though_their_pipes_are_full():
     """The keys fill the pipe that they write to, and each holds its reading end, too."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}

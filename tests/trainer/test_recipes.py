@@ -8,7 +8,8 @@ import pytest
 
 from fractalshards.errors import UsageError
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
-from fractaltrain.recipes.recipe import change, check_batch, scale_lr
+from fractaltrain.recipes.recipe import change, scale_lr
+from fractaltrain.stream.order import check_batch
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = (0.5, 0.5, 0.5)

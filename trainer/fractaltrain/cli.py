@@ -22,10 +22,14 @@ from fractalshards.slices import parse_slice
 from fractalshards.webdataset import is_webdataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
+    FOLDER_PREFIX,
+    IMAGE_NAMES,
+    SHARDS_PREFIX,
     WINDOW,
     Amp,
     EvalConfig,
     Freeze,
+    ImagesConfig,
     ModelConfig,
     OnBadSample,
     Resume,
@@ -34,13 +38,15 @@ from fractaltrain.config import (
     TrainConfig,
     Weights,
     finetuning_folder,
+    is_data,
     pretraining_folder,
 )
-from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, DataChoice, find_data, is_data
+from fractaltrain.data.images import find_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
-from fractaltrain.recipes.recipe import TrainRecipe, change, check_batch, scale_lr
+from fractaltrain.recipes.recipe import TrainRecipe, change, scale_lr
 from fractaltrain.run_folder import load_settings
 from fractaltrain.run_study import check_models, describe_study, find_digests, missing_datasets, run_study
+from fractaltrain.stream.order import check_batch
 from fractaltrain.study import plan_study, read_study, write_plan
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
@@ -215,7 +221,7 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
     find_data(options["data"])
     if isinstance(start, Path):
         load_settings(start)
-    data = DataChoice(options["data"], options["per_class"], options["subset_seed"], options["data_dir"])
+    data = ImagesConfig(options["data"], options["per_class"], options["subset_seed"], options["data_dir"])
     model_config = ModelConfig(model or _DEFAULT_MODEL, options["image_size"], start, options["freeze"])
     out = options["out"] or finetuning_folder(data, model_config, recipe)
     _launch(_finetune, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
@@ -245,7 +251,7 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_s
     _check_install("evaluation")
     load_settings(weights)
     find_data(data)
-    _launch(_evaluate, EvalConfig(weights, DataChoice(data, None, 0, data_dir), out, batch_size), nproc=1)
+    _launch(_evaluate, EvalConfig(weights, ImagesConfig(data, None, 0, data_dir), out, batch_size), nproc=1)
 
 
 def _evaluate(config: EvalConfig) -> None:
@@ -321,7 +327,7 @@ def _dataset_kind(data: ShardsConfig) -> str:
 def _check_data(name: str) -> str:
     if is_data(name):
         return name
-    raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
+    raise click.BadParameter(f"{name!r} is none of {', '.join(IMAGE_NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
 
 
 def _check_install(purpose: str) -> None:

@@ -3,12 +3,12 @@
 A training is one ``TrainConfig``; an evaluation is one ``EvalConfig``.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fractalshards.remote.stores import parse_location
-from fractaltrain.data.images import DataChoice
 from fractaltrain.recipes.recipe import TrainRecipe
 
 EXIT_STOPPED = 75
@@ -17,12 +17,23 @@ EXIT_STOPPED = 75
 WINDOW = 16
 """Shards that are shuffled together by default."""
 
+IMAGE_NAMES = ("digits", "cifar10", "cifar100")
+FOLDER_PREFIX = "imagefolder:"
+SHARDS_PREFIX = "shards:"
+
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
 Weights = Path | Literal["timm"] | None
 """Where weights come from: the folder of a run, timm's published ones, or none: random ones."""
+
+
+def is_data(name: str) -> bool:
+    """Whether ``--data`` takes a name: one of ``IMAGE_NAMES``, ``imagefolder:PATH`` or ``shards:PATH``."""
+    return name in IMAGE_NAMES or any(
+        name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX)
+    )
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,42 @@ class ShardsConfig:
         """The last part of the path or URL."""
         location = parse_location(self.location)
         return Path(location.root).name if self.is_remote else Path(location.root).resolve().name
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """``--data``: the real images to train or evaluate on.
+
+    Attributes:
+        name: as ``is_data`` takes it.
+        per_class: training images per class; None: all.
+        subset_seed: seed of the choice of these images.
+        folder: where CIFAR's archives are, or are downloaded to.
+    """
+
+    name: str
+    per_class: int | None
+    subset_seed: int
+    folder: Path
+
+    @property
+    def path(self) -> Path | None:
+        """The PATH in ``imagefolder:PATH`` and ``shards:PATH``; None for other names."""
+        prefix, colon, path = self.name.partition(":")
+        return Path(path) if prefix + colon in (FOLDER_PREFIX, SHARDS_PREFIX) else None
+
+    @property
+    def label(self) -> str:
+        """A short name for folders and figures: the name, or the last part of the path."""
+        return self.path.resolve().name if self.path else self.name
+
+    @property
+    def identity(self) -> str:
+        """A unique file name: ``cifar10``, or ``photos-3f2a91`` with a digest of the path."""
+        if self.path is None:
+            return self.name
+        place = f"{self.name.partition(':')[0]}:{self.path.resolve()}"
+        return f"{self.label}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +163,7 @@ class RunConfig:
 class TrainConfig:
     """A pre-training on shards (``pt``) or a fine-tuning on real images (``ft``); ``recipe`` has all overrides."""
 
-    data: ShardsConfig | DataChoice
+    data: ShardsConfig | ImagesConfig
     model: ModelConfig
     recipe: TrainRecipe
     run: RunConfig
@@ -158,7 +205,7 @@ class EvalConfig:
     """
 
     run: Path
-    data: DataChoice
+    data: ImagesConfig
     out: Path | None
     batch_size: int
 
@@ -168,7 +215,7 @@ def pretraining_folder(data: ShardsConfig, model: str, recipe: TrainRecipe) -> P
     return Path("runs") / f"{data.name}-{model}-{recipe.name}"
 
 
-def finetuning_folder(data: DataChoice, model: ModelConfig, recipe: TrainRecipe) -> Path:
+def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: TrainRecipe) -> Path:
     """Return the default folder of a fine-tuning, named by data, subset, starting point, recipe and frozen part."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
     if isinstance(model.weights, Path):

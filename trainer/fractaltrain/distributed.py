@@ -25,7 +25,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error
 from fractalshards.storage import write_json
-from fractalshards.workers import STOP_SIGNALS, available_cores, end_with_parent, handling
+from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 
 _GRACE_SECONDS = 12.0  # for the other ranks when one has failed: once to end by themselves, once more after SIGTERM
@@ -211,16 +211,6 @@ def stop_on_signal() -> Iterator[StopFlag]:
 
     with handling(remember, *STOP_SIGNALS):
         yield flag
-
-
-def init_loader_worker(worker: int) -> None:
-    """Prepare a loader process: it ends with its parent, and ignores the signals that only the parent acts on.
-
-    Batch systems signal all processes of a job; a loader that ended first would turn a stop into a failure.
-    """
-    end_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None) -> None:

@@ -17,8 +17,8 @@ from fractalshards.errors import FractalError
 from fractalshards.storage import write_json
 from fractalshards.workers import OnProgress, no_progress
 from fractaltrain.checkpoint import TrainedRun, load_run
-from fractaltrain.config import EvalConfig, TrainConfig
-from fractaltrain.data.images import DataChoice, open_data
+from fractaltrain.config import EvalConfig, ImagesConfig, TrainConfig
+from fractaltrain.data.images import open_data
 from fractaltrain.data.source import LabelledSource, SampleSource
 from fractaltrain.distributed import StopFlag, World, join_world
 from fractaltrain.optim import multi_label_loss
@@ -293,7 +293,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
         return report
 
 
-def check_classes(run: TrainedRun, val: LabelledSource, choice: DataChoice) -> None:
+def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) -> None:
     """Check that the run's classifier was trained on the classes of the data.
 
     Raises:
@@ -309,7 +309,7 @@ def check_classes(run: TrainedRun, val: LabelledSource, choice: DataChoice) -> N
             raise FractalError(f"{run.folder}: class {label} is {ours}, but {theirs} in {choice.name}; {advice}")
 
 
-def _write_report(report: EvalReport, data: DataChoice, run: TrainedRun, predictions: Predictions) -> None:
+def _write_report(report: EvalReport, data: ImagesConfig, run: TrainedRun, predictions: Predictions) -> None:
     report.folder.mkdir(parents=True, exist_ok=True)
     names = report.class_names
     contents = {

@@ -18,8 +18,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import ShardsConfig
-from fractaltrain.data.images import FOLDER_PREFIX, NAMES, SHARDS_PREFIX, is_data
+from fractaltrain.config import FOLDER_PREFIX, IMAGE_NAMES, SHARDS_PREFIX, ShardsConfig, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 
@@ -162,7 +161,7 @@ def _problems(study: Study) -> Iterator[str]:
                 yield f"[pretraining.{name}] models: {model!r}{nearest(model, study.models)}"
     for name, images in study.finetuning.items():
         if not is_data(study.data(name)):
-            known = (*NAMES, f"{FOLDER_PREFIX}PATH", f"{SHARDS_PREFIX}PATH")
+            known = (*IMAGE_NAMES, f"{FOLDER_PREFIX}PATH", f"{SHARDS_PREFIX}PATH")
             yield f"[finetuning.{name}] data: {study.data(name)!r}{nearest(study.data(name), known)}"
         if images.subset_seeds and not images.per_class:
             yield f"[finetuning.{name}] subset_seeds needs per_class"

@@ -20,11 +20,17 @@ from fractaltrain.distributed import World, stop_on_signal, stopped_by
 from fractaltrain.evaluate import describe_scores, evaluate
 from fractaltrain.log import RunLog
 from fractaltrain.models import set_training
-from fractaltrain.recipes.recipe import check_batch
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.state import TrainState, build_state, train_step
 from fractaltrain.stream.loader import epoch_loader
-from fractaltrain.stream.order import epoch_order, epoch_samples, repeated, steps_per_epoch, training_positions
+from fractaltrain.stream.order import (
+    check_batch,
+    epoch_order,
+    epoch_samples,
+    repeated,
+    steps_per_epoch,
+    training_positions,
+)
 from fractaltrain.transforms import train_batch, train_transform
 
 LOG_EVERY = 10  # steps

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.random import hash32
-from fractalgen.kinds.kind import MAX_MAPS
 from fractalshards.errors import UsageError
 
 Float32s = npt.NDArray[np.float32]

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint8, uint16, uint32, uint64
 
+from fractalgen.kernels import MAX_MAPS, MAX_POINTS, SIZES
 from fractalgen.kernels.random import hash32
-from fractalgen.kinds.kind import MAX_MAPS, MAX_POINTS, SIZES
 from fractalshards.errors import UsageError
 
 Float64s = npt.NDArray[np.float64]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.paint import (
     BLACK,
     FractalColors,
@@ -16,7 +17,7 @@ from fractalgen.kernels.paint import (
 )
 from fractalgen.kernels.random import Stream
 from fractalgen.kernels.raster import POINT, Orientation
-from fractalgen.kinds.kind import MAX_MAPS, check_parameters, parameter
+from fractalgen.kinds.kind import check_parameters, parameter
 from fractalshards.errors import UsageError
 from fractalshards.png import Pixels
 from fractalshards.systems import Systems

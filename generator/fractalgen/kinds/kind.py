@@ -1,4 +1,4 @@
-"""The ``Kind`` record, the parameters of a kind, and limits that hold for all kinds."""
+"""The ``Kind`` record, and the parameters of a kind."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -11,11 +11,6 @@ from fractalshards.writer import Rendered
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-
-SIZES = range(16, 4097)  # pixels of a side
-MAX_POINTS = 10**8
-MAX_MAPS = 255  # map numbers are bytes, and one value means no map
 
 
 def parameter(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:

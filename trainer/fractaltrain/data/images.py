@@ -6,7 +6,7 @@ Importing this module imports neither torch, torchvision nor scikit-learn.
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.human import human_list
 from fractalshards.manifest import find_manifest
 from fractalshards.png import decode_image
+from fractaltrain.config import FOLDER_PREFIX, SHARDS_PREFIX, ImagesConfig
 from fractaltrain.data.source import (
     BadSampleError,
     Example,
@@ -32,19 +33,10 @@ from fractaltrain.data.source import (
 if TYPE_CHECKING:
     from fractaltrain.distributed import World  # which imports torch
 
-NAMES = ("digits", "cifar10", "cifar100")
-FOLDER_PREFIX = "imagefolder:"
-SHARDS_PREFIX = "shards:"
-
 _LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"
 _DIGITS_TRAIN_SHARE = 0.8
 _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # classes without images that an error names
-
-
-def is_data(name: str) -> bool:
-    """Whether ``--data`` takes a name: one of ``NAMES``, ``imagefolder:PATH`` or ``shards:PATH``."""
-    return name in NAMES or any(name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX))
 
 
 def find_data(name: str) -> None:
@@ -59,43 +51,7 @@ def find_data(name: str) -> None:
         find_folders(Path(name.removeprefix(FOLDER_PREFIX)))
 
 
-@dataclass(frozen=True)
-class DataChoice:
-    """Which images to use.
-
-    Attributes:
-        name: as ``is_data`` takes it.
-        per_class: training images per class; None: all.
-        subset_seed: seed of the choice of these images.
-        folder: where CIFAR's archives are, or are downloaded to.
-    """
-
-    name: str
-    per_class: int | None
-    subset_seed: int
-    folder: Path
-
-    @property
-    def path(self) -> Path | None:
-        """The PATH in ``imagefolder:PATH`` and ``shards:PATH``; None for other names."""
-        prefix, colon, path = self.name.partition(":")
-        return Path(path) if prefix + colon in (FOLDER_PREFIX, SHARDS_PREFIX) else None
-
-    @property
-    def label(self) -> str:
-        """A short name for folders and figures: the name, or the last part of the path."""
-        return self.path.resolve().name if self.path else self.name
-
-    @property
-    def identity(self) -> str:
-        """A unique file name: ``cifar10``, or ``photos-3f2a91`` with a digest of the path."""
-        if self.path is None:
-            return self.name
-        place = f"{self.name.partition(':')[0]}:{self.path.resolve()}"
-        return f"{self.label}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
-
-
-def open_data(choice: DataChoice, world: "World", for_training: bool = True) -> Splits:
+def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits:
     """Open images to train on and to evaluate on, on every rank. Collective.
 
     CIFAR, image folders and shards have a split to evaluate on, which is used whole. Digits are divided: ``per_class``
@@ -123,7 +79,7 @@ def open_data(choice: DataChoice, world: "World", for_training: bool = True) -> 
         return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed)[0])
 
 
-def _open_digits(choice: DataChoice) -> Splits:
+def _open_digits(choice: ImagesConfig) -> Splits:
     if choice.per_class is None:
         return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
     return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
@@ -138,7 +94,7 @@ def _open_shards(folder: Path, world: "World") -> Splits:
     return splits
 
 
-def _open_files(choice: DataChoice, with_digest: bool) -> Splits:
+def _open_files(choice: ImagesConfig, with_digest: bool) -> Splits:
     if not choice.name.startswith(FOLDER_PREFIX):
         return Splits(load_cifar(choice.name, choice.folder, train=True), load_cifar(choice.name, choice.folder, False))
     path = Path(choice.name.removeprefix(FOLDER_PREFIX))
@@ -151,7 +107,7 @@ def _open_files(choice: DataChoice, with_digest: bool) -> Splits:
     return Splits(train, val, folders_digest(train, val) if with_digest else None)
 
 
-def _check_trainable(choice: DataChoice, splits: Splits) -> None:
+def _check_trainable(choice: ImagesConfig, splits: Splits) -> None:
     if splits.multi_label:
         raise FractalError(
             f"{choice.path}: its images show several classes each; fine-tune on a dataset with one class per image"

@@ -7,7 +7,6 @@ from typing import Literal
 
 from fractalshards.errors import UsageError
 from fractalshards.settings import override
-from fractaltrain.stream.order import rank_batch
 
 Channels = tuple[float, float, float]
 
@@ -152,29 +151,3 @@ def change(recipe: TrainRecipe, changes: Mapping[str, str]) -> TrainRecipe:
 def scale_lr(recipe: TrainRecipe, published_batch_size: int) -> TrainRecipe:
     """Scale the learning rate linearly from the published batch size to that of the recipe."""
     return replace(recipe, lr=recipe.lr * recipe.batch_size / published_batch_size)
-
-
-def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: int | None = None) -> None:
-    """Check that the batch can be split among processes and into parts, and into pairs where images are mixed.
-
-    Args:
-        processes: number of training processes.
-        accumulate: number of equal parts in which each process computes its share.
-        samples: number of samples in an epoch; None: not known yet.
-
-    Raises:
-        UsageError: with a batch size that works.
-    """
-    batch = rank_batch(recipe.batch_size, processes)
-    if batch % accumulate:
-        raise UsageError(f"--accumulate {accumulate} does not divide the batch of {batch} per process; use a divisor")
-    unit = processes * math.lcm(accumulate, 2 if recipe.mixes else 1)  # divides every batch size that works
-    if recipe.batch_size % unit:
-        raise UsageError(
-            f"mixup and cutmix mix pairs of images, but each process has a batch of {batch}; "
-            f"use --batch-size {max(recipe.batch_size // unit, 1) * unit}"
-        )
-    if samples is not None and recipe.batch_size > samples:
-        largest = samples // unit * unit
-        advice = f"lower --batch-size to {largest}" if largest else "use more images, or lower --nproc or --accumulate"
-        raise UsageError(f"a batch of {recipe.batch_size} is larger than the {samples} training samples; {advice}")

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fractalshards.errors import FractalError
+from fractalshards.workers import init_loader_worker
 from fractaltrain.data.source import BadSampleError, Example, Images, Indices, SampleSource
-from fractaltrain.distributed import init_loader_worker
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.stream.order import shard_windows
 

@@ -23,6 +23,7 @@ Nothing is buffered and nothing depends on workers, so a run that stopped at (ep
 the same arrays and leaving out the first ``step`` rows, with any number of workers and any number of ranks.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,7 @@ import numpy as np
 from fractalshards.errors import UsageError
 from fractalshards.random import permutation
 from fractaltrain.data.source import Indices
+from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.seeding import Purpose, mix
 
 
@@ -89,6 +91,32 @@ def rank_batch(batch: int, world: int) -> int:
             f"choose --batch-size {batch // world * world or world} or another --nproc"
         )
     return batch // world
+
+
+def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: int | None = None) -> None:
+    """Check that the batch can be split among processes and into parts, and into pairs where images are mixed.
+
+    Args:
+        processes: number of training processes.
+        accumulate: number of equal parts in which each process computes its share.
+        samples: number of samples in an epoch; None: not known yet.
+
+    Raises:
+        UsageError: with a batch size that works.
+    """
+    batch = rank_batch(recipe.batch_size, processes)
+    if batch % accumulate:
+        raise UsageError(f"--accumulate {accumulate} does not divide the batch of {batch} per process; use a divisor")
+    unit = processes * math.lcm(accumulate, 2 if recipe.mixes else 1)  # divides every batch size that works
+    if recipe.batch_size % unit:
+        raise UsageError(
+            f"mixup and cutmix mix pairs of images, but each process has a batch of {batch}; "
+            f"use --batch-size {max(recipe.batch_size // unit, 1) * unit}"
+        )
+    if samples is not None and recipe.batch_size > samples:
+        largest = samples // unit * unit
+        advice = f"lower --batch-size to {largest}" if largest else "use more images, or lower --nproc or --accumulate"
+        raise UsageError(f"a batch of {recipe.batch_size} is larger than the {samples} training samples; {advice}")
 
 
 def training_positions(samples: int, batch: int, rank: int, world: int, pad: bool, nodes: int = 1) -> Indices:
