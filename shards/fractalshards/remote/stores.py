@@ -94,7 +94,7 @@ def redact(text: str) -> str:
 
 _CHUNK = 1 << 20
 _LOCAL_CHUNK = 1 << 18  # stays in a core's cache from reading to hashing and writing
-_BLOCK = 8 << 20  # of an object store, where every block is a request
+_BLOCK = 8 << 20  # of an object store, where every read is a request
 _SINGLE_PUT = 5 * 2**30  # bytes that S3 takes in one request
 _TIMEOUT = 30.0  # seconds
 _RETRY_SECONDS = (0.5, 30.0)  # before the first retry, doubled before each further one, and the longest
@@ -169,6 +169,7 @@ class RemoteReader:
         self.location, self.shown = location, location.shown
         self._files = files
         self._open_options = open_options or {"block_size": _BLOCK, "cache_type": "none"}
+        self._chunk = self._open_options["block_size"] or _CHUNK
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -227,7 +228,7 @@ class RemoteReader:
 
     def _chunks(self, name: str) -> Generator[bytes]:
         with self._translated(name), self._open(self.location.file(name)) as file:
-            while not self._cancelled.is_set() and (chunk := file.read(_CHUNK)):
+            while not self._cancelled.is_set() and (chunk := file.read(self._chunk)):
                 yield chunk
             if self._cancelled.is_set():
                 raise StoreError(f"{self.shown}/{name}: cancelled")
