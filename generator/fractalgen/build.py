@@ -1,6 +1,5 @@
 """Builds a dataset: reads its folder once, plans, renders the missing shards, and writes the manifest."""
 
-import shutil
 import socket
 import statistics
 import time
@@ -17,7 +16,6 @@ from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import draw_systems, render_range, render_unit
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.human import human_bytes
 from fractalshards.manifest import (
     RECIPE,
     SYSTEMS,
@@ -30,7 +28,7 @@ from fractalshards.manifest import (
 )
 from fractalshards.png import pixels_of
 from fractalshards.slices import Slice
-from fractalshards.storage import remove_leftovers
+from fractalshards.storage import check_space, remove_leftovers
 from fractalshards.systems import Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
@@ -116,34 +114,65 @@ def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> Bui
         OSError: if it cannot be read.
     """
     stored = stored_recipe(path)
-    if stored is None:
+    if stored is None or given is not None:
         systems = draw_systems(recipe) if given is None else given
-        return BuildFolder.read(path, recipe.with_systems(systems), systems)
-    if given is None:
+        recipe = recipe.with_systems(systems)
+    else:
+        systems = None
         recipe = replace(recipe, systems_digest=str(stored.get("systems_digest")))
-    else:
-        recipe = recipe.with_systems(given)
-    refuse_other(path, stored, recipe.to_json())
-    if (path / SYSTEMS).exists():
-        systems = read_systems(path / SYSTEMS)
-    else:
-        systems = draw_systems(recipe) if given is None else given
-    return BuildFolder.read(path, recipe, systems)
+    if stored is not None:
+        refuse_other(path, stored, recipe.to_json())
+        if (path / SYSTEMS).exists():
+            systems = read_systems(path / SYSTEMS)
+    return BuildFolder.read(path, recipe, draw_systems(recipe) if systems is None else systems)
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """The expected cost of ``samples`` samples: bytes on disk, and seconds of one core."""
+class Plan:
+    """A build that is ready to run.
 
+    Attributes:
+        folder: where.
+        own: the shards that this build is responsible for: all, or those of its slice.
+        missing: those of them that are not finished.
+        samples: the number of samples in the missing shards.
+        bytes: their expected size on disk.
+        seconds: the expected time of one core to render them.
+    """
+
+    folder: BuildFolder
+    own: tuple[ShardTask, ...]
+    missing: tuple[ShardTask, ...]
     samples: int
     bytes: float
     seconds: float
 
 
-def forecast(recipe: Recipe, systems: Systems, samples: int) -> Forecast:
-    """Render and store a few units spread over the dataset in memory, and extrapolate to ``samples`` samples.
+def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
+    """Decide which shards to render, and check that the disk can hold them.
 
-    The time is the median per image, because the first ones may include compilation, once after an install.
+    Args:
+        folder: see ``open_folder``.
+        part: the slice of the shards to render. By default all.
+
+    Raises:
+        FractalError: if the disk cannot hold the missing shards, plus 5 %.
+    """
+    own = part.of(folder.tasks) if part else folder.tasks
+    missing = tuple(task for task in own if task.name not in folder.finished)
+    if not missing:
+        return Plan(folder, own, missing, 0, 0.0, 0.0)
+    samples = sum(task.stop - task.first for task in missing)
+    stored, seconds = measure_images(folder.recipe, folder.systems)
+    advice = "choose another --out, or ask for fewer or smaller images"
+    check_space(folder.path, samples * stored * _MARGIN, advice)
+    return Plan(folder, own, missing, samples, samples * stored, samples * seconds)
+
+
+def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
+    """Render and encode a few units spread over the dataset; return the bytes and seconds of one core per image.
+
+    The bytes are the mean, the seconds the median, because the first images may include compilation.
     """
 
     def probe(index: int) -> tuple[list[int], float]:
@@ -164,59 +193,7 @@ def forecast(recipe: Recipe, systems: Systems, samples: int) -> Forecast:
         stored, per_image = probe(len(seconds) * total // probes)
         sizes += stored
         seconds.append(per_image)
-    return Forecast(samples, samples * statistics.mean(sizes), samples * statistics.median(seconds))
-
-
-def check_space(folder: Path, expected: float) -> None:
-    """Refuse a build that the disk cannot hold.
-
-    Raises:
-        FractalError: if the expected bytes, plus 5 %, exceed the free space where the folder is or will be.
-    """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    total, _, free = shutil.disk_usage(existing)
-    if total and expected * _MARGIN > free:
-        raise FractalError(
-            f"{folder}: needs about {human_bytes(expected)}, the disk has {human_bytes(free)} free; "
-            "free some space, choose another --out, or ask for fewer or smaller images"
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A build that is ready to run.
-
-    Attributes:
-        folder: where.
-        own: the shards that this build is responsible for: all, or those of its slice.
-        missing: those of them that are not finished.
-        cost: the expected cost of rendering them; None if none is missing.
-    """
-
-    folder: BuildFolder
-    own: tuple[ShardTask, ...]
-    missing: tuple[ShardTask, ...]
-    cost: Forecast | None
-
-
-def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
-    """Decide which shards to render, and check that the disk can hold them.
-
-    Args:
-        folder: see ``open_folder``.
-        part: the slice of the shards to render. By default all.
-
-    Raises:
-        FractalError: if the disk cannot hold the dataset.
-        OSError: if the folder cannot be written.
-    """
-    own = part.of(folder.tasks) if part else folder.tasks
-    missing = tuple(task for task in own if task.name not in folder.finished)
-    samples = sum(task.stop - task.first for task in missing)
-    cost = forecast(folder.recipe, folder.systems, samples) if missing else None
-    if cost is not None:
-        check_space(folder.path, cost.bytes)
-    return Plan(folder, own, missing, cost)
+    return statistics.mean(sizes), statistics.median(seconds)
 
 
 def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:

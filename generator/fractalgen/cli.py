@@ -331,17 +331,17 @@ def _kind_as_json(kind: Kind) -> dict[str, Any]:
 
 def _describe(plan: Plan, part: Slice | None, workers: int, scheduler: str | None) -> str:
     """Say in one line what a build is about to do."""
-    recipe, cost = plan.folder.recipe, plan.cost
+    recipe = plan.folder.recipe
     of_part = f" of {part}" if part else ""
-    if cost is None:
+    if not plan.missing:
         return f"nothing to render, all {human_count(len(plan.own), 'shard')}{of_part} there already"
     done = len(plan.own) - len(plan.missing)
     workers = min(workers, len(plan.missing))
     return (
         f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in "
-        f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_part}: {cost.samples:,} images in "
+        f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_part}: {plan.samples:,} images in "
         f"{human_count(len(plan.missing), 'shard')}{f' ({done:,} done)' if done else ''}, about "
-        f"{human_bytes(cost.bytes)}, about {human_seconds(cost.seconds / workers)} with "
+        f"{human_bytes(plan.bytes)}, about {human_seconds(plan.seconds / workers)} with "
         f"{human_count(workers, 'worker')}{f' of {scheduler}' if scheduler else ''}"
     )
 

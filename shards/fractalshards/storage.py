@@ -6,6 +6,7 @@ Only regular files are opened: a pipe blocks its reader, a device never ends.
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -19,6 +20,7 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from fractalshards.errors import FractalError
+from fractalshards.human import human_bytes
 
 
 def regular_size(path: Path) -> int:
@@ -138,6 +140,16 @@ def write_json(path: Path, data: Mapping[str, object], indent: int | None = None
     """Write a mapping as JSON atomically; see ``atomic_file``."""
     with atomic_file(path, exclusive) as file:
         file.write(json.dumps(data, indent=indent).encode() + b"\n")
+
+
+def check_space(folder: Path, wanted: float, advice: str) -> None:
+    """Raise FractalError if the disk of a folder, which may not exist yet, has less than ``wanted`` bytes free."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    total, _, free = shutil.disk_usage(existing)
+    if total and wanted > free:
+        raise FractalError(
+            f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; free some space, {advice}"
+        )
 
 
 def remove_leftovers(folder: Path) -> int:

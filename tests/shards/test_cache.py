@@ -18,7 +18,6 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import parse_bytes
 from fractalshards.manifest import DatasetInfo, load_manifest, sample_key, shard_name, write_manifest
 from fractalshards.remote import cache as cache_module
-from fractalshards.remote import transfer
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
 from fractalshards.storage import atomic_file
 from fractalshards.writer import write_shard
@@ -200,7 +199,7 @@ def test_a_cache_must_hold_a_window(source: Path, root: Path, size: int, web: Ca
 
 
 def test_a_cache_must_fit_on_the_disk(source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: (10**9, 10**9 - 2 * size, 2 * size))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: (10**9, 10**9 - 2 * size, 2 * size))
     with pytest.raises(FractalError, match="--cache-dir"):
         opened(str(source), root, 10**9)
     opened(str(source), root, 2 * size)

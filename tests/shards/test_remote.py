@@ -446,7 +446,7 @@ def test_folders_that_cannot_be_written(dataset: Path, out: Path, read_only_disk
 def test_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (small_disk / "filler").write_bytes(bytes(585_000))
     assert "needs 27.6 kB, the disk has" in bad("pull", dataset, small_disk)
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: (10**9, 0, 10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: (10**9, 0, 10**9))
     assert "No space left on device" in bad("pull", dataset, small_disk)
     assert not (small_disk / INFO).exists()
     assert not list(small_disk.glob(".tmp~*"))

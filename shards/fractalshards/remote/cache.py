@@ -32,14 +32,13 @@ from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard, sidecar_name
 from fractalshards.remote.stores import FileInfo, RemoteReader, open_reader
 from fractalshards.remote.transfer import (
-    check_space,
     is_sidecar,
     read_manifest,
     read_sidecar,
     run_tasks,
     select_shards,
 )
-from fractalshards.storage import TEMPORARY, atomic_file, remove_leftovers, write_bytes
+from fractalshards.storage import TEMPORARY, atomic_file, check_space, remove_leftovers, write_bytes
 from fractalshards.workers import OnProgress, no_progress
 
 _JOBS = 8

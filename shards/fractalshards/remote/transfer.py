@@ -5,7 +5,6 @@ Recipe and systems claim the target, then shards are copied, each tar before its
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -33,7 +32,7 @@ from fractalshards.manifest import (
 )
 from fractalshards.remote import stores
 from fractalshards.remote.stores import FileInfo, LocalStore, RemoteReader, Store, Upload
-from fractalshards.storage import MAX_JSON_BYTES, atomic_file, parse_json
+from fractalshards.storage import MAX_JSON_BYTES, atomic_file, check_space, parse_json
 from fractalshards.systems import MAX_SYSTEMS_BYTES, parse_systems
 from fractalshards.workers import OnProgress, no_progress
 
@@ -309,12 +308,3 @@ def _holds_recipe(target: Store, manifest: Manifest) -> bool:
     if text is not None and parse_json(text, RecipeFile, where).recipe_digest != manifest.recipe_digest:
         raise FractalError(f"{where}: recipe of another dataset; choose another folder")
     return text is not None
-
-
-def check_space(folder: Path, wanted: int, advice: str) -> None:
-    """Raise FractalError if the disk of a folder has less than ``wanted`` bytes free."""
-    total, _, free = shutil.disk_usage(folder)
-    if total and wanted > free:
-        raise FractalError(
-            f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; free some space, {advice}"
-        )
