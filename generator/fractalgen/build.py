@@ -26,15 +26,15 @@ from fractalshards.manifest import (
     sample_key,
     stored_recipe,
 )
-from fractalshards.png import pixels_of
+from fractalshards.sample import packed_size
 from fractalshards.slices import Slice
 from fractalshards.storage import check_space, remove_leftovers
 from fractalshards.systems import Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
     ShardTask,
+    encode_rendered,
     finished_shards,
-    pack_rendered,
     publish,
     run_jobs,
     write_shard,
@@ -179,9 +179,8 @@ def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
         """Stored bytes of each image of a sample's unit, and seconds per image."""
         start = time.perf_counter()
         images = render_unit(recipe, systems, locate(recipe, index).unit)
-        for image, _ in images:
-            pixels_of(image)  # a build hashes them
-        stored = [len(pack_rendered(sample_key(index), rendered, encode_image)) for rendered in images]
+        encoded = [encode_rendered(sample_key(index), rendered, encode_image) for rendered in images]
+        stored = [packed_size(one.sample) for one in encoded]
         return stored, (time.perf_counter() - start) / len(stored)
 
     probe(0)

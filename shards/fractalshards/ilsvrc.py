@@ -42,7 +42,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
     for name in (TRAIN, DEVKIT):
         if not (folder / name).is_file():
             raise FractalError(f"{folder}: no {name}; download it, or pack unpacked images with imagefolder:PATH")
-    names, numbers, val_labels = _read_devkit(folder / DEVKIT)
+    names, val_synsets = _read_devkit(folder / DEVKIT)
     ids = tuple(sorted(names))
     labels = {synset: label for label, synset in enumerate(ids)}
     digest = xxhash.xxh3_128()
@@ -51,8 +51,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
         raise FractalError(f"{folder / TRAIN}: no images of class {ids[min(missing)]}; {_ADVICE}")
     notes = []
     if with_val and (folder / VAL).is_file():
-        images = _val_images(folder / VAL, [numbers[number] for number in val_labels])
-        splits["val"] = _list_split(folder / VAL, "val", images, labels, digest)
+        splits["val"] = _list_split(folder / VAL, "val", _val_images(folder / VAL, val_synsets), labels, digest)
     elif with_val:
         notes.append(f"no {VAL} in {folder}, so no split val")
     class_names = tuple(names[synset] for synset in ids)
@@ -119,15 +118,14 @@ def _match(pattern: re.Pattern[str], name: str, where: str) -> str:
     return match[1]
 
 
-def _read_devkit(path: Path) -> tuple[dict[str, str], dict[int, str], list[int]]:
-    """Read class names by synset id, synset ids by class number, and the class number of each validation image."""
+def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Read class names by synset id, and the synset id of every validation image."""
     files = _unpack_devkit(path)
     names, ids = _read_synsets(files[_SYNSETS], f"{path}: {_SYNSETS}")
-    numbers = files[_VAL_LABELS].decode("ascii", "replace").split()
-    for number in numbers:
-        if not (number.isdecimal() and len(number) < 10 and int(number) in ids):
-            raise FractalError(f"{path}: {_VAL_LABELS}: {number[:20]!r} is not a class number; {_ADVICE}")
-    return names, ids, list(map(int, numbers))
+    try:
+        return names, [ids[int(number)] for number in files[_VAL_LABELS].decode("ascii").split()]
+    except (ValueError, KeyError) as error:
+        raise FractalError(f"{path}: {_VAL_LABELS}: not a class number ({str(error)[:80]!r}); {_ADVICE}") from error
 
 
 def _unpack_devkit(path: Path) -> dict[str, bytes]:

@@ -142,7 +142,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
 
 
 def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, int]:
-    """Return the classes and images in a folder, and the number of other files."""
+    """Return the classes and the images in a folder, and the number of other files."""
     if not folder.is_dir():
         raise FractalError(f"{folder}: no such folder, so no images for {split}; {_LAYOUT}")
     classes = _class_folders(folder)

@@ -36,7 +36,6 @@ from fractalshards.workers import OnProgress, no_progress, worker_pool
 from fractalshards.writer import (
     Encoded,
     ShardTask,
-    check_size,
     finished_shards,
     publish,
     run_jobs,
@@ -44,9 +43,7 @@ from fractalshards.writer import (
 )
 
 RECIPE_VERSION = 1  # raised when the same files would become another dataset
-_KINDS = ("imagefolder", "imagenet")
 _NUMBER = re.compile(r"\d*\.?\d+", re.ASCII)
-_SPLIT_ADVICE = "give shares as train=0.9,val=0.1 or folders as train=DIR,val=DIR"
 _MAX_NAMED = 10  # bad images in an error
 
 
@@ -66,7 +63,7 @@ class ImageSource:
     folders: Mapping[str, str] | None = None
 
     def list_images(self, out: Path) -> ImageListing:
-        """List all images, before shares are held out.
+        """List all images, before a share is held out.
 
         Args:
             out: where the shards will go; not inside an image folder, where they would look like a class.
@@ -92,17 +89,17 @@ def parse_source(text: str, split: str | None) -> ImageSource:
         UsageError: if either is malformed, or they do not go together.
     """
     kind, _, place = text.partition(":")
-    if kind not in _KINDS or not place:
-        raise UsageError(f"{text!r}: expected {' or '.join(f'{one}:PATH' for one in _KINDS)}")
+    if kind not in ("imagefolder", "imagenet") or not place:
+        raise UsageError(f"{text!r}: expected imagefolder:PATH or imagenet:PATH")
     path = Path(os.path.expanduser(place))  # shells only expand a ~ at the start of a word
     if split is None:
         return ImageSource(kind, path)
     pairs = [part.strip().partition("=") for part in split.split(",")]
     values = {name: value for name, _, value in pairs if value}
-    numbers = [bool(_NUMBER.fullmatch(value)) for value in values.values()]
-    if len(values) != len(pairs) or "train" not in values or not set(values) <= set(SPLITS) or len(set(numbers)) != 1:
-        raise UsageError(f"--split {split}: {_SPLIT_ADVICE}")
-    if not all(numbers):
+    are_shares = [bool(_NUMBER.fullmatch(value)) for value in values.values()]
+    if len(values) != len(pairs) or "train" not in values or not values.keys() <= {*SPLITS} or len({*are_shares}) > 1:
+        raise UsageError(f"--split {split}: give shares as train=0.9,val=0.1 or folders as train=DIR,val=DIR")
+    if not all(are_shares):
         if kind == "imagenet":
             raise UsageError(f"--split {split}: the archives are not folders; give shares as train=0.98,val=0.02")
         return ImageSource(kind, path, folders={name: values[name] for name in SPLITS if name in values})
@@ -235,13 +232,11 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
         on_progress: called with images packed and images to pack.
 
     Raises:
-        FractalError: naming the images that cannot be packed; if a worker process was killed repeatedly, written
-            shards disappeared, or another build has claimed the folder since planning.
-        OSError: as the file system does. Finished shards stay.
+        FractalError: naming the images that cannot be packed. Finished shards stay.
     """
     claim_folder(plan.folder, plan.info.recipe)
-    classes = plan.info.classes
-    jobs = {task: partial(pack_shard, plan.folder, task, images, classes) for task, images in plan.missing.items()}
+    pack = partial(pack_shard, plan.folder, plan.info.classes)
+    jobs = {task: partial(pack, task, images) for task, images in plan.missing.items()}
     with worker_pool(workers) as pool:
         complaints = sorted(chain.from_iterable(run_jobs(jobs, pool, plan.folder, on_progress)))
     if complaints:
@@ -253,26 +248,26 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
     publish(plan.folder, plan.shards, plan.shards, plan.info)
 
 
-def pack_shard(folder: Path, task: ShardTask, images: ImageFiles, classes: int) -> list[str]:
-    """Write one shard, or nothing if an image is bad; returns what is wrong with each bad image."""
-    complaints: list[str] = []
-    with suppress(_BadImagesError):
-        write_samples(folder, task.name, classes, _encode_images(task.first, images, complaints))
-    return complaints
-
-
-class _BadImagesError(FractalError):
+class _BadImagesError(Exception):
     """Abandons a shard that has bad images."""
 
 
-def _encode_images(first: int, images: ImageFiles, complaints: list[str]) -> Iterator[Encoded]:
-    for position, label in enumerate(images.labels.tolist()):
-        try:
-            yield encode_file(sample_key(first + position), images.read(position), label)
-        except FractalError as error:
-            complaints.append(f"{images.location(position)}: {error}")
-    if complaints:
-        raise _BadImagesError
+def pack_shard(folder: Path, classes: int, task: ShardTask, images: ImageFiles) -> list[str]:
+    """Write one shard, or nothing if an image is bad; returns what is wrong with each bad image."""
+    complaints = []
+
+    def samples() -> Iterator[Encoded]:
+        for position, label in enumerate(images.labels.tolist()):
+            try:
+                yield encode_file(sample_key(task.first + position), images.read(position), label)
+            except FractalError as error:
+                complaints.append(f"{images.location(position)}: {error}")
+        if complaints:
+            raise _BadImagesError
+
+    with suppress(_BadImagesError):
+        write_samples(folder, task.name, classes, samples())
+    return complaints
 
 
 def encode_file(key: str, data: bytes, label: int) -> Encoded:
@@ -285,6 +280,4 @@ def encode_file(key: str, data: bytes, label: int) -> Encoded:
     extension = image_format(data)
     image = {extension: data} if extension else {PNG: encode_png(pixels)}
     name, text = encode_label(label)
-    sample = Sample(key, {**image, name: text})
-    check_size(sample)
-    return Encoded(sample, pixels, label)
+    return Encoded(Sample(key, {**image, name: text}), pixels, label)

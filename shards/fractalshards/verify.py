@@ -32,7 +32,6 @@ from fractalshards.sample import (
     classes_of,
     image_extension,
     image_format,
-    label_extension,
     parse_sample,
     shown_key,
 )
@@ -156,8 +155,7 @@ def _verify_samples(
             image, label = decode_sample(sample, promise.classes)
             if sample.key != sample_key(index):
                 raise FractalError(f"expected sample {sample_key(index)} here")
-            _check_order(sample)
-            _check_format(sample)
+            _check_files(sample)
             _check_promise(image.shape, label, promise)
             content.add(sample, image)
             counts.update(classes_of(label))
@@ -176,16 +174,12 @@ def _verify_samples(
         yield Problem(record.name, "", "the labels are not those that the sidecar counts")
 
 
-def _check_order(sample: Sample) -> None:
-    """Raise unless the label follows the image."""
-    if (last := list(sample.files)[-1]) != label_extension(sample.files):
-        raise FractalError(f"the label stands before the .{last}")
-
-
-def _check_format(sample: Sample) -> None:
-    """Raise unless the image has the format that its name says, because the content digest depends on the name."""
+def _check_files(sample: Sample) -> None:
+    """Raise unless the label follows the image, and the image has the format that its name says."""
     extension = image_extension(sample.files)
-    if (found := image_format(sample.files[extension])) != extension:
+    if next(iter(sample.files)) != extension:
+        raise FractalError(f"the label stands before the .{extension}")
+    if (found := image_format(sample.files[extension])) != extension:  # the content digest depends on the name
         raise FractalError(f"its image is named .{extension} but is {f'a .{found}' if found else 'of another format'}")
 
 
@@ -203,7 +197,7 @@ def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> No
 
 
 def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:
-    """Turn an error into a problem, without the name of the file that most errors begin with."""
+    """Turn an error into a problem, without the file name that most messages begin with."""
     if isinstance(error, FileNotFoundError):
         return Problem(file, "", f"{Path(error.filename).name} is missing")
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)

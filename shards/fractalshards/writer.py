@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Executor, Future, as_completed
+from concurrent.futures import CancelledError, Executor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,15 +35,31 @@ from fractalshards.workers import OnProgress, is_lost, no_progress
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
 Encode = Callable[[Pixels | Indexed], bytes]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as a shard stores it, with its decoded pixels, (H, W, 3) uint8, and label."""
+    """A sample as a shard stores it, with its decoded pixels, (H, W, 3) uint8, and label.
+
+    Raises:
+        FractalError: if it is larger than readers accept.
+    """
 
     sample: Sample
     pixels: Pixels
     label: Label
+
+    def __post_init__(self) -> None:
+        if (size := packed_size(self.sample)) > MAX_SAMPLE_BYTES:
+            raise FractalError(f"a sample of {size:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most")
+
+
+def encode_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -> Encoded:
+    """Make a sample of a rendered image: its PNG, then its label."""
+    image, label = rendered
+    extension, text = encode_label(label)
+    return Encoded(Sample(key, {PNG: encode(image), extension: text}), pixels_of(image), label)
 
 
 def write_shard(
@@ -58,25 +74,18 @@ def write_shard(
     Args:
         encode: turns an image into a PNG that decodes to the same pixels.
     """
-    encoded = (
-        Encoded(_encode_rendered(key, (image, label), encode), pixels_of(image), label)
-        for key, (image, label) in samples
-    )
-    return write_samples(folder, name, classes, encoded)
+    return write_samples(folder, name, classes, (encode_rendered(key, image, encode) for key, image in samples))
 
 
 def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encoded]) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from encoded samples.
 
-    Samples are streamed, so memory does not grow with their number.
+    Samples are streamed, so memory does not grow with their number. After any error there is no sidecar, so the shard
+    does not count as finished.
 
     Args:
         name: plain file name, see ``shard_name``.
         classes: number of classes of the dataset; labels are in [0, classes).
-
-    Raises:
-        FractalError: if a sample is larger than readers accept.
-        OSError: as the file system does. After any error there is no sidecar, so the shard does not count as finished.
     """
     sha256 = hashlib.sha256()
     content = ContentDigest()
@@ -85,7 +94,6 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
     sides: set[int] = set()
     with atomic_file(folder / name) as file:
         for encoded in samples:
-            check_size(encoded.sample)
             blocks = pack_sample(encoded.sample)
             file.write(blocks)
             sha256.update(blocks)
@@ -108,26 +116,6 @@ def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encod
     )
     write_record(folder, record)
     return record
-
-
-def check_size(sample: Sample) -> None:
-    """Raise a FractalError if a sample is larger than readers accept."""
-    if (size := packed_size(sample)) > MAX_SAMPLE_BYTES:
-        raise FractalError(f"a sample of {size:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most")
-
-
-def pack_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -> bytes:
-    """Return the tar blocks of one sample: its PNG, then its label."""
-    return pack_sample(_encode_rendered(key, rendered, encode))
-
-
-def _encode_rendered(key: str, rendered: Rendered, encode: Encode) -> Sample:
-    image, label = rendered
-    extension, text = encode_label(label)
-    return Sample(key, {PNG: encode(image), extension: text})
-
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -155,32 +143,32 @@ def run_jobs(
 ) -> list[_T]:
     """Run the jobs that write shards and return their results, in the order in which they finish.
 
-    A shard at which workers are killed three times is left out; all others are still written.
+    An error of a job ends the others; finished shards stay. A shard at which workers are killed three times is left
+    out, and all others are still written.
 
     Args:
         jobs: picklable calls, by the shard that each writes.
-        executor: runs them.
         folder: of the dataset, for errors.
         on_progress: called with the samples of finished jobs and of all jobs.
 
     Raises:
         FractalError: at the end, if shards were left out, naming them.
-        Exception: whatever a job raises; finished shards stay.
     """
-    lost: dict[str, BaseException] = {}
+    lost: dict[str, Exception] = {}
     results = []
     done, total = 0, sum(task.stop - task.first for task in jobs)
     futures = {executor.submit(job): task for task, job in jobs.items()}
     for future in as_completed(futures):
         task = futures[future]
-        if (error := _outcome(future)) is None:
+        try:
             results.append(future.result())
-            done += task.stop - task.first
-            on_progress(done, total)
-        elif is_lost(error):
+        except Exception as error:  # whatever the job raised
+            if not is_lost(error):
+                raise
             lost[task.name] = error
-        else:
-            raise error
+            continue
+        done += task.stop - task.first
+        on_progress(done, total)
     if lost:
         raise FractalError(
             f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: "
@@ -189,8 +177,8 @@ def run_jobs(
     return results
 
 
-def _reason(error: BaseException) -> str:
-    """Why a shard was not written, and what may help."""
+def _reason(error: Exception) -> str:
+    """Say why a shard was not written, and what may help."""
     if isinstance(error, MemoryError):
         return "memory ran out, lower --workers"
     if isinstance(error, CancelledError):
@@ -198,29 +186,18 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _outcome(future: Future[_T]) -> BaseException | None:
-    """The error of a future that is done, if it has one."""
-    try:
-        return future.exception()
-    except CancelledError as error:
-        return error
-
-
 def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], info: DatasetInfo) -> tuple[str, ...]:
     """Write the manifest from the sidecars once all shards are finished, and remove leftovers of killed builds.
 
     Args:
-        folder: of the dataset.
         tasks: all shards of the dataset.
         own: those that the caller has written or found finished.
-        info: the fields of the manifest besides the shards.
 
     Returns:
         The names of the shards that are missing; if there are none, the manifest is there.
 
     Raises:
         FractalError: if one of the caller's own shards has vanished.
-        OSError: if the manifest cannot be written.
     """
     records = finished_shards(folder, tasks, info)
     if vanished := sorted(task.name for task in own if task.name not in records):
