@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from damages import SMALL, Damage, in_manifest, npz, whole, with_files, with_image
-from fractalshards.manifest import INFO
+from damages import KEY, SMALL, Damage, in_manifest, npz, with_files, with_image
+from fractalshards.manifest import INFO, SYSTEMS
 from fractalshards.png import encode_png
 
 MEMORY = 1500  # megabytes, the bound that shards/README.md states
@@ -50,32 +50,23 @@ def recipe_of_lists(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "command", "words", "most"),
+    ("damage", "command", "noun", "most"),
     [
-        (lambda: whole(INFO, "[" + "[]," * 5_500_000 + "[]]"), "info", INFO, 200),
         (lambda: recipe_of_lists, "info", "recipe: a", 1000),
-        (lambda: npz(bytes(4 * 10**8), zipfile.ZIP_DEFLATED), "verify", "400,000,000 bytes when inflated", 200),
-        (lambda: with_files(txt=bytes(60 << 20)), "verify", "expected one image", 300),
-        (lambda: with_image(big_picture()), "verify", "its image is named .png but is a .webp", MEMORY),
+        (lambda: npz(bytes(4 * 10**8), zipfile.ZIP_DEFLATED), "verify", SYSTEMS, 200),
+        (lambda: with_files(txt=bytes(60 << 20)), "verify", KEY, 300),
+        (lambda: with_image(big_picture()), "verify", KEY, MEMORY),
         (lambda: with_image(encode_png(np.zeros((4000, 4000, 3), np.uint8))), "report", "page.html: ", 300),
-        (lambda: with_image(SMALL + bytes(60 << 20)), "verify", "more than 100,000 chunks", 400),
+        (lambda: with_image(SMALL + bytes(60 << 20)), "verify", KEY, 400),
     ],
-    ids=[
-        "JSON",
-        "recipe",
-        "systems",
-        "sample",
-        "image",
-        "image in a report",
-        "chunks of an image",
-    ],
+    ids=["recipe", "systems", "sample", "image", "image in a report", "chunks of an image"],
 )
 def test_memory_is_bounded(
-    dataset: Path, tmp_path: Path, damage: Callable[[], Damage], command: str, words: str, most: int
+    dataset: Path, tmp_path: Path, damage: Callable[[], Damage], command: str, noun: str, most: int
 ) -> None:
     damage()(dataset)
     options = ("--out", str(tmp_path / "page.html"), "--workers", "1") if command == "report" else ()
     output, megabytes = run_measured(command, str(dataset), *options)
-    assert words in output
+    assert noun in output
     assert "Traceback" not in output
     assert megabytes < most

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -60,35 +59,28 @@ def nested() -> bytes:
 
 
 def train_files(image_file: Encode) -> dict[str, Files]:
-    """The images of every class by the name of its tar: as many as the class's number, one a PNG, one CMYK."""
-    files: dict[str, Files] = {}
-    for number, wnid, _, children in SYNSETS:
-        for place in range(0 if children else number + 1):
-            form, mode = ("PNG", "RGB") if place == 3 else ("JPEG", "CMYK" if place == 1 else "RGB")
-            data = image_file(form, 20 + place, 30, 10 * number + place, mode)
-            files.setdefault(f"{wnid}.tar", {})[f"{wnid}_{place}.JPEG"] = data
-    return files
-
-
-def val_files(image_file: Encode) -> Files:
+    """The images of every class by the name of its tar: one more than the class's number, one a PNG, one CMYK."""
+    kinds = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "RGB")]
     return {
-        f"ILSVRC2012_val_{place + 1:08d}.JPEG": image_file("JPEG", 25, 20, 100 + place)
-        for place in range(len(VAL_LABELS))
+        f"{wnid}.tar": {
+            f"{wnid}_{place}.JPEG": image_file(form, 20 + place, 30, 10 * number + place, mode)
+            for place, (form, mode) in enumerate(kinds[: number + 1])
+        }
+        for number, wnid, _, children in SYNSETS
+        if not children
     }
-
-
-def write(folder: Path, train: dict[str, Files], val: Files) -> Path:
-    folder.mkdir()
-    (folder / TRAIN).write_bytes(tar_of({name: tar_of(files) for name, files in train.items()}))
-    (folder / VAL).write_bytes(tar_of(val))
-    (folder / DEVKIT).write_bytes(devkit())
-    return folder
 
 
 @pytest.fixture
 def archives(tmp_path: Path, image_file: Encode) -> Path:
     """The three archives, with four classes."""
-    return write(tmp_path / "ilsvrc", train_files(image_file), val_files(image_file))
+    folder = tmp_path / "ilsvrc"
+    folder.mkdir()
+    (folder / TRAIN).write_bytes(tar_of({name: tar_of(files) for name, files in train_files(image_file).items()}))
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(VAL_LABELS) + 1)]
+    (folder / VAL).write_bytes(tar_of({name: image_file("JPEG", 25, 20, 100 + i) for i, name in enumerate(names)}))
+    (folder / DEVKIT).write_bytes(devkit())
+    return folder
 
 
 def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +96,10 @@ def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeyp
     assert manifest.class_names == ("tench, Tinca tinca", "crane", "kit fox, Vulpes macrotis", "crane")
     assert (manifest.classes, manifest.samples("train"), manifest.samples("val")) == (4, 14, 7)
 
-
-def test_moved_archives_continue_a_pack(archives: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert pack(f"imagenet:{archives}", out, "--shard-size", "5").exit_code == 0
-    digest = load_manifest(out).content_digest()
-    (out / "train-000001.tar").unlink()
+    (out / "train-000001.tar").unlink()  # wherever the archives are, packing continues
     result = pack(f"imagenet:{archives.rename(tmp_path / 'moved')}", out, "--shard-size", "5")
     assert "to pack: 5 images" in result.stderr
-    assert load_manifest(out).content_digest() == digest
+    assert load_manifest(out).content_digest() == manifest.content_digest()
 
 
 def test_val_is_the_archive_a_share_or_nothing(archives: Path, tmp_path: Path) -> None:
@@ -122,14 +109,6 @@ def test_val_is_the_archive_a_share_or_nothing(archives: Path, tmp_path: Path) -
     (archives / VAL).unlink()
     assert VAL in pack(f"imagenet:{archives}", tmp_path / "none").stderr
     assert list(load_manifest(tmp_path / "none").splits) == ["train"]
-
-
-def test_bad_image_is_named_by_tar_and_name(tmp_path: Path, image_file: Encode) -> None:
-    train = train_files(image_file)
-    train["n01440764.tar"]["n01440764_1.JPEG"] = b"not an image"
-    source = write(tmp_path / "in", train, val_files(image_file))
-    assert_refused(pack(f"imagenet:{source}", tmp_path / "out"), 1, f"{TRAIN}: n01440764_1.JPEG: ")
-    assert not (tmp_path / "out" / "_info.json").exists()
 
 
 def member(name: str, size: int = 4, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -150,30 +129,23 @@ def val_of(first: str, count: int = len(VAL_LABELS)) -> bytes:
     return tar_of(dict.fromkeys(names, b"x"))
 
 
-SPECIAL = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
-           tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME]  # fmt: skip
-ODD_NAMES = ["../n01440764_1.JPEG", "/n01440764_1.JPEG", "n01440764_1.png", "n02119789_1.JPEG", "",
-             "x/../n01440764_1.JPEG", "n01440764_1.JPEG\n", "n01440764_\u0661.JPEG"]  # fmt: skip
 WHOLE = train_of()
 
 
 @pytest.mark.parametrize(
     ("archive", "data"),
     [
-        *((TRAIN, train_of(kind=kind)) for kind in SPECIAL),
-        *((TRAIN, train_of(name)) for name in ODD_NAMES),
-        *((TRAIN, train_of(tar=tar)) for tar in ("../n01440764.tar", "n01440764")),
+        *((TRAIN, train_of(kind=kind)) for kind in (tarfile.SYMTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE)),
+        *((TRAIN, train_of(name)) for name in ("../n01440764_1.JPEG", "n02119789_1.JPEG", "", "n01440764_1.JPEG\n")),
+        (TRAIN, train_of(tar="../n01440764.tar")),
         (TRAIN, train_of("n99999999_1.JPEG", "n99999999.tar")),
-        *((TRAIN, train_of(size=size)) for size in (5000, -5, 2**70)),
+        *((TRAIN, train_of(size=size)) for size in (5000, -5)),
         (TRAIN, WHOLE[2560:]),  # the first class is missing
-        (TRAIN, member("n01440764.tar", 10**6) + WHOLE[512:]),
         (TRAIN, WHOLE[:1200]),
-        (TRAIN, WHOLE[:700] + b"\xff" + WHOLE[701:]),
         (TRAIN, WHOLE[:2560] + WHOLE),  # the first class twice
         *((VAL, val_of(f"{name}.JPEG")) for name in ("ILSVRC2012_val_00000008", "ILSVRC2012_val_00000000",
-          "../ILSVRC2012_val_00000001", "val/ILSVRC2012_val_00000001")),
+          "../ILSVRC2012_val_00000001")),
         (VAL, val_of("ILSVRC2012_val_00000001.JPEG", 6)),
-        (VAL, val_of("ILSVRC2012_val_00000001.JPEG")[:1024] + val_of("ILSVRC2012_val_00000001.JPEG", 6)),
         *((DEVKIT, data) for data in (b"not gzip", devkit()[:300])),
         *((DEVKIT, gzip.compress(data)) for data in (b"not a tar" * 100, tar_of({"x/readme.txt": b""}),
           bytes(70 << 20), nested(), tar_of({"x/data/meta.mat": b"junk" * 99,
@@ -193,11 +165,6 @@ def test_odd_archives_are_refused(archives: Path, archive: str, data: bytes) -> 
     with pytest.raises(FractalError, match=archive.replace(".", r"\.")) as error:
         list_ilsvrc(archives, with_val=True)
     assert "\n" not in str(error.value)
-
-
-def test_missing_scipy_is_named_with_its_extra(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    assert_refused(pack(f"imagenet:{archives}", tmp_path / "out"), 1, "[imagenet]")
 
 
 def test_listing_does_not_read_images(archives: Path, tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """Packing an image folder: every file arrives once, byte for byte, under its class; packing again continues."""
 
-import io
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +18,12 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fractalshards import pack as pack_module
 from fractalshards.cli import main
-from fractalshards.errors import FractalError
 from fractalshards.imagefolder import list_folder
 from fractalshards.manifest import load_manifest, read_record
-from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
-from fractaltrain.cli import main as fractaltrain
 from packed_flowers import Encode, Make, assert_refused, images, pack, samples
 
 FLOWERS = ("--split", "train=0.8,val=0.2", "--shard-size", "8")  # as the fixture ``packed``
@@ -53,6 +47,7 @@ def test_pack_stores_every_file_once_under_its_class(flowers: Path, packed: Path
     assert list(manifest.class_names) == listing.classes == ["aster", "rose", "tulip"]
     assert (manifest.class_ids, manifest.image_size, manifest.classes) == ((), None, 3)
     assert verify(packed) == 0
+    assert str(flowers.parent) not in (packed / "recipe.json").read_text() + (packed / "_info.json").read_text()
     found = samples(packed, "train") + samples(packed, "val")
     assert [sample.key for sample in found] == [f"{index:09d}" for index in range(35)]
     shards = [{decode_label(one.files) for one in found[at : at + 8]} for at in (0, 8, 16)]
@@ -129,13 +124,6 @@ def test_formats_go_by_content_and_others_become_png(tmp_path: Path, image_file:
     assert verify(tmp_path / "out") == 0
 
 
-def test_sixteen_bit_grey_keeps_the_high_byte() -> None:
-    pixels = np.array([[0, 0x1234], [0x8000, 0xFFFF]], np.uint16)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    assert decode_image(buffer.getvalue())[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
-
-
 @pytest.mark.parametrize("options", [[], ["--split", "train=train,val=val"], ["--split", "val=held/out,train=train"]])
 def test_split_folders_become_splits(tmp_path: Path, options: list[str], image_folder: Make) -> None:
     source = tmp_path / "in"
@@ -147,11 +135,6 @@ def test_split_folders_become_splits(tmp_path: Path, options: list[str], image_f
     for split, folder in (("train", source / "train"), ("val", val)):
         expected = {Path(path).read_bytes(): label for path, label in ImageFolder(folder).samples}
         assert images(tmp_path / "out", split) == expected
-
-
-def test_listing_is_the_same_wherever_the_folder_is(flowers: Path, packed: Path, tmp_path: Path) -> None:
-    assert list_folder(shutil.copytree(flowers, tmp_path / "elsewhere")).digest == list_folder(flowers).digest
-    assert str(flowers.parent) not in (packed / "recipe.json").read_text() + (packed / "_info.json").read_text()
 
 
 def test_class_folders_may_look_like_splits_or_synsets(tmp_path: Path, image_folder: Make) -> None:
@@ -179,78 +162,52 @@ def test_links_are_followed_and_other_files_are_skipped(flowers: Path, tmp_path:
     assert Counter(images(tmp_path / "out", "train").values()) == {0: 1, 1: 10}
 
 
-def damage(source: Path, what: str) -> str:
-    """Damage an image folder; returns what the error must name."""
-    first = source / "a"
-    match what:
-        case "loop":
-            (first / "again").symlink_to(source)
-            return "a/again"
-        case "dangling link":
-            (first / "gone.jpg").symlink_to(source / "nowhere.jpg")
-            return "a/gone.jpg"
-        case "pipe":
-            os.mkfifo(first / "pipe.jpg")
-            return "a/pipe.jpg"
-        case "device":
-            (first / "zero.jpg").symlink_to("/dev/zero")
-            return "a/zero.jpg"
-        case "empty class":
-            (source / "c").mkdir()
-            return "in/c"
-        case "no classes":
-            shutil.rmtree(first)
-            return "0 class folders"
-        case "different splits":
-            for split in ("train", "val"):
-                shutil.copytree(first, source / split / split)
-            return "(train, val)"
-        case _:
-            os.rename(first, os.fsencode(source) + b"/\xff")
-            return "UTF-8"
+def different_splits(source: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(source / "a", source / split / split)
 
 
 @pytest.mark.parametrize(
-    "what",
-    ["loop", "dangling link", "pipe", "device", "empty class", "no classes", "different splits", "bytes in a name"],
+    ("damage", "noun"),
+    [
+        (lambda source: (source / "a" / "again").symlink_to(source), "a/again"),
+        (lambda source: (source / "a" / "gone.jpg").symlink_to(source / "nowhere.jpg"), "a/gone.jpg"),
+        (lambda source: os.mkfifo(source / "a" / "pipe.jpg"), "a/pipe.jpg"),
+        (lambda source: (source / "a" / "zero.jpg").symlink_to("/dev/zero"), "a/zero.jpg"),
+        (lambda source: (source / "c").mkdir(), "in/c"),
+        (lambda source: shutil.rmtree(source / "a"), "0 class folders"),
+        (different_splits, "(train, val)"),
+        (lambda source: os.rename(source / "a", os.fsencode(source) + b"/\xff"), "UTF-8"),
+    ],
+    ids=["loop", "dangling link", "pipe", "device", "empty class", "no classes", "different splits", "bytes in a name"],
 )
-def test_odd_folders_are_refused(tmp_path: Path, what: str, image_folder: Make) -> None:
+def test_odd_folders_are_refused(tmp_path: Path, damage: Callable[[Path], None], noun: str, image_folder: Make) -> None:
     source = image_folder(tmp_path / "in", {"a": 2})
-    noun = damage(source, what)
+    damage(source)
     assert_refused(pack(f"imagefolder:{source}", tmp_path / "out"), 1, noun)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["<script>'; rm -rf ~", "a\nb\x1b[2J%s{0}", "..."])
-def test_hostile_class_names_are_data(tmp_path: Path, name: str, image_folder: Make) -> None:
-    source = image_folder(tmp_path / "in", {"zz": 1})
-    shutil.copytree(source / "zz", source / name)
+def test_hostile_class_names_are_data(tmp_path: Path, image_folder: Make) -> None:
+    name = "<script>'; rm -rf ~\nb\x1b[2J%s{0}"
+    source = image_folder(tmp_path / "in", {name: 1, "zz": 1, "...": 1})
     result = pack(f"imagefolder:{source}", tmp_path / "out")
-    assert "\x1b" not in result.output
-    if name.startswith("."):
-        assert load_manifest(tmp_path / "out").class_names == ("zz",)
-    else:
-        assert set(load_manifest(tmp_path / "out").class_names) == {name, "zz"}
-        info = CliRunner().invoke(main, ["info", str(tmp_path / "out")])
-        assert info.exit_code == 0
-        assert "\x1b" not in info.output
+    assert load_manifest(tmp_path / "out").class_names == (name, "zz")
+    info = CliRunner().invoke(main, ["info", str(tmp_path / "out")])
+    assert info.exit_code == 0
+    assert "\x1b" not in result.output + info.output
 
 
 @pytest.mark.parametrize(
     ("source", "options", "code", "noun"),
     [
         ("flowers", (), 2, "imagefolder:PATH"),
-        ("imagefoldr:x", (), 2, "imagefoldr"),
         ("imagefolder:nowhere", (), 1, "nowhere"),
         ("imagefolder:FLOWERS", ("--split", "train=0.9,val=0.2"), 2, "--split"),
-        ("imagefolder:FLOWERS", ("--split", "train=1,val=0"), 2, "--split"),
-        ("imagefolder:FLOWERS", ("--split", "train=0.9,val=rose"), 2, "--split"),
         ("imagefolder:FLOWERS", ("--split", "train=a,train=b"), 2, "--split"),
-        ("imagefolder:FLOWERS", ("--split", "train=a,test=b"), 2, "--split"),
         ("imagefolder:FLOWERS", ("--split", "train=a,val=b"), 1, "flowers/a"),
         ("imagefolder:FLOWERS", ("--split", "train=0.99,val=0.01"), 1, "--split"),
         ("imagefolder:FLOWERS", ("--shard-size", "0"), 2, "shard_size"),
-        ("imagefolder:FLOWERS", ("--seed", "-1"), 2, "seed"),
         ("imagefolder:INSIDE", (), 1, "/out"),
         ("imagenet:FLOWERS", (), 1, "ILSVRC2012_img_train.tar"),
         ("imagenet:x", ("--split", "train=a,val=b"), 2, "--split"),
@@ -280,13 +237,8 @@ def test_pack_again_writes_only_what_is_missing(flowers: Path, packed: Path, tmp
 
 def test_pack_leaves_other_folders_alone(flowers: Path, packed: Path, tmp_path: Path) -> None:
     before = state(packed)
-    for split, size, seed, noun in (
-        ("train=0.8,val=0.2", "9", "0", "shard_size"),
-        ("train=0.9,val=0.1", "8", "0", "val_share"),
-        ("train=0.8,val=0.2", "8", "1", "seed"),
-    ):
-        options = ("--split", split, "--shard-size", size, "--seed", seed)
-        assert_refused(pack(f"imagefolder:{flowers}", packed, *options), 1, noun)
+    for options, noun in ((("--shard-size", "9"), "shard_size"), (("--split", "train=0.9,val=0.1"), "val_share")):
+        assert_refused(pack(f"imagefolder:{flowers}", packed, *FLOWERS, *options), 1, noun)
     other = shutil.copytree(flowers, tmp_path / "other")
     (other / "rose" / "025.jpg").rename(other / "rose" / "renamed.jpg")
     assert_refused(pack(f"imagefolder:{other}", packed, *FLOWERS), 1, "files")
@@ -318,22 +270,6 @@ def test_bad_images_are_all_named(tmp_path: Path, image_folder: Make, image_file
     assert "to pack: 5 images" in result.stderr
 
 
-def test_verify_refuses_a_wrong_extension(packed: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(packed, tmp_path / "out")
-    header = tarfile.TarInfo("000000008.png")
-    header.size = len(samples(out, "train")[8].files["jpg"])
-    with (out / "train-000001.tar").open("r+b") as file:
-        file.write(header.tobuf(tarfile.USTAR_FORMAT))
-    assert verify(out) == 1
-
-
-def test_vanished_shard_is_an_error(tmp_path: Path, image_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = parse_source(f"imagefolder:{image_folder(tmp_path / 'in', {'a': 2})}", None)
-    monkeypatch.setattr(pack_module, "run_jobs", lambda *_: ())
-    with pytest.raises(FractalError, match="train-000000"):
-        run_pack(plan_pack(tmp_path / "out", source, 0, 2), 1)
-
-
 def test_killed_pack_continues_to_the_same_dataset(tmp_path: Path, image_folder: Make) -> None:
     source = image_folder(tmp_path / "in", {"a": 80, "b": 80})
     assert pack(f"imagefolder:{source}", tmp_path / "undisturbed", "--shard-size", "1").exit_code == 0
@@ -351,14 +287,3 @@ def test_killed_pack_continues_to_the_same_dataset(tmp_path: Path, image_folder:
     result = pack(f"imagefolder:{source}", out, "--shard-size", "1")
     assert "of them done" in result.stderr
     assert load_manifest(out).content_digest() == load_manifest(tmp_path / "undisturbed").content_digest()
-
-
-def test_packed_images_can_be_trained_on(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16"]
-    result = CliRunner().invoke(fractaltrain, ["pt", "--shards", str(packed), *options])
-    assert result.exit_code == 0, result.output
-    folder = tmp_path / "runs/flowers-test_resnet-anderson"
-    settings = json.loads((folder / "run.json").read_text())["settings"]
-    assert (settings["classes"], settings["image_size"]) == (3, 224)  # the images differ in size
-    assert json.loads((folder / "result.json").read_text())["samples"] == 7

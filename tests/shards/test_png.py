@@ -84,6 +84,12 @@ def test_other_images_decode_as_pillow_does(options: dict[str, object]) -> None:
     assert np.array_equal(decode_image(buffer.getvalue()), np.asarray(Image.open(buffer)))
 
 
+def test_sixteen_bit_grey_keeps_the_high_byte() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 0x1234], [0x8000, 0xFFFF]], np.uint16)).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue())[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
+
+
 def test_palette_images_become_rgb() -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture(20, 30)).quantize(7).save(buffer, "PNG")

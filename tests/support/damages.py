@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, read_record
 from fractalshards.png import encode_png
@@ -31,10 +32,13 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def train_split(folder: Path) -> dict[str, Any]:
+    split: dict[str, Any] = json.loads((folder / INFO).read_text())["splits"]["train"]
+    return split
+
+
 def edit_split(folder: Path, **changes: Any) -> None:
-    info = json.loads((folder / INFO).read_text())
-    info["splits"]["train"] |= changes
-    (folder / INFO).write_text(json.dumps(info))
+    edit(folder / INFO, splits={"train": train_split(folder) | changes})
 
 
 def in_manifest(**changes: Any) -> Damage:
@@ -46,14 +50,7 @@ def in_split(**changes: Any) -> Damage:
 
 
 def rename_split(folder: Path, name: str) -> None:
-    info = json.loads((folder / INFO).read_text())
-    edit(folder / INFO, splits={name: info["splits"]["train"]})
-
-
-def in_text(folder: Path, old: str, new: str) -> None:
-    text = (folder / INFO).read_text()
-    assert old in text
-    (folder / INFO).write_text(text.replace(old, new))
+    edit(folder / INFO, splits={name: train_split(folder)})
 
 
 def in_sidecar(**changes: Any) -> Damage:
@@ -91,7 +88,7 @@ def forged(change: Callable[[list[bytes]], list[bytes]], end: bytes = END_OF_TAR
         sha256 = hashlib.sha256(tar).hexdigest()
         places = [0, *np.cumsum([len(block) for block in blocks]).tolist()]
         edit(folder / SIDECAR, offsets=places, bytes=len(tar), sha256=sha256)
-        split = json.loads((folder / INFO).read_text())["splits"]["train"]
+        split = train_split(folder)
         edit_split(folder, bytes=[split["bytes"][0], len(tar)], sha256=[split["sha256"][0], sha256])
 
     return damage
@@ -174,6 +171,8 @@ def without_the_last_sample(folder: Path) -> None:
 DEEP = "[" * 500 + "]" * 500
 TIMM = {"splits": {"train": {"name": "train", "num_samples": 1, "filenames": ["a.tar"], "shard_lengths": [1]}}}
 SMALL = encode_png(np.zeros((16, 16, 3), np.uint8))
+JPEG = io.BytesIO()
+Image.new("RGB", (16, 16)).save(JPEG, "JPEG")
 LONG = npy(np.zeros((1, 2, 3))).replace(b"(1, 2, 3), }          ", b"(10000000000, 2, 3), }")
 
 
@@ -192,7 +191,7 @@ def copied(folder: Path) -> None:
     for end in ("tar", "json"):
         shutil.copy(folder / f"train-000000.{end}", folder / f"train-000001.{end}")
     edit(folder / SIDECAR, name=SHARD)
-    split = json.loads((folder / INFO).read_text())["splits"]["train"]
+    split = train_split(folder)
     edit_split(folder, **{name: split[name][:1] * 2 for name in ("bytes", "sha256", "content_digests")})
 
 
@@ -201,42 +200,26 @@ MANIFESTS: dict[str, Damage] = {
     "name of a megabyte": in_split(filenames=["../" * 350_000, SHARD]),
     **{
         f"name {name!r}": in_split(filenames=[name, SHARD])
-        for name in ("../train-000000.tar", "/etc/passwd", "a/b.tar", "s3://bucket/a.tar", "..", ".hidden", "", "a\nb")
+        for name in ("../train-000000.tar", "/etc/passwd", ".hidden", "", "a\nb")
     },
     "shard twice": in_split(filenames=[SHARD, SHARD]),
     "split that leads out": lambda folder: rename_split(folder, "../train"),
     "negative count": in_split(shard_lengths=[5, -5]),
-    "fraction": in_split(shard_lengths=[5, 5.0]),
     "truth for a count": in_split(shard_lengths=[5, True]),
-    "4000 digits": in_split(shard_lengths=[10**4000, 5]),
     "more than 64 bits": in_split(bytes=[10**30, 5]),
     "lists for a count": in_split(bytes=[[[]], 5]),
-    "lists for text": in_split(sha256=[[], []]),
-    "numbers for text": in_split(sha256=[1, 2]),
-    "object for a list": in_split(filenames={}),
-    "text for a split": in_manifest(splits={"train": "x"}),
-    "list for the splits": in_manifest(splits=[]),
     "list too short": in_split(shard_lengths=[5]),
     "sum that is wrong": in_split(num_samples=11),
     "first samples that overlap": in_split(first_samples=[0, 4]),
     "text for the recipe": in_manifest(recipe="x"),
-    "recipe 500 deep": in_manifest(recipe={"a": json.loads(DEEP)}),
     "no classes": in_manifest(classes=0),
-    "null classes": in_manifest(classes=None),
     "10^15 classes": in_manifest(classes=10**15),
-    "images of no size": in_manifest(image_size=0),
     "names for some classes": in_manifest(class_names=["one", "two"]),
-    "text for the names": in_manifest(class_ids="abc"),
     "later version": in_manifest(format_version=99),
     "unknown label type": in_manifest(label_type="other"),
-    "infinite number": lambda folder: in_text(folder, '"n": 10', '"n": 1e999'),
-    "not a number": lambda folder: in_text(folder, '"n": 10', '"n": NaN'),
-    "100 kB of lists": whole(INFO, "[" + "[]," * 35_000 + "[]]"),
     "10 MB of digits": whole(INFO, '{"format_version": ' + "9" * 10_000_000 + "}"),
-    "10 MB of nesting": whole(INFO, "[" * 10_000_000),
     "10 MB of quotes": whole(INFO, '"' + '\\"' * 5_000_000),
     "20 MB": whole(INFO, " " * 20_000_000),
-    "not UTF-8": whole(INFO, b"\xff\xfe\xfd"),
     "of timm alone": whole(INFO, json.dumps(TIMM)),
     "pipe for the manifest": replaced(INFO, os.mkfifo),
     "device for the manifest": replaced(INFO, endless),
@@ -247,8 +230,6 @@ SIDECARS: dict[str, Damage] = {
     "offsets that skip a sample": in_sidecar(offsets=[512, 1024, 1536, 2048, 2560, 3072]),
     "10^12 samples": in_sidecar(samples=10**12),
     "a sample of 100 MB": in_sidecar(offsets=[0, 1, 2, 3, 4, 10**8], bytes=10**8),
-    "fractions": in_sidecar(offsets=[0.5]),
-    "lists for counts": in_sidecar(label_counts=[[]] * 1000),
     "folder for a sidecar": replaced(SIDECAR, Path.mkdir),
     "pipe for a sidecar": replaced(SIDECAR, os.mkfifo),
     "device for a sidecar": replaced(SIDECAR, endless),
@@ -256,17 +237,14 @@ SIDECARS: dict[str, Damage] = {
 SHARDS: dict[str, Damage] = {
     "a sample left out": without_the_last_sample,
     "other counts": in_sidecar(label_counts=[1, 2, 2]),
-    "more classes": in_sidecar(label_counts=[2, 2, 1, 0]),
     "other sha256": in_sidecar(sha256="0" * 64),
     "other content": in_sidecar(content_digest="0" * 32),
     "samples in another order": forged(lambda b: [*b[:2], b[3], b[2], b[4]]),
     "sample twice": forged(lambda b: [*b[:2], b[1], *b[3:]]),
     "two samples in one": forged(lambda blocks: [b"".join(blocks[:2]), *blocks[1:]]),
     "no end": forged(lambda blocks: blocks, end=b""),
-    "half an end": forged(lambda blocks: blocks, end=bytes(512)),
     "garbage after the end": forged(list, end=END_OF_TAR + b"x"),
     "wrong label": with_files(cls=b"0"),
-    "rows missing": with_image(png(16, 16, bytes(49))),
     "more rows than said": with_image(png(16, 16, bytes(20 << 20))),
     "cut off": lambda folder: os.truncate(folder / SHARD, 3000),
     "flipped bytes": flipped,
@@ -277,27 +255,22 @@ SHARDS: dict[str, Damage] = {
 }
 SAMPLES: dict[str, Damage] = {
     "link": member(tarfile.SYMTYPE, linkname="/etc/passwd"),
-    "hard link": member(tarfile.LNKTYPE, linkname=RECIPE),
-    "device": member(tarfile.CHRTYPE, devmajor=1, devminor=5),
     "sparse file": member(tarfile.GNUTYPE_SPARSE),
     "extended header": member(tarfile.XHDTYPE),
     "10 GB claimed": member(tarfile.REGTYPE, size=10 << 30),
     "negative size": member(tarfile.REGTYPE, size=-1),
-    "one sample in two": third(lambda blocks: blocks + blocks),
     "file too many": with_files(txt=b"x"),
     "two labels": with_files(json=b"{}"),
     "no image": third(lambda _: pack_sample(Sample(KEY, {"cls": b"1"}))),
     "label out of range": with_files(cls=b"3"),
     "label of 5000 digits": with_files(cls=b"1" * 5000),
-    "label that is code": with_files(cls=b"print()"),
     "label before image": third(label_first),
     "4 billion pixels": with_image(png(65_000, 65_000, b"")),
-    "100 million pixels": with_image(png(10_000, 10_000, b"")),
     "no pixels": with_image(png(0, 16, b"")),
     "text of 20 MB": with_image(png(16, 16, bytes(784), bytes(20 << 20))),
     "2000 chunks": with_image(SMALL + bytes(12 * 2000)),
-    "truncated image": with_image(SMALL[:-30]),
     "flipped bit": with_image(SMALL[:60] + b"\xff" + SMALL[61:]),
+    "JPEG called PNG": with_image(JPEG.getvalue()),
     "program for an image": with_image(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
     "other size": with_image(png(17, 16, bytes(832))),
 }
@@ -320,7 +293,6 @@ SYSTEMS_FILES: dict[str, Damage] = {
     "no systems": lambda folder: (folder / SYSTEMS).unlink(),
 }
 RECIPES: dict[str, Damage] = {
-    "list for the recipe": whole(RECIPE, "[]"),
     "lists in the recipe": whole(RECIPE, f'{{"recipe": {{"a": {DEEP}}}, "recipe_digest": ""}}'),
     "other recipe": whole(RECIPE, '{"recipe": {"n": 11}, "recipe_digest": ""}'),
     "device for the recipe": replaced(RECIPE, endless),
