@@ -16,16 +16,8 @@ from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import draw_systems, render_range, render_unit
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import (
-    RECIPE,
-    SYSTEMS,
-    DatasetInfo,
-    ShardRecord,
-    claim_folder,
-    refuse_other,
-    sample_key,
-    stored_recipe,
-)
+from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, ShardRecord, sample_key
+from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import packed_size
 from fractalshards.slices import Slice
 from fractalshards.storage import check_space, remove_leftovers

@@ -15,15 +15,8 @@ from fractalgen.render import draw_systems
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list
-from fractalshards.manifest import (
-    INFO,
-    RECIPE,
-    SYSTEMS,
-    Manifest,
-    RecipeFile,
-    load_manifest,
-    sidecar_name,
-)
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, Manifest, load_manifest, sidecar_name
+from fractalshards.recipe_file import RecipeFile
 from fractalshards.storage import read_json
 from fractalshards.systems import Systems, read_systems
 from fractalshards.verify import Problem, Promise, verify_shards

@@ -11,8 +11,9 @@ import xxhash
 from fractalshards.digest import hashed_image
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
-from fractalshards.manifest import Manifest, Shard, recipe_differences
+from fractalshards.manifest import Manifest, Shard
 from fractalshards.reader import ShardIndex, decode_sample, index_split, iterate_shard
+from fractalshards.recipe_file import recipe_differences
 from fractalshards.sample import label_extension
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 

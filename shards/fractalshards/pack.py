@@ -17,19 +17,10 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count
 from fractalshards.ilsvrc import list_ilsvrc
 from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder
-from fractalshards.manifest import (
-    MAX_SAMPLES,
-    MAX_SHARD_SIZE,
-    MAX_SHARDS,
-    DatasetInfo,
-    claim_folder,
-    refuse_other,
-    sample_key,
-    shard_name,
-    stored_recipe,
-)
+from fractalshards.manifest import MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS, DatasetInfo, sample_key, shard_name
 from fractalshards.png import decode_image, encode_png
 from fractalshards.random import permutation
+from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import PNG, Sample, encode_label, image_format
 from fractalshards.storage import remove_leftovers
 from fractalshards.workers import OnProgress, no_progress, worker_pool

@@ -16,7 +16,8 @@ from msgspec import Meta
 
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import MAX_CLASSES, SYSTEMS, Count, Manifest, Shard, check_names, recipe_problems
+from fractalshards.manifest import MAX_CLASSES, SYSTEMS, Count, Manifest, Shard, check_names
+from fractalshards.recipe_file import recipe_problems
 from fractalshards.sample import LabelType
 from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded
 from fractalshards.systems import MAP_SHAPES, read_systems

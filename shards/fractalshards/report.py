@@ -15,7 +15,8 @@ import numpy as np
 
 from fractalshards.errors import UsageError, needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
-from fractalshards.manifest import Manifest, flat_recipe
+from fractalshards.manifest import Manifest
+from fractalshards.recipe_file import flat_recipe
 from fractalshards.survey import DETAIL, Counts, Survey
 
 if TYPE_CHECKING:

@@ -11,18 +11,9 @@ from typing import BinaryIO
 
 from fractalshards.digest import ContentDigest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import (
-    RECIPE,
-    SYSTEMS,
-    Manifest,
-    RecipeFile,
-    Shard,
-    ShardRecord,
-    read_record,
-    recipe_problems,
-    sample_key,
-)
+from fractalshards.manifest import RECIPE, SYSTEMS, Manifest, Shard, ShardRecord, read_record, sample_key
 from fractalshards.reader import decode_sample, read_blocks
+from fractalshards.recipe_file import RecipeFile, recipe_problems
 from fractalshards.sample import (
     END_OF_TAR,
     Label,

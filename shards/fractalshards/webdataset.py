@@ -4,11 +4,11 @@ They have no sidecars: one scan of the headers of every tar finds the samples. T
 nothing is written into the folder.
 """
 
+import logging
 import os
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import as_completed
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from itertools import groupby
@@ -22,9 +22,12 @@ import numpy.typing as npt
 import xxhash
 
 from fractalshards.errors import FractalError
+from fractalshards.human import human_count
 from fractalshards.manifest import INFO, Count, check_plain
 from fractalshards.storage import atomic_file, read_json
-from fractalshards.workers import OnProgress, available_cores, no_progress, worker_pool
+from fractalshards.workers import available_cores, worker_pool
+
+_log = logging.getLogger(__name__)
 
 _VERSION = 1  # of the cached files
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is its image
@@ -114,12 +117,11 @@ def load_webdataset(folder: Path) -> WebDatasetInfo:
     return WebDatasetInfo(folder, splits, info.num_classes)
 
 
-def index_tars(tars: Iterable[tuple[Path, int]], on_progress: OnProgress = no_progress) -> tuple[TarIndex, ...]:
+def index_tars(tars: Iterable[tuple[Path, int]]) -> tuple[TarIndex, ...]:
     """Return the indices of tars in order, from the cache or by scanning the tars in worker processes.
 
     Args:
         tars: paths, and how many samples each must have.
-        on_progress: called with (done, total) tars that need scanning.
 
     Raises:
         FractalError: if a tar is missing, is not a plain tar, lacks a label or an image, or has another number of
@@ -128,9 +130,9 @@ def index_tars(tars: Iterable[tuple[Path, int]], on_progress: OnProgress = no_pr
     wanted = tuple(tars)
     known = {path: index for path, _ in wanted if (index := _read_cache(path)) is not None}
     unknown = [path for path, _ in wanted if path not in known]
-    for done, (path, index) in enumerate(_scan_all(unknown), 1):
-        known[path] = index
-        on_progress(done, len(unknown))
+    if unknown:
+        _log.info("indexing %s of %s, once", human_count(len(unknown), "tar"), unknown[0].parent)
+        known |= _scan_all(unknown)
     for path, samples in wanted:
         if (found := len(known[path])) != samples:
             raise FractalError(f"{path}: holds {found} samples, but {INFO} says {samples}; fetch it again")
@@ -167,13 +169,11 @@ def index_tar(path: Path) -> TarIndex:
     )
 
 
-def _scan_all(paths: list[Path]) -> Iterator[tuple[Path, TarIndex]]:
+def _scan_all(paths: list[Path]) -> dict[Path, TarIndex]:
     if len(paths) <= _ALONE:
-        yield from map(_scan_and_keep, paths)
-        return
+        return dict(map(_scan_and_keep, paths))
     with worker_pool(available_cores()) as pool:
-        for future in as_completed([pool.submit(_scan_and_keep, path) for path in paths]):
-            yield future.result()
+        return dict(pool.map(_scan_and_keep, paths))
 
 
 def _scan_and_keep(path: Path) -> tuple[Path, TarIndex]:

@@ -8,8 +8,9 @@ import pytest
 
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import INFO, flat_recipe, load_manifest, recipe_differences, recipe_problems, refuse_other
+from fractalshards.manifest import INFO, load_manifest
 from fractalshards.reader import index_split
+from fractalshards.recipe_file import flat_recipe, recipe_differences, recipe_problems, refuse_other
 
 
 def test_manifest_is_the_info_file_that_timm_reads(dataset: Path) -> None:

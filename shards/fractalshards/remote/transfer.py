@@ -22,14 +22,13 @@ from fractalshards.manifest import (
     RECIPE,
     SYSTEMS,
     Manifest,
-    RecipeFile,
     Shard,
     find_manifest,
     parse_manifest,
     parse_record,
-    recipe_problems,
     sidecar_name,
 )
+from fractalshards.recipe_file import RecipeFile, recipe_problems
 from fractalshards.remote import stores
 from fractalshards.remote.stores import FileInfo, LocalStore, RemoteReader, Store, Upload
 from fractalshards.storage import MAX_JSON_BYTES, atomic_file, check_space, parse_json

@@ -15,7 +15,6 @@ from fractalshards.reader import decode_sample, index_split, read_sample
 from fractalshards.remote.cache import ShardCache
 from fractalshards.sample import classes_of
 from fractalshards.webdataset import TarIndex, WebDatasetInfo, index_digest, index_tars, is_webdataset, load_webdataset
-from fractalshards.workers import OnProgress, no_progress
 from fractaltrain.data.source import BadSampleError, Example, Indices, LabelledSource, Splits
 
 if TYPE_CHECKING:
@@ -25,11 +24,8 @@ VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the fir
 _MAX_OPEN_FILES = 64
 
 
-def open_dataset(folder: Path, world: "World", on_progress: OnProgress = no_progress) -> Splits:
+def open_dataset(folder: Path, world: "World") -> Splits:
     """Open a folder of shards, ours or anyone's in WebDataset format, on every rank. Collective.
-
-    Args:
-        on_progress: called on rank 0 with tars (done, total) while a WebDataset folder is indexed for the first time.
 
     Raises:
         FractalError: if the dataset is missing or damaged, or has no split ``train``.
@@ -37,7 +33,7 @@ def open_dataset(folder: Path, world: "World", on_progress: OnProgress = no_prog
     if is_webdataset(folder):
         info = load_webdataset(folder)
         with world.main_first():  # which indexes it for all
-            return _open_webdataset(info, on_progress if world.main else no_progress)
+            return _open_webdataset(info)
     manifest = load_manifest(folder)
     return _open_splits(manifest, lambda split: ShardSource(manifest, split))
 
@@ -62,7 +58,6 @@ def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]
         val=open_split(val) if val else None,
         digest=manifest.content_digest(),
         image_size=manifest.image_size,
-        kind=str(manifest.recipe.get("kind", "")),
         multi_label=manifest.label_type == "multi",
     )
 
@@ -209,12 +204,12 @@ class WebDatasetSource:
             raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error
 
 
-def _open_webdataset(info: WebDatasetInfo, on_progress: OnProgress) -> Splits:
+def _open_webdataset(info: WebDatasetInfo) -> Splits:
     names = [name for name in (TRAINING, *VAL_SPLITS) if name in info.splits][:2]
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
-    indices = index_tars([tar for name in names for tar in info.splits[name]], on_progress)
+    indices = index_tars([tar for name in names for tar in info.splits[name]])
     classes = _count_classes(info, indices)
     sources, first = [], 0
     for name in names:

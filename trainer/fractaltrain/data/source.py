@@ -77,7 +77,6 @@ class Splits:
         val: None if the dataset has no such split.
         digest: identifies the dataset; None if it is known by its name.
         image_size: side of all images in pixels; None if they differ or it is unknown.
-        kind: kind of the dataset as ``recipes.for_dataset`` takes it; empty if it is unknown.
         multi_label: whether an image shows several classes.
     """
 
@@ -85,7 +84,6 @@ class Splits:
     val: LabelledSource | None
     digest: str | None = None
     image_size: int | None = None
-    kind: str = ""
     multi_label: bool = False
 
 
