@@ -17,7 +17,6 @@ from fractalshards.console import (
     continuable,
     next_step,
     note,
-    notice,
     progress,
     quiet_option,
     workers_option,
@@ -285,8 +284,8 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """
     images = parse_source(source, split)
-    with notice(f"listing the images of {one_line(str(images.path))} ..."):
-        plan = plan_pack(out, images, seed, shard_size)
+    note(f"listing the images of {images.path} ...")
+    plan = plan_pack(out, images, seed, shard_size)
     for text in plan.notes:
         note(f"note: {text}")
     count = sum(task.stop - task.first for task in plan.missing)

@@ -4,12 +4,11 @@ import inspect
 import logging
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -18,8 +17,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError, describe_os_error
 from fractalshards.human import human_bytes, human_count, human_seconds, one_line
 from fractalshards.workers import OnProgress, available_cores, no_progress
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _LOGGERS = ("fractalgen", "fractalshards", "fractaltrain")
 _SHORT = {
@@ -31,7 +28,6 @@ _SHORT = {
 }
 _ALL = "all"
 _LOG_SECONDS = 10.0
-_NOTICE_SECONDS = 1.0
 
 
 class Command(click.Command):
@@ -135,20 +131,6 @@ def continuable(folder: Path) -> Iterator[None]:
         raise StoppedError(text, _interrupt_code(error)) from error
 
 
-def quiet_option(command: _Command) -> _Command:
-    """Add ``--quiet``, which silences progress and notes."""
-
-    option = click.option(
-        "--quiet",
-        is_flag=True,
-        is_eager=True,  # before other options print notes
-        expose_value=False,
-        callback=lambda context, parameter, value: show_logs(value),
-        help="No progress and no notes, only results and errors.",
-    )
-    return option(command)
-
-
 class _NamedPath(click.Path):
     """A path that is not empty: an unset variable of a shell would mean the current folder."""
 
@@ -179,6 +161,14 @@ def _parse_workers(context: click.Context, parameter: click.Parameter, text: str
     return min(workers, cores)
 
 
+quiet_option = click.option(
+    "--quiet",
+    is_flag=True,
+    is_eager=True,  # before other options print notes
+    expose_value=False,
+    callback=lambda context, parameter, value: show_logs(value),
+    help="No progress and no notes, only results and errors.",
+)
 workers_option = click.option(
     "--workers",
     default=_ALL,
@@ -268,18 +258,6 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
         yield draw
     finally:
         bar.stop()
-
-
-@contextmanager
-def notice(text: str) -> Iterator[None]:
-    """Print a note to stderr if the block takes more than a second."""
-    timer = threading.Timer(_NOTICE_SECONDS, click.echo, [text], {"err": True})
-    if not is_quiet():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _fail(message: str, code: int) -> NoReturn:

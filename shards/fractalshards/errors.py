@@ -8,13 +8,8 @@ _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
     errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
     errno.EACCES: "choose a folder you may read and write",
-    errno.EPERM: "choose a folder you may read and write",
     errno.EROFS: "choose a folder you may write",
     errno.ENOENT: "check the path, or that its file system is there",
-    errno.EISDIR: "choose a file, not a folder",
-    errno.ENOTDIR: "choose a path that is not a file",
-    errno.EEXIST: "choose a path that is not a file",
-    errno.EIO: "check the disk or the network file system, then run the same command again",
 }
 
 
@@ -50,29 +45,18 @@ def describe_os_error(error: OSError) -> str:
 
 
 def needs_extra(extra: str, what: str) -> AbstractContextManager[None]:
-    """Turn a failed import inside the block into an error that names the extra of this distribution to install.
-
-    Args:
-        extra: name of the extra in pyproject.toml.
-        what: the feature that needs it, as the subject of the message.
-
-    Raises:
-        FractalError: if a package is not installed.
-    """
+    """Do as ``needs_package``, for the packages of an extra in pyproject.toml."""
     return needs_package(what, "", f"pip install '.[{extra}]' in a clone of the project")
 
 
 @contextmanager
 def needs_package(what: str, package: str, command: str) -> Iterator[None]:
-    """Turn a failed import inside the block, perhaps deep in a library, into an error that names the package.
+    """Turn a failed import inside the block, perhaps deep in a library, into a ``FractalError`` that names the package.
 
     Args:
         what: the feature that needs it, as the subject of the message.
         package: its name; if empty, that of the module which was not found.
         command: installs the package.
-
-    Raises:
-        FractalError: if it is not installed.
     """
     try:
         yield

@@ -1,10 +1,9 @@
-"""Options that all commands share: paths, ``--workers``, ``--quiet``; logging, notices and errors on the terminal."""
+"""Options that all commands share: paths, ``--workers``, ``--quiet``; log records and errors on the terminal."""
 
 import errno
 import logging
 import os
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from damages import edit_split
-from fractalshards import console, workers
+from fractalshards import workers
 from fractalshards.cli import main
-from fractalshards.console import PATH, Commands, notice, quiet_option, workers_option
+from fractalshards.console import PATH, Commands, quiet_option, workers_option
 from fractalshards.errors import describe_os_error
 
 
@@ -25,13 +24,10 @@ def program() -> None:
 
 
 @program.command()
-@click.option("--seconds", default=0.0)
 @workers_option
 @quiet_option
-def work(seconds: float, workers: int) -> None:
-    """Print the number of workers after a while."""
-    with notice("this takes long"):
-        time.sleep(seconds)
+def work(workers: int) -> None:
+    """Print the number of workers."""
     logging.getLogger("fractalshards.somewhere").info("a note")
     logging.getLogger("fractalshards.somewhere").warning("a\nwarning")
     click.echo(workers)
@@ -66,11 +62,8 @@ def test_workers_reject(given: str) -> None:
     assert len(result.stderr) < 2100
 
 
-def test_log_records_and_notices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "_NOTICE_SECONDS", 0.1)
-    assert run("--seconds", 0).stderr == "note: a note\nwarning: a warning\n"
-    assert run("--seconds", 0.5).stderr == "this takes long\nnote: a note\nwarning: a warning\n"
-    assert run("--seconds", 0.5, "--quiet").stderr == "warning: a warning\n"
+def test_log_records_are_printed_on_one_line() -> None:
+    assert run().stderr == "note: a note\nwarning: a warning\n"
 
 
 def test_os_error_names_the_file() -> None:

@@ -65,9 +65,11 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         FractalError: if the images are missing, damaged, without a split to evaluate on, or too few for ``per_class``.
     """
     if choice.name == "digits":
-        return _open_digits(choice)
-    if choice.name.startswith(SHARDS_PREFIX):
-        splits = _open_shards(Path(choice.name.removeprefix(SHARDS_PREFIX)), world)
+        if choice.per_class is None:
+            return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
+        return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
+    if choice.path and choice.name.startswith(SHARDS_PREFIX):
+        splits = _open_shards(choice.path, world)
     else:
         with world.main_first():  # which may download
             splits = _open_files(choice, with_digest=for_training and world.main)
@@ -77,12 +79,6 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         return splits
     with world.main_first():  # which lists the labels of shards for all
         return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed)[0])
-
-
-def _open_digits(choice: ImagesConfig) -> Splits:
-    if choice.per_class is None:
-        return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
-    return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
 
 
 def _open_shards(folder: Path, world: "World") -> Splits:
@@ -95,14 +91,13 @@ def _open_shards(folder: Path, world: "World") -> Splits:
 
 
 def _open_files(choice: ImagesConfig, with_digest: bool) -> Splits:
-    if not choice.name.startswith(FOLDER_PREFIX):
+    if choice.path is None:
         return Splits(load_cifar(choice.name, choice.folder, train=True), load_cifar(choice.name, choice.folder, False))
-    path = Path(choice.name.removeprefix(FOLDER_PREFIX))
-    train, val = map(FolderSource, find_folders(path))
+    train, val = map(FolderSource, find_folders(choice.path))
     if train.class_names != val.class_names:
         odd = sorted(set(train.class_names) ^ set(val.class_names))
         raise FractalError(
-            f"{path}: train and val differ in their class folders ({', '.join(odd[:5])}); make them equal"
+            f"{choice.path}: train and val differ in their class folders ({', '.join(odd[:5])}); make them equal"
         )
     return Splits(train, val, folders_digest(train, val) if with_digest else None)
 
@@ -179,15 +174,9 @@ class FolderSource:
         self._folder = folder
         self._paths = [path for path, _ in listing.samples]
         self.labels: Indices = np.asarray(listing.targets, np.int64)
+        self.lengths = (len(self._paths),)
+        self.classes = len(listing.classes)
         self.class_names = tuple(listing.classes)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return (len(self._paths),)
-
-    @property
-    def classes(self) -> int:
-        return len(self.class_names)
 
     @property
     def label_counts(self) -> Indices:

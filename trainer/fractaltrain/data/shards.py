@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,10 @@ class ShardSource:
         Raises:
             FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
         """
+        self.classes, self.class_names = manifest.classes, manifest.class_names
         self._manifest, self._split = manifest, split
         self._shards = index_split(manifest, split, whole=cache is None)
+        self.lengths = tuple(len(shard.offsets) - 1 for shard in self._shards)
         self._starts = np.cumsum([0, *self.lengths])
         self._files = _OpenFiles(max_open_files, cache)
         self._advice = (
@@ -90,18 +93,6 @@ class ShardSource:
             if cache is None
             else "the remote copy is damaged; build the shard and push it again"
         )
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(len(shard.offsets) - 1 for shard in self._shards)
-
-    @property
-    def classes(self) -> int:
-        return self._manifest.classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._manifest.class_names
 
     @property
     def label_counts(self) -> Indices:
@@ -161,19 +152,12 @@ class WebDatasetSource:
     class_names: tuple[str, ...] = ()  # such folders have none
 
     def __init__(self, paths: Sequence[Path], indices: Sequence[TarIndex], classes: int) -> None:
+        self.lengths = tuple(map(len, indices))
+        self.classes = classes
         self._paths = paths
         self._indices = indices
-        self._classes = classes
         self._starts = np.cumsum([0, *self.lengths])
         self._files = _OpenFiles(_MAX_OPEN_FILES)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(map(len, self._indices))
-
-    @property
-    def classes(self) -> int:
-        return self._classes
 
     @property
     def labels(self) -> Indices:
@@ -181,7 +165,7 @@ class WebDatasetSource:
 
     @property
     def label_counts(self) -> Indices:
-        return np.bincount(self.labels, minlength=self._classes)
+        return np.bincount(self.labels, minlength=self.classes)
 
     def read(self, index: int) -> Example:
         """Read and decode a sample.
@@ -209,14 +193,11 @@ def _open_webdataset(info: WebDatasetInfo) -> Splits:
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
-    indices = index_tars([tar for name in names for tar in info.splits[name]])
-    classes = _count_classes(info, indices)
-    sources, first = [], 0
-    for name in names:
-        paths = [path for path, _ in info.splits[name]]
-        sources.append(WebDatasetSource(paths, indices[first : first + len(paths)], classes))
-        first += len(paths)
-    return Splits(sources[0], sources[1] if len(sources) > 1 else None, index_digest(indices))
+    indices = {name: index_tars(info.splits[name]) for name in names}
+    together = list(chain.from_iterable(indices.values()))
+    classes = _count_classes(info, together)
+    sources = [WebDatasetSource([path for path, _ in info.splits[name]], indices[name], classes) for name in names]
+    return Splits(sources[0], sources[1] if len(sources) > 1 else None, index_digest(together))
 
 
 def _count_classes(info: WebDatasetInfo, indices: Sequence[TarIndex]) -> int:
