@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import accumulate, chain, takewhile
+from operator import itemgetter
 from typing import NamedTuple
 
 import xxhash
@@ -67,8 +68,7 @@ def compare_datasets(
         on_progress: called with samples read and samples to read, split by split.
 
     Raises:
-        FractalError: if a sample that must be read is damaged or missing, or a worker process was killed repeatedly.
-        OSError: if a file cannot be read.
+        FractalError: if a sample that must be read is damaged or missing.
     """
     splits = dict.fromkeys((*first.splits, *second.splits))
     diffs = [_compare_split((first, second), split, workers, on_progress) for split in splits]
@@ -98,12 +98,7 @@ def _split_row(row: Sequence[Shard], samples: int) -> Pair:
 
 
 def digest_shard(index: ShardIndex, classes: int) -> list[SampleDigest]:
-    """Digest the samples of a shard.
-
-    Raises:
-        FractalError: if a sample is damaged, naming it.
-        OSError: if the shard cannot be read.
-    """
+    """Digest the samples of a shard; raises a FractalError that names the first damaged one."""
     digests = []
     for sample in iterate_shard(index):
         try:
@@ -119,7 +114,7 @@ def digest_shard(index: ShardIndex, classes: int) -> list[SampleDigest]:
 
 
 class Matcher:
-    """Pairs the samples of two sides by key, in any order; only samples that are not paired yet take memory."""
+    """Pairs the samples of two sides by key, in any order; only unpaired samples take memory."""
 
     def __init__(self) -> None:
         self._unpaired: tuple[dict[str, tuple[str, SampleDigest]], ...] = ({}, {})
@@ -137,10 +132,10 @@ class Matcher:
                 self._different.setdefault(named, []).append(f"{sample.key} ({' and '.join(fields)})")
 
     def findings(self, absent: tuple[str, str]) -> list[str]:
-        """List what has no equal, one line per shard.
+        """Name the samples that differ or are missing, one line per shard.
 
         Args:
-            absent: how to say that samples of side 0, and of side 1, are missing on the other.
+            absent: what to call samples of side 0, and of side 1, that the other side lacks.
         """
         lines = [_name_samples(shard, keys, "not the same") for shard, keys in sorted(self._different.items())]
         for words, unpaired in zip(absent, self._unpaired, strict=True):
@@ -178,7 +173,7 @@ def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: 
 def _compare_shards(
     manifests: Manifests, split: str, alignment: Alignment, workers: int, on_progress: OnProgress
 ) -> Iterator[str]:
-    """Read the shards that may differ and describe how."""
+    """Read the shards that may differ and describe the differences."""
     different = alignment.different[:MAX_READ]
     read = [(*(pair[side] for pair in different), *alignment.regrouped[side]) for side in (0, 1)]
     unread = len(alignment.different) - MAX_READ
@@ -199,13 +194,21 @@ def _compare_shards(
 def _match(
     manifests: Manifests, split: str, rows: Sequence[Sequence[Shard]], workers: int, on_progress: OnProgress
 ) -> Matcher:
-    """Read and match the samples of some shards of both sides."""
+    """Read and match the samples of some shards of both sides.
+
+    Shards are read in the order of their first samples, so that samples are soon paired and few take memory.
+    """
     matcher = Matcher()
-    tasks = list(_interleave(manifests, split, rows))
+    tasks: list[tuple[int, int, ShardIndex]] = []
+    for side, (manifest, row) in enumerate(zip(manifests, rows, strict=True)):
+        indices = {index.path.name: index for index in index_split(manifest, split)}
+        starts = accumulate((shard.samples for shard in row), initial=0)
+        tasks += [(start, side, indices[shard.name]) for start, shard in zip(starts, row, strict=False)]
     done, total = 0, sum(shard.samples for row in rows for shard in row)
     with worker_pool(workers) as pool:
         futures = {
-            pool.submit(digest_shard, index, manifests[side].classes): (side, index.path.name) for side, index in tasks
+            pool.submit(digest_shard, index, manifests[side].classes): (side, index.path.name)
+            for _, side, index in sorted(tasks, key=itemgetter(0))
         }
         for future in as_completed(futures):
             side, shard = futures.pop(future)  # frees the digests of a shard once they are matched
@@ -214,16 +217,6 @@ def _match(
             done += len(digests)
             on_progress(done, total)
     return matcher
-
-
-def _interleave(manifests: Manifests, split: str, rows: Sequence[Sequence[Shard]]) -> Iterator[tuple[int, ShardIndex]]:
-    """Yield the shards of both sides by their first samples, so that samples are soon paired and few take memory."""
-    indices = [{index.path.name: index for index in index_split(manifest, split)} for manifest in manifests]
-    starts = [accumulate((shard.samples for shard in row), initial=0) for row in rows]
-    places = [
-        (start, side, shard.name) for side in (0, 1) for start, shard in zip(starts[side], rows[side], strict=False)
-    ]
-    return ((side, indices[side][name]) for _, side, name in sorted(places))
 
 
 def _describe_manifests(first: Manifest, second: Manifest) -> Iterator[str]:

@@ -83,7 +83,6 @@ def export_recipe(manifest: Manifest) -> bytes:
     Raises:
         FractalError: if its images were not rendered from systems, the recipe would be larger than 16 MiB, or the
             files in the folder contradict each other.
-        OSError: if the systems cannot be read.
     """
     folder = manifest.folder
     instead = f"share the files with 'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"
@@ -102,7 +101,6 @@ def read_portable(path: Path) -> PortableRecipe:
 
     Raises:
         FractalError: if it is malformed or contradicts itself.
-        OSError: if it cannot be read.
     """
     return parse_portable(read_bounded(path, MAX_JSON_BYTES), str(path))
 

@@ -66,12 +66,7 @@ def class_rows(samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], 
 
 
 def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, tile: int) -> Rows:
-    """Read the rows of some classes of a dataset, evenly spread; an image of several classes may be in several rows.
-
-    Raises:
-        FractalError: if the split is missing or empty, or a sample is damaged.
-        OSError: if a file cannot be read.
-    """
+    """Read the rows of some classes of a dataset, evenly spread; an image of several classes may be in several rows."""
     rows: dict[int, list[Image.Image]] = {label: [] for label in spread(manifest.classes, classes)}
     wanted, _ = select_samples(manifest, split, list(rows), per_class)
     for shard in wanted:
@@ -84,23 +79,14 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
 
 
 def picture_format(path: Path) -> str:
-    """Return the format of a picture by its name, ``PNG`` or ``JPEG``.
-
-    Raises:
-        UsageError: if the name asks for another.
-    """
+    """Return the format that a file name asks for, ``PNG`` or ``JPEG``; raises a UsageError for others."""
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--out is {path}: expected a name that ends in {' or '.join(_FORMATS)}")
     return _FORMATS[path.suffix.lower()]
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture atomically in the format of its name; creates missing folders.
-
-    Raises:
-        UsageError: if that is neither PNG nor JPEG.
-        OSError: if it cannot be written.
-    """
+    """Write a picture atomically in the format of its name; creates missing folders."""
     form = picture_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:

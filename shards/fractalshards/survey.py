@@ -152,9 +152,6 @@ def select_samples(
 
     Returns:
         Shards and the number of images to take from each by class, and the label counts of the split.
-
-    Raises:
-        FractalError: if there is no such split, or a shard or sidecar is damaged.
     """
     shards = split_shards(manifest, split)
     classes = np.array(shown)
@@ -182,11 +179,7 @@ def select_samples(
 
 
 def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[int, Location]]:
-    """Choose samples of a shard, so many of each class, evenly spread; returns them with their classes.
-
-    Raises:
-        FractalError: if a label is damaged.
-    """
+    """Choose so many samples of each class from a shard, evenly spread; returns them with their classes."""
     index, counts = wanted
     locations: dict[int, list[Location]] = {label: [] for label in counts}
     for location, label in _read_labels(index):
@@ -197,11 +190,7 @@ def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[i
 
 
 def read_image(location: Location, classes: int) -> tuple[str, Pixels, Label]:
-    """Read key, image (H, W, 3) uint8 and label of a sample.
-
-    Raises:
-        FractalError: if the sample is damaged, naming it.
-    """
+    """Read key, image (H, W, 3) uint8 and label of a sample; an error names the sample."""
     with location.path.open("rb") as file, _naming(location):
         sample = read_sample(file.fileno(), location.start, location.end)
         return sample.key, *decode_sample(sample, classes)
@@ -295,15 +284,11 @@ def _naming(location: Location) -> Iterator[None]:
 
 
 def _read_labels(index: ShardIndex) -> Iterator[tuple[Location, Label]]:
-    """Read the labels of a shard, without the images where they come first, as in our shards."""
+    """Read the labels of a shard without the images, which come first."""
     with index.path.open("rb") as file:
         for position in range(len(index.offsets) - 1):
             location = _locate(index, position)
             with _naming(location):
-                second = location.start + first_member_end(os.pread(file.fileno(), BLOCK, location.start))
-                start = second if second < location.end else location.start
-                files = read_sample(file.fileno(), start, location.end).files
-                if len(files) > 1 or files.keys().isdisjoint(("cls", "json")):
-                    files = read_sample(file.fileno(), location.start, location.end).files
-                label = decode_label(files)
+                image_end = location.start + first_member_end(os.pread(file.fileno(), BLOCK, location.start))
+                label = decode_label(read_sample(file.fileno(), min(image_end, location.end), location.end).files)
             yield location, label
