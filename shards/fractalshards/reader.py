@@ -36,11 +36,7 @@ def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[Sha
 
 
 def read_sample(descriptor: int, start: int, end: int) -> Sample:
-    """Read one sample from an open shard; safe from many processes and threads at once.
-
-    Raises:
-        FractalError: if the file ends early or the members are damaged.
-    """
+    """Read one sample from an open shard; safe from many processes and threads at once."""
     return parse_sample(read_blocks(descriptor, start, end))
 
 

@@ -47,12 +47,11 @@ class Chart:
 def class_chart(title: str, counts: Counts) -> Chart:
     """Chart the images of each class; with many classes, a bar is the mean of neighbours."""
     group = -(-len(counts) // _MAX_BARS)
-    starts = range(0, len(counts), group)
-    means = [float(counts[start : start + group].mean()) for start in starts]
-    ends = [min(start + group, len(counts)) - 1 for start in starts]
+    parts = {start: counts[start : start + group] for start in range(0, len(counts), group)}
+    means = [float(part.mean()) for part in parts.values()]
     names = [
-        f"class {start:,}" if group == 1 else f"classes {start:,} to {end:,}"
-        for start, end in zip(starts, ends, strict=True)
+        f"class {start:,}" if group == 1 else f"classes {start:,} to {start + len(part) - 1:,}"
+        for start, part in parts.items()
     ]
     tips = [f"{name}: {mean:,.4g} images" for name, mean in zip(names, means, strict=True)]
     low, high = int(counts.min()), int(counts.max())
@@ -118,7 +117,7 @@ def check_page_name(path: Path) -> None:
 
 
 def render_page(template: "jinja2.Template", survey: Survey) -> str:
-    """Render the page as HTML. Texts from the dataset are not trusted: the template escapes all of them."""
+    """Render the page as HTML; the template escapes all text, because text from a dataset is not trusted."""
     from markupsafe import Markup  # installed with jinja2
 
     manifest = survey.manifest
@@ -200,12 +199,12 @@ def _read_file(name: str) -> str:
 
 
 def _csp_hash(text: str) -> str:
-    """Hash an inline script or style for the page's Content-Security-Policy, so that no other may run."""
+    """Hash an inline script or style for the page's Content-Security-Policy, which allows no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _clean(text: object, most: int = _MAX_TEXT) -> str:
-    """Bring untrusted text on one short line, without characters that change the direction of writing."""
+    """Shorten untrusted text to one line without control characters or characters that change its direction."""
     line = one_line(str(text)[: 4 * most])
     return line if len(line) <= most else line[: most - 1] + "…"
 

@@ -44,7 +44,7 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small WebP picture of a sample, the size of its image in pixels, and the first objects in it."""
+    """A small WebP picture of a sample, the size of the full image in pixels, and its first objects."""
 
     key: str
     width: int
@@ -146,7 +146,7 @@ def fit_thumbnails(thumbnails: Mapping[int, list[Thumbnail]], most_bytes: int) -
 def select_samples(
     manifest: Manifest, split: str, shown: Sequence[int], per_class: int
 ) -> tuple[list[tuple[ShardIndex, dict[int, int]]], Counts]:
-    """Choose how many images of each class to take from which shards, by the label counts in all sidecars.
+    """Choose how many images of each class to take from which shards, by the label counts in the sidecars.
 
     The images of a class come from as many shards as possible, because one shard may hold one render in four flips.
 
@@ -249,7 +249,7 @@ def _stats(classes: int, location: Location) -> ImageStats:
 
 
 def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[Location]:
-    """Yield the samples to measure."""
+    """Locate up to ``MAX_MEASURED`` samples, evenly spread over a split."""
     indices = index_split(manifest, split)
     ends = np.cumsum([len(index.offsets) - 1 for index in indices])
     samples = np.array(spread(int(ends[-1]), MAX_MEASURED))
