@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fractalshards.errors import FractalError
-from fractaltrain.compare import Score, collect_runs, write_comparison
+from fractaltrain.compare import collect_runs, score, write_comparison
 from fractaltrain.study import StudyPlan, plan_study, read_study, write_plan
 
 STUDY = """
@@ -49,8 +49,8 @@ def plan(folder: Path, text: str = STUDY) -> StudyPlan:
 
 
 def test_score():
-    assert Score.of([0.5, 0.7, 0.9]) == Score(3, pytest.approx(70), pytest.approx(20))
-    assert Score.of([0.25]) == Score(1, 25, None)
+    assert score([0.5, 0.7, 0.9]) == (pytest.approx(70), pytest.approx(20))
+    assert score([0.25]) == (25, None)
 
 
 def test_compare_runs_outside_of_studies(fractaltrain, tmp_path):
@@ -118,8 +118,8 @@ def test_compare_a_study_with_other_runs(tmp_path):
     finish(tmp_path / "study" / run.run, run.settings, 0.5)
     finish_loose(tmp_path / "loose", "mine", "resnet10t", 0, 0.9)
     comparison = collect_runs([tmp_path / "study", tmp_path / "loose"])
-    assert comparison.rows == ("scratch", "single", "fractaldb", "mine")
-    assert comparison.targets == ("digits, 10 per class", "digits, 5 per class", "cifar10", "digits")
+    assert comparison.rows == ["scratch", "single", "fractaldb", "mine"]
+    assert comparison.targets == ["digits, 10 per class", "digits, 5 per class", "cifar10", "digits"]
     assert sorted(run.top1 for run in comparison.runs) == [0.5, 0.9]
 
 

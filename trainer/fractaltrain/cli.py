@@ -376,7 +376,7 @@ def study(
     """
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     asked = read_study(file)
-    folder = out or Path("runs") / str(asked.study.name)
+    folder = out or Path("runs") / (asked.study.name or file.stem)
     plan = plan_study(asked, find_digests(asked))
     runs = [run for group in (part.of(plan.groups()) if part else plan.groups()) for run in group]
     try:

@@ -8,7 +8,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
@@ -21,7 +21,7 @@ from fractalshards.errors import FractalError, needs_extra
 from fractalshards.storage import read_json, write_bytes
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
 from fractaltrain.run_folder import RESULT, RUN, read_settings
-from fractaltrain.run_study import is_done, why_unusable
+from fractaltrain.run_study import DONE, find_state
 from fractaltrain.study import PLAN, SCRATCH, read_plan
 
 if TYPE_CHECKING:
@@ -39,51 +39,31 @@ class Cell(NamedTuple):
     row: str
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished fine-tuning.
-
-    Attributes:
-        seeds: training seed and subset seed.
-        top1: accuracy after the last epoch, in [0, 1].
-        best_top1: the best accuracy of all evaluated epochs.
-    """
+class FinishedRun(NamedTuple):
+    """A finished fine-tuning, with its accuracy in [0, 1] after the last epoch and in the best evaluated epoch."""
 
     folder: Path
     cell: Cell
-    seeds: tuple[int, int]
+    seeds: tuple[int, int]  # training seed, subset seed
     top1: float
     best_top1: float
 
 
-@dataclass(frozen=True)
-class Score:
-    """Mean accuracy of ``n`` runs in per cent; ``std`` is the sample standard deviation, None for a single run."""
-
-    n: int
-    mean: float
-    std: float | None
-
-    @classmethod
-    def of(cls, shares: Sequence[float]) -> "Score":
-        """Compute the score of one or more accuracies in [0, 1]."""
-        values = [100 * share for share in shares]
-        return cls(len(values), mean(values), stdev(values) if len(values) > 1 else None)
+def score(shares: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and sample standard deviation (None for a single run) in per cent of accuracies in [0, 1]."""
+    values = [100 * share for share in shares]
+    return mean(values), stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs in a grid of targets, models and rows.
+    """Finished runs in a grid of targets, models and rows."""
 
-    Attributes:
-        planned: number of runs that each cell should have; cells that no study plans are not in it.
-    """
-
-    targets: tuple[str, ...]
-    models: tuple[str, ...]
-    rows: tuple[str, ...]
-    runs: tuple[FinishedRun, ...]
-    planned: Mapping[Cell, int]
+    targets: Sequence[str]
+    models: Sequence[str]
+    rows: Sequence[str]
+    runs: Sequence[FinishedRun]
+    planned: Mapping[Cell, int]  # number of runs that each cell should have, without cells that no study plans
 
     def top1(self, cell: Cell) -> list[float]:
         """Return the accuracies of the finished runs of a cell."""
@@ -97,7 +77,7 @@ class Comparison:
                 yield target, model, cells
 
 
-def collect_runs(paths: Iterable[Path]) -> Comparison:
+def collect_runs(paths: Collection[Path]) -> Comparison:
     """Find all finished fine-tunings below ``paths``; in the folder of a study only those that it plans count.
 
     Without a study every cell of the grid counts as planned.
@@ -106,9 +86,9 @@ def collect_runs(paths: Iterable[Path]) -> Comparison:
         FractalError: if two runs have the same cell and seeds, or a file is damaged.
         OSError: if a file cannot be read.
     """
-    paths = list(paths)
-    studies = sorted({file.parent.resolve() for path in paths for file in path.rglob(PLAN)})
-    folders = sorted({file.parent.resolve() for path in paths for file in path.rglob(RESULT)})
+    studies, folders = (
+        sorted({file.parent.resolve() for path in paths for file in path.rglob(name)}) for name in (PLAN, RESULT)
+    )
     targets: list[str] = []
     models: list[str] = []
     rows: list[str] = []
@@ -118,46 +98,40 @@ def collect_runs(paths: Iterable[Path]) -> Comparison:
         plan = read_plan(folder)
         models += plan.models
         rows += plan.rows
-        for target in plan.targets:
-            targets += [_label(target, run.per_class) for run in plan.finetunings if run.target == target]
         for run in plan.finetunings:
-            cell, seeds = Cell(_label(str(run.target), run.per_class), run.model, run.row), (run.seed, run.subset_seed)
+            cell, seeds = Cell(_label(run.target, run.per_class), run.model, run.row), (run.seed, run.subset_seed)
+            targets.append(cell.target)
             planned.add((cell, seeds))
-            if is_done(run, folder) and not why_unusable(run, plan, folder):
+            if find_state(run, plan, folder) == DONE:
                 runs += _read_scores(folder / run.run, cell, seeds)
-    loose = [folder for folder in folders if not any(folder.is_relative_to(study) for study in studies)]
-    others = [run for folder in loose for run in _read_loose(folder)]
-    runs += others
-    by_place: dict[tuple[Cell, tuple[int, int]], FinishedRun] = {}
-    for finished in runs:
-        other = by_place.setdefault((finished.cell, finished.seeds), finished)
-        if other is not finished:
-            raise FractalError(f"{other.folder} and {finished.folder} have the same cell and seeds; leave one out")
+    outside = [folder for folder in folders if not any(folder.is_relative_to(study) for study in studies)]
+    others = [run for folder in outside for run in _read_other(folder)]
     targets += sorted(run.cell.target for run in others)
     models += sorted(run.cell.model for run in others)
     rows += sorted((run.cell.row for run in others), key=lambda row: (row != SCRATCH, row))
-    counts: Mapping[Cell, int] = Counter(cell for cell, _ in {*planned, *((run.cell, run.seeds) for run in others)})
+    by_place: dict[tuple[Cell, tuple[int, int]], FinishedRun] = {}
+    for finished in (*runs, *others):
+        if (first := by_place.setdefault((finished.cell, finished.seeds), finished)) is not finished:
+            raise FractalError(f"{first.folder} and {finished.folder} have the same cell and seeds; leave one out")
+    counts = Counter(cell for cell, _ in planned.union((run.cell, run.seeds) for run in others))
     if not studies:
-        counts = {cell: counts[cell] or 1 for cell in map(Cell._make, product(targets, models, rows))}
-    return Comparison(_distinct(targets), _distinct(models), _distinct(rows), tuple(runs), counts)
+        counts |= Counter(map(Cell._make, product(set(targets), set(models), set(rows))))
+    targets, models, rows = (list(dict.fromkeys(names)) for names in (targets, models, rows))
+    return Comparison(targets, models, rows, list(by_place.values()), counts)
 
 
-def _distinct(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
+def _label(target: object, per_class: int | None) -> str:
+    return f"{target}" if per_class is None else f"{target}, {per_class} per class"
 
 
-def _label(target: str, per_class: int | None) -> str:
-    return target if per_class is None else f"{target}, {per_class} per class"
-
-
-def _read_loose(folder: Path) -> list[FinishedRun]:
+def _read_other(folder: Path) -> list[FinishedRun]:
     """Return the run in a folder outside of any study, if it is a fine-tuning."""
     settings = read_settings(folder) if (folder / RUN).is_file() else {}
     if settings.get("task") != "ft":
         return []
     named = _RUN_NAME.search(folder.name)
     row = named["row"] if named else SCRATCH if settings.get("weights") is None else folder.name
-    cell = Cell(_label(str(settings.get("data")), settings.get("per_class")), str(settings.get("model")), row)
+    cell = Cell(_label(settings.get("data"), settings.get("per_class")), str(settings.get("model")), row)
     return _read_scores(folder, cell, (int(settings.get("seed", 0)), int(settings.get("subset_seed", 0))))
 
 
@@ -179,11 +153,7 @@ def _read_scores(folder: Path, cell: Cell, seeds: tuple[int, int]) -> list[Finis
 
 
 def write_comparison(comparison: Comparison, out: Path) -> str:
-    """Write tables and figure of a comparison of at least one run; return the table as Markdown.
-
-    Raises:
-        OSError: if a file cannot be written.
-    """
+    """Write tables and figure of a comparison of at least one run; return the table as Markdown."""
     table = to_markdown(comparison)
     csv_file, markdown_file, figure = (out / name for name in FILES)
     write_bytes(csv_file, to_csv(comparison).encode())
@@ -202,23 +172,22 @@ def to_csv(comparison: Comparison) -> str:
     writer.writerow(_COLUMNS)
     for cell in (cell for _, _, cells in comparison.groups() for cell in cells if cell in comparison.planned):
         runs = [run for run in comparison.runs if run.cell == cell]
-        values: list[str] = []
-        for shares in ([run.top1 for run in runs], [run.best_top1 for run in runs]) if runs else ():
-            score = Score.of(shares)
-            values += [f"{score.mean:.4f}", "" if score.std is None else f"{score.std:.4f}"]
-        writer.writerow((*cell, comparison.planned[cell], len(runs), *(values or [""] * 4)))
+        scores = (*score([run.top1 for run in runs]), *score([run.best_top1 for run in runs])) if runs else [None] * 4
+        values = ("" if value is None else f"{value:.4f}" for value in scores)
+        writer.writerow((*cell, comparison.planned[cell], len(runs), *values))
     return text.getvalue()
 
 
 def to_markdown(comparison: Comparison) -> str:
     """Format a table with data and model down, rows of the study across: mean ± standard deviation (runs) of top-1."""
-    lines = ["| data | model | " + " | ".join(map(_escape, comparison.rows)) + " |"]
-    lines.append("|---|---|" + "---:|" * len(comparison.rows))
-    for target, model, cells in comparison.groups():
-        shown = " | ".join(_format(comparison, cell) for cell in cells)
-        lines.append(f"| {_escape(target)} | {_escape(model)} | {shown} |")
+    lines = [("data", "model", *comparison.rows)]
+    lines += [
+        (target, model, *(_format(comparison, cell) for cell in cells)) for target, model, cells in comparison.groups()
+    ]
+    table = ["| " + " | ".join(name.replace("|", r"\|") for name in line) + " |" for line in lines]
+    table.insert(1, "|---|---|" + "---:|" * len(comparison.rows))
     notes = "Top-1 in % after the last epoch: mean ± standard deviation (number of runs)."
-    return "\n".join([*lines, "", notes, ""])
+    return "\n".join([*table, "", notes, ""])
 
 
 def _format(comparison: Comparison, cell: Cell) -> str:
@@ -226,13 +195,9 @@ def _format(comparison: Comparison, cell: Cell) -> str:
         return "–"
     if not (shares := comparison.top1(cell)):
         return "missing"
-    score, planned = Score.of(shares), comparison.planned[cell]
-    number = f"{score.n}" if score.n >= planned else f"{score.n} of {planned}"
-    return f"{score.mean:.1f}" + ("" if score.std is None else f" ± {score.std:.1f}") + f" ({number})"
-
-
-def _escape(name: str) -> str:
-    return name.replace("|", r"\|")  # rows of runs outside of studies are names of folders
+    (average, deviation), planned = score(shares), comparison.planned[cell]
+    number = f"{len(shares)}" if len(shares) >= planned else f"{len(shares)} of {planned}"
+    return f"{average:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}") + f" ({number})"
 
 
 # The figure: lengths are in bars along the axis, else in inches.
@@ -250,9 +215,6 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw a panel per target, a group of bars per model and a bar per row; a cell without runs is hatched.
 
     Bars are means, error bars standard deviations, dots single runs.
-
-    Raises:
-        OSError: if it cannot be written.
     """
     with needs_extra("train", "the figure"):
         from matplotlib.figure import Figure
@@ -267,11 +229,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     columns = max(1, min(len(panels), int(_WIDEST // widest)))
     lines = -(-len(panels) // columns)
     wide = max(columns * widest + 0.9, 6.0)
-    figure = Figure(
-        figsize=(wide, lines * _PANEL_HEIGHT + 0.9),
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
-        facecolor="white",
-    )
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(wide, lines * _PANEL_HEIGHT + 0.9), layout=layout, facecolor="white")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     series = cycle(SERIES)
     colors = {row: NEUTRAL if row == SCRATCH else next(series) for row in comparison.rows}
@@ -324,13 +283,13 @@ def _draw_bar(panel: "Axes", comparison: Comparison, cell: Cell, x: float, color
         panel.bar([x], [5], _BAR, fill=False, edgecolor=color, hatch="/////", linewidth=0.8)
         panel.text(x, 7, "missing", rotation=90, ha="center", va="bottom", color=MUTED, fontsize=8)
         return
-    score = Score.of(shares)
-    panel.bar([x], [score.mean], _BAR, color=color)
-    top = score.mean
-    if score.std is not None:
-        panel.errorbar([x], [score.mean], [score.std], color=INK, linewidth=1.1, capsize=3)
-        panel.scatter([x] * score.n, [100 * share for share in shares], 9, "white", edgecolors=INK, linewidths=0.6,
-                      zorder=3)  # fmt: skip
-        top = max(score.mean + score.std, 100 * max(shares))
-    number = f"\n{score.n} of {planned}" if score.n < planned else ""
-    panel.text(x, top + 2, f"{score.mean:.1f}{number}", ha="center", va="bottom", color=INK, fontsize=8, linespacing=1)
+    average, deviation = score(shares)
+    panel.bar([x], [average], _BAR, color=color)
+    top = average
+    if deviation is not None:
+        panel.errorbar([x], [average], [deviation], color=INK, linewidth=1.1, capsize=3)
+        dots = [100 * share for share in shares]
+        panel.scatter([x] * len(dots), dots, 9, "white", edgecolors=INK, linewidths=0.6, zorder=3)
+        top = max(average + deviation, *dots)
+    number = f"\n{len(shares)} of {planned}" if len(shares) < planned else ""
+    panel.text(x, top + 2, f"{average:.1f}{number}", ha="center", va="bottom", color=INK, fontsize=8, linespacing=1)

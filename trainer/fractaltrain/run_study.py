@@ -1,5 +1,6 @@
 """Run a study: each run is a command line ``python -m fractaltrain``, in a process of its own, unless it is done."""
 
+import ctypes
 import logging
 import os
 import shlex
@@ -7,9 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
 
 from fractalshards.digest import sha256_file
@@ -18,38 +19,42 @@ from fractalshards.human import human_count
 from fractalshards.manifest import find_manifest, load_manifest
 from fractalshards.remote.stores import parse_location
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
-from fractaltrain.config import EXIT_STOPPED
+from fractaltrain.config import EXIT_STOPPED, SHARDS_PREFIX
 from fractaltrain.data.images import find_data
 from fractaltrain.run_folder import RESULT, RUN, flatten, read_settings
 from fractaltrain.study import Study, StudyPlan, StudyRun
 
-_log = logging.getLogger(__name__)
-
-LOGS = "log"
-"""Folder for the output of runs that run at the same time."""
-
+DONE, TO_DO, UNUSABLE = "done", "to do", "not usable"
+_COMMAND = (sys.executable, "-m", "fractaltrain")
 _POLL_SECONDS = 0.1
 _INTERRUPT_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
 
 
 def find_digests(study: Study) -> dict[str, str]:
-    """Return the content digests of all finished datasets on this machine, by location."""
+    """Return the content digests of all finished datasets on this machine, as ``plan_study`` takes them."""
     digests = {}
-    for shards in study.shards():
-        location = parse_location(shards)
-        if location.scheme == "file":
+    data = [name for name in map(study.data, study.finetuning) if name.startswith(SHARDS_PREFIX)]
+    for name in (*(row.shards for row in study.pretraining.values()), *data):
+        if folder := _local(name.removeprefix(SHARDS_PREFIX)):
             with suppress(FractalError, OSError):  # missing ones have an error of their own
-                digests[shards] = load_manifest(Path(location.root)).content_digest()
+                digests[name] = load_manifest(folder).content_digest()
     return digests
+
+
+def _local(location: str) -> Path | None:
+    parsed = parse_location(location)
+    return Path(parsed.root) if parsed.scheme == "file" else None
 
 
 def missing_datasets(study: Study) -> Iterator[str]:
     """Yield an error for each dataset and image folder that should be on this machine and is not."""
     for row, dataset in study.pretraining.items():
-        location = parse_location(dataset.shards)
-        if location.scheme == "file":
+        if folder := _local(dataset.shards):
             try:
-                find_manifest(Path(location.root))
+                find_manifest(folder)
             except FractalError as error:
                 build = f"{dataset.shards}: no finished dataset; run {dataset.build}"
                 yield f"[pretraining.{row}] {build if dataset.build else error}"
@@ -79,13 +84,8 @@ def check_models(plan: StudyPlan, image_size: int) -> None:
             raise UsageError(f"[models.{model}] {error}") from error
 
 
-def is_done(run: StudyRun, folder: Path) -> bool:
-    """Return whether a run has finished, whatever its settings."""
-    return (folder / run.run / RESULT).exists() and (folder / run.run / RUN).exists()
-
-
-def why_unusable(run: StudyRun, plan: StudyPlan, folder: Path) -> str | None:
-    """Return why what is in a run's folder cannot be used; None: it can, or there is nothing yet.
+def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
+    """Return ``DONE``, ``TO_DO``, or ``UNUSABLE`` and why: what is in the run's folder is of another run.
 
     Settings, content digests of datasets, and the sha256 of the weights that a fine-tuning started from must be those
     that the study asks for.
@@ -93,24 +93,22 @@ def why_unusable(run: StudyRun, plan: StudyPlan, folder: Path) -> str | None:
     Raises:
         FractalError: if its ``run.json`` is damaged.
     """
-    if not (folder / run.run / RUN).exists():
-        return None
-    found, wanted = read_settings(folder / run.run), flatten(run.settings)
-    for field in wanted:
-        if found.get(field) != wanted[field]:
-            if field in ("dataset_digest", "data_digest"):
-                return "its dataset was built again with other content; remove this run, or choose another --out"
-            return f"has {field} {found.get(field)}, not {wanted[field]}; remove this run, or choose another --out"
-    if run.start is None:
-        return None
-    if why_unusable(plan.starts[run.start], plan, folder):
-        return f"starts from {run.start}, which is not usable; remove this run, too"
-    from fractaltrain.checkpoint import list_checkpoints  # imports torch
+    path = folder / run.run
+    if not (path / RUN).exists():
+        return TO_DO
+    found, wanted = read_settings(path), flatten(run.settings)
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            return f"{UNUSABLE}: has {name} {found.get(name)}, not {wanted[name]}; remove this run, or change --out"
+    if run.start:
+        if find_state(plan.starts[run.start], plan, folder).startswith(UNUSABLE):
+            return f"{UNUSABLE}: starts from {run.start}, which is not usable; remove this run, too"
+        from fractaltrain.checkpoint import list_checkpoints  # imports torch
 
-    checkpoints = list_checkpoints(folder / run.start)[::-1]
-    if checkpoints and all(_sha256(path, path.stat().st_mtime_ns) != found.get("weights") for path in checkpoints):
-        return f"started from other weights than {run.start} has now; remove this run"
-    return None
+        checkpoints = list_checkpoints(folder / run.start)[::-1]
+        if checkpoints and all(_sha256(file, file.stat().st_mtime_ns) != found.get("weights") for file in checkpoints):
+            return f"{UNUSABLE}: started from other weights than {run.start} has now; remove this run"
+    return DONE if (path / RESULT).exists() else TO_DO
 
 
 @cache
@@ -121,14 +119,13 @@ def _sha256(path: Path, mtime_ns: int) -> str:
 
 def describe_study(runs: Iterable[StudyRun], plan: StudyPlan, folder: Path, data_dir: Path) -> Iterator[str]:
     """Yield each run with its state and command line, then a line with the totals."""
-    states = []
+    totals: Counter[str] = Counter()
     for run in runs:
-        problem = why_unusable(run, plan, folder)
-        states.append("not usable" if problem else "done" if is_done(run, folder) else "to do")
-        yield f"# {run.run}: {states[-1]}" + (f": {problem}" if problem else "")
+        state = find_state(run, plan, folder)
+        totals[state.partition(":")[0]] += 1
+        yield f"# {run.run}: {state}"
         yield f"fractaltrain {shlex.join(run.command(folder, data_dir))}"
-    totals = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
-    yield f"{human_count(len(states), 'run')}: {totals}"
+    yield f"{human_count(totals.total(), 'run')}: {', '.join(f'{count} {state}' for state, count in totals.items())}"
 
 
 def run_study(
@@ -146,11 +143,8 @@ def run_study(
 
     Args:
         runs: part of the plan, or all of it; a pre-training comes before its fine-tunings.
-        folder: folder of the study.
-        data_dir: folder of CIFAR's archives.
         nproc: training processes of each run; None: one per GPU.
         jobs: number of runs at the same time. If there are several, their output goes into the study's folder.
-        quiet: pass ``--quiet`` on.
 
     Returns:
         The runs that are missing, since they failed, are not usable, or start from such a run.
@@ -161,27 +155,30 @@ def run_study(
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
     waiting = list(runs)
-    done: dict[str, bool] = {}  # by run: whether its result can be used
+    usable: dict[str, bool] = {}  # by run: whether there is a result for others to start from
     running: dict[str, subprocess.Popen[bytes]] = {}
     received: list[int] = []  # signals; nothing starts after the first
     forwarded = False
     try:
         with handling(lambda number, frame: received.append(number), *STOP_SIGNALS):
             while running or (waiting and not received):
-                run = None if received or len(running) == jobs else _next(waiting, done)
-                if run:
+                run = next((run for run in waiting if run.start is None or run.start in usable), None)
+                if run and len(running) < jobs and not received:
                     waiting.remove(run)
-                    state = _state(run, plan, folder, done)
-                    if state is None:
-                        log = folder / LOGS / f"{run.run}.txt" if jobs > 1 else None
+                    if run.start and not usable[run.start]:
+                        usable[run.run] = False
+                    elif (state := find_state(run, plan, folder)) == TO_DO:
+                        log = folder / "log" / f"{run.run}.txt" if jobs > 1 else None
                         running[run.run] = _start((*run.command(folder, data_dir), *options), log, threads)
                     else:
-                        done[run.run] = state
+                        usable[run.run] = state == DONE
+                        if state != DONE:
+                            _log.error("%s: %s", folder / run.run, state)
                     continue
                 time.sleep(_POLL_SECONDS)
                 for name in [name for name, process in running.items() if process.poll() is not None]:
                     code = running.pop(name).returncode
-                    done[name] = code == 0
+                    usable[name] = code == 0
                     if code == EXIT_STOPPED:
                         received.append(STOP_SIGNALS[0])
                     elif code and not received:
@@ -200,34 +197,15 @@ def run_study(
             process.wait()
     if received:
         raise StoppedError(f"{folder}: stopped; run the same command to continue", EXIT_STOPPED)
-    return [run.run for run in runs if not done[run.run]]
-
-
-def _next(waiting: Sequence[StudyRun], done: Mapping[str, bool]) -> StudyRun | None:
-    """Return the first run whose pre-training, if any, has been tried."""
-    return next((run for run in waiting if run.start is None or run.start in done), None)
-
-
-def _state(run: StudyRun, plan: StudyPlan, folder: Path, done: Mapping[str, bool]) -> bool | None:
-    """Return whether the result of a run can be used; None: it has to run first."""
-    if run.start and not done[run.start]:
-        return False
-    if problem := why_unusable(run, plan, folder):
-        _log.error("%s: %s", folder / run.run, problem)
-        return False
-    return True if is_done(run, folder) else None
-
-
-def _command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "fractaltrain", *arguments]
+    return [run.run for run in runs if not usable[run.run]]
 
 
 def _start(arguments: Sequence[str], log: Path | None, threads: int | None) -> "subprocess.Popen[bytes]":
-    """Start a command; ``log`` takes its output, ``threads`` is the default of OMP_NUM_THREADS."""
+    """Start a command that writes to ``log`` and gets SIGTERM if this process is killed."""
     _log.info("fractaltrain %s", shlex.join(arguments))
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
-    if log is None:
-        return subprocess.Popen(_command(arguments), env=environment)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen(_command(arguments), stdout=file, env=environment)
+    end_with_parent = partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, STOP_SIGNALS[0])
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") if log else nullcontext() as file:
+        return subprocess.Popen([*_COMMAND, *arguments], stdout=file, env=environment, preexec_fn=end_with_parent)

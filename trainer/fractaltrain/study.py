@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
@@ -22,15 +22,20 @@ from fractaltrain.config import FOLDER_PREFIX, IMAGE_NAMES, SHARDS_PREFIX, Shard
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 
+PLAN = "study.json"
 SCRATCH = "scratch"
 """Row of the runs that start from random weights."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
-_Seed = Annotated[int, msgspec.Meta(ge=0)]
+_Seeds = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(min_length=1)]
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class RecipeChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class RecipeChanges(_Table, frozen=True, kw_only=True):
     """A training recipe and changes to its fields; ``set`` takes any field, as ``--set`` does."""
 
     recipe: str | None = None
@@ -41,12 +46,11 @@ class RecipeChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def texts(self) -> dict[str, str]:
         """Return the changed fields and their values as text."""
-        named = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-        changes = {name: value for name, value in named.items() if value is not None} | self.set
-        return {name: show_value(value) for name, value in changes.items()}
+        changes = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr, **self.set}
+        return {name: show_value(value) for name, value in changes.items() if value is not None}
 
 
-class StudyModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StudyModel(_Table, frozen=True):
     """``[models.NAME]``: changes for one model; ``scratch`` applies to training from random weights."""
 
     pretraining: RecipeChanges = RecipeChanges()
@@ -54,54 +58,35 @@ class StudyModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     scratch: RecipeChanges = RecipeChanges()
 
 
-class PretrainingSet(RecipeChanges, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[pretraining.NAME]``: a dataset of shards, and a row of the comparison.
+class PretrainingSet(RecipeChanges, frozen=True, kw_only=True):
+    """``[pretraining.NAME]``: a dataset of shards, and a row of the comparison."""
 
-    Attributes:
-        shards: folder or URL.
-        build: command that makes the dataset.
-        models: models to train on it; empty: all.
-        finetuning: changes for the fine-tunings that start from it.
-    """
-
-    shards: _Text
-    build: str | None = None
-    models: tuple[str, ...] = ()
-    finetuning: RecipeChanges = RecipeChanges()
+    shards: _Text  # folder or URL
+    build: str | None = None  # command that makes the dataset
+    models: tuple[str, ...] = ()  # empty: all
+    finetuning: RecipeChanges = RecipeChanges()  # for the fine-tunings that start from it
 
 
-class FinetuneSet(RecipeChanges, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[finetuning.NAME]``: real images.
+class FinetuneSet(RecipeChanges, frozen=True, kw_only=True):
+    """``[finetuning.NAME]``: real images; a run for each of ``per_class`` and ``subset_seeds``."""
 
-    Attributes:
-        data: as ``--data`` takes it; None: the name of the table.
-        per_class: numbers of training images per class, one run for each; empty: one run with all images.
-        subset_seeds: seeds of the choice of these images, one run for each.
-    """
-
-    data: str | None = None
-    per_class: tuple[_Count, ...] = ()
-    subset_seeds: Annotated[tuple[_Seed, ...], msgspec.Meta(min_length=1)] | None = None
-
-    def subsets(self) -> Iterator[tuple[int | None, int]]:
-        """Yield images per class and subset seed of each run."""
-        for per_class in self.per_class or (None,):
-            for seed in self.subset_seeds or (0,):
-                yield per_class, seed
+    data: str | None = None  # as --data takes it; None: the name of the table
+    per_class: tuple[_Count, ...] = ()  # training images per class; empty: all images
+    subset_seeds: _Seeds | None = None  # of the choice of these images
 
 
-class StudyHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[study]``: what all runs share; ``eval_every`` is in epochs, ``name`` defaults to that of the file."""
+class StudyHead(_Table, frozen=True):
+    """``[study]``: what all runs share."""
 
     image_size: Annotated[int, msgspec.Meta(ge=8)]
-    name: _Text | None = None
-    seeds: Annotated[tuple[_Seed, ...], msgspec.Meta(min_length=1)] = (0,)
-    eval_every: _Count = 1
+    name: _Text | None = None  # None: that of the file
+    seeds: _Seeds = (0,)
+    eval_every: _Count = 1  # epochs
     pretraining: RecipeChanges = RecipeChanges()
     finetuning: RecipeChanges = RecipeChanges()
 
 
-class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Study(_Table, frozen=True):
     """A study file; without ``scratch`` nothing is trained from random weights."""
 
     study: StudyHead
@@ -110,15 +95,9 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pretraining: dict[str, PretrainingSet] = {}
     scratch: RecipeChanges | None = None
 
-    def data(self, name: str) -> str:
+    def data(self, target: str) -> str:
         """Return the images of a fine-tuning set, as ``--data`` takes them."""
-        return self.finetuning[name].data or name
-
-    def shards(self) -> set[str]:
-        """Return the locations of all datasets of shards."""
-        names = [self.data(name) for name in self.finetuning]
-        real = [name.removeprefix(SHARDS_PREFIX) for name in names if name.startswith(SHARDS_PREFIX)]
-        return {*(dataset.shards for dataset in self.pretraining.values()), *real}
+        return self.finetuning[target].data or target
 
 
 def read_study(path: Path) -> Study:
@@ -137,59 +116,43 @@ def read_study(path: Path) -> Study:
         raise UsageError(f"{path}: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid TOML ({error})") from error
-    head = msgspec.structs.replace(study.study, name=study.study.name or path.stem)
-    return msgspec.structs.replace(study, study=head)
+    return study
 
 
 def _problems(study: Study) -> Iterator[str]:
     """Yield what is wrong with a study, apart from types and recipes."""
-    for table, names in (
-        ("models", study.models),
-        ("pretraining", study.pretraining),
-        ("finetuning", study.finetuning),
-    ):
-        for name in names:
-            if not is_plain(name):
-                yield f"[{table}] {name!r} cannot be part of a file name; use letters, digits, -, _ and ."
+    for name in (*study.models, *study.pretraining, *study.finetuning):
+        if not is_plain(name):
+            yield f"{name!r} cannot be part of a file name; use letters, digits, -, _ and ."
     if not study.pretraining and study.scratch is None:
         yield "no table [pretraining.NAME] or [scratch]; add one"
     if SCRATCH in study.pretraining:
         yield f"[pretraining.{SCRATCH}] is no pre-training; write [{SCRATCH}]"
-    for name, dataset in study.pretraining.items():
-        for model in dataset.models:
-            if model not in study.models:
-                yield f"[pretraining.{name}] models: {model!r}{nearest(model, study.models)}"
-    for name, images in study.finetuning.items():
-        if not is_data(study.data(name)):
+    for row, dataset in study.pretraining.items():
+        for model in set(dataset.models) - set(study.models):
+            yield f"[pretraining.{row}] models: {model!r}{nearest(model, study.models)}"
+    for target, images in study.finetuning.items():
+        if not is_data(data := study.data(target)):
             known = (*IMAGE_NAMES, f"{FOLDER_PREFIX}PATH", f"{SHARDS_PREFIX}PATH")
-            yield f"[finetuning.{name}] data: {study.data(name)!r}{nearest(study.data(name), known)}"
+            yield f"[finetuning.{target}] data: {data!r}{nearest(data, known)}"
         if images.subset_seeds and not images.per_class:
-            yield f"[finetuning.{name}] subset_seeds needs per_class"
+            yield f"[finetuning.{target}] subset_seeds needs per_class"
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study, and its place in the grid.
+    """One run of a study, and its place in the grid."""
 
-    Attributes:
-        run: its folder inside the folder of the study.
-        settings: what its ``run.json`` must say, as far as the study decides it.
-        row: the pre-training set, or ``scratch``.
-        target: the fine-tuning set; None: a pre-training.
-        start: the pre-training that a fine-tuning starts from, as its ``run``; None: random weights.
-        arguments: command line of ``fractaltrain``, without paths of the study; see ``command``.
-    """
-
-    run: str
-    settings: dict[str, Any]
-    row: str = ""
-    model: str = ""
-    target: str | None = None
-    per_class: int | None = None
-    seed: int = 0
-    subset_seed: int = 0
-    start: str | None = None
-    arguments: tuple[str, ...] = ()
+    run: str  # folder inside that of the study
+    settings: dict[str, Any]  # what its run.json must say, as far as the study decides it
+    row: str  # the pre-training set, or SCRATCH
+    model: str
+    target: str | None  # the fine-tuning set; None: a pre-training
+    per_class: int | None
+    seed: int
+    subset_seed: int
+    start: str | None  # the run that a fine-tuning starts from; None: random weights
+    arguments: tuple[str, ...]  # of fractaltrain, without paths of the study
 
     def command(self, folder: Path, data_dir: Path) -> tuple[str, ...]:
         """Return the arguments of ``fractaltrain`` for a study in ``folder``, with CIFAR's archives in ``data_dir``."""
@@ -208,54 +171,58 @@ class StudyPlan:
     pretrainings: tuple[StudyRun, ...]
     finetunings: tuple[StudyRun, ...]
 
+    @cached_property
+    def starts(self) -> dict[str, StudyRun]:
+        """Return the pre-trainings by ``run``."""
+        return {run.run: run for run in self.pretrainings}
+
     def groups(self) -> tuple[tuple[StudyRun, ...], ...]:
         """Return each pre-training followed by its fine-tunings; runs from scratch are grouped by model and seed.
 
         Groups do not depend on each other. Training from scratch comes first: it fails early where images are missing.
         """
         groups: dict[tuple[str, str, int], list[StudyRun]] = {}
-        for row in self.rows:
-            for run in (*self.pretrainings, *self.finetunings):
-                if run.row == row:
-                    groups.setdefault((row, run.model, run.seed), []).append(run)
+        for run in sorted((*self.pretrainings, *self.finetunings), key=lambda run: self.rows.index(run.row)):
+            groups.setdefault((run.row, run.model, run.seed), []).append(run)
         return tuple(map(tuple, groups.values()))
-
-    @cached_property
-    def starts(self) -> dict[str, StudyRun]:
-        """Return the pre-trainings by ``run``."""
-        return {run.run: run for run in self.pretrainings}
 
 
 class _Place(NamedTuple):
-    """What a pre-training and its fine-tunings, or runs from scratch, have in common."""
+    """A place in the grid: fields as in ``StudyRun``."""
 
     row: str
     model: str
     seed: int
+    target: str | None = None
+    per_class: int | None = None
+    subset_seed: int = 0
 
     @property
-    def pretraining(self) -> str:
-        return f"pt/{self.row}--{self.model}--seed{self.seed}"
+    def run(self) -> str:
+        subset = "" if self.per_class is None else f"-{self.per_class}-per-class-{self.subset_seed}"
+        start = f"{self.row}--{self.model}--seed{self.seed}"
+        return f"ft/{self.target}{subset}--{start}" if self.target else f"pt/{start}"
 
 
 def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) -> StudyPlan:
     """List all runs of a study.
 
     Args:
-        digests: content digests of datasets by location, as far as they are known.
+        digests: content digests by location of shards, or by ``--data``, as far as they are known.
 
     Raises:
         UsageError: naming run and field, if a recipe is not known or a value does not fit it.
     """
     rows = (*([] if study.scratch is None else [SCRATCH]), *study.pretraining)
     pretrainings, finetunings = [], []
-    for place in map(_Place._make, product(rows, study.models, study.study.seeds)):
-        if place.row != SCRATCH:
-            if place.model not in (study.pretraining[place.row].models or study.models):
+    for row, model, seed in product(rows, study.models, study.study.seeds):
+        if row != SCRATCH:
+            if model not in (study.pretraining[row].models or study.models):
                 continue
-            pretrainings.append(_plan_pretraining(study, place, digests))
+            pretrainings.append(_plan_pretraining(study, _Place(row, model, seed), digests))
         for target, images in study.finetuning.items():
-            finetunings += [_plan_finetuning(study, place, target, *subset, digests) for subset in images.subsets()]
+            for subset in product(images.per_class or (None,), images.subset_seeds or (0,)):
+                finetunings.append(_plan_finetuning(study, _Place(row, model, seed, target, *subset), digests))
     if len({run.run for run in finetunings}) < len(finetunings):
         raise UsageError("seeds, per_class or subset_seeds: a number twice; remove one")
     return StudyPlan(rows, tuple(study.models), tuple(study.finetuning), tuple(pretrainings), tuple(finetunings))
@@ -264,86 +231,72 @@ def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) 
 def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -> StudyRun:
     dataset = study.pretraining[place.row]
     tables = (study.study.pretraining, study.models[place.model].pretraining, dataset)
-    options, recipe = _resolve(place.pretraining, "anderson", tables, PT_RECIPES)
-    follow_dataset = dataset_fields(recipe.name) - {field for table in tables for field in table.texts()}
+    recipe, options = _resolve(study, place, "anderson", tables, PT_RECIPES)
+    follow_dataset = dataset_fields(recipe.name).difference(*(table.texts() for table in tables))
     settings = {
         "task": "pt",
-        **_shared_settings(study, place),
+        "model": place.model,
+        "image_size": study.study.image_size,
+        "seed": place.seed,
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
         "dataset": ShardsConfig(dataset.shards).name,
     }
-    if dataset.shards in digests:
-        settings["dataset_digest"] = digests[dataset.shards]
-    arguments = ("pt", "--shards", dataset.shards, "--model", place.model, *options, *_shared_options(study, place))
-    return StudyRun(place.pretraining, settings, **place._asdict(), arguments=arguments)
+    if digest := digests.get(dataset.shards):
+        settings["dataset_digest"] = digest
+    arguments = ("pt", "--shards", dataset.shards, "--model", place.model, *options)
+    return StudyRun(place.run, settings, **place._asdict(), start=None, arguments=arguments)
 
 
-def _plan_finetuning(
-    study: Study, place: _Place, target: str, per_class: int | None, subset_seed: int, digests: Mapping[str, str]
-) -> StudyRun:
-    data, model = study.data(target), study.models[place.model]
-    subset = "" if per_class is None else f"-{per_class}-per-class-{subset_seed}"
-    run = f"ft/{target}{subset}--{place.row}--{place.model}--seed{place.seed}"
+def _plan_finetuning(study: Study, place: _Place, digests: Mapping[str, str]) -> StudyRun:
+    target, model = str(place.target), study.models[place.model]
     tables: list[RecipeChanges] = [study.study.finetuning, model.finetuning, study.finetuning[target]]
     if place.row == SCRATCH:
         start, default = None, "anderson-scratch"
         tables += [study.scratch or RecipeChanges(), model.scratch]
     else:
-        start, default = place.pretraining, "anderson"
+        start, default = _Place(*place[:3]).run, "anderson"
         tables += [study.pretraining[place.row].finetuning]
-    options, recipe = _resolve(run, default, tables, FT_RECIPES)
+    recipe, options = _resolve(study, place, default, tables, FT_RECIPES)
+    data = study.data(target)
     settings = {
         "task": "ft",
-        **_shared_settings(study, place),
+        "model": place.model,
+        "image_size": study.study.image_size,
+        "seed": place.seed,
         "recipe": asdict(recipe),
         "data": data,
-        "per_class": per_class,
-        "subset_seed": subset_seed,
+        "per_class": place.per_class,
+        "subset_seed": place.subset_seed,
     }
-    if data.startswith(SHARDS_PREFIX) and (digest := digests.get(data.removeprefix(SHARDS_PREFIX))):
+    if digest := digests.get(data):
         settings["data_digest"] = digest
     weights = () if start else ("--weights", "none", "--model", place.model)
-    few = () if per_class is None else ("--per-class", str(per_class), "--subset-seed", str(subset_seed))
-    arguments = ("ft", *weights, "--data", data, *few, *options, *_shared_options(study, place))
-    return StudyRun(run, settings, *place[:2], target, per_class, place.seed, subset_seed, start, arguments)
-
-
-def _shared_settings(study: Study, place: _Place) -> dict[str, Any]:
-    return {"model": place.model, "image_size": study.study.image_size, "seed": place.seed}
-
-
-def _shared_options(study: Study, place: _Place) -> tuple[str, ...]:
-    sparse = ("--eval-every", str(study.study.eval_every)) if study.study.eval_every > 1 else ()
-    return ("--image-size", str(study.study.image_size), "--seed", str(place.seed), *sparse)
+    few = ("--per-class", str(place.per_class), "--subset-seed", str(place.subset_seed)) if place.per_class else ()
+    arguments = ("ft", *weights, "--data", data, *few, *options)
+    return StudyRun(place.run, settings, **place._asdict(), start=start, arguments=arguments)
 
 
 def _resolve(
-    run: str, default: str, tables: Iterable[RecipeChanges], recipes: Mapping[str, TrainRecipe]
-) -> tuple[list[str], TrainRecipe]:
-    """Apply the changes of several tables, later ones last; return options of the command line and the recipe."""
-    name = default
+    study: Study, place: _Place, name: str, tables: Iterable[RecipeChanges], recipes: Mapping[str, TrainRecipe]
+) -> tuple[TrainRecipe, list[str]]:
+    """Apply the tables to the recipe ``name``, later ones last; return it with the options of the command line."""
     changes: dict[str, str] = {}
     for table in tables:
         name = table.recipe or name
         changes |= table.texts()
     if name not in recipes:
-        raise UsageError(f"{run}: recipe {name!r}{nearest(name, recipes)}")
+        raise UsageError(f"{place.run}: recipe {name!r}{nearest(name, recipes)}")
     try:
         recipe = change(recipes[name], changes)
     except UsageError as error:
-        raise UsageError(f"{run}, recipe {name}: {error}") from error
-    return ["--recipe", name, *(word for item in changes.items() for word in ("--set", "=".join(item)))], recipe
-
-
-PLAN = "study.json"
+        raise UsageError(f"{place.run}, recipe {name}: {error}") from error
+    options = ["--recipe", name, *(word for item in changes.items() for word in ("--set", "=".join(item)))]
+    options += ["--image-size", str(study.study.image_size), "--seed", str(place.seed)]
+    return recipe, options + (["--eval-every", str(study.study.eval_every)] if study.study.eval_every > 1 else [])
 
 
 def write_plan(plan: StudyPlan, folder: Path) -> None:
-    """Write the plan of a whole study, not that of a slice, into the study's folder.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write the plan of a whole study, not that of a slice, into the study's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     write_json(folder / PLAN, asdict(plan), indent=1)
@@ -356,12 +309,8 @@ def read_plan(folder: Path) -> StudyPlan:
         FractalError: if it is damaged, or names a run outside of the folder.
         OSError: if it cannot be read.
     """
-    path = folder / PLAN
-    plan = read_json(path, StudyPlan)
+    plan = read_json(folder / PLAN, StudyPlan)
     for run in (*plan.pretrainings, *plan.finetunings):
-        parts = PurePosixPath(run.run)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-            raise FractalError(f"{path}: run {run.run!r} is outside of the study's folder; do not use this file")
-        if run.start is not None and run.start not in plan.starts:
-            raise FractalError(f"{path}: start {run.start!r} of {run.run} is not in the plan; run the study again")
+        if not all(map(is_plain, run.run.split("/"))) or run.start not in (None, *plan.starts):
+            raise FractalError(f"{folder / PLAN}: {run.run!r} is no run of this folder; run the study again")
     return plan
