@@ -1,11 +1,13 @@
 """Small datasets of random images, and packed JPEGs."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fractalshards import workers
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, sample_key, shard_name, write_manifest
 from fractalshards.sample import Label, LabelType, MultiLabel, Object
@@ -36,6 +38,12 @@ def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
     label_type: LabelType = "single" if isinstance(labels[0], int) else "multi"
     write_manifest(folder, {"train": records}, DatasetInfo(recipe, label_type, CLASSES), 16)
     return folder
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use threads instead of worker processes, which take half a second to start."""
+    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from fractalshards.storage import write_json
 from fractalshards.writer import Rendered, write_shard
 from packed_flowers import assert_refused
 
+pytestmark = pytest.mark.usefixtures("threads")
 CLASSES = 3
 Samples = list[tuple[str, Rendered]]
 

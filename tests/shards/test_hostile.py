@@ -1,27 +1,23 @@
 """Damaged and hostile datasets: ``verify`` names the file at fault in one line, and nothing else happens."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from damages import HOSTILE, MARK
-from fractalshards import png, workers
+from fractalshards import png
 from fractalshards.cli import main
 from fractalshards.manifest import INFO
 
 
-@pytest.fixture(autouse=True)
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads instead of processes, and a bound that is reached soon."""
-    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
-    monkeypatch.setattr(png, "_MAX_CHUNKS", 1000)
-
-
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_verify_names_the_file_at_fault(name: str, dataset: Path, tmp_path: Path) -> None:
+def test_verify_names_the_file_at_fault(
+    name: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(png, "_MAX_CHUNKS", 1000)
     damage, noun = HOSTILE[name]
     damage(dataset)
     before = {path.name for folder in (dataset, tmp_path) for path in folder.iterdir()}

@@ -26,6 +26,7 @@ from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
 from packed_flowers import Encode, Make, assert_refused, images, pack, samples
 
+pytestmark = pytest.mark.usefixtures("threads")
 FLOWERS = ("--split", "train=0.8,val=0.2", "--shard-size", "8")  # as the fixture ``packed``
 
 
@@ -271,7 +272,7 @@ def test_bad_images_are_all_named(tmp_path: Path, image_folder: Make, image_file
 
 
 def test_killed_pack_continues_to_the_same_dataset(tmp_path: Path, image_folder: Make) -> None:
-    source = image_folder(tmp_path / "in", {"a": 80, "b": 80})
+    source = image_folder(tmp_path / "in", {"a": 40, "b": 40})
     assert pack(f"imagefolder:{source}", tmp_path / "undisturbed", "--shard-size", "1").exit_code == 0
     out = tmp_path / "killed"
     command = [Path(sys.executable).with_name("fractalshards"), "pack", f"imagefolder:{source}", out]

@@ -21,6 +21,8 @@ from fractalshards.storage import write_json
 from fractalshards.systems import read_systems, write_systems
 from packed_flowers import assert_refused
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 
 def recipe(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["recipe", *map(str, arguments)])

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -37,6 +36,7 @@ from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, measure, sur
 from fractalshards.writer import write_shard
 from packed_flowers import assert_refused
 
+pytestmark = pytest.mark.usefixtures("threads")
 HOSTILE = "</style></script><script>x=1</script>{{ 7 * 7 }}\"'><img src=x onerror='x=2'>"
 
 
@@ -61,12 +61,6 @@ def write_dataset(folder: Path, shards: Sequence[Sequence[tuple[Pixels, Label]]]
     facts = {"label_type": "multi" if multi else "single", "classes": classes, "recipe": recipe, **more}
     write_manifest(folder, {"train": records}, DatasetInfo(**facts), None)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use threads instead of worker processes, which take seconds to start."""
-    monkeypatch.setattr("fractalshards.survey.worker_pool", ThreadPoolExecutor)
 
 
 def survey(folder: Path) -> Survey:

@@ -18,7 +18,7 @@ from fractalshards import writer
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import finished_record, load_manifest, read_record
+from fractalshards.manifest import DatasetInfo, finished_record, load_manifest, read_record
 from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import (
@@ -34,8 +34,9 @@ from fractalshards.sample import (
     parse_sample,
 )
 from fractalshards.systems import read_systems
-from fractalshards.writer import write_shard
+from fractalshards.writer import ShardTask, publish, write_shard
 
+pytestmark = pytest.mark.usefixtures("threads")
 Encode = Callable[[np.ndarray], bytes]
 BOX = b'"bbox":[0,0,1,1]'
 
@@ -87,6 +88,12 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
         write_shard(tmp_path, "train-000000.tar", 1, samples())
     assert list(tmp_path.iterdir()) == []
     assert caught.value.filename == str(tmp_path / "train-000000.tar")
+
+
+def test_publish_refuses_vanished_shards(tmp_path: Path) -> None:
+    task = ShardTask("train", "train-000000.tar", 0, 2)
+    with pytest.raises(FractalError, match="train-000000"):
+        publish(tmp_path, (task,), (task,), DatasetInfo({}, "single", 1))
 
 
 def test_write_shard_rejects_large_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from packed_flowers import assert_refused
 
+pytestmark = pytest.mark.usefixtures("threads")
 SHARD = "train-000001.tar"
 
 
