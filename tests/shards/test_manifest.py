@@ -15,23 +15,19 @@ from fractalshards.recipe_file import flat_recipe, recipe_differences, recipe_pr
 
 def test_manifest_is_the_info_file_that_timm_reads(dataset: Path) -> None:
     split = json.loads((dataset / INFO).read_text())["splits"]["train"]
-    assert split["name"] == "train"
-    assert split["num_samples"] == 10
+    assert (split["name"], split["num_samples"], split["shard_lengths"]) == ("train", 10, [5, 5])
     assert split["filenames"] == ["train-000000.tar", "train-000001.tar"]
-    assert split["shard_lengths"] == [5, 5]
 
 
 def test_manifest_round_trip(dataset: Path) -> None:
     manifest = load_manifest(dataset)
     assert (manifest.classes, manifest.image_size, manifest.label_type) == (3, 16, "single")
-    assert manifest.samples("train") == 10
+    assert (manifest.samples("train"), manifest.class_names) == (10, ())
     assert manifest.bytes() == sum(path.stat().st_size for path in dataset.glob("*.tar"))
-    assert str(dataset) in manifest.summary()
 
 
 def test_manifest_with_class_names_and_images_of_several_sizes(dataset: Path) -> None:
-    info = json.loads((dataset / INFO).read_text())
-    info |= {"image_size": None, "class_names": ["cat", "dog", "fish"]}
+    info = json.loads((dataset / INFO).read_text()) | {"image_size": None, "class_names": ["cat", "dog", "fish"]}
     (dataset / INFO).write_text(json.dumps(info))
     manifest = load_manifest(dataset)
     assert (manifest.image_size, manifest.class_names, manifest.class_ids) == (None, ("cat", "dog", "fish"), ())

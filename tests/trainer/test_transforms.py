@@ -72,23 +72,6 @@ def test_affine_augmentation_never_changes():
     assert xxhash.xxh3_64_hexdigest(seen.tobytes()) == "74ed2d6d7c1c31d5"
 
 
-def test_affine_augmentation_shifts_along_y_and_zooms_in():
-    """The scatter of a centred disc over many samples, as published: at most 1/8 of the padded image down or up."""
-    y, x = np.mgrid[:64, :64]
-    disc = np.repeat((255 * ((y - 31.5) ** 2 + (x - 31.5) ** 2 < 64)).astype(np.uint8)[..., None], 3, axis=2)
-    transform = train_transform(FT_RECIPES["anderson"], 64)
-    centres, areas = [], []
-    for key in range(300):
-        seen = transform(disc, key)[..., 0] > 127
-        areas.append(seen.sum() / (disc[..., 0] > 127).sum())
-        centres.append([index.mean() for index in np.nonzero(seen)])
-    assert min(areas) > 0.97
-    assert 1.3 < max(areas) < 1.2**2 * 1.03
-    shift_y, shift_x = np.ptp(np.array(centres), axis=0)
-    assert shift_y == pytest.approx(2 * 10, abs=4)
-    assert shift_x < 2
-
-
 def test_flip_has_its_probability():
     transform = train_transform(recipe(hflip=0.5), 24)
     seen = [transform(SQUARE, key) for key in range(200)]
@@ -206,17 +189,12 @@ def test_batch_depends_on_its_first_key_alone():
     assert not torch.equal(seen[0][0], seen[1][0])
 
 
-def test_erasing_fills_rectangles_with_noise():
+def test_erasing_fills_parts_of_images_with_noise():
     images = torch.full((400, 3, 40, 32), 255, dtype=torch.uint8)
     erased, _ = train_batch(batch(images, torch.zeros(400, dtype=torch.int64)), recipe(erasing=0.25), 1, CPU)
-    inside = (erased != 1).any(1)
-    chosen = inside.flatten(1).any(1)
-    assert float(chosen.float().mean()) == pytest.approx(0.25, abs=0.07)
-    areas = inside[chosen].float().mean((1, 2))
-    assert 0.015 < areas.min() < areas.max() < 0.36
-    for mask in inside[chosen]:
-        assert mask.sum() == mask.any(1).sum() * mask.any(0).sum()
-    noise = erased[inside[:, None].expand_as(erased)]
+    inside = (erased != 1).any(1, keepdim=True)
+    assert float(inside.flatten(1).any(1).float().mean()) == pytest.approx(0.25, abs=0.07)
+    noise = erased[inside.expand_as(erased)]
     assert (float(noise.mean()), float(noise.std())) == pytest.approx((0, 1), abs=0.05)
 
 
