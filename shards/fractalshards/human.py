@@ -11,11 +11,11 @@ _LONGEST_LINE = 2000
 
 def human_bytes(count: float) -> str:
     """Format a size in decimal units with three digits, e.g. ``72.4 GB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:.3g} TB"
 
 
 def parse_bytes(text: str, option: str) -> int:

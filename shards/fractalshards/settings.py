@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_CLOSE = 0.6  # difflib's ratio from which a name counts as mistyped or cut off
 _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -55,16 +54,8 @@ def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] =
 
 def nearest(name: str, names: Collection[str]) -> str:
     """Return the end of an error message: the names that were probably meant, or all names."""
-    alike = {known: max(_likeness(name, known), _likeness(name, known[: len(name)])) for known in names}
-    best = max(alike.values(), default=0.0)
-    if best < _CLOSE:
-        return f" (there are {', '.join(names)})"
-    meant = [known for known in names if alike[known] == best]
-    return f", did you mean {' or '.join(map(repr, meant))}?"
-
-
-def _likeness(name: str, known: str) -> float:
-    return SequenceMatcher(a=known, b=name).ratio()
+    meant = [known for known in names if name and known.startswith(name)] or get_close_matches(name, names)
+    return f", did you mean {' or '.join(map(repr, meant))}?" if meant else f" (there are {', '.join(names)})"
 
 
 def _parse(text: str, kind: Any, name: str) -> Any:

@@ -54,11 +54,11 @@ def test_override_rejects(text: str) -> None:
     assert ("'count'" in str(caught.value)) == (text == "conut=3")
 
 
-def test_nearest_suggests_names_with_the_same_beginning() -> None:
-    assert "lr" in nearest("blurr", ["lr"])
-    suggested = nearest("blurr", ["lr", "blur_sigma", "blur_probability"])
-    assert "'blur_sigma' or 'blur_probability'" in suggested
-    assert "lr'" not in suggested
+def test_nearest_suggests_names_with_this_beginning_or_alike() -> None:
+    names = ["lr", "blur_sigma", "blur_probability"]
+    assert nearest("blur", names) == ", did you mean 'blur_sigma' or 'blur_probability'?"
+    assert nearest("blur_sgima", names) == ", did you mean 'blur_sigma'?"
+    assert nearest("x", names) == " (there are lr, blur_sigma, blur_probability)"
 
 
 def test_parse_settings_keeps_the_last() -> None:

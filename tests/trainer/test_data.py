@@ -189,27 +189,19 @@ def test_damaged_or_missing_image_is_named(tmp_path):
         train.read(1)
 
 
-def add(folder: Path) -> None:
-    (folder / "ant" / "new.png").write_bytes((folder / "ant" / "0.png").read_bytes())
-
-
-def replace(folder: Path) -> None:
-    path = folder / "bee" / "0.png"
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def move(folder: Path) -> None:
-    (folder / "ant" / "0.png").rename(folder / "bee" / "new.png")
-
-
-@pytest.mark.parametrize("edit", [add, replace, move])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_image_folders_that_change_have_another_digest(tmp_path, edit, split):
+def test_image_folders_that_change_have_another_digest(tmp_path, split):
     name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
-    before = open_images(name).digest
-    assert open_images(name).digest == before is not None
-    edit(tmp_path / split)
-    assert open_images(name).digest != before
+    ant, bee = tmp_path / split / "ant", tmp_path / split / "bee"
+    digests = [open_images(name).digest, open_images(name).digest]
+    (ant / "new.png").write_bytes((ant / "0.png").read_bytes())
+    digests.append(open_images(name).digest)
+    (ant / "0.png").write_bytes((ant / "0.png").read_bytes() + b"\0")
+    digests.append(open_images(name).digest)
+    (ant / "0.png").rename(bee / "new.png")
+    digests.append(open_images(name).digest)
+    assert digests[0] == digests[1] is not None
+    assert len(set(digests)) == 4
 
 
 def test_run_on_image_folders_that_changed_is_not_continued(fractaltrain, tmp_path, monkeypatch):
@@ -220,7 +212,7 @@ def test_run_on_image_folders_that_changed_is_not_continued(fractaltrain, tmp_pa
     with monkeypatch.context() as patch:  # there may be millions of files, on a file system that many share
         patch.setattr(FolderSource, "describe", lambda self: pytest.fail("eval looks at every file"))
         assert fractaltrain("eval", "--weights", tmp_path / "run", "--data", name).code == 0
-    add(tmp_path / "val")
+    (tmp_path / "val" / "ant" / "new.png").write_bytes((tmp_path / "val" / "ant" / "0.png").read_bytes())
     refused = fractaltrain(*command)
     assert (refused.code, refused.err.count("\n")) == (1, 1)
     assert "data_digest" in refused.err
@@ -291,18 +283,15 @@ def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
     ],
 )
 def test_webdataset_folder_without_sound_classes_or_splits_is_refused(tmp_path, image_file, splits, info, noun):
-    assert (
-        open_dataset(write_webdataset(tmp_path / "a", image_file, {"train": [4]}, num_classes=9), ALONE).train.classes
-        == 9
-    )
     with pytest.raises(FractalError, match=noun):
-        open_dataset(write_webdataset(tmp_path / "b", image_file, splits, **info), ALONE)
+        open_dataset(write_webdataset(tmp_path / "theirs", image_file, splits, **info), ALONE)
 
 
 @pytest.mark.usefixtures("cache")
 def test_damaged_image_of_a_webdataset_folder_is_named(tmp_path, image_file):
-    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [4]})
+    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [4]}, num_classes=9)
     source = open_dataset(folder, ALONE).train
+    assert source.classes == 9
     data = bytearray((folder / "in-train-000.tar").read_bytes())
     data[data.index(b"IDAT") + 8 : data.index(b"IEND")] = bytes(data.index(b"IEND") - data.index(b"IDAT") - 8)
     (folder / "in-train-000.tar").write_bytes(data)

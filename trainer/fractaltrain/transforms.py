@@ -38,8 +38,6 @@ _AFFINE_ZOOM = (1.0, 1.2)
 _MAX_MAGNITUDE = 9.999  # of RandAugment: at 10 Posterize would keep 0 bits, which Pillow refuses
 
 Augmentation = Callable[[Image.Image], Image.Image]
-Box = tuple[int, int, int, int]
-"""Top, left, height and width in pixels."""
 
 
 def train_transform(recipe: TrainRecipe, image_size: int) -> Transform:
@@ -168,9 +166,10 @@ def _transform_train(
     if recipe.crop != "none" or flip:
         numbers = _uniforms(key)
         if recipe.crop == "random":
-            image = _random_crop(image, numbers, size)
+            image = _crop(image, size, numbers)
         elif recipe.crop == "resized":
-            image = _random_resized_crop(image, numbers, size, recipe.crop_scale)
+            top, left, height, width = _resized_crop_box(image.shape, numbers, recipe.crop_scale)
+            image = _stretch(image[top : top + height, left : left + width], size)
         if next(numbers) < flip:
             image = image[:, ::-1]
     if not augmentations:
@@ -193,9 +192,9 @@ def _transform_val(image: Images, key: int, size: int, crop: str) -> Images:
     if crop == "none":
         return _resize(image, size)
     if crop == "resized":
-        square = _centre_crop(image, min(image.shape[:2]))  # first: its sides would be outside of the centre
+        square = _crop(image, min(image.shape[:2]))  # first: its sides would be outside of the centre
         image = _stretch(square, round(size * _VAL_SCALE))
-    return _centre_crop(image, size)
+    return _crop(image, size)
 
 
 def _resize(image: Images, size: int) -> Images:
@@ -213,34 +212,29 @@ def _stretch(image: Images, size: int) -> Images:
     return pixels
 
 
-def _centre_crop(image: Images, size: int) -> Images:
-    """Crop the centre; stretch an image that is smaller."""
+def _crop(image: Images, size: int, numbers: Iterator[float] | None = None) -> Images:
+    """Crop at a random place, or the centre without ``numbers``; stretch an image that is smaller."""
     height, width, _ = image.shape
     if height < size or width < size:
         return _stretch(image, size)
-    top, left = (height - size) // 2, (width - size) // 2
+    if numbers is None:
+        top, left = (height - size) // 2, (width - size) // 2
+    else:
+        top, left = int(next(numbers) * (height - size + 1)), int(next(numbers) * (width - size + 1))
     return image[top : top + size, left : left + size]
 
 
-def _random_crop(image: Images, numbers: Iterator[float], size: int) -> Images:
-    """Crop at a random place; stretch an image that is smaller."""
-    height, width, _ = image.shape
-    if height < size or width < size:
-        return _stretch(image, size)
-    top, left = int(next(numbers) * (height - size + 1)), int(next(numbers) * (width - size + 1))
-    return image[top : top + size, left : left + size]
-
-
-def _random_resized_crop(image: Images, numbers: Iterator[float], size: int, scale: tuple[float, float]) -> Images:
-    top, left, height, width = _resized_crop_box(image.shape[0], image.shape[1], numbers, scale)
-    return _stretch(image[top : top + height, left : left + width], size)
-
-
-def _resized_crop_box(height: int, width: int, numbers: Iterator[float], scale: tuple[float, float]) -> Box:
+def _resized_crop_box(
+    shape: tuple[int, ...], numbers: Iterator[float], scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Draw the box of RandomResizedCrop (Szegedy et al., Going deeper with convolutions, 2015), as torchvision does.
 
     Its area is uniform in ``scale`` of the image's; the logarithm of its aspect ratio is uniform, too.
+
+    Returns:
+        Top, left, height and width in pixels.
     """
+    height, width, _ = shape
     low, high = map(math.log, _CROP_RATIO)
     for _ in range(_CROP_TRIES):
         area = height * width * (scale[0] + next(numbers) * (scale[1] - scale[0]))

@@ -5,10 +5,8 @@ Importing this module imports neither torch, torchvision nor scikit-learn.
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPException
-from itertools import chain
 from pathlib import Path
 from tarfile import TarError
 from typing import TYPE_CHECKING
@@ -99,7 +97,10 @@ def _open_files(choice: ImagesConfig, with_digest: bool) -> Splits:
         raise FractalError(
             f"{choice.path}: train and val differ in their class folders ({', '.join(odd[:5])}); make them equal"
         )
-    return Splits(train, val, folders_digest(train, val) if with_digest else None)
+    if not with_digest:
+        return Splits(train, val)
+    # over names and sizes of the files: reading all of them would take too long
+    return Splits(train, val, hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32])
 
 
 def _check_trainable(choice: ImagesConfig, splits: Splits) -> None:
@@ -182,10 +183,10 @@ class FolderSource:
     def label_counts(self) -> Indices:
         return np.bincount(self.labels, minlength=self.classes)
 
-    def describe(self) -> Iterator[bytes]:
-        """Yield a line per image: its path below the folder, which names its class, and its size in bytes."""
-        for path in self._paths:
-            yield b"%s %d\n" % (os.fsencode(os.path.relpath(path, self._folder)), os.stat(path).st_size)
+    def describe(self) -> bytes:
+        """Return a line per image: its path below the folder, which names its class, and its size in bytes."""
+        places = ((os.fsencode(os.path.relpath(path, self._folder)), os.stat(path).st_size) for path in self._paths)
+        return b"".join(b"%s %d\n" % place for place in places)
 
     def read(self, index: int) -> Example:
         """Read and decode an image; its key is its path below the folder.
@@ -214,11 +215,3 @@ def find_folders(path: Path) -> tuple[Path, Path]:
         if not folder.is_dir():
             raise FractalError(f"{folder}: no such folder; {_LAYOUT}")
     return folders
-
-
-def folders_digest(train: FolderSource, val: FolderSource) -> str:
-    """Return 32 hex digits that change with the names and sizes of the files; their contents would take too long."""
-    digest = hashlib.sha256()
-    for line in chain(train.describe(), [b"\n"], val.describe()):
-        digest.update(line)
-    return digest.hexdigest()[:32]
