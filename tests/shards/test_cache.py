@@ -19,7 +19,6 @@ from fractalshards.human import parse_bytes
 from fractalshards.manifest import DatasetInfo, load_manifest, sample_key, shard_name, write_manifest
 from fractalshards.remote import cache as cache_module
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
-from fractalshards.storage import atomic_file
 from fractalshards.writer import write_shard
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -203,24 +202,6 @@ def test_a_cache_must_fit_on_the_disk(source: Path, root: Path, size: int, monke
     with pytest.raises(FractalError, match="--cache-dir"):
         opened(str(source), root, 10**9)
     opened(str(source), root, 2 * size)
-
-
-def test_what_arrives_while_room_is_sought_counts_once(
-    source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = opened(str(source), root, 2 * size)
-    cached = ShardCache._cached
-    with atomic_file(cache.folder / NAMES[0]) as file:
-        file.write((source / NAMES[0]).read_bytes())
-
-        def arriving(self: ShardCache) -> list:
-            (cache.folder / NAMES[0]).unlink(missing_ok=True)
-            os.link(file.name, cache.folder / NAMES[0])
-            return cached(self)
-
-        monkeypatch.setattr(ShardCache, "_cached", arriving)
-        assert cache._make_room(size)
-        assert here(cache) == {NAMES[0]}
 
 
 def test_prefetching_keeps_what_comes_next(source: Path, root: Path, size: int, web: Callable) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +30,7 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard, sidecar_name
-from fractalshards.remote.stores import FileInfo, RemoteReader, open_reader
+from fractalshards.remote.stores import FileInfo, Store, open_store
 from fractalshards.remote.transfer import (
     is_sidecar,
     read_manifest,
@@ -69,17 +69,17 @@ class ShardCache:
         def prepare(shard: Shard) -> None:
             path, sidecar = self.folder / shard.name, self.folder / sidecar_name(shard.name)
             if not (sidecar.is_file() and is_sidecar(sidecar.read_bytes(), self.manifest, shard)):
-                write_bytes(sidecar, read_sidecar(reader, self.manifest, shard))
+                write_bytes(sidecar, read_sidecar(store, self.manifest, shard))
             with suppress(FileNotFoundError):  # another training may have removed it
                 if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
                     path.unlink()
 
         with self._lock("prepare"):
             remove_leftovers(self.folder)
-            wanted = min(self.size, self.manifest.bytes()) - sum(size for _, size, _ in self._cached())
+            wanted = min(self.size, self.manifest.bytes()) - sum(size for _, size, _ in self._tars("[!.]*.tar"))
             check_space(self.folder, wanted, "lower --cache-size or choose another --cache-dir")
-            reader, shards = open_reader(self.url), [*self._shards.values()]
-            run_tasks(prepare, shards, lambda shard: 1, _JOBS, on_progress, reader.cancel)
+            store = open_store(self.url)
+            run_tasks(prepare, [*self._shards.values()], lambda shard: 1, _JOBS, on_progress)
 
     def open(self, name: str) -> int:
         """Return a descriptor of a whole shard, open for reading; fetch the shard if it is not here.
@@ -115,46 +115,34 @@ class ShardCache:
         return fitting
 
     def _fetch(self, shard: Shard) -> int:
-        """Fetch a shard whose lock is held, and open it."""
-        (self.folder / shard.name).unlink(missing_ok=True)  # a damaged one
-        with self._temporary_file(shard) as file:
-            self._reader().fetch(shard.name, file, FileInfo(shard.bytes, shard.sha256))
+        """Fetch a shard whose lock is held, once there is room for it, and open it."""
+        with atomic_file(self.folder / shard.name) as file:
+            with self._lock("room"):
+                while not self._make_room(shard.bytes):
+                    time.sleep(_POLL_SECONDS)  # others are fetching; what they have fetched can make room
+                file.truncate(shard.bytes)
+            store = _store_of_process(self.url, os.getpid(), self.attempts)
+            store.fetch(shard.name, file, FileInfo(shard.bytes, shard.sha256))
             return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
-
-    @contextmanager
-    def _temporary_file(self, shard: Shard) -> Iterator[BinaryIO]:
-        """Open a file that becomes the shard, once there is room for it: what others fetch just now is waited for."""
-        with ExitStack() as stack:
-            while True:
-                with self._lock("room"):
-                    if self._make_room(shard.bytes):
-                        file = stack.enter_context(atomic_file(self.folder / shard.name))
-                        file.truncate(shard.bytes)
-                        break
-                time.sleep(_POLL_SECONDS)
-            yield file
 
     def _make_room(self, size: int) -> bool:
         """Remove shards until ``size`` bytes are free, the least recently used first; return whether they are."""
         remove_leftovers(self.folder)
-        coming = {path.name.rpartition("~")[2]: path for path in self.folder.glob(f"{TEMPORARY}*.tar")}
-        here = self._cached()  # after the temporary files, so that what arrives in between counts, and not twice
-        free = self.size - sum(size for _, size, _ in here)
-        free -= sum(self._shards[name].bytes for name in coming.keys() - {path.name for _, _, path in here})
+        coming, here = self._tars(f"{TEMPORARY}*.tar"), self._tars("[!.]*.tar")  # one that arrives now counts twice
+        free = self.size - sum(cached for _, cached, _ in coming + here)
         for _, cached, path in sorted(here):
             if free < size:
                 path.unlink(missing_ok=True)
                 free += cached
         return free >= size
 
-    def _cached(self) -> list[tuple[int, int, Path]]:
-        """(last use in ns, bytes, path) of every shard that is here."""
+    def _tars(self, pattern: str) -> list[tuple[int, int, Path]]:
+        """(last use in ns, bytes, path) of files in the folder."""
         found = []
-        for entry in os.scandir(self.folder):
-            if entry.name in self._shards:
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    found.append((status.st_atime_ns, status.st_size, Path(entry.path)))
+        for path in self.folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_atime_ns, status.st_size, path))
         return found
 
     def _open_whole(self, shard: Shard) -> int | None:
@@ -167,19 +155,16 @@ class ShardCache:
         os.close(descriptor)
         return None
 
-    def _reader(self) -> RemoteReader:
-        reader = _reader_of_process(self.url, os.getpid())
-        reader.attempts = self.attempts or reader.attempts
-        return reader
-
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
 
 
 @functools.lru_cache(maxsize=4)
-def _reader_of_process(url: str, process: int) -> RemoteReader:
-    """A reader for this process: connections do not survive a fork."""
-    return open_reader(url)
+def _store_of_process(url: str, process: int, attempts: int | None) -> Store:
+    """A store for this process: connections do not survive a fork."""
+    store = open_store(url)
+    store.attempts = attempts or store.attempts
+    return store
 
 
 def _mark_used(descriptor: int) -> None:
@@ -201,7 +186,7 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
         FractalError: if there is no dataset, or others can write to the default root.
         OSError: if the root cannot be created.
     """
-    manifest = read_manifest(open_reader(url)).manifest
+    manifest = read_manifest(open_store(url)).manifest
     sizes = {name: [shard.bytes for shard in shards] for name, shards in manifest.splits.items()}
     least = max(sum(sorted(sizes.get(split, []))[-window:]), *(max(part, default=0) for part in sizes.values()))
     if size < least:
@@ -220,9 +205,8 @@ def _default_root() -> Path:
 
 def _private(folder: Path) -> Path:
     """Create a folder that only this user may enter; an existing one must be the user's, and no link."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, parents=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise FractalError(f"{folder}: other users can write there, so not a safe cache; choose a --cache-dir")

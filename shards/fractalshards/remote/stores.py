@@ -1,25 +1,27 @@
-"""Read and write the files of one folder: local, on a web server, S3, Google Cloud Storage or Hugging Face."""
+"""One folder of a dataset: a local path, or on a web server, S3, Google Cloud Storage or Hugging Face.
+
+``open_store`` returns a ``Store`` with four operations: ``read`` a small file, ``fetch`` one of known size and sha256,
+ask whether it ``holds`` such a file, and ``put`` files. fsspec moves the bytes; what differs is how a store writes and
+how it proves what arrived.
+"""
 
 import base64
 import errno
 import hashlib
-import inspect
 import io
 import re
-import ssl
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from fractalshards.digest import sha256_file
-from fractalshards.errors import FractalError, UsageError, needs_package
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import one_line
-from fractalshards.storage import atomic_file, regular_size, remove_leftovers
+from fractalshards.storage import atomic_file, regular_size
 
 README = "README.md"
 
@@ -27,14 +29,12 @@ _ROOTS = {
     scheme: re.compile(pattern, re.IGNORECASE)
     for scheme, pattern in (
         ("file", r"file://(/[^/].*)"),
-        ("http", r"(https?://(?:[^/?#@]*@)?(?:[^][/?#@:]+|\[[\da-f:]+\])(?::\d{1,5})?(?:/[^?#]*)?)(?:\?([^#]*))?"),
+        ("http", r"(https?://[^/?#]+(?:/[^?#]*)?)(?:\?([^#]*))?"),
         ("s3", r"s3://([^/@]+(?:/.*)?)"),
         ("gs", r"gc?s://([^/@]+(?:/.*)?)"),
         ("hf", r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)"),
     )
 }
-_UNQUOTED = "/%~!$&'()*+,;=:@[]?"  # characters that stay as they are in a URL
-_HUB_ROOT = re.compile(r"datasets/([^/]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _SECRETS = ((re.compile(r"//[^/@\s]*@"), "//***@"), (re.compile(r"(://[^\s'\"<>)?]*)\?[^\s'\"<>),]*"), r"\1?***"))
 
 
@@ -46,13 +46,17 @@ class Location:
         scheme: file, http, s3, gs or hf.
         root: a path, ``bucket/key``, ``datasets/USER/NAME[@REVISION][/FOLDER]``, or an http URL without its query.
         query: query of an http URL (a signature or token), appended to the URL of every file.
-        shown: the path or URL without credentials, for messages.
     """
 
     scheme: str
     root: str
-    query: str
-    shown: str
+    query: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The path or URL without credentials, for messages."""
+        scheme = "" if self.scheme in ("file", "http") else f"{self.scheme}://"
+        return redact(f"{scheme}{self.root}")
 
     def file(self, name: str) -> str:
         """Path or URL of a file in the folder."""
@@ -69,16 +73,11 @@ def parse_location(text: str) -> Location:
         UsageError: for any other scheme, or a URL that names no folder.
     """
     if text and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
-        return Location("file", str(Path(text)), "", str(Path(text)))
+        return Location("file", str(Path(text)))
     for scheme, pattern in _ROOTS.items():
         if match := pattern.fullmatch(text):
-            root, query = match[1].rstrip("/"), ""
-            if scheme == "http":
-                protocol, _, rest = root.partition(":")
-                root = f"{protocol.lower()}:{quote(rest, safe=_UNQUOTED)}"
-                query = quote(match[2] or "", safe=_UNQUOTED)
-            shown = root if scheme == "file" else redact(text.partition("?")[0].rstrip("/"))
-            return Location(scheme, root, query, shown)
+            root, *query = match.groups("")
+            return Location(scheme, root.rstrip("/"), *query)
     raise UsageError(
         f"{redact(text)}: not a folder or supported URL; give a local path, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
         "hf://datasets/USER/NAME or https://HOST/FOLDER, and credentials of object stores as their own tools expect"
@@ -92,28 +91,17 @@ def redact(text: str) -> str:
     return text
 
 
-_CHUNK = 1 << 20
 _LOCAL_CHUNK = 1 << 18  # stays in a core's cache from reading to hashing and writing
 _BLOCK = 8 << 20  # of an object store, where every read is a request
 _SINGLE_PUT = 5 * 2**30  # bytes that S3 takes in one request
 _TIMEOUT = 30.0  # seconds
-_RETRY_SECONDS = (0.5, 30.0)  # before the first retry, doubled before each further one, and the longest
+_RETRY_SECONDS = (1.0, 30.0)  # before the first retry, doubled before each further one, and the longest
 _AGAIN = (408, 409, 412, 425, 429)  # HTTP statuses below 500 that may succeed later
-_PACKAGES = {
-    "http": ("aiohttp", "pip install aiohttp"),
-    "s3": ("s3fs", "pip install '.[s3]' in a clone of the project"),
-    "gs": ("gcsfs", "pip install gcsfs"),
-    "hf": ("huggingface_hub", "pip install '.[hub]' in a clone of the project"),
-}
 _T = TypeVar("_T")
 
 
-class StoreError(FractalError):
-    """A store or the network failed; ``transient`` if trying again may help."""
-
-    def __init__(self, message: str, transient: bool = False) -> None:
-        super().__init__(message)
-        self.transient = transient
+class TemporaryError(FractalError):
+    """A store or the network failed, and trying again may help."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +125,10 @@ class Upload:
         """Content from memory."""
         return cls(name, data, FileInfo(len(data), hashlib.sha256(data).hexdigest()))
 
+    def open(self) -> BinaryIO:
+        """Open the content for reading."""
+        return io.BytesIO(self.content) if isinstance(self.content, bytes) else _open_regular(self.content)
+
     def chunks(self) -> Iterator[bytes]:
         """Yield the content, and at most a chunk more than its size.
 
@@ -145,7 +137,7 @@ class Upload:
             OSError: if it cannot be read.
         """
         digest, size = hashlib.sha256(), 0
-        with io.BytesIO(self.content) if isinstance(self.content, bytes) else _open_regular(self.content) as file:
+        with self.open() as file:
             while size <= self.info.size and (chunk := file.read(_LOCAL_CHUNK)):
                 digest.update(chunk)
                 size += len(chunk)
@@ -155,53 +147,40 @@ class Upload:
             raise FractalError(f"{where}: not what the manifest says; run 'fractalshards verify' on its folder")
 
 
-class RemoteReader:
-    """Files of one folder, read through fsspec. Safe to use from many threads, but not after a fork.
+class Store:
+    """A folder on a filesystem of fsspec. Safe to use from many threads, but not after a fork.
 
-    Failures that may pass are retried: ``attempts`` in all, which take about a minute. Methods raise
-    FileNotFoundError if a file is not there, and FractalError, without the secrets of a URL, for other failures.
+    Failures that may pass are retried for about a minute. Methods raise FractalError, without the secrets of a URL, if
+    a store fails, and FileNotFoundError if a file is not there.
+
+    Attributes:
+        attempts: how often an operation is tried in all.
+        has_checksums: ``holds`` compares sha256, not sizes alone.
+        batch_size: how many shards one ``put`` should take.
+        chunk: bytes that are read at a time.
+        needs_readme: a ``README.md`` tells readers how to load the dataset.
     """
 
-    attempts = 6  # the filesystems of object stores retry, too
-    _transient: tuple[type[Exception], ...] = (OSError,)
+    attempts = 7
+    has_checksums = False
+    batch_size = 1
+    needs_readme = False
+    chunk = _BLOCK
 
-    def __init__(self, location: Location, files: Any, **open_options: Any) -> None:
+    def __init__(self, location: Location, **options: Any) -> None:
+        """``options`` are those of the filesystem."""
         self.location, self.shown = location, location.shown
-        self._files = files
-        self._open_options = open_options or {"block_size": _BLOCK, "cache_type": "none"}
-        self._chunk = self._open_options["block_size"] or _CHUNK
-        self._cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        """Cut off the requests that other threads are waiting for. The reader cannot be used any more."""
-        import asyncio
-
-        from fsspec.asyn import get_loop
-
-        def cancel_requests() -> None:
-            for task in asyncio.all_tasks(loop):
-                if inspect.getcoroutinestate(cast(Any, task.get_coro())) == inspect.CORO_SUSPENDED:
-                    task.cancel()  # before its first step, it would leave the thread waiting forever
-
-        self._cancelled.set()
-        loop = get_loop()
-        loop.call_soon_threadsafe(cancel_requests)
+        self._files = _filesystem(location.scheme, **options)
 
     def read(self, name: str, most: int, attempts: int | None = None) -> bytes | None:
-        """Contents of a file of at most ``most`` bytes; None if it is not there."""
-        data = bytearray()
-
-        def copy() -> None:
-            data.clear()
-            self._copy(name, data.extend, most + 1)
-
+        """Return the contents of a file of at most ``most`` bytes; None if it is not there."""
         try:
-            self._persist(copy, attempts)
+            data = self._persist(lambda: b"".join(self._chunks(name, most + 1)), attempts)
         except FileNotFoundError:
             return None
         if len(data) > most:
             raise FractalError(f"{self.shown}/{name}: larger than {most >> 20} MiB; do not use it")
-        return bytes(data)
+        return data
 
     def fetch(self, name: str, file: BinaryIO, info: FileInfo) -> None:
         """Write the first ``info.size`` bytes of a remote file to ``file``, from its beginning, and check them."""
@@ -212,109 +191,14 @@ class RemoteReader:
             if found != info:
                 what = "sha256 differs" if found.size == info.size else f"ends after {found.size:,} bytes"
                 text = f"damaged ({what}), not what the manifest says; it must be pushed again"
-                raise StoreError(f"{self.shown}/{name}: {text}", transient=True)
+                raise TemporaryError(f"{self.shown}/{name}: {text}")
 
         self._persist(copy)
 
-    def _copy(self, name: str, write: Callable[[bytes], object], most: int) -> FileInfo:
-        """Pass the first ``most`` bytes of a file to ``write``; return their number and sha256."""
-        digest, size = hashlib.sha256(), 0
-        with closing(self._chunks(name)) as chunks:  # errors of ``write`` are not those of the store
-            while size < most and (chunk := next(chunks, b"")[: most - size]):
-                write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-        return FileInfo(size, digest.hexdigest())
-
-    def _chunks(self, name: str) -> Generator[bytes]:
-        with self._translated(name), self._open(self.location.file(name)) as file:
-            while not self._cancelled.is_set() and (chunk := file.read(self._chunk)):
-                yield chunk
-            if self._cancelled.is_set():
-                raise StoreError(f"{self.shown}/{name}: cancelled")
-
-    def _open(self, path: str) -> Any:
-        return self._files.open(path, "rb", **self._open_options)
-
-    def _persist(self, action: Callable[[], _T], attempts: int | None = None) -> _T:
-        """Run an action until it succeeds, fails for good, or has failed ``attempts`` times."""
-        import tenacity  # slow to import
-
-        first, longest = _RETRY_SECONDS
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, StoreError) and error.transient),
-            stop=tenacity.stop_after_attempt(attempts or self.attempts) | tenacity.stop_when_event_set(self._cancelled),
-            wait=tenacity.wait_exponential(first, longest) + tenacity.wait_random(0, first),
-            sleep=tenacity.sleep_using_event(self._cancelled),
-            reraise=True,
-        )
-        return retrying(action)
-
-    @contextmanager
-    def _translated(self, name: str) -> Iterator[None]:
-        """Turn the exceptions of a filesystem into FileNotFoundError and StoreError; local ones stay OSErrors."""
-        where = f"{self.shown}/{name}"
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, "not there", where) from error
-        except Exception as error:  # whatever the libraries below a filesystem raise
-            if self.location.scheme == "file" or isinstance(error, FractalError):
-                raise
-            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-            text = redact(one_line(str(error) or type(error).__name__))[:300]
-            transient = isinstance(error, self._transient) and not isinstance(error, (ssl.SSLError, ValueError))
-            if isinstance(error, PermissionError) or status in (401, 403):
-                text, transient = "access denied; check credentials and permissions", False
-            elif isinstance(status, int):
-                text, transient = f"the server answers {status}", status >= 500 or status in _AGAIN
-            raise StoreError(f"{where}: {text}", transient) from error
-
-
-class HttpReader(RemoteReader):
-    """Files of a web server. Proxies come from the environment."""
-
-    attempts = 8
-
-    def __init__(self, location: Location) -> None:
-        import aiohttp
-
-        self._transient = (OSError, aiohttp.ClientError)
-        client = {
-            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT),
-            "headers": {"Accept-Encoding": "identity"},
-            "read_bufsize": _CHUNK,
-            "trust_env": True,
-        }
-        # The URL is quoted already, and quoting it again would break a signature. A block size of 0 streams, and any
-        # size saves a request for it.
-        super().__init__(location, _filesystem("http", client_kwargs=client, encoded=True), block_size=0, size=1)
-
-
-class Store(RemoteReader):
-    """A folder that can be written to: here, on any filesystem; what is sent is read back.
-
-    Attributes:
-        has_checksums: ``holds`` compares sha256, not sizes alone.
-        batch_size: how many shards one ``put`` should take.
-        needs_readme: a ``README.md`` tells readers how to load the dataset.
-    """
-
-    has_checksums = False
-    batch_size = 1
-    needs_readme = False
-
-    def __init__(self, location: Location) -> None:
-        local = location.scheme == "file"
-        super().__init__(location, None if local else _filesystem(location.scheme, use_listings_cache=False))
-
-    def prepare(self) -> None:
-        """Make the folder ready for writing."""
-
-    def holds(self, upload: Upload) -> bool:
-        """Whether a file is stored already."""
-        found = self._persist(lambda: self._stored(upload, read_back=self.has_checksums))
-        return found in (upload.info, FileInfo(upload.info.size, ""))
+    def holds(self, name: str, info: FileInfo) -> bool:
+        """Return whether a file is stored already."""
+        found = self._persist(lambda: self._stored(name, info, read_back=self.has_checksums))
+        return found in (info, FileInfo(info.size, ""))
 
     def put(self, uploads: Sequence[Upload]) -> None:
         """Store files in this order, each visible only when it is whole, and check what arrived.
@@ -328,20 +212,32 @@ class Store(RemoteReader):
             with self._translated(uploads[0].name):
                 self._send(uploads)
             for upload in uploads:
-                if self._stored(upload, read_back=True) != upload.info:
-                    raise StoreError(f"{self.shown}/{upload.name}: arrived damaged", transient=True)
+                if self._stored(upload.name, upload.info, read_back=True) != upload.info:
+                    raise TemporaryError(f"{self.shown}/{upload.name}: arrived damaged")
 
         for upload in uploads:
-            deque(upload.chunks(), maxlen=0)  # checks them
+            for _ in upload.chunks():  # checks them
+                pass
         self._persist(send)
 
-    def _stored(self, upload: Upload, read_back: bool) -> FileInfo | None:
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        for upload in uploads:
+            self._send_file(upload)
+
+    def _send_file(self, upload: Upload) -> None:
+        path = self.location.file(upload.name)
+        if isinstance(upload.content, bytes):
+            self._files.pipe_file(path, upload.content)
+        else:
+            self._files.put_file(str(upload.content), path)
+
+    def _stored(self, name: str, expected: FileInfo, read_back: bool) -> FileInfo | None:
         """Size and sha256 of a file that is stored, or None; reads it if need be and ``read_back``."""
         try:
-            with self._translated(upload.name):
-                found = self._info(self.location.file(upload.name))
-            if read_back and not found.sha256 and found.size == upload.info.size:
-                return self._copy(upload.name, lambda chunk: None, found.size + 1)
+            with self._translated(name):
+                found = self._info(self.location.file(name))
+            if read_back and not found.sha256 and found.size == expected.size:
+                return self._copy(name, lambda chunk: None, found.size + 1)
             return found
         except FileNotFoundError:
             return None
@@ -351,33 +247,68 @@ class Store(RemoteReader):
         found = self._files.info(path)
         return FileInfo(int(found["size"]), (found.get("lfs") or {}).get("sha256", ""))
 
-    def _send(self, uploads: Sequence[Upload]) -> None:
-        for upload in uploads:
-            path = self.location.file(upload.name)
-            if isinstance(upload.content, bytes):
-                self._files.pipe_file(path, upload.content)
-            else:
-                self._files.put_file(str(upload.content), path)
+    def _copy(self, name: str, write: Callable[[bytes], object], most: int) -> FileInfo:
+        """Pass the first ``most`` bytes of a file to ``write``; return their number and sha256."""
+        digest, size = hashlib.sha256(), 0
+        for chunk in self._chunks(name, most):
+            write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        return FileInfo(size, digest.hexdigest())
+
+    def _chunks(self, name: str, most: int) -> Iterator[bytes]:
+        """Yield the first ``most`` bytes of a file."""
+        with self._translated(name), self._open(self.location.file(name)) as file:
+            while most and (chunk := file.read(self.chunk)[:most]):
+                yield chunk
+                most -= len(chunk)
+
+    def _open(self, path: str) -> Any:
+        return self._files.open(path, "rb", block_size=_BLOCK, cache_type="none")
+
+    def _persist(self, action: Callable[[], _T], attempts: int | None = None) -> _T:
+        """Run an action until it succeeds, fails for good, or has failed ``attempts`` times."""
+        import tenacity  # slow to import
+
+        first, longest = _RETRY_SECONDS
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TemporaryError),
+            stop=tenacity.stop_after_attempt(attempts or self.attempts),
+            wait=tenacity.wait_exponential(first, longest) + tenacity.wait_random(0, first),
+            reraise=True,
+        )
+        return retrying(action)
+
+    @contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        """Turn the exceptions of a filesystem into FileNotFoundError, TemporaryError and FractalError."""
+        where = f"{self.shown}/{name}"
+        try:
+            yield
+        except FractalError:
+            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "not there", where) from error
+        except Exception as error:  # whatever the libraries below a filesystem raise
+            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, PermissionError) or status in (401, 403):
+                raise FractalError(f"{where}: access denied; check credentials and permissions") from error
+            if isinstance(status, int):
+                kind = TemporaryError if status >= 500 or status in _AGAIN else FractalError
+                raise kind(f"{where}: the server answers {status}") from error
+            raise TemporaryError(f"{where}: {redact(one_line(str(error) or type(error).__name__))[:300]}") from error
 
 
 class LocalStore(Store):
-    """A local folder."""
+    """A local folder. Its errors are those of the operating system, and not retried."""
 
+    attempts = 1
     has_checksums = True
+    chunk = _LOCAL_CHUNK
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(Location("file", str(folder), "", str(folder)))
+        super().__init__(Location("file", str(folder)))
         self.folder = folder
-        self.attempts = 1
-
-    def cancel(self) -> None:
-        """See ``RemoteReader.cancel``."""
-        self._cancelled.set()
-
-    def prepare(self) -> None:
-        """Create the folder, and remove what killed writers left in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
 
     def put(self, uploads: Sequence[Upload]) -> None:
         """See ``Store.put``; the bytes are checked as they are written."""
@@ -390,6 +321,28 @@ class LocalStore(Store):
 
     def _open(self, path: str) -> BinaryIO:
         return _open_regular(Path(path))
+
+    @contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        yield
+
+
+class WebStore(Store):
+    """A folder on a web server, which can only be read. Proxies come from the environment."""
+
+    def __init__(self, location: Location) -> None:
+        import aiohttp
+
+        client = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT),
+            "headers": {"Accept-Encoding": "identity"},
+            "read_bufsize": 1 << 20,
+            "trust_env": True,
+        }
+        super().__init__(location, client_kwargs=client)
+
+    def _open(self, path: str) -> Any:
+        return self._files.open(path, "rb", block_size=0, size=1)  # streams; any size saves a request for it
 
 
 class S3Store(Store):
@@ -404,17 +357,15 @@ class S3Store(Store):
         whole = "-" not in checksum  # otherwise it is one of parts
         return FileInfo(int(head["ContentLength"]), base64.b64decode(checksum).hex() if whole else "")
 
-    def _send(self, uploads: Sequence[Upload]) -> None:
-        for upload in uploads:
-            if upload.info.size > _SINGLE_PUT:
-                super()._send([upload])
-                continue
-            bucket, key, _ = self._files.split_path(self.location.file(upload.name))
-            sha256 = base64.b64encode(bytes.fromhex(upload.info.sha256)).decode()
-            content = upload.content  # a file is streamed; put_file would hold all of it in memory
-            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as body:
-                checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
-                self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum)
+    def _send_file(self, upload: Upload) -> None:
+        if upload.info.size > _SINGLE_PUT:
+            super()._send_file(upload)
+            return
+        bucket, key, _ = self._files.split_path(self.location.file(upload.name))
+        sha256 = base64.b64encode(bytes.fromhex(upload.info.sha256)).decode()
+        checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
+        with upload.open() as body:  # streamed; put_file would hold all of it in memory
+            self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum)
 
 
 class HubStore(Store):
@@ -425,19 +376,20 @@ class HubStore(Store):
 
     def __init__(self, location: Location) -> None:
         super().__init__(location)
-        name, revision, folder = cast(re.Match[str], _HUB_ROOT.fullmatch(location.root)).groups()
-        revision = revision and unquote(revision)
-        self._repository: dict[str, Any] = {"repo_id": name, "repo_type": "dataset", "revision": revision}
-        self._folder = f"{folder}/" if folder else ""
+        _, user, repository, *folders = location.root.split("/")
+        name, _, revision = repository.partition("@")
+        repository_id = {"repo_id": f"{user}/{name}", "repo_type": "dataset", "revision": unquote(revision) or None}
+        self._repository: dict[str, Any] = repository_id
+        self._folders = folders
         self._turn = threading.Lock()
-        self.needs_readme = not folder  # the hub does not look for it elsewhere
+        self.needs_readme = not folders  # the hub does not look for it elsewhere
 
     def _send(self, uploads: Sequence[Upload]) -> None:
         from huggingface_hub import CommitOperationAdd, HfApi
 
         message = f"Add {uploads[0].name}" + (f" and {len(uploads) - 1} more files" if uploads[1:] else "")
         with self._turn:
-            operations = [CommitOperationAdd(f"{self._folder}{upload.name}", upload.content) for upload in uploads]
+            operations = [CommitOperationAdd("/".join([*self._folders, one.name]), one.content) for one in uploads]
             HfApi().create_commit(operations=operations, commit_message=message, **self._repository)
 
 
@@ -449,33 +401,28 @@ def dataset_readme(splits: Collection[str]) -> bytes:
     return f"{head}{text}".encode()
 
 
-def open_reader(url: str) -> RemoteReader:
-    """Return a reader for the folder at a local path or a URL; nothing is requested yet.
+def open_store(url: str) -> Store:
+    """Return the folder at a local path or a URL; nothing is requested yet.
 
     Raises:
         UsageError: for URLs that are not supported.
         FractalError: if a package is missing.
     """
     location = parse_location(url)
-    return HttpReader(location) if location.scheme == "http" else open_store(url)
-
-
-def open_store(url: str) -> Store:
-    """Return the folder at a local path or a URL for writing; raises as ``open_reader`` does, and for web servers."""
-    location = parse_location(url)
-    if location.scheme == "http":
-        raise UsageError(f"{location.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
     if location.scheme == "file":
         return LocalStore(Path(location.root))
-    return {"s3": S3Store, "hf": HubStore}.get(location.scheme, Store)(location)
+    stores: dict[str, type[Store]] = {"http": WebStore, "s3": S3Store, "hf": HubStore}
+    return stores.get(location.scheme, Store)(location)
 
 
 def _filesystem(scheme: str, **options: Any) -> Any:
     """A filesystem of its own: shared instances keep listings."""
     import fsspec
 
-    with needs_package(f"{scheme}://", *_PACKAGES[scheme]):
-        return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+    try:
+        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+    except ImportError as error:
+        raise FractalError(f"{scheme}://: {error}") from error  # which names the package to install
 
 
 def _open_regular(path: Path) -> BinaryIO:

@@ -1,16 +1,16 @@
 """Copy a dataset between a local folder and another place: ``push`` and ``pull``.
 
 Recipe and systems claim the target, then shards are copied, each tar before its sidecar, and ``_info.json`` comes last.
+What the target holds already is skipped, so the same command continues.
 """
 
 import json
 import re
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,13 +29,13 @@ from fractalshards.manifest import (
     sidecar_name,
 )
 from fractalshards.recipe_file import RecipeFile, recipe_problems
-from fractalshards.remote import stores
-from fractalshards.remote.stores import FileInfo, LocalStore, RemoteReader, Store, Upload
-from fractalshards.storage import MAX_JSON_BYTES, atomic_file, check_space, parse_json
+from fractalshards.remote.stores import README, FileInfo, LocalStore, Store, Upload, dataset_readme, open_store
+from fractalshards.storage import MAX_JSON_BYTES, atomic_file, check_space, parse_json, remove_leftovers
 from fractalshards.systems import MAX_SYSTEMS_BYTES, parse_systems
 from fractalshards.workers import OnProgress, no_progress
 
 _SHARD = re.compile(r"(train|val)-(\d{6})\.tar")
+_MANIFEST_ATTEMPTS = 3  # the URL may be mistyped
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -54,6 +54,18 @@ class ManifestFile:
             for split, shards in self.manifest.splits.items()
             for first, shard in zip(self.manifest.first_samples[split], shards, strict=True)
         }
+
+    def of_shards(self, names: Collection[str]) -> bytes:
+        """Return the manifest of some of the shards; of all, the same bytes."""
+        if self.rows().keys() == names:
+            return self.text
+        document = json.loads(self.text)
+        for split, firsts in self.manifest.first_samples.items():
+            listed = document["splits"].pop(split) | {"first_samples": firsts}
+            if any(keep := [name in names for name in listed["filenames"]]):
+                fields = {k: [*compress(v, keep)] if isinstance(v, (list, tuple)) else v for k, v in listed.items()}
+                document["splits"][split] = fields | {"num_samples": sum(fields["shard_lengths"])}
+        return json.dumps(document, indent=1).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -89,100 +101,100 @@ def push(
         OSError: if a local file cannot be read or written.
     """
     find_manifest(folder)
-    return _copy_dataset(LocalStore(folder), stores.open_store(url), wanted, False, jobs, on_progress)
+    target = open_store(url)
+    if target.location.scheme == "http":
+        raise UsageError(f"{target.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
+    return _copy_dataset(LocalStore(folder), target, wanted, False, jobs, on_progress)
 
 
 def pull(
     url: str, folder: Path, wanted: Sequence[range] | None = None, jobs: int = 8, on_progress: OnProgress = no_progress
 ) -> TransferResult:
     """Fetch a dataset, or some of its shards, into a local folder; see ``push``. Shards that are there stay listed."""
-    return _copy_dataset(stores.open_reader(url), LocalStore(folder), wanted, True, jobs, on_progress)
+    return _copy_dataset(open_store(url), LocalStore(folder), wanted, True, jobs, on_progress)
 
 
 def _copy_dataset(
-    source: RemoteReader, target: Store, wanted: Sequence[range] | None, add: bool, jobs: int, on_progress: OnProgress
+    source: Store, target: Store, wanted: Sequence[range] | None, add: bool, jobs: int, on_progress: OnProgress
 ) -> TransferResult:
     ours, theirs = read_manifest(source), _find_manifest(target)
     chosen = select_shards(ours.manifest, wanted, source.shown)
     names = _listed_names(ours, {shard.name for shard in chosen}, theirs, target.shown, add)
-    recipe, *systems = _read_recipe(source, ours.manifest)
-    target.prepare()
-    missing = [] if _holds_recipe(target, ours.manifest) else [recipe]
-    if missing := missing + [one for one in systems if not target.holds(one)]:
-        target.put(missing)
+    recipe = [*_read_recipe(source, ours.manifest)]
+    _check_claim(target, ours.manifest)
     if isinstance(target, LocalStore):
-        sizes = {path.name: path.stat().st_size for path in target.folder.glob("*.tar")}
-        missing_bytes = sum(shard.bytes for shard in chosen if sizes.get(shard.name) != shard.bytes)
-        check_space(target.folder, missing_bytes, "choose another folder, or take fewer shards with --shards")
-
-    def cancel() -> None:
-        source.cancel()
-        target.cancel()
+        _prepare_folder(target.folder, chosen)
+    if missing := [file for file in recipe if not target.holds(file.name, file.info)]:
+        target.put(missing)
 
     batches = [chosen[start : start + target.batch_size] for start in range(0, len(chosen), target.batch_size)]
     copy = partial(_copy_shards, source, target, ours.manifest)
-    copied = run_tasks(copy, batches, lambda batch: sum(shard.bytes for shard in batch), jobs, on_progress, cancel)
+    copied = run_tasks(copy, batches, lambda batch: sum(shard.bytes for shard in batch), jobs, on_progress)
     moved = [shard for batch in copied for shard in batch]
 
-    if target.needs_readme and target.read(stores.README, MAX_JSON_BYTES) is None:
-        splits = {name.partition("-")[0] for name in names}
-        target.put([Upload.of_bytes(stores.README, stores.dataset_readme(splits))])
+    if target.needs_readme and target.read(README, MAX_JSON_BYTES) is None:
+        target.put([Upload.of_bytes(README, dataset_readme({name.partition("-")[0] for name in names}))])
     if theirs is None or theirs.rows().keys() != names:
-        theirs = _write_manifest(target, ours, names, theirs)
+        if target.read(INFO, MAX_JSON_BYTES) != (theirs.text if theirs else None):
+            raise FractalError(f"{target.shown}/{INFO}: changed meanwhile by somebody else; run the same command again")
+        target.put([Upload.of_bytes(INFO, ours.of_shards(names))])
+        theirs = read_manifest(target)
     return TransferResult(moved, len(chosen) - len(moved), target.shown, theirs.manifest)
 
 
-def _copy_shards(source: RemoteReader, target: Store, manifest: Manifest, shards: Sequence[Shard]) -> list[Shard]:
+def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Sequence[Shard]) -> list[Shard]:
     """Copy those of the shards that the target does not hold yet; return them."""
-    copied, uploads = [], []
-    for shard in shards:
-        path = source.folder / shard.name if isinstance(source, LocalStore) else b""
-        tar = Upload(shard.name, path, FileInfo(shard.bytes, shard.sha256))
-        there = target.read(sidecar_name(shard.name), MAX_JSON_BYTES)
-        if there and is_sidecar(there, manifest, shard) and target.holds(tar):
-            continue
-        copied.append(shard)
+    missing = [shard for shard in shards if not _holds_shard(target, manifest, shard)]
+    uploads = []
+    for shard in missing:
+        info = FileInfo(shard.bytes, shard.sha256)
         sidecar = Upload.of_bytes(sidecar_name(shard.name), read_sidecar(source, manifest, shard))
         if isinstance(source, LocalStore):
-            uploads += [tar, sidecar]
+            uploads += [Upload(shard.name, source.folder / shard.name, info), sidecar]
         elif isinstance(target, LocalStore):
             with atomic_file(target.folder / shard.name) as file:
-                source.fetch(shard.name, file, tar.info)
+                source.fetch(shard.name, file, info)
             uploads.append(sidecar)
     if uploads:
         target.put(uploads)
-    return copied
+    return missing
+
+
+def _holds_shard(target: Store, manifest: Manifest, shard: Shard) -> bool:
+    sidecar = target.read(sidecar_name(shard.name), MAX_JSON_BYTES)
+    known = sidecar is not None and is_sidecar(sidecar, manifest, shard)
+    return known and target.holds(shard.name, FileInfo(shard.bytes, shard.sha256))
+
+
+def _prepare_folder(folder: Path, shards: Sequence[Shard]) -> None:
+    """Create a folder for shards, or remove what killed writers left in it; check that the disk has room for them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+    missing = sum(shard.bytes for shard in shards if sizes.get(shard.name) != shard.bytes)
+    check_space(folder, missing, "choose another folder, or take fewer shards with --shards")
 
 
 def run_tasks(
-    task: Callable[[_T], _R],
-    items: Sequence[_T],
-    weigh: Callable[[_T], int],
-    jobs: int,
-    on_progress: OnProgress,
-    cancel: Callable[[], None],
+    task: Callable[[_T], _R], items: Sequence[_T], weigh: Callable[[_T], int], jobs: int, on_progress: OnProgress
 ) -> list[_R]:
-    """Run a task for each item on ``jobs`` threads; return the results in order.
+    """Run a task for each item on ``jobs`` threads; return the results in the order in which they arrive.
 
-    Progress is in what items weigh. At the first failure, or Ctrl-C, ``cancel`` is called until the running tasks end.
+    Progress is in what items weigh. After a failure no further task begins, and running ones end. Ctrl-C waits for
+    none: the threads are daemons, which end with the process, wherever they are.
     """
-    done, total = 0, sum(map(weigh, items))
-    weights: dict[Future[_R], int] = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    done, total, results = 0, sum(map(weigh, items)), []
+    with ThreadPool(jobs) as pool:
         try:
-            for item in items:
-                weights[pool.submit(task, item)] = weigh(item)
-            for future in as_completed(weights):
-                future.result()
-                done += weights[future]
+            for item, result in pool.imap_unordered(lambda item: (item, task(item)), items):
+                results.append(result)
+                done += weigh(item)
                 on_progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while any(future.running() for future in weights):
-                cancel()
-                time.sleep(0.05)
+        except Exception:
+            pool.terminate()
+            pool.join()
             raise
-    return [future.result() for future in weights]
+    return results
 
 
 def select_shards(manifest: Manifest, wanted: Sequence[range] | None, where: str) -> list[Shard]:
@@ -204,31 +216,31 @@ def select_shards(manifest: Manifest, wanted: Sequence[range] | None, where: str
     return [shard for shard, number in numbers.items() if wanted is None or any(number in part for part in wanted)]
 
 
-def read_manifest(reader: RemoteReader) -> ManifestFile:
+def read_manifest(store: Store) -> ManifestFile:
     """Read the manifest of a dataset.
 
     Raises:
         FractalError: if there is none, or it is not valid.
     """
-    found = _find_manifest(reader)
+    found = _find_manifest(store)
     if found is None:
-        raise FractalError(f"{reader.shown}: no {INFO} there, so no finished dataset; check the URL, or push it again")
+        raise FractalError(f"{store.shown}: no {INFO} there, so no finished dataset; check the URL, or push it again")
     return found
 
 
-def _find_manifest(reader: RemoteReader) -> ManifestFile | None:
-    text, where = reader.read(INFO, MAX_JSON_BYTES, attempts=3), f"{reader.shown}/{INFO}"  # the URL may be mistyped
+def _find_manifest(store: Store) -> ManifestFile | None:
+    text, where = store.read(INFO, MAX_JSON_BYTES, _MANIFEST_ATTEMPTS), f"{store.shown}/{INFO}"
     if text is None:
         return None
-    return ManifestFile(text, parse_manifest(text, Path(reader.shown), where))
+    return ManifestFile(text, parse_manifest(text, Path(store.shown), where))
 
 
-def read_sidecar(reader: RemoteReader, manifest: Manifest, shard: Shard) -> bytes:
+def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes:
     """Read a shard's sidecar; raise FractalError if it is not there, or not what the manifest says."""
     name = sidecar_name(shard.name)
-    text = reader.read(name, MAX_JSON_BYTES)
+    text = store.read(name, MAX_JSON_BYTES)
     if text is None or not is_sidecar(text, manifest, shard):
-        raise FractalError(f"{reader.shown}/{name}: not there, or not what the manifest says; build or push it again")
+        raise FractalError(f"{store.shown}/{name}: not there, or not what the manifest says; build or push it again")
     return text
 
 
@@ -265,31 +277,11 @@ def _listed_names(
     return {*other, *chosen}
 
 
-def _write_manifest(
-    target: Store, ours: ManifestFile, names: Collection[str], before: ManifestFile | None
-) -> ManifestFile:
-    """Store the manifest of the named shards; byte for byte ours, if it lists just these."""
-    text = ours.text
-    if ours.rows().keys() != names:
-        document = json.loads(text)
-        for split, firsts in ours.manifest.first_samples.items():
-            listed = document["splits"].pop(split) | {"first_samples": firsts}
-            if any(keep := [name in names for name in listed["filenames"]]):
-                fields = {k: [*compress(v, keep)] if isinstance(v, (list, tuple)) else v for k, v in listed.items()}
-                document["splits"][split] = fields | {"num_samples": sum(fields["shard_lengths"])}
-        text = json.dumps(document, indent=1).encode() + b"\n"
-    _holds_recipe(target, ours.manifest)  # nobody else has claimed the folder meanwhile
-    if target.read(INFO, MAX_JSON_BYTES) != (before.text if before else None):
-        raise FractalError(f"{target.shown}/{INFO}: changed meanwhile by somebody else; run the same command again")
-    target.put([Upload.of_bytes(INFO, text)])
-    return read_manifest(target)
-
-
-def _read_recipe(reader: RemoteReader, manifest: Manifest) -> Iterator[Upload]:
+def _read_recipe(store: Store, manifest: Manifest) -> Iterator[Upload]:
     """Yield recipe and systems, checked against the manifest and their digests."""
     expected = manifest.recipe.get("systems_digest")
     for name, most in ((RECIPE, MAX_JSON_BYTES), *([(SYSTEMS, MAX_SYSTEMS_BYTES)] if expected else [])):
-        data, where = reader.read(name, most), f"{reader.shown}/{name}"
+        data, where = store.read(name, most), f"{store.shown}/{name}"
         if data is None:
             raise FractalError(f"{where}: not there; build or push it again")
         if name == RECIPE:
@@ -301,9 +293,8 @@ def _read_recipe(reader: RemoteReader, manifest: Manifest) -> Iterator[Upload]:
         yield Upload.of_bytes(name, data)
 
 
-def _holds_recipe(target: Store, manifest: Manifest) -> bool:
-    """Whether the target has a recipe; raise FractalError if it is that of another dataset."""
+def _check_claim(target: Store, manifest: Manifest) -> None:
+    """Raise FractalError if the target has the recipe of another dataset."""
     text, where = target.read(RECIPE, MAX_JSON_BYTES), f"{target.shown}/{RECIPE}"
     if text is not None and parse_json(text, RecipeFile, where).recipe_digest != manifest.recipe_digest:
         raise FractalError(f"{where}: recipe of another dataset; choose another folder")
-    return text is not None
