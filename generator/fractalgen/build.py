@@ -39,15 +39,15 @@ _MARGIN = 1.05
 
 @dataclass(frozen=True)
 class BuildFolder:
-    """The folder of a dataset as a command found it.
+    """The folder of a dataset, read once per command.
 
     Attributes:
-        path: where it is; it may not exist yet.
-        recipe: what the dataset is, with the digest of its systems.
+        path: the folder, which may not exist yet.
+        recipe: the recipe, with the digest of its systems.
         systems: one float64 array per class.
-        info: what the manifest will say besides the shards.
+        info: the fields of the manifest besides the shards.
         tasks: all shards of the dataset.
-        finished: the records of the shards that are finished, by name.
+        finished: the records of finished shards, by name.
     """
 
     path: Path
@@ -61,13 +61,9 @@ class BuildFolder:
     def read(cls, path: Path, recipe: Recipe, systems: Systems) -> "BuildFolder":
         """Find the finished shards of a recipe, and remove leftovers of killed builds.
 
-        Args:
-            path: of the folder, which holds nothing but this dataset.
-            recipe: with the digest of its systems.
-            systems: as stored, given or drawn; checked here, because they may come from elsewhere.
-
         Raises:
-            FractalError: if the systems are not those of the recipe, or its kind cannot render them.
+            FractalError: if the systems, which may come from elsewhere, are not those of the recipe, or its kind cannot
+                render them.
         """
         if systems_digest(systems) != recipe.systems_digest:
             raise FractalError(
@@ -89,7 +85,7 @@ class BuildFolder:
 
 
 def dataset_info(recipe: Recipe) -> DatasetInfo:
-    """Return what the manifest says about a recipe's dataset."""
+    """Return the fields of a manifest that follow from the recipe."""
     return DatasetInfo(recipe.to_json(), recipe.family.label_type, recipe.classes)
 
 
@@ -97,7 +93,7 @@ def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> Bui
     """Read a folder in which a recipe is to be built; writes nothing.
 
     Args:
-        path: a folder of this dataset, an empty folder, or one that does not exist yet.
+        path: a folder that holds this dataset, is empty, or does not exist yet.
         recipe: what to build; the digest of its systems is filled in.
         given: the systems to render. By default those that the folder stores, or newly drawn ones.
 
@@ -199,9 +195,9 @@ def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progr
         The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
 
     Raises:
-        FractalError: if another build has claimed the folder in the meantime, shards are missing because their
-            workers died again and again (the others are rendered), or finished shards have vanished.
-        OSError: as the file system does; finished shards stay.
+        FractalError: if another build has claimed the folder in the meantime, workers died again and again at some
+            shards (the others are rendered), or finished shards have vanished.
+        OSError: if the file system fails; finished shards stay.
     """
     claim(plan.folder)
     render_missing(plan, executor, on_progress)
@@ -209,21 +205,14 @@ def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progr
 
 
 def claim(folder: BuildFolder) -> None:
-    """Write the recipe, then the systems, unless the folder has them.
-
-    Of two builds that start at once in one folder, one writes its recipe and the other finds it there.
-
-    Raises:
-        FractalError: if the folder holds another recipe by now.
-        OSError: if it cannot be written.
-    """
+    """Write the recipe, then the systems, unless the folder has them; see ``claim_folder``."""
     claim_folder(folder.path, folder.recipe.to_json())
     if not (folder.path / SYSTEMS).exists():
         write_systems(folder.path / SYSTEMS, folder.systems)
 
 
 def render_missing(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> dict[str, ShardRecord]:
-    """Write the missing shards of a claimed folder, and return their records by name; see ``run_build``."""
+    """Write the missing shards of a claimed folder, and return their records by name."""
     path = plan.folder.path.absolute()
     jobs = {task: partial(finish_shard, path, plan.folder.recipe, task) for task in plan.missing}
     return {record.name: record for record in run_jobs(jobs, executor, plan.folder.path, on_progress)}

@@ -1,6 +1,5 @@
 """FractalDB's categories (Kataoka et al., ACCV 2020): those shipped, files of others, and the published search."""
 
-import math
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -18,8 +17,88 @@ from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.fractaldb import fill_rate as measure
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import MAX_CLASSES
+from fractalshards.storage import read_bounded
 from fractalshards.systems import read_systems
 from fractalshards.workers import OnProgress, no_progress, worker_pool
+
+Category = npt.NDArray[np.float64]  # (maps, 7): a, b, c, d, e, f, p
+
+_COLUMNS = "a, b, c, d, e, f, p"
+_CSV_NAME = re.compile(r"\d{5}\.csv")
+_MAX_CSV_BYTES = 1 << 20
+
+
+@cache
+def shipped_categories() -> tuple[Category, ...]:
+    """Return the 1000 published categories, bit for bit those that ``search_categories(1000)`` finds."""
+    with as_file(files("fractalgen") / "data" / "fractaldb_categories.npz") as path:
+        return read_categories(path)
+
+
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """Read a file of 'fractalgen search', in order of class.
+
+    Raises:
+        FractalError: if the file is damaged or holds something else.
+        OSError: if it cannot be read.
+    """
+    categories = read_systems(path)
+    faults = (
+        f"category {index:05d}: {fault}" for index, category in enumerate(categories) if (fault := _fault(category))
+    )
+    if fault := next(faults, "" if categories else "no categories"):
+        raise FractalError(f"{path}: {fault}; fetch it again, or write it with 'fractalgen search'")
+    return categories
+
+
+def read_csv_folder(folder: Path) -> tuple[Category, ...]:
+    """Read a folder of CSV files as FractalDB publishes them: 00000.csv, 00001.csv, ... in it or its subfolders.
+
+    Raises:
+        FractalError: if there are none, a number is missing or occurs twice, or a file is not a category.
+        OSError: if a file cannot be read.
+    """
+    found = (path for pattern in ("*.csv", "*/*.csv") for path in folder.glob(pattern))
+    paths = sorted((path for path in found if _CSV_NAME.fullmatch(path.name)), key=lambda path: (path.name, path))
+    if not paths:
+        raise FractalError(f"{folder}: no files 00000.csv, 00001.csv, ...; give the folder of FractalDB's CSV files")
+    for index, path in enumerate(paths):
+        if path.name != f"{index:05d}.csv":
+            raise FractalError(
+                f"{path}: expected {index:05d}.csv; number the files from 00000, each once, without gaps"
+            )
+    return tuple(read_csv(path) for path in paths)
+
+
+def read_csv(path: Path) -> Category:
+    """Read a category as FractalDB publishes it: a line per map with a, b, c, d, e, f and the probability p.
+
+    Raises:
+        FractalError: if a line is anything else.
+        OSError: if the file cannot be read.
+    """
+    text = read_bounded(path, _MAX_CSV_BYTES).decode("utf-8-sig", errors="replace")
+    rows = [line for line in text.splitlines() if line.strip()]
+    try:
+        category = np.loadtxt(rows, delimiter=",", comments=None, ndmin=2) if rows else np.empty((0, 7))
+        fault = _fault(category)
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise FractalError(f"{path}: {fault}; write a line '{_COLUMNS}' for each map")
+    return category
+
+
+def _fault(category: Category) -> str:
+    """Say why an array is not a category; empty if it is one."""
+    if category.ndim != 2 or category.shape[1] != 7 or not 1 <= len(category) <= MAX_MAPS:
+        return f"an array of shape {category.shape}, not 1 to {MAX_MAPS} rows of {_COLUMNS}"
+    if not np.isfinite(category).all():
+        return "not every number is finite"
+    if (category[:, 6] < 0).any() or not category[:, 6].any():
+        return "a probability p is negative, or all are 0"
+    return ""
+
 
 _POINTS = 100_000
 _SIZE = 512
@@ -27,14 +106,14 @@ _MAX_FILL_RATE = 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
 _BATCH = 64  # candidates per task, some 50 ms of work
 _AHEAD = 3  # tasks submitted per worker, so that none is idle
 
-State = Any  # of a numpy RandomState
+_State = Any  # of a numpy RandomState
 
 
 @dataclass(frozen=True)
 class Found:
-    """A category (maps, 7) float64, the number of its candidate, from 1, and the share of pixels that it hits."""
+    """A category, the number of its candidate, from 1, and the share of pixels that it hits."""
 
-    category: npt.NDArray[np.float64]
+    category: Category
     candidate: int
     fill_rate: float
 
@@ -63,7 +142,15 @@ def search_categories(
         UsageError: if an argument is out of its range.
         FractalError: if workers die again and again.
     """
-    _check(classes, seed, fill_rate)
+    if not 1 <= classes <= MAX_CLASSES:
+        raise UsageError(f"classes is {classes}: a search finds 1 to {MAX_CLASSES:,} categories")
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"seed is {seed}: the random numbers of a search have seeds of 0 to {(1 << 32) - 1}")
+    if not 0 < fill_rate <= _MAX_FILL_RATE:
+        raise UsageError(
+            f"fill rate is {fill_rate:g}: expected above 0 and at most {_MAX_FILL_RATE}, because {_POINTS:,} points "
+            f"cannot hit more of {_SIZE} x {_SIZE} pixels"
+        )
     found: list[Found] = []
     batches = _batches(seed)
     running: deque[Future[list[Found]]] = deque()
@@ -77,19 +164,7 @@ def search_categories(
     return found
 
 
-def _check(classes: int, seed: int, fill_rate: float) -> None:
-    if not 1 <= classes <= MAX_CLASSES:
-        raise UsageError(f"classes is {classes}: a search finds 1 to {MAX_CLASSES:,} categories")
-    if not 0 <= seed < 1 << 32:
-        raise UsageError(f"seed is {seed}: the random numbers of a search have seeds of 0 to {(1 << 32) - 1}")
-    if not 0 < fill_rate <= _MAX_FILL_RATE:
-        raise UsageError(
-            f"fill rate is {fill_rate:g}: expected above 0 and at most {_MAX_FILL_RATE}, because {_POINTS:,} points "
-            f"cannot hit more of {_SIZE} x {_SIZE} pixels"
-        )
-
-
-def _batches(seed: int) -> Iterator[tuple[State, int]]:
+def _batches(seed: int) -> Iterator[tuple[_State, int]]:
     """Yield the generator state at the start of each batch of candidates, and the number of its first candidate.
 
     The state can only be reached by drawing all numbers before it. Drawing is a third of the work; the workers repeat
@@ -104,7 +179,7 @@ def _batches(seed: int) -> Iterator[tuple[State, int]]:
         first += _BATCH
 
 
-def _try_batch(state: State, first: int, fill_rate: float) -> list[Found]:
+def _try_batch(state: _State, first: int, fill_rate: float) -> list[Found]:
     """Return the candidates of a batch that become categories."""
     rng = np.random.RandomState()
     rng.set_state(state)
@@ -117,7 +192,7 @@ def _try_batch(state: State, first: int, fill_rate: float) -> list[Found]:
     return found
 
 
-def _draw_candidate(rng: np.random.RandomState) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _draw_candidate(rng: np.random.RandomState) -> tuple[Category, npt.NDArray[np.float64]]:
     """Draw the next candidate (maps, 7), and the (points,) random numbers that drive its orbit.
 
     It has 2 to 7 maps, with coefficients uniform in [-1, 1) and probabilities proportional to |ad - bc|.
@@ -129,100 +204,3 @@ def _draw_candidate(rng: np.random.RandomState) -> tuple[npt.NDArray[np.float64]
     p[:] = np.abs(a * d - b * c)
     p /= np.cumsum(p)[-1]  # added in order; sum() would round differently
     return category, rng.random_sample(_POINTS)
-
-
-Category = npt.NDArray[np.float64]  # (maps, 7): a, b, c, d, e, f, p
-
-_COLUMNS = "a, b, c, d, e, f, p"
-_RENEW = "fetch it again, or write it with 'fractalgen search'"
-_CSV_NAME = re.compile(r"\d{5}\.csv")
-
-
-@cache
-def shipped_categories() -> tuple[Category, ...]:
-    """Return the 1000 published categories, bit for bit those that ``search_categories(1000)`` finds."""
-    with as_file(files("fractalgen") / "data" / "fractaldb_categories.npz") as path:
-        return read_categories(path)
-
-
-def read_categories(path: Path) -> tuple[Category, ...]:
-    """Read a file of 'fractalgen search', in order of class.
-
-    Raises:
-        FractalError: if the file is damaged or holds something else.
-        OSError: if it cannot be read.
-    """
-    try:
-        categories = read_systems(path)
-    except FractalError as error:
-        raise FractalError(f"{path}: no file of categories, or damaged; {_RENEW}") from error
-    if not categories:
-        raise FractalError(f"{path}: holds no categories; {_RENEW}")
-    for index, category in enumerate(categories):
-        if fault := _fault(category):
-            raise FractalError(f"{path}: category {index:05d}: {fault}; {_RENEW}")
-    return categories
-
-
-def read_csv_folder(folder: Path) -> tuple[Category, ...]:
-    """Read a folder of CSV files as FractalDB publishes them: 00000.csv, 00001.csv, ... in it or its subfolders.
-
-    Raises:
-        FractalError: if there are none, a number is missing or occurs twice, or a file is not a category.
-        OSError: if a file cannot be read.
-    """
-    files = (path for pattern in ("*.csv", "*/*.csv") for path in folder.glob(pattern))
-    paths = sorted((path for path in files if _CSV_NAME.fullmatch(path.name)), key=lambda path: (path.name, path))
-    if not paths:
-        raise FractalError(f"{folder}: no files 00000.csv, 00001.csv, ...; give the folder of FractalDB's CSV files")
-    for index, path in enumerate(paths):
-        if index and path.name == paths[index - 1].name:
-            raise FractalError(f"{folder}: {paths[index - 1]} and {path} are the same category; keep one of them")
-        if path.name != f"{index:05d}.csv":
-            raise FractalError(f"{folder}: {index:05d}.csv is missing; categories are numbered from 00000 without gaps")
-    return tuple(read_csv(path) for path in paths)
-
-
-def read_csv(path: Path) -> Category:
-    """Read a category as FractalDB publishes it: a line per map with a, b, c, d, e, f and the probability p.
-
-    Raises:
-        FractalError: if a line is anything else.
-        OSError: if the file cannot be read.
-    """
-    rows: list[list[float]] = []
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if len(rows) == MAX_MAPS:
-                raise FractalError(f"{path}: line {number}: a category has at most {MAX_MAPS} maps; remove the others")
-            rows.append(_parse_row(line, f"{path}: line {number}"))
-    category = np.array(rows).reshape(-1, 7)
-    if fault := _fault(category):
-        raise FractalError(f"{path}: {fault}; write a line '{_COLUMNS}' for each map")
-    return category
-
-
-def _parse_row(line: str, where: str) -> list[float]:
-    """Parse the seven finite numbers of a line."""
-    try:
-        row = [float(field) for field in line.split(",")]
-    except ValueError:
-        row = []
-    if len(row) != 7 or not all(map(math.isfinite, row)):
-        raise FractalError(f"{where}: {line.strip()[:60]!r} is not seven finite numbers {_COLUMNS}; correct the line")
-    return row
-
-
-def _fault(category: Category) -> str:
-    """Say why an array is not a category; empty if it is one."""
-    if category.ndim != 2 or category.shape[1] != 7 or not 1 <= len(category) <= MAX_MAPS:
-        return f"an array of shape {category.shape}, not 1 to {MAX_MAPS} rows of {_COLUMNS}"
-    if not np.isfinite(category).all():
-        return "not every number is finite"
-    if (category[:, 6] < 0).any():
-        return "a probability p is negative"
-    if not category[:, 6].any():
-        return "all probabilities p are 0"
-    return ""

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from fractalshards.systems import Systems, write_systems
 _ALL = "all"
 
 
-def _kind_option(*names: str, required: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _kind_option(names: Collection[str], required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option(
         "--kind",
         required=required,
@@ -83,7 +83,7 @@ def main() -> None:
         "Work": "--workers --slice --executor --scheduler",
     }
 )
-@_kind_option(*KINDS)
+@_kind_option(KINDS, required=False)
 @click.option("--n", type=int, help="Training images.")
 @click.option("--val", default=0, help="Validation images, of the same classes.")
 @click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
@@ -200,13 +200,13 @@ def kinds(as_json: bool) -> None:
         console.print(f"[bold]{name}[/bold]  {kind.summary}")
         console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px, {kind.points:,} points")
         table = Table("--set", "default", "range", "description", box=None, padding=(0, 2))
-        for field in fields(kind.params):
-            table.add_row(field.name, show_value(field.default), show_range(kind.params, field), field.metadata["help"])
+        for parameter in _parameters(kind):
+            table.add_row(*map(show_value, parameter.values()))
         console.print(table)
 
 
 @main.command(groups={"Images": "--kind --size --points --seed --set", "Sheet": "--classes --per-class --tile --out"})
-@_kind_option(*KINDS, _ALL, required=True)
+@_kind_option([*KINDS, _ALL], required=True)
 @_SIZE
 @_POINTS
 @_SEED
@@ -316,17 +316,15 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
 
 
 def _kind_as_json(kind: Kind) -> dict[str, Any]:
-    parameters = [
-        {
-            "name": field.name,
-            "default": field.default,
-            "range": show_range(kind.params, field),
-            "help": field.metadata["help"],
-        }
-        for field in fields(kind.params)
-    ]
     about = ("name", "summary", "classes", "size", "points", "label_type")
-    return {**{name: getattr(kind, name) for name in about}, "parameters": parameters}
+    return {**{name: getattr(kind, name) for name in about}, "parameters": _parameters(kind)}
+
+
+def _parameters(kind: Kind) -> list[dict[str, Any]]:
+    return [
+        {"name": one.name, "default": one.default, "range": show_range(kind.params, one), "help": one.metadata["help"]}
+        for one in fields(kind.params)
+    ]
 
 
 def _describe(plan: Plan, part: Slice | None, workers: int, scheduler: str | None) -> str:

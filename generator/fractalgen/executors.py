@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from fractalshards.errors import FractalError, needs_extra
@@ -39,16 +39,7 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
         with worker_pool(workers) as pool:
             yield pool, workers
         return
-    with needs_extra("dask", "a Dask cluster"):
-        from distributed import Client
-        from distributed.comm.addressing import get_address_host_port
-    logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)  # tracebacks; what matters becomes an error
-    try:
-        get_address_host_port(scheduler)  # a client of a malformed address is never closed, and blocks the next one
-        client = Client(scheduler, timeout=_CONNECT_SECONDS)
-    except (OSError, TypeError, ValueError) as error:  # TypeError: TLS without certificates
-        raise FractalError(f"{scheduler}: no Dask scheduler answers ({error}); check the address") from error
-    with client, sigterm_interrupts():
+    with _connect(scheduler) as client, sigterm_interrupts():
         threads = sum(client.nthreads().values())
         if not threads:
             raise FractalError(f"{scheduler}: the Dask cluster has no workers yet; start some, then run this again")
@@ -57,6 +48,25 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
             yield executor, threads
         finally:
             executor.shutdown(wait=False)
+
+
+@contextmanager
+def _connect(scheduler: str) -> Iterator["Client"]:
+    """Connect to a Dask scheduler, and silence Dask's logs: they are tracebacks, and what matters becomes an error."""
+    with needs_extra("dask", "a Dask cluster"):
+        from distributed import Client
+        from distributed.comm.addressing import get_address_host_port
+    with ExitStack() as stack:
+        for name in ("distributed", "distributed.client"):  # those with levels of their own
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            get_address_host_port(scheduler)  # a client of a malformed address is never closed, and blocks the next one
+            client = stack.enter_context(Client(scheduler, timeout=_CONNECT_SECONDS))
+        except (OSError, TypeError, ValueError) as error:  # TypeError: TLS without certificates
+            raise FractalError(f"{scheduler}: no Dask scheduler answers ({error}); check the address") from error
+        yield client
 
 
 class _DaskExecutor(Executor):

@@ -34,20 +34,12 @@ _RANGES = {
 class Recipe:
     """The description of a dataset: equal recipes with equal systems give equal samples, everywhere.
 
-    Samples are numbered 0..n-1 in the split ``train`` and n..n+val-1 in ``val``.
+    Samples are numbered 0..n-1 in the split ``train`` and n..n+val-1 in ``val``. For most fields see ``make_recipe``.
 
     Attributes:
-        kind: name of a kind, see ``fractalgen kinds``.
-        n: training samples.
-        val: validation samples.
-        classes: number of classes, each with one system; at most n for kinds whose images show one class.
-        size: side length of the square images in pixels.
-        points: points of a chaos game.
-        seed: seed of all random numbers.
-        shard_size: samples per shard.
         params: the parameters of the kind.
         systems_digest: digest of the systems; empty until they are drawn.
-        version: see ``RECIPE_VERSION``.
+        version: the version of the renderer; see ``RECIPE_VERSION``.
     """
 
     kind: str
@@ -103,12 +95,12 @@ class Recipe:
         return find_kind(self.kind)
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON holds it, with lists for tuples."""
+        """Return the recipe as JSON-compatible values, with lists for tuples."""
         fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return fields
 
     def digest(self) -> str:
-        """32 hexadecimal digits that identify the recipe, systems included."""
+        """Return 32 hexadecimal digits that identify the recipe, systems included."""
         return mapping_digest(self.to_json())
 
     def with_systems(self, systems: Systems) -> "Recipe":
@@ -136,9 +128,9 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     """Make the recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
 
     Args:
-        data: as ``recipe.json`` and the manifest hold it.
-        digest: the recipe digest beside it.
-        where: the file that the data was read from, for errors.
+        data: the recipe, as in ``recipe.json`` and the manifest.
+        digest: the recipe digest stored beside it.
+        where: the file that the data comes from, for errors.
 
     Raises:
         FractalError: if it is not what this version of the software writes.
@@ -177,9 +169,9 @@ def make_recipe(
         kind: name of a kind: ``fractaldb``, ``single``, ``multi``.
         n: training samples, at least 1.
         val: validation samples of the same classes; they share no render with the training samples.
-        classes: number of classes, 1 to 100,000; at most n for kinds whose images show one class.
+        classes: number of classes, each with one system, 1 to 100,000; at most n for kinds with one class per image.
         size: side length of the images in pixels, 16 to 4096.
-        points: points of a chaos game, 1 to 100,000,000.
+        points: points of each chaos game, 1 to 100,000,000.
         seed: seed of all random numbers, 0 to 2**63 - 1.
         shard_size: samples per shard.
         overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.

@@ -26,7 +26,7 @@ from fractalshards.writer import publish
 
 @dataclass(frozen=True)
 class Repaired:
-    """What was wrong with a dataset, the names of the shards rendered again, and of tars that are not its shards."""
+    """The problems of a dataset, the names of the shards rendered again, and of tars that are not its shards."""
 
     problems: tuple[Problem, ...]
     rendered: tuple[str, ...]
@@ -39,14 +39,13 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
     The result has the content digests of an undisturbed build.
 
     Args:
-        folder: of the dataset, finished or not.
+        folder: the dataset's folder, finished or not.
         executor: see ``executors.open_executor``.
         on_progress: called with the images verified and rendered so far, and with the total.
 
     Raises:
-        FractalError: if no sound file says what to build, or a rendered shard differs from what the manifest promises,
-            so that it or this software is wrong; the manifest then stays as it is. Also as ``run_build``.
-        OSError: as the file system does.
+        FractalError: as ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs
+            from the manifest, which then stays as it is.
     """
     manifest = None
     with suppress(FractalError):

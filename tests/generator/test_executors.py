@@ -1,27 +1,24 @@
 """Slices, executors that fail, and Dask clusters that lose workers: the same dataset, or one line that says why not."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from fractalgen import make_recipe
+from building import RECIPE, SMALL, run, wait_until
 from fractalgen.build import open_folder, plan_build, run_build
-from fractalgen.cli import main
 from fractalshards.errors import FractalError, WorkerLostError
 from fractalshards.manifest import load_manifest
 
-RECIPE = make_recipe("single", 110, val=13, classes=20, size=32, points=3000, shard_size=25)  # that of ``built``
 _CLUSTER = """
 import threading
 from distributed import LocalCluster
@@ -32,84 +29,74 @@ if __name__ == "__main__":
 """
 
 
-def wait_for(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
-def run(*arguments: object, environment: dict[str, str] | None = None) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], env=environment)
-
-
 def content(folder: Path) -> str:
     return load_manifest(folder).content_digest()
 
 
-def test_slices_make_the_dataset_of_one_build(built: Path, small: list[str], tmp_path: Path, threads: None) -> None:
+def test_slices_make_the_dataset_of_one_build(built: Path, tmp_path: Path, threads: None) -> None:
     out = tmp_path / "sliced"
-    first = run(*small, "--out", out, "--slice", "2/3")
+    first = run(*SMALL, "--out", out, "--slice", "2/3")
     assert first.exit_code == 0, first.output
     assert "slice 2/3" in first.stdout
     assert sorted(path.name for path in out.glob("*.tar")) == ["train-000001.tar", "train-000004.tar"]
     array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2"}
     for task in ("2", "0"):
         assert not (out / "_info.json").exists()
-        result = run(*small, "--out", out, "--slice", "auto", environment={**array, "SLURM_ARRAY_TASK_ID": task})
+        result = run(*SMALL, "--out", out, "--slice", "auto", environment={**array, "SLURM_ARRAY_TASK_ID": task})
         assert result.exit_code == 0, result.output
     assert content(out) == content(built)
-    assert "nothing to render, all 2 shards of slice 3/3" in run(*small, "--out", out, "--slice", "3/3").stderr
+    assert "nothing to render, all 2 shards of slice 3/3" in run(*SMALL, "--out", out, "--slice", "3/3").stderr
 
 
-class Here(Executor):
-    """Runs tasks in this thread, fails those of some shards, and may change the arguments of others."""
+class InThisThread(Executor):
+    """Runs tasks at once, with other arguments, or fails those of some shards."""
 
-    def __init__(self, errors: dict[str, BaseException], change: Callable[..., tuple[Any, ...]] | None = None) -> None:
-        self.errors = errors
-        self.change = change
+    def __init__(
+        self, errors: dict[str, BaseException] | None = None, change: Callable[..., tuple] | None = None
+    ) -> None:
+        self.errors = errors or {}
+        self.change = change or (lambda *arguments: arguments)
 
-    def submit(self, task: partial[Any], /, *args: Any, **named: Any) -> Future[Any]:
+    def submit(self, job: partial[Any], /, *args: Any, **named: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        arguments = self.change(*task.args) if self.change else task.args
+        arguments = self.change(*job.args)
         if error := self.errors.get(arguments[-1].name):
             future.set_exception(error)
         else:
-            future.set_result(task.func(*arguments))
+            future.set_result(job.func(*arguments))
         return future
 
 
 @pytest.mark.parametrize("error", [WorkerLostError("killed"), MemoryError()], ids=repr)
 def test_lost_shards_are_named_after_the_rest_is_built(built: Path, tmp_path: Path, error: BaseException) -> None:
     out = tmp_path / "out"
-    with pytest.raises(FractalError, match=r"2 shards missing, train-000001.tar, val-000000.tar: ") as caught:
-        run_build(plan_build(open_folder(out, RECIPE)), Here({"train-000001.tar": error, "val-000000.tar": error}))
+    lost = InThisThread({"train-000001.tar": error, "val-000000.tar": error})
+    with pytest.raises(FractalError, match=r"train-000001.tar, val-000000.tar: ") as caught:
+        run_build(plan_build(open_folder(out, RECIPE)), lost)
     assert "\n" not in str(caught.value)
     assert len(list(out.glob("*.tar"))) == 4
     assert not (out / "_info.json").exists()
-    with ThreadPoolExecutor(1) as pool:
-        run_build(plan_build(open_folder(out, RECIPE)), pool)
+    run_build(plan_build(open_folder(out, RECIPE)), InThisThread())
     assert content(out) == content(built)
 
 
-def test_worker_of_another_version_is_named(tmp_path: Path) -> None:
-    def newer(folder: Path, recipe: Any, task: Any) -> tuple[Any, ...]:
-        other = copy.copy(recipe)
-        object.__setattr__(other, "version", recipe.version + 1)  # what an old worker unpickles
-        return folder, other, task
-
-    with pytest.raises(FractalError, match="recipe version"):
-        run_build(plan_build(open_folder(tmp_path / "out", RECIPE)), Here({}, newer))
+def in_a_newer_version(folder: Path, recipe: Any, task: Any) -> tuple[Any, ...]:
+    other = copy.copy(recipe)
+    object.__setattr__(other, "version", recipe.version + 1)  # what an old worker unpickles
+    return folder, other, task
 
 
-def test_folder_that_workers_do_not_see_is_named(tmp_path: Path) -> None:
-    elsewhere = Here({}, lambda folder, *others: (folder / "not-mounted", *others))
-    with pytest.raises(FractalError, match="not-mounted"):
-        run_build(plan_build(open_folder(tmp_path / "out", RECIPE)), elsewhere)
+def elsewhere(folder: Path, *others: Any) -> tuple[Any, ...]:
+    return folder / "not-mounted", *others
 
 
-def test_dask_options_are_refused_in_one_line(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("change", "noun"), [(in_a_newer_version, "recipe version"), (elsewhere, "not-mounted")])
+def test_worker_that_cannot_build_is_named(tmp_path: Path, change: Callable[..., tuple], noun: str) -> None:
+    with pytest.raises(FractalError, match=noun):
+        run_build(plan_build(open_folder(tmp_path / "out", RECIPE)), InThisThread(change=change))
+
+
+def test_dask_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client of a malformed address is never made: Dask leaves it open, and the next client waits for it."""
     monkeypatch.setattr("distributed.Client", lambda *arguments, **named: pytest.fail("made a client"))
     for options, code, noun in (
@@ -119,7 +106,7 @@ def test_dask_options_are_refused_in_one_line(
         (["--executor", "dask", "--scheduler", "nonsense://x"], 1, "nonsense://x"),
         (["--executor", "dask", "--scheduler", "localhost"], 1, "localhost"),
     ):
-        result = run(*small, "--out", tmp_path / "out", *options)
+        result = run(*SMALL, "--out", tmp_path / "out", *options)
         assert result.exit_code == code, result.output
         (line,) = result.stderr.splitlines()
         assert noun in line
@@ -127,11 +114,11 @@ def test_dask_options_are_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_dask_scheduler_that_does_not_answer(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dask_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
     monkeypatch.setattr("fractalgen.executors._CONNECT_SECONDS", 0.5)
-    dask = [*small, "--out", tmp_path / "out", "--executor", "dask", "--scheduler"]
+    dask = [*SMALL, "--out", tmp_path / "out", "--executor", "dask", "--scheduler"]
     with LocalCluster(n_workers=0, dashboard_address=":0") as empty:
         for address in ("tcp://127.0.0.1:1", empty.scheduler_address):
             result = run(*dask, address)
@@ -140,10 +127,10 @@ def test_dask_scheduler_that_does_not_answer(small: list[str], tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_dask_cluster_that_loses_a_worker_builds_the_same(small: list[str], tmp_path: Path) -> None:
+def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path: Path) -> None:
     from distributed import Client, LocalCluster
 
-    options = [*small, "--n", "400", "--points", "200000", "--shard-size", "20"]
+    options = [*SMALL, "--n", "400", "--points", "200000", "--shard-size", "20"]
     local, out = tmp_path / "local", tmp_path / "dask"
     assert run(*options, "--out", local).exit_code == 0
     killed = threading.Event()
@@ -151,7 +138,7 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(small: list[str], tmp_
     def kill_a_worker() -> None:
         with Client(cluster) as client:
             process = next(iter(client.run(os.getpid).values()))
-            wait_for(lambda: len(list(out.glob("*.json"))) >= 3)
+            wait_until(lambda: len(list(out.glob("*.json"))) >= 3)
             if not (out / "_info.json").exists():
                 os.kill(process, 9)
                 killed.set()
@@ -170,10 +157,14 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(small: list[str], tmp_
 
 @pytest.mark.slow
 def test_dask_scheduler_that_dies_ends_the_build_in_one_line(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Dask logs nothing meanwhile, and as before afterwards."""
     import dask
+    import distributed
 
+    loggers = [logging.getLogger(name) for name in (distributed.__name__, distributed.client.__name__)]
+    levels = [logger.level for logger in loggers]
     monkeypatch.setattr("fractalgen.executors._LOST_SECONDS", 1.0)
     out = tmp_path / "out"
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
@@ -182,16 +173,17 @@ def test_dask_scheduler_that_dies_ends_the_build_in_one_line(
         address = cluster.stdout.readline().strip()
 
         def kill() -> None:
-            wait_for(lambda: list(out.glob("*.json")))
+            wait_until(lambda: list(out.glob("*.json")))
             cluster.kill()
 
         killer = threading.Thread(target=kill)
         killer.start()
-        slow = [*small, "--n", "400", "--points", "1000000"]
+        slow = [*SMALL, "--n", "400", "--points", "1000000"]
         result = run(*slow, "--out", out, "--executor", "dask", "--scheduler", address)
         killer.join()
     cluster.wait()
     assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit | None)
     assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert not [record for record in caplog.records if record.name.startswith("distributed")]
+    assert [logger.level for logger in loggers] == levels
     assert not (out / "_info.json").exists()

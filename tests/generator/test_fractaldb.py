@@ -35,7 +35,6 @@ from fractalgen.kinds.fractaldb import FractaldbParams
 from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
 from fractalshards.errors import UsageError
-from fractalshards.png import Indexed
 
 KEY = Stream.of("kataoka").key()
 ONES = np.ones(6)
@@ -197,40 +196,35 @@ def test_render_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(whole, [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS])
 
 
-def test_render_refuses_bad_arguments() -> None:
-    drawn = masks(KEY, 10)
-    for size, points, draw, given_masks in (
-        (4097, 10, "point-gray", None),
-        (32, 10**8 + 1, "point-gray", None),
-        (32, 11, "patch-color", drawn),
-        (32, 10, "line-gray", drawn),
-    ):
-        with pytest.raises(UsageError):
-            render(LEAF, ONES, size, points, draw, given_masks)
-    for maps in (0, 256):
-        with pytest.raises(UsageError, match=f"{maps} maps"):
-            render(np.zeros((maps, 7)), ONES, 32, 10, "point-gray")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (LEAF, ONES, 4097, 10, "point-gray"),
+        (LEAF, ONES, 32, 10**8 + 1, "point-gray"),
+        (LEAF, ONES, 32, 11, "patch-color", masks(KEY, 10)),
+        (LEAF, ONES, 32, 10, "line-gray"),
+        (np.zeros((0, 7)), ONES, 32, 10, "point-gray"),
+        (np.zeros((256, 7)), ONES, 32, 10, "point-gray"),
+    ],
+    ids=lambda arguments: repr(arguments[2:5]),
+)
+def test_render_refuses_bad_arguments(arguments: tuple) -> None:
+    with pytest.raises(UsageError):
+        render(*arguments)
 
 
 def test_masks_are_pinned_whatever_their_number() -> None:
     assert masks(KEY, 6).tolist() == masks(KEY, 1000)[:6].tolist() == [468, 423, 91, 16, 309, 66]
 
 
-def draw_unit(params: FractaldbParams, unit: Unit, size: int = 64, points: int = 5000) -> list[Indexed]:
-    """The four images of a unit."""
-    rendered = fractaldb.render(params, size, points, unit, shipped_categories())
-    assert [label for _, label in rendered] == [unit.label] * 4
-    images = [image for image, _ in rendered]
-    assert all(isinstance(image, Indexed) for image in images)
-    return images
-
-
 def test_kind_pixels_are_pinned() -> None:
     """A change of any pixel needs a new recipe version."""
     digests = []
-    for number, name in enumerate(kernel.DRAWS):
-        images = draw_unit(FractaldbParams(draw=name), Unit(7, "train", 3, number))
-        digests.append(xxhash.xxh3_64_hexdigest(b"".join(image.rgb().tobytes() for image in images)))
+    for number, name in enumerate(DRAWS):
+        unit = Unit(7, "train", 3, number)
+        rendered = fractaldb.render(FractaldbParams(draw=name), 64, 5000, unit, shipped_categories())
+        assert [label for _, label in rendered] == [3] * 4
+        digests.append(xxhash.xxh3_64_hexdigest(b"".join(image.rgb().tobytes() for image, _ in rendered)))
     assert digests == ["ee8b28242a501bd2", "fa3cc686905f2f66", "d48008034278d3f1", "adef9d36794a95ff"]
 
 
@@ -244,17 +238,6 @@ def test_kind_composes_a_million_as_published() -> None:
     assert taken == Counter((label, number, part) for label in range(100) for number in range(250) for part in range(4))
 
 
-@pytest.mark.parametrize("name", kernel.DRAWS)
-def test_kind_images_are_those_of_the_renderer(name: kernel.Draw) -> None:
-    """Number 60 is weight row 10 of the third draw; flips are those of the published code."""
-    unit = Unit(5, "train", 2, 60 if "patch" in name else 10)
-    masks = kernel.masks(Stream.of("fractaldb", 5, 2, 10, 2).key(), 5000) if "patch" in name else None
-    expected = kernel.render(shipped_categories()[2], kernel.weight_rows()[10], 64, 5000, name, masks)
-    views = (expected, expected[::-1], expected[:, ::-1], expected[::-1, ::-1])
-    for image, view in zip(draw_unit(FractaldbParams(draw=name), unit), views, strict=True):
-        assert np.array_equal(image.indices, view)
-
-
 @pytest.mark.parametrize(("name", "n"), [("patch-gray", 240), ("patch-gray", 1000), ("point-gray", 240)])
 def test_kind_shares_no_render_between_splits(name: str, n: int) -> None:
     recipe = make_recipe("fractaldb", n, val=40, classes=10, size=32, points=500, overrides={"draw": name})
@@ -265,11 +248,9 @@ def test_kind_shares_no_render_between_splits(name: str, n: int) -> None:
 
 def test_kind_of_points_has_a_hundred_images_per_class() -> None:
     points = {"draw": "point-color"}
-    assert make_recipe("fractaldb", 1000, classes=10, overrides=points).n == 1000
     assert make_recipe("fractaldb", 960, val=40, classes=10, overrides=points).val == 40
-    for n, val in ((1001, 0), (1000, 1), (950, 60)):
-        with pytest.raises(UsageError, match="kind fractaldb with these parameters has 100") as caught:
+    for n, val in ((1001, 0), (950, 60)):
+        with pytest.raises(UsageError, match="has 100"):
             make_recipe("fractaldb", n, val=val, classes=10, overrides=points)
-        assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="has 12"):
         make_recipe("fractaldb", 130, classes=10, overrides={**points, "weight_rows": "2,4"})

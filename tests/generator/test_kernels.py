@@ -12,9 +12,8 @@ from numba import njit
 from fractalgen.kernels.chaos_game import chaos_game, determinants, fixed_point
 from fractalgen.kernels.compose import Canvas, resize
 from fractalgen.kernels.random import Stream, hash32
-from fractalgen.kernels.raster import Orientation, splat
+from fractalgen.kernels.raster import POINT, Orientation, bounding_box, peak_of, splat
 from fractalgen.kinds.anderson import sample_system
-from rasterizer import rasterize
 
 KEY = Stream.of("orbit").key()
 
@@ -46,6 +45,20 @@ def test_hash32_is_uniform_and_independent() -> None:
         high = drawn >> 28
         for values in (drawn >> 24, drawn & 255, high[:-1] * 16 + high[1:], high[:-16] * 16 + high[16:]):
             assert 150 < chi_square(values, 256) < 380
+
+
+def rasterize(
+    points: np.ndarray,
+    size: int,
+    window: np.ndarray | list[float] | None = None,
+    patch: np.ndarray = POINT,
+    graded: bool = True,
+) -> np.ndarray:
+    """The published interface on ``splat``: points (n, 2), x selecting the row, to counts / maximum, or 0 and 1."""
+    xs, ys = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
+    xmin, ymin, xmax, ymax = np.asarray(bounding_box(xs, ys) if window is None else window, np.float64).tolist()
+    counts = splat(xs, ys, size, (xmin, ymin, xmax, ymax), np.asarray(patch, np.int64).reshape(-1, 2))
+    return counts / peak_of(counts) if graded else (counts > 0).astype(np.uint8)
 
 
 def published_orbit(system: np.ndarray, points: int, rng: np.random.Generator) -> np.ndarray:

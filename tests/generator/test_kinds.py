@@ -135,36 +135,24 @@ DEGENERATE = {
     "one map": np.array([[[0.5, 0.0, 1.0], [0.0, 0.5, 0.0]]]),
     "all determinants zero": np.array([[[0.5, 0.5, 0.1], [0.5, 0.5, 0.2]], [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]]),
     "no fixed point": np.array([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]], [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]]),
-}
-DIVERGING = {
     "expanding": np.array([[[9.0, 0.0, 1.0], [0.0, 9.0, 1.0]], [[-9.0, 1.0, 1.0], [0.0, 9.0, 1.0]]]),
     "huge": np.full((3, 2, 3), 1e300),
     "NaN": np.full((2, 2, 3), np.nan),
 }
+DIVERGING = ("expanding", "huge", "NaN")
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_degenerate_systems_render(kind: str, name: str) -> None:
-    """A build draws none of these; who passes them to the API gets what there is to see of them."""
-    recipe = make_recipe(kind, 4, classes=1, size=48, points=2000, overrides={"background": "false"})
-    for index in range(4):
-        image, label = render_sample(recipe, [DEGENERATE[name]], index)
-        assert image.any()
-        assert label == 0 or (isinstance(label, MultiLabel) and label.labels == (0,))
-
-
-@pytest.mark.parametrize("name", DIVERGING)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_diverging_systems_show_a_background_or_are_refused(name: str) -> None:
-    recipe = make_recipe("single", 4, classes=1, size=48, points=2000)
-    for index in range(4):
-        assert render_sample(recipe, [DIVERGING[name]], index)[0].any()
-    recipe = make_recipe("multi", 4, classes=1, size=48, points=2000)
-    if name == "expanding":  # its first steps are finite, and so there is something to see
-        assert render_sample(recipe, [DIVERGING[name]], 0)[0].any()
+def test_degenerate_systems_render_or_are_refused(kind: str, name: str) -> None:
+    """A build draws none of these; the API renders what there is to see of them."""
+    overrides = {"background": name in DIVERGING}  # fractals that leave their window show nothing else
+    recipe = make_recipe(kind, 4, classes=1, size=48, points=2000, overrides=overrides)
+    if kind == "multi" and name in ("huge", "NaN"):
+        with pytest.raises(FractalError, match="no object is visible"):
+            render_sample(recipe, [DEGENERATE[name]], 0)
         return
-    with pytest.raises(FractalError, match="no object is visible") as caught:
-        render_sample(recipe, [DIVERGING[name]], 0)
-    assert "\n" not in str(caught.value)
+    image, label = render_sample(recipe, [DEGENERATE[name]], 0)
+    assert image.any()
+    assert label == 0 or (isinstance(label, MultiLabel) and label.labels == (0,))

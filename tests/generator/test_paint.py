@@ -13,10 +13,26 @@ from fractalgen.kernels.paint import (
     HeightColors,
     diamond_square,
     gaussian_blur,
+    hsv_pixel,
     paint,
 )
 from fractalgen.kernels.random import Stream, hash32
-from hsv import hsv_to_rgb
+
+
+def hsv_to_rgb(array: np.ndarray) -> np.ndarray:
+    """Convert (..., 3) uint8, rounding as OpenCV's scalar code does and so the published code.
+
+    ``paint`` truncates, as OpenCV's vector code does for whole images; a third of the bytes is one less.
+    """
+    levels = np.empty((array.size // 3, 3), np.float32)
+    _convert(np.ascontiguousarray(array).reshape(-1, 3), levels)
+    return np.rint(levels).astype(np.uint8).reshape(array.shape)  # ties to even, as OpenCV's cvRound
+
+
+@njit
+def _convert(hsv, levels):
+    for i in range(len(hsv)):
+        levels[i] = hsv_pixel(np.float32(hsv[i, 0]), np.float32(hsv[i, 1]), np.float32(hsv[i, 2]))
 
 
 def test_hsv_equals_the_published_conversion(reference: Path) -> None:
