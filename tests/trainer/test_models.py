@@ -84,8 +84,8 @@ def test_load_backbone_loads_everything_but_the_head(name):
     report = load_backbone(after, before.state_dict(), "runs/x")
     for key, tensor in after.state_dict().items():
         assert torch.equal(tensor, fresh[key] if key in heads else before.state_dict()[key]), key
-    assert set(report.loaded) == set(after.state_dict()) - set(heads)
-    assert list(report.new) == list(report.left) == heads
+    assert report.startswith(f"{len(fresh.keys() ^ after.state_dict().keys())} tensors loaded")
+    assert report.count(", ".join(heads)) == 2  # not loaded, and new
 
 
 @pytest.mark.parametrize(

@@ -347,9 +347,9 @@ def export(run: Path, out: Path) -> None:
     """
     with needs_extra("train", "export"):
         from fractaltrain.export import export_run
-    exported = export_run(run, out)
-    click.echo(f"{exported.origin}: {exported.path}")
-    click.echo(f"import timm; {exported.line}")
+    origin, code = export_run(run, out)
+    click.echo(f"{origin}: {out}")
+    click.echo(f"import timm; {code}")
 
 
 @main.command()

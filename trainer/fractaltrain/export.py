@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -19,25 +18,13 @@ _EXTENSION = ".safetensors"
 _TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported file.
-
-    Attributes:
-        origin: run and position of the weights, for people.
-        path: the file.
-        line: Python code that loads it as ``model``.
-    """
-
-    origin: str
-    path: Path
-    line: str
-
-
-def export_run(folder: Path, path: Path) -> Exported:
+def export_run(folder: Path, path: Path) -> tuple[str, str]:
     """Write the newest sound weights of a run to ``path``, with metadata that says how to use them.
 
     An equal export that is already there is left alone.
+
+    Returns:
+        Where the weights are from, in words, and Python code that loads the file as ``model``.
 
     Raises:
         UsageError: if ``path`` has another extension than timm expects.
@@ -66,7 +53,7 @@ def export_run(folder: Path, path: Path) -> Exported:
     elif not _is_equal(path, metadata, tensors):
         raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
     arguments = ", ".join(f"{option}={value!r}" for option, value in (options | {"checkpoint_path": str(path)}).items())
-    return Exported(run.origin, path, f"model = timm.create_model({name!r}, {arguments})")
+    return run.origin, f"model = timm.create_model({name!r}, {arguments})"
 
 
 def _metadata(run: TrainedRun, name: str) -> dict[str, str]:

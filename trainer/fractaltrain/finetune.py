@@ -89,7 +89,6 @@ def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
         return Pretrained(settings.model, settings.image_size, run.checkpoint.weights, run.sha256, folder, run.origin)
     image_size = model.image_size or IMAGE_SIZE
     with world.main_first():  # rank 0 may download
-        published = load_published(model.name, image_size)
-    source = f"timm's {published.name}"
-    identity = f"timm:{published.name}"
-    return Pretrained(model.name, image_size, published.weights, identity, source, f"published weights of {source}")
+        name, weights = load_published(model.name, image_size)
+    source = f"timm's {name}"
+    return Pretrained(model.name, image_size, weights, f"timm:{name}", source, f"published weights of {source}")

@@ -1,7 +1,6 @@
 """Models by name, and how pre-trained weights get into them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -37,26 +36,22 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UsageError(f"no model {name!r}; {hint}")
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    model: nn.Module
     try:
-        return _build(name, classes, image_size, {"drop_path_rate": drop_path} if drop_path else {})
+        if name == "resnet50":
+            model = torchvision.models.resnet50(num_classes=classes, **options)
+        elif name == "deit_small_patch32_224":  # DeiT-S (Touvron et al. 2021) with larger patches; not in timm
+            options |= {"patch_size": 32, "embed_dim": 384, "depth": 12, "num_heads": 6}
+            model = VisionTransformer(img_size=image_size, num_classes=classes, **options)
+        else:
+            model = timm.create_model(name, **timm_options(name, classes, image_size), **options)
     except (TypeError, ValueError, AssertionError) as error:
         if "drop_path_rate" in str(error):
             raise UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0") from error
         raise FractalError(
             f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
         ) from error
-
-
-def _build(name: str, classes: int, image_size: int, options: Mapping[str, Any]) -> nn.Module:
-    model: nn.Module
-    if name == "resnet50":
-        model = torchvision.models.resnet50(num_classes=classes, **options)
-    elif name == "deit_small_patch32_224":  # DeiT-S (Touvron et al. 2021) with larger patches, which timm does not list
-        model = VisionTransformer(
-            img_size=image_size, patch_size=32, embed_dim=384, depth=12, num_heads=6, num_classes=classes, **options
-        )
-    else:
-        model = timm.create_model(name, **timm_options(name, classes, image_size), **options)
     return model
 
 
@@ -109,23 +104,8 @@ def set_training(model: nn.Module) -> None:
         model.get_submodule(name).train()
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Names of the tensors that were loaded, of those left in the checkpoint, and of those that start anew."""
-
-    loaded: tuple[str, ...]
-    left: tuple[str, ...]
-    new: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.loaded)} tensors loaded; not loaded: {', '.join(self.left) or 'none'}; "
-            f"new: {', '.join(self.new) or 'none'}"
-        )
-
-
-def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> LoadReport:
-    """Load all weights but the classifier's into ``model``; its classifier keeps its random weights.
+def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> str:
+    """Load all weights but the classifier's into ``model``, which keeps its own; return a line about what was loaded.
 
     Args:
         weights: state dict of the same model with any number of classes.
@@ -144,25 +124,17 @@ def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: 
             f"{where}: {human_list(reshaped, 3)} have another shape here; fine-tune at the pre-training's --image-size"
         )
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
-    return LoadReport(
-        loaded=tuple(name for name in own if name in expected),
-        left=tuple(name for name in weights if name not in expected),
-        new=tuple(name for name in own if name not in expected),
-    )
+    left, new = (", ".join(name for name in names if name not in expected) or "none" for names in (weights, own))
+    return f"{len(expected)} tensors loaded; not loaded: {left}; new: {new}"
 
 
-@dataclass(frozen=True)
-class Published:
-    """Published weights: a state dict with the original classifier; ``name`` has the tag, e.g. ``resnet50.a1_in1k``."""
-
-    name: str
-    weights: Mapping[str, torch.Tensor]
-
-
-def load_published(model: str, image_size: int) -> Published:
+def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch.Tensor]]:
     """Fetch timm's default weights of a model, or those of a tag (``resnet50.a1_in1k``), for an image size.
 
     timm's weights also fit torchvision's ``resnet50``: its tensors have the same names and shapes.
+
+    Returns:
+        Name with tag, and the state dict with the original classifier.
 
     Raises:
         UsageError: if timm publishes none.
@@ -175,7 +147,7 @@ def load_published(model: str, image_size: int) -> Published:
     options = timm_options(model, None, image_size)
     timm.create_model(model, **options)  # an error below is then one of fetching
     try:
-        return Published(name, timm.create_model(model, pretrained=True, **options).state_dict())
+        return name, timm.create_model(model, pretrained=True, **options).state_dict()
     except Exception as error:  # the clients of hubs raise many kinds
         reason = (one_line(str(error)) or type(error).__name__)[:200]
         raise FractalError(

@@ -1,8 +1,8 @@
 """Losses, parameter groups and learning rate schedules."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import cos, pi
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,8 +38,7 @@ def multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 _EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Peak learning rate and weight decay of a parameter."""
 
     lr: float
@@ -61,22 +60,17 @@ def parameter_rates(model: nn.Module, recipe: TrainRecipe) -> dict[str, Rates]:
             if not parameter.requires_grad:
                 continue
             name = f"{prefix}.{own_name}" if prefix else own_name
-            decay = recipe.weight_decay
-            lr = recipe.lr
+            lr, decay = recipe.lr, recipe.weight_decay
             if is_head(name, heads):
                 lr *= recipe.head_lr_factor
-                if recipe.head_weight_decay is not None:
-                    decay = recipe.head_weight_decay
-            rates[name] = Rates(lr, 0.0 if _is_undecayed(module, own_name, parameter, recipe) else decay)
+                decay = decay if recipe.head_weight_decay is None else recipe.head_weight_decay
+            undecayed = {
+                "norms": "Norm" in type(module).__name__ or "bias" in own_name,
+                "vectors": parameter.ndim <= 1 or own_name in _EMBEDDINGS,
+                "none": False,
+            }
+            rates[name] = Rates(lr, 0.0 if undecayed[recipe.undecayed] else decay)
     return rates
-
-
-def _is_undecayed(module: nn.Module, name: str, parameter: nn.Parameter, recipe: TrainRecipe) -> bool:
-    if recipe.undecayed == "norms":
-        return "Norm" in type(module).__name__ or "bias" in name
-    if recipe.undecayed == "vectors":
-        return parameter.ndim <= 1 or name in _EMBEDDINGS
-    return False
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
@@ -89,9 +83,7 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
     for name, rates in parameter_rates(model, recipe).items():
         if name in parameters:  # shared parameters have several names and are listed under the first
             by_rates.setdefault(rates, []).append(parameters[name])
-    groups = [
-        {"params": group, "lr": rates.lr, "weight_decay": rates.weight_decay} for rates, group in by_rates.items()
-    ]
+    groups = [{"params": group, **rates._asdict()} for rates, group in by_rates.items()]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     momentum = recipe.max_momentum if recipe.schedule == "onecycle" else recipe.momentum
@@ -100,24 +92,17 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_steps: int) -> LRScheduler:
     """Build the schedule for ``recipe.epochs`` epochs of ``epoch_steps`` optimiser steps each."""
-    if recipe.schedule == "onecycle":
-        return _one_cycle(optimizer, recipe, recipe.epochs * epoch_steps)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     if recipe.schedule == "step":
         return MultiStepLR(optimizer, [epoch * epoch_steps for epoch in recipe.milestones], recipe.gamma)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    return LambdaLR(optimizer, [_cosine(recipe, peak, epoch_steps) for peak in peaks])
-
-
-def _one_cycle(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps: int) -> OneCycleLR:
-    """Build torch's OneCycleLR with cosine annealing; the momentum cycles inversely.
-
-    A rise of exactly one step (``pct_start * steps == 1``) makes torch divide 0 by 0. Shortening it by a billionth
-    gives the same learning rates.
-    """
+    if recipe.schedule == "cosine":
+        return LambdaLR(optimizer, [_cosine(recipe, peak, epoch_steps) for peak in peaks])
+    steps = recipe.epochs * epoch_steps
+    # A rise of exactly one step makes torch divide 0 by 0; one shorter by a billionth gives the same learning rates.
     pct_start = recipe.pct_start * (1 - 1e-9) if recipe.pct_start * steps == 1 else recipe.pct_start
     return OneCycleLR(
         optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
+        max_lr=peaks,
         total_steps=steps,
         pct_start=pct_start,
         div_factor=recipe.div_factor,
