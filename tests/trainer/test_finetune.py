@@ -26,7 +26,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
     data = f"shards:{dataset}"
-    done = fractaltrain("ft", "--weights", "none", *SMALL, "--data", data, "--per-class", 4)
+    done = fractaltrain("ft", "--weights", "none", *SMALL, "--data", data, "--per-class", 4, "--quiet")
     assert (done.code, done.err) == (0, "")
     run = Path("runs/small-4-per-class-0-test_resnet-anderson-scratch")
     result = json.loads((run / "result.json").read_text())
