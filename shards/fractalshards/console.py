@@ -132,7 +132,7 @@ def continuable(folder: Path) -> Iterator[None]:
 
 
 class _NamedPath(click.Path):
-    """A path that is not empty: an unset variable of a shell would mean the current folder."""
+    """A path that must not be empty: an unset shell variable would mean the current folder."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None

@@ -16,7 +16,7 @@ PNG = "png"
 
 
 def image_format(data: bytes) -> str | None:
-    """Return the extension of an encoded image by its first bytes, or None if shards hold no such images."""
+    """Return the extension for an encoded image by its first bytes, or None if shards do not hold its format."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PNG
     if data.startswith(b"\xff\xd8\xff"):

@@ -94,7 +94,7 @@ def _is_deep(text: bytes) -> bool:
     return any(depth > _MAX_DEPTH for depth in accumulate(steps))
 
 
-TEMPORARY = ".tmp~"  # names of unfinished files begin so
+TEMPORARY = ".tmp~"  # prefix of unfinished files
 _STALE_SECONDS = 3600.0
 
 
@@ -155,7 +155,7 @@ def check_space(folder: Path, wanted: float, advice: str) -> None:
 def remove_leftovers(folder: Path) -> int:
     """Remove temporary files whose writer is gone, and return their number.
 
-    On this host, the process of the writer is gone; on other hosts, the file is an hour old.
+    A writer on this host is gone if its process is, one on another host if its file is an hour old.
     """
     removed = 0
     for path in folder.glob(f"{TEMPORARY}*"):

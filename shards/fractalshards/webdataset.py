@@ -34,7 +34,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is its i
 _LABEL = "cls"
 _MAX_LABEL_BYTES = 20
 _MAX_DIGITS = 9
-_ALONE = 4  # up to this many tars are scanned sooner than worker processes start
+_ALONE = 4  # as few tars as this are scanned before worker processes would have started
 
 Positions = npt.NDArray[np.int64]
 

@@ -146,7 +146,7 @@ def _randaugment(recipe: TrainRecipe) -> Augmentation:
     """Build timm's RandAugment ``rand-mM-mstd0.5-inc1``, where M need not be a whole number."""
     red, green, blue = (min(255, round(255 * mean)) for mean in recipe.mean)
     figures = {
-        "img_mean": (red, green, blue),  # of what comes from outside the image: 0 once normalised
+        "img_mean": (red, green, blue),  # fills what lies outside the image: 0 once normalised
         "interpolation": Image.Resampling.BICUBIC,
         "magnitude_max": _MAX_MAGNITUDE,
     }
@@ -192,7 +192,7 @@ def _transform_val(image: Images, key: int, size: int, crop: str) -> Images:
     if crop == "none":
         return _resize(image, size)
     if crop == "resized":
-        square = _crop(image, min(image.shape[:2]))  # first: its sides would be outside of the centre
+        square = _crop(image, min(image.shape[:2]))  # cropped first: its sides end up outside the centre
         image = _stretch(square, round(size * _VAL_SCALE))
     return _crop(image, size)
 

@@ -57,7 +57,7 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
 
     Args:
         for_training: check that there are images of every class in both splits and that images have a single label;
-            compute the digest of image folders (rank 0), which takes a look at every file.
+            compute the digest of image folders (rank 0), which stats every file.
 
     Raises:
         FractalError: if the images are missing, damaged, without a split to evaluate on, or too few for ``per_class``.

@@ -43,7 +43,7 @@ def open_cached(cache: ShardCache, window: int) -> Splits:
     """Open a remote dataset behind a prepared cache.
 
     Args:
-        window: shards that are shuffled together: so many stay open for training, a single one for evaluation.
+        window: shards that are shuffled together; training keeps this many open, evaluation one.
 
     Raises:
         FractalError: as ``open_dataset`` does.
@@ -216,7 +216,7 @@ def _find(starts: Indices, index: int) -> tuple[int, int]:
 
 
 class _OpenFiles:
-    """Keeps the files that were read last open: opening one per sample would overload a shared file system."""
+    """Keeps recently read files open: opening one for every sample would overload a shared file system."""
 
     def __init__(self, limit: int, cache: ShardCache | None = None) -> None:
         self._limit = limit

@@ -26,7 +26,7 @@ Transform = Callable[[Images, int], Images]
 OnBad = Literal["stop", "replace", "drop"]
 
 _PREFETCH = 4  # batches per worker
-_MAX_BAD = 10_000  # bad samples in a row, after which the dataset is taken for gone
+_MAX_BAD = 10_000  # bad samples in a row, after which the dataset is considered gone
 
 
 class Batch(NamedTuple):
@@ -153,7 +153,7 @@ class _EpochBatches(Dataset[Batch | FractalError]):
         )
 
     def _read(self, position: int, bad: list[str]) -> Example | None:
-        """Read the sample at a position, or its replacement if there shall be one; append the problem to ``bad``."""
+        """Read the sample at a position, or its replacement if ``on_bad`` asks for one; append problems to ``bad``."""
         try:
             return self._read_at(position)
         except BadSampleError as error:

@@ -61,15 +61,16 @@ def shard_windows(shards: int, seed: int, epoch: int, window: int) -> list[Indic
 
 
 def epoch_samples(samples: int, repeats: int) -> int:
-    """Positions in an epoch's order of which every sample is taken ``repeats`` times: their order is ``repeated``."""
+    """Number of positions in the order of an epoch that repeats its samples, see ``repeated``."""
     return samples // repeats * repeats
 
 
 def repeated(order: Indices, repeats: int) -> Indices:
     """The order of an epoch of repeated augmentation: its first floor(n / repeats) samples, each ``repeats`` times.
 
-    The repeats of a sample are neighbours, and so in one global batch but for those at its ends; having different
-    positions they are augmented differently. (Hoffer et al., Augment your batch, CVPR 2020; thrice in DeiT.)
+    The repeats of a sample are neighbours, so they are in one global batch except at its ends. Each is augmented
+    differently, because augmentation depends on the position. (Hoffer et al., Augment your batch, CVPR 2020; DeiT
+    repeats three times.)
     """
     return np.repeat(order[: len(order) // repeats], repeats)
 
@@ -126,9 +127,9 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
     ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
 
     Args:
-        batch: global, at most ``samples``, see ``recipes.recipe.check_batch``.
-        nodes: machines, each with as many consecutive ranks as the others. With more than one each has a part of the
-            order to itself, see ``node_positions``, so that it reads its share of the shards and not all of them.
+        batch: global, at most ``samples``, see ``check_batch``.
+        nodes: machines, each with the same number of consecutive ranks. If there are several, each trains on its own
+            part of the order, see ``node_positions``, so it only reads its share of the shards.
 
     Raises:
         UsageError: as ``rank_batch`` does.
@@ -139,7 +140,7 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
 
 
 def node_positions(samples: int, batch: int, node: int, nodes: int, pad: bool) -> range:
-    """The part of an epoch's order that one of several machines trains on: equal ones, one after the other."""
+    """Positions of an epoch that one of several machines trains on; the machines have equal, consecutive parts."""
     size = steps_per_epoch(samples, batch, pad) * batch // nodes
     return range(node * size, (node + 1) * size)
 
