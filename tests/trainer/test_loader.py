@@ -55,16 +55,8 @@ def test_batches_hold_the_samples_of_the_shards(dataset):
             assert np.array_equal(image.permute(1, 2, 0).numpy(), source.read(int(key)).image)
 
 
-def test_batches_do_not_depend_on_the_number_of_workers(dataset, one_shard):
-    for folder, counts in ((dataset, (1, 2)), (one_shard, (8,))):
-        expected = read(folder)
-        assert sorted(key for batch in expected for key in batch.keys) == [f"{index:09d}" for index in range(50)]
-        for workers in counts:
-            assert same(read(folder, workers=workers), expected)
-
-
-@pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 2), (5, 0)])
-def test_resume_gives_the_rest_of_the_epoch(dataset, start, workers):
+@pytest.mark.parametrize(("start", "workers"), [(0, 1), (0, 8), (1, 0), (3, 2), (5, 0)])
+def test_batches_from_any_start_do_not_depend_on_the_number_of_workers(dataset, start, workers):
     assert same(read(dataset, start=start, workers=workers), read(dataset)[start:])
 
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractalshards.errors import UsageError
 from fractalshards.random import permutation
 from fractaltrain.seeding import mix
 from fractaltrain.stream import order as module
@@ -20,7 +19,6 @@ from fractaltrain.stream.order import (
     epoch_samples,
     evaluation_positions,
     node_positions,
-    rank_batch,
     repeated,
     shard_windows,
     training_positions,
@@ -152,12 +150,6 @@ def test_evaluation_takes_every_sample_once(samples, batch, world):
     ranks = [evaluation_positions(samples, batch, rank, world) for rank in range(world)]
     assert sorted(index for rank in ranks for some in rank for index in some.tolist()) == list(range(samples))
     assert all(1 <= len(some) <= -(-batch // world) for rank in ranks for some in rank)
-
-
-@pytest.mark.parametrize(("batch", "world", "possible"), [(64, 3, 63), (2, 4, 4)])
-def test_batch_that_ranks_cannot_share_is_refused(batch, world, possible):
-    with pytest.raises(UsageError, match=f"--batch-size {possible} "):
-        rank_batch(batch, world)
 
 
 def test_prefetch_schedule_names_this_window_and_the_next():

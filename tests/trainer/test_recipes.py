@@ -147,5 +147,5 @@ def test_check_batch_with_accumulation():
     check_batch(recipe, 2, 3, 12)
     with pytest.raises(UsageError, match="--batch-size to 6"):
         check_batch(recipe, 2, 3, 11)
-    with pytest.raises(UsageError, match="--accumulate"):
+    with pytest.raises(UsageError, match=r"--accumulate 3.*--batch-size 6"):
         check_batch(replace(recipe, batch_size=8), 2, 3)

@@ -80,22 +80,8 @@ def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:
     return -(-samples // batch) if pad else samples // batch
 
 
-def rank_batch(batch: int, world: int) -> int:
-    """Samples of a global batch that each rank takes.
-
-    Raises:
-        UsageError: if the world size does not divide the batch.
-    """
-    if batch % world:
-        raise UsageError(
-            f"{world} processes cannot share a batch of {batch} equally; "
-            f"choose --batch-size {batch // world * world or world} or another --nproc"
-        )
-    return batch // world
-
-
 def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: int | None = None) -> None:
-    """Check that the batch can be split among processes and into parts, and into pairs where images are mixed.
+    """Check that the batch splits equally among processes and their parts, and into pairs if images are mixed.
 
     Args:
         processes: number of training processes.
@@ -103,16 +89,14 @@ def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: i
         samples: number of samples in an epoch; None: not known yet.
 
     Raises:
-        UsageError: with a batch size that works.
+        UsageError: if it does not, or is larger than the epoch, with a batch size that works.
     """
-    batch = rank_batch(recipe.batch_size, processes)
-    if batch % accumulate:
-        raise UsageError(f"--accumulate {accumulate} does not divide the batch of {batch} per process; use a divisor")
-    unit = processes * math.lcm(accumulate, 2 if recipe.mixes else 1)  # divides every batch size that works
+    unit = processes * math.lcm(accumulate, 2 if recipe.mixes else 1)
     if recipe.batch_size % unit:
+        pairs = ", mixing pairs of images" if recipe.mixes else ""
         raise UsageError(
-            f"mixup and cutmix mix pairs of images, but each process has a batch of {batch}; "
-            f"use --batch-size {max(recipe.batch_size // unit, 1) * unit}"
+            f"a batch of {recipe.batch_size} cannot be split equally (--nproc {processes}, --accumulate {accumulate}"
+            f"{pairs}); use --batch-size {max(recipe.batch_size // unit, 1) * unit}"
         )
     if samples is not None and recipe.batch_size > samples:
         largest = samples // unit * unit
@@ -127,15 +111,12 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
     ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
 
     Args:
-        batch: global, at most ``samples``, see ``check_batch``.
+        batch: global, at most ``samples`` and a multiple of ``world``, see ``check_batch``.
         nodes: machines, each with the same number of consecutive ranks. If there are several, each trains on its own
             part of the order, see ``node_positions``, so it only reads its share of the shards.
-
-    Raises:
-        UsageError: as ``rank_batch`` does.
     """
-    steps, size, local = steps_per_epoch(samples, batch, pad), rank_batch(batch, world), world // nodes
-    positions = np.arange(steps * batch, dtype=np.int64).reshape(nodes, steps, local, size)
+    steps, local = steps_per_epoch(samples, batch, pad), world // nodes
+    positions = np.arange(steps * batch, dtype=np.int64).reshape(nodes, steps, local, batch // world)
     return positions[rank // local, :, rank % local]
 
 
