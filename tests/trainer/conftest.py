@@ -60,12 +60,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("shards") / "small", train=(20, 13, 17), val=13)
 
 
-@pytest.fixture(scope="session")
-def one_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 training images in a single shard."""
-    return write_dataset(tmp_path_factory.mktemp("shards") / "one", train=(50,))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from more threads, and lose much to them where other tests are running."""
