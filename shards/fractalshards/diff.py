@@ -91,7 +91,7 @@ def align(first: Sequence[Shard], second: Sequence[Shard]) -> Alignment:
 
 
 def _split_row(row: Sequence[Shard], samples: int) -> Pair:
-    """Split shards into those that begin before so many samples, and the others."""
+    """Split a row of shards at the first that begins after ``samples`` samples or later."""
     starts = accumulate((shard.samples for shard in row), initial=0)
     count = sum(start < samples for start, _ in zip(starts, row, strict=False))
     return tuple(row[:count]), tuple(row[count:])

@@ -1,4 +1,4 @@
-"""Pack existing images into shards: hold out shares, shuffle, and write every image file as one sample."""
+"""Pack existing images into shards: hold out a share, shuffle, and write every image file as one sample."""
 
 import os
 import re

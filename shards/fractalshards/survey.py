@@ -125,7 +125,11 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
         for done, one in enumerate(pool.map(partial(_stats, manifest.classes), measured), len(chosen) + 1):
             stats.append(one)
             on_progress(done, total)
-    others = {name: _sum_counts(manifest, name) for name in manifest.splits if name != split}
+    others = {
+        name: sum((_read_counts(manifest, shard) for shard in shards), start=np.zeros_like(counts))
+        for name, shards in manifest.splits.items()
+        if name != split
+    }
     fitting = fit_thumbnails(thumbnails, MAX_THUMBNAIL_BYTES)
     return Survey(manifest, split, {split: counts, **others}, fitting, tile, stats)
 
@@ -136,7 +140,7 @@ def spread(total: int, most: int) -> list[int]:
 
 
 def fit_thumbnails(thumbnails: Mapping[int, list[Thumbnail]], most_bytes: int) -> dict[int, list[Thumbnail]]:
-    """Keep as many thumbnails of each class as fit into so many bytes together; perhaps none."""
+    """Keep the same number of thumbnails of every class, as many as fit into ``most_bytes`` together, perhaps none."""
     keep = max(map(len, thumbnails.values()), default=0)
     while keep and sum(len(one.webp) for found in thumbnails.values() for one in found[:keep]) > most_bytes:
         keep -= 1
@@ -179,7 +183,7 @@ def select_samples(
 
 
 def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[int, Location]]:
-    """Choose so many samples of each class from a shard, evenly spread; returns them with their classes."""
+    """Choose the given number of samples of each class from a shard, evenly spread; returns them with their classes."""
     index, counts = wanted
     locations: dict[int, list[Location]] = {label: [] for label in counts}
     for location, label in _read_labels(index):
@@ -264,14 +268,8 @@ def _read_counts(manifest: Manifest, shard: Shard) -> Counts:
     return np.array(counts, np.int64)
 
 
-def _sum_counts(manifest: Manifest, split: str) -> Counts:
-    counts = (_read_counts(manifest, shard) for shard in manifest.splits[split])
-    return sum(counts, start=np.zeros(manifest.classes, np.int64))
-
-
 def _locate(index: ShardIndex, position: int) -> Location:
-    start, end = index.offsets[position : position + 2].tolist()
-    return Location(index.path, position, start, end)
+    return Location(index.path, position, *index.offsets[position : position + 2].tolist())
 
 
 @contextmanager

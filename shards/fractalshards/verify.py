@@ -1,4 +1,4 @@
-"""Verification of a finished dataset to the last pixel: hashes, counts, names, every image and label."""
+"""Verify a finished dataset: hashes, counts, names, every image and label."""
 
 import hashlib
 from collections import Counter

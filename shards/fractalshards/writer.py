@@ -1,4 +1,4 @@
-"""Writing: shards, each with its sidecar, in worker processes; then the manifest that lists them."""
+"""Write shards, each with its sidecar, in worker processes, then the manifest that lists them."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
