@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fractalshards import writer
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
@@ -94,14 +93,6 @@ def test_publish_refuses_vanished_shards(tmp_path: Path) -> None:
     task = ShardTask("train", "train-000000.tar", 0, 2)
     with pytest.raises(FractalError, match="train-000000"):
         publish(tmp_path, (task,), (task,), DatasetInfo({}, "single", 1))
-
-
-def test_write_shard_rejects_large_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "MAX_SAMPLE_BYTES", 1 << 20)
-    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
-    with pytest.raises(FractalError, match=r"1 MiB"):
-        write_shard(tmp_path, "train-000000.tar", 3, [("000000000", (noise, 0))])
-    assert not list(tmp_path.iterdir())
 
 
 @given(st.text("0123456789.abc", max_size=100), st.integers(0, 8**11 - 1))
@@ -244,13 +235,6 @@ def test_verify_names_boxes_outside_of_the_image(multi: Path) -> None:
         assert data.count(old) == 1
         path.write_bytes(data.replace(old, new))
         assert problem in CliRunner().invoke(main, ["verify", str(multi), "--workers", "1"]).output
-
-
-def test_verify_names_labels_of_the_other_type(dataset: Path) -> None:
-    info = json.loads((dataset / "_info.json").read_text())
-    (dataset / "_info.json").write_text(json.dumps({**info, "label_type": "multi"}))
-    result = CliRunner().invoke(main, ["verify", str(dataset), "--workers", "1"])
-    assert "000000000: not a label of type 'multi'" in result.output
 
 
 def test_finished_record_checks_sidecar_and_size(multi: Path, dataset: Path) -> None:

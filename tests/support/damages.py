@@ -262,6 +262,7 @@ SAMPLES: dict[str, Damage] = {
     "file too many": with_files(txt=b"x"),
     "two labels": with_files(json=b"{}"),
     "no image": third(lambda _: pack_sample(Sample(KEY, {"cls": b"1"}))),
+    "label of another type": in_manifest(label_type="multi"),
     "label out of range": with_files(cls=b"3"),
     "label of 5000 digits": with_files(cls=b"1" * 5000),
     "label before image": third(label_first),
