@@ -6,13 +6,11 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 from timm.data import create_dataset
 
 from fractalshards.manifest import load_manifest
@@ -145,12 +143,3 @@ def test_readme_snippets(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(lines) == 80
     expected = [classes for _, classes in read_ours(Path("shards/multi"), "train").values()]
     assert [json.loads(line.removeprefix("(32, 32) ")) for line in lines[40:]] == expected
-
-
-def test_grey_fractals_are_palette_images(workspace: Path) -> None:
-    with tarfile.open(workspace / "shards/fractaldb/train-000000.tar") as tar:
-        file = tar.extractfile(tar.getmembers()[0])
-        assert file
-        with Image.open(file) as image:
-            assert image.mode == "P"
-            assert set(np.unique(np.asarray(image.convert("RGB")))) == {0, 127}

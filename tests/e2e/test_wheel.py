@@ -5,8 +5,8 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Iterator
 from importlib.metadata import Distribution, distribution
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -39,34 +39,22 @@ def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, str(wheel)], check=True, timeout=120)
     (libraries,) = folder.glob("lib/python*/site-packages")
-    for name in base_dependencies(wheel):
+    (installed,) = Distribution.discover(name="fractalpretrain", path=[str(libraries)])
+    needed: set[tuple[str, str]] = set()
+    add_dependencies(installed, "", needed)
+    for name in {name for name, _ in needed}:
         link(distribution(name), libraries)
     return folder / "bin"
 
 
-def base_dependencies(wheel: Path) -> set[str]:
-    """Names of all distributions that the wheel requires without extras, and what these require."""
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
-    waiting = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
-    found: set[str] = set()
-    seen: set[tuple[str, str]] = set()
-    base = waiting_for(waiting, "")
-    while base:
-        requirement = base.pop()
-        name = canonicalize_name(requirement.name)
-        found.add(name)
-        for extra in ("", *requirement.extras):
-            if (name, extra) not in seen:
-                seen.add((name, extra))
-                base += waiting_for(map(Requirement, distribution(name).requires or ()), extra)
-    return found
-
-
-def waiting_for(requirements: Iterator[Requirement] | list[Requirement], extra: str) -> list[Requirement]:
-    """Those that apply on this machine, for one extra."""
-    return [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": extra})]
+def add_dependencies(installed: Distribution, extra: str, needed: set[tuple[str, str]]) -> None:
+    """Add name and extra of all distributions that this one needs here, directly or not."""
+    for requirement in map(Requirement, installed.requires or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            for found in product([canonicalize_name(requirement.name)], ["", *requirement.extras]):
+                if found not in needed:
+                    needed.add(found)
+                    add_dependencies(distribution(found[0]), found[1], needed)
 
 
 def link(installed: Distribution, libraries: Path) -> None:
