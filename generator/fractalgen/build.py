@@ -1,5 +1,6 @@
 """Builds a dataset: reads its folder once, plans, renders the missing shards, and writes the manifest."""
 
+import logging
 import socket
 import statistics
 import time
@@ -35,6 +36,7 @@ from fractalshards.writer import (
 _PROBES = 32
 _PROBE_SECONDS = 3.0
 _MARGIN = 1.05
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
     missing = tuple(task for task in own if task.name not in folder.finished)
     if not missing:
         return Plan(folder, own, missing, 0, 0.0, 0.0)
+    _log.info("measuring a few images; the first run after an install compiles first ...")
     samples = sum(task.stop - task.first for task in missing)
     stored, seconds = measure_images(folder.recipe, folder.systems)
     advice = "choose another --out, or ask for fewer or smaller images"

@@ -144,9 +144,7 @@ def build(
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
     with continuable(folder), open_executor(workers, address) as (pool, count):
-        opened = open_folder(folder, recipe, given)
-        note("measuring a few images; the first run after an install compiles first ...")
-        plan = plan_build(opened, part)
+        plan = plan_build(open_folder(folder, recipe, given), part)
         note(f"{folder}: {_describe(plan, part, count, address)}")
         with progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)

@@ -18,7 +18,7 @@ from fractalgen import draw_systems, make_recipe
 from fractalgen.kernels.deflate import _code_lengths, encode_image, zlib_compress
 from fractalgen.kinds.kind import Unit
 from fractalgen.render import render_unit
-from fractalshards.png import Indexed, decode_image, encode_png, pixels_of
+from fractalshards.png import decode_image, encode_png, pixels_of
 
 
 @given(st.binary(min_size=1, max_size=2000), st.integers(1, 256))
@@ -64,13 +64,3 @@ def test_zlib_compress_bytes_are_pinned() -> None:
     """Not ISA-L's, so they are the same on every CPU."""
     rows = np.random.default_rng(0).integers(0, 99, 5001, dtype=np.uint8)
     assert xxhash.xxh3_64_hexdigest(zlib_compress(rows)) == "7246df90de752505"
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(2, 129), st.integers(0, 9))
-def test_pixels_of_indexed_images(height: int, width: int, colors: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    palette = rng.integers(0, 256, (colors, 3), dtype=np.uint8)
-    indices = rng.integers(0, colors, (height, width), dtype=np.uint8)
-    assert np.array_equal(pixels_of(Indexed(indices, palette)), palette[indices])
-    assert np.array_equal(pixels_of(Indexed(indices[:, ::-1], palette)), palette[indices[:, ::-1]])
-    assert pixels_of(palette[indices]).tobytes() == palette[indices].tobytes()
