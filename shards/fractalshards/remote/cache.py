@@ -26,19 +26,19 @@ from typing import BinaryIO, cast
 
 from filelock import FileLock
 
-from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
-from fractalshards.manifest import Manifest, Shard, sidecar_name
-from fractalshards.remote.stores import FileInfo, Store, open_store
+from fractalshards.manifest import Manifest, Shard
+from fractalshards.remote.stores import LocalStore, Store, open_store
 from fractalshards.remote.transfer import (
-    is_sidecar,
+    find_sidecar,
     read_manifest,
     read_sidecar,
     run_tasks,
     select_shards,
+    shard_info,
 )
-from fractalshards.storage import TEMPORARY, atomic_file, check_space, remove_leftovers, write_bytes
+from fractalshards.storage import TEMPORARY, atomic_file, check_space, remove_leftovers
 from fractalshards.workers import OnProgress, no_progress
 
 _JOBS = 8
@@ -65,14 +65,13 @@ class ShardCache:
             OSError: if the folder cannot be written.
         """
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        folder = LocalStore(self.folder)
 
         def prepare(shard: Shard) -> None:
-            path, sidecar = self.folder / shard.name, self.folder / sidecar_name(shard.name)
-            if not (sidecar.is_file() and is_sidecar(sidecar.read_bytes(), self.manifest, shard)):
-                write_bytes(sidecar, read_sidecar(store, self.manifest, shard))
-            with suppress(FileNotFoundError):  # another training may have removed it
-                if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
-                    path.unlink()
+            if find_sidecar(folder, self.manifest, shard) is None:
+                folder.put([read_sidecar(store, self.manifest, shard)])
+            if not folder.holds(shard.name, shard_info(shard)):
+                (self.folder / shard.name).unlink(missing_ok=True)  # damaged
 
         with self._lock("prepare"):
             remove_leftovers(self.folder)
@@ -116,13 +115,14 @@ class ShardCache:
 
     def _fetch(self, shard: Shard) -> int:
         """Fetch a shard whose lock is held, once there is room for it, and open it."""
+        (self.folder / shard.name).unlink(missing_ok=True)  # a damaged one
         with atomic_file(self.folder / shard.name) as file:
             with self._lock("room"):
                 while not self._make_room(shard.bytes):
                     time.sleep(_POLL_SECONDS)  # others are fetching; what they have fetched can make room
                 file.truncate(shard.bytes)
             store = _store_of_process(self.url, os.getpid(), self.attempts)
-            store.fetch(shard.name, file, FileInfo(shard.bytes, shard.sha256))
+            store.fetch(shard.name, file, shard_info(shard))
             return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
 
     def _make_room(self, size: int) -> bool:
@@ -142,7 +142,7 @@ class ShardCache:
         for path in self.folder.glob(pattern):
             with suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_atime_ns, status.st_size, path))
+                found.append((status.st_mtime_ns, status.st_size, path))
         return found
 
     def _open_whole(self, shard: Shard) -> int | None:
@@ -168,8 +168,7 @@ def _store_of_process(url: str, process: int, attempts: int | None) -> Store:
 
 
 def _mark_used(descriptor: int) -> None:
-    """Set the access time, which file systems themselves keep only roughly."""
-    os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+    os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
 
 
 def open_cache(url: str, root: Path | None, size: int, window: int, split: str) -> ShardCache:

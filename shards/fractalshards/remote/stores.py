@@ -10,12 +10,13 @@ import errno
 import hashlib
 import io
 import re
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 from fractalshards.digest import sha256_file
@@ -125,26 +126,17 @@ class Upload:
         """Content from memory."""
         return cls(name, data, FileInfo(len(data), hashlib.sha256(data).hexdigest()))
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BytesIO | io.FileIO:
         """Open the content for reading."""
         return io.BytesIO(self.content) if isinstance(self.content, bytes) else _open_regular(self.content)
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the content, and at most a chunk more than its size.
-
-        Raises:
-            FractalError: at the end, if size or sha256 differ.
-            OSError: if it cannot be read.
-        """
-        digest, size = hashlib.sha256(), 0
+    def check(self) -> None:
+        """Raise FractalError if the content has another size or sha256; OSError, if it cannot be read."""
         with self.open() as file:
-            while size <= self.info.size and (chunk := file.read(_LOCAL_CHUNK)):
-                digest.update(chunk)
-                size += len(chunk)
-                yield chunk
-        if FileInfo(size, digest.hexdigest()) != self.info:
-            where = self.content if isinstance(self.content, Path) else self.name
-            raise FractalError(f"{where}: not what the manifest says; run 'fractalshards verify' on its folder")
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if FileInfo(file.seek(0, io.SEEK_END), sha256) != self.info:
+                where = self.content if isinstance(self.content, Path) else self.name
+                raise FractalError(f"{where}: not what the manifest says; run 'fractalshards verify' on its folder")
 
 
 class Store:
@@ -216,8 +208,7 @@ class Store:
                     raise TemporaryError(f"{self.shown}/{upload.name}: arrived damaged")
 
         for upload in uploads:
-            for _ in upload.chunks():  # checks them
-                pass
+            upload.check()
         self._persist(send)
 
     def _send(self, uploads: Sequence[Upload]) -> None:
@@ -310,16 +301,14 @@ class LocalStore(Store):
         super().__init__(Location("file", str(folder)))
         self.folder = folder
 
-    def put(self, uploads: Sequence[Upload]) -> None:
-        """See ``Store.put``; the bytes are checked as they are written."""
-        for upload in uploads:
-            with atomic_file(self.folder / upload.name) as file:
-                file.writelines(upload.chunks())
+    def _send_file(self, upload: Upload) -> None:
+        with upload.open() as content, atomic_file(self.folder / upload.name) as file:
+            shutil.copyfileobj(content, file)
 
     def _info(self, path: str) -> FileInfo:
         return FileInfo(regular_size(Path(path)), sha256_file(Path(path)))
 
-    def _open(self, path: str) -> BinaryIO:
+    def _open(self, path: str) -> io.FileIO:
         return _open_regular(Path(path))
 
     @contextmanager
@@ -425,6 +414,6 @@ def _filesystem(scheme: str, **options: Any) -> Any:
         raise FractalError(f"{scheme}://: {error}") from error  # which names the package to install
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: Path) -> io.FileIO:
     regular_size(path)
-    return cast(BinaryIO, path.open("rb", buffering=0))
+    return path.open("rb", buffering=0)

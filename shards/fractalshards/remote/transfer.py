@@ -147,23 +147,20 @@ def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Seque
     missing = [shard for shard in shards if not _holds_shard(target, manifest, shard)]
     uploads = []
     for shard in missing:
-        info = FileInfo(shard.bytes, shard.sha256)
-        sidecar = Upload.of_bytes(sidecar_name(shard.name), read_sidecar(source, manifest, shard))
-        if isinstance(source, LocalStore):
-            uploads += [Upload(shard.name, source.folder / shard.name, info), sidecar]
-        elif isinstance(target, LocalStore):
+        sidecar = read_sidecar(source, manifest, shard)
+        if isinstance(target, LocalStore):
             with atomic_file(target.folder / shard.name) as file:
-                source.fetch(shard.name, file, info)
-            uploads.append(sidecar)
+                source.fetch(shard.name, file, shard_info(shard))
+        elif isinstance(source, LocalStore):
+            uploads.append(Upload(shard.name, source.folder / shard.name, shard_info(shard)))
+        uploads.append(sidecar)
     if uploads:
         target.put(uploads)
     return missing
 
 
 def _holds_shard(target: Store, manifest: Manifest, shard: Shard) -> bool:
-    sidecar = target.read(sidecar_name(shard.name), MAX_JSON_BYTES)
-    known = sidecar is not None and is_sidecar(sidecar, manifest, shard)
-    return known and target.holds(shard.name, FileInfo(shard.bytes, shard.sha256))
+    return find_sidecar(target, manifest, shard) is not None and target.holds(shard.name, shard_info(shard))
 
 
 def _prepare_folder(folder: Path, shards: Sequence[Shard]) -> None:
@@ -235,21 +232,27 @@ def _find_manifest(store: Store) -> ManifestFile | None:
     return ManifestFile(text, parse_manifest(text, Path(store.shown), where))
 
 
-def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes:
-    """Read a shard's sidecar; raise FractalError if it is not there, or not what the manifest says."""
-    name = sidecar_name(shard.name)
-    text = store.read(name, MAX_JSON_BYTES)
-    if text is None or not is_sidecar(text, manifest, shard):
-        raise FractalError(f"{store.shown}/{name}: not there, or not what the manifest says; build or push it again")
-    return text
-
-
-def is_sidecar(text: bytes, manifest: Manifest, shard: Shard) -> bool:
-    """Whether a text is a valid sidecar that says of a shard what the manifest says."""
+def find_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes | None:
+    """Return a shard's sidecar; None if it is not there, or not valid, or says something else than the manifest."""
+    text = store.read(sidecar_name(shard.name), MAX_JSON_BYTES)
     try:
-        return parse_record(text, shard.name, manifest.label_type, "").shard() == shard
+        return text if text and parse_record(text, shard.name, manifest.label_type, "").shard() == shard else None
     except FractalError:
-        return False
+        return None
+
+
+def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> Upload:
+    """Return a shard's sidecar; raise FractalError if there is none that says what the manifest says."""
+    name = sidecar_name(shard.name)
+    text = find_sidecar(store, manifest, shard)
+    if text is None:
+        raise FractalError(f"{store.shown}/{name}: not there, or not what the manifest says; build or push it again")
+    return Upload.of_bytes(name, text)
+
+
+def shard_info(shard: Shard) -> FileInfo:
+    """Return the size and sha256 that a shard must have."""
+    return FileInfo(shard.bytes, shard.sha256)
 
 
 def _listed_names(
@@ -268,8 +271,7 @@ def _listed_names(
     traits = [(m.recipe_digest, m.label_type, m.classes, m.image_size, m.class_names) for m in manifests]
     differing = [name for name in one.keys() & other.keys() if one[name] != other[name]]
     if traits[0] != traits[1] or differing:
-        what = f"its {min(differing)} differs" if differing else f"recipe digest {theirs.manifest.recipe_digest}"
-        raise FractalError(f"{where}: holds another dataset or another copy of it ({what}); choose another folder")
+        raise FractalError(f"{where}: holds another dataset, or another copy of this one; choose another folder")
     if other.keys() >= set(chosen):
         return other.keys()
     if not other.keys() <= (one.keys() if add else set(chosen)):
