@@ -22,7 +22,7 @@ _PALETTE = np.array([(grey, grey, grey) for grey in _GREYS], np.uint8)
 
 @dataclass(frozen=True)
 class GlowParams:
-    """What can be changed with ``--set``: defaults, a line of help, and the range."""
+    """Parameters for ``--set``, each with its default, a line of help and its range."""
 
     maps: tuple[int, int] = parameter((2, 4), "number of maps of a system, both ends included", 2, 255)
     zoom: tuple[float, float] = parameter((0.5, 1.0), "share of the extent that the window shows", 0.01, 1.0)
@@ -33,12 +33,12 @@ class GlowParams:
 
 
 def draw_systems(params: GlowParams, seed: int, classes: int) -> Systems:
-    """A system for every class, (maps, 2, 3) float64, drawn as Anderson & Farrell do."""
+    """Draw a system per class, (maps, 2, 3) float64, as Anderson & Farrell do."""
     return anderson.draw_systems(anderson.AndersonParams(maps=params.maps), seed, classes)
 
 
 def render(params: GlowParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
-    """Render one image, (size, size) indexed: each doubling of the hits of a pixel is a step of brightness."""
+    """Render one image, (size, size) indexed; each doubling of a pixel's hits is a step of brightness."""
     rng = Stream.of("glow", *unit.identity())
     xs, ys = chaos_game(systems[unit.label], points, rng.key())
     left, bottom, right, top = bounding_box(xs, ys)

@@ -122,7 +122,7 @@ class Plan:
     """A build that is ready to run.
 
     Attributes:
-        folder: where.
+        folder: the folder to build in.
         own: the shards that this build is responsible for: all, or those of its slice.
         missing: those of them that are not finished.
         samples: the number of samples in the missing shards.
@@ -192,7 +192,7 @@ def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progr
     Args:
         plan: see ``plan_build``.
         executor: see ``executors.open_executor``.
-        on_progress: called with the images rendered and the images to render.
+        on_progress: called with the number of images rendered, and the total.
 
     Returns:
         The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
@@ -228,7 +228,7 @@ def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask)
 
 
 def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
-    """Build a shard in a worker, perhaps on another machine, unless another build has finished it by now."""
+    """Build a shard in a worker, perhaps on another machine, unless another build has finished it meanwhile."""
     host = socket.gethostname()
     if recipe.version != RECIPE_VERSION:  # unpickling does not check it
         raise FractalError(

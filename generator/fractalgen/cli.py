@@ -102,7 +102,7 @@ def main() -> None:
     help="Where to render: local processes or a Dask cluster.",
 )
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="Address of the Dask scheduler.")
-@click.option("--slice", "slice_", metavar="I/K|auto", help="Every K-th shard only, from the I-th; for job arrays.")
+@click.option("--slice", "slice_", metavar="I/K|auto", help="Build every K-th shard, from the I-th; for job arrays.")
 @workers_option
 @_SET
 @quiet_option
@@ -167,7 +167,7 @@ def build(
 @workers_option
 @quiet_option
 def repair(folder: Path, workers: int) -> None:
-    """Verify a dataset, and render again exactly the shards that are damaged or missing.
+    """Verify a dataset, and render damaged and missing shards again.
 
     Example: fractalgen repair shards/single
     """
@@ -238,12 +238,12 @@ def preview(
 @click.option("--size", default=362, type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side length in pixels.")
 @click.option("--points", default=200_000, type=click.IntRange(1, MAX_POINTS), help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="0 none, 1 top-bottom, 2 left-right, 3 both.")
-@click.option("--mask-seed", default=0, type=int, help="Seed of Python's random, for patches.")
+@click.option("--mask-seed", default=0, type=int, help="Seed of the patch masks (Python's random).")
 @click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
 def render(
     params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
 ) -> None:
-    """Render one FractalDB image, equal to the published one in every pixel.
+    """Render one FractalDB image, pixel for pixel the published one.
 
     Example: fractalgen render --params 00000.csv --draw point-gray --out image.png
     """
@@ -259,7 +259,7 @@ def render(
 @main.command()
 @click.option("--classes", default=1000, help="Categories to find.")
 @click.option("--seed", default=1, help="Random seed; the published one is 1.")
-@click.option("--fill-rate", default=0.2, help="Least share of pixels that a category must fill.")
+@click.option("--fill-rate", default=0.2, help="Minimum share of pixels that a category fills.")
 @click.option("--from-csv", type=PATH, metavar="DIR", help="Convert published CSV files instead of searching.")
 @click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="Output file.")
 @workers_option
@@ -286,7 +286,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
 
 
 def _refuse_beside_recipe(context: click.Context) -> None:
-    """Refuse options that the recipe determines."""
+    """Refuse options whose values come from the recipe."""
     for parameter in context.command.params:
         name = parameter.name or ""
         if name in _IN_RECIPE and _is_given(context, name):
@@ -326,7 +326,7 @@ def _parameters(kind: Kind) -> list[dict[str, Any]]:
 
 
 def _describe(plan: Plan, part: Slice | None, workers: int, scheduler: str | None) -> str:
-    """Say in one line what a build is about to do."""
+    """Describe the planned work in one line."""
     recipe = plan.folder.recipe
     of_part = f" of {part}" if part else ""
     if not plan.missing:

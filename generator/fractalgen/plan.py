@@ -15,7 +15,7 @@ _BLOCK_PIXELS = 1 << 25  # images are shuffled in blocks of this size, because a
 
 @dataclass(frozen=True)
 class Place:
-    """What a sample shows: image ``part`` of a unit, of which the dataset uses the first ``parts`` images."""
+    """The content of a sample: image ``part`` of a unit, of which the dataset uses the first ``parts`` images."""
 
     unit: Unit
     part: int
@@ -23,7 +23,7 @@ class Place:
 
 
 def locate(recipe: Recipe, index: int) -> Place:
-    """Return what sample ``index`` shows.
+    """Return the unit and image that sample ``index`` shows.
 
     Every class has the same number of whole units, in the order of a seeded permutation over all classes; the
     remaining images, less than a unit per class, are divided evenly among the classes. Class counts therefore differ
@@ -130,7 +130,7 @@ def _unit_bounds(split: _Split, position: int) -> tuple[int, int]:
 
 
 def _share(split: _Split, position: int) -> int:
-    """Which of the ``classes`` equal shares of the remainder holds a position: the last that starts at or before it."""
+    """Index of the share of the remainder, one of ``classes`` equal ones, that holds a position."""
     return ((position - split.whole + 1) * split.classes - 1) // (split.samples - split.whole)
 
 
@@ -142,7 +142,7 @@ def _align(split: _Split, position: int) -> int:
 
 
 def _block(split: _Split, position: int, begin: int, end: int, length: int) -> tuple[int, int]:
-    """Bounds of the block that holds a position when [begin, end) is cut every ``length``, aligned to units."""
+    """Bounds of the block around a position if [begin, end) is cut every ``length`` samples, aligned to units."""
     number = (position - begin) // length
     if _align(split, begin + number * length) > position:
         number -= 1
@@ -150,7 +150,7 @@ def _block(split: _Split, position: int, begin: int, end: int, length: int) -> t
 
 
 def _shuffled(split: _Split, position: int) -> int:
-    """The position that is stored at a position: images of units are permuted within the blocks of a shard."""
+    """Permute a position within its block of a shard, so that images of a unit do not follow each other."""
     if split.per_unit == 1:
         return position
     shard = _block(split, position, 0, split.samples, split.recipe.shard_size)

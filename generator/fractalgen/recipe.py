@@ -56,7 +56,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            value = _integer(name, getattr(self, name))
+            try:
+                value = operator.index(getattr(self, name))  # a plain integer, because a recipe is hashed as JSON
+            except TypeError as error:
+                raise UsageError(f"{name} is {getattr(self, name)!r}: expected an integer") from error
             _require(low <= value <= high, f"{name} is {value}: expected {low} to {high:,}")
             object.__setattr__(self, name, value)
         kind = self.family
@@ -191,14 +194,6 @@ def make_recipe(
         shard_size=shard_size,
         params=override(chosen.params(), overrides or {}),
     )
-
-
-def _integer(name: str, value: Any) -> int:
-    """Convert to a plain integer, also from numpy's, because a recipe is hashed as JSON."""
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise UsageError(f"{name} is {value!r}: expected an integer") from error
 
 
 def _require(condition: bool, otherwise: str) -> None:

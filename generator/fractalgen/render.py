@@ -31,9 +31,9 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     """Render sample ``index`` of a dataset.
 
     Args:
-        recipe: of the dataset.
+        recipe: the dataset's recipe.
         systems: one float64 array per class, see ``draw_systems``.
-        index: in [0, n + val).
+        index: sample index in [0, n + val).
 
     Returns:
         The image, (size, size, 3) uint8 RGB, and its label: a class index, or for kind ``multi`` a
@@ -53,9 +53,9 @@ def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Render
 
 
 def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Iterator[tuple[str, Rendered]]:
-    """Yield (key, (image, label)) of the samples ``first`` to ``stop - 1``, as ``write_shard`` takes them.
+    """Yield (key, (image, label)) for samples ``first`` to ``stop - 1``.
 
-    A unit is rendered when its first image is due, and kept until its last one is.
+    A unit is rendered when its first image is needed, and kept until its last one has been yielded.
     """
     waiting: dict[Unit, tuple[Sequence[Rendered], int]] = {}
     for index in range(first, stop):
@@ -72,12 +72,9 @@ _PATIENCE = 8  # renders per image shown, after which rows of a multi-label kind
 
 
 def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
-    """Draw a contact sheet with a row per class; an image of several classes is in the row of one of them.
+    """Draw a contact sheet: a row of ``per_class`` images per class, each ``tile`` pixels wide and high.
 
-    Args:
-        recipe: of the dataset to preview.
-        per_class: images per row.
-        tile: side length of an image on the sheet in pixels.
+    An image of several classes appears in the row of one of them.
     """
     rows = class_rows(_samples(recipe, per_class), range(recipe.classes), per_class, tile)
     return contact_sheet(rows, tile, title=recipe.kind)

@@ -41,7 +41,7 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
     Args:
         folder: the dataset's folder, finished or not.
         executor: see ``executors.open_executor``.
-        on_progress: called with the images verified and rendered so far, and with the total.
+        on_progress: called with the number of images verified and rendered, and the total.
 
     Raises:
         FractalError: as ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs
@@ -81,10 +81,7 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
 
 
 def _recover(folder: Path, manifest: Manifest | None) -> BuildFolder:
-    """Read a folder in which recipe or systems may be damaged or missing, and write these again.
-
-    The manifest holds the recipe too, and systems that were not given to the build can be drawn again.
-    """
+    """Read a folder; restore a damaged recipe from the manifest, and damaged systems by drawing them."""
     path = folder / RECIPE
     stale = []
     try:

@@ -16,11 +16,8 @@ _ONE = 2048  # weights have 11 fractional bits
 def resize(image: Pixels, size: int) -> Pixels:
     """Resize a square image (s, s, 3) uint8 to (size, size, 3): bilinear, without antialiasing, in fixed point.
 
-    Pixel centres are aligned: output i lies at (i + 0.5) s / size - 0.5 of the input, with the border repeated. Equal
-    to OpenCV's result byte for byte.
-
-    Args:
-        size: side length in pixels, at least 1.
+    Pixel centres are aligned: output i lies at (i + 0.5) s / size - 0.5 of the input, with the border repeated. Equals
+    OpenCV's result byte for byte.
     """
     taps = _taps(len(image), size)
     resized = np.empty((size, size, 3), np.uint8)
@@ -30,7 +27,7 @@ def resize(image: Pixels, size: int) -> Pixels:
 
 @dataclass(frozen=True)
 class _Taps:
-    """For every output pixel the two input pixels that it lies between, and the weight of the second, 0..2048."""
+    """The two input pixels around every output pixel, and the weight of the second, 0..2048."""
 
     near: Integers
     far: Integers

@@ -150,16 +150,13 @@ class FractalColors:
 
 
 def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: HeightColors) -> Pixels:
-    """Colour an image: pixels with hits by their count, all others by the height of the background.
+    """Colour an image, (size, size, 3) uint8 RGB: pixels with hits by their count, all others by their height.
 
     Args:
-        counts: (size, size) uint32 hits per pixel.
-        fractal: colours of pixels with hits.
-        heights: (size, size) float32.
-        background: colours of the other pixels.
-
-    Returns:
-        (size, size, 3) uint8 RGB.
+        counts: hits per pixel, (size, size) uint32.
+        fractal: colours of counts.
+        heights: of the background, (size, size) float32.
+        background: colours of heights.
     """
     image = np.empty((*counts.shape, 3), np.uint8)
     maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)
@@ -169,11 +166,9 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
 
 
 def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
-    """Blur with a 3 x 3 Gaussian in OpenCV's 8-bit fixed-point arithmetic, reflecting the border without its edge.
+    """Blur an image, (H, W, 3) uint8 of at least 2 x 2 pixels, with a 3 x 3 Gaussian of ``sigma`` pixels.
 
-    Args:
-        image: (H, W, 3) uint8, at least 2 x 2.
-        sigma: in pixels, positive.
+    Uses OpenCV's 8-bit fixed-point arithmetic; the border is reflected without repeating the edge.
     """
     side = np.float32(math.exp(-0.5 / sigma**2))
     weight = round(256 * float(side) / (1 + 2 * float(side)))

@@ -1,4 +1,4 @@
-"""What ``single`` and ``multi`` share: parameters and random draws of Anderson & Farrell (WACV 2022)."""
+"""Shared by ``single`` and ``multi``: parameters and random draws of Anderson & Farrell (WACV 2022)."""
 
 from dataclasses import dataclass
 

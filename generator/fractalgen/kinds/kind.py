@@ -43,7 +43,7 @@ def check_parameters(params: "DataclassInstance") -> None:
 
 
 def show_range(params: "type[DataclassInstance]", parameter: "Field[Any]") -> str:
-    """Describe the values that a parameter takes: ``0.0 to 1.0``, or all of them."""
+    """Describe the values that a parameter accepts: ``0.0 to 1.0``, or a list."""
     hint = get_type_hints(params)[parameter.name]
     if get_origin(hint) is Literal:
         return ", ".join(get_args(hint))
@@ -57,11 +57,11 @@ class Unit:
     """A render: number ``number`` of a class in a split.
 
     Attributes:
-        seed: of the recipe.
+        seed: the recipe's seed.
         split: ``train`` or ``val``.
-        label: class index; only a part of the identity for kinds whose images show several classes.
+        label: class index; for kinds whose images show several classes, merely part of the identity.
         number: index of the render among those of its class and split.
-        before: upper bound of the renders per class in earlier splits, for kinds that number renders across splits.
+        before: upper bound on the renders per class in earlier splits, for kinds that number renders across splits.
     """
 
     seed: int
@@ -89,8 +89,8 @@ class Kind:
         draw_systems: (params, seed, classes) -> the systems of all classes, float64 arrays.
         render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels; an image is
             (size, size, 3) uint8 or indexed. All random numbers come from the unit's identity.
-        map_shape: shape of a map of a system: (2, 3), or (7,) for FractalDB categories.
-        label_type: ``single``: one class per image, balanced over the dataset; ``multi``: the objects that it shows.
+        map_shape: shape of one map of a system: (2, 3), or (7,) for FractalDB categories.
+        label_type: ``single``: one class per image, balanced over the dataset; ``multi``: the visible objects.
         images_per_unit: number of images that share a render, and are therefore in one shard.
         units_per_class: params -> the most units that a class can have; None if there is no limit.
     """
