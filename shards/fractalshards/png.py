@@ -4,7 +4,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,7 +91,7 @@ def decode_image(data: bytes) -> Pixels:
     """
     if not data.startswith(_SIGNATURE):
         return _decode_any(data)
-    pixels = _decode_own(dict(chunks := _png_chunks(data)), [kind for kind, _ in chunks])
+    pixels = _decode_own(_png_chunks(data))
     return _decode_any(data) if pixels is None else pixels
 
 
@@ -140,22 +140,23 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
     return chunks
 
 
-def _decode_own(chunks: Mapping[bytes, memoryview], order: list[bytes]) -> Pixels | None:
+def _decode_own(chunks: list[tuple[bytes, memoryview]]) -> Pixels | None:
     """Decode exactly what ``encode_png`` writes: IHDR, PLTE for a palette, one IDAT, IEND; None for anything else."""
-    if order not in ([b"IHDR", b"IDAT", b"IEND"], [b"IHDR", b"PLTE", b"IDAT", b"IEND"]):
+    bodies = dict(chunks)
+    if [kind for kind, _ in chunks] not in ([b"IHDR", b"IDAT", b"IEND"], [b"IHDR", b"PLTE", b"IDAT", b"IEND"]):
         return None
-    if len(chunks[b"IHDR"]) != _HEADER.size:
+    if len(bodies[b"IHDR"]) != _HEADER.size:
         return None
-    width, height, depth, color, *rest = _HEADER.unpack(chunks[b"IHDR"])
+    width, height, depth, color, *rest = _HEADER.unpack(bodies[b"IHDR"])
     if any(rest) or not 0 < width * height <= _MAX_PIXELS:
         return None
     if (depth, color) == (8, _RGB):
-        rows = _inflate_rows(chunks[b"IDAT"], height, width * 3, _UP)
+        rows = _inflate_rows(bodies[b"IDAT"], height, width * 3, _UP)
         return None if rows is None else _sum_down(rows).reshape(height, width, 3)
-    palette = chunks.get(b"PLTE", b"")
+    palette = bodies.get(b"PLTE", b"")
     if color != _PALETTE or depth not in (1, 8) or len(palette) % 3 or not 0 < len(palette) <= 3 * 256:
         return None
-    rows = _inflate_rows(chunks[b"IDAT"], height, -(-width * depth // 8), _NONE)
+    rows = _inflate_rows(bodies[b"IDAT"], height, -(-width * depth // 8), _NONE)
     if rows is None:
         return None
     indices = np.unpackbits(rows, axis=1, count=width) if depth == 1 else rows

@@ -41,7 +41,7 @@ def read_sample(descriptor: int, start: int, end: int) -> Sample:
 
 
 def read_blocks(descriptor: int, start: int, end: int) -> bytes:
-    """Read the tar blocks of one sample without parsing them.
+    """Read the bytes ``[start, end)`` of an open file: the tar blocks of one sample, or its image.
 
     Raises:
         FractalError: if the file ends early.

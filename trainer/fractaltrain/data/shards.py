@@ -12,7 +12,7 @@ import numpy as np
 from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest, read_record
 from fractalshards.png import decode_image
-from fractalshards.reader import decode_sample, index_split, read_sample
+from fractalshards.reader import decode_sample, index_split, read_blocks, read_sample
 from fractalshards.remote.cache import ShardCache
 from fractalshards.sample import classes_of
 from fractalshards.webdataset import TarIndex, WebDatasetInfo, index_digest, index_tars, is_webdataset, load_webdataset
@@ -178,10 +178,8 @@ class WebDatasetSource:
         key, start, size = tar.key(place), int(tar.starts[place]), int(tar.sizes[place])
         descriptor = self._files.descriptor(path)
         try:
-            data = os.pread(descriptor, size, start)
-            if len(data) != size:
-                raise FractalError(f"file ends at byte {start + len(data)}, image should reach {start + size}")
-            return Example(key, decode_image(data), int(tar.labels[place]))
+            image = decode_image(read_blocks(descriptor, start, start + size))
+            return Example(key, image, int(tar.labels[place]))
         except FractalError as error:
             raise BadSampleError(f"{path}: {key}: {error}; fetch the file again") from error
         except OSError as error:
