@@ -1,4 +1,4 @@
-"""What tests share: processors only, no deadlines, and where the reference data lies (never copied in here)."""
+"""Fixtures of all tests: small disks, images, web and S3 servers, the reference data. Tests use CPUs only."""
 
 import http.server
 import io
@@ -20,9 +20,9 @@ from PIL import Image
 
 from fractalshards.remote import stores
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored in what they run behind them
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make processes in the background ignore it
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
-os.environ["OMP_NUM_THREADS"] = "1"  # in all commands that are run: images this small lose much to more threads
+os.environ["OMP_NUM_THREADS"] = "1"  # also in subprocesses: images this small are slower with more
 settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")
 
@@ -53,7 +53,7 @@ def _mounted(disk: Path, options: str) -> Iterator[Path]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transfers that fail are tried again at once."""
+    """Retry failed transfers at once."""
     monkeypatch.setattr(stores, "_RETRY_SECONDS", (0.0, 0.0))
 
 
@@ -68,7 +68,7 @@ def reference() -> Path:
 
 @pytest.fixture(scope="session")
 def image_file() -> Callable[..., bytes]:
-    """Makes the bytes of an image file: a smooth random picture in a format and mode of Pillow."""
+    """Function that returns the bytes of an image file: a smooth random picture in a format and mode of Pillow."""
 
     def encode(form: str, width: int, height: int, seed: int, mode: str = "RGB") -> bytes:
         pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -81,7 +81,7 @@ def image_file() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def image_folder(image_file: Callable[..., bytes]) -> Callable[..., Path]:
-    """Makes ``folder/CLASS/*.jpg``: so many JPEGs of each class, of several sizes, numbered and all different."""
+    """Function that writes ``folder/CLASS/*.jpg``: different JPEGs of several sizes, counted by class, numbered."""
 
     def make(folder: Path, classes: dict[str, int], first: int = 0) -> Path:
         seed = first
@@ -97,12 +97,12 @@ def image_folder(image_file: Callable[..., bytes]) -> Callable[..., Path]:
 
 
 class WebServer:
-    """A web server, of which every request for a file may be spoilt as ``faults`` says.
+    """A web server that fails on demand.
 
-    ``faults`` has a list for each file name, used up from the front: ``cut`` closes the connection half way, ``flip``
-    changes a byte, ``503`` answers so, ``endless`` never stops sending, ``hang`` stops half way
-    (and sets ``hanging``) until ``let_go`` is set. A list's last fault may be ``forever``, which
-    keeps the one before. ``requests`` has the file names of all requests.
+    ``faults`` lists by file name what happens to the next requests: ``cut`` closes the connection half way, ``flip``
+    changes a byte, a number is the status of the answer, ``endless`` never stops sending, ``hang`` stops half way,
+    sets ``hanging`` and waits for ``let_go``. ``[fault, "forever"]`` repeats a fault.
+    ``requests`` holds the file names of all requests.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -174,7 +174,7 @@ class WebServer:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Callable[[Path], WebServer]]:
-    """Starts web servers of folders."""
+    """Function that starts a web server for a folder."""
     servers: list[WebServer] = []
 
     def start(folder: Path) -> WebServer:
@@ -199,7 +199,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of an empty bucket on it, ``s3://...``; the environment says where it is, for commands and for libraries."""
+    """URL of an empty bucket, ``s3://...``; environment variables lead commands and libraries to the server."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "key",

@@ -1,4 +1,4 @@
-"""Order of an epoch: every law is held by exhausting small cases, randomness by statistics."""
+"""Order of an epoch: laws are checked in all small cases, randomness with statistics."""
 
 import doctest
 import hashlib
@@ -89,7 +89,7 @@ def test_window_mixes_its_shards(window):
 
 
 def test_windows_of_other_epochs_hold_other_shards():
-    """How often two shards meet is spread as chance does it: no pair is favoured, and none is kept apart."""
+    """Two shards share a window as often as chance has it: no pair is favoured, and none is kept apart."""
     pairs: Counter[tuple[int, int]] = Counter()
     for epoch in range(30):
         _, shard = shuffled(4, epoch)

@@ -93,7 +93,7 @@ def test_random_crops_come_from_everywhere():
 
 
 def test_resized_crops_have_torchvisions_distribution():
-    """Corners of a ramp tell the box of a crop."""
+    """The values at the borders of a cropped ramp give the box of the crop."""
     ramp = np.zeros((128, 128, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.mgrid[:128, :128]
     transform = train_transform(recipe(crop="resized"), 128)

@@ -115,36 +115,22 @@ class InMemorySource:
         return Example(f"{self.name}/{index:06d}", self.images[index], int(self.labels[index]))
 
 
-@dataclass(frozen=True)
 class Subset:
-    """The samples ``indices`` (m,) int64 of a source, with their keys."""
+    """Some samples of a source, with their keys."""
 
-    source: LabelledSource
-    indices: Indices
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return (len(self.indices),)
-
-    @property
-    def classes(self) -> int:
-        return self.source.classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
-
-    @property
-    def labels(self) -> Indices:
-        return self.source.labels[self.indices]
-
-    @property
-    def label_counts(self) -> Indices:
-        return np.bincount(self.labels, minlength=self.classes)
+    def __init__(self, source: LabelledSource, indices: Indices, labels: Indices) -> None:
+        """Create the subset of ``indices`` (m,) int64, given their ``labels`` (m,) int64."""
+        self.lengths = (len(indices),)
+        self.classes = source.classes
+        self.class_names = source.class_names
+        self.labels = labels
+        self.label_counts: Indices = np.bincount(labels, minlength=source.classes)
+        self._source = source
+        self._indices = indices
 
     def read(self, index: int) -> Example:
         """Read and decode a sample."""
-        return self.source.read(int(self.indices[index]))
+        return self._source.read(int(self._indices[index]))
 
 
 def split_per_class(source: LabelledSource, per_class: int, seed: int) -> tuple[Subset, Subset]:
@@ -169,4 +155,5 @@ def _split(source: LabelledSource, counts: Sequence[int], seed: int) -> tuple[Su
         if count > len(members):
             raise FractalError(f"class {label} has {len(members)} training samples, not {count}; lower --per-class")
         chosen[members[permutation(len(members), mix(seed, Purpose.SUBSET, label))[:count]]] = True
-    return Subset(source, np.flatnonzero(chosen)), Subset(source, np.flatnonzero(~chosen))
+    first, others = (Subset(source, np.flatnonzero(mask), labels[mask]) for mask in (chosen, ~chosen))
+    return first, others
