@@ -27,6 +27,7 @@ from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_mani
 from fractalshards.remote import transfer
 from fractalshards.remote.stores import (
     FileInfo,
+    HubStore,
     Store,
     Upload,
     dataset_readme,
@@ -90,19 +91,13 @@ def change_json(path: Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("text", "scheme", "file"),
     [
-        ("shards/single/", "file", "shards/single/f"),
         ("./odd:name", "file", "odd:name/f"),
         ("file:///data/a set/", "file", "/data/a set/f"),
-        ("s3://bucket", "s3", "bucket/f"),
         ("s3://bucket/a set/x//", "s3", "bucket/a set/x/f"),
-        ("gs://bucket/x", "gs", "bucket/x/f"),
         ("gcs://bucket/x", "gs", "bucket/x/f"),
-        ("hf://datasets/user/name", "hf", "datasets/user/name/f"),
         ("hf://datasets/user/name@v1/a", "hf", "datasets/user/name@v1/a/f"),
-        ("HTTPS://Host.org/data/", "http", "HTTPS://Host.org/data/f"),
-        ("http://[::1]:8000/x", "http", "http://[::1]:8000/x/f"),
+        ("HTTP://[::1]:8000/x", "http", "HTTP://[::1]:8000/x/f"),
         ("https://host/a set/?sig=a%2Fb&x=1", "http", "https://host/a set/f?sig=a%2Fb&x=1"),
-        ("https://host/a%20set", "http", "https://host/a%20set/f"),
     ],
 )
 def test_urls_of_folders(text: str, scheme: str, file: str) -> None:
@@ -113,10 +108,9 @@ def test_urls_of_folders(text: str, scheme: str, file: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "pipe:cat /etc/passwd", "pipe://cat", "simplecache::s3://bucket/x", "zip://*.tar::https://host/x.zip",
-        "reference://x", "memory://x", "ftp://host/x", "s3:bucket", "s3://", "s3:///x", "s3://key:secret@bucket/x",
-        "hf://user/model", "hf://datasets/user", "http://", "https:///x", "https://host/x#part",
-        "file://host/x", "file:x",
+        "", "pipe:cat /etc/passwd", "simplecache::s3://bucket/x", "zip://*.tar::https://host/x.zip", "reference://x",
+        "ftp://host/x", "s3:bucket", "s3:///x", "s3://key:secret@bucket/x", "hf://user/model", "https:///x",
+        "https://host/x#part", "file://host/x",
     ],
 )  # fmt: skip
 def test_other_urls_are_refused(text: str) -> None:
@@ -131,14 +125,6 @@ def test_secrets_of_urls_are_hidden() -> None:
     assert location.file("f") == "https://me:pass@host/data/f?token=abc"
     text = "cannot reach https://me:pass@host/data/f?token=abc, url='https://host/f?sig=x'"
     assert redact(text) == "cannot reach https://***@host/data/f?***, url='https://host/f?***'"
-
-
-@pytest.mark.parametrize(("url", "package"), [("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs")])
-def test_missing_packages_are_named(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
-    with pytest.raises(FractalError, match=package):
-        open_store(url)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +210,7 @@ def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch,
     assert len(attempts) == store.attempts
 
 
-def test_pull_from_a_web_server(dataset: Path, out: Path, web: Callable) -> None:
+def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, web: Callable) -> None:
     server = web(dataset)
     server.faults = {INFO: ["503"], FIRST: ["cut", "503"], SECOND: ["flip"], "train-000000.json": ["cut"]}
     assert "2 shards moved (27.6 kB); " in good("pull", server.url, out, "--jobs", 2)
@@ -232,6 +218,14 @@ def test_pull_from_a_web_server(dataset: Path, out: Path, web: Callable) -> None
     server.requests.clear()
     assert "0 shards moved (0 B), 2 shards there already" in good("pull", server.url, out)
     assert {*server.requests} == {INFO, RECIPE, SYSTEMS}
+    with (out / FIRST).open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 700)
+    assert "1 shard moved (13.8 kB), 1 shard there already" in good("pull", server.url, out)
+    assert (server.count(FIRST), server.count(SECOND)) == (1, 0)
+    os.truncate(out / SECOND, 100)
+    (out / "train-000000.json").unlink()
+    assert "2 shards moved" in good("pull", server.url, out)
+    assert contents(out) == contents(dataset)
 
 
 def test_push_to_a_folder_and_on_to_another(dataset: Path, out: Path, tmp_path: Path) -> None:
@@ -241,42 +235,20 @@ def test_push_to_a_folder_and_on_to_another(dataset: Path, out: Path, tmp_path: 
     assert before == contents(dataset) == contents(out) == contents(tmp_path / "a copy")
 
 
-def test_push_to_s3_and_pull_from_it(dataset: Path, out: Path, bucket: str) -> None:
-    before = contents(dataset)
-    good("push", dataset, f"{bucket}/a/set/")
-    assert contents(dataset) == before
-    found = s3fs.S3FileSystem().find(f"{bucket}/a/set")
-    assert {path.rpartition("/")[2] for path in found} == before.keys()
-    good("pull", f"{bucket}/a/set", out)
-    assert contents(out) == before
-
-
-def test_push_sends_only_what_is_missing_or_damaged(dataset: Path, bucket: str) -> None:
-    good("push", dataset, bucket)
-    files = s3fs.S3FileSystem()
-    written = files.info(f"{bucket}/{FIRST}")["LastModified"]
-    assert "0 shards moved (0 B), 2 shards there already" in good("push", dataset, bucket)
-    files.pipe(f"{bucket}/{SECOND}", (dataset / SECOND).read_bytes()[:-1] + b"x")
-    assert "1 shard moved (13.8 kB), 1 shard there already" in good("push", dataset, bucket)
+def test_push_to_s3_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, bucket: str) -> None:
+    before, url, files = contents(dataset), f"{bucket}/a/set", s3fs.S3FileSystem()
+    good("push", dataset, f"{url}/")
+    assert {path.rpartition("/")[2] for path in files.find(url)} == before.keys()
+    written = files.info(f"{url}/{FIRST}")["LastModified"]
+    assert "0 shards moved (0 B), 2 shards there already" in good("push", dataset, url)
+    files.pipe(f"{url}/{SECOND}", before[SECOND][:-1] + b"x")
+    assert "1 shard moved (13.8 kB), 1 shard there already" in good("push", dataset, url)
+    good("pull", url, out)
+    assert contents(out) == contents(dataset) == before
     files.invalidate_cache()
-    assert files.cat(f"{bucket}/{SECOND}") == (dataset / SECOND).read_bytes()
-    assert files.info(f"{bucket}/{FIRST}")["LastModified"] == written
-    files.rm(f"{bucket}/train-000000.json")
-    assert "1 shard moved" in good("push", dataset, bucket)
-
-
-def test_pull_fetches_only_what_is_missing_or_damaged(dataset: Path, out: Path, web: Callable) -> None:
-    server = web(dataset)
-    good("pull", server.url, out)
-    with (out / FIRST).open("r+b") as file:
-        os.pwrite(file.fileno(), b"x", 700)
-    server.requests.clear()
-    assert "1 shard moved (13.8 kB), 1 shard there already" in good("pull", server.url, out)
-    assert (server.count(FIRST), server.count(SECOND)) == (1, 0)
-    os.truncate(out / SECOND, 100)
-    (out / "train-000000.json").unlink()
-    assert "2 shards moved" in good("pull", server.url, out)
-    assert contents(out) == contents(dataset)
+    assert files.info(f"{url}/{FIRST}")["LastModified"] == written
+    files.rm(f"{url}/train-000000.json")
+    assert "1 shard moved" in good("push", dataset, url)
 
 
 def test_pull_continues_after_a_kill(dataset: Path, out: Path, web: Callable) -> None:
@@ -328,39 +300,25 @@ def test_push_of_other_shards_is_refused(with_val: Path, bucket: str, out: Path)
     assert contents(out) == contents(with_val)
 
 
-def test_push_notices_a_manifest_that_came_meanwhile(dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_shards = transfer._copy_shards
-
-    def with_another_push(*arguments: object) -> list:
-        (out / INFO).write_text("{}")
-        return copy_shards(*arguments)
-
-    monkeypatch.setattr(transfer, "_copy_shards", with_another_push)
+def test_a_manifest_that_came_meanwhile_stays(dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_copy_shards", lambda *arguments: (out / INFO).write_text("{}") and [])
     assert INFO in bad("push", dataset, out)
     assert (out / INFO).read_text() == "{}"
 
 
 def test_shards_that_are_not_there(dataset: Path, out: Path) -> None:
-    for text in ("0-2", "x", "1-0", "", "1,,2", "-1", "1-2-3"):
+    for text in ("0-2", "x", "1-0", "1,,2"):
         assert "shard" in bad("pull", dataset, out, f"--shards={text}", code=2)
     assert not out.exists()
 
 
-def test_another_dataset_is_not_overwritten(dataset: Path, tmp_path: Path, bucket: str) -> None:
+def test_another_copy_is_not_overwritten(dataset: Path, tmp_path: Path, bucket: str) -> None:
     other = tmp_path / "other"
     shutil.copytree(dataset, other)
-    samples = [(sample_key(index), (np.zeros((16, 16, 3), np.uint8), index % 3)) for index in range(5)]
-    record = write_shard(other, FIRST, 3, samples)
-
-    def relist(info: dict) -> None:
-        split = info["splits"]["train"]
-        split["bytes"][0], split["sha256"][0] = record.bytes, record.sha256
-        split["content_digests"][0] = record.content_digest
-
-    change_json(other / INFO, relist)
+    change_json(other / INFO, lambda info: info["splits"]["train"]["sha256"].__setitem__(0, "0" * 64))
     good("push", dataset, bucket)
-    assert f"{bucket}: holds another dataset" in bad("push", other, bucket)
-    assert f"{other}: holds another dataset" in bad("pull", bucket, other)
+    assert f"{bucket}: holds another" in bad("push", other, bucket)
+    assert f"{other}: holds another" in bad("pull", bucket, other)
 
 
 def test_recipe_claims_the_folder(dataset: Path, out: Path) -> None:
@@ -381,9 +339,7 @@ def test_a_damaged_dataset_is_not_pushed(dataset: Path, out: Path, bucket: str) 
     assert INFO in bad("push", dataset, out)
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.tar", "/tmp/evil.tar", "pipe:ls.tar", "recipe.tar", "train-000000.json", ".tmp~x.tar", "a.tar"]
-)
+@pytest.mark.parametrize("name", ["../evil.tar", "pipe:ls.tar", "recipe.tar", "train-000000.json", ".tmp~x.tar"])
 def test_hostile_names_write_nothing(dataset: Path, out: Path, web: Callable, name: str) -> None:
     change_json(dataset / INFO, lambda info: info["splits"]["train"]["filenames"].__setitem__(0, name))
     assert "do not use this dataset" in bad("pull", web(dataset).url, out)
@@ -518,20 +474,18 @@ def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
     assert contents(out) == contents(dataset) == before
 
 
-def test_hub_folders_of_a_revision(dataset: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fractalshards.remote.stores.HubStore.batch_size", 1)
+def test_hub_folder_of_a_revision(dataset: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HubStore, "batch_size", 1)
     good("push", dataset, "hf://datasets/me/set@main/a/folder")
     assert sorted(hub.commits[1:-1]) == [
         [f"a/folder/train-00000{number}.tar", f"a/folder/train-00000{number}.json"] for number in (0, 1)
     ]
 
 
-def test_hub_errors(dataset: Path, hub: Hub) -> None:
+def test_hub_refuses(dataset: Path, hub: Hub) -> None:
     hub.faults = [403]
     assert "access denied" in bad("push", dataset, "hf://datasets/me/set")
-    (dataset / SECOND).write_bytes(b"x")
-    assert SECOND in bad("push", dataset, "hf://datasets/me/set")
-    assert hub.commits == [["recipe.json", "systems.npz"]]
+    assert hub.commits == []
 
 
 def test_hub_readme_is_how_load_dataset_reads_the_tars(dataset: Path, hub: Hub) -> None:
