@@ -1,4 +1,4 @@
-"""The command line: usage, failures in one line, and the two commands of the README in small."""
+"""The command line: usage, failures in one line, and the two commands of the README at a small size."""
 
 import json
 import subprocess

@@ -100,7 +100,7 @@ class RunLog:
     """Logs a run on rank 0; on the other ranks it only keeps time. Use it as a context manager.
 
     Attributes:
-        timer: to be told of batches and steps by the loop.
+        timer: measures the loop, which calls it for every batch and step.
     """
 
     def __init__(
