@@ -54,9 +54,5 @@ def test_new_kind_is_listed_drawn_and_built(package: Path) -> None:
     manifest = load_manifest(package / "built")
     assert (manifest.recipe["kind"], manifest.recipe["params"]["zoom"]) == ("glow", [1.0, 1.0])
     assert not verify_dataset(manifest, 1)
-
-
-@pytest.mark.slow
-def test_parameters_of_a_new_kind_are_checked(package: Path) -> None:
     with pytest.raises(AssertionError, match=r"error: zoom is 0.5,2.0"):
         fractalgen(package, "build --kind glow --n 40 --classes 5 --set zoom=0.5,2 --out refused")
