@@ -199,7 +199,7 @@ class Manifest:
         return f"{self.folder}: {self.contents()}"
 
     def contents(self) -> str:
-        """Return number of images, shards, size and content digest in one line."""
+        """Return the numbers of images and shards, size and content digest in one line."""
         counts = ", ".join(f"{self.samples(name):,} {name}" for name in self.splits)
         shards = human_count(sum(map(len, self.splits.values())), "shard")
         size = human_bytes(self.bytes())
@@ -225,19 +225,7 @@ def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
 def parse_record(data: bytes, shard: str, label_type: LabelType, where: str) -> ShardRecord:
     """Parse and check a shard's sidecar that came from ``where``; see ``read_record``."""
     record = parse_json(data, ShardRecord, where)
-    sizes = [end - start for start, end in pairwise(record.offsets)]
-    fitting = record.offsets[:1] == (0,) and min(sizes, default=1) > 0 and record.offsets[-1] <= record.bytes
-    if len(record.offsets) != record.samples + 1 or not fitting:
-        raise FractalError(
-            f"{where}: the offsets do not fit {record.samples} samples in {record.bytes} bytes; "
-            f"fetch or build {shard} again"
-        )
-    if (largest := max(sizes, default=0)) > MAX_SAMPLE_BYTES:
-        raise FractalError(
-            f"{where}: a sample of {largest:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most; "
-            f"fetch or build {shard} again"
-        )
-    if record.name != shard or not _counts_fit(record, label_type):
+    if record.name != shard or not (_offsets_fit(record) and _counts_fit(record, label_type)):
         raise FractalError(f"{where}: does not describe {shard}; fetch or build both again")
     return record
 
@@ -345,6 +333,16 @@ def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
     if split not in manifest.splits:
         raise FractalError(f"{manifest.folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
     return manifest.splits[split]
+
+
+def _offsets_fit(record: ShardRecord) -> bool:
+    """Whether the offsets begin at 0, stay in the shard and give every sample an acceptable size."""
+    return (
+        len(record.offsets) == record.samples + 1
+        and record.offsets[0] == 0
+        and record.offsets[-1] <= record.bytes
+        and all(0 < end - start <= MAX_SAMPLE_BYTES for start, end in pairwise(record.offsets))
+    )
 
 
 def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:

@@ -152,17 +152,14 @@ def check_space(folder: Path, wanted: float, advice: str) -> None:
         )
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Remove temporary files whose writer is gone, and return their number.
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files whose writer is gone.
 
     A writer on this host is gone if its process is, one on another host if its file is an hour old.
     """
-    removed = 0
     for path in folder.glob(f"{TEMPORARY}*"):
         if _abandoned(path):
             path.unlink(missing_ok=True)
-            removed += 1
-    return removed
 
 
 def _abandoned(path: Path) -> bool:
