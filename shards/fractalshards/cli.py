@@ -284,7 +284,7 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """
     images = parse_source(source, split)
-    note(f"listing the images of {images.path} ...")
+    note(f"note: listing the images of {images.path}")
     plan = plan_pack(out, images, seed, shard_size)
     for text in plan.notes:
         note(f"note: {text}")
