@@ -70,7 +70,7 @@ class BuildFolder:
         if systems_digest(systems) != recipe.systems_digest:
             raise FractalError(
                 f"{path / SYSTEMS}: missing or damaged, and not what this software draws for {RECIPE}; fetch it again, "
-                "or build with --categories or --from-csv as the first time"
+                "or build with the same --categories or --from-csv as before"
             )
         shape = recipe.family.map_shape
         fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)

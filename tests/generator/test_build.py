@@ -99,7 +99,7 @@ def test_build_refuses_a_folder_of_something_else(built: Path, tmp_path: Path, t
     assert names(thesis) == ["thesis.tex"]
 
 
-def test_one_of_two_recipes_claims_a_new_folder(tmp_path: Path) -> None:
+def test_new_folder_is_claimed_by_one_of_two_recipes(tmp_path: Path) -> None:
     out = tmp_path / "contested"
     slow, fast = (make_recipe("single", 40, classes=20, size=32, points=100, seed=seed) for seed in (0, 1))
     plan = plan_build(open_folder(out, slow))

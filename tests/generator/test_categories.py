@@ -44,7 +44,7 @@ def test_csv_folder_or_its_subfolders(tmp_path: Path, folders: list[str]) -> Non
     assert all(np.array_equal(*pair) for pair in zip(back, shipped_categories(), strict=False))
 
 
-def test_csv_folder_without_categories_is_refused(tmp_path: Path) -> None:
+def test_csv_folder_with_gaps_or_duplicates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FractalError, match=r"no files 00000\.csv"):
         read_csv_folder(tmp_path / "missing")
     for name in ("00000.csv", "csv1/00000.csv", "csv1/00002.csv"):
@@ -70,7 +70,7 @@ def test_csv_folder_without_categories_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda text: repr(text[:40]),
 )
-def test_csv_without_a_category_is_refused(tmp_path: Path, text: str) -> None:
+def test_read_csv_refuses_other_lines(tmp_path: Path, text: str) -> None:
     path = tmp_path / "00000.csv"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FractalError) as caught:
@@ -89,7 +89,7 @@ def test_csv_without_a_category_is_refused(tmp_path: Path, text: str) -> None:
     ],
     ids=str,
 )
-def test_arrays_that_are_no_categories_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+def test_read_categories_refuses_other_arrays(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     path = tmp_path / "c.npz"
     np.savez(path, **arrays)
     with pytest.raises(FractalError) as caught:

@@ -30,7 +30,7 @@ def test_zlib_compress_is_inflated_by_other_decoders(data: bytes, symbols: int) 
 
 
 def test_code_lengths_are_limited() -> None:
-    """Each symbol as often as all rarer ones together makes the tree a chain."""
+    """The tree is a chain if each symbol is as frequent as all rarer ones together."""
     rows = np.repeat(np.arange(19, dtype=np.uint8), [1, *(2**k for k in range(18))])
     np.random.default_rng(0).shuffle(rows)
     full = np.append(np.bincount(rows, minlength=256), 1).astype(np.uint32)
@@ -61,6 +61,6 @@ def test_encode_image_is_read_by_other_decoders_and_small(kind: str) -> None:
 
 
 def test_zlib_compress_bytes_are_pinned() -> None:
-    """Not ISA-L's, so they are the same on every CPU."""
+    """The bytes are the same on every CPU, unlike those of ISA-L."""
     rows = np.random.default_rng(0).integers(0, 99, 5001, dtype=np.uint8)
     assert xxhash.xxh3_64_hexdigest(zlib_compress(rows)) == "7246df90de752505"

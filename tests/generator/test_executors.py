@@ -159,7 +159,7 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path: Path) -> Non
 def test_dask_scheduler_that_dies_ends_the_build_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Dask logs nothing meanwhile, and as before afterwards."""
+    """Dask is silent during the build, and logs as before afterwards."""
     import dask
     import distributed
 

@@ -43,7 +43,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_fewer_instructions(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same from the same systems (numpy's matmul may differ by CPU, which is why systems are stored), elsewhere."""
+    """The same variants from the same systems, which are stored because numpy's matmul may differ by CPU."""
     out, kernels = tmp_path_factory.mktemp("fewer"), tmp_path_factory.mktemp("kernels")
     environment = {**os.environ, **FEWER_INSTRUCTIONS, "NUMBA_CACHE_DIR": str(kernels)}
     subprocess.run([sys.executable, kind_variants.__file__, out, native], env=environment, check=True)
@@ -101,7 +101,7 @@ def extremes(kind: Kind, field: Field[Any]) -> list[str]:
 
 
 @given(st.data())
-def test_any_setting_renders_and_is_deterministic(data: st.DataObject) -> None:
+def test_settings_at_their_limits_render_deterministically(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(KINDS.values())))
     chosen = data.draw(st.lists(st.sampled_from(fields(kind.params)), unique_by=lambda field: field.name))
     overrides = {field.name: data.draw(st.sampled_from(extremes(kind, field))) for field in chosen}
@@ -134,7 +134,7 @@ DIVERGING = ("expanding", "huge", "NaN")
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_degenerate_systems_render_or_are_refused(kind: str, name: str) -> None:
-    """A build draws none of these; the API renders what there is to see of them."""
+    """A build never draws such systems, but a caller of the API may pass them."""
     overrides = {"background": name in DIVERGING}  # fractals that leave their window show nothing else
     recipe = make_recipe(kind, 4, classes=1, size=48, points=2000, overrides=overrides)
     if kind == "multi" and name in ("huge", "NaN"):

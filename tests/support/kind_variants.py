@@ -29,7 +29,7 @@ def build(recipe: Recipe, out: Path) -> None:
 
 
 def build_variants(out: Path, systems: Path | None = None) -> None:
-    """A folder of each, with the systems of its like below ``systems``, where that is given."""
+    """Build a folder per variant, with the stored systems of the same variant below ``systems``, if given."""
     for name, (kind, settings) in VARIANTS.items():
         (out / name).mkdir(parents=True)
         for file in ("recipe.json", "systems.npz") if systems else ():
