@@ -105,7 +105,7 @@ def test_settings_at_their_limits_render_deterministically(data: st.DataObject) 
     kind = data.draw(st.sampled_from(list(KINDS.values())))
     chosen = data.draw(st.lists(st.sampled_from(fields(kind.params)), unique_by=lambda field: field.name))
     overrides = {field.name: data.draw(st.sampled_from(extremes(kind, field))) for field in chosen}
-    recipe = make_recipe(kind.name, 6, classes=6, size=32, points=2000, overrides=overrides)
+    recipe = make_recipe(kind.name, 6, classes=6, size=24, points=300, overrides=overrides)
     systems, index = draw_systems(recipe), data.draw(st.integers(0, 5))
     try:
         image, label = render_sample(recipe, systems, index)
@@ -113,7 +113,7 @@ def test_settings_at_their_limits_render_deterministically(data: st.DataObject) 
         assert kind.name == "multi"  # objects that are black or too small to be seen
         return
     again, same_label = render_sample(recipe, systems, index)
-    assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+    assert (image.shape, image.dtype) == ((24, 24, 3), np.uint8)
     assert np.array_equal(image, again)
     assert label == same_label
     assert max(classes_of(label)) < 6
