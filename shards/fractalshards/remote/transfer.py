@@ -5,6 +5,7 @@ What the target holds already is skipped, so the same command continues.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,6 +191,9 @@ def run_tasks(
         except Exception:
             pool.terminate()
             pool.join()
+            raise
+        except KeyboardInterrupt:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report every request that is cut off
             raise
     return results
 
