@@ -5,8 +5,8 @@
     FOLDER/locks/              one lock per shard, held while it is fetched
 
 A process that needs a shard fetches it while others wait for its lock. The least recently used shards make room; a
-shard that is removed stays readable where it is open. Temporary files have their full size from the beginning, so they
-count, and those of killed processes are removed.
+shard that is removed stays readable where it is open. Temporary files have the size of their shard before its bytes
+arrive, so they count, and those of killed processes are removed.
 """
 
 import functools
@@ -54,7 +54,6 @@ class ShardCache:
         self.folder = folder
         self.size = size
         self.manifest = replace(manifest, folder=folder)
-        self.attempts: int | None = None  # to fetch a shard, if not the usual number
         self._shards = {shard.name: shard for shard in select_shards(manifest, None, url)}
 
     def prepare(self, on_progress: OnProgress = no_progress) -> None:
@@ -80,8 +79,11 @@ class ShardCache:
             store = open_store(self.url)
             run_tasks(prepare, [*self._shards.values()], lambda shard: 1, _JOBS, on_progress)
 
-    def open(self, name: str) -> int:
+    def open(self, name: str, attempts: int | None = None) -> int:
         """Return a descriptor of a whole shard, open for reading; fetch the shard if it is not here.
+
+        Args:
+            attempts: how often fetching is tried in all; None for the usual number.
 
         Raises:
             FractalError: naming the shard, if it cannot be fetched.
@@ -93,14 +95,14 @@ class ShardCache:
             with self._lock(name):
                 descriptor = self._open_whole(shard)
                 if descriptor is None:
-                    descriptor = self._fetch(shard)
+                    descriptor = self._fetch(shard, attempts)
         _mark_used(descriptor)
         return descriptor
 
     def prefetch(self, name: str) -> None:
-        """Fetch a shard, if possible; failures are left to whoever opens it."""
+        """Fetch a shard, if that works at once; whoever needs it is more patient."""
         with suppress(FractalError, OSError):
-            os.close(self.open(name))
+            os.close(self.open(name, attempts=1))
 
     def first_that_fit(self, names: Sequence[str]) -> list[str]:
         """Return the first of these shards, as many as the cache holds together; those here count as used now."""
@@ -113,7 +115,7 @@ class ShardCache:
                 os.close(descriptor)
         return fitting
 
-    def _fetch(self, shard: Shard) -> int:
+    def _fetch(self, shard: Shard, attempts: int | None) -> int:
         """Fetch a shard whose lock is held, once there is room for it, and open it."""
         (self.folder / shard.name).unlink(missing_ok=True)  # a damaged one
         with atomic_file(self.folder / shard.name) as file:
@@ -121,8 +123,7 @@ class ShardCache:
                 while not self._make_room(shard.bytes):
                     time.sleep(_POLL_SECONDS)  # others are fetching; what they have fetched can make room
                 file.truncate(shard.bytes)
-            store = _store_of_process(self.url, os.getpid(), self.attempts)
-            store.fetch(shard.name, file, shard_info(shard))
+            _store_of_process(self.url, os.getpid()).fetch(shard.name, file, shard_info(shard), attempts)
             return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
 
     def _make_room(self, size: int) -> bool:
@@ -160,11 +161,9 @@ class ShardCache:
 
 
 @functools.lru_cache(maxsize=4)
-def _store_of_process(url: str, process: int, attempts: int | None) -> Store:
+def _store_of_process(url: str, process: int) -> Store:
     """A store for this process: connections do not survive a fork."""
-    store = open_store(url)
-    store.attempts = attempts or store.attempts
-    return store
+    return open_store(url)
 
 
 def _mark_used(descriptor: int) -> None:
@@ -242,7 +241,6 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
 def run_prefetcher() -> None:
     """Main function of the prefetching process: read the cache, then lists of names, from standard input."""
     cache: ShardCache = pickle.load(sys.stdin.buffer)
-    cache.attempts = 1  # whoever needs a shard is more patient
     pool, pending = ThreadPoolExecutor(_PREFETCH_JOBS), list[Future[None]]()
     with suppress(EOFError):
         while True:

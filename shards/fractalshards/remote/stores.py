@@ -146,7 +146,7 @@ class Store:
     a store fails, and FileNotFoundError if a file is not there.
 
     Attributes:
-        attempts: how often an operation is tried in all.
+        attempts: how often an operation is tried in all, if its call does not say.
         has_checksums: ``holds`` compares sha256, not sizes alone.
         batch_size: how many shards one ``put`` should take.
         chunk: bytes that are read at a time.
@@ -174,7 +174,7 @@ class Store:
             raise FractalError(f"{self.shown}/{name}: larger than {most >> 20} MiB; do not use it")
         return data
 
-    def fetch(self, name: str, file: BinaryIO, info: FileInfo) -> None:
+    def fetch(self, name: str, file: BinaryIO, info: FileInfo, attempts: int | None = None) -> None:
         """Write the first ``info.size`` bytes of a remote file to ``file``, from its beginning, and check them."""
 
         def copy() -> None:
@@ -185,7 +185,7 @@ class Store:
                 text = f"damaged ({what}), not what the manifest says; it must be pushed again"
                 raise TemporaryError(f"{self.shown}/{name}: {text}")
 
-        self._persist(copy)
+        self._persist(copy, attempts)
 
     def holds(self, name: str, info: FileInfo) -> bool:
         """Return whether a file is stored already."""
