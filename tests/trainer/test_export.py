@@ -71,11 +71,13 @@ def test_export_keeps_files_that_are_there(fractaltrain, tmp_path):
     assert (outcome.code, ".safetensors" in outcome.err) == (2, True)
 
 
-def test_export_refuses_weights_of_another_model(fractaltrain, tmp_path):
+@pytest.mark.parametrize("name", ["resnet18", "hf-hub:timm/resnet10t.c3_in1k"])
+def test_export_refuses_weights_of_another_model(fractaltrain, tmp_path, name):
+    """A name of the hub is refused before anything is downloaded."""
     write_run(tmp_path / "run", "resnet10t")
     text = (tmp_path / "run" / "run.json").read_text()
-    (tmp_path / "run" / "run.json").write_text(text.replace("resnet10t", "resnet18"))
+    (tmp_path / "run" / "run.json").write_text(text.replace("resnet10t", name))
     outcome = fractaltrain("export", tmp_path / "run", "--out", tmp_path / "x.safetensors")
     assert (outcome.code, outcome.err.count("\n")) == (1, 1)
-    assert "resnet18" in outcome.err
+    assert name in outcome.err
     assert not (tmp_path / "x.safetensors").exists()

@@ -1,1 +1,1 @@
-"""Streams fractal shards into a DDP trainer, pre-trains, fine-tunes and evaluates. Never imports the generator."""
+"""Trainer: pre-trains vision models on shards, fine-tunes and evaluates them. Never imports the generator."""

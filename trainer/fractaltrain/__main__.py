@@ -1,4 +1,4 @@
-"""The command ``fractaltrain`` as ``python -m fractaltrain``."""
+"""Entry point of ``python -m fractaltrain``."""
 
 from fractaltrain.cli import main
 

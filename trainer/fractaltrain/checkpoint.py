@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to continue, written atomically, read without running code from them."""
+"""Checkpoints: everything that a run needs to continue, written atomically and loaded without executing code."""
 
 import errno
 import platform
@@ -23,22 +23,22 @@ from fractaltrain.models import create_model
 from fractaltrain.run_folder import RUN, RunSettings, load_settings, open_run
 
 _FORMAT = 3
-_FORMATS_WITH_WEIGHTS = (2, 3)  # 2: of version 0.1, whose runs cannot be continued, but used
+_FORMATS_WITH_WEIGHTS = (2, 3)  # 2: written by version 0.1; such runs cannot be continued
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 _FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT)
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        epoch: epochs done.
-        step: optimiser steps done of the epoch after them.
+        epoch: number of finished epochs.
+        step: number of optimiser steps done in the current epoch.
         loss_sum: sum of the losses of those steps.
-        logged_sum: ``loss_sum`` at the last line of the metrics.
-        bad_samples: samples of this epoch that could not be read and were replaced.
-        history: ``train_loss`` of every epoch done, and its scores if it was evaluated.
+        logged_sum: ``loss_sum`` when metrics were last logged.
+        bad_samples: number of samples in this epoch that could not be read and were replaced.
+        history: ``train_loss`` of every finished epoch, and its scores if it was evaluated.
     """
 
     epoch: int = 0
@@ -56,8 +56,9 @@ class Checkpoint(NamedTuple):
     """The contents of a checkpoint.
 
     Attributes:
-        state: state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``, perhaps ``ema``.
-        skipped: what is wrong with newer checkpoints that were skipped, a line each.
+        state: state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``, and
+            ``ema`` if the recipe averages weights.
+        skipped: one message for every newer checkpoint, all of which are damaged.
     """
 
     path: Path
@@ -67,7 +68,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """State dict of the model that was evaluated: the averaged one, if there is one."""
+        """State dict to evaluate and fine-tune: the averaged weights if there are any, else those of the model."""
         weights: dict[str, torch.Tensor] = self.state.get("ema", self.state["model"])
         return weights
 
@@ -78,19 +79,19 @@ def checkpoint_path(folder: Path, position: Position) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     found = [(name, path) for path in folder.glob("checkpoint-*.pt") if (name := _NAME.fullmatch(path.name))]
     return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in found)]
 
 
 def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any], world: World) -> None:
-    """Write a checkpoint, on rank 0; then remove all but the newest ``run.keep``, and damaged ones of later positions.
+    """Write a checkpoint on rank 0. Keep the newest ``run.keep``; remove older ones, and later ones, which are damaged.
 
     Args:
         parts: everything with a ``state_dict``, by name.
 
     Raises:
-        OSError: if it cannot be written; then the old ones are still there.
+        OSError: if it cannot be written; existing checkpoints are kept.
     """
     if not world.main:
         return
@@ -114,7 +115,7 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
     """Load the newest checkpoint that is not damaged; None if there are no checkpoints.
 
     Args:
-        to_continue: refuse checkpoints of other versions, whose weights alone can be used.
+        to_continue: refuse checkpoints of other versions, of which only the weights can be used.
 
     Raises:
         FractalError: if all checkpoints are damaged, or the newest one is of another version.
@@ -138,7 +139,7 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
         return Checkpoint(path, position, state, tuple(skipped))
     if skipped:
         more = f" (and {human_count(len(skipped) - 1, 'older one')})" if skipped[1:] else ""
-        raise FractalError(f"{skipped[0]}{more}; remove {folder} to start again")
+        raise FractalError(f"{skipped[0]}{more}; remove {folder} to start over")
     return None
 
 
@@ -148,11 +149,11 @@ def resume(
     """Open the folder of a run and load its newest checkpoint, if it has one, into ``parts``. Collective.
 
     Args:
-        settings: everything that decides what the run computes, see ``run_folder.open_run``.
+        settings: everything that determines the result of the run, see ``run_folder.open_run``.
         parts: everything with a ``state_dict``, by its name in checkpoints.
 
     Returns:
-        Where to go on, and messages for the user.
+        The position to continue from, and messages for the user.
 
     Raises:
         FractalError: if the folder holds another run, or no checkpoint that can be continued.
@@ -173,7 +174,7 @@ def resume(
 
 
 def _environment(run: RunConfig, world: World) -> dict[str, Any]:
-    """Return what a run is computed with, for the record."""
+    """Return options, device and library versions to record in ``run.json``; a run may continue with others."""
     return {
         "processes": world.size,
         "accumulate": run.accumulate,
@@ -186,7 +187,7 @@ def _environment(run: RunConfig, world: World) -> dict[str, Any]:
 
 
 def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
-    """Load each state dict into the part of its name.
+    """Load the state dicts into the parts with the same names.
 
     Raises:
         FractalError: if they do not fit.
@@ -208,7 +209,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run whose weights are used; ``sha256`` is the digest of its checkpoint."""
+    """A run with its newest usable checkpoint; ``sha256`` is the digest of the checkpoint file."""
 
     folder: Path
     settings: RunSettings
@@ -223,7 +224,7 @@ class TrainedRun:
 
     @property
     def origin(self) -> str:
-        """Where the weights are from, in words; skipped checkpoints first, a line each."""
+        """A line that says where the weights come from, after one line for every checkpoint that was skipped."""
         skipped = "".join(f"{problem}; using the one before\n" for problem in self.checkpoint.skipped)
         position = self.checkpoint.position
         steps = f" and {human_count(position.step, 'step')} of the next" if position.step else ""

@@ -68,13 +68,14 @@ _IMAGE_OPTIONS = [
     _option("--data", required=True, metavar="DATA", callback=lambda _context, _option, name: _check_data(name),
             help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or shards:PATH with "
             "a val split."),
-    _option("--data-dir", type=PATH, default=Path("data"), help="Folder of CIFAR's archives; they are downloaded."),
+    _option("--data-dir", type=PATH, default=Path("data"),
+            help="Folder of the CIFAR archives; missing ones are downloaded."),
 ]  # fmt: skip
 _RUN_OPTIONS: _Options = {
     "Recipe": [
         _option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
-        _option("--batch-size", metavar="B", help="Batch of all processes together.  [default: the recipe's]"),
-        _option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch]"),
+        _option("--batch-size", metavar="B", help="Global batch size, over all processes.  [default: the recipe's]"),
+        _option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch size]"),
         _option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch size to B."),
         _option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any value of the recipe."),
     ],
@@ -88,8 +89,8 @@ _RUN_OPTIONS: _Options = {
         _option("--accumulate", type=click.IntRange(1), default=1, metavar="N",
                 help="Compute each process's batch in N parts, to save memory."),
         _option("--compile", is_flag=True, help="Run the model through torch.compile."),
-        _option("--sync-batchnorm", is_flag=True, help="Batch norm over all processes together, on GPUs."),
-        _option("--deterministic", is_flag=True, help="Give the same bits again on the same hardware; slower."),
+        _option("--sync-batchnorm", is_flag=True, help="Synchronise batch norm across processes; GPUs only."),
+        _option("--deterministic", is_flag=True, help="Make results bit-identical on the same hardware; slower."),
     ],
     "Run": [
         _option("--out", type=PATH, help="Folder of the run.  [default: runs/...]"),
@@ -99,12 +100,12 @@ _RUN_OPTIONS: _Options = {
         _option("--eval-every", type=click.IntRange(1), default=1, metavar="N",
                 help="Evaluate the val split after every N-th epoch, and after the last."),
         _option("--save-every-minutes", type=click.FloatRange(0), default=10.0,
-                help="Save a checkpoint inside long epochs, too."),
+                help="Minutes between checkpoints within an epoch."),
         _option("--keep", type=click.IntRange(1), default=3, metavar="K", help="Number of checkpoints to keep."),
-        _option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of everything random."),
+        _option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Random seed."),
         _option("--pad", is_flag=True, help="Use all samples in every epoch: fill up the last batch."),
         _option("--on-bad-sample", type=click.Choice(get_args(OnBadSample)), default="stop",
-                help="What to do when a sample cannot be read; skip: another one takes its place."),
+                help="What to do with a sample that cannot be read; skip: use another one instead."),
     ],
 }  # fmt: skip
 
@@ -126,7 +127,7 @@ def main() -> None:
 _PT_OPTIONS: _Options = {
     "Data and model": [
         _option("--shards", required=True, metavar="DIR|URL", help="Folder or URL (s3://, ...) of a dataset."),
-        _option("--model", default=_DEFAULT_MODEL, help="resnet50, or any name timm knows."),
+        _option("--model", default=_DEFAULT_MODEL, help="resnet50, or the name of any timm model."),
         _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
                 help="Size of the images that the model sees.  [default: as stored; 224 where the recipe crops]"),
         _option("--window", type=click.IntRange(1), default=WINDOW, help="Shards that are shuffled together."),
@@ -164,7 +165,7 @@ def pt(nproc: int | None, **options: Any) -> None:
         cache_size=parse_bytes(options["cache_size"] or _CACHE_SIZE, "--cache-size"),
     )
     published = PT_RECIPES[options["recipe"]]
-    _with_overrides(published, nproc, options)  # what is wrong with the options comes before what is wrong with data
+    _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
     model = ModelConfig(options["model"], options["image_size"])
     out = options["out"] or pretraining_folder(data, model.name, recipe)
@@ -181,12 +182,12 @@ def _pretrain(config: TrainConfig) -> None:
 _FT_OPTIONS: _Options = {
     "Data and model": [
         _option("--weights", required=True, metavar="RUN|none|timm",
-                help="Folder of a pre-training run; none: train from scratch; timm: the weights it publishes."),
+                help="Folder of a pre-training run; none: train from scratch; timm: timm's published weights."),
         _option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]"),
         _option("--freeze", type=click.Choice(get_args(Freeze)), help="Train only the classifier: a linear probe."),
         *_IMAGE_OPTIONS,
-        _option("--per-class", type=click.IntRange(1), metavar="N", help="Train on N images of every class only."),
-        _option("--subset-seed", type=click.IntRange(0), default=0, help="Seed of the choice of those images."),
+        _option("--per-class", type=click.IntRange(1), metavar="N", help="Train on only N images of every class."),
+        _option("--subset-seed", type=click.IntRange(0), default=0, help="Seed for choosing those images."),
         _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
                 help="Size of the images that the model sees.  [default: the pre-training's; 224 from scratch]"),
     ],
@@ -212,9 +213,9 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
     """
     start: Weights = None if weights == "none" else "timm" if weights == "timm" else Path(weights)
     if isinstance(start, Path) and model is not None:
-        raise UsageError("--model goes with --weights none or timm only; a run knows its model")
+        raise UsageError("--model goes with --weights none or timm only; a run has a model")
     if start is None and options["freeze"] is not None:
-        raise UsageError("--freeze needs weights that were trained, not --weights none")
+        raise UsageError("--freeze needs trained weights, not --weights none")
     published = FT_RECIPES[options["recipe"] or ("anderson" if start else "anderson-scratch")]
     recipe = _with_overrides(published, nproc, options)
     _check_install("training")
@@ -239,12 +240,12 @@ def _finetune(config: TrainConfig) -> None:
 @click.option("--out", type=PATH, metavar="DIR",
               help="Folder of the report.  [default: eval-DATA in the run's folder]")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
-              help="Images at a time; it changes only memory and speed.")  # fmt: skip
+              help="Images at a time; affects only memory and speed.")  # fmt: skip
 @quiet_option
 def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int) -> None:
     """Evaluate a trained run on a val split: accuracy, overall and by class, and a confusion matrix.
 
-    Where images show several classes each: mean average precision, F1, and average precision by class.
+    Multi-label images: mean average precision, F1, and average precision by class.
 
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
@@ -269,7 +270,7 @@ def _evaluate(config: EvalConfig) -> None:
 
 
 def _print_classes(scores: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
-    """Print a table of all classes, or of the worst and the best of many."""
+    """Print a table of all classes; if there are many, only of the worst and the best."""
     rows = list(enumerate(scores))
     columns = [name for name in scores[0] if name != "samples"]
     groups = {"all classes": rows}
@@ -311,7 +312,7 @@ def _run_config(out: Path, options: Mapping[str, Any]) -> RunConfig:
 
 
 def _dataset_kind(data: ShardsConfig) -> str:
-    """Return the kind of images in a dataset, by which recipes differ; empty for one of another project."""
+    """Return the kind of a dataset, on which some recipes depend; empty for WebDataset folders of other projects."""
     folder = Path(parse_location(data.location).root)
     if data.is_remote:
         from fractalshards.remote.cache import open_cache
@@ -360,7 +361,7 @@ def export(run: Path, out: Path) -> None:
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training with its fine-tunings: for job arrays."
 )
 @click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
-              help="Where CIFAR's archives are, or go.")  # fmt: skip
+              help="Folder of the CIFAR archives; missing ones are downloaded.")  # fmt: skip
 @click.option(
     "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each run.  [default: one per GPU, or 1]"
 )

@@ -1,4 +1,4 @@
-"""What a command asks for, as frozen records that travel to every process. Imports neither torch nor click.
+"""Configurations of the commands: frozen, and pickled to every process. Imports neither torch nor click.
 
 A training is one ``TrainConfig``; an evaluation is one ``EvalConfig``.
 """
@@ -12,10 +12,10 @@ from fractalshards.remote.stores import parse_location
 from fractaltrain.recipes.recipe import TrainRecipe
 
 EXIT_STOPPED = 75
-"""Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): the same command continues it."""
+"""Exit code of a run that saved a checkpoint and stopped on a signal (EX_TEMPFAIL): the same command continues it."""
 
 WINDOW = 16
-"""Shards that are shuffled together by default."""
+"""Default number of shards that are shuffled together."""
 
 IMAGE_NAMES = ("digits", "cifar10", "cifar100")
 FOLDER_PREFIX = "imagefolder:"
@@ -26,7 +26,7 @@ Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
 Weights = Path | Literal["timm"] | None
-"""Where weights come from: the folder of a run, timm's published ones, or none: random ones."""
+"""Starting weights: the newest ones in the folder of a run, timm's published ones, or random ones (None)."""
 
 
 def is_data(name: str) -> bool:
@@ -42,10 +42,10 @@ class ShardsConfig:
 
     Attributes:
         location: folder or URL.
-        window: shards that are shuffled together.
+        window: number of shards that are shuffled together.
         nodes_split: give each machine its own share of an epoch's shards.
         cache_dir: where shards from a URL are kept; None: the default folder.
-        cache_size: how many bytes of them at most.
+        cache_size: maximum size of that folder in bytes.
     """
 
     location: str
@@ -71,10 +71,10 @@ class ImagesConfig:
     """``--data``: the real images to train or evaluate on.
 
     Attributes:
-        name: as ``is_data`` takes it.
+        name: a name that ``is_data`` accepts.
         per_class: training images per class; None: all.
-        subset_seed: seed of the choice of these images.
-        folder: where CIFAR's archives are, or are downloaded to.
+        subset_seed: seed for choosing these images.
+        folder: folder of the CIFAR archives; missing ones are downloaded.
     """
 
     name: str
@@ -108,8 +108,8 @@ class ModelConfig:
 
     Attributes:
         name: ``resnet50``, or any name timm knows; with weights of a run, the name of its model.
-        image_size: side in pixels of the square images it sees; None: chosen from dataset or weights.
-        weights: what it starts from.
+        image_size: side in pixels of the square images it takes; None: chosen from dataset or weights.
+        weights: starting weights.
         freeze: the part that is not trained.
     """
 
@@ -125,7 +125,7 @@ class RunConfig:
 
     Attributes:
         out: folder of the run.
-        seed: seed of everything random, except the choice of a subset.
+        seed: random seed of everything except the choice of a subset.
         pad: train on all samples of an epoch, filling up the last batch with its first ones.
         amp: precision of the forward pass.
         workers: loader processes of each training process; None: chosen from the number of cores.
@@ -136,7 +136,7 @@ class RunConfig:
             ``must``: refuse if there is none.
         accumulate: compute each process's batch in this number of parts, to save memory.
         compile: run the model through torch.compile.
-        deterministic: give the same bits again on the same hardware, slower.
+        deterministic: make results bit-identical on the same hardware; slower.
         eval_every: epochs between evaluations on the val split; the last epoch is always evaluated.
         sync_batchnorm: compute batch norm over the whole batch, not over each process's part.
         quiet: print nothing but results and errors.
@@ -170,16 +170,16 @@ class TrainConfig:
 
     @property
     def window(self) -> int:
-        """Shards that are shuffled together."""
+        """Number of shards that are shuffled together."""
         return self.data.window if isinstance(self.data, ShardsConfig) else WINDOW
 
     def settings(self, precision: str, image_size: int, **facts: Any) -> dict[str, Any]:
-        """Return all that decides what the run computes, for ``run.json``; a run is continued only by its equal.
+        """Return everything that determines the result, for ``run.json``; a run continues only with equal settings.
 
         Args:
             precision: torch's name of the precision of the forward pass.
-            image_size: side in pixels of what the model sees.
-            facts: what only the opened dataset and weights tell.
+            image_size: side in pixels of the square images the model takes.
+            facts: settings that depend on the opened dataset and weights.
         """
         return {
             **facts,
@@ -195,7 +195,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """``fractaltrain eval``.
+    """``fractaltrain eval``: the evaluation of a run.
 
     Attributes:
         run: folder of the run.

@@ -1,8 +1,8 @@
-"""Processes that train together: starting them, stopping them, and what they say to each other.
+"""Training processes: starting them, stopping them, and collective communication.
 
-``launch`` starts one process per GPU; under torchrun every process is there already. Stopping is simple: SIGTERM and
-SIGUSR1 set a flag in every rank, the training loop agrees on it, saves and exits with code 75. The launcher forwards
-both signals to its ranks. Ctrl-C ends everything at once. A rank that dies takes the others down with it.
+``launch`` starts one process per GPU; torchrun has started them already. SIGTERM and SIGUSR1 set a flag; once any rank
+has it, the training loop saves a checkpoint and the command exits with code 75. The launcher forwards both signals to
+its ranks. Ctrl-C ends everything at once. A rank that dies takes the others down with it.
 """
 
 import json
@@ -28,9 +28,9 @@ from fractalshards.storage import write_json
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 
-_GRACE_SECONDS = 12.0  # for the other ranks when one has failed: once to end by themselves, once more after SIGTERM
-_MOST_LOADERS = 8  # of a rank, unless asked for more
-_PATIENCE = timedelta(days=1)  # for one rank that prepares something while the others wait
+_GRACE_SECONDS = 12.0  # when a rank has failed: for the others to end, and once more after SIGTERM
+_MOST_LOADERS = 8  # of a rank, unless --workers asks for more
+_PATIENCE = timedelta(days=1)  # while one rank prepares something for the others
 
 _Config = TypeVar("_Config")
 _T = TypeVar("_T")
@@ -138,10 +138,10 @@ class World:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the process group that the environment variables of ``launch`` or torchrun describe; alone without them.
+    """Join the process group that ``launch`` or torchrun describes in environment variables; else be its only rank.
 
     Uses NCCL where there are GPUs, and gloo for tensors on CPUs. A process on a CPU takes its share of the cores,
-    unless OMP_NUM_THREADS is set.
+    unless OMP_NUM_THREADS is set. After an error the process is expected to end.
 
     Raises:
         FractalError: if there are fewer GPUs than processes, or the device runs out of memory.
@@ -168,9 +168,8 @@ def join_world() -> Iterator[World]:
         raise FractalError(
             f"{device}: out of memory; lower --batch-size or --image-size, or raise --accumulate"
         ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # but not after an error: NCCL would wait for the ranks that wait for this one
+        dist.destroy_process_group()
 
 
 def count_gpus(processes: int) -> int:
@@ -197,13 +196,13 @@ class StopFlag:
 
 
 def stopped_by(number: int) -> StoppedError:
-    """Return the error that ends a run which a signal stopped and which has saved."""
+    """Return the error that ends a run after a signal, once it has saved a checkpoint."""
     return StoppedError(f"stopped by {signal.Signals(number).name}; run the same command to continue", EXIT_STOPPED)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Inside the block SIGTERM and SIGUSR1 only set a flag."""
+    """Make SIGTERM and SIGUSR1 only set a flag inside the block."""
     flag = StopFlag()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -222,7 +221,7 @@ def launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None)
         nproc: None: one process per GPU, or one on a machine without GPUs. A single one runs in this process.
 
     Raises:
-        FractalError: the error of the rank that failed first; by then all have ended.
+        FractalError: the error of the rank that failed first; all ranks have ended by then.
         StoppedError: if a signal stopped them.
     """
     if "RANK" in os.environ:
@@ -240,7 +239,7 @@ def launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None)
         raise StoppedError(f"stopped by Ctrl-C; {advice}", 128 + signal.SIGINT) from error
 
 
-_STORE = "FRACTALTRAIN_STORE"  # environment variable: where the ranks of one launch meet
+_STORE = "FRACTALTRAIN_STORE"  # environment variable: URL of the store in which the ranks of one launch meet
 
 
 def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int) -> None:
@@ -281,7 +280,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
 
 
 def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size: int, folder: Path) -> None:
-    """Run ``entry`` as one of ``size`` ranks on this machine; its FractalError is left in ``folder``."""
+    """Run ``entry`` as one of ``size`` ranks on this machine; write its error into ``folder``."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a traceback; torch sends it when the launcher dies
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()}, **{_STORE: (folder / "store").as_uri()})
@@ -296,7 +295,7 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
 
 
 def _first_error(folder: Path) -> FractalError | None:
-    """Return the first error that a rank left, if any; that a rank was stopped counts last."""
+    """Return the first error that a rank wrote, if any; that a signal stopped a rank comes last."""
     found = []
     for path in folder.glob("error-*.json"):
         error = json.loads(path.read_text())

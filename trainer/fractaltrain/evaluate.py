@@ -1,4 +1,4 @@
-"""Evaluation: predict, gather the predictions of all ranks, compute metrics. Training loop and ``eval`` share it."""
+"""Evaluation: predict, gather the predictions of all ranks, compute metrics; during training and for ``eval``."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -32,7 +32,7 @@ REPORT, PICTURE = "eval.json", "confusion.png"
 
 _MAX_CELLS = 1000  # side of the confusion matrix; with more classes, neighbours share a cell
 _TOP = 5
-_LEAST_BATCH = 64  # images of one rank in training: without gradients a small batch would only be slow
+_LEAST_BATCH = 64  # images per rank during training: smaller batches would only be slower
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Predictions:
         """Return ``samples``, ``loss`` and ``top1``, ``top5`` or ``map``, ``f1``: shares in [0, 1].
 
         ``map`` is the mean of the average precisions of the classes that some image shows. ``f1`` is the harmonic mean
-        of precision and recall over all (image, class) pairs, where a class counts as predicted from a probability of
+        of precision and recall over all (image, class) pairs, where a class is predicted if its probability is at least
         one half. The loss weighs the classes shown ``classes / number shown`` times, which adds the logarithm of that
         to the logits: it is taken out first.
         """
@@ -114,7 +114,7 @@ class Predictions:
 
 
 def describe_scores(scores: Mapping[str, float]) -> str:
-    """Return scores in words."""
+    """Format scores for people, e.g. ``top-1 81.25%  top-5 98.10%  loss 0.7512  10,000 val images``."""
     names = {"top1": "top-1", "top5": "top-5", "map": "mAP", "f1": "F1"}
     shares = [f"{text} {scores[name]:.2%}" for name, text in names.items() if name in scores]
     return "  ".join([*shares, f"loss {scores['loss']:.4f}", f"{scores['samples']:,} val images"])
@@ -137,7 +137,7 @@ def predict(
     """Predict all samples of a source, each on one rank, and gather the predictions. Collective.
 
     Ranks may have different numbers of batches, so ``model`` must not be wrapped by DDP. Its buffers (batch norm
-    statistics) are taken from rank 0 first, as a checkpoint has them. It is left in evaluation mode.
+    statistics) are first set to those of rank 0, which checkpoints hold. It is left in evaluation mode.
 
     Args:
         dtype: precision of autocast; float32: no autocast.
@@ -149,7 +149,7 @@ def predict(
         on_progress: called on rank 0 with its images (done, total).
 
     Returns:
-        The predictions on rank 0, None on the other ranks, and where a signal came before the first batch.
+        The predictions on rank 0, None on the other ranks, or if a signal came before the first batch.
 
     Raises:
         FractalError: if a sample cannot be read, or none can.
@@ -239,7 +239,7 @@ def evaluate(
 class EvalReport:
     """An evaluation: ``scores`` over all images, ``class_scores`` by class, and the folder that holds both as JSON.
 
-    ``origin`` says where the weights are from; ``class_names`` is empty if the classes have no names.
+    ``origin`` says where the weights come from; ``class_names`` is empty if the classes have no names.
     """
 
     folder: Path
@@ -256,7 +256,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
     the subset is drawn again, so that no image it was trained on is evaluated.
 
     Args:
-        on_progress: called with the images done and their total on rank 0.
+        on_progress: called on rank 0 with its images (done, total).
 
     Returns:
         The report on rank 0, None on the other ranks.

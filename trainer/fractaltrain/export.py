@@ -13,18 +13,19 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.storage import atomic_file
 from fractaltrain.checkpoint import TrainedRun, load_run
 from fractaltrain.models import timm_options
+from fractaltrain.run_folder import RUN
 
 _EXTENSION = ".safetensors"
 _TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}
 
 
 def export_run(folder: Path, path: Path) -> tuple[str, str]:
-    """Write the newest sound weights of a run to ``path``, with metadata that says how to use them.
+    """Write the newest undamaged weights of a run to ``path``, with metadata that says how to use them.
 
     An equal export that is already there is left alone.
 
     Returns:
-        Where the weights are from, in words, and Python code that loads the file as ``model``.
+        A line that says where the weights come from, and Python code that loads the file as ``model``.
 
     Raises:
         UsageError: if ``path`` has another extension than timm expects.
@@ -36,13 +37,15 @@ def export_run(folder: Path, path: Path) -> tuple[str, str]:
     run = load_run(folder)
     settings, weights = run.settings, run.checkpoint.weights
     name = _TIMM_NAMES.get(settings.model, settings.model)
+    if not timm.is_model(name):  # nor a hub's, which timm.create_model would download
+        raise FractalError(f"{folder}: timm has no model {name!r}, which {RUN} names; check the folder")
     options = timm_options(name, settings.classes, settings.image_size)
     try:
         timm.create_model(name, **options).load_state_dict(weights)
     except RuntimeError as error:
         raise FractalError(
-            f"{folder}: its checkpoint does not fit timm's {name} with {settings.classes} classes, which its run.json "
-            "names; check the folder"
+            f"{folder}: its checkpoint does not fit timm's {name} with {settings.classes} classes, which {RUN} names; "
+            "check the folder"
         ) from error
     tensors = {key: tensor.contiguous().clone() for key, tensor in weights.items()}
     metadata = _metadata(run, name)

@@ -24,7 +24,7 @@ class Pretrained:
         weights: state dict, with any classifier.
         identity: sha256 of the checkpoint, or the name of timm's weights.
         source: the folder of the run, or the name of timm's weights.
-        origin: where they are from, in words.
+        origin: a line that says where they come from.
     """
 
     model: str
@@ -39,7 +39,7 @@ def finetune(config: TrainConfig) -> None:
     """Fine-tune with a new classifier; evaluate on the val split. Runs in every rank.
 
     Raises:
-        FractalError: as ``train`` does, or if weights or images are missing, damaged or do not fit.
+        FractalError: as ``train`` does, or if weights or images are missing or damaged, or do not fit.
     """
     images, recipe = config.data, config.recipe
     assert not isinstance(images, ShardsConfig)

@@ -1,4 +1,4 @@
-"""The log of a run: progress line, ``metrics.jsonl``, TensorBoard files, ``history.png``, at last ``result.json``."""
+"""The log of a run: progress line, ``metrics.jsonl``, TensorBoard files, ``history.png`` and ``result.json``."""
 
 import json
 import sys
@@ -46,14 +46,14 @@ def rewind_metrics(folder: Path, global_step: int) -> None:
 
 
 class Timer:
-    """Measures images per second and the share of time that training waits for its data.
+    """Measures images per second and the share of time that training waits for data.
 
     Waiting is the time the loop spends on getting its next batch. A GPU may still be computing meanwhile, so the share
-    is the most that it can have been idle.
+    is an upper bound on its idle time.
     """
 
     def __init__(self, batch_size: int) -> None:
-        """``batch_size`` images per step, of all ranks together."""
+        """Create a timer for steps of ``batch_size`` images, over all ranks."""
         self._batch_size = batch_size
         self._total_steps = self._steps = 0
         self._total_seconds = self._seconds = self._waited = 0.0
@@ -86,7 +86,7 @@ class Timer:
         return rates
 
     def seconds_per_step(self) -> float:
-        """Return the mean over all laps of this process."""
+        """Return the mean over all laps."""
         return self._total_seconds / max(self._total_steps, 1)
 
     def _add(self) -> float:
@@ -100,18 +100,18 @@ class RunLog:
     """Logs a run on rank 0; on the other ranks it only keeps time. Use it as a context manager.
 
     Attributes:
-        timer: measures the loop, which calls it for every batch and step.
+        timer: measures the training loop, which calls it for every batch and step.
     """
 
     def __init__(
         self, folder: Path, epochs: int, steps: int, batch_size: int, start: Position, main: bool, quiet: bool
     ) -> None:
-        """Continue the log after ``start``: what was logged of later steps is removed.
+        """Continue the log after ``start``; remove what was logged about later steps.
 
         Args:
             steps: optimiser steps of an epoch.
             main: whether this is rank 0.
-            quiet: print nothing.
+            quiet: print only the result.
         """
         self.timer = Timer(batch_size)
         self._folder, self._epochs, self._steps, self._main = folder, epochs, steps, main
@@ -137,7 +137,7 @@ class RunLog:
             self._tensorboard.close()
 
     def message(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print a message on a separate line."""
         if self._print:
             self._end_line()
             print(text, flush=True)
@@ -161,14 +161,14 @@ class RunLog:
         sys.stdout.flush()
 
     def epoch(self, epoch: int, summary: Mapping[str, Any]) -> None:
-        """Log the figures of an epoch (from 0), and bring ``history.png`` up to date."""
+        """Log the figures of an epoch (from 0) and update ``history.png``."""
         self._write("epoch", epoch, self._steps, summary)
         if self._main:
             self._tensorboard.flush()
             self._draw(last=epoch + 1 == self._epochs)
 
     def result(self, position: Position) -> None:
-        """Write ``result.json`` and print it, also if quiet."""
+        """Write ``result.json`` and print it, even with ``quiet``."""
         if self._main:
             self._end_line()
             result = final_result(position)
@@ -176,13 +176,13 @@ class RunLog:
             print(*(f"{self._folder}: {line}" for line in describe_result(result)), sep="\n", flush=True)
 
     def _draw(self, last: bool) -> None:
-        """Draw the last epoch, and others as long as drawing takes no more than a small share of the time."""
+        """Draw ``history.png`` after the last epoch, and after others if it takes only a small share of the time."""
         began = time.monotonic()
         if began < self._next_drawing and not last:
             return
         try:
             draw_history(self._folder / HISTORY, read_metrics(self._folder))
-        except Exception as error:  # a picture is no reason to lose a run
+        except Exception as error:  # a failed picture must not end a run
             self.message(f"{self._folder / HISTORY}: not drawn ({one_line(str(error))})")
         done = time.monotonic()
         self._next_drawing = done + (done - began) / _DRAWING_SHARE
@@ -216,7 +216,7 @@ def final_result(position: Position) -> dict[str, Any]:
 
 
 def describe_result(result: Mapping[str, Any]) -> list[str]:
-    """Return ``result.json`` in words: training, then evaluation if there was one."""
+    """Format ``result.json`` as lines: training, then evaluation if there was one."""
     lines = [f"{human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}"]
     best = result.get("best_top1", result.get("best_map"))
     if best is not None:

@@ -1,4 +1,4 @@
-"""Models by name, and how pre-trained weights get into them."""
+"""Create models by name and load pre-trained weights into them."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -23,9 +23,9 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
     """Create a model with random weights, drawn from torch's global generator.
 
     Args:
-        name: ``resnet50`` (torchvision's, as in the published code), ``deit_small_patch32_224``, or a name of timm's.
+        name: ``resnet50`` (torchvision's, as in the published code), ``deit_small_patch32_224``, or any timm name.
         classes: outputs of the classifier.
-        image_size: side in pixels of the square images that it takes.
+        image_size: side in pixels of the square images the model takes.
         drop_path: largest rate of stochastic depth.
 
     Raises:
@@ -58,10 +58,10 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
 def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
     """Return the arguments of ``timm.create_model`` that set the number of classes and the image size.
 
-    The image size is one only for models whose weights depend on it, such as position embeddings.
+    The image size is among them only for models whose weights depend on it, such as position embeddings.
 
     Args:
-        classes: None: those of the published weights.
+        classes: number of classes; None: as many as the published weights have.
     """
     config = timm.get_pretrained_cfg(name)
     return {
@@ -95,7 +95,7 @@ def freeze_backbone(model: nn.Module) -> None:
 def set_training(model: nn.Module) -> None:
     """Put a model into training mode, but leave a frozen backbone in evaluation mode.
 
-    Its batch norms then keep their statistics, and its dropout and drop path are off.
+    Batch norms of a frozen backbone keep their statistics; its dropout and drop path are off.
     """
     heads = head_names(model)
     trained = any(parameter.requires_grad for name, parameter in model.named_parameters() if not is_head(name, heads))
@@ -112,7 +112,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: 
         where: source of the weights, for error messages.
 
     Raises:
-        FractalError: if tensors are missing, left over, or have another shape: the weights of another model.
+        FractalError: if tensors are missing, unexpected or of another shape: the weights of another model.
     """
     heads = head_names(model)
     own = model.state_dict()
@@ -125,7 +125,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: 
         )
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
     left, new = (", ".join(name for name in names if name not in expected) or "none" for names in (weights, own))
-    return f"{len(expected)} tensors loaded; not loaded: {left}; new: {new}"
+    return one_line(f"{len(expected)} tensors loaded; not loaded: {left}; new: {new}")
 
 
 def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch.Tensor]]:
@@ -145,10 +145,10 @@ def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch
         raise UsageError(f"timm publishes no weights of {model}; choose another --model, or --weights none")
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     options = timm_options(model, None, image_size)
-    timm.create_model(model, **options)  # an error below is then one of fetching
+    timm.create_model(model, **options)  # so an error below comes from fetching
     try:
         return name, timm.create_model(model, pretrained=True, **options).state_dict()
-    except Exception as error:  # the clients of hubs raise many kinds
+    except Exception as error:  # hub clients raise errors of many types
         reason = (one_line(str(error)) or type(error).__name__)[:200]
         raise FractalError(
             f"timm's {name}: weights cannot be fetched ({reason}); where compute nodes have no internet, run "

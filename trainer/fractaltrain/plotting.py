@@ -1,4 +1,4 @@
-"""The pictures: ``history.png`` of a run, ``confusion.png`` of an evaluation, and the style of all figures.
+"""Figures: ``history.png`` of a run, ``confusion.png`` of an evaluation, and the style that all figures share.
 
 matplotlib is imported when something is drawn.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e8ed"
 BLUE, PALE_BLUE, RED, YELLOW, OCHRE = "#2b5c9e", "#9db8d9", "#d1495b", "#edae49", "#b07a1e"
 SERIES = (BLUE, RED, YELLOW, "#3a8f7b", PALE_BLUE, "#7b5ea7", "#e59aa4", OCHRE, "#9ccbbd", "#4a5a6a")
-"""Colours of things that stand side by side, in this order."""
-NEUTRAL = "#b4bdc7"  # of what the others are compared with
+"""Colours of series in one figure, in this order."""
+NEUTRAL = "#b4bdc7"  # colour of the baseline
 _DOTS_PER_INCH = 130
 
 
 def style(panel: "Axes", title: str, unit: str, weight: str = "normal") -> None:
-    """Title and unit of a panel; a faint grid behind everything, and no frame."""
+    """Set the title and unit of a panel; draw a faint grid behind it and no frame."""
     panel.set_title(plain(title), loc="left", color=INK, fontsize=11, fontweight=weight)
     panel.set_ylabel(unit, color=MUTED, fontsize=9)
     panel.grid(color=GRID, linewidth=0.8)
@@ -46,7 +46,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def plain(text: str) -> str:
-    """Escape the characters that matplotlib takes for a formula."""
+    """Escape the characters that matplotlib would read as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -57,11 +57,11 @@ _MARKED = 40  # with more epochs, curves have no markers
 _MARGINS = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.885, "wspace": 0.22, "hspace": 0.26}
 _LEGEND: dict[str, Any] = {"fontsize": 9, "labelcolor": INK, "framealpha": 0.85, "edgecolor": "none"}
 _HEADROOM = 1.08
-_ROOM = 1.015  # or the last ones would be cut at the edge
+_ROOM = 1.015  # keeps the last points inside the panel
 
 
 def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the metrics of a run; ``lines`` as they stand in its ``metrics.jsonl``.
+    """Draw the metrics of a run, given the ``lines`` of its ``metrics.jsonl``.
 
     Raises:
         OSError: if it cannot be written.
@@ -132,7 +132,7 @@ def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _from_zero(panel: "Axes", y: Sequence[float]) -> None:
-    """Let the y axis begin at zero, with room above the highest value."""
+    """Start the y axis at zero, with room above the highest value."""
     panel.set_ylim(0, _HEADROOM * max(y, default=0) or 1)
 
 

@@ -33,7 +33,7 @@ def pretrain(config: TrainConfig) -> None:
             data = open_dataset(Path(parse_location(data_config.location).root), world)
         else:
             data = open_cached(cache, data_config.window)
-        stored_size = data.image_size if recipe.crop == "none" else None  # crops have the usual size
+        stored_size = data.image_size if recipe.crop == "none" else None  # with crops, the default size
         image_size = config.model.image_size or stored_size or IMAGE_SIZE
         torch.manual_seed(config.run.seed)
         model = create_model(config.model.name, data.train.classes, image_size, recipe.drop_path)
@@ -51,7 +51,7 @@ def pretrain(config: TrainConfig) -> None:
 
 
 def _open_cache(config: ShardsConfig, world: World) -> ShardCache:
-    """Open the machine's cache of a dataset elsewhere, prepared by one process of the machine."""
+    """Open this machine's cache of a remote dataset; one process of the machine prepares it."""
     cache = open_cache(config.location, config.cache_dir, config.cache_size, config.window, TRAINING)
     with world.local_main_first():
         if world.local_rank == 0:

@@ -1,10 +1,12 @@
-"""The folder of a run: ``run.json`` says what it computes; ``result.json`` is there when it has finished."""
+"""The folder of a run: ``run.json`` holds its settings; ``result.json`` exists once it has finished."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.storage import read_json, remove_leftovers, write_json
@@ -12,6 +14,7 @@ from fractaltrain.config import Resume
 from fractaltrain.recipes.recipe import TrainRecipe
 
 RUN, RESULT = "run.json", "result.json"
+_Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class RunSettings:
     Attributes:
         model: name of the model.
         classes: outputs of its classifier.
-        image_size: side in pixels of the images it sees.
+        image_size: side in pixels of the square images it takes.
         precision: torch's name of the precision of the forward pass.
         class_names: class names by index; empty if unknown.
         data: ``--data`` of a fine-tuning; None for a pre-training.
@@ -29,8 +32,8 @@ class RunSettings:
     """
 
     model: str
-    classes: int
-    image_size: int
+    classes: _Count
+    image_size: _Count
     recipe: TrainRecipe
     precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]
     class_names: tuple[str, ...] = ()
@@ -53,8 +56,8 @@ def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str
     """Create the folder and its ``run.json``, or check that it holds the same run.
 
     Args:
-        settings: everything that decides what the run computes, and nothing else (JSON-like).
-        environment: written for the record (JSON-like).
+        settings: everything that determines the result of the run, and nothing else (JSON-like).
+        environment: recorded, but not compared (JSON-like).
 
     Raises:
         FractalError: if the folder holds a run with other settings, or ``resume`` forbids what is there.

@@ -1,4 +1,4 @@
-"""Run a study: each run is a command line ``python -m fractaltrain``, in a process of its own, unless it is done."""
+"""Run a study: each run that is not done is one command, ``python -m fractaltrain``, in a separate process."""
 
 import ctypes
 import logging
@@ -39,7 +39,7 @@ def find_digests(study: Study) -> dict[str, str]:
     data = [name for name in map(study.data, study.finetuning) if name.startswith(SHARDS_PREFIX)]
     for name in (*(row.shards for row in study.pretraining.values()), *data):
         if folder := _local(name.removeprefix(SHARDS_PREFIX)):
-            with suppress(FractalError, OSError):  # missing ones have an error of their own
+            with suppress(FractalError, OSError):  # ``missing_datasets`` reports these
                 digests[name] = load_manifest(folder).content_digest()
     return digests
 
@@ -66,7 +66,7 @@ def missing_datasets(study: Study) -> Iterator[str]:
 
 
 def check_models(plan: StudyPlan, image_size: int) -> None:
-    """Build every model with every drop path of its recipes, on the meta device: it needs no memory.
+    """Build every model with every drop path of its recipes, on the meta device, which needs no memory.
 
     Raises:
         UsageError: if a model does not exist, or does not fit a recipe or the image size.
@@ -85,10 +85,10 @@ def check_models(plan: StudyPlan, image_size: int) -> None:
 
 
 def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
-    """Return ``DONE``, ``TO_DO``, or ``UNUSABLE`` and why: what is in the run's folder is of another run.
+    """Return ``DONE``, ``TO_DO``, or ``UNUSABLE`` with the reason, if the folder holds another run.
 
-    Settings, content digests of datasets, and the sha256 of the weights that a fine-tuning started from must be those
-    that the study asks for.
+    The settings, the content digests of datasets and the sha256 of the weights that a fine-tuning started from must
+    match the study.
 
     Raises:
         FractalError: if its ``run.json`` is damaged.
@@ -142,12 +142,12 @@ def run_study(
     A failure stops only the runs that need its result. SIGTERM and SIGUSR1 are passed on to the processes, which save.
 
     Args:
-        runs: part of the plan, or all of it; a pre-training comes before its fine-tunings.
+        runs: the plan or a part of it; a pre-training comes before its fine-tunings.
         nproc: training processes of each run; None: one per GPU.
-        jobs: number of runs at the same time. If there are several, their output goes into the study's folder.
+        jobs: number of runs at the same time; with more than one, their output goes to files in the study's folder.
 
     Returns:
-        The runs that are missing, since they failed, are not usable, or start from such a run.
+        The runs without a result: they failed, are not usable, or start from such a run.
 
     Raises:
         StoppedError: if the study or a run was stopped.
@@ -155,7 +155,7 @@ def run_study(
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
     waiting = list(runs)
-    usable: dict[str, bool] = {}  # by run: whether there is a result for others to start from
+    usable: dict[str, bool] = {}  # whether a finished run has a result, by name
     running: dict[str, subprocess.Popen[bytes]] = {}
     received: list[int] = []  # signals; nothing starts after the first
     forwarded = False

@@ -6,7 +6,7 @@ from fractalshards.random import GOLDEN64, MASK64, mix64
 
 
 class Purpose(IntEnum):
-    """The use of a key: the word after the seed, so that no two uses share their random numbers."""
+    """Use of a key: the word after the seed, so that no two uses share random numbers."""
 
     SHARDS = 0
     WINDOW = 1

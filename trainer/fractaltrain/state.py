@@ -1,4 +1,4 @@
-"""The state of a training: model, optimiser, schedule, average of the weights; and one optimiser step on it."""
+"""The state of a training: model, optimiser, schedule and averaged weights; and one optimiser step."""
 
 import os
 from contextlib import nullcontext
@@ -25,13 +25,13 @@ class TrainState:
 
     Attributes:
         model: the bare module, neither wrapped nor compiled.
-        network: the module to call: the model, perhaps wrapped by DDP and compiled.
+        network: the module to call: the model, wrapped by DDP and compiled if needed.
         ema: exponential moving average of the weights, if the recipe asks for one.
         loss: function of logits (b, classes) and labels.
         dtype: precision of autocast; float32: no autocast.
         layout: memory format of model and images.
-        accumulate: parts of a rank's batch that are computed one after the other, their gradients added up.
-        clip_grad: largest norm of all gradients together; None: no limit.
+        accumulate: number of parts in which a rank's batch is computed; their gradients are added up.
+        clip_grad: maximum norm of the gradient over all parameters; None: no clipping.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class TrainState:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step: of the backbone, where the classifier has its own."""
+        """Learning rate of the next step; where the classifier has another one, that of the backbone."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
@@ -66,11 +66,11 @@ class TrainState:
 def build_state(
     model: nn.Module, recipe: TrainRecipe, run: RunConfig, multi_label: bool, epoch_steps: int, world: World
 ) -> TrainState:
-    """Move a model to this rank's device and give it optimiser, schedule and loss.
+    """Move a model to this rank's device and create optimiser, schedule and loss.
 
     Args:
         model: with its starting weights, the same on every rank.
-        multi_label: images show several classes each.
+        multi_label: whether images show several classes.
         epoch_steps: optimiser steps of an epoch.
 
     Raises:
@@ -107,7 +107,7 @@ def train_step(state: TrainState, images: torch.Tensor, labels: torch.Tensor) ->
 
     Args:
         images: (b, 3, S, S) float32 on the model's device.
-        labels: (b,) int64, or shares of classes (b, classes) float32, on the same device.
+        labels: (b,) int64, or (b, classes) float32 shares of classes, on the same device.
     """
     images = images.contiguous(memory_format=state.layout)
     parts = list(zip(images.chunk(state.accumulate), labels.chunk(state.accumulate), strict=True))
@@ -155,7 +155,7 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Make the same run give the same bits on the same hardware; else let cuDNN pick the fastest algorithms."""
+    """Make results bit-identical on the same hardware, or let cuDNN pick the fastest algorithms."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on a GPU
     torch.use_deterministic_algorithms(deterministic)

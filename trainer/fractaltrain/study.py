@@ -1,7 +1,7 @@
 """Studies: a grid of pre-training sets, models and fine-tuning sets from one TOML file, as a list of runs.
 
-``read_study`` reads the file, ``plan_study`` lists the runs. The plan is kept in the folder of the study: it tells
-``fractaltrain compare`` which runs belong to the study, and which are missing. ``run_study.py`` runs them.
+``read_study`` reads the file, ``plan_study`` lists the runs. The folder of the study keeps the plan, from which
+``fractaltrain compare`` learns which runs belong to the study and which are missing. ``run_study.py`` runs them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ from fractaltrain.recipes.recipe import TrainRecipe, change
 
 PLAN = "study.json"
 SCRATCH = "scratch"
-"""Row of the runs that start from random weights."""
+"""Name of the row of runs that start from random weights."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Seeds = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(min_length=1)]
@@ -70,13 +70,13 @@ class PretrainingSet(RecipeChanges, frozen=True, kw_only=True):
 class FinetuneSet(RecipeChanges, frozen=True, kw_only=True):
     """``[finetuning.NAME]``: real images; a run for each of ``per_class`` and ``subset_seeds``."""
 
-    data: str | None = None  # as --data takes it; None: the name of the table
+    data: str | None = None  # a value of --data; None: the name of the table
     per_class: tuple[_Count, ...] = ()  # training images per class; empty: all images
-    subset_seeds: _Seeds | None = None  # of the choice of these images
+    subset_seeds: _Seeds | None = None  # seeds for choosing these images
 
 
 class StudyHead(_Table, frozen=True):
-    """``[study]``: what all runs share."""
+    """``[study]``: settings that all runs share."""
 
     image_size: Annotated[int, msgspec.Meta(ge=8)]
     name: _Text | None = None  # None: that of the file
@@ -120,7 +120,7 @@ def read_study(path: Path) -> Study:
 
 
 def _problems(study: Study) -> Iterator[str]:
-    """Yield what is wrong with a study, apart from types and recipes."""
+    """Yield the errors in a study other than those of types and recipes."""
     for name in (*study.models, *study.pretraining, *study.finetuning):
         if not is_plain(name):
             yield f"{name!r} cannot be part of a file name; use letters, digits, -, _ and ."
@@ -144,7 +144,7 @@ class StudyRun:
     """One run of a study, and its place in the grid."""
 
     run: str  # folder inside that of the study
-    settings: dict[str, Any]  # what its run.json must say, as far as the study decides it
+    settings: dict[str, Any]  # those in its run.json that the study determines
     row: str  # the pre-training set, or SCRATCH
     model: str
     target: str | None  # the fine-tuning set; None: a pre-training
@@ -208,7 +208,7 @@ def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) 
     """List all runs of a study.
 
     Args:
-        digests: content digests by location of shards, or by ``--data``, as far as they are known.
+        digests: known content digests, by location of shards or by ``--data``.
 
     Raises:
         UsageError: naming run and field, if a recipe is not known or a value does not fit it.

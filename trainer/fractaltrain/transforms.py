@@ -28,7 +28,7 @@ from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.stream.loader import Batch, Transform
 
-_VAL_SCALE = 256 / 224  # shorter side over the side of the crop, as DeiT and torchvision's references have it
+_VAL_SCALE = 256 / 224  # shorter side over the side of the crop, as in DeiT and torchvision's reference scripts
 _CROP_TRIES = 10  # then the largest crop of the nearest aspect ratio
 _CROP_RATIO = (3 / 4, 4 / 3)
 _AFFINE_PADDING = 8  # the reflected border is 1/8 of the image on each side

@@ -31,17 +31,17 @@ from fractaltrain.data.source import (
 if TYPE_CHECKING:
     from fractaltrain.distributed import World  # which imports torch
 
-_LAYOUT = "images belong into PATH/train/CLASS/ and PATH/val/CLASS/"
+_LAYOUT = "images belong in PATH/train/CLASS/ and PATH/val/CLASS/"
 _DIGITS_TRAIN_SHARE = 0.8
 _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # classes without images that an error names
 
 
 def find_data(name: str) -> None:
-    """Check quickly that the folder of ``shards:PATH`` or ``imagefolder:PATH`` exists; other names always pass.
+    """Check quickly that the folders of ``shards:PATH`` or ``imagefolder:PATH`` exist; other names always pass.
 
     Raises:
-        FractalError: if it does not.
+        FractalError: if one does not.
     """
     if name.startswith(SHARDS_PREFIX):
         find_manifest(Path(name.removeprefix(SHARDS_PREFIX)))
@@ -56,8 +56,8 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
     of them, or four fifths of every class, are for training, all others for evaluation.
 
     Args:
-        for_training: check that there are images of every class in both splits and that images have a single label;
-            compute the digest of image folders (rank 0), which stats every file.
+        for_training: check that both splits have images of every class and that images have a single label; compute
+            the digest of image folders (rank 0), which stats every file.
 
     Raises:
         FractalError: if the images are missing, damaged, without a split to evaluate on, or too few for ``per_class``.
@@ -75,7 +75,7 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         _check_trainable(choice, splits)
     if choice.per_class is None:
         return splits
-    with world.main_first():  # which lists the labels of shards for all
+    with world.main_first():  # which writes the index of labels for all
         return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed)[0])
 
 

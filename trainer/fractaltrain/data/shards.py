@@ -33,7 +33,7 @@ def open_dataset(folder: Path, world: "World") -> Splits:
     """
     if is_webdataset(folder):
         info = load_webdataset(folder)
-        with world.main_first():  # which indexes it for all
+        with world.main_first():  # which writes the index for all
             return _open_webdataset(info)
     manifest = load_manifest(folder)
     return _open_splits(manifest, lambda split: ShardSource(manifest, split))
@@ -125,7 +125,7 @@ class ShardSource:
         """Read and decode a sample.
 
         Raises:
-            BadSampleError: if it is damaged or its shard cannot be read, naming both.
+            BadSampleError: if it is damaged or its shard cannot be read, naming the shard.
             FractalError: if its shard cannot be fetched.
         """
         number, place = _find(self._starts, index)
@@ -171,7 +171,7 @@ class WebDatasetSource:
         """Read and decode a sample.
 
         Raises:
-            BadSampleError: if it is damaged or its tar cannot be read, naming both.
+            BadSampleError: if it is damaged or its tar cannot be read, naming the tar.
         """
         number, place = _find(self._starts, index)
         path, tar = self._paths[number], self._indices[number]
@@ -241,7 +241,7 @@ class _OpenFiles:
         return self._descriptors[path]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files out: a process that unpickles this opens its own."""
+        """Leave out the open files: a process that unpickles this opens them again."""
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
     def __del__(self) -> None:

@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class BadSampleError(FractalError):
-    """One sample is damaged; others may be readable. A file that cannot be opened or fetched is a ``FractalError``."""
+    """A sample is damaged or its file cannot be read; others may be readable. A failed fetch is a ``FractalError``."""
 
 
 class Example(NamedTuple):
@@ -48,8 +48,8 @@ class SampleSource(Protocol):
         """Read and decode a sample.
 
         Raises:
-            BadSampleError: if it is damaged, naming file and key.
-            FractalError: if its file cannot be opened or fetched.
+            BadSampleError: if it is damaged or its file cannot be read, naming the file.
+            FractalError: if its file cannot be fetched.
         """
 
 

@@ -1,4 +1,4 @@
-"""Batches of an epoch: read and transformed in loader workers, in order, from any step on."""
+"""Batches of an epoch, read and transformed in loader workers, in order, starting at any step."""
 
 import multiprocessing
 from bisect import bisect_right
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (b, 3, S, S) uint8, channels last in memory.
-        labels: class indices (b,) int64; of multi-label images 0 or 1 for every class, (b, classes) float32.
+        labels: class indices (b,) int64; for multi-label images (b, classes) float32, 1 for classes shown, else 0.
         keys: names of the samples in their dataset.
         sample_keys: (b,) uint64, keys of the samples' random numbers, from (seed, epoch, position).
         bad: one message per sample that could not be read.
@@ -187,7 +187,7 @@ def _identity(item: Any) -> Any:
 
 
 class PrefetchSchedule:
-    """Tells which shards training reads next, so that remote ones can be fetched ahead of time."""
+    """The shards that training reads next, so that remote ones can be fetched ahead of time."""
 
     def __init__(
         self, lengths: Sequence[int], seed: int, window: int, repeats: int = 1, positions: range | None = None
