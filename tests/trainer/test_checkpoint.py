@@ -204,15 +204,18 @@ def test_metrics_survive_a_line_that_was_cut_off(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("crop", "middle"), ("mean", [0.5, 0.5]), ("std", "wide"), ("epochs", 1.5), ("lr", None), ("lr", -1)],
+    [
+        *(("crop", "middle"), ("mean", [0.5, 0.5]), ("std", "wide"), ("epochs", 1.5), ("lr", None), ("lr", -1)),
+        *(("classes", 0), ("image_size", -1), ("precision", "torch.load")),
+    ],
 )
-def test_run_json_with_a_bad_recipe_is_refused(tiny_run, tmp_path, name, value):
+def test_run_json_with_bad_settings_is_refused(tiny_run, tmp_path, name, value):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     run = json.loads((folder / "run.json").read_text())
     run["settings"] |= {"model": "test_resnet", "classes": 10}
     (folder / "run.json").write_text(json.dumps(run))
     assert json.loads(json.dumps(vars(load_run(folder).settings.recipe))) == run["settings"]["recipe"]
-    run["settings"]["recipe"][name] = value
+    (run["settings"] if name in run["settings"] else run["settings"]["recipe"])[name] = value
     (folder / "run.json").write_text(json.dumps(run))
     with pytest.raises(FractalError, match=name) as error:
         load_run(folder)
