@@ -138,6 +138,8 @@ def _unpack_devkit(path: Path) -> dict[str, bytes]:
             raise FractalError(f"{path}: unpacks to more than {_MAX_DEVKIT >> 20} MiB, so it is not the devkit")
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
+                if member.size < 0 or member.issparse():  # would be read forever, or unpack to any size
+                    raise tarfile.ReadError(f"{member.name} is not a plain file")
                 for name in (_SYNSETS, _VAL_LABELS):
                     if member.isreg() and member.name.endswith("/" + name) and (file := tar.extractfile(member)):
                         found[name] = file.read()

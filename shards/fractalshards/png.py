@@ -200,9 +200,11 @@ def _decode_any(data: bytes) -> Pixels:
                 rgb = _rgb(image)
             image.close()  # frees its pixels before there is a third copy of them
             return np.asarray(rgb)
+    except (FractalError, MemoryError):
+        raise
     except UnidentifiedImageError as error:
         raise FractalError("image cannot be decoded: damaged, or of an unknown format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow does not document what its decoders raise for damaged files
         raise FractalError(f"image cannot be decoded: {error}") from error
 
 

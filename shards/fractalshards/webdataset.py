@@ -24,7 +24,7 @@ import xxhash
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count
 from fractalshards.manifest import INFO, Count, check_plain
-from fractalshards.storage import atomic_file, read_json
+from fractalshards.storage import atomic_file, read_json, regular_size
 from fractalshards.workers import available_cores, worker_pool
 
 _log = logging.getLogger(__name__)
@@ -215,8 +215,8 @@ def _cache_path(path: Path) -> Path:
 
 def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
     """Key, start and size of the image, and label of the samples of a tar."""
+    size = regular_size(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
         named = ((*_parse_name(member.name), member) for member in _regular_files(path, file.fileno()))
         for key, members in groupby(named, itemgetter(0)):
             found: dict[str, tarfile.TarInfo] = {}
@@ -251,7 +251,9 @@ def _regular_files(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
     try:
         with os.fdopen(os.dup(descriptor), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.size < 0:  # some versions of Python would read such a tar forever
+                    raise FractalError(f"{path}: {member.name} has a negative size; do not use this dataset")
                 if member.isreg() and not member.issparse():
                     yield member
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise FractalError(f"{path}: not a plain tar ({error}); fetch it again, or decompress it") from error

@@ -59,6 +59,16 @@ def nested() -> bytes:
     return (header.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")) * 5000
 
 
+def sparse() -> bytes:
+    """A tar of a file that takes no space and unpacks to 8 GiB."""
+    header = tarfile.TarInfo("x/data/meta.mat")
+    header.type = tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[483:494] = b"7" * 11
+    block[148:154] = b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:]))
+    return bytes(block)
+
+
 def train_files(image_file: Encode) -> dict[str, Files]:
     """The images of every class by the name of its tar: one more than the class's number, one a PNG, one CMYK."""
     kinds = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "RGB")]
@@ -149,7 +159,7 @@ WHOLE = train_of()
         (VAL, val_of("ILSVRC2012_val_00000001.JPEG", 6)),
         *((DEVKIT, data) for data in (b"not gzip", devkit()[:300])),
         *((DEVKIT, gzip.compress(data)) for data in (b"not a tar" * 100, tar_of({"x/readme.txt": b""}),
-          bytes(70 << 20), nested(), tar_of({"x/data/meta.mat": b"junk" * 99,
+          bytes(70 << 20), nested(), sparse(), tar_of({"x/data/meta.mat": b"junk" * 99,
           "x/data/ILSVRC2012_validation_ground_truth.txt": b""}))),
         (DEVKIT, devkit(labels=[1, 2, 6])),
         (DEVKIT, devkit(labels=b"1\n\xd9\xa1\n")),

@@ -129,6 +129,17 @@ def test_false_size_takes_no_memory(side: int, inflated: int) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
+def test_damage_that_pillow_does_not_expect_is_an_error() -> None:
+    """The offset of the pixels has the type of a fraction."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture(8, 8)).save(buffer, "TIFF")
+    data = buffer.getvalue()
+    strip_offsets = struct.pack("<HHI", 273, 4, 1)
+    assert data.count(strip_offsets) == 1
+    with pytest.raises(FractalError, match="cannot be decoded"):
+        decode_image(data.replace(strip_offsets, struct.pack("<HHI", 273, 5, 1)))
+
+
 def test_postscript_is_not_opened() -> None:
     with pytest.raises(FractalError, match="cannot be decoded"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")

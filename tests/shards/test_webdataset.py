@@ -120,6 +120,33 @@ def test_index_refuses_truncated_tars(tmp_path, length):
         index_tars([(path, 5)])
 
 
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header("a.jpg", 0) + header("b.zip", -512, b"Z"),  # the header after b.zip is that of b.zip
+        (header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) + b"name\0" + bytes(507)) * 2000,
+    ],
+    ids=["negative size", "long names of long names"],
+)
+def test_index_refuses_tars_without_end(tmp_path, data):
+    path = tmp_path / "a.tar"
+    path.write_bytes(data + bytes(1024))
+    with pytest.raises(FractalError, match=r"a\.tar: "):
+        index_tar(path)
+
+
+def test_index_opens_regular_files_only(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(FractalError, match=r"a\.tar: "):
+        index_tar(tmp_path / "a.tar")
+
+
 def test_index_of_random_damage_stays_in_bounds(tmp_path):
     clean = write_tar(tmp_path / "clean.tar", samples(4), tarfile.PAX_FORMAT, mtime=1.5).read_bytes()
     generator = np.random.default_rng(0)

@@ -288,6 +288,8 @@ SYSTEMS_FILES: dict[str, Damage] = {
     "systems of other shape": npz(npy(np.zeros((2, 6)))),
     "systems of no bytes": npz(npy(np.zeros(9, "S0"))),
     "systems longer than they are": npz(LONG),
+    "text for systems": npz(b"systems"),
+    "header of systems cut off": npz(b"\x93NUMPY\1\0\1\0("),
     "other systems": npz(npy(np.zeros((2, 2, 3)))),
     "not a zip file": whole(SYSTEMS, b"PK\x03\x04"),
     "pipe for systems": replaced(SYSTEMS, os.mkfifo),
