@@ -34,7 +34,7 @@ HOSTILE = [b"", b"rubbish\n", b"(", b"\x80\x02X", b"cos\nsystem\n", b"\x80\x05."
 
 
 class Part(dict):
-    """A state dict as something that has one."""
+    """A state dict behind the method that optimisers and models have."""
 
     def state_dict(self) -> dict:
         return dict(self)
@@ -109,7 +109,7 @@ def test_checkpoint_of_another_model_or_version_is_refused(tmp_path):
 
 
 def test_weights_of_version_0_1_can_be_used(tmp_path):
-    """Its runs cannot be continued, but loaded for fine-tuning, evaluation and export."""
+    """Its runs cannot be continued, but can be fine-tuned, evaluated and exported."""
     save_checkpoint(RunConfig(tmp_path, keep=1), Position(1), {"model": Part(weight=torch.ones(2))}, ALONE)
     [path] = list_checkpoints(tmp_path)
     torch.save(torch.load(path, weights_only=True) | {"format": 2, "settings": {"seed": 0}}, path)
@@ -125,7 +125,7 @@ def test_keep_bounds_the_number_of_checkpoints(tmp_path):
 
 
 def test_ctrl_c_while_saving_stays_ctrl_c(tmp_path, monkeypatch):
-    """torch reports only that it could not end the file."""
+    """torch reports only that it could not finish the file."""
 
     class Interrupted(io.BytesIO):
         def write(self, data) -> int:

@@ -130,7 +130,7 @@ def test_cifar_is_read_from_its_archive_or_unpacked_folder(name, tmp_path, monke
 
 
 @pytest.mark.parametrize("archive", ["missing", "cut", "a page to log in"])
-def test_cifar_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, web, archive):
+def test_cifar_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch, web, archive):
     make_archive(tmp_path, "cifar10", monkeypatch)
     path = tmp_path / CIFAR10.filename
     if archive == "missing":

@@ -112,7 +112,7 @@ def test_killed_run_resumes_bit_exactly(ranks, undisturbed, dataset, tmp_path):
     assert killed.codes == [-signal.SIGKILL] * 2
     done = ranks(2, *arguments)
     assert (done.codes, done.stderr) == ([0, 0], "")
-    assert "continuing at epoch 2, step 10" in done.out[0]
+    assert "epoch 2, step 10" in done.out[0]
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
@@ -208,13 +208,13 @@ def wait_for(*paths: Path) -> None:
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks, by rank; torch starts a resource tracker besides."""
+    """Return the process ids of the ranks, by rank; torch starts a resource tracker, too."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def assert_gone(pids: Iterable[int]) -> None:
-    """Within 30 s; a process that nobody has waited for has an empty command line."""
+    """Wait up to 30 s for processes to end; a zombie has an empty command line."""
     limit = time.monotonic() + 30
     for path in [Path(f"/proc/{pid}/cmdline") for pid in pids]:
         while path.exists() and path.read_bytes():

@@ -74,7 +74,7 @@ def test_multi_label_loss_weighs_shown_classes_per_image():
 
 
 class Table(nn.Module):
-    """Reads from the first pixel which row of a table its logits are."""
+    """Returns the row of a table of logits that the first pixel selects."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch
 
 @pytest.mark.parametrize("name", ["resnet10t", "resnet50", "vit_tiny_patch16_224", "deit_small_patch32_224"])
 def test_export_loads_in_timm(fractaltrain, tmp_path, name):
-    """Weights to the bit; outputs closely, for torchvision's ResNet-50 and timm's compute in another order."""
+    """Weights are bit-identical; outputs are close, as timm computes ResNet-50 in another order than torchvision."""
     model = write_run(tmp_path / "run", name)
     path = tmp_path / "model.safetensors"
     done = fractaltrain("export", tmp_path / "run", "--out", path)

@@ -48,19 +48,19 @@ def test_per_class_subset_reads_no_images(dataset, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "message"),
+    ("train", "val", "noun"),
     [
         ((20,), 0, "val"),
         ((3,), 5, "class 3"),
         ((20,), 3, "class 3"),
     ],
 )
-def test_shards_without_val_split_or_classes_are_refused(fractaltrain, write_dataset, tmp_path, train, val, message):
+def test_shards_without_val_split_or_classes_are_refused(fractaltrain, write_dataset, tmp_path, train, val, noun):
     folder = write_dataset(tmp_path / "shards", train=train, val=val)
     outcome = fractaltrain("ft", "--weights", "none", *SMALL, "--data", f"shards:{folder}")
     assert outcome.code == 1
     assert outcome.err.startswith(f"error: {folder}")
-    assert message in outcome.err
+    assert noun in outcome.err
     assert outcome.err.count("\n") == 1
 
 
@@ -69,8 +69,7 @@ def test_multi_label_shards_are_refused(fractaltrain, write_dataset, tmp_path):
     info = json.loads((folder / "_info.json").read_text())
     (folder / "_info.json").write_text(json.dumps(info | {"label_type": "multi"}))
     outcome = fractaltrain("ft", "--weights", "none", *SMALL, "--data", f"shards:{folder}")
-    assert outcome.code == 1
-    assert "several classes" in outcome.err
+    assert (outcome.code, outcome.err.count("\n"), str(folder) in outcome.err) == (1, 1, True)
 
 
 def test_frozen_backbone_stays_as_it_was(fractaltrain, dataset):
@@ -107,7 +106,7 @@ def test_set_training_leaves_a_frozen_backbone_in_eval_mode(name, head):
 
 
 def test_timm_weights_are_loaded(fractaltrain, monkeypatch):
-    """Without a network: what would be fetched is made here."""
+    """The test creates the weights, so that none are downloaded."""
     create, made = timm.create_model, []
 
     def fetch(name: str, pretrained: bool = False, **options: int) -> torch.nn.Module:
@@ -120,8 +119,8 @@ def test_timm_weights_are_loaded(fractaltrain, monkeypatch):
     data = ("--data", "digits", "--per-class", 2, "--lr", 1e-12)
     done = fractaltrain("ft", "--weights", "timm", *SMALL, *data)
     assert (done.code, done.err) == (0, "")
-    assert "published weights of timm's test_resnet.r160_in1k: " in done.out
-    assert "not loaded: fc.weight, fc.bias; new: fc.weight, fc.bias" in done.out
+    assert "test_resnet.r160_in1k" in done.out
+    assert done.out.count("fc.weight, fc.bias") == 2
     run = Path("runs/digits-2-per-class-0-from-timm-test_resnet-anderson")
     assert json.loads((run / "run.json").read_text())["settings"]["weights"] == "timm:test_resnet.r160_in1k"
     start = load_checkpoint(run).state["model"]["conv1.0.weight"]

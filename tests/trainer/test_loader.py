@@ -191,8 +191,8 @@ def test_bad_sample_is_dropped_from_an_evaluation():
     assert (len(empty.images), len(empty.labels), empty.keys, len(empty.bad)) == (0, 0, (), 3)
 
 
-def test_dataset_that_is_gone_is_an_error_even_where_bad_samples_are_not():
-    with pytest.raises(FractalError, match="still there"):
+def test_lost_dataset_is_an_error_even_if_bad_samples_are_replaced():
+    with pytest.raises(FractalError, match="dataset"):
         numbers(Numbers((6,), frozenset(range(6))), 3, on_bad="replace")
     for on_bad in ("replace", "drop"):
         with pytest.raises(FractalError, match="the server does not answer"):

@@ -48,7 +48,7 @@ def test_head_names(name, heads):
 
 
 def test_unknown_model_is_refused_with_close_names():
-    with pytest.raises(UsageError, match="did you mean deit_small_patch32_224"):
+    with pytest.raises(UsageError, match="deit_small_patch32_224"):
         create_model("deit_smal_patch32_224", 10, 224)
     with pytest.raises(UsageError, match="qqqqq"):
         create_model("qqqqq", 10, 224)

@@ -89,7 +89,7 @@ def test_window_mixes_its_shards(window):
 
 
 def test_windows_of_other_epochs_hold_other_shards():
-    """Two shards share a window as often as chance has it: no pair is favoured, and none is kept apart."""
+    """Two shards share a window as often as by chance: no pair is favoured, and none is kept apart."""
     pairs: Counter[tuple[int, int]] = Counter()
     for epoch in range(30):
         _, shard = shuffled(4, epoch)

@@ -31,7 +31,7 @@ def same_run(one: Path, other: Path) -> bool:
     )
 
 
-def test_a_run_from_a_small_cache_is_the_run_from_a_local_folder(fractaltrain, dataset, tmp_path, web):
+def test_remote_run_with_a_small_cache_equals_a_local_run(fractaltrain, dataset, tmp_path, web):
     server = web(dataset.parent)
     size = sum(sorted((dataset / name).stat().st_size for name in NAMES)[-2:])
     url = f"{server.url}/{dataset.name}?token=secret"
@@ -48,7 +48,7 @@ def test_a_run_from_a_small_cache_is_the_run_from_a_local_folder(fractaltrain, d
 
 
 @pytest.mark.slow
-def test_two_ranks_with_two_workers_fetch_every_shard_once(ranks, dataset, tmp_path, web):
+def test_ranks_and_workers_fetch_every_shard_once(ranks, dataset, tmp_path, web):
     server = web(dataset.parent)
     ended = ranks(
         2, "pt", "--shards", f"{server.url}/{dataset.name}", "--out", tmp_path / "run", "--window", 2, *OPTIONS,
@@ -60,7 +60,7 @@ def test_two_ranks_with_two_workers_fetch_every_shard_once(ranks, dataset, tmp_p
     assert ended.trained_on() == [index for order in orders for index in order[:50].tolist()]
 
 
-def test_a_remote_that_dies_in_mid_epoch_is_one_line(fractaltrain, dataset, tmp_path, web):
+def test_remote_lost_during_an_epoch_is_one_line(fractaltrain, dataset, tmp_path, web):
     server = web(dataset.parent)
     last = shard_windows(3, 0, 0, 1)[-1].item()
     server.faults[TRAIN[last]] = ["503", "forever"]
@@ -77,24 +77,24 @@ def test_a_remote_that_dies_in_mid_epoch_is_one_line(fractaltrain, dataset, tmp_
 
 
 @pytest.mark.parametrize(
-    ("url", "options", "message"),
+    ("url", "options", "noun"),
     [
         ("URL", ["--cache-dir", "CACHE", "--cache-size", "50kB"], "--cache-size"),
         ("pipe:cat", [], "URL"),
         ("here", ["--cache-size", "1GB"], "--cache-size"),
     ],
 )
-def test_wrong_usage(fractaltrain, dataset, tmp_path, web, monkeypatch, url, options, message):
+def test_wrong_usage_is_one_line(fractaltrain, dataset, tmp_path, web, monkeypatch, url, options, noun):
     monkeypatch.chdir(tmp_path)
     options = [option.replace("CACHE", str(tmp_path / "cache")) for option in options]
     outcome = fractaltrain("pt", "--shards", web(dataset).url if url == "URL" else url, *options)
     assert (outcome.code, outcome.out) == (2, "")
-    assert message in outcome.err
+    assert noun in outcome.err
     assert outcome.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_spawned_loader_workers_have_connections_and_files_of_their_own(dataset, tmp_path, web):
+def test_spawned_loader_workers_have_separate_connections_and_files(dataset, tmp_path, web):
     server = web(dataset)
     cache = open_cache(server.url, tmp_path, 10**9, 1, "train")
     cache.prepare()

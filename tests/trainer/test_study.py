@@ -65,7 +65,7 @@ sys.exit({"fail": 1, "stop": 75, "SIGINT": 130}.get(behaviour, 0))
 
 
 class Study:
-    """A planned study in a folder, whose runs a few lines of Python stand in for."""
+    """A planned study in a folder; a few lines of Python stand in for its runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -101,7 +101,7 @@ def study(tmp_path, monkeypatch) -> Study:
 
 @pytest.fixture
 def errors(caplog):
-    """Returns the errors that were logged."""
+    """Return the logged errors."""
     return lambda: [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
 

@@ -359,7 +359,7 @@ def test_log_without_a_terminal_has_no_carriage_returns(tmp_path, capfd):
     assert re.match(r"epoch 1/1  step 25/25  loss .* images/s  \d+% waiting for data  0:00:00 left\n", out)
 
 
-def test_log_on_a_terminal_keeps_messages_on_lines_of_their_own(tmp_path, capfd, monkeypatch):
+def test_log_on_a_terminal_keeps_messages_on_separate_lines(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with log.RunLog(tmp_path, 3, 100, 8, log.Position(), main=True, quiet=False) as run_log:
         run_log.step(0, 10, 0.1, 0.05)
@@ -371,7 +371,7 @@ def test_log_on_a_terminal_keeps_messages_on_lines_of_their_own(tmp_path, capfd,
     assert second.startswith("\r\033[Kepoch 1/3  step 20/100")
 
 
-def test_timer_tells_waiting_from_training(monkeypatch):
+def test_timer_separates_waiting_from_training(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     timer = log.Timer(batch_size=8)

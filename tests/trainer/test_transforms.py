@@ -136,7 +136,7 @@ def test_color_jitter_stays_within_its_strength():
 
 @pytest.mark.parametrize(("height", "width"), [(112, 112), (84, 150), (150, 84)])
 def test_val_transform_keeps_shapes(height, width):
-    """A disc stays one, at 8/7 of the scale of the shorter side, in the centre."""
+    """A disc stays a disc in the centre, at 8/7 of the scale of the shorter side."""
     y, x = np.mgrid[:height, :width]
     radius = min(height, width) / 4
     disc = 255 * ((y - (height - 1) / 2) ** 2 + (x - (width - 1) / 2) ** 2 < radius**2)
