@@ -1,4 +1,4 @@
-# One target per habit. `make demo` and `make test` set themselves up in .venv; nothing else is needed.
+# `make demo` and `make test` create the environment .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-demo: .venv/demo.stamp  ## Generate, stream, pre-train and fine-tune, end to end, in some minutes
+demo: .venv/demo.stamp  ## Render, pre-train and fine-tune, end to end, in about ten minutes
 	$(BIN)/python tools/demo.py
 
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: .venv/test.stamp lint types  ## Style, import rules, types and the fast tests
 	$(PYTEST) -m "not slow"
 
-test-all: test docs  ## The same, the slow tests (wheel, Dask, torchrun, memory bombs, ...) and the site
+test-all: test docs  ## Also the slow tests (wheel, Dask, torchrun, memory bombs, ...) and the site
 	$(PYTEST) -m slow
 
 lint: .venv/test.stamp  ## Style and import rules
@@ -28,7 +28,7 @@ types: .venv/test.stamp  ## Static types
 
 docs: .venv/test.stamp  ## The documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="?([a-z]+:)?//' site  # a page loads nothing from elsewhere
+	@! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="?([a-z]+:)?//' site  # pages load nothing from elsewhere
 	@echo "site/index.html; with search: $(BIN)/mkdocs serve"
 
 bench: .venv/demo.stamp  ## Speed of the generator, stage by stage

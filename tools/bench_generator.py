@@ -1,10 +1,10 @@
-"""Measures the generator: every stage in ms per image and core, the whole pipeline, and how it scales with workers.
+"""Benchmark the generator: the time of each stage, the whole pipeline, and how it scales with workers.
 
     python tools/bench_generator.py --kind all --json bench.json
 
-The stages are timed inside the real pipeline, by wrapping the functions that it calls; the totals are measured
-without those wrappers, over whole shards in worker processes as ``fractalgen build`` runs them: rendering, PNG, tar,
-hashing and writing. Worker counts take turns, and the median of the rounds is given, for machines are noisy.
+Stages are timed inside the real pipeline, by wrapping the functions that it calls. Totals are measured without the
+wrappers, over whole shards in worker processes, as ``fractalgen build`` runs them: rendering, PNG, tar, hashing and
+writing. Each round runs all worker counts in turn, and the table shows the median round, because machines are noisy.
 """
 
 import json
@@ -35,12 +35,12 @@ from fractalshards.human import human_seconds
 from fractalshards.systems import Systems
 from fractalshards.workers import worker_pool
 
-Stage = tuple[Any, str]  # where a function is looked up when it is called, and its name there
+Stage = tuple[Any, str]  # the object on which the pipeline looks a function up, and its name
 
 _MILLION = 1_000_000
 _BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
 _STORED: list[Stage] = [(build, "encode_image"), (writer, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
-_WHOLE: list[Stage] = [(render, "render_unit")]  # of kinds without stages of their own below
+_WHOLE: list[Stage] = [(render, "render_unit")]  # for kinds that are not in _STAGES
 _STAGES: dict[str, list[Stage]] = {
     "fractaldb": [(kernel, name) for name in ("masks", "orbit", "_draw_patches")],
     "single": [(single, name) for name in ("jitter", "chaos_game", "bounding_box", "splat", "paint")] + _BLURRED,
@@ -51,15 +51,15 @@ _STAGES: dict[str, list[Stage]] = {
 @click.command()
 @click.option("--kind", default="all", show_default=True, type=click.Choice([*KINDS, "all"]))
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
-@click.option("--shard-size", default=400, show_default=True, help="Images of one shard; a worker renders one a round.")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="The median of so many counts.")
+@click.option("--shard-size", default=400, show_default=True, help="Images per shard, and per worker and round.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds to take the median of.")
 @click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
-              help="Worker counts to compare, each with an option of its own.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+              help="Worker processes; may be repeated.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the results to this file.")
 def main(
     kind: str, size: int | None, shard_size: int, rounds: int, counts: tuple[int, ...], json_path: Path | None
 ) -> None:
-    """Measure the generator on this machine."""
+    """Benchmark the generator on this machine."""
     kinds = list(KINDS) if kind == "all" else [kind]
     reports = []
     for name in kinds:
@@ -73,7 +73,7 @@ def main(
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured of a kind: ms per image of each stage in one worker, images/s by number of workers."""
+    """The results for a kind: ms per image of each stage in one worker, and images/s by number of workers."""
 
     recipe: Recipe
     stages_ms: dict[str, float]
@@ -82,12 +82,12 @@ class Report:
     bytes_of_png: float
 
     def to_json(self) -> dict[str, Any]:
-        """All that was measured, with the sums and extrapolations."""
+        """Return all results, with the sums and extrapolations."""
         totals = {"total_ms": sum(self.stages_ms.values()), "seconds_per_million": self.seconds_per_million()}
         return {**asdict(self), **totals}
 
     def seconds_per_million(self) -> dict[int, float]:
-        """Extrapolated time of a million images by number of workers."""
+        """Extrapolate the time of a million images, by number of workers."""
         return {count: _MILLION / rate for count, rate in self.images_per_second.items()}
 
 
@@ -105,7 +105,7 @@ def _measure(recipe: Recipe, counts: Sequence[int], rounds: int) -> Report:
 def _measure_workers(
     folder: Path, recipe: Recipe, systems: Systems, counts: Sequence[int], rounds: int
 ) -> dict[int, float]:
-    """Images per second for each number of workers, the median of the rounds."""
+    """Return the images per second for each number of workers, as the median of the rounds."""
     with ExitStack() as stack:
         pools = {count: stack.enter_context(worker_pool(count)) for count in counts}
         for count, pool in pools.items():
@@ -118,7 +118,7 @@ def _measure_workers(
 
 
 def _time_round(pool: Executor, folder: Path, recipe: Recipe, systems: Systems, count: int) -> float:
-    """Seconds in which every worker of a pool writes one shard."""
+    """Return the seconds in which each worker of a pool writes one shard."""
     start = time.perf_counter()
     futures = [pool.submit(build_shard, folder, recipe, systems, task) for task in shard_tasks(recipe)[:count]]
     wait(futures)
@@ -129,7 +129,7 @@ def _time_round(pool: Executor, folder: Path, recipe: Recipe, systems: Systems, 
 
 
 def _measure_stages(folder: Path, recipe: Recipe, systems: Systems) -> tuple[dict[str, float], float]:
-    """ms per image of every stage in a worker process, and of the rest; and the mean size of a PNG."""
+    """Measure the ms per image of every stage and of the rest, in a worker process, and the mean size of a PNG."""
     task = shard_tasks(recipe)[0]
     build_shard(folder, recipe, systems, task)
     spent: dict[str, float] = defaultdict(float)
@@ -148,7 +148,7 @@ def _measure_stages(folder: Path, recipe: Recipe, systems: Systems) -> tuple[dic
 
 
 def _sized(sizes: list[int], encode: Callable[..., bytes]) -> Callable[..., bytes]:
-    """An encoder that notes how long its results are."""
+    """Wrap an encoder to record the length of its results."""
 
     def sized(image: Any) -> bytes:
         data = encode(image)
@@ -159,7 +159,7 @@ def _sized(sizes: list[int], encode: Callable[..., bytes]) -> Callable[..., byte
 
 
 def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that adds its time to what was spent under its name."""
+    """Wrap a function to add its time to ``spent[name]``."""
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -172,7 +172,7 @@ def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> 
 
 @contextmanager
 def _replaced(stages: list[Stage], replace: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Functions replaced where they are looked up, for a while."""
+    """Replace functions where they are looked up, inside the block."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in stages]
     for owner, name, function in originals:
         setattr(owner, name, replace(name, function))
@@ -198,9 +198,7 @@ def _print(report: Report) -> None:
     first, *others = rates
     for count in others:
         table.add_row(f"{count} workers against {first}", f"{rates[count] / rates[first]:.2f} times")
-    table.add_row(
-        "bytes of a PNG, of an image in the shard", f"{report.bytes_of_png:,.0f}, {report.bytes_in_shard:,.0f}"
-    )
+    table.add_row("bytes per PNG, per image in the shard", f"{report.bytes_of_png:,.0f}, {report.bytes_in_shard:,.0f}")
     Console().print(table)
 
 

@@ -41,7 +41,7 @@ _DECODED = 500  # images of a round
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement: ``work`` processes so many units, e.g. decodes 500 images."""
+    """A measurement: ``work`` processes ``units`` units, for example decodes 500 images."""
 
     name: str
     unit: str

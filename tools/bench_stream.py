@@ -1,10 +1,10 @@
-"""Measures the stream: decoding, shards to batches against webdataset + Pillow, augmentation, memory of loader workers.
+"""Benchmark the stream: decoding, batches compared with webdataset + Pillow, augmentation, memory of loader workers.
 
     python tools/bench_stream.py --json bench.json
 
-Renders images of kind ``single`` first, unless ``--shards`` names a dataset. What is compared takes turns in one
-process with one thread. Its processor time is counted, and the best of the rounds given: whatever else runs on the
-machine only slows down. Loader workers are measured by the clock.
+Renders images of kind ``single`` first, unless ``--shards`` names a dataset. Each round runs all measurements in turn,
+in one process with one thread. The table shows the CPU time of the best round, because other load only slows things
+down. Loader workers are measured by wall-clock time.
 """
 
 import io
@@ -57,13 +57,13 @@ _ON_BATCHES = {"normalizing": "", "erasing": "erasing=0.25", "mixup or cutmix": 
 
 @click.command()
 @click.option("--shards", type=click.Path(path_type=Path), help="Folder of a dataset.  [default: rendered for this]")
-@click.option("--images", default=4000, show_default=True, help="So many are rendered.")
+@click.option("--images", default=4000, show_default=True, help="Images of the dataset to render.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(2))
-@click.option("--batches", default=8, show_default=True, type=click.IntRange(1), help="Batches of one round.")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="The best of so many counts.")
+@click.option("--batches", default=8, show_default=True, type=click.IntRange(1), help="Batches per round.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Rounds to take the best of.")
 @click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
-              help="Counts of loader workers to compare, each with an option of its own.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+              help="Loader workers; may be repeated.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the results to this file.")
 def main(
     shards: Path | None,
     images: int,
@@ -73,7 +73,7 @@ def main(
     counts: tuple[int, ...],
     json_path: Path | None,
 ) -> None:
-    """Measure the stream on this machine."""
+    """Benchmark the stream on this machine."""
     torch.set_num_threads(1)
     with nullcontext(str(shards)) if shards else tempfile.TemporaryDirectory() as name:
         folder = Path(name) if shards else _render(Path(name) / "single", images)
@@ -97,7 +97,7 @@ def _render(folder: Path, images: int) -> Path:
 
 
 def _decoding(manifest: Manifest, rounds: int) -> dict[str, float]:
-    """ms per image."""
+    """Return the ms per image of each decoder."""
     samples = islice(iterate_shard(index_split(manifest, "train")[0]), _SOME)
     files = [data for sample in samples for extension, data in sample.files.items() if extension != "cls"]
     decoders: dict[str, Callable[[], object]] = {
@@ -111,7 +111,7 @@ def _decoding(manifest: Manifest, rounds: int) -> dict[str, float]:
 def _streaming(
     manifest: Manifest, batch_size: int, batches: int, rounds: int, counts: Sequence[int]
 ) -> dict[str, float]:
-    """Images per second: in this process, with loader workers, and through webdataset in this process."""
+    """Return images per second: ours and webdataset in this process, and ours with loader workers."""
     source = ShardSource(manifest, "train")
     images = batch_size * batches
     readers: dict[str, Callable[[], object]] = {
@@ -125,7 +125,7 @@ def _streaming(
 
 
 def _augmenting(manifest: Manifest, batch_size: int, rounds: int) -> dict[str, float]:
-    """ms per image of augmentation on one core: of single images, and of batches with their normalizing."""
+    """Return ms per image of augmentation on one core: for single images, and for normalized batches."""
     batch = next(_batches(ShardSource(manifest, "train"), batch_size, 1, workers=0))
     images = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
     parts: dict[str, Callable[[], object]] = {}
@@ -147,7 +147,7 @@ def _apply(transform: Transform, images: Sequence[Images]) -> None:
 
 
 def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
-    """MB of this process and of a loader worker, for this dataset and for one of over a million images."""
+    """Return the MB of a loader worker, for this dataset and for one of over a million images."""
     figures = {}
     for name, source in (("this dataset", ShardSource(manifest, "train")), (f"{_MANY:,} images", _Many(manifest))):
         order = epoch_order(source.lengths, 0, 0, _WINDOW)
@@ -156,13 +156,13 @@ def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
             for _ in islice(loader, min(40, len(positions) - 1)):
                 pass
             pids = [child.pid for child in multiprocessing.active_children() if child.pid]
-            figures[f"worker, {name}: most, with what it shares"] = max(_status(pid, "VmHWM") for pid in pids)
-            figures[f"worker, {name}: its own"] = max(_private(pid) for pid in pids)
+            figures[f"worker, {name}: peak, including shared pages"] = max(_status(pid, "VmHWM") for pid in pids)
+            figures[f"worker, {name}: private"] = max(_private(pid) for pid in pids)
     return figures
 
 
 class _Many(ShardSource):
-    """The shards of a dataset over and over, each with its own index: as many images as ImageNet has."""
+    """The shards of a dataset repeated to as many images as ImageNet has, each with its own index."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest, "train")
@@ -173,13 +173,13 @@ class _Many(ShardSource):
 
 
 def _read(source: SampleSource, batch_size: int, batches: int) -> None:
-    """Read so many batches of an epoch."""
+    """Read ``batches`` batches of an epoch."""
     for _ in _batches(source, batch_size, batches, workers=0):
         pass
 
 
 def _rate(source: SampleSource, batch_size: int, batches: int, workers: int) -> float:
-    """Images per second that loader workers give, once they have started and their queues are full."""
+    """Return the images per second from loader workers, once they have started and their queues are full."""
     warm = 8 * workers
     stream = _batches(source, batch_size, warm + batches * workers, workers)
     for _ in islice(stream, warm):
@@ -196,7 +196,7 @@ def _batches(source: SampleSource, batch_size: int, batches: int, workers: int) 
 
 
 def _read_with_webdataset(manifest: Manifest, batch_size: int, batches: int) -> None:
-    """The same number of shuffled uint8 batches the usual way."""
+    """Read the same number of shuffled uint8 batches with webdataset and Pillow."""
     urls = [str(manifest.folder / shard.name) for shard in manifest.splits["train"]]
     dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(_SHUFFLE, initial=1)
     loaded = dataset.decode("rgb8").to_tuple("png", "cls").batched(batch_size)
@@ -209,7 +209,7 @@ def _decode_with_pillow(data: bytes) -> Any:
 
 
 def _take_turns(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of processor time of each part, the best of the rounds; the first time of all does not count."""
+    """Return the seconds of CPU time of each part in its best round, after one round to warm up."""
     best = dict.fromkeys(parts, float("inf"))
     for number in range(rounds + 1):
         for name, part in parts.items():

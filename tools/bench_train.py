@@ -1,9 +1,10 @@
-"""Does the trainer keep its device busy? Images/s from shards against the same step on one batch that stays there.
+"""Benchmark the data loading of the trainer: images/s from shards, compared with one batch that stays on the device.
 
     python tools/bench_train.py --shards shards/single --workers 12 --out bench.json
 
-Both are measured in turns, in the same process, with the very step of ``fractaltrain pt``; so their ratio is what the
-stream costs. Peak memory is the device's on a GPU, this process's elsewhere. One line per model, batch and compilation.
+Both run in turn in the same process, with the training step of ``fractaltrain pt``, so their ratio is the cost of the
+stream. Peak memory is that of the device on a GPU, and of this process on a CPU. Prints a line per model, batch size
+and compilation mode.
 """
 
 import platform
@@ -38,7 +39,7 @@ _RECIPE = PT_RECIPES["anderson"]
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how."""
+    """The training to measure."""
 
     model: str
     batch: int
@@ -49,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it is measured: ``rounds`` times ``steps`` steps of each kind, after ``warmup`` steps."""
+    """How to measure: ``rounds`` rounds of ``steps`` steps each way, after ``warmup`` steps."""
 
     shards: Path
     workers: int
@@ -104,11 +105,12 @@ def _build_state(case: Case, classes: int, device: torch.device) -> TrainState:
     model = create_model(case.model, classes, case.image_size)
     alone = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
     run = RunConfig(Path(), amp=case.amp, compile=case.compile)
-    return build_state(model, _RECIPE, run, multi_label=False, epoch_steps=10**8, world=alone)  # it never ends
+    steps = 10**8  # the schedule outlasts the measurement
+    return build_state(model, _RECIPE, run, multi_label=False, epoch_steps=steps, world=alone)
 
 
 def _endless(source: ShardSource, case: Case, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of one epoch after the other."""
+    """Yield the batches of one epoch after another, without end."""
     positions = training_positions(sum(source.lengths), case.batch, rank=0, world=1, pad=False)
     transform = train_transform(_RECIPE, case.image_size)
     for epoch in count():
@@ -120,7 +122,7 @@ def _endless(source: ShardSource, case: Case, workers: int, device: torch.device
 def _take(
     state: TrainState, batches: Iterator[Batch], steps: int, classes: int, device: torch.device
 ) -> tuple[float, float]:
-    """Take steps; return images/s, and the share of the time that they waited for their batches."""
+    """Take steps; return images/s, and the share of time spent waiting for batches."""
     waited = 0.0
     images_done = 0
     _synchronize(device)
@@ -167,9 +169,9 @@ def _show(row: dict[str, Any]) -> str:
 @click.option("--image-size", type=click.IntRange(8), default=224, show_default=True)
 @click.option("--workers", type=click.IntRange(0), default=12, show_default=True, help="Loader processes.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps of each kind per round.")
-@click.option("--warmup", type=click.IntRange(0), default=20, show_default=True, help="Steps of each kind before.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON with all figures.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps per round, each way.")
+@click.option("--warmup", type=click.IntRange(0), default=20, show_default=True, help="Steps to warm up, each way.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the results to this JSON file.")
 def main(
     shards: Path,
     models: tuple[str, ...],

@@ -1,13 +1,12 @@
-"""Measures ``push`` and ``pull`` against ``cp`` and ``curl`` on this machine.
+"""Benchmark ``push`` and ``pull``, compared with ``cp`` and ``curl``.
 
     python tools/bench_transfer.py --json transfer.json
 
-A dataset of random bytes lies in a folder and is served by Python's own web server in a process of its own. Each round
-copies it with ``cp``, with ``cp`` and ``sync`` (``push`` and ``pull`` also return only when the disk has all), with
-``cp`` and ``sha256sum`` of the copy, with ``push``, and with ``pull`` from the folder; then fetches it with ``curl``,
-one file after the other and eight at a time, and with ``pull``. Ours hash all bytes on the way, the plain tools do
-not. The median of the rounds is given, and the processor time beside it, which other work on the machine changes
-less.
+A dataset of random bytes is in a folder, and served by Python's web server in another process. Each round copies it
+with ``cp``, with ``cp`` and ``sync`` (``push`` and ``pull`` also return only when the data is on disk), with ``cp`` and
+``sha256sum`` of the copy, with ``push``, and with ``pull`` from the folder; then downloads it with ``curl``, one file
+after another and eight at a time, and with ``pull``. ``push`` and ``pull`` hash all bytes, the plain tools do not. The
+table shows the median round, and the CPU time, which depends less on other load.
 """
 
 import functools
@@ -42,12 +41,12 @@ _PAIRS = {"push": "cp", "pull from a folder": "cp", "pull over HTTP": "curl"}
 @click.command()
 @click.option("--shards", default=12, show_default=True, type=click.IntRange(1), help="Shards of the dataset.")
 @click.option("--megabytes", default=73, show_default=True, type=click.IntRange(1), help="Size of a shard.")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="The median of so many.")
-@click.option("--jobs", default=8, show_default=True, type=click.IntRange(1), help="As of push and pull.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds to take the median of.")
+@click.option("--jobs", default=8, show_default=True, type=click.IntRange(1), help="Files to push or pull at a time.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Work in this file system.  [default: /tmp]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the results to this file.")
 def main(shards: int, megabytes: int, rounds: int, jobs: int, folder: Path | None, json_path: Path | None) -> None:
-    """Measure push and pull on this machine."""
+    """Benchmark push and pull on this machine."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source = Path(work) / "source"
         total = _make_dataset(source, shards, megabytes * 1_000_000)
@@ -64,7 +63,7 @@ def main(shards: int, megabytes: int, rounds: int, jobs: int, folder: Path | Non
 
 
 class Spent(NamedTuple):
-    """Seconds of one copy: on the clock, and of processors, without the server's."""
+    """The seconds of one copy: wall-clock time, and CPU time without that of the server."""
 
     wall: float
     cpu: float
@@ -124,7 +123,7 @@ def _report(total: int, spent: Sequence[Spent]) -> dict[str, float]:
 
 
 def _make_dataset(folder: Path, shards: int, size: int) -> int:
-    """A folder with all that travels, whose shards are random bytes; returns its size."""
+    """Make a dataset whose shards are random bytes; return its size in bytes."""
     folder.mkdir()
     recipe = {"kind": "random bytes"}
     write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
@@ -142,7 +141,7 @@ def _make_dataset(folder: Path, shards: int, size: int) -> int:
 
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
-    """A web server of the folder in a process of its own; its URL."""
+    """Serve the folder over HTTP from another process; yields the URL."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(folder, there), daemon=True)
     process.start()
@@ -154,7 +153,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _serve(folder: Path, there: Connection) -> None:
@@ -164,7 +163,7 @@ def _serve(folder: Path, there: Connection) -> None:
 
 
 def _print(reports: dict[str, dict[str, float]], total: int) -> None:
-    table = Table("way", "MB/s", "CPU s per GB", "of the plain tool", title=f"{total / 1e9:.2f} GB")
+    table = Table("way", "MB/s", "CPU s per GB", "compared with the plain tool", title=f"{total / 1e9:.2f} GB")
     for name, report in reports.items():
         rate, other = report["mb_per_s"], _PAIRS.get(name)
         plain = {way: numbers["mb_per_s"] for way, numbers in reports.items() if other and way.startswith(other)}

@@ -1,9 +1,9 @@
-"""The whole job in some minutes on two cores: generate, look, pre-train, fine-tune, compare. ``make demo`` runs it.
+"""Run the whole workflow in about ten minutes on two cores: render, pre-train, fine-tune, compare.
 
-    python tools/demo.py
+    python tools/demo.py     # or make demo
 
-Every step is a command that is printed before it runs, so that it can be copied and changed. Steps that are done
-are skipped when the demo is run again, as the commands themselves do.
+Every step is a command that is printed before it runs, so that you can copy and change it. Run the demo again to
+continue it: the commands skip what is done.
 """
 
 import json
@@ -45,7 +45,7 @@ def main() -> None:
     start = time.monotonic()
     for title, command in (
         ("Render 5,000 images of 50 fractals", BUILD),
-        ("Draw some of them", LOOK),
+        ("Draw a contact sheet", LOOK),
         ("Pre-train on them, in two processes", PRETRAIN),
         ("Fine-tune on 5 handwritten digits per class", FINETUNE.format(weights=PRETRAINED, lr=0.005, out=FINETUNED)),
         (
@@ -70,7 +70,7 @@ def _run(title: str, command: str) -> None:
 def _report(seconds: float) -> None:
     pretrained, scratch = (json.loads((run / "result.json").read_text()) for run in (FINETUNED, SCRATCH))
     click.secho(f"\nDone in {human_seconds(seconds)}.", bold=True)
-    click.echo(f"top-1 on {pretrained['samples']:,} digits that were not trained on, after 5 per class:")
+    click.echo(f"top-1 on {pretrained['samples']:,} digits of the val split, after training on 5 per class:")
     click.echo(f"  pre-trained on fractals  {pretrained['top1']:6.1%}")
     click.echo(f"  from scratch             {scratch['top1']:6.1%}")
     click.echo("written:")
@@ -78,11 +78,11 @@ def _report(seconds: float) -> None:
         (SHARDS, "the dataset: shards, sidecars, manifest"),
         (SHEET, "a contact sheet of it"),
         (PRETRAINED, "checkpoint, metrics and settings of the pre-training"),
-        (FINETUNED, "the fine-tuning; result.json has its figures"),
+        (FINETUNED, "the fine-tuning; result.json has its accuracy"),
         (SCRATCH, "the same from scratch"),
     ):
         click.echo(f"  {path!s:<28}{what}")
-    click.echo("next, for real (put .venv/bin on the PATH: source .venv/bin/activate):")
+    click.echo("next, at full size (after source .venv/bin/activate):")
     click.echo("  fractalgen build --kind single --n 1000000")
     click.echo("  fractaltrain pt --shards shards/single")
 

@@ -1,9 +1,9 @@
-"""Kills a build again and again at random moments, lets it finish, and compares it with one that was left alone.
+"""Soak test: kill a build repeatedly at random moments, let it finish, and compare it with an uninterrupted one.
 
     python tools/soak_kill.py --kills 200 --shards 50
 
-Every kill is a SIGKILL of the whole build or of one of its workers. After each, no shard may be visible that is not
-whole; at the end the content digests must be those of the undisturbed build. Exits with 1 if anything is wrong.
+Each kill is a SIGKILL to the whole build or to one of its workers. After each, every visible shard must be complete; at
+the end the content digests must be those of the uninterrupted build. Exits with 1 if anything is wrong.
 """
 
 import os
@@ -29,7 +29,7 @@ _FRACTALGEN = Path(sys.executable).with_name("fractalgen")
 
 @dataclass
 class Tally:
-    """What happened in a soak."""
+    """The events of a soak test."""
 
     builds_killed: int = 0
     workers_killed: int = 0
@@ -41,19 +41,19 @@ class Tally:
 @click.option("--kills", default=200, show_default=True, type=click.IntRange(1))
 @click.option("--shards", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--kind", default="single", show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Of the moments and the victims.")
-@click.option("--minutes", default=20.0, show_default=True, help="Give up, as failed, after so long.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the times and the processes to kill.")
+@click.option("--minutes", default=20.0, show_default=True, help="Time limit; the test fails when it is reached.")
 def main(kills: int, shards: int, kind: str, seed: int, minutes: float) -> None:
-    """Soak a build in SIGKILLs."""
+    """Kill builds repeatedly, and check that the dataset is still right."""
     with tempfile.TemporaryDirectory() as name:
-        undisturbed, soaked = Path(name) / "undisturbed", Path(name) / "soaked"
+        uninterrupted, soaked = Path(name) / "uninterrupted", Path(name) / "soaked"
         options = _options(kind, shards)
         start = time.monotonic()
-        subprocess.run([*options, "--out", undisturbed], check=True, capture_output=True)
-        expected = load_manifest(undisturbed).content_digest()
+        subprocess.run([*options, "--out", uninterrupted], check=True, capture_output=True)
+        expected = load_manifest(uninterrupted).content_digest()
         whole = time.monotonic() - start
         tally = _soak([*options, "--out", soaked], soaked, kills, expected, whole, random.Random(seed), 60 * minutes)
-        _check_end(soaked, undisturbed, tally)
+        _check_end(soaked, uninterrupted, tally)
     killed = tally.builds_killed + tally.workers_killed
     click.echo(
         f"{killed} kills ({tally.builds_killed} of builds, {tally.workers_killed} of workers), "
@@ -71,7 +71,7 @@ def _options(kind: str, shards: int) -> list[str | Path]:
 def _soak(
     command: list[str | Path], folder: Path, kills: int, expected: str, whole: float, rng: random.Random, limit: float
 ) -> Tally:
-    """Start the build until it was killed so often; a dataset that got finished is removed and begun again."""
+    """Start the build until it has been killed ``kills`` times; remove the dataset and start over if it finishes."""
     tally = Tally()
     deadline = time.monotonic() + limit
     with progress("killing", "kills") as on_progress:
@@ -79,7 +79,7 @@ def _soak(
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             _kill_at_random(process, rng, whole, tally)
             on_progress(tally.builds_killed + tally.workers_killed, kills)
-            tally.wrong += _lies(folder, expected)
+            tally.wrong += _count_wrong(folder, expected)
             if process.wait() == 0:
                 tally.builds_finished += 1
                 shutil.rmtree(folder)
@@ -109,8 +109,8 @@ def _workers(parent: int) -> list[int]:
     return [int(line.split()[0]) for line in listing.splitlines() if "spawn_main" in line]
 
 
-def _lies(folder: Path, expected: str) -> int:
-    """How many files say what is not so: sidecars of other tars, a manifest before its shards or with other digests."""
+def _count_wrong(folder: Path, expected: str) -> int:
+    """Count wrong files: sidecars that do not match their tars, manifests with missing shards or other digests."""
     sidecars = {path.name for path in folder.glob("*-*.json") if not path.name.startswith(".")}
     wrong = 0
     for name in sidecars:
@@ -123,10 +123,10 @@ def _lies(folder: Path, expected: str) -> int:
     return wrong
 
 
-def _check_end(folder: Path, undisturbed: Path, tally: Tally) -> None:
-    tally.wrong += load_manifest(folder).content_digest() != load_manifest(undisturbed).content_digest()
+def _check_end(folder: Path, uninterrupted: Path, tally: Tally) -> None:
+    tally.wrong += load_manifest(folder).content_digest() != load_manifest(uninterrupted).content_digest()
     tally.wrong += len(verify_dataset(load_manifest(folder), 2))
-    tally.wrong += sorted(path.name for path in folder.iterdir()) != sorted(path.name for path in undisturbed.iterdir())
+    tally.wrong += {path.name for path in folder.iterdir()} != {path.name for path in uninterrupted.iterdir()}
 
 
 if __name__ == "__main__":

@@ -64,20 +64,20 @@ class BuildFolder:
         """Find the finished shards of a recipe, and remove leftovers of killed builds.
 
         Raises:
-            FractalError: if the systems, which may come from elsewhere, are not those of the recipe, or its kind cannot
-                render them.
+            FractalError: if the systems, which may come from elsewhere, do not match the recipe's digest, or its kind
+                cannot render them.
         """
         if systems_digest(systems) != recipe.systems_digest:
             raise FractalError(
-                f"{path / SYSTEMS}: missing or damaged, and not what this software draws for {RECIPE}; fetch it again, "
-                "or build with the same --categories or --from-csv as before"
+                f"{path / SYSTEMS}: missing or damaged, and this software draws other systems for {RECIPE}; fetch it "
+                "again, or build with the same --categories or --from-csv as before"
             )
         shape = recipe.family.map_shape
         fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
         if len(systems) != recipe.classes or not fitting:
             raise FractalError(
-                f"{path}: kind {recipe.kind} renders {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape "
-                f"{shape}, which these are not; check {SYSTEMS}, or the file that they come from"
+                f"{path}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape {shape}; "
+                f"check {SYSTEMS}, or the file that the systems come from"
             )
         info = dataset_info(recipe)
         tasks = shard_tasks(recipe)
@@ -92,7 +92,7 @@ def dataset_info(recipe: Recipe) -> DatasetInfo:
 
 
 def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> BuildFolder:
-    """Read a folder in which a recipe is to be built; writes nothing.
+    """Read the folder in which to build a recipe. Removes leftovers of killed builds, and writes nothing.
 
     Args:
         path: a folder that holds this dataset, is empty, or does not exist yet.
@@ -152,7 +152,7 @@ def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
     missing = tuple(task for task in own if task.name not in folder.finished)
     if not missing:
         return Plan(folder, own, missing, 0, 0.0, 0.0)
-    _log.info("measuring a few images; the first run after an install compiles first ...")
+    _log.info("measuring a few images; the first run after installing also compiles ...")
     samples = sum(task.stop - task.first for task in missing)
     stored, seconds = measure_images(folder.recipe, folder.systems)
     advice = "choose another --out, or ask for fewer or smaller images"
@@ -161,13 +161,13 @@ def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
 
 
 def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
-    """Render and encode a few units spread over the dataset; return the bytes and seconds of one core per image.
+    """Render and encode a few units spread over the dataset; return bytes, and seconds on one core, per image.
 
     The bytes are the mean, the seconds the median, because the first images may include compilation.
     """
 
     def probe(index: int) -> tuple[list[int], float]:
-        """Stored bytes of each image of a sample's unit, and seconds per image."""
+        """Return the stored bytes of each image in a sample's unit, and the seconds per image."""
         start = time.perf_counter()
         images = render_unit(recipe, systems, locate(recipe, index).unit)
         encoded = [encode_rendered(sample_key(index), rendered, encode_image) for rendered in images]
@@ -198,8 +198,8 @@ def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progr
         The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
 
     Raises:
-        FractalError: if another build has claimed the folder in the meantime, workers died again and again at some
-            shards (the others are rendered), or finished shards have vanished.
+        FractalError: if a build of another recipe has claimed the folder in the meantime, some shards repeatedly
+            killed their workers (the others are rendered), or finished shards have disappeared.
         OSError: if the file system fails; finished shards stay.
     """
     claim(plan.folder)
@@ -228,7 +228,7 @@ def build_shard(folder: Path, recipe: Recipe, systems: Systems, task: ShardTask)
 
 
 def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
-    """Build a shard in a worker, perhaps on another machine, unless another build has finished it meanwhile."""
+    """Build a shard in a worker, perhaps on another machine, unless another build has just finished it."""
     host = socket.gethostname()
     if recipe.version != RECIPE_VERSION:  # unpickling does not check it
         raise FractalError(
@@ -236,7 +236,7 @@ def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
             "same version everywhere"
         )
     if not folder.is_dir():
-        raise FractalError(f"{folder}: not there on {host}; all workers need it under the same path")
+        raise FractalError(f"{folder}: does not exist on {host}; all workers need it under the same path")
     finished = finished_shards(folder, (task,), dataset_info(recipe))
     if task.name in finished:
         return finished[task.name]

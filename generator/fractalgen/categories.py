@@ -1,4 +1,4 @@
-"""FractalDB's categories (Kataoka et al., ACCV 2020): those shipped, files of others, and the published search."""
+"""FractalDB's categories (Kataoka et al., ACCV 2020): shipped, read from files, or found by the published search."""
 
 import re
 from collections import deque
@@ -36,7 +36,7 @@ def shipped_categories() -> tuple[Category, ...]:
 
 
 def read_categories(path: Path) -> tuple[Category, ...]:
-    """Read a file of 'fractalgen search', in order of class.
+    """Read a file written by 'fractalgen search', in order of class.
 
     Raises:
         FractalError: if the file is damaged or holds something else.
@@ -111,7 +111,7 @@ _State = Any  # of a numpy RandomState
 
 @dataclass(frozen=True)
 class Found:
-    """A category, the number of its candidate, from 1, and the share of pixels that it hits."""
+    """A category, the number of its candidate (counted from 1), and the share of pixels that it hits."""
 
     category: Category
     candidate: int
@@ -132,15 +132,15 @@ def search_categories(
 
     Args:
         classes: number of categories to find.
-        seed: of numpy's ``RandomState``; the published one is 1.
-        fill_rate: least share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so a search
+        seed: seed of numpy's ``RandomState``; the published one is 1.
+        fill_rate: minimum share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so a search
             for more may not end.
         workers: number of processes.
-        on_progress: called after every batch of candidates with the categories found and those to find.
+        on_progress: called after every batch of candidates with the number of categories found, and ``classes``.
 
     Raises:
         UsageError: if an argument is out of its range.
-        FractalError: if workers die again and again.
+        FractalError: if workers are killed repeatedly.
     """
     if not 1 <= classes <= MAX_CLASSES:
         raise UsageError(f"classes is {classes}: a search finds 1 to {MAX_CLASSES:,} categories")

@@ -174,12 +174,12 @@ def repair(folder: Path, workers: int) -> None:
     with continuable(folder), open_executor(workers) as (executor, _), progress("repairing", "images") as on_progress:
         repaired = repair_dataset(folder, executor, on_progress)
     for problem in repaired.problems:
-        click.echo(one_line(f"was bad: {folder}/{problem}"))
+        click.echo(one_line(f"damaged: {folder}/{problem}"))
     if repaired.rendered:
         click.echo(f"rendered again: {human_list(repaired.rendered)}")
-    if repaired.strangers:
-        names = human_list(repaired.strangers)
-        raise FractalError(f"{folder}: its shards are sound, but {names} is not part of the dataset; remove it")
+    if repaired.extra:
+        names = human_list(repaired.extra)
+        raise FractalError(f"{folder}: the dataset is sound, but the folder also holds {names}; remove what is extra")
     click.echo(f"sound: {load_manifest(folder).summary()}")
 
 

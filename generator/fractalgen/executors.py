@@ -24,8 +24,8 @@ _RUNNING = "running"  # status of a connected client
 def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[Executor, int]]:
     """Open an executor of ``concurrent.futures``; yields it with the number of tasks that it runs at once.
 
-    A task whose worker dies is run again on others by the executor; ``workers.is_lost`` recognises the error with which
-    it gives up.
+    The executor runs a task again if its worker dies; ``workers.is_lost`` recognises the error of a task that it has
+    given up.
 
     Args:
         workers: processes of this machine; not used with a scheduler.
@@ -52,7 +52,7 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
 
 @contextmanager
 def _connect(scheduler: str) -> Iterator["Client"]:
-    """Connect to a Dask scheduler, and silence Dask's logs: they are tracebacks, and what matters becomes an error."""
+    """Connect to a Dask scheduler, with Dask's logs silenced: they are tracebacks, and failures raise errors anyway."""
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
         from distributed.comm.addressing import get_address_host_port

@@ -57,7 +57,7 @@ def shard_tasks(recipe: Recipe) -> tuple[ShardTask, ...]:
 
 
 def permute(index: int, count: int, key: int) -> int:
-    """Return the image of ``index`` under a pseudorandom permutation of range(count), in constant time and memory.
+    """Return where a pseudorandom permutation of range(count) maps ``index``, in constant time and memory.
 
     A balanced Feistel network on the smallest even number of bits that holds ``count``; results outside the range are
     permuted again until they lie inside (cycle walking, Black & Rogaway 2002).
@@ -130,7 +130,7 @@ def _unit_bounds(split: _Split, position: int) -> tuple[int, int]:
 
 
 def _share(split: _Split, position: int) -> int:
-    """Index of the share of the remainder, one of ``classes`` equal ones, that holds a position."""
+    """Return which of the ``classes`` equal shares of the remainder holds a position."""
     return ((position - split.whole + 1) * split.classes - 1) // (split.samples - split.whole)
 
 

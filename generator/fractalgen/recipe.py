@@ -18,7 +18,7 @@ from fractalshards.systems import Systems
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-RECIPE_VERSION = 3  # raised whenever the pixels or labels that a recipe stands for change
+RECIPE_VERSION = 3  # raise it whenever the pixels or labels of a recipe change
 _RANGES = {
     "n": (1, MAX_SAMPLES),
     "val": (0, MAX_SAMPLES),
@@ -136,7 +136,7 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
         where: the file that the data comes from, for errors.
 
     Raises:
-        FractalError: if it is not what this version of the software writes.
+        FractalError: if this version of the software does not write such a recipe, or the digest differs.
     """
     if (version := data.get("version")) != RECIPE_VERSION:
         raise FractalError(

@@ -42,7 +42,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     Raises:
         IndexError: if the index is out of range.
     """
-    place = locate(recipe, operator.index(index))  # also of numpy's integers
+    place = locate(recipe, operator.index(index))  # accepts numpy's integers, too
     image, label = render_unit(recipe, systems, place.unit)[place.part]
     return pixels_of(image), label
 

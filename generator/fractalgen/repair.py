@@ -1,7 +1,7 @@
-"""Repairs a dataset: verifies every shard, then renders again what is damaged or missing.
+"""Repairs a dataset: verifies every shard, then renders damaged and missing ones again.
 
-A damaged shard loses its sidecar, which makes it unfinished; the rest is an ordinary build. A repair that was killed is
-therefore continued by the same command, or by ``fractalgen build``.
+A damaged shard loses its sidecar, which makes it unfinished; the rest is an ordinary build. The same command, or
+``fractalgen build``, therefore continues a repair that was killed.
 """
 
 from concurrent.futures import Executor
@@ -26,17 +26,23 @@ from fractalshards.writer import publish
 
 @dataclass(frozen=True)
 class Repaired:
-    """The problems of a dataset, the names of the shards rendered again, and of tars that are not its shards."""
+    """The result of a repair.
+
+    Attributes:
+        problems: the problems that were found.
+        rendered: names of the shards that were rendered again.
+        extra: names of tars in the folder that are not shards of the dataset.
+    """
 
     problems: tuple[Problem, ...]
     rendered: tuple[str, ...]
-    strangers: tuple[str, ...]
+    extra: tuple[str, ...]
 
 
 def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = no_progress) -> Repaired:
-    """Verify a dataset, render again what is damaged or missing, and renew the manifest.
+    """Verify a dataset, render damaged and missing shards again, and update the manifest.
 
-    The result has the content digests of an undisturbed build.
+    The result has the content digests of an uninterrupted build.
 
     Args:
         folder: the dataset's folder, finished or not.
@@ -76,8 +82,8 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
             f"software renders other pixels; compare with another copy, or remove {INFO} to accept the new renders"
         )
     publish(folder, found.tasks, found.tasks, found.info)
-    strangers = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)
-    return Repaired(tuple(problems), tuple(task.name for task in plan.missing), tuple(strangers))
+    extra = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)
+    return Repaired(tuple(problems), tuple(task.name for task in plan.missing), tuple(extra))
 
 
 def _recover(folder: Path, manifest: Manifest | None) -> BuildFolder:

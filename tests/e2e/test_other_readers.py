@@ -83,7 +83,7 @@ def snippet(heading: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SAMPLES)
-def test_webdataset(workspace: Path, kind: str, split: str) -> None:
+def test_webdataset_reads_the_same_samples(workspace: Path, kind: str, split: str) -> None:
     shards = sorted(map(str, (workspace / "shards" / kind).glob(f"{split}-*.tar")))
     theirs = []
     for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"):
@@ -98,7 +98,7 @@ def test_webdataset(workspace: Path, kind: str, split: str) -> None:
     ids=["single", "fractaldb", "multi by the manifest", "multi by name"],
 )
 @pytest.mark.parametrize("split", SAMPLES)
-def test_timm(workspace: Path, kind: str, split: str, options: dict[str, str]) -> None:
+def test_timm_reads_the_same_samples(workspace: Path, kind: str, split: str, options: dict[str, str]) -> None:
     root = workspace / "shards" / kind
     dataset = create_dataset(f"wds/{kind}", root=str(root), split=split, **options)
     assert len(dataset) == SAMPLES[split]
@@ -107,7 +107,7 @@ def test_timm(workspace: Path, kind: str, split: str, options: dict[str, str]) -
 
 
 @pytest.mark.slow
-def test_hugging_face_datasets(workspace: Path) -> None:
+def test_hugging_face_datasets_reads_the_same_samples(workspace: Path) -> None:
     card = re.search(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
     assert card
     (workspace / "carded").mkdir()
@@ -133,7 +133,9 @@ def test_hugging_face_datasets(workspace: Path) -> None:
     assert seen["folder True"] == seen["folder False"] == labels
 
 
-def test_readme_snippets(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_snippets_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(workspace)
     exec(snippet("webdataset"), {})
     assert len(lines := capsys.readouterr().out.splitlines()) == 40

@@ -28,7 +28,7 @@ def chaos_game(
     Args:
         system: (n, 2, 3) float64, n in 1..255; row i of map k is (a, b, e) with x_i' = a x + b y + e.
         points: number of points, at least 1.
-        key: of ``hash32``; the choice at step t depends on (key, t) alone.
+        key: key for ``hash32``; the choice at step t depends on (key, t) alone.
 
     Returns:
         x and y, each (points,) float32. Systems that are not contractive may reach infinity or NaN.
@@ -94,7 +94,7 @@ def _choose_maps(
 def _start(
     maps: Float32s, choices: npt.NDArray[np.uint8], x: np.float32, y: np.float32, xs: Float32s, ys: Float32s
 ) -> None:
-    """The first _HEAD points, as one orbit from (x, y)."""
+    """Compute the first _HEAD points, as one orbit from (x, y)."""
     for i in range(_HEAD):
         k = choices[i]
         xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]

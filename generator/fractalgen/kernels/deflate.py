@@ -140,7 +140,7 @@ def _code_lengths(counts: npt.NDArray[np.uint32], limit: int) -> Bytes:
 
 @njit(cache=True)
 def _codes(lengths: Bytes) -> Words:
-    """The canonical code of each symbol, reversed as deflate writes it, with its length in the upper 32 bits."""
+    """Return the canonical code of each symbol, reversed as deflate writes it, with its length in the upper 32 bits."""
     following = np.zeros(_MAX_LENGTH + 2, np.int64)
     of_length = np.bincount(lengths, minlength=_MAX_LENGTH + 1)
     for length in range(1, _MAX_LENGTH + 1):

@@ -1,4 +1,4 @@
-"""FractalDB's renderer (Kataoka et al., ACCV 2020): a fast version, equal to the published one in every pixel.
+"""A fast FractalDB renderer (Kataoka et al., ACCV 2020), equal to the published one in every pixel.
 
 A category is a float64 array (maps, 7) of 1 to 255 maps, one row per map: a, b, c, d, e, f and the probability p, with
 x' = a x + b y + e and y' = c x + d y + f.
@@ -28,7 +28,7 @@ DRAWS: tuple[Draw, ...] = get_args(Draw)
 _PAD = 6
 _COLORS = 128
 _CHUNK = 1 << 22  # points whose number and mask fit into 32 bits; a multiple of the number of colours
-_NUMBERS_SEED = 100  # of every image
+_NUMBERS_SEED = 100  # the same for every image
 _BEFORE_NAN = 100  # points before the first NaN that are dropped with it
 
 _LANES = 8  # segments of an orbit that are computed side by side
@@ -166,14 +166,14 @@ def orbit(category: Float64s, numbers: Float64s) -> tuple[Float64s, Float64s]:
 
 
 def _before_nan(values: Float64s) -> int:
-    """How many values are kept; an orbit that is NaN stays NaN."""
+    """Return how many values to keep; an orbit that is NaN stays NaN."""
     if len(values) == 0 or not math.isnan(values[-1]):
         return len(values)
     return max(0, int(np.isnan(values).argmax()) - _BEFORE_NAN)
 
 
 def _cells(xs: Float64s, ys: Float64s, size: int, pitch: int) -> npt.NDArray[np.uint32]:
-    """Number ``row * pitch + column`` of the pixel of each point; see ``_rescale``."""
+    """Return ``row * pitch + column`` of each point's pixel; see ``_rescale``."""
     cells = np.empty(len(xs), np.uint32)
     if len(xs):
         left, bottom = float(xs.min()), float(ys.min())

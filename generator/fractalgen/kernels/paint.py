@@ -48,7 +48,7 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
     Args:
         size: side length in pixels, at least 2.
         decay: how fast detail loses amplitude per level.
-        key: of ``hash32``; the displacement of a cell depends on (key, cell) alone.
+        key: key for ``hash32``; the displacement of a cell depends on (key, cell) alone.
 
     Returns:
         The top left (size, size) float32 of the grid.
@@ -154,9 +154,9 @@ def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: 
 
     Args:
         counts: hits per pixel, (size, size) uint32.
-        fractal: colours of counts.
-        heights: of the background, (size, size) float32.
-        background: colours of heights.
+        fractal: colours of the counts.
+        heights: heights of the background, (size, size) float32.
+        background: colours of the heights.
     """
     image = np.empty((*counts.shape, 3), np.uint8)
     maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)

@@ -19,8 +19,8 @@ def parameter(default: Any, help: str, low: float | None = None, high: float | N
     Args:
         default: the value unless ``--set`` changes it.
         help: one line for ``fractalgen kinds``.
-        low: the least value; None for text and booleans.
-        high: the greatest value.
+        low: the minimum; None for text and booleans.
+        high: the maximum.
     """
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
@@ -29,7 +29,7 @@ def check_parameters(params: "DataclassInstance") -> None:
     """Check that numbers are in the range of their field, and that pairs are (low, high); for ``__post_init__``.
 
     Raises:
-        UsageError: naming the first field that is not.
+        UsageError: if a field is out of range; names the first one.
     """
     for one in fields(params):
         low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)
