@@ -1,4 +1,4 @@
-"""A small dataset that is built once, and threads in place of worker processes."""
+"""Fixtures: a small dataset that is built once, and threads in place of worker processes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,5 +20,5 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker threads instead of processes, which take a second to start."""
+    """Use worker threads instead of processes, which take a second to start."""
     monkeypatch.setattr(executors, "worker_pool", ThreadPoolExecutor)

@@ -1,4 +1,4 @@
-"""Kinds ``single`` and ``multi``: published systems and distributions, pinned pixels, labels where the objects are."""
+"""Kinds ``single`` and ``multi``: published systems and distributions, pinned pixels, labels of visible objects."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def draw_single(params: SingleParams, size: int, points: int, unit: Unit, system
 
 
 def draw_multi(params: MultiParams, size: int, points: int, number: int) -> tuple[np.ndarray, MultiLabel]:
-    """One image of six systems, rounded to 24 bits as a build has them."""
+    """Render one image of each of six systems, rounded to 24 bits as in a build."""
     rng = np.random.default_rng(0)
     systems = [np.round(sample_system((2, 5), rng) * 2**24) / 2**24 for _ in range(6)]
     ((image, label),) = multi.render(params, size, points, Unit(0, "train", 0, number), systems)
@@ -37,7 +37,7 @@ def draw_multi(params: MultiParams, size: int, points: int, number: int) -> tupl
 
 
 def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
-    """Whether values look uniform in [low, high): ends, mean and spread."""
+    """Return whether values look uniform in [low, high), by their ends, mean and spread."""
     width = high - low
     reached = low <= values.min() < low + 0.02 * width and high - 0.02 * width < values.max() <= high
     centred = abs(values.mean() - (low + high) / 2) < 0.03 * width
@@ -45,7 +45,7 @@ def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
 
 
 def test_single_pixels_are_pinned() -> None:
-    """A change of any pixel needs a new recipe version. The system is fixed, because numpy draws it."""
+    """Changing any pixel requires a new recipe version. The system is fixed, because numpy draws it."""
     system = np.round(SYSTEM * 2**24) / 2**24
     images = [draw_single(SingleParams(), 64, 5000, Unit(0, "train", 1, number), system) for number in range(3)]
     plain = SingleParams(background=False, color=False)
@@ -70,7 +70,7 @@ def test_sample_system_equals_the_published_sampler(reference: Path) -> None:
         system = sample_system(n, np.random.default_rng(case["seed"]))
         np.testing.assert_allclose(system, case["system"], rtol=0, atol=4e-16)
     for n in (1, (1, 2)):
-        with pytest.raises(UsageError, match="at least 2"):
+        with pytest.raises(UsageError, match="maps"):
             sample_system(n, np.random.default_rng(0))
 
 

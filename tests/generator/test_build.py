@@ -1,4 +1,4 @@
-"""``fractalgen build``: the same content whoever builds it, killed or not; nothing half-done looks finished."""
+"""``fractalgen build``: killed or concurrent builds give the same dataset, and unfinished work is never visible."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_new_folder_is_claimed_by_one_of_two_recipes(tmp_path: Path) -> None:
     plan = plan_build(open_folder(out, slow))
     finish(plan_build(open_folder(out, fast)))
     before = files(out)
-    with pytest.raises(FractalError, match="seed 1 there, 0 here"):
+    with pytest.raises(FractalError, match="seed"):
         finish(plan)
     assert files(out) == before
 
@@ -130,7 +130,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: None) -> None:
-    """SIGKILL of the parent ends the workers, and the next build goes on."""
+    """SIGKILL to the parent ends the workers, and the next build continues."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
     assert run(*SMALL, *SLOW, "--out", undisturbed).exit_code == 0
     process = start([*SMALL, *SLOW], out, workers=2)
@@ -206,7 +206,7 @@ def test_build_refuses_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_leaves_nothing_that_looks_finished(built: Path, small_disk: Path) -> None:
+def test_full_disk_leaves_only_finished_shards(built: Path, small_disk: Path) -> None:
     out = small_disk / "out"
     plan = plan_build(open_folder(out, RECIPE))
     filler = small_disk / "filler"
@@ -232,7 +232,7 @@ def test_finished_dataset_may_be_read_only(built: Path, small_disk: Path, comman
 
 
 def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
-    """From a file or a folder of CSV files; a later build without them uses those that the folder stores."""
+    """Categories come from a file or a folder of CSV files; a later build uses those stored in the dataset folder."""
     folder, stored = tmp_path / "csv" / "csv0", tmp_path / "categories.npz"
     folder.mkdir(parents=True)
     for index in range(3):

@@ -35,7 +35,7 @@ def test_shipped_categories_are_pinned() -> None:
 
 
 @pytest.mark.parametrize("folders", [[""], ["csv0", "csv1", "csv2"]])
-def test_csv_folder_or_its_subfolders(tmp_path: Path, folders: list[str]) -> None:
+def test_csv_folder_may_have_subfolders(tmp_path: Path, folders: list[str]) -> None:
     for index in range(7):
         write_csv(tmp_path / folders[index % len(folders)] / f"{index:05d}.csv", shipped_categories()[index])
     (tmp_path / "weights_0.4.csv").write_text("1,1\n")
@@ -45,12 +45,12 @@ def test_csv_folder_or_its_subfolders(tmp_path: Path, folders: list[str]) -> Non
 
 
 def test_csv_folder_with_gaps_or_duplicates_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FractalError, match=r"no files 00000\.csv"):
+    with pytest.raises(FractalError, match="missing"):
         read_csv_folder(tmp_path / "missing")
     for name in ("00000.csv", "csv1/00000.csv", "csv1/00002.csv"):
         write_csv(tmp_path / name, shipped_categories()[0])
     for folder, wrong in ((tmp_path, "csv1/00000.csv"), (tmp_path / "csv1", "csv1/00002.csv")):
-        with pytest.raises(FractalError, match=rf"{wrong}: expected 00001\.csv"):
+        with pytest.raises(FractalError, match=wrong):
             read_csv_folder(folder)
 
 

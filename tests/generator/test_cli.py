@@ -1,4 +1,4 @@
-"""``fractalgen render``, ``search``, ``preview`` and ``kinds``: their output is right, and they refuse in one line."""
+"""``fractalgen render``, ``search``, ``preview`` and ``kinds``: their output, and errors in one line."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_search_writes_categories(tmp_path: Path) -> None:
         ("preview --kind single --out x.tiff", 2, "x.tiff"),
     ],
 )
-def test_command_refuses_in_one_line(
+def test_command_reports_errors_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, code: int, noun: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Deflate: what any decoder inflates is what was compressed, in few bytes, the same on every machine."""
+"""Deflate: other decoders read it, and its bytes are few and the same on every machine."""
 
 import io
 import zlib

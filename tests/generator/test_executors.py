@@ -1,4 +1,4 @@
-"""Slices, executors that fail, and Dask clusters that lose workers: the same dataset, or one line that says why not."""
+"""Slices, failing executors, and Dask clusters that lose workers give the same dataset, or an error in one line."""
 
 import copy
 import logging
@@ -49,7 +49,7 @@ def test_slices_make_the_dataset_of_one_build(built: Path, tmp_path: Path, threa
 
 
 class InThisThread(Executor):
-    """Runs tasks at once, with other arguments, or fails those of some shards."""
+    """Run tasks in this thread; fail those of some shards, or change their arguments."""
 
     def __init__(
         self, errors: dict[str, BaseException] | None = None, change: Callable[..., tuple] | None = None
@@ -71,7 +71,7 @@ class InThisThread(Executor):
 def test_lost_shards_are_named_after_the_rest_is_built(built: Path, tmp_path: Path, error: BaseException) -> None:
     out = tmp_path / "out"
     lost = InThisThread({"train-000001.tar": error, "val-000000.tar": error})
-    with pytest.raises(FractalError, match=r"train-000001.tar, val-000000.tar: ") as caught:
+    with pytest.raises(FractalError, match=r"train-000001.tar, val-000000.tar") as caught:
         run_build(plan_build(open_folder(out, RECIPE)), lost)
     assert "\n" not in str(caught.value)
     assert len(list(out.glob("*.tar"))) == 4
@@ -97,7 +97,7 @@ def test_worker_that_cannot_build_is_named(tmp_path: Path, change: Callable[...,
 
 
 def test_dask_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client of a malformed address is never made: Dask leaves it open, and the next client waits for it."""
+    """No client is made for a malformed address: Dask would leave it open, and the next client would wait for it."""
     monkeypatch.setattr("distributed.Client", lambda *arguments, **named: pytest.fail("made a client"))
     for options, code, noun in (
         (["--executor", "dask"], 2, "--scheduler"),
@@ -114,7 +114,7 @@ def test_dask_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_dask_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dask_scheduler_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
     monkeypatch.setattr("fractalgen.executors._CONNECT_SECONDS", 0.5)
@@ -159,7 +159,7 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path: Path) -> Non
 def test_dask_scheduler_that_dies_ends_the_build_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Dask is silent during the build, and logs as before afterwards."""
+    """Dask logs nothing during the build, and as before afterwards."""
     import dask
     import distributed
 

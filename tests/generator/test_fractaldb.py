@@ -1,4 +1,4 @@
-"""FractalDB: the published pixels and composition, equality with a slow renderer, no crash whatever the input."""
+"""FractalDB: the published pixels and composition, equality with a slow renderer, unusual input."""
 
 import json
 import math
@@ -53,7 +53,7 @@ WILD = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, -1e308, math.inf, -
 
 
 def slow_points(category: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[float, float]]:
-    """The chaos game in plain Python, one step after the other."""
+    """Run the chaos game in plain Python, step by step."""
     maps = category.tolist()
     x = y = 0.0
     yield x, y
@@ -71,7 +71,7 @@ def slow_points(category: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[flo
 def slow_render(
     category: np.ndarray, weights: np.ndarray, size: int, points: int, draw: Draw, patch_masks: np.ndarray
 ) -> np.ndarray:
-    """The published rendering, point by point."""
+    """Render as published, point by point."""
     scaled = category.copy()
     scaled[:, :6] *= weights
     kept = np.array(list(slow_points(scaled, np.random.RandomState(100).random_sample(points))))
@@ -165,15 +165,15 @@ def test_orbit_of_published_categories_equals_the_slow_one(label: int) -> None:
 
 @pytest.mark.parametrize("points", [1, 2, 7, 8, 9, 2047, 2048, 2055, 2056, 2057, 2063, 2064, 4999])
 @pytest.mark.parametrize("turn", [0.5, 1.0], ids=["contracts", "only turns"])
-def test_orbit_of_any_length(points: int, turn: float) -> None:
-    """A map that only turns never leads two orbits together; nor do maps that are not always chosen."""
+def test_orbit_of_any_length_equals_the_slow_one(points: int, turn: float) -> None:
+    """Orbits under a pure rotation never meet, nor do those of maps that are not always chosen."""
     cosine, sine = turn * math.cos(1), turn * math.sin(1)
     category = np.array([[cosine, -sine, sine, cosine, 1, 0, 0.5], [cosine, sine, -sine, cosine, 0, 1, 0.4]])
     expected = np.array(list(slow_points(category, random_numbers(points))))
     assert np.array_equal(np.stack(orbit(category, random_numbers(points)), 1), expected)
 
 
-def test_render_without_points_to_draw() -> None:
+def test_render_without_points_is_black_or_the_origin() -> None:
     """If no map is chosen, the origin is drawn; if all points diverge, nothing is."""
     origin = np.array([[0.5, 0, 0, 0.5, 1, 1, 0.0]])
     assert np.argwhere(render(origin, ONES, 16, 50, "point-gray")).tolist() == [[15, 0]]
@@ -182,7 +182,7 @@ def test_render_without_points_to_draw() -> None:
         assert not render(diverging, ONES, 32, 5000, "patch-color", masks(KEY, 5000)).any()
 
 
-def test_render_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_in_chunks_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = masks(KEY, 5000)
     whole = [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS]
     monkeypatch.setattr(kernel, "_CHUNK", 256)
@@ -211,7 +211,7 @@ def test_masks_are_pinned_whatever_their_number() -> None:
 
 
 def test_kind_pixels_are_pinned() -> None:
-    """A change of any pixel needs a new recipe version."""
+    """Changing any pixel requires a new recipe version."""
     digests = []
     for number, name in enumerate(DRAWS):
         unit = Unit(7, "train", 3, number)
@@ -242,7 +242,7 @@ def test_kind_of_points_has_a_hundred_images_per_class() -> None:
     points = {"draw": "point-color"}
     assert make_recipe("fractaldb", 960, val=40, classes=10, overrides=points).val == 40
     for n, val in ((1001, 0), (950, 60)):
-        with pytest.raises(UsageError, match="has 100"):
+        with pytest.raises(UsageError, match="100"):
             make_recipe("fractaldb", n, val=val, classes=10, overrides=points)
-    with pytest.raises(UsageError, match="has 12"):
+    with pytest.raises(UsageError, match="12"):
         make_recipe("fractaldb", 130, classes=10, overrides={**points, "weight_rows": "2,4"})

@@ -32,7 +32,7 @@ def chi_square(values: np.ndarray, bins: int) -> float:
 
 
 def test_random_numbers_are_pinned() -> None:
-    """Other numbers would change every dataset."""
+    """Changing them would change every dataset."""
     stream = Stream.of("single", 0, "train", 3, 4)
     assert [stream.bits64() for _ in range(2)] == [5537430552962344589, 14549906094821892492]
     assert words(3, np.uint32(1), np.uint32(2)).tolist() == [1159414821, 2502442532, 2018336093]
@@ -62,7 +62,7 @@ def rasterize(
 
 
 def published_orbit(system: np.ndarray, points: int, rng: np.random.Generator) -> np.ndarray:
-    """One orbit in float64, as the published code iterates it."""
+    """Iterate one orbit in float64, as the published code does."""
     shares = np.cumsum(determinants(system) / determinants(system).sum())
     choices = np.searchsorted(shares, rng.random(points), side="right").clip(max=len(system) - 1)
     point = np.array(fixed_point(system[0]))

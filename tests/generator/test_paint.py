@@ -84,7 +84,7 @@ def test_gaussian_blur_equals_opencv(shape: tuple[int, int], sigma: float) -> No
 
 
 def plain_diamond_square(levels: int, decay: float, noise: np.ndarray) -> np.ndarray:
-    """The published algorithm with given noise in [-1, 1), in float64."""
+    """Run the published algorithm in float64, on given noise in [-1, 1)."""
     side = 2**levels + 1
     grid = np.zeros((side, side))
     for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
@@ -121,7 +121,7 @@ def test_diamond_square_is_the_published_algorithm(size: int) -> None:
 
 
 def cell_noise(levels: int, key: tuple[np.uint32, np.uint32]) -> np.ndarray:
-    """The noise of every cell, from its definition: hash32 of the cell's number in the grid."""
+    """Compute the noise of every cell by its definition: hash32 of the cell's number in the grid."""
     side = 2**levels + 1
     words = np.empty(side * side, np.uint32)
 

@@ -1,4 +1,4 @@
-"""Recipes and plans: nonsense is refused, digests cover every field, samples are balanced, mixed and pinned."""
+"""Recipes and plans: invalid values are refused, digests cover every field, samples are balanced and shuffled."""
 
 import json
 import time
@@ -39,7 +39,7 @@ from fractalshards.errors import FractalError, UsageError
     ],
     ids=str,
 )
-def test_make_recipe_refuses_nonsense(changes: dict[str, Any], noun: str) -> None:
+def test_make_recipe_refuses_invalid_values(changes: dict[str, Any], noun: str) -> None:
     with pytest.raises(UsageError, match=noun):
         make_recipe(**{"kind": "single", "n": 1000, **changes})
 
@@ -143,7 +143,7 @@ def test_locate_mixes_classes_and_images_of_units_inside_shards() -> None:
         assert np.bincount([place.unit.label for place in places], minlength=10).min() > 50
 
 
-def test_locate_lets_a_worker_hold_few_renders_of_large_images() -> None:
+def test_locate_needs_few_renders_of_large_images_at_a_time() -> None:
     recipe = make_recipe("fractaldb", 4000, classes=10, size=4096)
     seen: Counter[object] = Counter()
     for place in (locate(recipe, index) for index in range(1000)):
@@ -154,7 +154,7 @@ def test_locate_lets_a_worker_hold_few_renders_of_large_images() -> None:
 
 
 def test_locate_is_pinned() -> None:
-    """A change of what an index stands for needs a new recipe version."""
+    """Changing the content of an index requires a new recipe version."""
     found = []
     for kind in ("fractaldb", "single", "multi"):
         recipe = make_recipe(kind, 12_345, val=321, classes=67, seed=5)
@@ -175,7 +175,7 @@ def test_shard_tasks_are_numbered_per_split_and_end_units() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plan_of_a_million_images_takes_no_time(kind: str) -> None:
+def test_plan_of_a_million_images_is_fast(kind: str) -> None:
     recipe = make_recipe(kind, 1_000_000)
     start = time.perf_counter()
     assert len(shard_tasks(recipe)) == 1000

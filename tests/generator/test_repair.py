@@ -1,4 +1,4 @@
-"""``fractalgen repair`` renders again exactly what is damaged or missing, and the dataset is what it was."""
+"""``fractalgen repair`` renders exactly the damaged and missing shards again, and restores the dataset."""
 
 import json
 import os
@@ -101,9 +101,9 @@ def test_repair_finishes_an_unfinished_build(built: Path, copy: Path) -> None:
     assert files(copy) == files(built)
 
 
-def test_repair_refuses_what_the_manifest_did_not_promise(built: Path, copy: Path) -> None:
+def test_repair_refuses_shards_that_differ_from_the_manifest(built: Path, copy: Path) -> None:
     edit(copy / "_info.json", lambda fields: fields["splits"]["val"].update(content_digests=["0" * 32]))
-    for _ in range(2):  # the promise stands
+    for _ in range(2):  # the manifest stays as it is
         result = repair(copy)
         assert result.exit_code == 1
         assert "val-000000.tar" in result.stderr.splitlines()[-1]
@@ -132,7 +132,7 @@ def test_repair_names_what_it_cannot_repair(copy: Path, tmp_path: Path) -> None:
 
 
 def test_systems_that_the_kind_cannot_render_are_refused(copy: Path) -> None:
-    """A folder from elsewhere may agree with itself and still be of no use."""
+    """A folder from elsewhere may be consistent and still hold unusable systems."""
     systems = [np.zeros((3, 7))] * 20
     write_systems(copy / "systems.npz", systems)
 
