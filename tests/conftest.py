@@ -36,7 +36,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def read_only_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system that cannot be written."""
+    """An empty, read-only file system."""
     with _mounted(tmp_path / "read-only", "ro") as disk:
         yield disk
 
@@ -53,13 +53,13 @@ def _mounted(disk: Path, options: str) -> Iterator[Path]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retry failed transfers at once."""
+    """Retry failed transfers without a delay."""
     monkeypatch.setattr(stores, "_RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Output of the published renderers; tests that need it are skipped where it is not there."""
+    """Output of the published renderers; tests that need it are skipped without it."""
     folder = Path(__file__).parents[2] / "shared" / "reference"
     if not folder.is_dir():
         pytest.skip("the reference data does not lie beside the project")

@@ -290,21 +290,21 @@ def _refuse_beside_recipe(context: click.Context) -> None:
     for parameter in context.command.params:
         name = parameter.name or ""
         if name in _IN_RECIPE and _is_given(context, name):
-            raise UsageError(f"{parameter.opts[0]} and --recipe: give one of them, because the recipe determines both")
+            raise UsageError(f"{parameter.opts[0]} cannot be combined with --recipe, which determines it: leave it out")
 
 
 def _is_given(context: click.Context, name: str) -> bool:
-    """Whether a parameter was given at the command line."""
+    """Return whether a parameter was given on the command line."""
     return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
-    """The first ``classes`` categories of --categories or --from-csv; None without these options."""
+    """Read the first ``classes`` categories of --categories or --from-csv; None without these options."""
     path = categories or from_csv
     if path is None:
         return None
     if categories and from_csv:
-        raise UsageError("--categories and --from-csv: give one of them")
+        raise UsageError("--categories and --from-csv: give only one of them")
     if kind != "fractaldb":
         raise UsageError(f"{path}: holds categories of FractalDB, but --kind is {kind!r}")
     given = read_categories(path) if categories else read_csv_folder(path)
@@ -330,7 +330,7 @@ def _describe(plan: Plan, part: Slice | None, workers: int, scheduler: str | Non
     recipe = plan.folder.recipe
     of_part = f" of {part}" if part else ""
     if not plan.missing:
-        return f"nothing to render, all {human_count(len(plan.own), 'shard')}{of_part} there already"
+        return f"nothing to render: {human_count(len(plan.own), 'shard')}{of_part} already finished"
     done = len(plan.own) - len(plan.missing)
     workers = min(workers, len(plan.missing))
     return (

@@ -34,7 +34,7 @@ def locate(recipe: Recipe, index: int) -> Place:
     """
     split = next((split for split in _splits(recipe) if 0 <= index - split.offset < split.samples), None)
     if split is None:
-        raise IndexError(f"sample {index} of {recipe.n + recipe.val}")
+        raise IndexError(f"sample index is {index}: expected 0 to {recipe.n + recipe.val - 1}")
     position = _shuffled(split, index - split.offset)
     start, stop = _unit_bounds(split, position)
     label, number = _unit_at(split, position)

@@ -1,4 +1,4 @@
-"""Runs ``fractalgen`` in this process, and looks at the folders that it builds."""
+"""Run ``fractalgen`` in this process, and list the folders that it builds."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def run(*arguments: object, environment: dict[str, str] | None = None) -> Result
 
 
 def error_line(result: Result) -> str:
-    """The only error, which is the last line."""
+    """Return the only error, which is the last line."""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.stderr.rstrip().endswith(line)
     return line

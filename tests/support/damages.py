@@ -1,4 +1,4 @@
-"""Damaged and hostile datasets: ``HOSTILE`` maps a name to what is done to a sound dataset, and the file at fault."""
+"""Damaged and hostile datasets: ``HOSTILE`` maps a name to a change of a sound dataset, and the file at fault."""
 
 import hashlib
 import io
@@ -58,12 +58,12 @@ def in_sidecar(**changes: Any) -> Damage:
 
 
 def whole(name: str, content: str | bytes) -> Damage:
-    """Another content of a file."""
+    """Replace the content of a file."""
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def replaced(name: str, make: Callable[[Path], object]) -> Damage:
-    """Something else in the place of a file."""
+    """Replace a file by something else."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -77,7 +77,7 @@ def endless(path: Path) -> None:
 
 
 def forged(change: Callable[[list[bytes]], list[bytes]], end: bytes = END_OF_TAR) -> Damage:
-    """Other samples in a shard, with sizes, offsets and sha256 that fit in sidecar and manifest."""
+    """Change the samples of a shard, with the sizes, offsets and sha256 in sidecar and manifest to match."""
 
     def damage(folder: Path) -> None:
         offsets = read_record(folder, SHARD, "single").offsets
@@ -95,12 +95,12 @@ def forged(change: Callable[[list[bytes]], list[bytes]], end: bytes = END_OF_TAR
 
 
 def third(change: Callable[[bytes], bytes]) -> Damage:
-    """Other blocks of the sample 000000007."""
+    """Change the blocks of sample 000000007."""
     return forged(lambda blocks: [*blocks[:2], change(blocks[2]), *blocks[3:]])
 
 
 def member(kind: bytes, **fields: Any) -> Damage:
-    """Another kind of image in the sample 000000007."""
+    """Change the image of sample 000000007 to another type of tar member."""
     header = tarfile.TarInfo(f"{KEY}.png")
     header.type = kind
     for name, value in fields.items():
@@ -109,7 +109,7 @@ def member(kind: bytes, **fields: Any) -> Damage:
 
 
 def with_files(**files: bytes) -> Damage:
-    """Other files in the sample 000000007."""
+    """Change or add files of sample 000000007."""
     return third(lambda blocks: pack_sample(Sample(KEY, {**parse_sample(blocks).files, **files})))
 
 
@@ -122,7 +122,7 @@ def label_first(blocks: bytes) -> bytes:
 
 
 def png(width: int, height: int, inflated: bytes, extra: bytes = b"") -> bytes:
-    """A PNG whose header may say another size than its rows have, with the text in ``extra``."""
+    """Make a PNG whose header may not match the size of its rows, with the text in ``extra``."""
     chunks = [
         (b"IHDR", struct.pack(">II5B", width, height, 8, 2, 0, 0, 0)),
         (b"zTXt", b"a\0\0" + zlib.compress(extra)),
@@ -136,7 +136,7 @@ def png(width: int, height: int, inflated: bytes, extra: bytes = b"") -> bytes:
 
 
 def npz(array: bytes, compression: int = zipfile.ZIP_STORED) -> Damage:
-    """Another array of systems."""
+    """Replace the systems by one array."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
         file.writestr("00000.npy", array)
@@ -150,7 +150,7 @@ def npy(array: np.ndarray, pickle: bool = False) -> bytes:
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {MARK}",)
@@ -187,7 +187,7 @@ def renamed(folder: Path) -> None:
 
 
 def copied(folder: Path) -> None:
-    """The first shard in the place of the second, with a sidecar and a manifest that agree."""
+    """Replace the second shard by the first, with matching sidecar and manifest."""
     for end in ("tar", "json"):
         shutil.copy(folder / f"train-000000.{end}", folder / f"train-000001.{end}")
     edit(folder / SIDECAR, name=SHARD)

@@ -29,7 +29,7 @@ def build(recipe: Recipe, out: Path) -> None:
 
 
 def build_variants(out: Path, systems: Path | None = None) -> None:
-    """Build a folder per variant, with the stored systems of the same variant below ``systems``, if given."""
+    """Build a folder per variant, from the systems that the same variant stores below ``systems``, if given."""
     for name, (kind, settings) in VARIANTS.items():
         (out / name).mkdir(parents=True)
         for file in ("recipe.json", "systems.npz") if systems else ():

@@ -1,4 +1,4 @@
-"""What ``test_distributed`` launches in ranks: functions of a configuration that ``distributed.launch`` can import."""
+"""Functions that ``test_distributed`` launches in ranks; ``distributed.launch`` imports them."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from fractaltrain.distributed import join_world, launch, stop_on_signal, stopped
 
 
 def save_slowly(folder: Path) -> None:
-    """Wait for a signal; then rank 0 takes its time to save."""
+    """Wait for a signal; rank 0 then saves slowly."""
     seconds = float((folder / "seconds").read_text())
     with join_world() as world, stop_on_signal() as stop:
         (folder / f"ready-{world.rank}").touch()

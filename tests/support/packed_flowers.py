@@ -32,7 +32,7 @@ def images(dataset: Path, split: str) -> dict[bytes, int]:
 
 
 def assert_refused(result: Result, code: int, noun: str) -> None:
-    """One line of error that names the file or the option."""
+    """Assert that a command failed with one line that names the file or the option."""
     assert result.exit_code == code, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert noun in line

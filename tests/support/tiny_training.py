@@ -1,4 +1,4 @@
-"""A training of some seconds, with a model that has everything a resume could get wrong: batch norm, dropout."""
+"""A training run of a few seconds, whose model has state that resuming must restore: batch norm, dropout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +36,7 @@ class Tiny(nn.Module):
 
 
 def squares(count: int, seed: int) -> InMemorySource:
-    """Squares of four colours in noise."""
+    """Draw squares of four colours in noise."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % 4
     images = generator.integers(0, 120, (count, 16, 16, 3), np.uint8)
@@ -62,12 +62,12 @@ def run_tiny(
 
 
 def lines(folder: Path) -> list[dict]:
-    """The metrics without what depends on the machine."""
+    """Return the metrics, without those that depend on the machine."""
     return [{k: v for k, v in line.items() if k not in ("images_per_s", "waiting")} for line in read_metrics(folder)]
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[], object]) -> None:
-    """Call ``act`` before the step number ``call`` of this process, counted from 1."""
+    """Call ``act`` before step ``call`` of this process, counted from 1."""
     train_step, calls = module.train_step, [0]
 
     def acting(*arguments: object) -> torch.Tensor:
@@ -93,7 +93,7 @@ def weights(folder: Path, part: str = "model") -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """The same metrics, weights and result, to the bit."""
+    """Assert that two runs have bit-identical metrics, weights and results."""
     assert lines(folder) == lines(expected)
     wanted = weights(expected)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(folder).items())
