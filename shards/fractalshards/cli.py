@@ -67,7 +67,7 @@ def info(folder: Path, as_json: bool) -> None:
 @_JSON
 @quiet_option
 def verify(folder: Path, workers: int, as_json: bool) -> None:
-    """Check hashes and counts and decode every image; name all problems, and exit with 1 if there are any.
+    """Check hashes and counts and decode every image; list all problems and exit with 1 if there are any.
 
     Example: fractalshards verify shards/single
     """
@@ -89,9 +89,9 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
 @_FOLDER
 @click.option("--out", type=PATH, required=True, help="Image file to write: .png or .jpg.")
 @click.option("--split", default="train", help="Split to show.")
-@click.option("--classes", default=16, type=click.IntRange(1), help="Rows.")
-@click.option("--per-class", default=8, type=click.IntRange(1), help="Images in a row.")
-@click.option("--tile", default=96, type=click.IntRange(8), help="Size of an image in pixels.")
+@click.option("--classes", default=16, type=click.IntRange(1), help="Number of rows.")
+@click.option("--per-class", default=8, type=click.IntRange(1), help="Images per row.")
+@click.option("--tile", default=96, type=click.IntRange(8), help="Size of each image in pixels.")
 def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, tile: int) -> None:
     """Draw a contact sheet of a dataset, a row per class.
 
@@ -151,7 +151,7 @@ def recipe(folder: Path, out: Path | None) -> None:
 def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
     """Compare two datasets; exit with 0 if they hold the same samples, else with 1.
 
-    Content digests are taken from the manifests; images are only read to name the samples that differ.
+    Content digests come from the manifests; images are read only to name the samples that differ.
 
     Example: fractalshards diff shards/single /mnt/copy/single
     """
@@ -266,7 +266,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @click.argument("out", metavar="OUT", type=PATH)
 @click.option("--split", metavar="train=X,val=Y", help="Shares (0.9), or folders below PATH.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--seed", default=0, help="Seed of the image order and of the images held out.")
+@click.option("--seed", default=0, help="Seed of the image order and of the choice of held-out images.")
 @workers_option
 @quiet_option
 def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int) -> None:
@@ -274,9 +274,9 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
 
     Run the same command again to continue: finished shards are skipped.
 
-    imagefolder:PATH contains train/CLASS/* and val/CLASS/*, or CLASS/*, which all goes to train.
-    '--split train=0.9,val=0.1' holds out that share of each class; '--split train=DIR,val=DIR' names the folders of
-    the splits.
+    imagefolder:PATH contains train/CLASS/* and val/CLASS/*, or only CLASS/*, all of which goes to train.
+    '--split train=0.9,val=0.1' holds out a tenth of each class for val; '--split train=DIR,val=DIR' names the folders
+    of the splits.
 
     imagenet:PATH contains ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share of train
     or not needed, ILSVRC2012_img_val.tar. They are not unpacked; this needs pip install '.[imagenet]'.

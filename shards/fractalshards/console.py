@@ -127,7 +127,7 @@ def continuable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        text = f"{folder}: stopped; finished shards are kept, run the same command again to go on"
+        text = f"{folder}: stopped; finished shards are kept, run the same command again to continue"
         raise StoppedError(text, _interrupt_code(error)) from error
 
 
@@ -157,7 +157,7 @@ def _parse_workers(context: click.Context, parameter: click.Parameter, text: str
     if workers < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     if workers > cores:
-        note(f"note: {human_count(cores, 'worker')} instead of {workers:,}, because there are no more cores")
+        note(f"note: using {human_count(cores, 'worker')} instead of {workers:,}, one per core")
     return min(workers, cores)
 
 
@@ -167,7 +167,7 @@ quiet_option = click.option(
     is_eager=True,  # before other options print notes
     expose_value=False,
     callback=lambda context, parameter, value: show_logs(value),
-    help="No progress and no notes, only results and errors.",
+    help="Print results, warnings and errors only: no progress, no notes.",
 )
 workers_option = click.option(
     "--workers",
@@ -252,7 +252,7 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
 
     def draw(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total, text=describe(done, total))
-        bar.start()  # not before: perhaps there is nothing to do
+        bar.start()  # not earlier: there may be nothing to do
 
     try:
         yield draw

@@ -166,7 +166,7 @@ def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: 
     if any(alignment.regrouped):
         remarks += f", in {len(rows[0]):,} and {len(rows[1]):,} shards"
     if count := sum(one.sha256 != other.sha256 for one, other in alignment.equal):
-        remarks += f"; {human_count(count, 'shard')} with other bytes, written by another CPU or other software"
+        remarks += f"; {human_count(count, 'shard')} with different bytes, written by another CPU or other software"
     return DatasetDiff(True, (f"{split}: the same {_count_samples(rows[0])}{remarks}",))
 
 
@@ -227,7 +227,7 @@ def _describe_manifests(first: Manifest, second: Manifest) -> Iterator[str]:
         one, other = getattr(first, name), getattr(second, name)
         if one != other:
             values = "" if isinstance(one, tuple) else f": {one} in {first.folder}, {other} in {second.folder}"
-            yield f"{name} differ{values}"
+            yield f"different {name}{values}"
 
 
 def _count_samples(shards: Sequence[Shard]) -> str:

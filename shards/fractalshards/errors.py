@@ -9,7 +9,7 @@ _ADVICE = {
     errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
     errno.EACCES: "choose a folder you may read and write",
     errno.EROFS: "choose a folder you may write",
-    errno.ENOENT: "check the path, or that its file system is there",
+    errno.ENOENT: "check the path, and that its file system is mounted",
 }
 
 
@@ -26,7 +26,7 @@ class WorkerLostError(FractalError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived, as from a batch system; commands end as by Ctrl-C, but exit with 143."""
+    """SIGTERM arrived, e.g. from a batch system; commands end as on Ctrl-C, but exit with 143."""
 
 
 class StoppedError(FractalError):
@@ -45,7 +45,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 def needs_extra(extra: str, what: str) -> AbstractContextManager[None]:
-    """Do as ``needs_package``, for the packages of an extra in pyproject.toml."""
+    """Like ``needs_package``, for packages of an extra in pyproject.toml."""
     return needs_package(what, "", f"pip install '.[{extra}]' in a clone of the project")
 
 
@@ -55,8 +55,8 @@ def needs_package(what: str, package: str, command: str) -> Iterator[None]:
 
     Args:
         what: the feature that needs it, as the subject of the message.
-        package: its name; if empty, that of the module which was not found.
-        command: installs the package.
+        package: name of the package; if empty, the name of the module that was not found.
+        command: the command that installs the package.
     """
     try:
         yield

@@ -37,7 +37,7 @@ def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
         with_val: whether to list the validation images if their archive exists.
 
     Raises:
-        FractalError: if an archive is missing, damaged, contains anything else, or contradicts the devkit.
+        FractalError: if an archive is missing, damaged, contains unexpected files, or contradicts the devkit.
     """
     for name in (TRAIN, DEVKIT):
         if not (folder / name).is_file():

@@ -144,7 +144,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
 def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, int]:
     """Return the classes and the images in a folder, and the number of other files."""
     if not folder.is_dir():
-        raise FractalError(f"{folder}: no such folder, so no images for {split}; {_LAYOUT}")
+        raise FractalError(f"{folder}: folder does not exist, so there are no images for {split}; {_LAYOUT}")
     classes = _class_folders(folder)
     if not 0 < len(classes) <= MAX_CLASSES:
         raise FractalError(f"{folder}: contains {human_count(len(classes), 'class folder')}; {_LAYOUT}")

@@ -43,7 +43,7 @@ def sample_key(index: int) -> str:
 def is_plain(name: str) -> bool:
     """Return whether ``name`` is a plain file name that cannot lead out of the folder.
 
-    It has no separator, ``..`` or leading dot and is no URL: webdataset runs ``pipe:`` URLs in a shell.
+    It has no separator, ``..`` or leading dot, and it is not a URL: webdataset runs ``pipe:`` URLs in a shell.
     """
     return _PLAIN.fullmatch(name) is not None and ".." not in name
 
@@ -88,7 +88,7 @@ class ShardRecord(Shard):
     """A shard's sidecar.
 
     Attributes:
-        label_counts: for every class, the number of samples that show it.
+        label_counts: the number of samples that show each class.
         offsets: samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``.
         image_size: the side of its images in pixels if all are squares of one size, else None.
     """
@@ -104,7 +104,7 @@ class ShardRecord(Shard):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The fields of a manifest that are known before any sample is written; ``recipe`` as JSON holds it."""
+    """The fields of a manifest that are known before any sample is written; ``recipe`` has JSON types only."""
 
     recipe: Mapping[str, Any]
     label_type: LabelType
@@ -165,7 +165,7 @@ class Manifest:
         class_names: by class index; empty if classes have no names.
         class_ids: ids from a public vocabulary (WordNet synsets) by class index, or empty.
         splits: the shards of ``train`` and perhaps ``val``, in order.
-        first_samples: for every shard, the index of its first sample.
+        first_samples: the index of the first sample of each shard.
     """
 
     folder: Path
@@ -277,14 +277,14 @@ def find_manifest(folder: Path) -> Path:
     """
     path = folder / INFO
     if folder.is_file():
-        raise FractalError(f"{folder}: a file; give the folder of a dataset, which holds its {INFO}")
+        raise FractalError(f"{folder}: is a file; give the folder of a dataset, which contains {INFO}")
     if not folder.is_dir():
         raise FractalError(
-            f"{folder}: no such folder; fix the path, or build a dataset there with "
+            f"{folder}: folder does not exist; fix the path, or build a dataset there with "
             f"'fractalgen build --kind KIND --n N --out {folder}'"
         )
     if not path.is_file():
-        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; let the command that makes it finish")
+        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; let the command that builds it finish")
     return path
 
 
@@ -293,7 +293,7 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
     found = parse_json(data, _Version, where).format_version
     if found is None:
         raise FractalError(
-            f"{where}: no format_version, so the info file of a WebDataset by other software; "
+            f"{where}: has no format_version, so other software wrote it; "
             "read it with timm or webdataset, or build a dataset with 'fractalgen build'"
         )
     if found != FORMAT_VERSION:
@@ -315,20 +315,20 @@ def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
     """Check the names of splits and of the shards in each, which come from ``where``.
 
     Raises:
-        FractalError: if a name is not a plain file name, or a shard is named twice.
+        FractalError: if a name is not a plain file name, or a shard is listed twice.
     """
     shards = [shard for names in splits.values() for shard in names]
     for name in (*splits, *shards):
         check_plain(name, where)
     if len(set(shards)) != len(shards):
-        raise FractalError(f"{where}: a shard is named twice; do not use this dataset")
+        raise FractalError(f"{where}: lists a shard twice; do not use this dataset")
 
 
 def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
     """Return the shards of a split.
 
     Raises:
-        FractalError: if the dataset has no such split.
+        FractalError: if the dataset does not have it.
     """
     if split not in manifest.splits:
         raise FractalError(f"{manifest.folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
@@ -336,7 +336,7 @@ def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
 
 
 def _offsets_fit(record: ShardRecord) -> bool:
-    """Whether the offsets begin at 0, stay in the shard and give every sample an acceptable size."""
+    """Whether the offsets begin at 0, stay within the shard and give every sample an acceptable size."""
     return (
         len(record.offsets) == record.samples + 1
         and record.offsets[0] == 0
@@ -346,7 +346,7 @@ def _offsets_fit(record: ShardRecord) -> bool:
 
 
 def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
-    """Whether the counts of classes fit the number of samples, with one class each or more."""
+    """Whether the label counts fit the number of samples: one class per sample, or at least one."""
     total = sum(record.label_counts)
     if label_type == "single":
         return total == record.samples
@@ -366,7 +366,7 @@ def _split_lists(shards: Sequence[Shard]) -> dict[str, object]:
 
 
 def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[int, ...]]:
-    """The index of every shard's first sample: as listed, or following the shard before."""
+    """The index of every shard's first sample: as listed, or counted on from the shard before."""
     firsts = {}
     end = 0
     for name, split in splits.items():

@@ -63,13 +63,15 @@ class ImageSource:
             FractalError: if the source is incomplete or malformed.
         """
         if not self.path.is_dir():
-            raise FractalError(f"{self.path}: no such folder; give the folder that contains the images")
+            raise FractalError(f"{self.path}: folder does not exist; give the folder that contains the images")
         if self.kind == "imagenet":
             return list_ilsvrc(self.path, with_val=self.val_share is None)
         if out.resolve().is_relative_to(self.path.resolve()):
             raise FractalError(f"{out}: inside the image folder {self.path}; choose a folder outside of it")
         if self.val_share is not None and has_splits(self.path):
-            raise UsageError(f"--split: {self.path} has splits already; give shares of its folder train, or no --split")
+            raise UsageError(
+                f"--split: {self.path} already has splits; give the path of its train folder, or no --split"
+            )
         return list_folder(self.path, self.folders)
 
 
@@ -108,9 +110,9 @@ class PackRecipe:
     """Description of a packed dataset: equal recipes of files with equal bytes give equal samples.
 
     Attributes:
-        kind: of the source, ``imagefolder`` or ``imagenet``.
+        kind: ``imagefolder`` or ``imagenet``.
         n, val: samples in the splits ``train`` and ``val``.
-        seed: of the image order and of the choice of held-out images.
+        seed: seed of the image order and of the choice of held-out images.
         shard_size: samples per shard.
         val_share: share of each class that is held out, or None if the source has its own splits.
         files: digest of the list of files.
@@ -152,7 +154,7 @@ def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> 
     """Plan the shards of a dataset and check which are finished; removes leftovers of killed builds, writes nothing.
 
     Raises:
-        FractalError: if the source is incomplete or malformed, or the folder contains anything else.
+        FractalError: if the source is incomplete or malformed, or the folder holds anything but this dataset.
     """
     found = stored_recipe(folder)
     listing = source.list_images(folder)
@@ -262,7 +264,7 @@ def pack_shard(folder: Path, classes: int, task: ShardTask, images: ImageFiles) 
 
 
 def encode_file(key: str, data: bytes, label: int) -> Encoded:
-    """Make a sample of an image file: its bytes if shards may hold its format, else a PNG of its pixels.
+    """Make a sample from an image file: the file as it is if shards store its format, else a PNG of its pixels.
 
     Raises:
         FractalError: if the image cannot be decoded, or the sample is larger than readers accept.

@@ -1,6 +1,6 @@
 """Portable recipes: one small JSON file from which ``fractalgen build --recipe`` renders a dataset again.
 
-It holds the recipe, the systems, and the content digest of every shard, to which the rendered ones are compared.
+It contains the recipe, the systems, and the content digest of every shard, with which the rendered shards are compared.
 """
 
 import json
@@ -23,7 +23,7 @@ from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded
 from fractalshards.systems import MAP_SHAPES, read_systems
 
 PORTABLE_VERSION = 1
-_ADVICE = "the file is damaged or was changed; ask for it again"
+_ADVICE = "the file is damaged or was changed; ask for the file again"
 
 _Row = tuple[float, float, float]
 _Map = Annotated[list[_Row | float], Meta(min_length=2, max_length=7)]  # 2 x 3 or 7 numbers

@@ -1,4 +1,4 @@
-"""Random access to the samples of a dataset: sidecars give their offsets, reading one is a single pread."""
+"""Random access to the samples of a dataset: sidecars give the offsets, and reading a sample is one pread."""
 
 import os
 from collections.abc import Iterator

@@ -32,9 +32,9 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
     if RECIPE in present:
         return read_json(folder / RECIPE, RecipeFile).recipe
-    strangers = [name for name in present if not name.startswith(".")]
-    if strangers:
-        raise FractalError(f"{folder}: holds {strangers[0]!r} but no {RECIPE}; choose an empty or new folder")
+    others = [name for name in present if not name.startswith(".")]
+    if others:
+        raise FractalError(f"{folder}: holds {others[0]!r} but no {RECIPE}; choose an empty or new folder")
     return None
 
 
@@ -44,7 +44,7 @@ def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
     If two builds start in a folder at once, one writes its recipe and the other finds it.
 
     Raises:
-        FractalError: if the folder holds another recipe by then.
+        FractalError: if the folder has another recipe by then.
         OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ _BINS = 25
 _MAX_TALLY = 15
 _MAX_SHARDS = 500  # rows of the table of shards
 _MAX_ROWS = 200  # of the recipe
-_MAX_TEXT = 200  # letters of a text from the dataset
+_MAX_TEXT = 200  # characters of a text from the dataset
 _MAX_NAME = 60
 _BLACK_GROUND = 0.98  # images with a background have at least this share of pixels that are not black
 
@@ -69,7 +69,7 @@ def class_chart(title: str, counts: Counts) -> Chart:
 def histogram(
     title: str, note: str, values: Sequence[float], show: Callable[[float], str], highest: float = 1
 ) -> Chart:
-    """Chart how many images have which value, between 0 and ``highest``; ``show`` formats a value."""
+    """Chart how many images have a value in each of 25 bins from 0 to ``highest``; ``show`` formats a value."""
     counts, edges = np.histogram(values, _BINS, (0, highest))
     tips = [
         f"{show(low)} to {show(high)}: {human_count(count, 'image')}"

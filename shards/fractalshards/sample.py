@@ -16,7 +16,7 @@ PNG = "png"
 
 
 def image_format(data: bytes) -> str | None:
-    """Return the extension for an encoded image by its first bytes, or None if shards do not hold its format."""
+    """Return the extension for an image, found by its first bytes; None for formats that shards do not store."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PNG
     if data.startswith(b"\xff\xd8\xff"):
@@ -100,8 +100,8 @@ def decode_label(files: Mapping[str, bytes]) -> Label:
     """Decode the label of a sample, given its files by extension.
 
     Raises:
-        FractalError: if there is not one label, it is not an ASCII integer of at most nine digits, or its JSON is not
-            that of ``encode_label``, with the classes of its objects as labels, sorted and unique.
+        FractalError: if there is not exactly one label; if ``cls`` is not an ASCII integer of at most nine digits; if
+            ``json`` does not have the fields of ``encode_label``, or its labels are not the classes of its objects.
     """
     extension = label_extension(files)
     text = files[extension]
@@ -136,7 +136,7 @@ _HEADER_SUM = sum(_EMPTY_HEADER[:124]) + sum(_EMPTY_HEADER[135:148]) + 8 * ord("
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar: its data are ``size`` bytes from byte ``start`` on."""
+    """A regular file in a tar, whose data are the ``size`` bytes from byte ``start``."""
 
     name: str
     start: int
@@ -243,7 +243,7 @@ def _pack_header(name: bytes, size: int) -> bytes:
 
 
 def _parse_header(block: bytes) -> tuple[str, int]:
-    """Return name and size of a regular file; ``tarfile`` reads headers unlike ours, in ten times the time."""
+    """Return name and size of a regular file. Headers that differ from ours take ``tarfile``, and ten times as long."""
     name = block[: tarfile.LENGTH_NAME].split(b"\0", 1)[0]
     with suppress(ValueError):
         size = int(block[_SIZE], 8)

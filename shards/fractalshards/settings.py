@@ -1,4 +1,4 @@
-"""``--set NAME=VALUE``: settings of the command line for the fields of a frozen dataclass."""
+"""``--set NAME=VALUE`` on the command line: new values for the fields of a frozen dataclass."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -33,15 +33,15 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] = ()) -> _T:
     """Return a copy of a frozen dataclass with other values in some fields, given as text or as values.
 
-    Fields are int, float, bool, a ``Literal`` of texts, any of these or None (``none``), or tuples of them
+    Fields are int, float, bool or a ``Literal`` of strings, any of these or None (``none``), or tuples of them
     (``low,high``; a single value fills all places).
 
     Args:
         fixed: fields that cannot be changed.
 
     Raises:
-        UsageError: if there is no such field (the nearest is suggested), the text does not fit its type, or the
-            dataclass refuses the value.
+        UsageError: if a field does not exist (similar names are suggested), a text does not fit its type, or the
+            dataclass refuses a value.
     """
     types = {name: kind for name, kind in get_type_hints(type(record)).items() if name not in fixed}
     for name in changes:

@@ -74,7 +74,7 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
             _, image, _ = read_image(location, manifest.classes)
             rows[label].append(shrink(image, tile))
     if not any(rows.values()):
-        raise FractalError(f"{manifest.folder}: split {split!r} contains no image")
+        raise FractalError(f"{manifest.folder}: split {split!r} contains no images")
     return {str(label): images for label, images in rows.items() if images}
 
 

@@ -9,8 +9,8 @@ from fractalshards.errors import UsageError
 
 _AUTO = "auto"
 _Task = TypeVar("_Task")
-# The variable with a task's number, and those with the first number of its array, the last and the step.
-# SGE says "undefined" outside of arrays. PBS Pro, OpenPBS and Torque give the number only.
+# The variable with the number of a task, and those with the first number, the last number and the step of its array.
+# SGE sets "undefined" outside of arrays. PBS Pro, OpenPBS and Torque set the number only.
 _ARRAYS = {
     "SLURM_ARRAY_TASK_ID": ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"),
     "SGE_TASK_ID": ("SGE_TASK_FIRST", "SGE_TASK_LAST", "SGE_TASK_STEPSIZE"),
@@ -37,8 +37,8 @@ class Slice:
 def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
     """Parse ``I/K``, ``auto`` (this task of a job array) or ``auto/K`` (this task of K).
 
-    SLURM and SGE give a task its number and the range of the array. PBS gives the number only: there, and for an array
-    that runs in part, numbers count from 1 and K must be given.
+    SLURM and SGE set the number of the task and the range of its array. PBS sets the number only. With PBS, and for an
+    array that runs in part, K must be given and tasks must be numbered from 1.
 
     Raises:
         UsageError: if the text is none of these, the numbers do not fit, or no batch system gave a number.

@@ -1,6 +1,6 @@
-"""Reading files from outside with bounds, typed JSON, atomic writing, and locks.
+"""Bounded reading of untrusted files, typed JSON, and atomic writing.
 
-Only regular files are opened: a pipe blocks its reader, a device never ends.
+Only regular files are opened: reading a pipe may block, and a device may never end.
 """
 
 import json
@@ -24,11 +24,11 @@ from fractalshards.human import human_bytes
 
 
 def regular_size(path: Path) -> int:
-    """Return the size in bytes of a regular file, or of the one that a link leads to.
+    """Return the size of a regular file in bytes; symbolic links are followed.
 
     Raises:
         FractalError: if it is not a regular file.
-        OSError: if there is no such file.
+        OSError: if it does not exist.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -102,11 +102,11 @@ _STALE_SECONDS = 3600.0
 def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing; on success it becomes ``path``, on failure it is removed.
 
-    The temporary name holds host and process: writers never share one, and ``remove_leftovers`` knows whose it is.
+    The temporary name contains host and process, so writers never share one, and ``remove_leftovers`` knows the writer.
 
     Raises:
         FileExistsError: if ``exclusive`` and ``path`` exists by then.
-        OSError: as the file system does (full disk, no permission).
+        OSError: if the file cannot be written.
     """
     writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
     temporary = path.with_name(f"{TEMPORARY}{writer}~{path.name}")
@@ -124,7 +124,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         with suppress(OSError):  # the first error counts
             temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # a full disk names no file, and nobody knows the temporary one
+            error.filename = str(path)  # a full disk names no file, and users do not know the temporary one
         raise
     _fsync_folder(path.parent)
 

@@ -108,7 +108,7 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
     """
     split = TRAINING if TRAINING in manifest.splits else next(iter(manifest.splits), "")
     if not split or not 0 < manifest.samples(split) <= MAX_SAMPLES:
-        raise FractalError(f"{manifest.folder}: contains no image, or too many; build or fetch it again")
+        raise FractalError(f"{manifest.folder}: contains no images, or too many; build or fetch it again")
     shown = spread(manifest.classes, MAX_THUMBNAILS)
     per_class = min(_PER_CLASS, MAX_THUMBNAILS // len(shown))
     tile = _LARGE if len(shown) * per_class <= _MAX_LARGE else _SMALL
@@ -167,7 +167,7 @@ def select_samples(
         available[number] = np.minimum(counts[classes], per_class)
     missing = np.minimum(totals[classes], per_class)
     taken = np.zeros_like(available)
-    order = sorted(range(len(shards)), key=lambda number: number * _GOLDEN % 1)  # any first part is evenly spread
+    order = sorted(range(len(shards)), key=lambda number: number * _GOLDEN % 1)  # every prefix is evenly spread
     for number in order * per_class:  # one image per class at a time
         take = (available[number] > taken[number]) & (missing > 0)
         taken[number] += take

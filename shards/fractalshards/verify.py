@@ -162,14 +162,14 @@ def _verify_samples(
     if sound and content.hexdigest() != record.content_digest:
         yield Problem(record.name, "", "content digest differs: the samples are not those that were built")
     if sound and tuple(counts[label] for label in range(promise.classes)) != record.label_counts:
-        yield Problem(record.name, "", "the labels are not those that the sidecar counts")
+        yield Problem(record.name, "", "the labels do not match the counts in the sidecar")
 
 
 def _check_files(sample: Sample) -> None:
     """Raise unless the label follows the image, and the image has the format that its name says."""
     extension = image_extension(sample.files)
     if next(iter(sample.files)) != extension:
-        raise FractalError(f"the label stands before the .{extension}")
+        raise FractalError(f"the label comes before the .{extension}")
     if (found := image_format(sample.files[extension])) != extension:  # the content digest depends on the name
         raise FractalError(f"its image is named .{extension} but is {f'a .{found}' if found else 'of another format'}")
 
@@ -184,7 +184,7 @@ def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> No
     for thing in label.objects if isinstance(label, MultiLabel) else ():
         x, y, box_width, box_height = thing.bbox
         if x + box_width > width or y + box_height > height:
-            raise FractalError(f"bbox {list(thing.bbox)} leaves the image of {width} x {height}")
+            raise FractalError(f"bbox {list(thing.bbox)} exceeds the image of {width} x {height} pixels")
 
 
 def _problem(folder: Path, file: str, error: FractalError | OSError) -> Problem:

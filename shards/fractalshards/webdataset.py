@@ -30,11 +30,11 @@ from fractalshards.workers import available_cores, worker_pool
 _log = logging.getLogger(__name__)
 
 _VERSION = 1  # of the cached files
-_IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is its image
+_IMAGES = ("jpg", "jpeg", "png", "webp")  # if a sample has several, the first of these is its image
 _LABEL = "cls"
 _MAX_LABEL_BYTES = 20
 _MAX_DIGITS = 9
-_ALONE = 4  # as few tars as this are scanned before worker processes would have started
+_FEW_TARS = 4  # are scanned in less time than worker processes take to start
 
 Positions = npt.NDArray[np.int64]
 
@@ -65,7 +65,7 @@ class WebDatasetInfo:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The samples of a tar, as arrays of n except for the keys.
+    """The samples of a tar, as arrays with an entry per sample except for ``keys``.
 
     Attributes:
         starts: first byte of the image, int64.
@@ -124,8 +124,8 @@ def index_tars(tars: Iterable[tuple[Path, int]]) -> tuple[TarIndex, ...]:
         tars: paths, and how many samples each must have.
 
     Raises:
-        FractalError: if a tar is missing, is not a plain tar, lacks a label or an image, or has another number of
-            samples.
+        FractalError: if a tar is not a plain tar, lacks a label or an image, or has another number of samples.
+        OSError: if a tar cannot be read.
     """
     wanted = tuple(tars)
     known = {path: index for path, _ in wanted if (index := _read_cache(path)) is not None}
@@ -151,7 +151,7 @@ def index_digest(indices: Iterable[TarIndex]) -> str:
 def index_tar(path: Path) -> TarIndex:
     """Find the samples of a tar by its headers (ustar, GNU or pax); files other than images and ``cls`` are ignored.
 
-    The members of a sample are neighbours and share their name up to its first dot.
+    The members of a sample are adjacent and share their name up to its first dot.
 
     Raises:
         FractalError: if it is not a plain tar, ends early, or a sample lacks image or label.
@@ -170,7 +170,7 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def _scan_all(paths: list[Path]) -> dict[Path, TarIndex]:
-    if len(paths) <= _ALONE:
+    if len(paths) <= _FEW_TARS:
         return dict(map(_scan_and_keep, paths))
     with worker_pool(available_cores()) as pool:
         return dict(pool.map(_scan_and_keep, paths))

@@ -1,4 +1,4 @@
-"""A pool of worker processes that survives killed workers, Ctrl-C and SIGTERM; and how long work reports progress."""
+"""A pool of worker processes that survives killed workers and stops in order on signals; progress callbacks."""
 
 import logging
 import multiprocessing
@@ -25,7 +25,7 @@ OnProgress = Callable[[int, int], None]  # called with (done, total)
 # Workers read these when they start. There is a worker per core already, so BLAS gets one thread; and glibc keeps
 # memory for the next image instead of returning it, because new pages cost as much as the rendering.
 _ENVIRONMENT = {
-    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # that of multiprocessing when the parent was killed
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # of multiprocessing, when the parent is killed
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest value that older versions accept
@@ -62,7 +62,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     """
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
-    resource_tracker.ensure_running()  # the thread that starts it would unblock its own signals
+    resource_tracker.ensure_running()  # started here: a pool thread that starts it would unblock its signals
     pool = _Pool(workers)
     try:
         with sigterm_interrupts():
@@ -84,7 +84,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether a task failed by dead workers, exhausted memory or the cluster: other tasks may succeed."""
+    """Return whether dead workers, exhausted memory or the cluster made a task fail, so that others may succeed."""
     distributed = sys.modules.get("distributed")
     killed = (distributed.KilledWorker,) if distributed else ()
     return isinstance(error, (WorkerLostError, MemoryError, CancelledError, *killed))
@@ -127,7 +127,7 @@ class _Pool(Executor):
                 idle = None
             finally:
                 self._processes.put(idle)
-        raise WorkerLostError(f"a worker process was killed {TRIES} times at this; if memory ran out, lower --workers")
+        raise WorkerLostError(f"the worker process was killed {TRIES} times; if memory ran out, lower --workers")
 
 
 def _warn_of_waiting() -> None:
@@ -137,7 +137,7 @@ def _warn_of_waiting() -> None:
 
 
 def _start_process() -> ProcessPoolExecutor:
-    # spawned, for a forked worker holds the pipes of its siblings and would not see its parent's end
+    # spawned: a forked worker would hold the pipes of its siblings, and not notice the end of its parent
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
@@ -153,7 +153,7 @@ def _block_signals() -> None:
 def handling(
     handler: Callable[[int, FrameType | None], object] | signal.Handlers, *signals: signal.Signals
 ) -> Iterator[None]:
-    """Set the handler of signals inside the block; in the main thread only, for Python allows it nowhere else."""
+    """Set the handler of signals inside the block. Outside the main thread, where Python forbids it, do nothing."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in signals if main}
     try:
@@ -174,7 +174,7 @@ def _exit_with_parent() -> None:
 
 
 def init_loader_worker(worker: int) -> None:
-    """Prepare a loader process: it ends with its parent, and ignores the signals that only the parent acts on.
+    """Make a loader process end with its parent, and ignore the signals that only the parent acts on.
 
     Batch systems signal all processes of a job; a loader that ended first would turn a stop into a failure.
     """

@@ -52,7 +52,7 @@ class Encoded:
 
     def __post_init__(self) -> None:
         if (size := packed_size(self.sample)) > MAX_SAMPLE_BYTES:
-            raise FractalError(f"a sample of {size:,} bytes, but {MAX_SAMPLE_BYTES >> 20} MiB is the most")
+            raise FractalError(f"a sample of {size:,} bytes is larger than {MAX_SAMPLE_BYTES >> 20} MiB")
 
 
 def encode_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -> Encoded:
@@ -80,7 +80,7 @@ def write_shard(
 def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encoded]) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from encoded samples.
 
-    Samples are streamed, so memory does not grow with their number. After any error there is no sidecar, so the shard
+    Samples are streamed, so memory does not grow with their number. After an error no sidecar is written, so the shard
     does not count as finished.
 
     Args:
@@ -143,12 +143,12 @@ def run_jobs(
 ) -> list[_T]:
     """Run the jobs that write shards and return their results, in the order in which they finish.
 
-    An error of a job ends the others; finished shards stay. A shard at which workers are killed three times is left
-    out, and all others are still written.
+    An error in one job stops the others; finished shards stay. A shard whose worker is killed three times is left out,
+    and all others are still written.
 
     Args:
         jobs: picklable calls, by the shard that each writes.
-        folder: of the dataset, for errors.
+        folder: folder of the dataset, for errors.
         on_progress: called with the samples of finished jobs and of all jobs.
 
     Raises:
@@ -182,7 +182,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "memory ran out, lower --workers"
     if isinstance(error, CancelledError):
-        return "the cluster gave it up"
+        return "the cluster gave up on it"
     return str(error)
 
 
@@ -191,10 +191,10 @@ def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], 
 
     Args:
         tasks: all shards of the dataset.
-        own: those that the caller has written or found finished.
+        own: shards that the caller has written, or found finished.
 
     Returns:
-        The names of the shards that are missing; if there are none, the manifest is there.
+        The names of missing shards; if there are none, the manifest has been written.
 
     Raises:
         FractalError: if one of the caller's own shards has vanished.

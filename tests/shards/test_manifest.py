@@ -34,10 +34,10 @@ def test_manifest_with_class_names_and_images_of_several_sizes(dataset: Path) ->
 
 
 def test_load_manifest_of_a_missing_or_unfinished_folder(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(FractalError, match="no such folder"):
+    with pytest.raises(FractalError, match="nowhere"):
         load_manifest(tmp_path / "nowhere")
     (dataset / INFO).unlink()
-    with pytest.raises(FractalError, match="not a finished dataset"):
+    with pytest.raises(FractalError, match=INFO):
         load_manifest(dataset)
 
 
@@ -71,7 +71,7 @@ def test_recipe_differences() -> None:
 
 def test_refuse_other_is_short() -> None:
     refuse_other(Path("here"), {"n": 1, "params": {"a": [1]}}, {"n": 1, "params": {"a": (1,)}})
-    with pytest.raises(FractalError, match=r"here: holds another dataset \(a 7+… there, - here\)") as error:
+    with pytest.raises(FractalError, match=r"here: .*\(a 7+… there, - here\)") as error:
         refuse_other(Path("here"), {"n": 1, "params": {"a": "7" * 10**6}}, {"n": 1, "params": {}})
     assert len(str(error.value)) < 200
 
