@@ -190,7 +190,7 @@ def test_resume_never_and_must(tmp_path):
     run_tiny(tmp_path / "run", recipe, resume="must")
 
 
-def test_metrics_survive_a_line_that_was_cut_off(tmp_path):
+def test_metrics_survive_a_cut_off_line_and_name_a_damaged_one(tmp_path):
     for step in (1, 2, 3):
         append_metrics(tmp_path, {"global_step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -200,6 +200,9 @@ def test_metrics_survive_a_line_that_was_cut_off(tmp_path):
     append_metrics(tmp_path, {"global_step": 9})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["global_step"] for line in lines] == [1, 2, 9]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0\n")
+    with pytest.raises(FractalError, match=r"metrics\.jsonl"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_compare_without_finished_runs(fractaltrain, tmp_path):
     [
         *(("result.json", text) for text in ("", '{"top1": 7}', '{"top1": NaN}')),
         *(("study.json", text) for text in ("", "{}")),
+        ("run.json", '{"settings": {"task": "ft", "seed": "x"}}'),
     ],
 )
 def test_compare_names_damaged_files(fractaltrain, tmp_path, name, text):

@@ -20,7 +20,7 @@ import msgspec
 from fractalshards.errors import FractalError, needs_extra
 from fractalshards.storage import read_json, write_bytes
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
-from fractaltrain.run_folder import RESULT, RUN, read_settings
+from fractaltrain.run_folder import RESULT, RUN
 from fractaltrain.run_study import DONE, find_state
 from fractaltrain.study import PLAN, SCRATCH, read_plan
 
@@ -32,7 +32,7 @@ _RUN_NAME = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # of runs of a study
 
 
 class Cell(NamedTuple):
-    """What runs that differ only in their seeds have in common; ``row`` is what came before the fine-tuning."""
+    """The place of runs that differ only in their seeds; ``row`` is the pre-training set, or ``SCRATCH``."""
 
     target: str
     model: str
@@ -63,7 +63,7 @@ class Comparison:
     models: Sequence[str]
     rows: Sequence[str]
     runs: Sequence[FinishedRun]
-    planned: Mapping[Cell, int]  # number of runs that each cell should have, without cells that no study plans
+    planned: Mapping[Cell, int]  # number of runs in each cell of the plan
 
     def top1(self, cell: Cell) -> list[float]:
         """Return the accuracies of the finished runs of a cell."""
@@ -99,7 +99,7 @@ def collect_runs(paths: Collection[Path]) -> Comparison:
         models += plan.models
         rows += plan.rows
         for run in plan.finetunings:
-            cell, seeds = Cell(_label(run.target, run.per_class), run.model, run.row), (run.seed, run.subset_seed)
+            cell, seeds = Cell(_label(str(run.target), run.per_class), run.model, run.row), (run.seed, run.subset_seed)
             targets.append(cell.target)
             planned.add((cell, seeds))
             if find_state(run, plan, folder) == DONE:
@@ -120,19 +120,35 @@ def collect_runs(paths: Collection[Path]) -> Comparison:
     return Comparison(targets, models, rows, list(by_place.values()), counts)
 
 
-def _label(target: object, per_class: int | None) -> str:
-    return f"{target}" if per_class is None else f"{target}, {per_class} per class"
+def _label(target: str, per_class: int | None) -> str:
+    return target if per_class is None else f"{target}, {per_class} per class"
+
+
+class _Settings(msgspec.Struct):
+    """The settings in ``run.json`` that give a run its place in the grid."""
+
+    task: str = ""
+    data: str = ""
+    per_class: int | None = None
+    model: str = ""
+    weights: str | None = None
+    seed: int = 0
+    subset_seed: int = 0
+
+
+class _RunFile(msgspec.Struct):
+    settings: _Settings
 
 
 def _read_other(folder: Path) -> list[FinishedRun]:
-    """Return the run in a folder outside of any study, if it is a fine-tuning."""
-    settings = read_settings(folder) if (folder / RUN).is_file() else {}
-    if settings.get("task") != "ft":
+    """Return the run in a folder outside of any study if it is a fine-tuning, as a list."""
+    settings = read_json(folder / RUN, _RunFile).settings if (folder / RUN).is_file() else _Settings()
+    if settings.task != "ft":
         return []
     named = _RUN_NAME.search(folder.name)
-    row = named["row"] if named else SCRATCH if settings.get("weights") is None else folder.name
-    cell = Cell(_label(settings.get("data"), settings.get("per_class")), str(settings.get("model")), row)
-    return _read_scores(folder, cell, (int(settings.get("seed", 0)), int(settings.get("subset_seed", 0))))
+    row = named["row"] if named else SCRATCH if settings.weights is None else folder.name
+    cell = Cell(_label(settings.data, settings.per_class), settings.model, row)
+    return _read_scores(folder, cell, (settings.seed, settings.subset_seed))
 
 
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -144,7 +160,7 @@ class _Result(msgspec.Struct):
 
 
 def _read_scores(folder: Path, cell: Cell, seeds: tuple[int, int]) -> list[FinishedRun]:
-    """Return the finished run in a folder; nothing if it has no top-1, for images with several classes each."""
+    """Return the finished run in a folder as a list, which is empty if it has no top-1 (multi-label)."""
     result = read_json(folder / RESULT, _Result)
     if result.top1 is None:
         return []
@@ -179,7 +195,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Format a table with data and model down, rows of the study across: mean ± standard deviation (runs) of top-1."""
+    """Format a table of mean ± standard deviation (runs) of top-1: a line per data and model, a column per row."""
     lines = [("data", "model", *comparison.rows)]
     lines += [
         (target, model, *(_format(comparison, cell) for cell in cells)) for target, model, cells in comparison.groups()
@@ -200,12 +216,12 @@ def _format(comparison: Comparison, cell: Cell) -> str:
     return f"{average:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}") + f" ({number})"
 
 
-# The figure: lengths are in bars along the axis, else in inches.
+# Lengths in the figure: along the axis in bars, others in inches.
 _BAR = 0.84
 _GAP = 1.1  # between groups
-_LEAST_GROUP = 3.4  # the name of the model stands below it
+_LEAST_GROUP = 3.4  # leaves room for the model's name below
 _INCHES_PER_BAR = 0.52
-_WIDEST = 17.0  # panels that do not fit go below
+_WIDEST = 17.0  # more panels go below
 _PANEL_HEIGHT = 3.9
 _LEGEND_INCHES = 1.6  # per entry
 _CAPTION_INCHES = 8.0  # of the longest caption

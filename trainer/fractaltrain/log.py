@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_seconds, one_line
 from fractalshards.storage import atomic_file, write_json
 from fractaltrain.checkpoint import Position
@@ -32,10 +33,17 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return all complete lines of ``metrics.jsonl``; a kill may have cut off the last one."""
+    """Return all complete lines of ``metrics.jsonl``; a kill may have cut off the last one.
+
+    Raises:
+        FractalError: if another line is damaged.
+    """
     path = folder / METRICS
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    except ValueError as error:
+        raise FractalError(f"{path}: damaged ({error}); remove it to continue without it") from error
 
 
 def rewind_metrics(folder: Path, global_step: int) -> None:
