@@ -23,7 +23,7 @@ import xxhash
 
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count
-from fractalshards.manifest import INFO, Count, check_plain
+from fractalshards.manifest import INFO, MAX_SAMPLE_BYTES, Count, check_plain
 from fractalshards.storage import atomic_file, read_json, regular_size
 from fractalshards.workers import available_cores, worker_pool
 
@@ -234,6 +234,8 @@ def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
             if image is None or _LABEL not in found:
                 lacking = f".{_LABEL} file" if image else "image"
                 raise FractalError(f"{path}: {key} has no {lacking}; every image needs one .{_LABEL} file")
+            if image.size > MAX_SAMPLE_BYTES:
+                raise FractalError(f"{path}: {image.name} is larger than {MAX_SAMPLE_BYTES >> 20} MiB; remove it")
             label = os.pread(file.fileno(), min(found[_LABEL].size, _MAX_LABEL_BYTES + 1), found[_LABEL].offset_data)
             if not (label.strip().isdigit() and len(label.strip()) <= _MAX_DIGITS):
                 raise FractalError(f"{path}: {key}: label {label[:_MAX_LABEL_BYTES]!r} is not a class index")

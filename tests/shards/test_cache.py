@@ -1,4 +1,4 @@
-"""The cache of a remote dataset: every shard once, whole, within the bound, whoever dies."""
+"""The cache of a remote dataset: every shard once, whole, within the bound, even if processes die."""
 
 import multiprocessing
 import os
@@ -73,7 +73,7 @@ def here(cache: ShardCache) -> set[str]:
     return {path.name for path in cache.folder.glob("train-*.tar")}
 
 
-def test_the_least_recently_used_shard_makes_room(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_removes_the_least_recently_used_shard(source: Path, root: Path, size: int, web: Callable) -> None:
     cache = opened(web(source).url, root, 3 * size + 10)
     fetch(cache, 0, 1, 2, 0, 3)
     assert here(cache) == {NAMES[0], NAMES[2], NAMES[3]}
@@ -85,7 +85,7 @@ def test_the_least_recently_used_shard_makes_room(source: Path, root: Path, size
         assert file.read() == (source / NAMES[2]).read_bytes()
 
 
-def test_threads_share_little_room(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_shared_by_threads_with_little_room(source: Path, root: Path, size: int, web: Callable) -> None:
     cache = opened(web(source).url, root, 2 * size)
 
     def read(start: int) -> None:
@@ -99,7 +99,7 @@ def test_threads_share_little_room(source: Path, root: Path, size: int, web: Cal
     assert not list(cache.folder.glob(".tmp~*"))
 
 
-def test_processes_fetch_a_shard_once(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_fetches_a_shard_once_for_all_processes(source: Path, root: Path, size: int, web: Callable) -> None:
     server = web(source)
     cache = opened(server.url, root, SHARDS * size)
     fetch(cache, 5)  # this process has a connection now, which the forked ones must not use
@@ -120,7 +120,7 @@ def _read_all(cache: ShardCache, source: Path) -> None:
     os._exit(0 if good else 1)
 
 
-def test_a_killed_process_holds_nobody_up(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_survives_a_killed_process(source: Path, root: Path, size: int, web: Callable) -> None:
     server = web(source)
     cache = opened(server.url, root, size)  # its room is taken by what the killed one was fetching
     server.faults[NAMES[0]] = ["hang"]
@@ -138,7 +138,7 @@ def test_a_killed_process_holds_nobody_up(source: Path, root: Path, size: int, w
     assert not list(cache.folder.glob(".tmp~*"))
 
 
-def test_damage_in_the_cache_is_noticed(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_notices_damage(source: Path, root: Path, size: int, web: Callable) -> None:
     server = web(source)
     cache = opened(server.url, root, 3 * size)
     fetch(cache, 0, 1, 2)
@@ -154,7 +154,7 @@ def test_damage_in_the_cache_is_noticed(source: Path, root: Path, size: int, web
     assert server.count("train-000002.json") == 2
 
 
-def test_a_cache_must_hold_a_window_and_fit_on_the_disk(
+def test_cache_must_hold_a_window_and_fit_on_the_disk(
     source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="--cache-size"):
@@ -168,7 +168,17 @@ def test_a_cache_must_hold_a_window_and_fit_on_the_disk(
     opened(str(source), root, 2 * size)
 
 
-def test_prefetching_keeps_what_comes_next(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_of_a_hostile_dataset_hides_secrets(source: Path, root: Path, web: Callable) -> None:
+    info = source / "_info.json"
+    info.write_text(info.read_text().replace(NAMES[0], "recipe.tar"))
+    url = web(source).url.replace("//", "//me:hidden@")
+    with pytest.raises(FractalError, match=r"recipe\.tar") as caught:
+        open_cache(f"{url}?token=abc", root, 10**9, 1, "train")
+    assert not any(secret in str(caught.value) for secret in ("hidden", "abc"))
+    assert not root.exists()
+
+
+def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, web: Callable) -> None:
     server = web(source)
     cache = opened(server.url, root, 3 * size)
     fetch(cache, 0, 1, 2)
@@ -180,7 +190,7 @@ def test_prefetching_keeps_what_comes_next(source: Path, root: Path, size: int, 
     assert (server.count(NAMES[0]), server.count(NAMES[3])) == (1, 0)
 
 
-def test_the_prefetching_process_ends_with_this_one(source: Path, root: Path, size: int) -> None:
+def test_prefetching_ends_with_its_parent(source: Path, root: Path, size: int) -> None:
     cache, before = opened(str(source), root, SHARDS * size), children()
     with prefetching(cache) as want:
         want(NAMES[:2])
@@ -219,7 +229,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("prepared", ["", "open to all", "a link", "of somebody else"])
-def test_the_default_root_is_the_users_own(
+def test_default_root_belongs_to_the_user(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: str
 ) -> None:
     """Where others can write, shards could be swapped after they were hashed."""
@@ -248,7 +258,7 @@ def test_the_default_root_is_the_users_own(
     ("text", "size"),
     [("1.5 mb", 1_500_000), ("1GiB", 1 << 30), ("700", 700)] + [(text, None) for text in ("", "GB", "-1GB", "1PB")],
 )
-def test_sizes(text: str, size: int | None) -> None:
+def test_parse_bytes(text: str, size: int | None) -> None:
     if size is None:
         with pytest.raises(UsageError, match="--cache-size"):
             parse_bytes(text, "--cache-size")

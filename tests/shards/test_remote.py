@@ -1,4 +1,4 @@
-"""``push`` and ``pull``: what arrives is the dataset, whole and checked, or nothing looks like it."""
+"""``push`` and ``pull``: the target receives the whole, checked dataset, or nothing that looks like one."""
 
 import hashlib
 import json
@@ -138,7 +138,7 @@ def test_secrets_of_urls_are_hidden() -> None:
         ([], 7, FileInfo(len(DATA) + 1, WHOLE.sha256), "ends after"),
         (["403"], 1, WHOLE, "access denied"),
         (["410"], 1, WHOLE, "410"),
-        (["404"], 1, WHOLE, "not there"),
+        (["404"], 1, WHOLE, "does not exist"),
     ],
 )
 def test_fetch_gets_the_whole_file_or_nothing(
@@ -212,18 +212,18 @@ def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch,
 def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, web: Callable) -> None:
     server = web(dataset)
     server.faults = {INFO: ["503"], FIRST: ["cut", "503"], SECOND: ["flip"], "train-000000.json": ["cut"]}
-    assert "2 shards moved (27.6 kB); " in good("pull", server.url, out, "--jobs", 2)
+    assert "2 shards copied (27.6 kB); " in good("pull", server.url, out, "--jobs", 2)
     assert contents(out) == contents(dataset)
     server.requests.clear()
-    assert "0 shards moved (0 B), 2 shards there already" in good("pull", server.url, out)
+    assert "0 shards copied (0 B), 2 shards already there" in good("pull", server.url, out)
     assert {*server.requests} == {INFO, RECIPE, SYSTEMS}
     with (out / FIRST).open("r+b") as file:
         os.pwrite(file.fileno(), b"x", 700)
-    assert "1 shard moved (13.8 kB), 1 shard there already" in good("pull", server.url, out)
+    assert "1 shard copied (13.8 kB), 1 shard already there" in good("pull", server.url, out)
     assert (server.count(FIRST), server.count(SECOND)) == (1, 0)
     os.truncate(out / SECOND, 100)
     (out / "train-000000.json").unlink()
-    assert "2 shards moved" in good("pull", server.url, out)
+    assert "2 shards copied" in good("pull", server.url, out)
     assert contents(out) == contents(dataset)
 
 
@@ -239,15 +239,15 @@ def test_push_to_s3_moves_only_what_is_missing_or_damaged(dataset: Path, out: Pa
     good("push", dataset, f"{url}/")
     assert {path.rpartition("/")[2] for path in files.find(url)} == before.keys()
     written = files.info(f"{url}/{FIRST}")["LastModified"]
-    assert "0 shards moved (0 B), 2 shards there already" in good("push", dataset, url)
+    assert "0 shards copied (0 B), 2 shards already there" in good("push", dataset, url)
     files.pipe(f"{url}/{SECOND}", before[SECOND][:-1] + b"x")
-    assert "1 shard moved (13.8 kB), 1 shard there already" in good("push", dataset, url)
+    assert "1 shard copied (13.8 kB), 1 shard already there" in good("push", dataset, url)
     good("pull", url, out)
     assert contents(out) == contents(dataset) == before
     files.invalidate_cache()
     assert files.info(f"{url}/{FIRST}")["LastModified"] == written
     files.rm(f"{url}/train-000000.json")
-    assert "1 shard moved" in good("push", dataset, url)
+    assert "1 shard copied" in good("push", dataset, url)
 
 
 def test_pull_continues_after_a_kill(dataset: Path, out: Path, web: Callable) -> None:
@@ -259,7 +259,7 @@ def test_pull_continues_after_a_kill(dataset: Path, out: Path, web: Callable) ->
     process.wait()
     assert INFO in bad("info", out)
     assert list(out.glob(".tmp~*"))
-    assert "1 shard moved (13.8 kB), 1 shard there already" in good("pull", server.url, out)
+    assert "1 shard copied (13.8 kB), 1 shard already there" in good("pull", server.url, out)
     assert contents(out) == contents(dataset)
 
 
@@ -277,10 +277,10 @@ def test_ctrl_c_ends_a_connection_that_hangs(dataset: Path, out: Path, web: Call
 
 def test_pull_of_some_shards_and_then_of_more(with_val: Path, out: Path, web: Callable) -> None:
     server = web(with_val)
-    assert "1 shard moved" in good("pull", server.url, out, "--shards", "1")
+    assert "1 shard copied" in good("pull", server.url, out, "--shards", "1")
     assert load_manifest(out).first_samples == {"train": (5,)}
     assert "sound" in good("verify", out, "--workers", 1)
-    assert "2 shards moved" in good("pull", server.url, out, "--shards", "0-0")
+    assert "2 shards copied" in good("pull", server.url, out, "--shards", "0-0")
     assert contents(out) == contents(with_val)
     before = contents(out)
     good("push", out, with_val, "--shards", "0")
@@ -294,18 +294,18 @@ def test_push_of_other_shards_is_refused(with_val: Path, bucket: str, out: Path)
     good("pull", bucket, out)
     assert load_manifest(out).first_samples == {"train": (0,), "val": (10,)}
     good("push", with_val, bucket)
-    assert "0 shards moved" in good("push", out, bucket)  # a part of it takes nothing away
-    assert "1 shard moved" in good("pull", bucket, out)
+    assert "0 shards copied" in good("push", out, bucket)  # a part of it takes nothing away
+    assert "1 shard copied" in good("pull", bucket, out)
     assert contents(out) == contents(with_val)
 
 
-def test_a_manifest_that_came_meanwhile_stays(dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_keeps_a_manifest_that_appears(dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "_copy_shards", lambda *arguments: (out / INFO).write_text("{}") and [])
     assert INFO in bad("push", dataset, out)
     assert (out / INFO).read_text() == "{}"
 
 
-def test_shards_that_are_not_there(dataset: Path, out: Path) -> None:
+def test_missing_shard_numbers_are_refused(dataset: Path, out: Path) -> None:
     for text in ("0-2", "x", "1-0", "1,,2"):
         assert "shard" in bad("pull", dataset, out, f"--shards={text}", code=2)
     assert not out.exists()
@@ -328,7 +328,7 @@ def test_recipe_claims_the_folder(dataset: Path, out: Path) -> None:
     assert [path.name for path in out.iterdir()] == [RECIPE]
 
 
-def test_a_damaged_dataset_is_not_pushed(dataset: Path, out: Path, bucket: str) -> None:
+def test_push_refuses_damaged_datasets(dataset: Path, out: Path, bucket: str) -> None:
     with (dataset / SECOND).open("r+b") as file:
         os.pwrite(file.fileno(), b"x", 700)
     for url in (bucket, str(out)):
@@ -345,7 +345,7 @@ def test_hostile_names_write_nothing(dataset: Path, out: Path, web: Callable, na
     assert not out.exists()
 
 
-def test_hostile_sizes(dataset: Path, out: Path, web: Callable) -> None:
+def test_hostile_sizes_are_refused(dataset: Path, out: Path, web: Callable) -> None:
     def claim(size: int) -> None:
         change_json(dataset / INFO, lambda info: info["splits"]["train"]["bytes"].__setitem__(0, size))
         change_json(dataset / "train-000000.json", lambda sidecar: sidecar.update(bytes=size))
@@ -386,7 +386,7 @@ def test_sidecar_recipe_and_systems_must_match(dataset: Path, out: Path, command
     assert not (out / INFO).exists()
 
 
-def test_folders_that_cannot_be_written(dataset: Path, out: Path, read_only_disk: Path) -> None:
+def test_folders_that_cannot_be_written_are_refused(dataset: Path, out: Path, read_only_disk: Path) -> None:
     out.parent.mkdir()
     out.write_text("a file")
     for folder in (read_only_disk / "x", out):
@@ -394,7 +394,7 @@ def test_folders_that_cannot_be_written(dataset: Path, out: Path, read_only_disk
             assert str(folder) in bad(command, dataset, folder)
 
 
-def test_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_onto_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (small_disk / "filler").write_bytes(bytes(590_000))
     assert "needs 27.6 kB, the disk has" in bad("pull", dataset, small_disk)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: (10**9, 0, 10**9))
@@ -422,7 +422,7 @@ def test_errors_are_one_line_without_secrets(dataset: Path, out: Path, web: Call
 
 
 class HubFiles(MemoryFileSystem):
-    """In place of Hugging Face's file system."""
+    """Stand-in for the file system of Hugging Face."""
 
     protocol = "hf"
     store: ClassVar[dict] = {}
@@ -431,7 +431,7 @@ class HubFiles(MemoryFileSystem):
 
 
 class Hub:
-    """In place of Hugging Face's API; ``faults`` are used up from the front, ``commits`` are names of files."""
+    """Stand-in for the API of Hugging Face; ``faults`` are used up from the front, ``commits`` are names of files."""
 
     def __init__(self) -> None:
         self.commits: list[list[str]] = []
@@ -464,10 +464,10 @@ def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
     """Few commits, the manifest alone in the last; nothing is written into the source folder."""
     before = contents(dataset)
     hub.faults = [409, 429]
-    assert "2 shards moved" in good("push", dataset, "hf://datasets/me/set")
+    assert "2 shards copied" in good("push", dataset, "hf://datasets/me/set")
     tars = ["train-000000.tar", "train-000000.json", "train-000001.tar", "train-000001.json"]
     assert hub.commits == [["recipe.json", "systems.npz"], tars, ["README.md"], [INFO]]
-    assert "0 shards moved" in good("push", dataset, "hf://datasets/me/set")
+    assert "0 shards copied" in good("push", dataset, "hf://datasets/me/set")
     assert len(hub.commits) == 4
     good("pull", "hf://datasets/me/set", out)
     assert contents(out) == contents(dataset) == before

@@ -105,6 +105,13 @@ def test_index_names_unusable_samples(tmp_path, files, noun):
     assert "\n" not in str(error.value)
 
 
+def test_index_refuses_images_that_readers_cannot_hold(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"AB", "a.cls": b"1", "b.jpg": b"ABC", "b.cls": b"1"})
+    monkeypatch.setattr(webdataset_module, "MAX_SAMPLE_BYTES", 2)
+    with pytest.raises(FractalError, match=r"a\.tar: b\.jpg"):
+        index_tar(path)
+
+
 def test_index_refuses_compressed_tars(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(3))
     path.write_bytes(gzip.compress(path.read_bytes()))

@@ -29,7 +29,7 @@ from filelock import FileLock
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard
-from fractalshards.remote.stores import LocalStore, Store, open_store
+from fractalshards.remote.stores import LocalStore, Store, open_store, parse_location
 from fractalshards.remote.transfer import (
     find_sidecar,
     read_manifest,
@@ -54,7 +54,7 @@ class ShardCache:
         self.folder = folder
         self.size = size
         self.manifest = replace(manifest, folder=folder)
-        self._shards = {shard.name: shard for shard in select_shards(manifest, None, url)}
+        self._shards = {shard.name: shard for shard in select_shards(manifest, None, parse_location(url).shown)}
 
     def prepare(self, on_progress: OnProgress = no_progress) -> None:
         """Fetch missing sidecars, and remove shards that were damaged here. Progress is in shards.
@@ -80,14 +80,14 @@ class ShardCache:
             run_tasks(prepare, [*self._shards.values()], lambda shard: 1, _JOBS, on_progress)
 
     def open(self, name: str, attempts: int | None = None) -> int:
-        """Return a descriptor of a whole shard, open for reading; fetch the shard if it is not here.
+        """Return a descriptor of a whole shard, open for reading; fetch the shard if it is not cached.
 
         Args:
-            attempts: how often fetching is tried in all; None for the usual number.
+            attempts: how often fetching is tried in total; None for the usual number.
 
         Raises:
             FractalError: naming the shard, if it cannot be fetched.
-            OSError: if it cannot be written or read here.
+            OSError: if it cannot be written to or read from the cache.
         """
         shard = self._shards[name]
         descriptor = self._open_whole(shard)
@@ -100,12 +100,12 @@ class ShardCache:
         return descriptor
 
     def prefetch(self, name: str) -> None:
-        """Fetch a shard, if that works at once; whoever needs it is more patient."""
+        """Try once to fetch a shard; when it is needed, ``open`` tries again."""
         with suppress(FractalError, OSError):
             os.close(self.open(name, attempts=1))
 
     def first_that_fit(self, names: Sequence[str]) -> list[str]:
-        """Return the first of these shards, as many as the cache holds together; those here count as used now."""
+        """Return the first of these shards, as many as the cache holds together; cached ones count as used now."""
         ends = accumulate(self._shards[name].bytes for name in names)
         fitting = [name for name, end in zip(names, ends, strict=True) if end <= self.size]
         for name in fitting:
@@ -124,7 +124,7 @@ class ShardCache:
                     time.sleep(_POLL_SECONDS)  # others are fetching; what they have fetched can make room
                 file.truncate(shard.bytes)
             _store_of_process(self.url, os.getpid()).fetch(shard.name, file, shard_info(shard), attempts)
-            return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
+            return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before another process can remove it
 
     def _make_room(self, size: int) -> bool:
         """Remove shards until ``size`` bytes are free, the least recently used first; return whether they are."""
@@ -180,7 +180,7 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
         window: shards of ``split`` that are needed together.
 
     Raises:
-        UsageError: if these do not fit.
+        UsageError: if the cache is too small for the window.
         FractalError: if there is no dataset, or others can write to the default root.
         OSError: if the root cannot be created.
     """
@@ -207,7 +207,7 @@ def _private(folder: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FractalError(f"{folder}: other users can write there, so not a safe cache; choose a --cache-dir")
+        raise FractalError(f"{folder}: other users can write there, so it is not a safe cache; choose a --cache-dir")
     return folder
 
 
@@ -216,16 +216,16 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
     """Run a process that fetches shards ahead; yield the function to call with the names needed next, soonest first.
 
     As many of them are fetched as the cache holds together. A call replaces what was asked for before, except for
-    shards that are being fetched. It is a process of its own, so that a training that forks loader workers has no
+    shards that are being fetched. It is a separate process, so that a training that forks loader workers has no
     threads that hold locks.
     """
     command = [sys.executable, "-c", f"from {__name__} import run_prefetcher; run_prefetcher()"]
-    # In a session of its own, Ctrl-C does not reach it; it ends with its input, when this process does.
+    # in its own session, so that Ctrl-C does not reach it; it ends with its input, when this process ends
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     stdin = cast(BinaryIO, process.stdin)
 
     def send(message: object) -> None:
-        with suppress(OSError):  # if it was killed, whoever needs a shard fetches it
+        with suppress(OSError):  # if it was killed, ``open`` fetches the shards
             pickle.dump(message, stdin)
             stdin.flush()
 
@@ -242,10 +242,10 @@ def run_prefetcher() -> None:
     """Main function of the prefetching process: read the cache, then lists of names, from standard input."""
     cache: ShardCache = pickle.load(sys.stdin.buffer)
     pool, pending = ThreadPoolExecutor(_PREFETCH_JOBS), list[Future[None]]()
-    with suppress(EOFError):
+    with suppress(EOFError, pickle.UnpicklingError):  # the other process ended, perhaps while it was writing
         while True:
             names = pickle.load(sys.stdin.buffer)
             for future in pending:
                 future.cancel()
             pending = [pool.submit(cache.prefetch, name) for name in cache.first_that_fit(names)]
-    os._exit(0)  # without waiting for what is being fetched
+    os._exit(0)  # without waiting for shards that are being fetched

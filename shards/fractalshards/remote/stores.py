@@ -1,8 +1,8 @@
-"""One folder of a dataset: a local path, or on a web server, S3, Google Cloud Storage or Hugging Face.
+"""The folder of a dataset: a local path, or on a web server, S3, Google Cloud Storage or Hugging Face.
 
 ``open_store`` returns a ``Store`` with four operations: ``read`` a small file, ``fetch`` one of known size and sha256,
-ask whether it ``holds`` such a file, and ``put`` files. fsspec moves the bytes; what differs is how a store writes and
-how it proves what arrived.
+ask whether it ``holds`` such a file, and ``put`` files. fsspec moves the bytes; stores differ in how they write and
+in how they check what arrived.
 """
 
 import base64
@@ -86,7 +86,7 @@ def parse_location(text: str) -> Location:
 
 
 def redact(text: str) -> str:
-    """Text with the secrets of its URLs replaced by ``***``: user and password, and the query."""
+    """Return a text with ``***`` in place of the secrets of its URLs: user, password and query."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
@@ -107,7 +107,7 @@ class TemporaryError(FractalError):
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Size of a file in bytes, and its sha256; empty where a store does not know it."""
+    """Size of a file in bytes, and its sha256, which is empty if a store does not know it."""
 
     size: int
     sha256: str
@@ -123,7 +123,7 @@ class Upload:
 
     @classmethod
     def of_bytes(cls, name: str, data: bytes) -> "Upload":
-        """Content from memory."""
+        """Make an upload of bytes in memory."""
         return cls(name, data, FileInfo(len(data), hashlib.sha256(data).hexdigest()))
 
     def open(self) -> io.BytesIO | io.FileIO:
@@ -136,17 +136,17 @@ class Upload:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if FileInfo(file.seek(0, io.SEEK_END), sha256) != self.info:
                 where = self.content if isinstance(self.content, Path) else self.name
-                raise FractalError(f"{where}: not what the manifest says; run 'fractalshards verify' on its folder")
+                raise FractalError(f"{where}: does not match the manifest; run 'fractalshards verify' on its folder")
 
 
 class Store:
     """A folder on a filesystem of fsspec. Safe to use from many threads, but not after a fork.
 
-    Failures that may pass are retried for about a minute. Methods raise FractalError, without the secrets of a URL, if
-    a store fails, and FileNotFoundError if a file is not there.
+    Temporary failures are retried for about a minute. Methods raise FractalError, without the secrets of a URL, if
+    a store fails, and FileNotFoundError if a file does not exist.
 
     Attributes:
-        attempts: how often an operation is tried in all, if its call does not say.
+        attempts: how often an operation is tried in total, unless its call says.
         has_checksums: ``holds`` compares sha256, not sizes alone.
         batch_size: how many shards one ``put`` should take.
         chunk: bytes that are read at a time.
@@ -165,7 +165,7 @@ class Store:
         self._files = _filesystem(location.scheme, **options)
 
     def read(self, name: str, most: int, attempts: int | None = None) -> bytes | None:
-        """Return the contents of a file of at most ``most`` bytes; None if it is not there."""
+        """Return the contents of a file of at most ``most`` bytes; None if it does not exist."""
         try:
             data = self._persist(lambda: b"".join(self._chunks(name, most + 1)), attempts)
         except FileNotFoundError:
@@ -182,7 +182,7 @@ class Store:
             found = self._copy(name, file.write, info.size)
             if found != info:
                 what = "sha256 differs" if found.size == info.size else f"ends after {found.size:,} bytes"
-                text = f"damaged ({what}), not what the manifest says; it must be pushed again"
+                text = f"damaged ({what}), does not match the manifest; it must be pushed again"
                 raise TemporaryError(f"{self.shown}/{name}: {text}")
 
         self._persist(copy, attempts)
@@ -279,7 +279,7 @@ class Store:
         except FractalError:
             raise
         except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, "not there", where) from error
+            raise FileNotFoundError(errno.ENOENT, "does not exist", where) from error
         except Exception as error:  # whatever the libraries below a filesystem raise
             status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
             if isinstance(error, PermissionError) or status in (401, 403):
@@ -335,7 +335,7 @@ class WebStore(Store):
 
 
 class S3Store(Store):
-    """A folder of a bucket. S3 is sent the sha256 with the bytes, and refuses any others."""
+    """A folder of a bucket. S3 receives the sha256 with the bytes, and refuses bytes that do not match."""
 
     has_checksums = True
 
@@ -405,7 +405,7 @@ def open_store(url: str) -> Store:
 
 
 def _filesystem(scheme: str, **options: Any) -> Any:
-    """A filesystem of its own: shared instances keep listings."""
+    """Return a new filesystem: shared instances keep listings."""
     import fsspec
 
     try:

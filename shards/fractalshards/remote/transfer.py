@@ -1,7 +1,7 @@
 """Copy a dataset between a local folder and another place: ``push`` and ``pull``.
 
 Recipe and systems claim the target, then shards are copied, each tar before its sidecar, and ``_info.json`` comes last.
-What the target holds already is skipped, so the same command continues.
+Files that the target already holds are skipped, so the same command, run again, continues.
 """
 
 import json
@@ -43,13 +43,13 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """A manifest as it is written, and parsed."""
+    """A manifest: its bytes, and what they say."""
 
     text: bytes
     manifest: Manifest
 
     def rows(self) -> dict[str, tuple[str, int, Shard]]:
-        """For each shard name its split, the index of its first sample, and the shard."""
+        """Map the name of each shard to its split, the index of its first sample, and the shard."""
         return {
             shard.name: (split, first, shard)
             for split, shards in self.manifest.splits.items()
@@ -57,7 +57,7 @@ class ManifestFile:
         }
 
     def of_shards(self, names: Collection[str]) -> bytes:
-        """Return the manifest of some of the shards; of all, the same bytes."""
+        """Return the manifest of some of the shards; for all shards, the same bytes."""
         if self.rows().keys() == names:
             return self.text
         document = json.loads(self.text)
@@ -71,29 +71,29 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class TransferResult:
-    """The shards that were moved, how many were there already, and what is now where."""
+    """The shards that were copied, how many the target already held, where it is, and its manifest."""
 
-    moved: Sequence[Shard]
+    copied: Sequence[Shard]
     kept: int
     where: str
     manifest: Manifest
 
     def summary(self) -> str:
-        """One line."""
-        size = human_bytes(sum(shard.bytes for shard in self.moved))
-        kept = f", {human_count(self.kept, 'shard')} there already" if self.kept else ""
-        moved = f"{human_count(len(self.moved), 'shard')} moved ({size}){kept}"
-        return f"{moved}; {self.where}: {self.manifest.contents()}"
+        """Return the result in one line."""
+        size = human_bytes(sum(shard.bytes for shard in self.copied))
+        kept = f", {human_count(self.kept, 'shard')} already there" if self.kept else ""
+        copied = f"{human_count(len(self.copied), 'shard')} copied ({size}){kept}"
+        return f"{copied}; {self.where}: {self.manifest.contents()}"
 
 
 def push(
     folder: Path, url: str, wanted: Sequence[range] | None = None, jobs: int = 8, on_progress: OnProgress = no_progress
 ) -> TransferResult:
-    """Store a local dataset, or some of its shards, elsewhere. Only what is missing there is sent.
+    """Copy a local dataset, or some of its shards, to a path or URL. Only missing or different files are sent.
 
     Args:
         wanted: shard numbers of each split; None for all.
-        jobs: files moved at a time.
+        jobs: files transferred at a time.
         on_progress: called with bytes done and bytes in all, after each shard.
 
     Raises:
@@ -111,7 +111,7 @@ def push(
 def pull(
     url: str, folder: Path, wanted: Sequence[range] | None = None, jobs: int = 8, on_progress: OnProgress = no_progress
 ) -> TransferResult:
-    """Fetch a dataset, or some of its shards, into a local folder; see ``push``. Shards that are there stay listed."""
+    """Fetch a dataset, or some of its shards, into a local folder; see ``push``. Shards listed there stay listed."""
     return _copy_dataset(open_store(url), LocalStore(folder), wanted, True, jobs, on_progress)
 
 
@@ -130,17 +130,17 @@ def _copy_dataset(
 
     batches = [chosen[start : start + target.batch_size] for start in range(0, len(chosen), target.batch_size)]
     copy = partial(_copy_shards, source, target, ours.manifest)
-    copied = run_tasks(copy, batches, lambda batch: sum(shard.bytes for shard in batch), jobs, on_progress)
-    moved = [shard for batch in copied for shard in batch]
+    results = run_tasks(copy, batches, lambda batch: sum(shard.bytes for shard in batch), jobs, on_progress)
+    copied = [shard for batch in results for shard in batch]
 
     if target.needs_readme and target.read(README, MAX_JSON_BYTES) is None:
         target.put([Upload.of_bytes(README, dataset_readme({name.partition("-")[0] for name in names}))])
     if theirs is None or theirs.rows().keys() != names:
         if target.read(INFO, MAX_JSON_BYTES) != (theirs.text if theirs else None):
-            raise FractalError(f"{target.shown}/{INFO}: changed meanwhile by somebody else; run the same command again")
+            raise FractalError(f"{target.shown}/{INFO}: changed by someone else; run the same command again")
         target.put([Upload.of_bytes(INFO, ours.of_shards(names))])
         theirs = read_manifest(target)
-    return TransferResult(moved, len(chosen) - len(moved), target.shown, theirs.manifest)
+    return TransferResult(copied, len(chosen) - len(copied), target.shown, theirs.manifest)
 
 
 def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Sequence[Shard]) -> list[Shard]:
@@ -178,8 +178,8 @@ def run_tasks(
 ) -> list[_R]:
     """Run a task for each item on ``jobs`` threads; return the results in the order in which they arrive.
 
-    Progress is in what items weigh. After a failure no further task begins, and running ones end. Ctrl-C waits for
-    none: the threads are daemons, which end with the process, wherever they are.
+    Progress counts the weights of items. After a failure no further task starts, and running tasks finish. Ctrl-C waits
+    for no task: the threads are daemons, which end with the process.
     """
     done, total, results = 0, sum(map(weigh, items)), []
     with ThreadPool(jobs) as pool:
@@ -225,7 +225,7 @@ def read_manifest(store: Store) -> ManifestFile:
     """
     found = _find_manifest(store)
     if found is None:
-        raise FractalError(f"{store.shown}: no {INFO} there, so no finished dataset; check the URL, or push it again")
+        raise FractalError(f"{store.shown}: no {INFO}, so not a finished dataset; check the URL, or push it again")
     return found
 
 
@@ -237,7 +237,7 @@ def _find_manifest(store: Store) -> ManifestFile | None:
 
 
 def find_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes | None:
-    """Return a shard's sidecar; None if it is not there, or not valid, or says something else than the manifest."""
+    """Return a shard's sidecar; None if it is missing, not valid, or contradicts the manifest."""
     text = store.read(sidecar_name(shard.name), MAX_JSON_BYTES)
     try:
         return text if text and parse_record(text, shard.name, manifest.label_type, "").shard() == shard else None
@@ -246,11 +246,11 @@ def find_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes | None
 
 
 def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> Upload:
-    """Return a shard's sidecar; raise FractalError if there is none that says what the manifest says."""
+    """Return a shard's sidecar; raise FractalError if it is missing, not valid, or contradicts the manifest."""
     name = sidecar_name(shard.name)
     text = find_sidecar(store, manifest, shard)
     if text is None:
-        raise FractalError(f"{store.shown}/{name}: not there, or not what the manifest says; build or push it again")
+        raise FractalError(f"{store.shown}/{name}: missing or contradicts the manifest; build or push it again")
     return Upload.of_bytes(name, text)
 
 
@@ -289,7 +289,7 @@ def _read_recipe(store: Store, manifest: Manifest) -> Iterator[Upload]:
     for name, most in ((RECIPE, MAX_JSON_BYTES), *([(SYSTEMS, MAX_SYSTEMS_BYTES)] if expected else [])):
         data, where = store.read(name, most), f"{store.shown}/{name}"
         if data is None:
-            raise FractalError(f"{where}: not there; build or push it again")
+            raise FractalError(f"{where}: missing; build or push it again")
         if name == RECIPE:
             recipe = parse_json(data, RecipeFile, where)
             for problem in recipe_problems(recipe.recipe, recipe.recipe_digest, manifest):
