@@ -85,7 +85,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any], world: World) -> None:
-    """Write a checkpoint on rank 0. Keep the newest ``run.keep``; remove older ones, and later ones, which are damaged.
+    """Write a checkpoint on rank 0. Keep the newest ``run.keep``; remove older ones, and damaged later ones.
 
     Args:
         parts: everything with a ``state_dict``, by name.
@@ -102,7 +102,7 @@ def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any]
         try:
             torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError | KeyboardInterrupt):  # torch hides a full disk, and Ctrl-C
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):  # torch hides a full disk and Ctrl-C
                 raise error.__context__ from error
             raise
     paths = list_checkpoints(folder)

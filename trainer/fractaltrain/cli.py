@@ -260,7 +260,7 @@ def _evaluate(config: EvalConfig) -> None:
 
     with progress("evaluating", "images") as on_progress:
         report = evaluate_run(config, on_progress)
-    if report is None:  # on all ranks but one
+    if report is None:  # this is not rank 0
         return
     click.echo(report.origin)
     _print_classes(report.class_scores, report.class_names, report.folder / REPORT)

@@ -28,9 +28,9 @@ from fractalshards.storage import write_json
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 
-_GRACE_SECONDS = 12.0  # when a rank has failed: for the others to end, and once more after SIGTERM
-_MOST_LOADERS = 8  # of a rank, unless --workers asks for more
-_PATIENCE = timedelta(days=1)  # while one rank prepares something for the others
+_GRACE_SECONDS = 12.0  # after a rank fails, the others get this long to end, and again after SIGTERM
+_MOST_LOADERS = 8  # per rank, unless --workers asks for more
+_PATIENCE = timedelta(days=1)  # timeout while one rank prepares something for the others
 
 _Config = TypeVar("_Config")
 _T = TypeVar("_T")
@@ -168,7 +168,7 @@ def join_world() -> Iterator[World]:
         raise FractalError(
             f"{device}: out of memory; lower --batch-size or --image-size, or raise --accumulate"
         ) from error
-    if dist.is_initialized():  # but not after an error: NCCL would wait for the ranks that wait for this one
+    if dist.is_initialized():  # not after an error: NCCL would wait for ranks that wait for this one
         dist.destroy_process_group()
 
 
@@ -268,7 +268,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
         except (ProcessExitedException, ProcessRaisedException) as error:
             if reason := _first_error(folder):
                 raise reason from error
-            if isinstance(error, ProcessRaisedException):  # a bug: its message is the traceback
+            if isinstance(error, ProcessRaisedException):  # a bug; the message contains the traceback
                 raise
             if received:  # before the training loop, where there was nothing to save
                 raise StoppedError(f"stopped by {signal.Signals(received[0]).name}", 128 + received[0]) from error

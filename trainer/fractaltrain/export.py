@@ -37,7 +37,7 @@ def export_run(folder: Path, path: Path) -> tuple[str, str]:
     run = load_run(folder)
     settings, weights = run.settings, run.checkpoint.weights
     name = _TIMM_NAMES.get(settings.model, settings.model)
-    if not timm.is_model(name):  # nor a hub's, which timm.create_model would download
+    if not timm.is_model(name):  # timm.create_model would download one from a hub
         raise FractalError(f"{folder}: timm has no model {name!r}, which {RUN} names; check the folder")
     options = timm_options(name, settings.classes, settings.image_size)
     try:

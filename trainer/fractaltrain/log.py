@@ -21,8 +21,8 @@ TENSORBOARD = "tb"
 HISTORY = "history.png"
 
 _LOG_SECONDS = 10.0  # between lines where stdout is not a terminal
-_FIRST_DRAWING = 10.0  # seconds
-_DRAWING_SHARE = 1 / 20  # of a run's time, at most
+_FIRST_DRAWING = 10.0  # seconds after the start
+_DRAWING_SHARE = 1 / 20  # drawing takes at most this share of a run's time
 _CLEAR = "\r\033[K"
 
 

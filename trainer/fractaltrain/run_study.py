@@ -155,7 +155,7 @@ def run_study(
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
     waiting = list(runs)
-    usable: dict[str, bool] = {}  # whether a finished run has a result, by name
+    usable: dict[str, bool] = {}  # by run: whether it ended with a result
     running: dict[str, subprocess.Popen[bytes]] = {}
     received: list[int] = []  # signals; nothing starts after the first
     forwarded = False

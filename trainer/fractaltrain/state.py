@@ -82,7 +82,7 @@ def build_state(
     if run.sync_batchnorm:
         if device.type != "cuda":
             raise UsageError("--sync-batchnorm needs GPUs; drop it")
-        model = convert_sync_batchnorm(model)  # timm's own batch norms, too
+        model = convert_sync_batchnorm(model)  # including timm's batch norms
     layout = memory_format(model, device)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # documented, but not in its types
     optimizer = build_optimizer(model, recipe)
@@ -114,7 +114,7 @@ def train_step(state: TrainState, images: torch.Tensor, labels: torch.Tensor) ->
     losses = []
     state.optimizer.zero_grad()
     for number, (part_images, part_labels) in enumerate(parts, start=1):
-        no_sync = getattr(state.network, "no_sync", nullcontext)  # of DDP: gradients are exchanged with the last part
+        no_sync = getattr(state.network, "no_sync", nullcontext)  # DDP exchanges gradients with the last part only
         with no_sync() if number < len(parts) else nullcontext():
             with torch.autocast(images.device.type, state.dtype, enabled=state.dtype != torch.float32):
                 loss = state.loss(state.network(part_images), part_labels) / len(parts)

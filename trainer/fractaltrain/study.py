@@ -143,7 +143,7 @@ def _problems(study: Study) -> Iterator[str]:
 class StudyRun:
     """One run of a study, and its place in the grid."""
 
-    run: str  # folder inside that of the study
+    run: str  # name of the run: its folder inside that of the study
     settings: dict[str, Any]  # those in its run.json that the study determines
     row: str  # the pre-training set, or SCRATCH
     model: str

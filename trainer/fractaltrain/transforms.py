@@ -29,13 +29,13 @@ from fractaltrain.seeding import Purpose, mix
 from fractaltrain.stream.loader import Batch, Transform
 
 _VAL_SCALE = 256 / 224  # shorter side over the side of the crop, as in DeiT and torchvision's reference scripts
-_CROP_TRIES = 10  # then the largest crop of the nearest aspect ratio
+_CROP_TRIES = 10  # before falling back to the largest crop of the nearest aspect ratio
 _CROP_RATIO = (3 / 4, 4 / 3)
 _AFFINE_PADDING = 8  # the reflected border is 1/8 of the image on each side
 _AFFINE_DEGREES = 10.0
-_AFFINE_SHIFT = (0.0, 1 / 8)  # largest, along x and y, of the padded image
+_AFFINE_SHIFT = (0.0, 1 / 8)  # largest shifts along x and y, as shares of the padded image
 _AFFINE_ZOOM = (1.0, 1.2)
-_MAX_MAGNITUDE = 9.999  # of RandAugment: at 10 Posterize would keep 0 bits, which Pillow refuses
+_MAX_MAGNITUDE = 9.999  # for RandAugment; at 10 Posterize would keep 0 bits, which Pillow refuses
 
 Augmentation = Callable[[Image.Image], Image.Image]
 
@@ -146,7 +146,7 @@ def _randaugment(recipe: TrainRecipe) -> Augmentation:
     """Build timm's RandAugment ``rand-mM-mstd0.5-inc1``, where M need not be a whole number."""
     red, green, blue = (min(255, round(255 * mean)) for mean in recipe.mean)
     figures = {
-        "img_mean": (red, green, blue),  # fills what lies outside the image: 0 once normalised
+        "img_mean": (red, green, blue),  # fills the area outside the image; 0 after normalising
         "interpolation": Image.Resampling.BICUBIC,
         "magnitude_max": _MAX_MAGNITUDE,
     }

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _LAYOUT = "images belong in PATH/train/CLASS/ and PATH/val/CLASS/"
 _DIGITS_TRAIN_SHARE = 0.8
 _DIGITS_LEVELS = 16
-_MAX_NAMED = 3  # classes without images that an error names
+_MAX_NAMED = 3  # classes without images that an error lists at most
 
 
 def find_data(name: str) -> None:
@@ -69,13 +69,13 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
     if choice.path and choice.name.startswith(SHARDS_PREFIX):
         splits = _open_shards(choice.path, world)
     else:
-        with world.main_first():  # which may download
+        with world.main_first():  # rank 0 may download
             splits = _open_files(choice, with_digest=for_training and world.main)
     if for_training:
         _check_trainable(choice, splits)
     if choice.per_class is None:
         return splits
-    with world.main_first():  # which writes the index of labels for all
+    with world.main_first():  # rank 0 writes the index of labels
         return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed)[0])
 
 
@@ -99,7 +99,7 @@ def _open_files(choice: ImagesConfig, with_digest: bool) -> Splits:
         )
     if not with_digest:
         return Splits(train, val)
-    # over names and sizes of the files: reading all of them would take too long
+    # a digest of file names and sizes: reading all files would take too long
     return Splits(train, val, hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32])
 
 

@@ -21,7 +21,7 @@ from fractaltrain.data.source import BadSampleError, Example, Indices, LabelledS
 if TYPE_CHECKING:
     from fractaltrain.distributed import World  # which imports torch
 
-VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the first one that exists
+VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the first that exists is used
 _MAX_OPEN_FILES = 64
 
 
@@ -33,7 +33,7 @@ def open_dataset(folder: Path, world: "World") -> Splits:
     """
     if is_webdataset(folder):
         info = load_webdataset(folder)
-        with world.main_first():  # which writes the index for all
+        with world.main_first():  # rank 0 writes the index
             return _open_webdataset(info)
     manifest = load_manifest(folder)
     return _open_splits(manifest, lambda split: ShardSource(manifest, split))
@@ -149,7 +149,7 @@ class ShardSource:
 class WebDatasetSource:
     """One split of a WebDataset folder; takes 32 bytes of memory per sample, and its key."""
 
-    class_names: tuple[str, ...] = ()  # such folders have none
+    class_names: tuple[str, ...] = ()  # WebDataset folders have none
 
     def __init__(self, paths: Sequence[Path], indices: Sequence[TarIndex], classes: int) -> None:
         self.lengths = tuple(map(len, indices))

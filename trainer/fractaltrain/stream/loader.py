@@ -86,7 +86,7 @@ def epoch_loader(
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # instead of the global one
+        generator=torch.Generator(),  # leaves the global generator alone
         worker_init_fn=init_loader_worker if workers else None,
     )
     before = multiprocessing.active_children()
@@ -102,9 +102,9 @@ def epoch_loader(
             raise
         raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
     finally:
-        del items  # which ends the workers; the traceback of an error would keep them alive
+        del items  # ends the workers; the traceback of an error would keep them alive
         for process in processes:
-            process.kill()  # one that hangs: torch sends it SIGTERM, which it ignores, and Python would wait for it
+            process.kill()  # if it hangs: workers ignore torch's SIGTERM, and Python would wait for them
 
 
 @dataclass(frozen=True)
