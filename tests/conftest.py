@@ -62,7 +62,7 @@ def reference() -> Path:
     """Output of the published renderers; tests that need it are skipped without it."""
     folder = Path(__file__).parents[2] / "shared" / "reference"
     if not folder.is_dir():
-        pytest.skip("the reference data does not lie beside the project")
+        pytest.skip("the reference data is missing")
     return folder
 
 

@@ -231,7 +231,7 @@ def _private(pid: int) -> float:
 
 
 def _print(report: dict[str, dict[str, float]]) -> None:
-    table = Table("what", "number")
+    table = Table("measurement", "result")
     decode, rates = report["decode_ms"], report["images_per_second"]
     for name, value in decode.items():
         table.add_row(f"decoding, {name}", f"{value:.3f} ms per image")

@@ -163,7 +163,7 @@ def _serve(folder: Path, there: Connection) -> None:
 
 
 def _print(reports: dict[str, dict[str, float]], total: int) -> None:
-    table = Table("way", "MB/s", "CPU s per GB", "compared with the plain tool", title=f"{total / 1e9:.2f} GB")
+    table = Table("method", "MB/s", "CPU s per GB", "compared with the plain tool", title=f"{total / 1e9:.2f} GB")
     for name, report in reports.items():
         rate, other = report["mb_per_s"], _PAIRS.get(name)
         plain = {way: numbers["mb_per_s"] for way, numbers in reports.items() if other and way.startswith(other)}

@@ -38,9 +38,9 @@ class Tally:
 
 
 @click.command()
-@click.option("--kills", default=200, show_default=True, type=click.IntRange(1))
-@click.option("--shards", default=50, show_default=True, type=click.IntRange(1))
-@click.option("--kind", default="single", show_default=True)
+@click.option("--kills", default=200, show_default=True, type=click.IntRange(1), help="SIGKILLs to send.")
+@click.option("--shards", default=50, show_default=True, type=click.IntRange(1), help="Shards of the dataset.")
+@click.option("--kind", default="single", show_default=True, help="Kind of images.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the times and the processes to kill.")
 @click.option("--minutes", default=20.0, show_default=True, help="Time limit; the test fails when it is reached.")
 def main(kills: int, shards: int, kind: str, seed: int, minutes: float) -> None:

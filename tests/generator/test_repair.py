@@ -115,13 +115,13 @@ def test_repair_refuses_shards_that_differ_from_the_manifest(built: Path, copy: 
 def test_repair_names_what_it_cannot_repair(copy: Path, tmp_path: Path) -> None:
     part = shutil.copytree(copy, tmp_path / "part")
     edit(part / "_info.json", lambda fields: fields["splits"].pop("val"))  # as 'fractalshards pull --shards' leaves it
-    stranger = shutil.copytree(copy, tmp_path / "stranger")
-    shutil.copy(copy / "val-000000.tar", stranger / "extra.tar")
+    extra = shutil.copytree(copy, tmp_path / "extra")
+    shutil.copy(copy / "val-000000.tar", extra / "extra.tar")
     edit(copy / "_info.json", lambda fields: fields["recipe"].update(version=1))
     os.truncate(copy / "recipe.json", 10)
     for folder, noun in (
         (part, "part"),
-        (stranger, "extra.tar"),
+        (extra, "extra.tar"),
         (copy, "recipe version 1"),
         (tmp_path / "nowhere", "recipe.json"),
     ):
