@@ -31,7 +31,7 @@ from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
 from fractalshards import writer
 from fractalshards.digest import ContentDigest
-from fractalshards.human import human_seconds
+from fractalshards.human import human_count, human_seconds
 from fractalshards.systems import Systems
 from fractalshards.workers import worker_pool
 
@@ -193,7 +193,7 @@ def _print(report: Report) -> None:
     table.add_row("sum of the stages, one worker", f"{sum(report.stages_ms.values()):.3f}", style="bold")
     rates = report.images_per_second
     for count, seconds in report.seconds_per_million().items():
-        text = f"{count} workers: {rates[count]:,.0f} images/s, a million in {human_seconds(seconds)}"
+        text = f"{human_count(count, 'worker')}: {rates[count]:,.0f} images/s, a million in {human_seconds(seconds)}"
         table.add_row(text, f"{1000 * count / rates[count]:.3f} per core")
     first, *others = rates
     for count in others:
