@@ -123,8 +123,8 @@ class Plan:
 
     Attributes:
         folder: the folder to build in.
-        own: the shards that this build is responsible for: all, or those of its slice.
-        missing: those of them that are not finished.
+        own: the shards that this build has to finish: all of them, or its slice.
+        missing: the shards in ``own`` that are not finished.
         samples: the number of samples in the missing shards.
         bytes: their expected size on disk.
         seconds: the expected time of one core to render them.

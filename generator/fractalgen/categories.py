@@ -127,8 +127,8 @@ def search_categories(
 ) -> list[Found]:
     """Try random candidates until enough of them hit the wanted share of 512 x 512 pixels.
 
-    The result is that of the published code for the same seed, for any number of workers; 1000 categories of seed 1
-    take 42,655 candidates.
+    For the same seed, the result equals that of the published code, for any number of workers; 1000 categories of seed
+    1 take 42,655 candidates.
 
     Args:
         classes: number of categories to find.

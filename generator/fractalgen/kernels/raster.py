@@ -15,7 +15,7 @@ POINT = np.array([[1, 1]])  # the patch of a single pixel
 
 @dataclass(frozen=True)
 class Orientation:
-    """How an image is turned: transposed first, then mirrored top-bottom and left-right."""
+    """The orientation of an image: transposed first, then mirrored top-bottom and left-right."""
 
     transpose: bool = False
     flip_rows: bool = False
