@@ -12,7 +12,7 @@ def save_slowly(folder: Path) -> None:
     """Wait for a signal; rank 0 then saves slowly."""
     seconds = float((folder / "seconds").read_text())
     with join_world() as world, stop_on_signal() as stop:
-        (folder / f"ready-{world.rank}").touch()
+        (folder / f"ready-{world.rank}").write_text("ready")
         while not world.max(stop.signal):
             time.sleep(0.05)
         if world.main:
