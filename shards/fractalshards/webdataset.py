@@ -4,6 +4,7 @@ They have no sidecars: one scan of the headers of every tar finds the samples. T
 nothing is written into the folder.
 """
 
+import io
 import logging
 import os
 import tarfile
@@ -33,6 +34,7 @@ _VERSION = 1  # of the cached files
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # if a sample has several, the first of these is its image
 _LABEL = "cls"
 _MAX_LABEL_BYTES = 20
+_MAX_HEADER_BYTES = 1 << 20  # with the long names and other fields of GNU and pax headers
 _MAX_DIGITS = 9
 _FEW_TARS = 4  # are scanned in less time than worker processes take to start
 
@@ -249,9 +251,18 @@ def _parse_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower() if stem else ""
 
 
+class _HeaderFile(io.FileIO):
+    """A tar whose headers alone are read; ``tarfile`` would read long names of any size into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
 def _regular_files(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
     try:
-        with os.fdopen(os.dup(descriptor), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _HeaderFile(os.dup(descriptor)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.size < 0:  # some versions of Python would read such a tar forever
                     raise FractalError(f"{path}: {member.name} has a negative size; do not use this dataset")

@@ -148,6 +148,14 @@ def test_index_refuses_tars_without_end(tmp_path, data):
         index_tar(path)
 
 
+def test_index_does_not_read_huge_headers(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(header("././@LongLink", 4 << 30, tarfile.GNUTYPE_LONGNAME))
+    os.truncate(path, 5 << 30)  # the name is a hole in the file
+    with pytest.raises(FractalError, match=r"a\.tar: "):
+        index_tar(path)
+
+
 def test_index_opens_regular_files_only(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(FractalError, match=r"a\.tar: "):
