@@ -121,7 +121,7 @@ class WebServer:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *arguments: None  # of clients that went away
+        self._server.handle_error = lambda *arguments: None  # clients that disconnect
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -132,7 +132,7 @@ class WebServer:
         self._server.server_close()
 
     def count(self, name: str) -> int:
-        """Requests for a file."""
+        """Return the number of requests for a file."""
         return self.requests.count(name)
 
     def _fault(self, name: str) -> str:

@@ -354,7 +354,7 @@ def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
 
 
 def _split_lists(shards: Sequence[Shard]) -> dict[str, object]:
-    """The fields of a split that list its shards."""
+    """Return the fields of a split that list its shards."""
     return {
         "num_samples": sum(shard.samples for shard in shards),
         "filenames": [shard.name for shard in shards],
@@ -366,7 +366,7 @@ def _split_lists(shards: Sequence[Shard]) -> dict[str, object]:
 
 
 def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[int, ...]]:
-    """The index of every shard's first sample: as listed, or counted on from the shard before."""
+    """Return the index of every shard's first sample: as listed, or counted on from the shard before."""
     firsts = {}
     end = 0
     for name, split in splits.items():

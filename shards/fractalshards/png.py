@@ -29,7 +29,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @lru_cache(maxsize=16)
 def _octets(palette: bytes) -> npt.NDArray[np.uint64]:
-    """The eight pixels of two colours that the bits of every byte stand for, 24 bytes each: (256, 3) uint64."""
+    """Return the eight pixels of two colours that the bits of each byte select, 24 bytes each: (256, 3) uint64."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
     return np.frombuffer(palette, np.uint8).reshape(2, 3)[bits].reshape(256, 24).view(np.uint64)
 
@@ -42,7 +42,7 @@ class Indexed:
     palette: Pixels
 
     def rgb(self) -> Pixels:
-        """The image as (H, W, 3) uint8."""
+        """Return the image as (H, W, 3) uint8."""
         height, width = self.indices.shape
         if len(self.palette) == 2:  # eight pixels per look-up, several times as fast as one
             octets = _octets(self.palette.tobytes())
@@ -54,7 +54,7 @@ class Indexed:
 
 
 def pixels_of(image: Pixels | Indexed) -> Pixels:
-    """The pixels of an image, (H, W, 3) uint8."""
+    """Return the pixels of an image, (H, W, 3) uint8."""
     return image.rgb() if isinstance(image, Indexed) else image
 
 

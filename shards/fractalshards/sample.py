@@ -209,7 +209,7 @@ def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
 
 
 def _walk(read_block: Callable[[int], bytes], start: int, stop: int) -> Iterator[Member]:
-    """The members of a tar in ``[start, stop)``, up to an empty block."""
+    """Yield the members of a tar in ``[start, stop)``, up to an empty block."""
     at = start
     while at < stop and (header := read_block(at)):
         name, size = _parse_header(header)

@@ -189,7 +189,7 @@ def _scan_and_keep(path: Path) -> tuple[Path, TarIndex]:
 
 
 def _read_cache(path: Path) -> TarIndex | None:
-    """The index of a tar of the same path, size and modification time, if there is a sound one."""
+    """Return the cached index of a tar with this path, size and modification time, if there is a sound one."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(_cache_path(path), allow_pickle=False) as arrays:
             index = TarIndex(*(arrays[f"arr_{number}"] for number in range(5)))
@@ -208,7 +208,7 @@ def _is_sound(index: TarIndex) -> bool:
 
 
 def _cache_path(path: Path) -> Path:
-    """Below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the path of the cached index, below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     status = path.stat()
     identity = f"{_VERSION}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
@@ -216,7 +216,7 @@ def _cache_path(path: Path) -> Path:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Key, start and size of the image, and label of the samples of a tar."""
+    """Yield key, start and size of the image, and label of each sample of a tar."""
     size = regular_size(path)
     with path.open("rb") as file:
         named = ((*_parse_name(member.name), member) for member in _regular_files(path, file.fileno()))
@@ -245,7 +245,7 @@ def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member; the extension is empty for hidden files."""
+    """Return key and extension of a member; the extension is empty for hidden files."""
     folder, slash, file = name.removeprefix("./").rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower() if stem else ""

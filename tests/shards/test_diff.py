@@ -1,4 +1,4 @@
-"""``fractalshards diff``: datasets that are equal, cut or encoded otherwise, permuted, different, damaged."""
+"""``fractalshards diff``: datasets that are equal, sharded or encoded differently, permuted, different, damaged."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_equal_datasets_are_not_read(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "level", "remark"),
-    [((10, 10), 9, "2 shards with"), ((7, 7, 6), 1, "in 2 and 3 shards")],
+    [((10, 10), 9, "2 shards"), ((7, 7, 6), 1, "3 shards")],
 )
 def test_same_samples_in_other_bytes_or_shards(
     whole: Path, tmp_path: Path, lengths: tuple[int, ...], level: int, remark: str

@@ -1,4 +1,4 @@
-"""The pool: a killed worker costs its own task one try; a first signal ends the work in order, a second at once."""
+"""The pool: a killed worker costs its own task one try; a first signal lets tasks finish, a second ends them."""
 
 import os
 import signal
@@ -95,7 +95,7 @@ def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path: Path, numbe
     out, errors = process.communicate(timeout=60)
     assert out == "finished\n"
     assert words in errors.splitlines()[-1]
-    assert errors.count("Traceback") == 1, "workers said something too"
+    assert errors.count("Traceback") == 1, "workers print nothing"
 
 
 def test_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:

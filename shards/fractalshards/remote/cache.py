@@ -138,7 +138,7 @@ class ShardCache:
         return free >= size
 
     def _tars(self, pattern: str) -> list[tuple[int, int, Path]]:
-        """(last use in ns, bytes, path) of files in the folder."""
+        """Return (last use in ns, bytes, path) of matching files in the folder."""
         found = []
         for path in self.folder.glob(pattern):
             with suppress(FileNotFoundError):
@@ -162,7 +162,7 @@ class ShardCache:
 
 @functools.lru_cache(maxsize=4)
 def _store_of_process(url: str, process: int) -> Store:
-    """A store for this process: connections do not survive a fork."""
+    """Return the store of this process: connections do not survive a fork."""
     return open_store(url)
 
 

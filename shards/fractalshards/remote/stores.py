@@ -60,7 +60,7 @@ class Location:
         return redact(f"{scheme}{self.root}")
 
     def file(self, name: str) -> str:
-        """Path or URL of a file in the folder."""
+        """Return the path or URL of a file in the folder."""
         return f"{self.root}/{name}" + (f"?{self.query}" if self.query else "")
 
 
@@ -115,7 +115,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to store, and the size and sha256 that it must have."""
+    """A file to store, and the size and sha256 it must have."""
 
     name: str
     content: Path | bytes

@@ -262,7 +262,7 @@ def shard_info(shard: Shard) -> FileInfo:
 def _listed_names(
     ours: ManifestFile, chosen: Collection[str], theirs: ManifestFile | None, where: str, add: bool
 ) -> Collection[str]:
-    """Names of the shards that the target's manifest lists in the end: no fewer than now.
+    """Return the names of the shards that the target's manifest will list: those of now, and perhaps more.
 
     Raises:
         FractalError: if the target holds another dataset or another copy of it, or lists shards that are not chosen,
