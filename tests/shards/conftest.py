@@ -14,8 +14,8 @@ from fractalshards.sample import Label, LabelType, MultiLabel, Object
 from fractalshards.storage import write_json
 from fractalshards.systems import write_systems
 from fractalshards.writer import write_shard
-from packed_flowers import CLASSES as FLOWERS
-from packed_flowers import Make, pack
+from packing import CLASSES as FLOWERS
+from packing import Make, pack
 
 CLASSES = 3
 

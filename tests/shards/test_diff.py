@@ -19,7 +19,7 @@ from fractalshards.manifest import INFO, DatasetInfo, Shard, sample_key, shard_n
 from fractalshards.png import encode_png
 from fractalshards.storage import write_json
 from fractalshards.writer import Rendered, write_shard
-from packed_flowers import assert_refused
+from packing import assert_refused
 
 pytestmark = pytest.mark.usefixtures("threads")
 CLASSES = 3

@@ -14,7 +14,7 @@ from scipy.io import savemat
 from fractalshards.errors import FractalError
 from fractalshards.ilsvrc import DEVKIT, TRAIN, VAL, list_ilsvrc
 from fractalshards.manifest import load_manifest
-from packed_flowers import Encode, assert_refused, images, pack
+from packing import Encode, assert_refused, images, pack
 
 pytestmark = pytest.mark.usefixtures("threads")
 # by their numbers in the devkit, which are not in the order of the ids; the last has children, so it is no class

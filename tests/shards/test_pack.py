@@ -24,7 +24,7 @@ from fractalshards.manifest import load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
-from packed_flowers import Encode, Make, assert_refused, images, pack, samples
+from packing import Encode, Make, assert_refused, images, pack, samples
 
 pytestmark = pytest.mark.usefixtures("threads")
 FLOWERS = ("--split", "train=0.8,val=0.2", "--shard-size", "8")  # as the fixture ``packed``

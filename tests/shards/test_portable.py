@@ -19,7 +19,7 @@ from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.portable import PortableRecipe, export_recipe, parse_portable, read_portable
 from fractalshards.storage import write_json
 from fractalshards.systems import read_systems, write_systems
-from packed_flowers import assert_refused
+from packing import assert_refused
 
 pytestmark = pytest.mark.usefixtures("threads")
 

@@ -34,7 +34,7 @@ from fractalshards.sample import Label, MultiLabel, Object
 from fractalshards.storage import write_json
 from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, measure, survey_dataset
 from fractalshards.writer import write_shard
-from packed_flowers import assert_refused
+from packing import assert_refused
 
 pytestmark = pytest.mark.usefixtures("threads")
 HOSTILE = "</style></script><script>x=1</script>{{ 7 * 7 }}\"'><img src=x onerror='x=2'>"

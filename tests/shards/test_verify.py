@@ -12,7 +12,7 @@ from fractalshards.cli import main
 from fractalshards.manifest import INFO, load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
-from packed_flowers import assert_refused
+from packing import assert_refused
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHARD = "train-000001.tar"
