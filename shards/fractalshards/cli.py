@@ -162,7 +162,7 @@ def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
         return 0 if found.same else 1
     for line in found.findings:
         click.echo(one_line(line))
-    verdict = "same samples" if found.same else "not the same samples"
+    verdict = "same samples" if found.same else "the samples differ"
     click.echo(f"{verdict}, according to the manifests; 'fractalshards verify DIR' checks the files")
     return 0 if found.same else 1
 
@@ -266,7 +266,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @click.argument("out", metavar="OUT", type=PATH)
 @click.option("--split", metavar="train=X,val=Y", help="Shares (0.9), or folders below PATH.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--seed", default=0, help="Seed of the image order and of the choice of held-out images.")
+@click.option("--seed", default=0, help="Seed of the image order and of the choice of val images.")
 @workers_option
 @quiet_option
 def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int) -> None:

@@ -112,7 +112,7 @@ class PackRecipe:
     Attributes:
         kind: ``imagefolder`` or ``imagenet``.
         n, val: samples in the splits ``train`` and ``val``.
-        seed: seed of the image order and of the choice of held-out images.
+        seed: seed of the image order and of the choice of val images.
         shard_size: samples per shard.
         val_share: share of each class that is held out, or None if the source has its own splits.
         files: digest of the list of files.

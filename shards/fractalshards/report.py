@@ -168,8 +168,8 @@ def _charts(survey: Survey) -> list[Chart]:
         charts.append(histogram("Fill rate", "Share of pixels that are not black.", fills, _percent))
     else:
         note = (
-            f"Share of pixels that differ from a neighbour by more than {DETAIL} of 255 in a colour; low for empty or "
-            "plain images."
+            f"Share of pixels that differ from a neighbour by more than {DETAIL} of 255 in any colour; low for empty "
+            "or plain images."
         )
         charts.append(histogram("Detail rate", note, [one.detail for one in stats], _percent))
     if survey.manifest.label_type == "multi":

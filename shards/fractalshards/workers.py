@@ -123,6 +123,7 @@ class _Pool(Executor):
             try:
                 return process.submit(task, *args, **named).result()
             except BrokenProcessPool:
+                _log.warning("a worker process was killed; its task runs again")
                 process.shutdown()
                 idle = None
             finally:

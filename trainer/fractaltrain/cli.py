@@ -83,7 +83,7 @@ _RUN_OPTIONS: _Options = {
         _option("--nproc", type=click.IntRange(1), metavar="N",
                 help="Training processes.  [default: one per GPU, or 1]"),
         _option("--workers", type=click.IntRange(0, 128), metavar="W",
-                help="Loader processes of each process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
+                help="Data loader workers per training process.  [default: idle cores, 1 to 8, on GPUs; 0 on CPUs]"),
         _option("--amp", type=click.Choice(get_args(Amp)), default="auto",
                 help="Precision; auto: bf16 on GPUs, fp32 on CPUs."),
         _option("--accumulate", type=click.IntRange(1), default=1, metavar="N",
@@ -154,6 +154,8 @@ def pt(nproc: int | None, **options: Any) -> None:
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
     _check_install("training")
+    if not options["shards"]:
+        raise UsageError("--shards is empty; give a folder or a URL")
     remote = parse_location(options["shards"]).scheme != "file"
     if not remote and (options["cache_dir"] is not None or options["cache_size"] is not None):
         raise UsageError("--cache-dir and --cache-size need the URL of a dataset in --shards")
@@ -328,7 +330,9 @@ def _dataset_kind(data: ShardsConfig) -> str:
 def _check_data(name: str) -> str:
     if is_data(name):
         return name
-    raise click.BadParameter(f"{name!r} is none of {', '.join(IMAGE_NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH")
+    raise click.BadParameter(
+        f"{name!r} is not one of {', '.join(IMAGE_NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH"
+    )
 
 
 def _check_install(purpose: str) -> None:

@@ -268,7 +268,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
 def _caption(comparison: Comparison, width: float) -> str:
     numbers = set(comparison.planned.values())
-    what = "Top-1 on held-out images after the last epoch."
+    what = "Top-1 on the val images after the last epoch."
     if numbers == {1}:
         return what
     of = f"{max(numbers)} runs" if len(numbers) == 1 else "all runs"

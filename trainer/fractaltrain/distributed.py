@@ -272,7 +272,9 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
                 raise
             if received:  # before the training loop, where there was nothing to save
                 raise StoppedError(f"stopped by {signal.Signals(received[0]).name}", 128 + received[0]) from error
-            raise FractalError(f"{error}; if memory ran out, lower --batch-size or --workers") from error
+            raise FractalError(
+                f"{error}; run the same command to continue; if memory ran out, lower --batch-size or --workers"
+            ) from error
         except KeyboardInterrupt:
             for process in ranks.processes:
                 process.kill()

@@ -142,7 +142,7 @@ def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch
     """
     config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     if config is None or not config.has_weights:
-        raise UsageError(f"timm publishes no weights of {model}; choose another --model, or --weights none")
+        raise UsageError(f"timm publishes no weights for {model}; choose another --model, or --weights none")
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     options = timm_options(model, None, image_size)
     timm.create_model(model, **options)  # so an error below comes from fetching

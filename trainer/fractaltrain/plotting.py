@@ -176,6 +176,7 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
     panel.set_xticks(ticks, labels, rotation=0 if upright else 90)
     panel.set_yticks(ticks, labels)
     bar = figure.colorbar(image, ax=panel, fraction=0.035, format=lambda share, _: f"{100 * share:.0f} %")
+    bar.set_label("share of the class", color=MUTED)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=9, length=0)
     if size <= _NUMBERED:

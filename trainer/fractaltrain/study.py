@@ -224,7 +224,7 @@ def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) 
             for subset in product(images.per_class or (None,), images.subset_seeds or (0,)):
                 finetunings.append(_plan_finetuning(study, _Place(row, model, seed, target, *subset), digests))
     if len({run.run for run in finetunings}) < len(finetunings):
-        raise UsageError("seeds, per_class or subset_seeds: a number twice; remove one")
+        raise UsageError("seeds, per_class or subset_seeds: a number occurs twice; remove one")
     return StudyPlan(rows, tuple(study.models), tuple(study.finetuning), tuple(pretrainings), tuple(finetunings))
 
 
@@ -312,5 +312,5 @@ def read_plan(folder: Path) -> StudyPlan:
     plan = read_json(folder / PLAN, StudyPlan)
     for run in (*plan.pretrainings, *plan.finetunings):
         if not all(map(is_plain, run.run.split("/"))) or run.start not in (None, *plan.starts):
-            raise FractalError(f"{folder / PLAN}: {run.run!r} is no run of this folder; run the study again")
+            raise FractalError(f"{folder / PLAN}: {run.run!r} is not a run of this folder; run the study again")
     return plan

@@ -9,6 +9,7 @@ import base64
 import errno
 import hashlib
 import io
+import logging
 import re
 import shutil
 import threading
@@ -25,6 +26,8 @@ from fractalshards.human import one_line
 from fractalshards.storage import atomic_file, regular_size
 
 README = "README.md"
+
+_log = logging.getLogger(__name__)
 
 _ROOTS = {
     scheme: re.compile(pattern, re.IGNORECASE)
@@ -81,7 +84,7 @@ def parse_location(text: str) -> Location:
             return Location(scheme, root.rstrip("/"), *query)
     raise UsageError(
         f"{redact(text)}: not a folder or supported URL; give a local path, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
-        "hf://datasets/USER/NAME or https://HOST/FOLDER, and credentials of object stores as their own tools expect"
+        "hf://datasets/USER/NAME or https://HOST/FOLDER; object stores take credentials from their usual places"
     )
 
 
@@ -266,6 +269,7 @@ class Store:
             retry=tenacity.retry_if_exception_type(TemporaryError),
             stop=tenacity.stop_after_attempt(attempts or self.attempts),
             wait=tenacity.wait_exponential(first, longest) + tenacity.wait_random(0, first),
+            before_sleep=lambda state: _log.info("%s; trying again", state.outcome and state.outcome.exception()),
             reraise=True,
         )
         return retrying(action)

@@ -213,7 +213,7 @@ def select_shards(manifest: Manifest, wanted: Sequence[range] | None, where: str
         numbers[shard] = int(match[2])
     for end in (end for part in wanted or () for end in (part[0], part[-1])):
         if end not in numbers.values():
-            raise UsageError(f"{where}: has no shard {end}; its numbers go up to {max(numbers.values(), default=0)}")
+            raise UsageError(f"{where}: has no shard {end}; the last one is {max(numbers.values(), default=0)}")
     return [shard for shard, number in numbers.items() if wanted is None or any(number in part for part in wanted)]
 
 
