@@ -166,8 +166,10 @@ def test_prefetch_schedule_names_this_window_and_the_next():
 
 @pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (3, 5, 2, 7), (1, 1, 9), (10,)])
 def test_prefetch_schedule_has_what_a_machine_reads_next(lengths):
-    """For any window, repeats, number of machines and padding: the shard of the next sample, and after the last one the
-    shard with which the next epoch begins."""
+    """The schedule holds the shard of the next sample, and after the last sample the shard that starts the next epoch.
+
+    This holds for every window, number of repeats, number of machines and padding.
+    """
     shard_of = np.repeat(np.arange(len(lengths)), lengths)
     for window, repeats, nodes, pad in product((1, 2, 3), (1, 2, 3), (1, 2, 3), (False, True)):
         samples, batch = epoch_samples(len(shard_of), repeats), 6

@@ -188,7 +188,7 @@ def run_tasks(
                 results.append(result)
                 done += weigh(item)
                 on_progress(done, total)
-        except Exception:
+        except Exception:  # whatever a task raises; it is raised again once the others have ended
             pool.terminate()
             pool.join()
             raise
