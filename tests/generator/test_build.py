@@ -62,7 +62,7 @@ def test_second_build_does_nothing(built: Path, tmp_path: Path, threads: None) -
     out = shutil.copytree(built, tmp_path / "again")
     before = times(out)
     result = run(*SMALL, "--out", out)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert "nothing to render" in result.stderr
     assert times(out) == before
 
@@ -75,7 +75,7 @@ def test_build_renders_what_is_missing_or_damaged(built: Path, tmp_path: Path, t
     os.truncate(out / "val-000000.tar", 700)
     kept = (out / "train-000000.tar").stat().st_mtime_ns
     result = run(*SMALL, "--out", out)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert "to render: 63 images in 3 shards (3 done)" in result.stderr
     assert files(out) == files(built)
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
@@ -132,7 +132,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: None) -> None:
     """SIGKILL to the parent ends the workers, and the next build continues."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
-    assert run(*SMALL, *SLOW, "--out", undisturbed).exit_code == 0
+    assert (result := run(*SMALL, *SLOW, "--out", undisturbed)).exit_code == 0, result.output
     process = start([*SMALL, *SLOW], out, workers=2)
     wait_until(lambda: sidecars(out), process)
     process.kill()
@@ -150,7 +150,7 @@ def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: Non
 def test_killed_workers_shards_are_rendered_again(tmp_path: Path, threads: None) -> None:
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     options = [*SMALL, "--points", "300000"]
-    assert run(*options, "--out", undisturbed).exit_code == 0
+    assert (result := run(*options, "--out", undisturbed)).exit_code == 0, result.output
     process = start(options, out)
     wait_until(lambda: sidecars(out), process)
     for worker in workers_of(process):
@@ -240,7 +240,7 @@ def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
     write_systems(stored, shipped_categories()[5:9])
     options = ["build", "--kind", "fractaldb", "--n", 16, "--size", 32, "--points", 500]
     for name, given in (("a", ["--from-csv", tmp_path / "csv"]), ("b", ["--categories", stored, "--classes", 3])):
-        assert run(*options, "--out", tmp_path / name, *given).exit_code == 0
+        assert (result := run(*options, "--out", tmp_path / name, *given)).exit_code == 0, result.output
         assert load_manifest(tmp_path / name).classes == 3
         same = map(np.array_equal, read_categories(tmp_path / name / "systems.npz"), shipped_categories()[5:8])
         assert all(same)

@@ -27,7 +27,7 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, name
     assert result.exit_code == 0, result.output
     expected = pixels(reference / "fractaldb_images" / name)
     assert np.array_equal(pixels(out), expected)
-    assert run("render", *options, "--flip", 2).exit_code == 0
+    assert (result := run("render", *options, "--flip", 2)).exit_code == 0, result.output
     assert np.array_equal(pixels(out), expected[:, ::-1])
 
 
@@ -88,7 +88,7 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
     plain = ["preview", "--kind", "fractaldb", "--classes", 2, "--per-class", 2, "--tile", 32, "--out", out]
     sheets = []
     for options in ([], ["--size", 64], ["--points", 50], ["--seed", 1], ["--set", "draw=point-gray"]):
-        assert run(*plain, *options).exit_code == 0
+        assert (result := run(*plain, *options)).exit_code == 0, result.output
         sheets.append(pixels(out))
     assert {sheet.shape for sheet in sheets} == {(28 + 2 * 36 + 4, 44 + 2 * 36, 3)}
     assert len({sheet.tobytes() for sheet in sheets}) == 5
@@ -96,7 +96,7 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
 
 def test_kinds_lists_every_parameter_with_default_and_range() -> None:
     result = run("kinds")
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines()]
     for row in (["jitter", "0.8,1.1", "0.0", "to", "10.0"], ["objects", "1,5", "1", "to", "255"]):
         assert row in [found[:5] for found in rows]

@@ -132,7 +132,7 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path: Path) -> Non
 
     options = [*SMALL, "--n", "400", "--points", "200000", "--shard-size", "20"]
     local, out = tmp_path / "local", tmp_path / "dask"
-    assert run(*options, "--out", local).exit_code == 0
+    assert (result := run(*options, "--out", local)).exit_code == 0, result.output
     killed = threading.Event()
 
     def kill_a_worker() -> None:

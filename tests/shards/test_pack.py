@@ -195,7 +195,7 @@ def test_hostile_class_names_are_data(tmp_path: Path, image_folder: Make) -> Non
     result = pack(f"imagefolder:{source}", tmp_path / "out")
     assert load_manifest(tmp_path / "out").class_names == (name, "zz")
     info = CliRunner().invoke(main, ["info", str(tmp_path / "out")])
-    assert info.exit_code == 0
+    assert info.exit_code == 0, info.output
     assert "\x1b" not in result.output + info.output
 
 

@@ -70,7 +70,8 @@ def test_remote_lost_during_an_epoch_is_one_line(fractaltrain, dataset, tmp_path
     )  # fmt: skip
     outcome = fractaltrain(*arguments)
     assert outcome.code == 1
-    (error,) = [line for line in outcome.err.splitlines() if not line.startswith("preparing the cache: ")]
+    *notes, error = outcome.err.splitlines()
+    assert all(line.startswith(("note: ", "preparing the cache: ")) for line in notes), outcome.err
     assert error.startswith(f"error: {server.url}/{dataset.name}/{TRAIN[last]}: ")
     server.faults.clear()
     assert fractaltrain(*arguments).code == 0
