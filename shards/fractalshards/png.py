@@ -22,6 +22,9 @@ _HEADER = struct.Struct(">II5B")  # width, height, bit depth, colour type, compr
 _LEVEL = 1  # of ISA-L, 0 to 3; the others are slower or larger, see docs/performance.md
 _MAX_PIXELS = 64_000_000
 _MAX_CHUNKS = 100_000  # an empty chunk takes thirty times its bytes in memory
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_WHITE_IS_ZERO = 0
+_UNBOUNDED = {"I": "signed or 32-bit integers", "F": "floats"}  # modes of Pillow
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # not EPS, which starts Ghostscript
 
 Pixels = npt.NDArray[np.uint8]
@@ -203,13 +206,29 @@ def _decode_any(data: bytes) -> Pixels:
     except (FractalError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise FractalError("image cannot be decoded: damaged, or of an unknown format") from error
+        what = "damaged, or of a format or pixel type that cannot be read"
+        raise FractalError(f"image cannot be decoded: {what}") from error
     except Exception as error:  # Pillow does not document what its decoders raise for damaged files
         raise FractalError(f"image cannot be decoded: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; 16-bit grey keeps its high byte, where Pillow would clip to white."""
-    if image.format == "PNG" and image.mode in ("I", "I;16", "I;16B"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """Convert any mode of Pillow to RGB: alpha is dropped, and 16-bit grey keeps its high byte, where Pillow clips.
+
+    Raises:
+        FractalError: if the format does not say which values are black and white.
+    """
+    is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")  # which hold no wider integers
+    if image.mode.startswith("I;16") or is_16_bit:
+        return Image.fromarray(_high_bytes(image)).convert("RGB")
+    if image.mode in _UNBOUNDED:
+        raise FractalError(f"pixels are {_UNBOUNDED[image.mode]}, whose range is unknown; convert it to 8 or 16 bits")
     return image.convert("RGB")
+
+
+def _high_bytes(image: Image.Image) -> Pixels:
+    """Return the eight highest bits of 16-bit grey, (H, W) uint8; TIFF also has 12-bit grey, and 0 as white."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    high = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    return ~high if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else high

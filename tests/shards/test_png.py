@@ -89,6 +89,125 @@ def test_other_images_decode_as_pillow_does(form: str, colors: int | None) -> No
     assert np.array_equal(decode_image(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB")))
 
 
+def picture_of(mode: str, values: object, palette: tuple[int, ...] = ()) -> Image.Image:
+    """Four pixels of a mode of Pillow from their bytes, each enlarged to a block of JPEG."""
+    image = Image.frombytes(mode, (4, 1), np.asarray(values).tobytes())
+    if palette:
+        image.putpalette(palette)
+    return image.resize((32, 8), Image.Resampling.NEAREST)
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def tiff(values: object, width: int, **tags: int) -> bytes:
+    """A TIFF of eight-bit grey with other bytes and numbers in its tags."""
+    codes = {"width": 256, "bits": 258, "photometric": 262}
+    pixels = np.frombuffer(np.asarray(values).tobytes(), np.uint8)[None]
+    data = bytearray(saved(Image.fromarray(pixels), "TIFF"))
+    for name, value in {"width": width, **tags}.items():
+        at = data.index(struct.pack("<H", codes[name]), int.from_bytes(data[4:8], "little"))
+        data[at + 8 : at + 12] = struct.pack("<I", value)
+    return bytes(data)
+
+
+LEVELS, WORDS = np.array([0, 1, 128, 255], np.uint8), np.array([0, 0x01FF, 0x8000, 0xFFFF])
+GREY = [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
+COLOURS = [(9, 0, 0), (0, 90, 0), (0, 0, 200), (255, 1, 128)]
+WITH_ALPHA = [(*colour, alpha) for colour, alpha in zip(COLOURS, LEVELS.tolist(), strict=True)]
+PALETTE = tuple(np.ravel(COLOURS).tolist())
+RAINBOW = [(255, 255, 255), (0, 255, 255), (255, 0, 0), (0, 0, 0)]
+INK = np.array([(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)], np.uint8)
+YCBCR = np.array([(255, 128, 128), (179, 171, 0), (76, 85, 255), (0, 128, 128)], np.uint8)  # by JFIF's equations
+LAB = np.array([(0, 0, 0), (128, 0, 0), (255, 0, 0), (128, 20, -30 % 256)], np.uint8)  # 2.55 L*, a*, b* of white D50
+LAB_AS_RGB = [(0, 0, 0), (119, 119, 119), (255, 255, 255), (133, 109, 171)]
+
+
+@pytest.mark.parametrize(
+    ("image", "formats", "expected"),
+    [
+        (picture_of("1", np.uint8(0x40)), "PNG TIFF BMP PPM", [GREY[0], GREY[3], GREY[0], GREY[0]]),
+        (picture_of("L", LEVELS), "PNG TIFF BMP PPM GIF JPEG", GREY),
+        (picture_of("LA", np.stack([LEVELS, LEVELS[::-1]], 1)), "PNG TIFF", GREY),
+        (picture_of("I;16", WORDS.astype("<u2")), "PNG TIFF PPM", GREY),
+        (picture_of("I;16B", WORDS.astype(">u2")), "PNG TIFF", GREY),
+        (picture_of("P", np.arange(4, dtype=np.uint8), PALETTE), "PNG TIFF BMP GIF", COLOURS),
+        (picture_of("RGB", np.array(COLOURS, np.uint8)), "PNG TIFF BMP PPM WEBP", COLOURS),
+        (picture_of("RGBA", np.array(WITH_ALPHA, np.uint8)), "PNG TIFF WEBP", COLOURS),
+        (picture_of("CMYK", INK), "TIFF JPEG", RAINBOW),
+        (picture_of("YCbCr", YCBCR), "TIFF JPEG", RAINBOW),
+        (picture_of("LAB", LAB), "TIFF", LAB_AS_RGB),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_every_mode_becomes_rgb(image: Image.Image, formats: str, expected: list[tuple[int, int, int]]) -> None:
+    options = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    for form in formats.split():
+        found = decode_image(saved(image, form, **options.get(form, {})))[4, 4::8].astype(int)
+        rounding = 1 if form == "JPEG" or image.mode in ("YCbCr", "LAB") else 0
+        assert np.abs(found - expected).max() <= rounding, (form, found)
+
+
+def test_transparent_colours_of_a_palette_keep_their_colour() -> None:
+    image = picture_of("P", np.arange(4, dtype=np.uint8), PALETTE)
+    for transparency in (1, bytes([0, 9, 255])):
+        assert decode_image(saved(image, "PNG", transparency=transparency))[4, 4::8].tolist() == [*map(list, COLOURS)]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (
+            saved(Image.frombytes("I;16", (4, 1), WORDS.astype("<u2").tobytes()), "TIFF", compression="tiff_lzw"),
+            [0, 1, 128, 255],
+        ),
+        (tiff(WORDS.astype("<u2"), 4, bits=16), [0, 1, 128, 255]),
+        (tiff(WORDS.astype("<u2"), 4, bits=16, photometric=0), [255, 254, 127, 0]),  # 0 is white
+        (tiff(LEVELS, 4, photometric=0), [255, 254, 127, 0]),
+        (tiff(np.array([0x00, 0x00, 0x1F, 0x80, 0x0F, 0xFF], np.uint8), 4, bits=12), [0, 1, 128, 255]),
+        (b"P5 4 1 4095\n" + (WORDS >> 4).astype(">u2").tobytes(), [0, 1, 128, 255]),
+        (b"P5 4 1 15\n" + bytes([0, 1, 8, 15]), [0, 17, 136, 255]),
+        (b"P2 4 1 1000\n0 4 502 1000\n", [0, 1, 128, 255]),
+        (b"P6 4 1 65535\n" + np.repeat(WORDS, 3).astype(">u2").tobytes(), [0, 2, 128, 255]),
+        (b"P6 4 1 1023\n" + np.repeat([0, 4, 512, 1023], 3).astype(">u2").tobytes(), [0, 1, 128, 255]),
+    ],
+    ids=[
+        "lzw",
+        "16-bit",
+        "16-bit inverted",
+        "8-bit inverted",
+        "12-bit",
+        "pgm 12",
+        "pgm 4",
+        "plain pgm",
+        "ppm 16",
+        "ppm 10",
+    ],
+)
+def test_levels_of_any_depth_are_scaled(data: bytes, expected: list[int]) -> None:
+    assert decode_image(data)[0].tolist() == [[level] * 3 for level in expected]
+
+
+@pytest.mark.parametrize(("mode", "noun"), [("I", "32-bit"), ("F", "floats")])
+def test_levels_without_a_range_are_refused(mode: str, noun: str) -> None:
+    data = saved(Image.new(mode, (3, 3), 1), "TIFF")
+    with pytest.raises(FractalError, match=noun):
+        decode_image(data)
+
+
+def test_first_frame_counts_and_orientation_does_not() -> None:
+    first, second = (Image.new("RGB", (4, 2), colour) for colour in ("red", "blue"))
+    for form in ("TIFF", "GIF", "PNG", "WEBP"):
+        pixels = decode_image(saved(first, form, save_all=True, append_images=[second]))
+        assert pixels[0, 0, 0] > 250 > 5 > pixels[0, 0, 2], form
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    assert decode_image(saved(first, "JPEG", exif=rotated)).shape == (2, 4, 3)
+
+
 @given(st.data())
 def test_changed_byte_is_an_error(data: st.DataObject) -> None:
     rng = np.random.default_rng(0)
