@@ -230,5 +230,5 @@ def _high_bytes(image: Image.Image) -> Pixels:
     """Return the eight highest bits of 16-bit grey, (H, W) uint8; TIFF also has 12-bit grey, and 0 as white."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
-    high = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    high: Pixels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
     return ~high if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else high
