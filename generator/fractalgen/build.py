@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.deflate import encode_image
 from fractalgen.plan import locate, shard_tasks
 from fractalgen.recipe import RECIPE_VERSION, Recipe
-from fractalgen.render import draw_systems, render_range, render_unit
+from fractalgen.render import check_systems, draw_systems, render_range, render_unit
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, ShardRecord, sample_key
@@ -72,13 +71,7 @@ class BuildFolder:
                 f"{path / SYSTEMS}: missing or damaged, and this software draws other systems for {RECIPE}; fetch it "
                 "again, or build with the same --categories or --from-csv as before"
             )
-        shape = recipe.family.map_shape
-        fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
-        if len(systems) != recipe.classes or not fitting:
-            raise FractalError(
-                f"{path}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape {shape}; "
-                f"check {SYSTEMS}, or the file that the systems come from"
-            )
+        check_systems(recipe, systems, path)
         info = dataset_info(recipe)
         tasks = shard_tasks(recipe)
         finished = finished_shards(path, tasks, info)

@@ -21,7 +21,8 @@ from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
 from fractalgen.kinds.kind import show_range
-from fractalgen.recipe import make_recipe, parse_recipe
+from fractalgen.recipe import Recipe, make_recipe, parse_recipe
+from fractalgen.render import check_systems, draw_systems
 from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset
 from fractalshards.console import (
@@ -38,7 +39,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, human_list, human_seconds, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
-from fractalshards.portable import read_portable
+from fractalshards.portable import plan_portable, read_portable
 from fractalshards.settings import parse_settings, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
@@ -64,10 +65,50 @@ _SEED = click.option("--seed", default=0, help="Random seed.")
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the kind; repeatable."
 )
+_DATASET_GROUP = "--kind --n --val --classes --size --points --seed --shard-size --set"
 _IN_RECIPE = (
     *("kind", "n", "val", "classes", "size", "points", "seed", "shard_size"),
     *("categories", "from_csv", "settings"),
 )
+
+
+def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that describe a dataset, the arguments of ``_make_recipe``."""
+    options = (
+        _kind_option(KINDS, required=False),
+        click.option("--n", type=int, help="Training images."),
+        click.option("--val", default=0, help="Validation images, of the same classes."),
+        click.option("--classes", type=int, help="Number of classes.  [default: 1000]"),
+        _SIZE,
+        _POINTS,
+        _SEED,
+        click.option("--shard-size", default=1000, help="Images per shard."),
+        click.option("--categories", type=PATH, metavar="FILE.npz",
+                     help="FractalDB: categories from 'fractalgen search'."),
+        click.option("--from-csv", type=PATH, metavar="DIR", help="FractalDB: categories as published CSV files."),
+        _SET,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _make_recipe(
+    kind: str | None,
+    n: int | None,
+    classes: int | None,
+    categories: Path | None,
+    from_csv: Path | None,
+    settings: tuple[str, ...],
+    otherwise: str = "",
+    **others: Any,
+) -> tuple[Recipe, Systems | None]:
+    """Make a recipe from the options that describe a dataset; return it with the systems that they name, if any."""
+    if kind is None or n is None:
+        raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n{otherwise}")
+    given = _read_given(kind, classes, categories, from_csv)
+    classes = classes if given is None else len(given)
+    return make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others), given
 
 
 @click.group(cls=Commands)
@@ -78,21 +119,12 @@ def main() -> None:
 
 @main.command(
     groups={
-        "Dataset": "--kind --n --val --classes --size --points --seed --shard-size --set --out",
+        "Dataset": f"{_DATASET_GROUP} --out",
         "Dataset, from files": "--recipe --categories --from-csv",
         "Work": "--workers --slice --executor --scheduler",
     }
 )
-@_kind_option(KINDS, required=False)
-@click.option("--n", type=int, help="Training images.")
-@click.option("--val", default=0, help="Validation images, of the same classes.")
-@click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
-@_SIZE
-@_POINTS
-@_SEED
-@click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--categories", type=PATH, metavar="FILE.npz", help="FractalDB: categories from 'fractalgen search'.")
-@click.option("--from-csv", type=PATH, metavar="DIR", help="FractalDB: categories as published CSV files.")
+@_dataset_options
 @click.option("--recipe", "recipe_file", type=PATH, metavar="FILE", help="Portable recipe of 'fractalshards recipe'.")
 @click.option("--out", type=PATH, help="Dataset folder.  [default: shards/KIND]")
 @click.option(
@@ -104,25 +136,18 @@ def main() -> None:
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="Address of the Dask scheduler.")
 @click.option("--slice", "slice_", metavar="I/K|auto", help="Build every K-th shard, from the I-th; for job arrays.")
 @workers_option
-@_SET
 @quiet_option
 @click.pass_context
 def build(
     context: click.Context,
     /,
-    kind: str | None,
-    n: int | None,
-    classes: int | None,
-    categories: Path | None,
-    from_csv: Path | None,
     recipe_file: Path | None,
     out: Path | None,
     executor: str,
     scheduler: str | None,
     slice_: str | None,
     workers: int,
-    settings: tuple[str, ...],
-    **others: Any,
+    **dataset: Any,
 ) -> None:
     """Build a dataset, or continue a build: finished shards are skipped.
 
@@ -134,12 +159,8 @@ def build(
         _refuse_beside_recipe(context)
         portable = read_portable(recipe_file)
         recipe, given = parse_recipe(portable.recipe, portable.recipe_digest, str(recipe_file)), portable.systems
-    elif kind is None or n is None:
-        raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n, or --recipe")
     else:
-        given = _read_given(kind, classes, categories, from_csv)
-        classes = classes if given is None else len(given)
-        recipe = make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others)
+        recipe, given = _make_recipe(**dataset, otherwise=", or --recipe")
     folder = out if out is not None else Path("shards") / recipe.kind
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
@@ -158,8 +179,30 @@ def build(
             f"{folder}: {human_list(differing)} differ from {recipe_file}: this version renders other pixels; install "
             "the version of fractalpretrain that made the recipe, and report this to its authors"
         )
+    if portable and portable.shards is None:
+        note(f"note: {recipe_file} was made without a build, so there was nothing to compare the images with")
     click.echo(manifest.summary())
     next_step(f"fractaltrain pt --shards {shlex.quote(str(folder))}")
+
+
+@main.command(groups={"Dataset": _DATASET_GROUP, "Dataset, from files": "--categories --from-csv"})
+@_dataset_options
+@click.option("--out", type=PATH, help="File to write.  [default: standard output]")
+def recipe(out: Path | None, **dataset: Any) -> None:
+    """Write the portable recipe of a dataset without building it: to train on it with 'fractaltrain pt --render'.
+
+    Example: fractalgen recipe --kind single --n 1000000 > single.json
+    """
+    made, given = _make_recipe(**dataset)
+    systems = draw_systems(made) if given is None else given
+    check_systems(made, systems, f"recipe of kind {made.kind}")
+    text = plan_portable(made.with_systems(systems).to_json(), made.family.label_type, systems)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    write_bytes(out, text)
+    click.echo(f"{out}: {human_bytes(len(text))}")
+    next_step(f"fractaltrain pt --render {shlex.quote(str(out))}")
 
 
 @main.command()

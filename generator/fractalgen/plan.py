@@ -22,8 +22,11 @@ class Place:
     parts: int
 
 
-def locate(recipe: Recipe, index: int) -> Place:
+def locate(recipe: Recipe, index: int, epoch: int = 0) -> Place:
     """Return the unit and image that sample ``index`` shows.
+
+    In later epochs a training sample shows the same part of units that no earlier epoch and no validation sample shows:
+    if the build has at most U units per class, its unit ``k`` is followed by ``k + U``, ``k + 2 U`` and so on.
 
     Every class has the same number of whole units, in the order of a seeded permutation over all classes; the
     remaining images, less than a unit per class, are divided evenly among the classes. Class counts therefore differ
@@ -32,13 +35,16 @@ def locate(recipe: Recipe, index: int) -> Place:
     Raises:
         IndexError: if the index is not in [0, n + val).
     """
-    split = next((split for split in _splits(recipe) if 0 <= index - split.offset < split.samples), None)
+    train, val = _splits(recipe)
+    split = next((split for split in (train, val) if 0 <= index - split.offset < split.samples), None)
     if split is None:
         raise IndexError(f"sample index is {index}: expected 0 to {recipe.n + recipe.val - 1}")
     position = _shuffled(split, index - split.offset)
     start, stop = _unit_bounds(split, position)
     label, number = _unit_at(split, position)
-    return Place(Unit(recipe.seed, split.name, label, number, split.before), position - start, stop - start)
+    after = (train.units, val.units) if split is train else (0, 0)
+    unit = Unit(recipe.seed, split.name, label, number + epoch * train.units, split.before, after)
+    return Place(unit, position - start, stop - start)
 
 
 def shard_tasks(recipe: Recipe) -> tuple[ShardTask, ...]:
@@ -100,6 +106,11 @@ class _Split:
         return self.samples // (self.classes * self.per_unit)
 
     @property
+    def units(self) -> int:
+        """The most units of a class."""
+        return -(-self.samples // (self.classes * self.per_unit))
+
+    @property
     def whole(self) -> int:
         return self.rounds * self.classes * self.per_unit
 
@@ -109,7 +120,7 @@ class _Split:
 
 def _splits(recipe: Recipe) -> tuple[_Split, _Split]:
     train = _Split(recipe, "train", recipe.n, 0, 0)
-    return train, _Split(recipe, "val", recipe.val, recipe.n, -(-recipe.n // (train.classes * train.per_unit)))
+    return train, _Split(recipe, "val", recipe.val, recipe.n, train.units)
 
 
 def _unit_at(split: _Split, position: int) -> tuple[int, int]:

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from fractalgen.kernels import MAX_MAPS
 from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
 from fractalgen.recipe import Recipe
-from fractalshards.manifest import sample_key
+from fractalshards.errors import FractalError
+from fractalshards.manifest import SYSTEMS, sample_key
 from fractalshards.png import Pixels, pixels_of
 from fractalshards.sample import Label
 from fractalshards.sheet import class_rows, contact_sheet
@@ -27,13 +29,32 @@ def draw_systems(recipe: Recipe) -> Systems:
     return recipe.family.draw_systems(recipe.params, recipe.seed, recipe.classes)
 
 
-def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels, Label]:
+def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
+    """Check that systems have the number and shape that a recipe's kind renders.
+
+    Args:
+        where: what to name in errors.
+
+    Raises:
+        FractalError: if they do not.
+    """
+    shape = recipe.family.map_shape
+    fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
+    if len(systems) != recipe.classes or not fitting:
+        raise FractalError(
+            f"{where}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape {shape}; "
+            f"check {SYSTEMS}, or the file that the systems come from"
+        )
+
+
+def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) -> tuple[Pixels, Label]:
     """Render sample ``index`` of a dataset.
 
     Args:
         recipe: the dataset's recipe.
         systems: one float64 array per class, see ``draw_systems``.
         index: sample index in [0, n + val).
+        epoch: 0 for the images of a build, else that of a training on fresh images, see ``plan.locate``.
 
     Returns:
         The image, (size, size, 3) uint8 RGB, and its label: a class index, or for kind ``multi`` a
@@ -42,7 +63,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int) -> tuple[Pixels,
     Raises:
         IndexError: if the index is out of range.
     """
-    place = locate(recipe, operator.index(index))  # accepts numpy's integers, too
+    place = locate(recipe, operator.index(index), epoch)  # accepts numpy's integers, too
     image, label = render_unit(recipe, systems, place.unit)[place.part]
     return pixels_of(image), label
 

@@ -131,7 +131,7 @@ def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "noun"),
     [
-        ("portable_version", 2, "version 2"),
+        ("portable_version", 3, "version 3"),
         ("recipe.n", 11, "recipe digest"),
         ("content_digest", "0" * 32, "content digest"),
         ("systems.0.0.0.0", 0.5, "systems digest"),

@@ -60,9 +60,12 @@ def render(
     """Render a category and its three flips, each (size, size) indexed.
 
     All weight rows are used before patches are drawn again. The validation split continues after the training split:
-    with new patches, or for points with other weight rows.
+    with new patches, or for points with other weight rows. Fresh training images continue after both.
     """
     number = unit.number + _first_number(params, unit.before)
+    first_val = _first_number(params, unit.after[0])
+    if unit.split == "train" and number >= first_val:
+        number += _first_number(params, unit.after[1])
     draw, row = divmod(number, params.rows)
     weights = kernel.weight_rows(params.weight_step)[params.weight_rows[0] + row]
     category = systems[unit.label]

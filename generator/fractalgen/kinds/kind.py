@@ -60,8 +60,11 @@ class Unit:
         seed: the recipe's seed.
         split: ``train`` or ``val``.
         label: class index; for kinds whose images show several classes, merely part of the identity.
-        number: index of the render among those of its class and split.
+        number: index of the render among those of its class and split; training on fresh images counts on from epoch
+            to epoch.
         before: upper bound on the renders per class in earlier splits, for kinds that number renders across splits.
+        after: for ``train``, the renders per class of a build, and those of ``val``, which such kinds leave out when
+            training on fresh images counts on.
     """
 
     seed: int
@@ -69,6 +72,7 @@ class Unit:
     label: int
     number: int
     before: int = 0
+    after: tuple[int, int] = (0, 0)
 
     def identity(self) -> tuple[str | int, ...]:
         """Return the arguments of ``Stream.of`` after the name of the kind."""

@@ -1,0 +1,105 @@
+"""Samples that are rendered when they are read, for training without stored images."""
+
+from pathlib import Path
+
+from fractalgen.plan import shard_tasks
+from fractalgen.recipe import Recipe, parse_recipe
+from fractalgen.render import check_systems, draw_systems, render_sample
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.manifest import sample_key
+from fractalshards.png import Pixels
+from fractalshards.portable import read_portable
+from fractalshards.sample import Label, LabelType
+from fractalshards.systems import Systems
+
+
+class RenderedSplit:
+    """One split of a dataset that need not exist: sample i is what its shards would hold at index i.
+
+    Attributes:
+        recipe: the recipe of the dataset.
+        digest: identifies the dataset: its content digest if it was ever built, else the digest of its recipe.
+        lengths: samples per shard that a build would write.
+        fresh: every epoch shows new images; see ``render``.
+    """
+
+    def __init__(
+        self, recipe: Recipe, systems: Systems, split: str, fresh: bool = False, content_digest: str | None = None
+    ) -> None:
+        """Create the split.
+
+        Raises:
+            FractalError: if the systems are not those of the recipe, or the split is empty.
+            UsageError: if images should be fresh and the kind has a limited number of them.
+        """
+        if recipe.with_systems(systems) != recipe:
+            raise FractalError(f"kind {recipe.kind}: these are not the systems of the recipe; make it again")
+        check_systems(recipe, systems, f"kind {recipe.kind}")
+        self.recipe = recipe
+        self.fresh = fresh
+        self.digest = content_digest or recipe.digest()
+        self.lengths = tuple(task.stop - task.first for task in shard_tasks(recipe) if task.split == split)
+        if not self.lengths:
+            raise FractalError(f"the recipe of kind {recipe.kind} has no split {split!r}; make one with --val")
+        if fresh and split != "train":
+            raise UsageError(f"only the split 'train' can be rendered afresh, not {split!r}")
+        if fresh and recipe.family.units_per_class(recipe.params) is not None:
+            raise UsageError(f"kind {recipe.kind} with these parameters has a limited number of images; drop --fresh")
+        self._systems = systems
+        self._samples = sum(self.lengths)
+        self._first = 0 if split == "train" else recipe.n
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.recipe.classes
+
+    @property
+    def label_type(self) -> LabelType:
+        """``single`` or ``multi``: one class per image, or those of all visible objects."""
+        return self.recipe.family.label_type
+
+    @property
+    def image_size(self) -> int:
+        """Side of all images in pixels."""
+        return self.recipe.size
+
+    def render(self, index: int) -> tuple[str, Pixels, Label]:
+        """Render sample ``index`` modulo the number of samples, n.
+
+        If images are fresh, indices from n on are those of later epochs: sample i of epoch e has the index e n + i, and
+        no image is ever drawn twice.
+
+        Returns:
+            Its key, its image, (size, size, 3) uint8, and its label.
+
+        Raises:
+            IndexError: if the index is negative, or there are no later epochs.
+        """
+        epoch, place = divmod(index, self._samples)
+        if epoch < 0 or (epoch and not self.fresh):
+            raise IndexError(f"sample index is {index}: expected 0 to {self._samples - 1}")
+        image, label = render_sample(self.recipe, self._systems, self._first + place, epoch)
+        return sample_key(self._first + place), image, label
+
+
+def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False) -> RenderedSplit:
+    """Open a split of the dataset that a recipe describes.
+
+    Args:
+        source: a portable recipe, from ``fractalgen recipe`` or ``fractalshards recipe``; or a recipe, whose systems
+            are drawn.
+        split: ``train`` or ``val``.
+        fresh: render new images in every epoch, see ``RenderedSplit.render``.
+
+    Raises:
+        FractalError: if the file is damaged or of another version, or the split is empty.
+        UsageError: if images should be fresh and the kind has a limited number of them.
+        OSError: if the file cannot be read.
+    """
+    if isinstance(source, Recipe):
+        systems = draw_systems(source)
+        return RenderedSplit(source.with_systems(systems), systems, split, fresh)
+    portable = read_portable(source)
+    recipe = parse_recipe(portable.recipe, portable.recipe_digest, str(source))
+    return RenderedSplit(recipe, portable.systems, split, fresh, portable.content_digest())
