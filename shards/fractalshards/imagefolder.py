@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,12 @@ SPLITS = ("train", "val")
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's
 _LAYOUT = "images belong in PATH/CLASS/, or in PATH/train/CLASS/ and PATH/val/CLASS/"
+
+
+def parse_place(text: str, kinds: Collection[str]) -> tuple[str, Path] | None:
+    """Split ``KIND:PATH`` and expand ``~``, which shells do only at the start of a word; None for any other text."""
+    kind, _, path = text.partition(":")
+    return (kind, Path(os.path.expanduser(path))) if kind in kinds and path else None
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
     Raises:
         FractalError: if a folder, its classes or the images of a class are missing, or the splits differ in classes.
     """
+    are_named = folders is not None
     if folders is None:
         folders = {name: name for name in SPLITS if (path / name).is_dir()} if has_splits(path) else {"train": ""}
     classes: tuple[str, ...] = ()
@@ -126,16 +133,16 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
         for image in splits[split].names:
             digest.update(os.fsencode(f"{split}/{image}") + b"\0")
     notes = []
-    if folders == {"train": "train"} and not (path / "val").is_dir():
+    if not are_named and folders == {"train": "train"}:
         notes.append(f"no folder val in {path}, so no split val; name the folders with --split train=DIR,val=DIR")
-    if all(name.count("/") > 1 for images in splits.values() for name in images.names):
+    if not are_named and all(name.count("/") > 1 for images in splits.values() for name in images.names):
         notes.append(
             f"all images are in subfolders of {classes[0]}, ...; if those folders are splits rather than classes, "
             "name them with --split train=DIR,val=DIR"
         )
     if skipped:
         notes.append(
-            f"skipped {human_count(skipped, 'file')}: hidden, outside of class folders, or not named as images"
+            f"{path}: skipped {skipped:,} files or folders: hidden, outside of class folders, or not named as images"
         )
     names, ids = ((), classes) if are_synsets(classes) else (classes, ())
     return ImageListing(len(classes), names, ids, splits, digest.hexdigest(), tuple(notes))
@@ -150,7 +157,7 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
         raise FractalError(f"{folder}: contains {human_count(len(classes), 'class folder')}; {_LAYOUT}")
     paths: list[str] = []
     labels: list[int] = []
-    skipped = sum(not entry.is_dir() for entry in os.scandir(folder))
+    skipped = len(set(os.listdir(folder)) - {*classes})
     for label, name in enumerate(classes):
         if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python decodes bytes that are not UTF-8
             raise FractalError(f"{folder}: class folder {name!r} is not UTF-8; rename it")
@@ -176,9 +183,8 @@ def _walk(top: Path, below: str, parents: tuple[Path, ...]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             path = f"{below}/{entry.name}"
-            if entry.is_dir():
-                if not _is_hidden(entry.name):
-                    yield from _walk(top, path, (*parents, folder))
+            if entry.is_dir() and not _is_hidden(entry.name):
+                yield from _walk(top, path, (*parents, folder))
             elif _is_image(path) and not entry.is_file():
                 raise FractalError(f"{top / path}: neither a regular file nor a link to one; remove it")
             else:

@@ -1,6 +1,5 @@
 """Pack existing images into shards: hold out a share, shuffle, and write every image file as one sample."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,7 +15,7 @@ import xxhash
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count
 from fractalshards.ilsvrc import list_ilsvrc
-from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder
+from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder, parse_place
 from fractalshards.manifest import MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS, DatasetInfo, sample_key, shard_name
 from fractalshards.png import decode_image, encode_png
 from fractalshards.random import permutation
@@ -81,10 +80,9 @@ def parse_source(text: str, split: str | None) -> ImageSource:
     Raises:
         UsageError: if either is malformed, or they do not go together.
     """
-    kind, _, place = text.partition(":")
-    if kind not in ("imagefolder", "imagenet") or not place:
+    if (place := parse_place(text, ("imagefolder", "imagenet"))) is None:
         raise UsageError(f"{text!r}: expected imagefolder:PATH or imagenet:PATH")
-    path = Path(os.path.expanduser(place))  # shells only expand a ~ at the start of a word
+    kind, path = place
     if split is None:
         return ImageSource(kind, path)
     pairs = [part.strip().partition("=") for part in split.split(",")]

@@ -159,7 +159,7 @@ def test_links_are_followed_and_other_files_are_skipped(flowers: Path, tmp_path:
         (source / name).write_text("not an image")
     result = pack(f"imagefolder:{source}", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "skipped 4 files" in result.stderr
+    assert "skipped 5 files" in result.stderr
     assert Counter(images(tmp_path / "out", "train").values()) == {0: 1, 1: 10}
 
 

@@ -92,7 +92,9 @@ def change_json(path: Path, change: Callable[[dict], object]) -> None:
     ("text", "scheme", "file"),
     [
         ("./odd:name", "file", "odd:name/f"),
+        ("~/x", "file", "/home/me/x/f"),
         ("file:///data/a set/", "file", "/data/a set/f"),
+        ("file:///data/a%20set/50%25/%E2%82%AC", "file", "/data/a set/50%/€/f"),
         ("s3://bucket/a set/x//", "s3", "bucket/a set/x/f"),
         ("gcs://bucket/x", "gs", "bucket/x/f"),
         ("hf://datasets/user/name@v1/a", "hf", "datasets/user/name@v1/a/f"),
@@ -100,7 +102,8 @@ def change_json(path: Path, change: Callable[[dict], object]) -> None:
         ("https://host/a set/?sig=a%2Fb&x=1", "http", "https://host/a set/f?sig=a%2Fb&x=1"),
     ],
 )
-def test_urls_of_folders(text: str, scheme: str, file: str) -> None:
+def test_urls_of_folders(text: str, scheme: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
     location = parse_location(text)
     assert (location.scheme, location.file("f")) == (scheme, file)
 
@@ -110,7 +113,7 @@ def test_urls_of_folders(text: str, scheme: str, file: str) -> None:
     [
         "", "pipe:cat /etc/passwd", "simplecache::s3://bucket/x", "zip://*.tar::https://host/x.zip", "reference://x",
         "ftp://host/x", "s3:bucket", "s3:///x", "s3://key:secret@bucket/x", "hf://user/model", "https:///x",
-        "https://host/x#part", "file://host/x",
+        "https://host/x#part", "file://host/x", "file:///x%00y",
     ],
 )  # fmt: skip
 def test_other_urls_are_refused(text: str) -> None:
@@ -230,7 +233,7 @@ def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, we
 def test_push_to_a_folder_and_on_to_another(dataset: Path, out: Path, tmp_path: Path) -> None:
     before = contents(dataset)
     good("push", dataset, out)
-    good("push", f"{out}/", f"file://{tmp_path}/a copy/")
+    good("push", f"{out}/", f"file://{tmp_path}/a%20copy/")
     assert before == contents(dataset) == contents(tmp_path / "a copy")
 
 

@@ -165,6 +165,27 @@ def test_image_folders(tmp_path):
     assert photos.val.read(4).image[0, 0].tolist() == [1, 1, 0]
 
 
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    """As ``fractalshards pack`` leaves them out."""
+    name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
+    for folder in ("train/.ipynb_checkpoints", "train/ant/.thumbnails", "val/.AppleDouble"):
+        shutil.copytree(tmp_path / "train" / "bee", tmp_path / folder)
+    (tmp_path / "val" / "bee" / "._0.png").write_bytes(b"no image")
+    photos = open_images(name)
+    assert photos.train.class_names == photos.val.class_names == ("ant", "bee")
+    images = [f"{name}/{index}.png" for name in ("ant", "bee") for index in range(3)]
+    assert keys(photos.train) == keys(photos.val) == images
+
+
+def test_home_is_expanded_inside_of_a_name(fractaltrain, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folders(tmp_path, {"train": ["ant"], "val": ["ant"]})
+    assert keys(open_images("imagefolder:~").train) == ["ant/0.png", "ant/1.png", "ant/2.png"]
+    refused = fractaltrain("ft", "--weights", "none", "--data", "shards:~/shards", "--out", tmp_path / "run")
+    assert refused.code == 1
+    assert f"{tmp_path}/shards" in refused.err
+
+
 @pytest.mark.parametrize(
     ("folders", "noun"),
     [

@@ -22,9 +22,7 @@ from fractalshards.slices import parse_slice
 from fractalshards.webdataset import is_webdataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
-    FOLDER_PREFIX,
-    IMAGE_NAMES,
-    SHARDS_PREFIX,
+    DATA_NAMES,
     WINDOW,
     Amp,
     EvalConfig,
@@ -330,9 +328,7 @@ def _dataset_kind(data: ShardsConfig) -> str:
 def _check_data(name: str) -> str:
     if is_data(name):
         return name
-    raise click.BadParameter(
-        f"{name!r} is not one of {', '.join(IMAGE_NAMES)}, {FOLDER_PREFIX}PATH, {SHARDS_PREFIX}PATH"
-    )
+    raise click.BadParameter(f"{name!r} is not one of {', '.join(DATA_NAMES)}")
 
 
 def _check_install(purpose: str) -> None:

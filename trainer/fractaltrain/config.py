@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fractalshards.imagefolder import parse_place
 from fractalshards.remote.stores import parse_location
 from fractaltrain.recipes.recipe import TrainRecipe
 
@@ -18,8 +19,9 @@ WINDOW = 16
 """Default number of shards that are shuffled together."""
 
 IMAGE_NAMES = ("digits", "cifar10", "cifar100")
-FOLDER_PREFIX = "imagefolder:"
-SHARDS_PREFIX = "shards:"
+DATA_KINDS = ("imagefolder", "shards")
+DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))
+"""What ``--data`` takes."""
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
@@ -30,10 +32,8 @@ Weights = Path | Literal["timm"] | None
 
 
 def is_data(name: str) -> bool:
-    """Whether ``--data`` takes a name: one of ``IMAGE_NAMES``, ``imagefolder:PATH`` or ``shards:PATH``."""
-    return name in IMAGE_NAMES or any(
-        name.startswith(prefix) and name != prefix for prefix in (FOLDER_PREFIX, SHARDS_PREFIX)
-    )
+    """Whether ``--data`` takes a name: one of ``DATA_NAMES``."""
+    return name in IMAGE_NAMES or parse_place(name, DATA_KINDS) is not None
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class ImagesConfig:
     @property
     def path(self) -> Path | None:
         """The PATH in ``imagefolder:PATH`` and ``shards:PATH``; None for other names."""
-        prefix, colon, path = self.name.partition(":")
-        return Path(path) if prefix + colon in (FOLDER_PREFIX, SHARDS_PREFIX) else None
+        place = parse_place(self.name, DATA_KINDS)
+        return place[1] if place else None
 
     @property
     def label(self) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, StoppedError, UsageError, needs_extra
 from fractalshards.human import human_count
+from fractalshards.imagefolder import parse_place
 from fractalshards.manifest import find_manifest, load_manifest
 from fractalshards.remote.stores import parse_location
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
-from fractaltrain.config import EXIT_STOPPED, SHARDS_PREFIX
+from fractaltrain.config import EXIT_STOPPED
 from fractaltrain.data.images import find_data
 from fractaltrain.run_folder import RESULT, RUN, flatten, read_settings
 from fractaltrain.study import Study, StudyPlan, StudyRun
@@ -35,10 +36,13 @@ _log = logging.getLogger(__name__)
 
 def find_digests(study: Study) -> dict[str, str]:
     """Return the content digests of all finished datasets on this machine, as ``plan_study`` takes them."""
+    folders = {row.shards: _local(row.shards) for row in study.pretraining.values()}
+    for name in map(study.data, study.finetuning):
+        if place := parse_place(name, ("shards",)):
+            folders[name] = place[1]
     digests = {}
-    data = [name for name in map(study.data, study.finetuning) if name.startswith(SHARDS_PREFIX)]
-    for name in (*(row.shards for row in study.pretraining.values()), *data):
-        if folder := _local(name.removeprefix(SHARDS_PREFIX)):
+    for name, folder in folders.items():
+        if folder:
             with suppress(FractalError, OSError):  # ``missing_datasets`` reports these
                 digests[name] = load_manifest(folder).content_digest()
     return digests

@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import FOLDER_PREFIX, IMAGE_NAMES, SHARDS_PREFIX, ShardsConfig, is_data
+from fractaltrain.config import DATA_NAMES, ShardsConfig, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 
@@ -133,8 +133,7 @@ def _problems(study: Study) -> Iterator[str]:
             yield f"[pretraining.{row}] models: {model!r}{nearest(model, study.models)}"
     for target, images in study.finetuning.items():
         if not is_data(data := study.data(target)):
-            known = (*IMAGE_NAMES, f"{FOLDER_PREFIX}PATH", f"{SHARDS_PREFIX}PATH")
-            yield f"[finetuning.{target}] data: {data!r}{nearest(data, known)}"
+            yield f"[finetuning.{target}] data: {data!r}{nearest(data, DATA_NAMES)}"
         if images.subset_seeds and not images.per_class:
             yield f"[finetuning.{target}] subset_seeds needs per_class"
 

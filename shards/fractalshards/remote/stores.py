@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import logging
+import os
 import re
 import shutil
 import threading
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
@@ -68,7 +69,7 @@ class Location:
 
 
 def parse_location(text: str) -> Location:
-    """Parse a local path or the URL of a folder.
+    """Parse a local path, in which ``~`` is expanded, or the URL of a folder; a ``file`` URL is decoded.
 
     Only schemes that fetch plain bytes are accepted: fsspec would also chain URLs (``simplecache::``) and open
     archives and references that name further files.
@@ -77,11 +78,14 @@ def parse_location(text: str) -> Location:
         UsageError: for any other scheme, or a URL that names no folder.
     """
     if text and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
-        return Location("file", str(Path(text)))
+        return Location("file", str(Path(os.path.expanduser(text))))
     for scheme, pattern in _ROOTS.items():
         if match := pattern.fullmatch(text):
             root, *query = match.groups("")
-            return Location(scheme, root.rstrip("/"), *query)
+            if scheme == "file":
+                root = os.fsdecode(unquote_to_bytes(root))
+            if "\0" not in root:
+                return Location(scheme, root.rstrip("/"), *query)
     raise UsageError(
         f"{redact(text)}: not a folder or supported URL; give a local path, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
         "hf://datasets/USER/NAME or https://HOST/FOLDER; object stores take credentials from their usual places"

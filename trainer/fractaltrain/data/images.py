@@ -4,6 +4,7 @@ Importing this module imports neither torch, torchvision nor scikit-learn.
 """
 
 import hashlib
+import logging
 import os
 from dataclasses import replace
 from http.client import HTTPException
@@ -15,9 +16,10 @@ import numpy as np
 
 from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.human import human_list
+from fractalshards.imagefolder import ImageFiles, list_folder, parse_place
 from fractalshards.manifest import find_manifest
 from fractalshards.png import decode_image
-from fractaltrain.config import FOLDER_PREFIX, SHARDS_PREFIX, ImagesConfig
+from fractaltrain.config import DATA_KINDS, ImagesConfig
 from fractaltrain.data.source import (
     BadSampleError,
     Example,
@@ -31,7 +33,9 @@ from fractaltrain.data.source import (
 if TYPE_CHECKING:
     from fractaltrain.distributed import World  # which imports torch
 
-_LAYOUT = "images belong in PATH/train/CLASS/ and PATH/val/CLASS/"
+_log = logging.getLogger(__name__)
+
+_FOLDERS = {"train": "train", "val": "val"}
 _DIGITS_TRAIN_SHARE = 0.8
 _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # classes without images that an error lists at most
@@ -43,10 +47,12 @@ def find_data(name: str) -> None:
     Raises:
         FractalError: if one does not.
     """
-    if name.startswith(SHARDS_PREFIX):
-        find_manifest(Path(name.removeprefix(SHARDS_PREFIX)))
-    elif name.startswith(FOLDER_PREFIX):
-        find_folders(Path(name.removeprefix(FOLDER_PREFIX)))
+    if place := parse_place(name, DATA_KINDS):
+        kind, path = place
+        if kind == "shards":
+            find_manifest(path)
+        else:
+            find_folders(path)
 
 
 def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits:
@@ -66,11 +72,11 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         if choice.per_class is None:
             return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
         return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
-    if choice.path and choice.name.startswith(SHARDS_PREFIX):
+    if choice.path and choice.name.startswith("shards:"):
         splits = _open_shards(choice.path, world)
     else:
         with world.main_first():  # rank 0 may download
-            splits = _open_files(choice, with_digest=for_training and world.main)
+            splits = _open_files(choice, world, for_training)
     if for_training:
         _check_trainable(choice, splits)
     if choice.per_class is None:
@@ -88,16 +94,14 @@ def _open_shards(folder: Path, world: "World") -> Splits:
     return splits
 
 
-def _open_files(choice: ImagesConfig, with_digest: bool) -> Splits:
+def _open_files(choice: ImagesConfig, world: "World", for_training: bool) -> Splits:
     if choice.path is None:
         return Splits(load_cifar(choice.name, choice.folder, train=True), load_cifar(choice.name, choice.folder, False))
-    train, val = map(FolderSource, find_folders(choice.path))
-    if train.class_names != val.class_names:
-        odd = sorted(set(train.class_names) ^ set(val.class_names))
-        raise FractalError(
-            f"{choice.path}: train and val differ in their class folders ({', '.join(odd[:5])}); make them equal"
-        )
-    if not with_digest:
+    listing = list_folder(choice.path, _FOLDERS)
+    for text in listing.notes if world.main else ():
+        _log.info("%s", text)
+    train, val = (FolderSource(listing.splits[split], listing.class_names or listing.class_ids) for split in _FOLDERS)
+    if not (for_training and world.main):
         return Splits(train, val)
     # a digest of file names and sizes: reading all files would take too long
     return Splits(train, val, hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32])
@@ -158,26 +162,14 @@ def load_cifar(name: str, folder: Path, train: bool) -> InMemorySource:
 
 
 class FolderSource:
-    """Image files in one folder per class, listed once and read when needed."""
+    """Image files in one folder per class, which are read when needed."""
 
-    def __init__(self, folder: Path) -> None:
-        """List the images; classes are numbered in the alphabetical order of their folders.
-
-        Raises:
-            FractalError: if there is no class folder, or one without images.
-        """
-        from torchvision.datasets import ImageFolder
-
-        try:
-            listing = ImageFolder(folder)
-        except FileNotFoundError as error:
-            raise FractalError(f"{folder}: {str(error).split('. Supported')[0]}; {_LAYOUT}") from error
-        self._folder = folder
-        self._paths = [path for path, _ in listing.samples]
-        self.labels: Indices = np.asarray(listing.targets, np.int64)
-        self.lengths = (len(self._paths),)
-        self.classes = len(listing.classes)
-        self.class_names = tuple(listing.classes)
+    def __init__(self, images: ImageFiles, class_names: tuple[str, ...]) -> None:
+        self._images = images
+        self.labels: Indices = images.labels
+        self.lengths = (len(images.names),)
+        self.classes = len(class_names)
+        self.class_names = class_names
 
     @property
     def label_counts(self) -> Indices:
@@ -185,8 +177,8 @@ class FolderSource:
 
     def describe(self) -> bytes:
         """Return a line per image: its path below the folder, which names its class, and its size in bytes."""
-        places = ((os.fsencode(os.path.relpath(path, self._folder)), os.stat(path).st_size) for path in self._paths)
-        return b"".join(b"%s %d\n" % place for place in places)
+        files = ((os.fsencode(name), os.stat(self._images.root / name).st_size) for name in self._images.names)
+        return b"".join(b"%s %d\n" % file for file in files)
 
     def read(self, index: int) -> Example:
         """Read and decode an image; its key is its path below the folder.
@@ -194,24 +186,21 @@ class FolderSource:
         Raises:
             BadSampleError: if it cannot be read or decoded, naming the file.
         """
-        path = Path(self._paths[index])
         try:
-            image = decode_image(path.read_bytes())
+            image = decode_image(self._images.read(index))
         except FractalError as error:
-            raise BadSampleError(f"{path}: {error}; replace or remove it") from error
+            raise BadSampleError(f"{self._images.location(index)}: {error}; replace or remove it") from error
         except OSError as error:
             raise BadSampleError(describe_os_error(error)) from error
-        return Example(str(path.relative_to(self._folder)), image, int(self.labels[index]))
+        return Example(self._images.names[index], image, int(self.labels[index]))
 
 
-def find_folders(path: Path) -> tuple[Path, Path]:
-    """Return ``path/train`` and ``path/val``.
+def find_folders(path: Path) -> None:
+    """Check that ``path/train`` and ``path/val`` exist.
 
     Raises:
         FractalError: if one is missing.
     """
-    folders = (path / "train", path / "val")
-    for folder in folders:
-        if not folder.is_dir():
-            raise FractalError(f"{folder}: no such folder; {_LAYOUT}")
-    return folders
+    for name in _FOLDERS:
+        if not (path / name).is_dir():
+            raise FractalError(f"{path / name}: no such folder; images belong in PATH/train/CLASS/ and PATH/val/CLASS/")
