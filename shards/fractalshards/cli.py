@@ -25,7 +25,7 @@ from fractalshards.diff import compare_datasets
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
-from fractalshards.pack import parse_source, plan_pack, run_pack
+from fractalshards.pack import leave_out_bad, parse_source, plan_pack, run_pack
 from fractalshards.portable import export_recipe
 from fractalshards.recipe_file import flat_recipe
 from fractalshards.report import check_page_name, load_template, render_page
@@ -267,9 +267,14 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @click.option("--split", metavar="train=X,val=Y", help="Shares (0.9), or folders below PATH.")
 @click.option("--shard-size", default=1000, help="Images per shard.")
 @click.option("--seed", default=0, help="Seed of the image order and of the choice of val images.")
+@click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), default="stop",
+              help="What to do with images that cannot be read; skip: name and leave them out, after a check of all "
+              "images.")  # fmt: skip
 @workers_option
 @quiet_option
-def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, workers: int) -> None:
+def pack(
+    source: str, out: Path, split: str | None, shard_size: int, seed: int, on_bad_image: str, workers: int
+) -> None:
     """Pack existing images into shards. JPEG, PNG and WebP files are stored as they are.
 
     Run the same command again to continue: finished shards are skipped.
@@ -285,7 +290,11 @@ def pack(source: str, out: Path, split: str | None, shard_size: int, seed: int, 
     """
     images = parse_source(source, split)
     note(f"note: listing the images of {images.path}")
-    plan = plan_pack(out, images, seed, shard_size)
+    listing = images.list_images(out)
+    if on_bad_image == "skip":
+        with progress("checking", "images") as on_progress:
+            listing = leave_out_bad(listing, workers, on_progress)
+    plan = plan_pack(out, images, listing, seed, shard_size)
     for text in plan.notes:
         note(f"note: {text}")
     count = sum(task.stop - task.first for task in plan.missing)

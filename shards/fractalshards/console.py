@@ -116,6 +116,8 @@ class Commands(click.Group):
             _fail(str(error), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
             _fail(describe_os_error(error), 1)
+        except MemoryError:
+            _fail("memory ran out; lower --workers, or give the command more memory", 1)
         except (click.Abort, KeyboardInterrupt) as error:
             _fail("stopped", _interrupt_code(error))
         sys.exit(code if isinstance(code, int) else 0)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from fractalshards.errors import FractalError, needs_extra
 from fractalshards.imagefolder import ImageFiles, ImageListing, are_synsets
@@ -45,28 +44,24 @@ def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
     names, val_synsets = _read_devkit(folder / DEVKIT)
     ids = tuple(sorted(names))
     labels = {synset: label for label, synset in enumerate(ids)}
-    digest = xxhash.xxh3_128()
-    splits = {"train": _list_split(folder / TRAIN, "train", _train_images(folder / TRAIN), labels, digest)}
+    splits = {"train": _list_split(folder / TRAIN, _train_images(folder / TRAIN), labels)}
     if missing := set(range(len(ids))) - set(np.unique(splits["train"].labels).tolist()):
         raise FractalError(f"{folder / TRAIN}: no images of class {ids[min(missing)]}; {_ADVICE}")
     notes = []
     if with_val and (folder / VAL).is_file():
-        splits["val"] = _list_split(folder / VAL, "val", _val_images(folder / VAL, val_synsets), labels, digest)
+        splits["val"] = _list_split(folder / VAL, _val_images(folder / VAL, val_synsets), labels)
     elif with_val:
         notes.append(f"no {VAL} in {folder}, so no split val")
     class_names = tuple(names[synset] for synset in ids)
-    return ImageListing(len(ids), class_names, ids, splits, digest.hexdigest(), tuple(notes))
+    return ImageListing(len(ids), class_names, ids, splits, tuple(notes))
 
 
-def _list_split(
-    tar: Path, split: str, images: Iterator[tuple[str, Member]], labels: dict[str, int], digest: xxhash.xxh3_128
-) -> ImageFiles:
+def _list_split(tar: Path, images: Iterator[tuple[str, Member]], labels: dict[str, int]) -> ImageFiles:
     names = []
     numbers = array("q")  # 1.3 million images: lists would take several times the memory
     for synset, member in images:
         if synset not in labels:
             raise FractalError(f"{tar}: contains class {synset}, which is not in {DEVKIT}; {_ADVICE}")
-        digest.update(f"{split}/{synset}/{member.name}\0".encode())
         names.append(member.name)
         numbers.extend((labels[synset], member.start, member.size))
     columns = np.asarray(numbers).reshape(-1, 3)

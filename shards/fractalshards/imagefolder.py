@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,7 +82,6 @@ class ImageListing:
     Attributes:
         class_names, class_ids: by class index, or empty.
         splits: images of ``train`` and perhaps ``val``.
-        digest: 32 hexadecimal digits that identify splits, classes and file names, but not where the files are.
         notes: what was left out, for the user.
     """
 
@@ -90,8 +89,31 @@ class ImageListing:
     class_names: tuple[str, ...]
     class_ids: tuple[str, ...]
     splits: Mapping[str, ImageFiles]
-    digest: str
     notes: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """Return 32 hexadecimal digits that identify splits, classes and file names, but not where the files are."""
+        state = xxhash.xxh3_128()
+        for split, images in self.splits.items():
+            for name, label in zip(images.names, images.labels.tolist(), strict=True):
+                folder = "" if images.ranges is None else f"{self.class_ids[label]}/"
+                state.update(os.fsencode(f"{split}/{folder}{name}") + b"\0")
+        return state.hexdigest()
+
+    def without(self, bad: Mapping[str, Indices]) -> "ImageListing":
+        """Leave out images by split and position.
+
+        Raises:
+            FractalError: if a class would lose all its images of a split.
+        """
+        splits = {}
+        for split, images in self.splits.items():
+            splits[split] = images.take(np.delete(np.arange(len(images.labels)), bad[split]))
+            before, after = (np.bincount(some.labels, minlength=self.classes) for some in (images, splits[split]))
+            if (lost := np.flatnonzero((before > 0) & (after == 0))).size:
+                name = (self.class_ids or self.class_names)[lost[0]]
+                raise FractalError(f"{images.root}: all images of class {name} are bad; replace or remove them")
+        return replace(self, splits=splits)
 
 
 def are_synsets(names: Iterable[str]) -> bool:
@@ -121,7 +143,6 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
         folders = {name: name for name in SPLITS if (path / name).is_dir()} if has_splits(path) else {"train": ""}
     classes: tuple[str, ...] = ()
     splits: dict[str, ImageFiles] = {}
-    digest = xxhash.xxh3_128()
     skipped = 0
     for split, name in folders.items():
         found, splits[split], others = _list_split(path / name, split)
@@ -130,8 +151,6 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
             raise FractalError(f"{path}: train and {split} have different class folders ({different}); make them equal")
         classes = found
         skipped += others
-        for image in splits[split].names:
-            digest.update(os.fsencode(f"{split}/{image}") + b"\0")
     notes = []
     if not are_named and folders == {"train": "train"}:
         notes.append(f"no folder val in {path}, so no split val; name the folders with --split train=DIR,val=DIR")
@@ -145,7 +164,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
             f"{path}: skipped {skipped:,} files or folders: hidden, outside of class folders, or not named as images"
         )
     names, ids = ((), classes) if are_synsets(classes) else (classes, ())
-    return ImageListing(len(classes), names, ids, splits, digest.hexdigest(), tuple(notes))
+    return ImageListing(len(classes), names, ids, splits, tuple(notes))
 
 
 def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, int]:

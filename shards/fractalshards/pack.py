@@ -1,5 +1,6 @@
 """Pack existing images into shards: hold out a share, shuffle, and write every image file as one sample."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -35,6 +36,9 @@ from fractalshards.writer import (
 RECIPE_VERSION = 1  # raised when the same files would become another dataset
 _NUMBER = re.compile(r"\d*\.?\d+", re.ASCII)
 _MAX_NAMED = 10  # bad images in an error
+_CHECKED = 256  # images per task
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class ImageSource:
             out: where the shards will go; not inside an image folder, where they would look like a class.
 
         Raises:
-            FractalError: if the source is incomplete or malformed.
+            FractalError: if the source is incomplete or malformed, or ``out`` holds something other than a dataset.
         """
+        stored_recipe(out)
         if not self.path.is_dir():
             raise FractalError(f"{self.path}: folder does not exist; give the folder that contains the images")
         if self.kind == "imagenet":
@@ -148,14 +153,50 @@ class PackPlan:
     notes: tuple[str, ...]
 
 
-def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> PackPlan:
+def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress = no_progress) -> ImageListing:
+    """Decode all images with ``workers`` processes, leave out the bad ones, and log them.
+
+    Packing the rest gives the same dataset as a source without the bad images.
+
+    Args:
+        on_progress: called with images checked and images to check.
+
+    Raises:
+        FractalError: if all images of a class are bad.
+    """
+    chunks = [
+        (split, first, images.take(np.arange(first, min(first + _CHECKED, len(images.names)))))
+        for split, images in listing.splits.items()
+        for first in range(0, len(images.names), _CHECKED)
+    ]
+    done, total = 0, sum(len(images.names) for _, _, images in chunks)
+    bad: dict[str, list[int]] = {split: [] for split in listing.splits}
+    with worker_pool(workers) as pool:
+        for (split, first, images), complaints in zip(chunks, pool.map(_find_bad, chunks), strict=True):
+            for position, complaint in complaints:
+                _log.warning("skipped: %s", complaint)
+                bad[split].append(first + position)
+            done += len(images.names)
+            on_progress(done, total)
+    if count := sum(map(len, bad.values())):
+        _log.warning("skipped %s of %s", human_count(count, "bad image"), human_count(total, "image"))
+    return listing.without({split: np.array(positions, np.int64) for split, positions in bad.items()})
+
+
+def _find_bad(chunk: tuple[str, int, ImageFiles]) -> list[tuple[int, str]]:
+    """Return the positions of bad images in a chunk, and what is wrong with them."""
+    *_, images = chunk
+    samples = ((position, _encode(images, position, sample_key(0))) for position in range(len(images.names)))
+    return [(position, sample) for position, sample in samples if isinstance(sample, str)]
+
+
+def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: int, shard_size: int) -> PackPlan:
     """Plan the shards of a dataset and check which are finished; removes leftovers of killed builds, writes nothing.
 
     Raises:
-        FractalError: if the source is incomplete or malformed, or the folder holds anything but this dataset.
+        FractalError: if the folder holds anything but this dataset.
     """
     found = stored_recipe(folder)
-    listing = source.list_images(folder)
     splits = listing.splits if source.val_share is None else hold_out(listing.splits["train"], source.val_share, seed)
     recipe = PackRecipe(
         kind=source.kind,
@@ -165,7 +206,7 @@ def plan_pack(folder: Path, source: ImageSource, seed: int, shard_size: int) -> 
         seed=seed,
         shard_size=shard_size,
         val_share=None if source.val_share is None else float(source.val_share),
-        files=listing.digest,
+        files=listing.digest(),
     )
     info = DatasetInfo(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
     if found is not None:
@@ -234,7 +275,7 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
         more = f"; and {len(complaints) - _MAX_NAMED:,} more" if len(complaints) > _MAX_NAMED else ""
         raise FractalError(
             f"{human_count(len(complaints), 'bad image')}: {'; '.join(complaints[:_MAX_NAMED])}{more}; "
-            "replace them and run the same command again, or remove them and pack into a new folder"
+            "replace them and run the same command again, or pack into a new folder with --on-bad-image skip"
         )
     publish(plan.folder, plan.shards, plan.shards, plan.info)
 
@@ -248,17 +289,26 @@ def pack_shard(folder: Path, classes: int, task: ShardTask, images: ImageFiles) 
     complaints = []
 
     def samples() -> Iterator[Encoded]:
-        for position, label in enumerate(images.labels.tolist()):
-            try:
-                yield encode_file(sample_key(task.first + position), images.read(position), label)
-            except FractalError as error:
-                complaints.append(f"{images.location(position)}: {error}")
+        for position in range(len(images.names)):
+            sample = _encode(images, position, sample_key(task.first + position))
+            if isinstance(sample, str):
+                complaints.append(sample)
+            else:
+                yield sample
         if complaints:
             raise _BadImagesError
 
     with suppress(_BadImagesError):
         write_samples(folder, task.name, classes, samples())
     return complaints
+
+
+def _encode(images: ImageFiles, position: int, key: str) -> Encoded | str:
+    """Make a sample of an image, or say what is wrong with it."""
+    try:
+        return encode_file(key, images.read(position), int(images.labels[position]))
+    except FractalError as error:
+        return f"{images.location(position)}: {error}"
 
 
 def encode_file(key: str, data: bytes, label: int) -> Encoded:

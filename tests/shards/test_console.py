@@ -66,6 +66,16 @@ def test_log_records_are_printed_on_one_line() -> None:
     assert run().stderr == "note: a note\nwarning: a warning\n"
 
 
+def test_memory_error_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fractalshards.cli.verify_dataset", run_out)
+    result = CliRunner().invoke(main, ["verify", str(dataset)])
+    assert (result.exit_code, result.stderr.count("error: ")) == (1, 1)
+    assert "memory" in result.stderr.splitlines()[-1]
+
+
 def test_os_error_names_the_file() -> None:
     assert describe_os_error(OSError(errno.ENOSPC, "No space left on device", "a.tar")).startswith("a.tar: No space")
     assert describe_os_error(OSError("text alone")) == "text alone"

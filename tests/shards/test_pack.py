@@ -271,6 +271,28 @@ def test_bad_images_are_all_named(tmp_path: Path, image_folder: Make, image_file
     assert "to pack: 5 images" in result.stderr
 
 
+def test_bad_images_are_skipped_as_if_they_were_not_there(
+    tmp_path: Path, image_folder: Make, image_file: Encode
+) -> None:
+    source = image_folder(tmp_path / "in", {"a": 300, "b": 6})
+    options = ("--split", "train=0.8,val=0.2", "--shard-size", "50")
+    assert pack(f"imagefolder:{source}", tmp_path / "clean", *options).exit_code == 0
+    (source / "a" / "000-bad.jpg").write_bytes(image_file("JPEG", 20, 20, 0)[:200])
+    (source / "b" / "zz.tif").write_bytes(image_file("TIFF", 20, 20, 0, "F"))
+    assert_refused(pack(f"imagefolder:{source}", tmp_path / "out", *options), 1, "2 bad images")
+    shutil.rmtree(tmp_path / "out")
+    result = pack(f"imagefolder:{source}", tmp_path / "out", *options, "--on-bad-image", "skip", "--quiet")
+    assert result.exit_code == 0, result.output
+    skipped = [line for line in result.stderr.splitlines() if "skipped" in line]
+    assert all(name in line for name, line in zip(("a/000-bad.jpg", "b/zz.tif", "2 "), skipped, strict=True))
+    manifest, clean = load_manifest(tmp_path / "out"), load_manifest(tmp_path / "clean")
+    assert (manifest.recipe, manifest.content_digest()) == (clean.recipe, clean.content_digest())
+    for path in (source / "b").glob("*.jpg"):
+        path.write_bytes(b"")
+    refused = pack(f"imagefolder:{source}", tmp_path / "other", *options, "--on-bad-image", "skip")
+    assert_refused(refused, 1, "class b")
+
+
 def test_killed_pack_continues_to_the_same_dataset(tmp_path: Path, image_folder: Make) -> None:
     source = image_folder(tmp_path / "in", {"a": 40, "b": 40})
     assert pack(f"imagefolder:{source}", tmp_path / "undisturbed", "--shard-size", "1").exit_code == 0

@@ -342,7 +342,8 @@ def test_pretraining_on_a_webdataset_folder(tmp_path, image_file, fractaltrain):
 
 def test_packed_images_of_several_sizes(tmp_path, image_folder):
     folder = image_folder(tmp_path / "images", {"cat": 6, "dog": 6})
-    plan = plan_pack(tmp_path / "packed", parse_source(f"imagefolder:{folder}", None), seed=0, shard_size=5)
+    source = parse_source(f"imagefolder:{folder}", None)
+    plan = plan_pack(tmp_path / "packed", source, source.list_images(tmp_path / "packed"), seed=0, shard_size=5)
     run_pack(plan, workers=1)
     source = open_dataset(tmp_path / "packed", ALONE).train
     assert source.class_names == ("cat", "dog")
