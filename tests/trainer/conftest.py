@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,34 @@ def fractaltrain(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(int(end.value.code or 0), out, err)
 
     return run
+
+
+@contextmanager
+def hold(folder: Path, more: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process that holds a folder and then runs ``more``; kill it at the end."""
+    code = f"""
+import os, sys, time
+from pathlib import Path
+from fractaltrain.run_folder import hold_folder
+with hold_folder(Path(sys.argv[1])):
+    {more}
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(name="hold")
+def holds_folders() -> Callable[..., AbstractContextManager[subprocess.Popen[bytes]]]:
+    """The function above."""
+    return hold
 
 
 @dataclass(frozen=True)

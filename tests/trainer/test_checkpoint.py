@@ -1,9 +1,13 @@
 """Checkpoints and the folder of a run: whole, damaged, hostile, of another run, on a full disk."""
 
+import errno
+import fcntl
 import io
 import json
+import os
 import resource
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,14 +23,13 @@ from fractalshards.storage import atomic_file
 from fractaltrain.checkpoint import (
     Position,
     checkpoint_path,
-    list_checkpoints,
     load_checkpoint,
     load_run,
     save_checkpoint,
 )
 from fractaltrain.config import RunConfig
 from fractaltrain.log import append_metrics, read_metrics, rewind_metrics
-from fractaltrain.run_folder import load_settings, open_run
+from fractaltrain.run_folder import hold_folder, list_checkpoints, load_settings, open_run
 from tiny_training import ALONE, RECIPE, assert_same_run, interrupt_before_step, run_tiny
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -154,7 +157,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path, fractaltr
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (outcome.code, outcome.err.count("\n"), "checkpoint-0001-0000000.pt" in outcome.err) == (1, 1, True)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "metrics.jsonl", "tb"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "run.json", "metrics.jsonl", "tb"}
     assert fractaltrain(*arguments, "--epochs", 1, "--image-size", 16).code == 0
 
 
@@ -169,14 +172,82 @@ def test_folder_of_another_run_is_refused(tiny_run):
     assert [(path, path.stat().st_mtime_ns) for path in list_checkpoints(tiny_run)] == before
 
 
+def open_and_train(folder: Path, settings: dict, python: str = "3") -> dict:
+    """Open a run and save a checkpoint; return the ``run.json``."""
+    with open_run(folder, settings, {"python": python}, "auto"):
+        save_checkpoint(RunConfig(folder), Position(), {}, ALONE)
+    return json.loads((folder / "run.json").read_text())
+
+
 def test_same_settings_open_the_same_run(tmp_path):
     settings = {"model": "m", "recipe": {"mean": (0.5, 0.5)}}  # tuples become lists in JSON
-    open_run(tmp_path / "a" / "run", settings, {"python": "3"}, "auto")
-    open_run(tmp_path / "a" / "run", settings, {"python": "4"}, "auto")
-    assert json.loads((tmp_path / "a" / "run" / "run.json").read_text())["environment"] == {"python": "3"}
+    open_and_train(tmp_path / "a" / "run", settings)
+    assert open_and_train(tmp_path / "a" / "run", settings, python="4")["environment"] == {"python": "3"}
     for other in ({"model": "m", "recipe": {"mean": (0.5, 0.6)}}, settings | {"new": 3}):
         with pytest.raises(FractalError, match=r"recipe\.mean|new"):
-            open_run(tmp_path / "a" / "run", other, {}, "auto")
+            open_and_train(tmp_path / "a" / "run", other)
+
+
+def test_run_that_trained_nothing_is_replaced(tmp_path, fractaltrain, dataset):
+    """Its first sample is damaged; the corrected command has other settings."""
+    bad = shutil.copytree(dataset, tmp_path / "bad")
+    for shard in bad.glob("*.tar"):
+        shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"IDOT"))
+    command = ("pt", "--model", "test_resnet", "--epochs", 1, "--image-size", 16, "--out", tmp_path / "run", "--shards")
+    assert fractaltrain(*command, bad, "--batch-size", 10).code == 1
+    assert (tmp_path / "run" / "run.json").exists()
+    done = fractaltrain(*command, dataset, "--batch-size", 25, "--resume", "never")
+    assert (done.code, done.err) == (0, "")
+    assert fractaltrain(*command, dataset, "--batch-size", 10).code == 1
+    moved = fractaltrain(*command, shutil.copytree(dataset, tmp_path / "moved"), "--batch-size", 25)
+    assert (moved.code, "moved" in moved.out) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["dataset", "data"])
+def test_dataset_that_moved_is_the_same_dataset(tmp_path, name):
+    before, after = ({name: place, f"{name}_digest": "a1", "seed": 0} for place in ("shards:/old", "shards:/new"))
+    open_and_train(tmp_path, before)
+    with open_run(tmp_path, after, {}, "auto") as messages:
+        [message] = messages
+    assert all(place in message for place in ("/old", "/new"))
+    for other in (after | {f"{name}_digest": "b2"}, after | {f"{name}_digest": None}, after | {"seed": 1}):
+        with pytest.raises(FractalError, match=str(tmp_path)):
+            open_and_train(tmp_path, other)
+    open_and_train(tmp_path / "named", {"data": "cifar10", "data_digest": None})
+    with pytest.raises(FractalError, match="cifar100"):
+        open_and_train(tmp_path / "named", {"data": "cifar100", "data_digest": None})
+
+
+def test_second_run_in_a_folder_is_refused(tmp_path, fractaltrain, dataset, hold):
+    command = ("pt", "--shards", dataset, "--model", "test_resnet", "--epochs", 1, "--batch-size", 25, "--out")
+    assert fractaltrain(*command, tmp_path / "run").code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != ".lock"}
+    with hold(tmp_path / "run") as process:
+        refused = fractaltrain(*command, tmp_path / "run")
+        assert (refused.code, refused.err.count("\n")) == (1, 1)
+        assert f"{socket.gethostname()}, process {process.pid}, " in refused.err
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert fractaltrain("eval", "--weights", tmp_path / "run", "--data", f"shards:{dataset}").code == 0
+        assert fractaltrain(*command, tmp_path / "other").code == 0
+    assert fractaltrain(*command, tmp_path / "run").code == 0
+
+
+def test_lock_ends_with_its_holder_though_its_children_live(tmp_path, hold):
+    """As loader workers may for a moment."""
+    with hold(tmp_path, "os.fork() or (sys.stdin.read(), os._exit(0))") as process:
+        process.kill()
+        process.wait()
+        with hold_folder(tmp_path):
+            assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_run_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
+    def lockf(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1))
+    assert [str(tmp_path / "run") in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_resume_never_and_must(tmp_path):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fractalshards.manifest import read_record
-from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
+from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.log import read_metrics
+from fractaltrain.run_folder import list_checkpoints
 from fractaltrain.stream.order import epoch_order, training_positions
 
 EPOCHS, BATCH, STEPS = 2, 4, 12  # of 50 samples

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fractaltrain.checkpoint import list_checkpoints
 from fractaltrain.cli import _print_classes
 from fractaltrain.data.source import InMemorySource
 from fractaltrain.evaluate import Predictions, predict
 from fractaltrain.optim import multi_label_loss
 from fractaltrain.plotting import draw_confusion
 from fractaltrain.recipes import PT_RECIPES
+from fractaltrain.run_folder import list_checkpoints
 from tiny_training import ALONE
 
 SMALL = ("--image-size", 16, "--batch-size", 24, "--epochs", 1)

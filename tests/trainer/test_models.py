@@ -111,8 +111,8 @@ def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch
             module.running_mean.normal_()
     recipe = FT_RECIPES["anderson"]
     settings = {"task": "ft", "model": name, "classes": classes, "image_size": 64, "recipe": asdict(recipe)}
-    open_run(folder, settings | {"precision": "torch.float32"}, {}, "auto")
-    save_checkpoint(RunConfig(folder), Position(epoch=1), {"model": model}, ALONE)
+    with open_run(folder, settings | {"precision": "torch.float32"}, {}, "auto"):
+        save_checkpoint(RunConfig(folder), Position(epoch=1), {"model": model}, ALONE)
     return model
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain import run_study as module
-from fractaltrain.run_study import DONE, describe_study, find_digests, find_state, run_study
+from fractaltrain.run_study import DONE, TO_DO, describe_study, find_digests, find_state, run_study
 from fractaltrain.study import StudyPlan, StudyRun, plan_study, read_plan, read_study, write_plan
 
 STUDY = """
@@ -261,7 +260,7 @@ def finish(run: StudyRun, folder: Path, weights: bytes = b"") -> None:
     (folder / run.run / "result.json").write_text("{}")
 
 
-def test_rebuilt_dataset_is_noticed(study, write_dataset, tmp_path):
+def test_moved_dataset_is_the_same_and_a_rebuilt_one_is_not(study, write_dataset, tmp_path):
     dataset = write_dataset(tmp_path / "set", train=(20,))
     text = ONE_SEED.replace("shards/small", str(dataset))
     plan = study.plan(text)
@@ -269,12 +268,21 @@ def test_rebuilt_dataset_is_noticed(study, write_dataset, tmp_path):
     finish(first, study.folder)
     finish(second, study.folder)
     assert find_state(second, plan, study.folder) == DONE
-    shutil.rmtree(dataset)
+    moved = study.plan(text.replace(str(dataset), str(dataset.rename(tmp_path / "moved"))))
+    assert find_state(moved.groups()[1][0], moved, study.folder) == DONE
     write_dataset(dataset, train=(21,))
     plan = study.plan(text)
     first, second, *_ = plan.groups()[1]
     assert "dataset_digest" in find_state(first, plan, study.folder)
     assert FIRST in find_state(second, plan, study.folder)
+
+
+def test_run_that_trained_nothing_is_to_do(study):
+    run = study.plan(ONE_SEED).pretrainings[0]
+    (study.folder / run.run).mkdir(parents=True)
+    (study.folder / run.run / "run.json").write_text('{"settings": {"task": "other"}}')
+    (study.folder / run.run / "metrics.jsonl").write_text("")
+    assert find_state(run, study.plan(ONE_SEED), study.folder) == TO_DO
 
 
 def test_retrained_weights_are_noticed(study):
@@ -336,6 +344,18 @@ def test_study_ends_with_a_comparison(fractaltrain, study, dataset):
     assert (study.folder / "figure.png").exists()
 
 
+def test_second_study_in_a_folder_is_refused(fractaltrain, study, dataset, hold):
+    """Another slice is not."""
+    (study.folder / "behaviour.json").write_text("{}")
+    study.file.write_text(ONE_SEED.replace("shards/small", str(dataset)))
+    arguments = ("study", study.file, "--out", study.folder)
+    with hold(study.folder) as process:
+        refused = fractaltrain(*arguments)
+        assert (refused.code, refused.err.count("\n"), str(process.pid) in refused.err) == (1, 1, True)
+        assert not (study.folder / "study.json").exists()
+        assert fractaltrain(*arguments, "--slice", "1/2").code == 0
+
+
 @pytest.mark.slow
 def test_stopped_study_continues(fractaltrain, tmp_path, dataset, monkeypatch):
     """A real one: a pre-training and a fine-tuning, one epoch each."""
@@ -362,4 +382,6 @@ per_class = [25]
     done = fractaltrain(*arguments)
     assert done.code == 0
     assert "| digits, 25 per class | test_resnet |" in done.out
-    assert {path.name for path in out.iterdir()} == {"pt", "ft", "study.json", "table.csv", "table.md", "figure.png"}
+    assert {path.name for path in out.iterdir()} == {
+        ".lock", "pt", "ft", "study.json", "table.csv", "table.md", "figure.png",
+    }  # fmt: skip

@@ -19,10 +19,11 @@ from torch import nn
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain import log
 from fractaltrain import train as module
-from fractaltrain.checkpoint import list_checkpoints, load_checkpoint
+from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.source import Example, InMemorySource
 from fractaltrain.log import append_metrics, read_metrics
 from fractaltrain.plotting import draw_history
+from fractaltrain.run_folder import list_checkpoints
 from fractaltrain.stream.order import epoch_order
 from tiny_training import (
     RECIPE,
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 def test_run_folder_holds_checkpoints_metrics_and_result(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
-        "run.json", "metrics.jsonl", "result.json", "history.png", "tb",
+        "run.json", "metrics.jsonl", "result.json", "history.png", "tb", ".lock",
         "checkpoint-0001-0000010.pt", "checkpoint-0001-0000020.pt", "checkpoint-0002-0000000.pt",
     }  # fmt: skip
     steps = [(line["split"], line["epoch"], line["step"], line["global_step"]) for line in lines(tiny_run)]

@@ -2,9 +2,9 @@
 
 import errno
 import platform
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,10 @@ from fractalshards.storage import atomic_file
 from fractaltrain.config import RunConfig
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
-from fractaltrain.run_folder import RUN, RunSettings, load_settings, open_run
+from fractaltrain.run_folder import RUN, RunSettings, list_checkpoints, load_settings, open_run
 
 _FORMAT = 3
 _FORMATS_WITH_WEIGHTS = (2, 3)  # 2: written by version 0.1; such runs cannot be continued
-_NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 _FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT)
 
 
@@ -76,12 +75,6 @@ class Checkpoint(NamedTuple):
 def checkpoint_path(folder: Path, position: Position) -> Path:
     """Return ``folder/checkpoint-EPOCH-STEP.pt``."""
     return folder / f"checkpoint-{position.epoch:04d}-{position.step:07d}.pt"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    found = [(name, path) for path in folder.glob("checkpoint-*.pt") if (name := _NAME.fullmatch(path.name))]
-    return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in found)]
 
 
 def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any], world: World) -> None:
@@ -143,34 +136,34 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
     return None
 
 
+@contextmanager
 def resume(
     run: RunConfig, settings: Mapping[str, Any], parts: Mapping[str, Any], world: World
-) -> tuple[Position, Sequence[str]]:
-    """Open the folder of a run and load its newest checkpoint, if it has one, into ``parts``. Collective.
+) -> Iterator[tuple[Position, Sequence[str]]]:
+    """Hold the folder of a run, and load its newest checkpoint, if it has one, into ``parts``. Collective.
 
     Args:
         settings: everything that determines the result of the run, see ``run_folder.open_run``.
         parts: everything with a ``state_dict``, by its name in checkpoints.
 
-    Returns:
+    Yields:
         The position to continue from, and messages for the user.
 
     Raises:
-        FractalError: if the folder holds another run, or no checkpoint that can be continued.
+        FractalError: if another process holds the folder, or it holds another run or no checkpoint that can be
+            continued.
     """
-    checkpoint = None
-    if world.main:
-        open_run(run.out, settings, _environment(run, world), run.resume)
-        checkpoint = load_checkpoint(run.out, to_continue=True)
-    checkpoint = world.share(checkpoint)
-    if checkpoint is None:
-        return Position(), ()
-    restore(checkpoint, parts)
-    position = checkpoint.position
-    finished = position.epoch >= settings["recipe"]["epochs"]
-    message = "was already finished" if finished else f"continuing at {position}"
-    skipped = [f"{problem}; using the one before" for problem in checkpoint.skipped]
-    return position, (*skipped, f"{run.out}: {message}")
+    with open_run(run.out, settings, _environment(run, world), run.resume) if world.main else nullcontext(()) as moved:
+        checkpoint = world.share(load_checkpoint(run.out, to_continue=True) if world.main else None)
+        if checkpoint is None:
+            yield Position(), moved
+            return
+        restore(checkpoint, parts)
+        position = checkpoint.position
+        finished = position.epoch >= settings["recipe"]["epochs"]
+        message = "was already finished" if finished else f"continuing at {position}"
+        skipped = [f"{problem}; using the one before" for problem in checkpoint.skipped]
+        yield position, (*moved, *skipped, f"{run.out}: {message}")
 
 
 def _environment(run: RunConfig, world: World) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from fractaltrain.config import (
 from fractaltrain.data.images import find_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
 from fractaltrain.recipes.recipe import TrainRecipe, change, scale_lr
-from fractaltrain.run_folder import load_settings
+from fractaltrain.run_folder import LOCK, hold_folder, load_settings
 from fractaltrain.run_study import check_models, describe_study, find_digests, missing_datasets, run_study
 from fractaltrain.stream.order import check_batch
 from fractaltrain.study import plan_study, read_study, write_plan
@@ -393,11 +393,12 @@ def study(
         return
     if problems:
         raise FractalError(f"{file}: {'; '.join(problems)}")
-    write_plan(plan, folder)
-    missing = run_study(runs, plan, folder, data_dir, nproc, jobs, is_quiet())
-    comparison = collect_runs([folder])
-    if comparison.runs:
-        _show_comparison(comparison, folder)
+    with hold_folder(folder, f"{LOCK}-{part.index}-of-{part.count}" if part else LOCK):
+        write_plan(plan, folder)
+        missing = run_study(runs, plan, folder, data_dir, nproc, jobs, is_quiet())
+        comparison = collect_runs([folder])
+        if comparison.runs:
+            _show_comparison(comparison, folder)
     if missing:
         raise FractalError(f"{folder}: {human_count(len(missing), 'run')} missing: {human_list(missing)}")
 

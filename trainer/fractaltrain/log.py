@@ -14,9 +14,8 @@ from fractalshards.storage import atomic_file, write_json
 from fractaltrain.checkpoint import Position
 from fractaltrain.evaluate import describe_scores
 from fractaltrain.plotting import draw_history
-from fractaltrain.run_folder import RESULT
+from fractaltrain.run_folder import METRICS, RESULT
 
-METRICS = "metrics.jsonl"
 TENSORBOARD = "tb"
 HISTORY = "history.png"
 

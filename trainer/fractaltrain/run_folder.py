@@ -1,7 +1,18 @@
-"""The folder of a run: ``run.json`` holds its settings; ``result.json`` exists once it has finished."""
+"""The folder of a run: ``run.json`` holds its settings; ``result.json`` exists once it has finished.
 
+One process at a time works in the folder of a run or of a study: it holds the lock on the file ``.lock``.
+"""
+
+import errno
+import fcntl
 import json
-from collections.abc import Mapping
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,11 +20,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import one_line
 from fractalshards.storage import read_json, remove_leftovers, write_json
 from fractaltrain.config import Resume
 from fractaltrain.recipes.recipe import TrainRecipe
 
-RUN, RESULT = "run.json", "result.json"
+RUN, METRICS, RESULT, LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
+_CONTENT = {"dataset": "dataset_digest", "data": "data_digest"}  # names of datasets, and the digests of their content
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_MAX_HOLDER_BYTES = 400
+
+_log = logging.getLogger(__name__)
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -52,36 +70,112 @@ class _RunFileAsIs:
     settings: dict[str, Any]
 
 
-def open_run(folder: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], resume: Resume) -> None:
-    """Create the folder and its ``run.json``, or check that it holds the same run.
+@contextmanager
+def hold_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Create a folder and keep other processes from working in it while the block runs.
+
+    The kernel ends the lock with this process, however the process ends; the file stays, and names the last holder. On
+    a file system without locks, warn and go on.
+
+    Args:
+        name: the file to lock; holders of different files do not exclude each other.
+
+    Raises:
+        FractalError: if another process holds the folder, saying which one.
+        OSError: if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not shared with forked loader workers
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                holder = one_line(file.read(_MAX_HOLDER_BYTES).decode(errors="replace")) or "another process"
+                raise FractalError(
+                    f"{folder}: in use by {holder}; let it end first, or choose another folder with --out"
+                ) from error
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s: its file system has no locks; do not start a second command in this folder", folder)
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())  # other machines read it
+        yield
+
+
+@contextmanager
+def open_run(
+    folder: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], resume: Resume
+) -> Iterator[Sequence[str]]:
+    """Hold the folder of a run while the block runs; write its ``run.json``, or check that it holds the same run.
+
+    A run that ended before anything was trained is replaced by this one.
 
     Args:
         settings: everything that determines the result of the run, and nothing else (JSON-like).
         environment: recorded, but not compared (JSON-like).
 
+    Yields:
+        A line for every dataset that has another name now, and the same digest.
+
     Raises:
-        FractalError: if the folder holds a run with other settings, or ``resume`` forbids what is there.
+        FractalError: if another process holds the folder, the folder holds a run with other settings, or ``resume``
+            forbids what is there.
         OSError: if it cannot be written.
     """
-    exists = (folder / RUN).exists()
-    if exists and resume == "never":
-        raise FractalError(f"{folder}: already holds a run; choose another folder with --out, or drop --resume never")
-    if not exists and resume == "must":
+    if resume == "must" and not (folder / RUN).exists():
         raise FractalError(f"{folder}: no run to continue; check --out, or drop --resume must")
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    if not exists:
-        write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
-        return
-    found, wanted = read_settings(folder), flatten(settings)
-    differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    if differing:
-        name = differing[0]
-        more = f" (and {len(differing) - 1} more)" if differing[1:] else ""
-        raise FractalError(
-            f"{folder}: holds a run with {name} {found.get(name)}, not {wanted.get(name)}{more}; "
-            "choose another folder with --out, or remove this one"
-        )
+    with hold_folder(folder):
+        begun = is_begun(folder)
+        if begun and resume == "never":
+            raise FractalError(
+                f"{folder}: already holds a run; choose another folder with --out, or drop --resume never"
+            )
+        remove_leftovers(folder)
+        if not begun:
+            write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
+            yield ()
+            return
+        found, wanted = read_settings(folder), flatten(settings)
+        if differing := differences(found, dict.fromkeys(found) | wanted):
+            name = differing[0]
+            more = f" (and {len(differing) - 1} more)" if differing[1:] else ""
+            raise FractalError(
+                f"{folder}: holds a run with {name} {found.get(name)}, not {wanted.get(name)}{more}; "
+                "choose another folder with --out, or remove this one"
+            )
+        moved = [name for name in _CONTENT if found.get(name) != wanted.get(name)]
+        yield [f"{folder}: began with {found[name]}; {wanted[name]} has the same digest" for name in moved]
+
+
+def is_begun(folder: Path) -> bool:
+    """Return whether a folder holds a run of which something was trained: a checkpoint, metrics or a result."""
+    if not (folder / RUN).exists():
+        return False
+    metrics = folder / METRICS  # written empty before the first step
+    return bool((folder / RESULT).exists() or list_checkpoints(folder) or (metrics.exists() and metrics.stat().st_size))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = [(name, path) for path in folder.glob("checkpoint-*.pt") if (name := _CHECKPOINT.fullmatch(path.name))]
+    return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in found)]
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the names of the wanted settings that were found with another value, or not at all.
+
+    A dataset with the same digest is the same dataset, whatever its name or path.
+    """
+
+    def moved(name: str) -> bool:
+        digest = _CONTENT.get(name, "")
+        return wanted.get(digest) is not None and bool(found.get(digest) == wanted[digest])
+
+    return [name for name in wanted if found.get(name) != wanted[name] and not moved(name)]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

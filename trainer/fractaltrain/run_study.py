@@ -22,7 +22,7 @@ from fractalshards.remote.stores import parse_location
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 from fractaltrain.data.images import find_data
-from fractaltrain.run_folder import RESULT, RUN, flatten, read_settings
+from fractaltrain.run_folder import RESULT, differences, flatten, is_begun, list_checkpoints, read_settings
 from fractaltrain.study import Study, StudyPlan, StudyRun
 
 DONE, TO_DO, UNUSABLE = "done", "to do", "not usable"
@@ -98,17 +98,14 @@ def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
         FractalError: if its ``run.json`` is damaged.
     """
     path = folder / run.run
-    if not (path / RUN).exists():
+    if not is_begun(path):
         return TO_DO
     found, wanted = read_settings(path), flatten(run.settings)
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            return f"{UNUSABLE}: has {name} {found.get(name)}, not {wanted[name]}; remove this run, or change --out"
+    for name in differences(found, wanted):
+        return f"{UNUSABLE}: has {name} {found.get(name)}, not {wanted[name]}; remove this run, or change --out"
     if run.start:
         if find_state(plan.starts[run.start], plan, folder).startswith(UNUSABLE):
             return f"{UNUSABLE}: starts from {run.start}, which is not usable; remove this run, too"
-        from fractaltrain.checkpoint import list_checkpoints  # imports torch
-
         checkpoints = list_checkpoints(folder / run.start)[::-1]
         if checkpoints and all(_sha256(file, file.stat().st_mtime_ns) != found.get("weights") for file in checkpoints):
             return f"{UNUSABLE}: started from other weights than {run.start} has now; remove this run"

@@ -72,13 +72,14 @@ def train(
     transform = train_transform(recipe, image_size)
     state = build_state(model, recipe, run, data.multi_label, steps, world)
     settings = config.settings(str(state.dtype), image_size, **facts)
-    position, resumed = resume(run, settings, state.parts(), world)
-    log = RunLog(run.out, recipe.epochs, steps, recipe.batch_size, position, world.main, run.quiet)
-    for message in resumed:
-        log.message(message)
-    saved_at = time.monotonic()
-
-    with log, stop_on_signal() as stop:
+    with (
+        resume(run, settings, state.parts(), world) as (position, resumed),
+        RunLog(run.out, recipe.epochs, steps, recipe.batch_size, position, world.main, run.quiet) as log,
+        stop_on_signal() as stop,
+    ):
+        for message in resumed:
+            log.message(message)
+        saved_at = time.monotonic()
         for epoch in range(position.epoch, recipe.epochs):
             order = repeated(epoch_order(data.train.lengths, run.seed, epoch, config.window), recipe.repeats)
             loader = epoch_loader(
@@ -146,7 +147,7 @@ def train(
             log.epoch(epoch, summary)
             save_checkpoint(run, position, state.parts(), world)
             saved_at = time.monotonic()
-    log.result(position)
+        log.result(position)
 
 
 def save_and_stop(
