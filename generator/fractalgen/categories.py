@@ -1,8 +1,9 @@
 """FractalDB's categories (Kataoka et al., ACCV 2020): shipped, read from files, or found by the published search."""
 
+import logging
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.fractaldb import fill_rate as measure
 from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import human_list
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.storage import read_bounded
 from fractalshards.systems import read_systems
@@ -26,6 +28,10 @@ Category = npt.NDArray[np.float64]  # (maps, 7): a, b, c, d, e, f, p
 _COLUMNS = "a, b, c, d, e, f, p"
 _CSV_NAME = re.compile(r"\d{5}\.csv")
 _MAX_CSV_BYTES = 1 << 20
+_CHECK_POINTS, _CHECK_SIZE = 10_000, 128  # 0.04 ms
+_BLACK = 0.02  # share of pixels; a straight line hits 0.01, the published categories 0.21 and more
+
+_log = logging.getLogger(__name__)
 
 
 @cache
@@ -87,6 +93,19 @@ def read_csv(path: Path) -> Category:
     if fault:
         raise FractalError(f"{path}: {fault}; write a line '{_COLUMNS}' for each map")
     return category
+
+
+def warn_of_black(categories: Sequence[Category], where: Path) -> None:
+    """Log a warning that names the classes whose images are nearly black, because their points hit few pixels."""
+    numbers = np.random.RandomState(0).random_sample(_CHECK_POINTS)
+    rates = [measure(category, numbers, _CHECK_SIZE) for category in categories]
+    if black := [f"{index:05d}" for index, rate in enumerate(rates) if rate < _BLACK]:
+        _log.warning(
+            "%s: images of %s %s are nearly black: the maps diverge, or shrink to a point or a line",
+            where,
+            "class" if len(black) == 1 else "classes",
+            human_list(black),
+        )
 
 
 def _fault(category: Category) -> str:

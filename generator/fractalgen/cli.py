@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fractalgen.build import Plan, open_folder, plan_build, run_build
-from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories
+from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, warn_of_black
 from fractalgen.executors import open_executor
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
@@ -318,6 +318,7 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     tempfile.TemporaryFile(dir=out.parent).close()  # fails before a long search if the folder cannot be written
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
+        warn_of_black(categories, from_csv)
     else:
         with progress("searching", "categories") as on_progress:
             found = search_categories(classes, seed, fill_rate, workers, on_progress)
@@ -353,6 +354,7 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
     given = read_categories(path) if categories else read_csv_folder(path)
     if classes is not None and classes > len(given):
         raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most as many")
+    warn_of_black(given[:classes], path)
     return given[:classes]
 
 
