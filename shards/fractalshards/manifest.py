@@ -284,7 +284,8 @@ def find_manifest(folder: Path) -> Path:
             f"'fractalgen build --kind KIND --n N --out {folder}'"
         )
     if not path.is_file():
-        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; let the command that builds it finish")
+        advice = "let the command that builds it finish" if (folder / RECIPE).exists() else "check the path"
+        raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; {advice}")
     return path
 
 

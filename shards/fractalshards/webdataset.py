@@ -1,272 +1,207 @@
-"""WebDataset folders written by other programs: tars of images with ``cls`` labels and timm's ``_info.json``.
+"""WebDataset folders of other programs: which tars they have, and in which splits, with or without an info file."""
 
-They have no sidecars: one scan of the headers of every tar finds the samples. The result is kept in the user's cache;
-nothing is written into the folder.
-"""
-
-import io
 import logging
 import os
-import tarfile
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import astuple, dataclass
-from itertools import groupby
-from operator import itemgetter
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
-import xxhash
 
-from fractalshards.errors import FractalError
-from fractalshards.human import human_count
-from fractalshards.manifest import INFO, MAX_SAMPLE_BYTES, Count, check_plain
-from fractalshards.storage import atomic_file, read_json, regular_size
-from fractalshards.workers import available_cores, worker_pool
+from fractalshards.errors import FractalError, UsageError
+from fractalshards.human import human_count, human_list
+from fractalshards.manifest import INFO, RECIPE, TRAINING, Count, find_manifest
+from fractalshards.storage import read_json
+from fractalshards.tars import Tar
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1  # of the cached files
-_IMAGES = ("jpg", "jpeg", "png", "webp")  # if a sample has several, the first of these is its image
-_LABEL = "cls"
-_MAX_LABEL_BYTES = 20
-_MAX_HEADER_BYTES = 1 << 20  # with the long names and other fields of GNU and pax headers
-_MAX_DIGITS = 9
-_FEW_TARS = 4  # are scanned in less time than worker processes take to start
-
-Positions = npt.NDArray[np.int64]
+_INFO_FILES = (INFO, "info.json")  # timm reads the first that exists
+_SPLIT_WORDS = {
+    "train": TRAINING, "training": TRAINING, "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_WORD = re.compile("[a-z]+")
+_MAX_NAMED = 8
 
 
 class _Split(msgspec.Struct, frozen=True):
     filenames: tuple[str, ...]
-    shard_lengths: tuple[Count, ...]
+    shard_lengths: tuple[Count, ...] = ()
+    alt_label: str | None = None
 
 
 class _Info(msgspec.Struct, frozen=True):
-    splits: dict[str, _Split]
+    splits: dict[str, _Split] | None = None
     num_classes: Count | None = None
 
 
 @dataclass(frozen=True)
-class WebDatasetInfo:
-    """``_info.json`` of a folder.
+class WebDatasetOptions:
+    """How to read a WebDataset folder.
 
     Attributes:
-        splits: by name, the tars and how many samples each must have.
-        classes: their number, or None if the file does not say.
+        label_key: field of ``KEY.json`` that holds the class index; None: the one that the info file names, if any,
+            else the class index is in ``KEY.cls``.
+        patterns: names of splits, each with a pattern such as ``0009*.tar`` of the tars that belong to it.
+        skip_bad: leave out samples without an image or a label, instead of raising an error.
     """
 
-    folder: Path
-    splits: Mapping[str, tuple[tuple[Path, int], ...]]
-    classes: int | None
+    label_key: str | None = None
+    patterns: tuple[tuple[str, str], ...] = ()
+    skip_bad: bool = False
+
+    @classmethod
+    def parse(cls, label_key: str | None, split: str | None, skip_bad: bool = False) -> Self:
+        """Create options from the values of ``--label-key`` and ``--split``, ``train=PATTERN,val=PATTERN``.
+
+        Raises:
+            UsageError: if one cannot be parsed.
+        """
+        if label_key == "":
+            raise UsageError("--label-key is empty; give the name of a field, such as label")
+        pairs = [part.strip().partition("=") for part in split.split(",")] if split is not None else []
+        if not all(name in (TRAINING, "val") and pattern for name, _, pattern in pairs):
+            raise UsageError(f"--split {split}: give patterns of the tars' names, as train=00*.tar,val=01*.tar")
+        return cls(label_key, tuple((name, pattern) for name, _, pattern in pairs), skip_bad)
+
+    def check_unused(self, data: str | Path) -> None:
+        """Raise UsageError if there are options that only tars of other programs take, which ``data`` is not."""
+        if self.label_key is not None or self.patterns:
+            raise UsageError(
+                f"--label-key and --split are for tars of other programs in a local folder, not for {data}"
+            )
+
+
+DEFAULT_OPTIONS = WebDatasetOptions()
 
 
 @dataclass(frozen=True)
-class TarIndex:
-    """The samples of a tar, as arrays with an entry per sample except for ``keys``.
+class WebDatasetInfo:
+    """The tars of a folder by split, and the number of classes, or None if no info file says it."""
 
-    Attributes:
-        starts: first byte of the image, int64.
-        sizes: size of the image in bytes, int64.
-        labels: class indices, int64.
-        keys: the concatenated keys in UTF-8, (bytes,) uint8.
-        key_ends: end of each key in ``keys``, int64.
-    """
-
-    starts: Positions
-    sizes: Positions
-    labels: Positions
-    keys: npt.NDArray[np.uint8]
-    key_ends: Positions
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def key(self, sample: int) -> str:
-        """Return the common name of a sample's members, folders included."""
-        start = int(self.key_ends[sample - 1]) if sample else 0
-        return self.keys[start : int(self.key_ends[sample])].tobytes().decode()
+    folder: Path
+    splits: Mapping[str, tuple[Tar, ...]]
+    classes: int | None
 
 
 def is_webdataset(folder: Path) -> bool:
-    """Return whether a folder has an ``_info.json`` that another program wrote.
+    """Return whether another program wrote a folder: its ``_info.json`` is not ours, or it has tars and no recipe.
 
     Raises:
-        FractalError: if the file is not a JSON object.
+        FractalError: if ``_info.json`` is not a JSON object.
+        OSError: if the folder cannot be read.
     """
-    path = folder / INFO
-    return path.is_file() and "format_version" not in read_json(path, dict[str, Any])
+    if (folder / INFO).is_file():
+        return "format_version" not in read_json(folder / INFO, dict[str, Any])
+    if not folder.is_dir() or (folder / RECIPE).exists():  # a recipe without a manifest: our build has not finished
+        return False
+    return _find_info(folder) is not None or bool(_find_tars(folder))
 
 
-def load_webdataset(folder: Path) -> WebDatasetInfo:
-    """Read and check ``_info.json`` as timm writes it.
+def find_dataset(folder: Path, options: WebDatasetOptions) -> bool:
+    """Check quickly that there is a dataset in a folder, and return whether another program wrote it.
 
     Raises:
-        FractalError: if a field is missing or wrong, or a name could lead out of the folder.
+        FractalError: if there is none.
+        UsageError: if it is ours, and there are options for those of other programs.
+        OSError: if the folder cannot be read.
     """
-    path = folder / INFO
-    info = read_json(path, _Info)
-    splits = {}
-    for name, split in info.splits.items():
-        if len(split.filenames) != len(split.shard_lengths):
-            raise FractalError(f"{path}: {name}: filenames and shard_lengths differ in length; fetch it again")
-        tars = (folder.joinpath(*(check_plain(part, str(path)) for part in tar.split("/"))) for tar in split.filenames)
-        splits[name] = tuple(zip(tars, split.shard_lengths, strict=True))
-    return WebDatasetInfo(folder, splits, info.num_classes)
+    if is_webdataset(folder):
+        return True
+    find_manifest(folder)
+    options.check_unused(folder)
+    return False
 
 
-def index_tars(tars: Iterable[tuple[Path, int]]) -> tuple[TarIndex, ...]:
-    """Return the indices of tars in order, from the cache or by scanning the tars in worker processes.
+def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
+    """Find the tars of a folder: those that its ``_info.json`` or ``info.json`` lists as timm does, else all.
 
-    Args:
-        tars: paths, and how many samples each must have.
+    The split of a tar is that of the first pattern in ``options`` that matches, else the one in the info file, else the
+    one that its name contains as a word. Without such words all tars are for training.
 
     Raises:
-        FractalError: if a tar is not a plain tar, lacks a label or an image, or has another number of samples.
-        OSError: if a tar cannot be read.
+        FractalError: if there is no tar, a field of the info file is wrong, a name could lead out of the folder, or it
+            is not clear to which split a tar belongs.
+        UsageError: if no tar matches a pattern.
+        OSError: if the folder cannot be read.
     """
-    wanted = tuple(tars)
-    known = {path: index for path, _ in wanted if (index := _read_cache(path)) is not None}
-    unknown = [path for path, _ in wanted if path not in known]
-    if unknown:
-        _log.info("indexing %s of %s, once", human_count(len(unknown), "tar"), unknown[0].parent)
-        known |= _scan_all(unknown)
-    for path, samples in wanted:
-        if (found := len(known[path])) != samples:
-            raise FractalError(f"{path}: holds {found} samples, but {INFO} says {samples}; fetch it again")
-    return tuple(known[path] for path, _ in wanted)
+    path = _find_info(folder)
+    info = read_json(path, _Info) if path else _Info()
+    if path and info.splits is not None:
+        listed = list(_listed_tars(folder, path, info.splits, options.label_key))
+    else:
+        listed = [("", Tar(_tar_path(folder, name, folder), None, options.label_key)) for name in _find_tars(folder)]
+        if not listed:
+            raise FractalError(f"{folder}: holds no .tar files; check the path, and decompress .tar.gz files")
+    for split, pattern in options.patterns:
+        if not any(_matches(folder, tar, pattern) for _, tar in listed):
+            names = human_list([tar.path.name for _, tar in listed], _MAX_NAMED)
+            raise UsageError(f"--split {split}={pattern}: matches none of the tars {names}")
+    chosen = [
+        (next((name for name, pattern in options.patterns if _matches(folder, tar, pattern)), split), tar)
+        for split, tar in listed
+    ]
+    by_name = _split_by_name(folder, [tar for split, tar in chosen if not split])
+    splits: dict[str, list[Tar]] = {name: [] for name in info.splits or ()}
+    for split, tar in chosen:
+        splits.setdefault(split or by_name[tar.path], []).append(tar)
+    if by_name:
+        counts = ", ".join(f"{human_count(len(tars), 'tar')} in {split}" for split, tars in splits.items())
+        _log.info("%s: splits by the names of the tars: %s", folder, counts)
+    return WebDatasetInfo(folder, {split: tuple(tars) for split, tars in splits.items()}, info.num_classes)
 
 
-def index_digest(indices: Iterable[TarIndex]) -> str:
-    """Return 32 hexadecimal digits over keys, labels, positions and sizes, which identify the dataset."""
-    state = xxhash.xxh3_128()
-    for index in indices:
-        for array in astuple(index):
-            state.update(np.ascontiguousarray(array).data)
-    return state.hexdigest()
+def _find_info(folder: Path) -> Path | None:
+    return next((folder / name for name in _INFO_FILES if (folder / name).is_file()), None)
 
 
-def index_tar(path: Path) -> TarIndex:
-    """Find the samples of a tar by its headers (ustar, GNU or pax); files other than images and ``cls`` are ignored.
-
-    The members of a sample are adjacent and share their name up to its first dot.
-
-    Raises:
-        FractalError: if it is not a plain tar, ends early, or a sample lacks image or label.
-        OSError: if it cannot be read.
-    """
-    samples = list(_samples(path))
-    keys = [key.encode(errors="replace") for key, *_ in samples]
-    table = np.array([numbers for _, *numbers in samples], np.int64).reshape(-1, 3)
-    return TarIndex(
-        starts=table[:, 0].copy(),
-        sizes=table[:, 1].copy(),
-        labels=table[:, 2].copy(),
-        keys=np.frombuffer(b"".join(keys), np.uint8),
-        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
-    )
+def _find_tars(folder: Path) -> list[str]:
+    """Return the sorted names of the tars in a folder, or if there are none, in its folders named like splits."""
+    if here := _tar_names(folder):
+        return here
+    below = [name for name in sorted(os.listdir(folder)) if name.lower() in _SPLIT_WORDS and (folder / name).is_dir()]
+    return [f"{name}/{tar}" for name in below for tar in _tar_names(folder / name)]
 
 
-def _scan_all(paths: list[Path]) -> dict[Path, TarIndex]:
-    if len(paths) <= _FEW_TARS:
-        return dict(map(_scan_and_keep, paths))
-    with worker_pool(available_cores()) as pool:
-        return dict(pool.map(_scan_and_keep, paths))
+def _tar_names(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
 
 
-def _scan_and_keep(path: Path) -> tuple[Path, TarIndex]:
-    index = index_tar(path)
-    with suppress(OSError):  # without a cache, it is scanned again the next time
-        kept = _cache_path(path)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(kept) as file:
-            np.savez(file, *astuple(index))
-    return path, index
+def _listed_tars(
+    folder: Path, info: Path, splits: Mapping[str, _Split], label_key: str | None
+) -> Iterator[tuple[str, Tar]]:
+    for split, listed in splits.items():
+        names, lengths = listed.filenames, listed.shard_lengths or (None,) * len(listed.filenames)
+        if len(names) != len(lengths):
+            raise FractalError(f"{info}: {split}: filenames and shard_lengths differ in length; correct or remove it")
+        for name, length in zip(names, lengths, strict=True):
+            yield split, Tar(_tar_path(folder, name, info), length, label_key or listed.alt_label or None)
 
 
-def _read_cache(path: Path) -> TarIndex | None:
-    """Return the cached index of a tar with this path, size and modification time, if there is a sound one."""
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with np.load(_cache_path(path), allow_pickle=False) as arrays:
-            index = TarIndex(*(arrays[f"arr_{number}"] for number in range(5)))
-        if _is_sound(index):
-            return index
-    return None
+def _tar_path(folder: Path, name: str, where: Path) -> Path:
+    """Return the path of a tar, given its name, which may have folders, and the place that the name comes from."""
+    for part in name.split("/"):
+        if not part.isprintable() or part[:1] in ("", ".") or set(part) & {":", "\\"}:  # webdataset runs "pipe:" names
+            raise FractalError(f"{where}: {name!r} is not a plain file name; rename the tar, if it is yours")
+    return folder / name
 
 
-def _is_sound(index: TarIndex) -> bool:
-    columns = (index.starts, index.sizes, index.labels, index.key_ends)
-    return (
-        all(column.dtype == np.int64 and column.shape == index.starts.shape for column in columns)
-        and index.keys.dtype == np.uint8
-        and len(index.keys) == (index.key_ends[-1] if len(index) else 0)
-    )
+def _matches(folder: Path, tar: Tar, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (tar.path.name, tar.path.relative_to(folder).as_posix()))
 
 
-def _cache_path(path: Path) -> Path:
-    """Return the path of the cached index, below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    status = path.stat()
-    identity = f"{_VERSION}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    return root / "fractalpretrain" / "listings" / f"{xxhash.xxh3_128_hexdigest(identity.encode())}.npz"
-
-
-def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Yield key, start and size of the image, and label of each sample of a tar."""
-    size = regular_size(path)
-    with path.open("rb") as file:
-        named = ((*_parse_name(member.name), member) for member in _regular_files(path, file.fileno()))
-        for key, members in groupby(named, itemgetter(0)):
-            found: dict[str, tarfile.TarInfo] = {}
-            for _, extension, member in members:
-                if extension not in (*_IMAGES, _LABEL):
-                    continue
-                if extension in found:
-                    raise FractalError(f"{path}: {key}.{extension} occurs twice in one sample; fetch the file again")
-                if member.offset_data + member.size > size:
-                    raise FractalError(f"{path}: {member.name} is cut off; fetch the file again")
-                found[extension] = member
-            if not found:
-                continue
-            image = next((found[extension] for extension in _IMAGES if extension in found), None)
-            if image is None or _LABEL not in found:
-                lacking = f".{_LABEL} file" if image else "image"
-                raise FractalError(f"{path}: {key} has no {lacking}; every image needs one .{_LABEL} file")
-            if image.size > MAX_SAMPLE_BYTES:
-                raise FractalError(f"{path}: {image.name} is larger than {MAX_SAMPLE_BYTES >> 20} MiB; remove it")
-            label = os.pread(file.fileno(), min(found[_LABEL].size, _MAX_LABEL_BYTES + 1), found[_LABEL].offset_data)
-            if not (label.strip().isdigit() and len(label.strip()) <= _MAX_DIGITS):
-                raise FractalError(f"{path}: {key}: label {label[:_MAX_LABEL_BYTES]!r} is not a class index")
-            yield key, image.offset_data, image.size, int(label)
-
-
-def _parse_name(name: str) -> tuple[str, str]:
-    """Return key and extension of a member; the extension is empty for hidden files."""
-    folder, slash, file = name.removeprefix("./").rpartition("/")
-    stem, _, extension = file.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower() if stem else ""
-
-
-class _HeaderFile(io.FileIO):
-    """A tar whose headers alone are read; ``tarfile`` would read long names of any size into memory."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-
-def _regular_files(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
-    try:
-        with _HeaderFile(os.dup(descriptor)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0:  # some versions of Python would read such a tar forever
-                    raise FractalError(f"{path}: {member.name} has a negative size; do not use this dataset")
-                if member.isreg() and not member.issparse():
-                    yield member
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise FractalError(f"{path}: not a plain tar ({error}); fetch it again, or decompress it") from error
+def _split_by_name(folder: Path, tars: Sequence[Tar]) -> dict[Path, str]:
+    """Return the split of each tar: the one that its folder's or its own name contains as a word, else ``train``."""
+    splits: dict[Path, set[str]] = {}
+    for tar in tars:
+        text = tar.path.stem if tar.path.parent == folder else tar.path.parent.name
+        splits[tar.path] = {_SPLIT_WORDS[word] for word in _WORD.findall(text.lower()) if word in _SPLIT_WORDS}
+    least = 1 if any(splits.values()) else 0
+    for path, found in splits.items():
+        if not least <= len(found) <= 1:
+            raise FractalError(f"{path}: its name does not tell its split; use --split train=PATTERN,val=PATTERN")
+    return {path: next(iter(found), TRAINING) for path, found in splits.items()}

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from fractalshards.console import PATH
+from fractalshards.webdataset import WebDatasetOptions
 from fractaltrain import cli, distributed
 from fractaltrain.config import RunConfig, ShardsConfig, TrainConfig
 
@@ -45,6 +46,10 @@ def test_missing_torch_names_the_extra(tmp_path):
         ("pt --shards x --workers 999", "999"),
         ("pt --shards x --nproc 3", "--batch-size"),
         ("pt --shards x --cache-size 1GB", "--cache-size"),
+        ("pt --shards x --split val=", "--split"),
+        ("pt --shards s3://x/y --label-key label", "--label-key"),
+        ("ft --weights none --data digits --label-key label", "--label-key"),
+        ("eval --weights x --data digits --split val", "--split"),
         ("ft --weights none --data digits --nproc 2 --accumulate 3", "--accumulate"),
         ("ft --data digits", "--weights"),
         ("ft --weights none --data mnistt", "mnistt"),
@@ -69,6 +74,7 @@ def test_wrong_usage_is_one_line(fractaltrain, tmp_path, monkeypatch, arguments,
     [
         ("pt --shards nowhere", 1, "nowhere"),
         ("pt --shards DATASET/_info.json", 1, "_info.json"),
+        ("pt --shards DATASET --label-key label", 2, "--label-key"),
         ("pt --shards DATASET --model resnet51", 2, "resnet51"),
         ("pt --shards DATASET --model test_resnet --batch-size 51", 2, "--batch-size"),
         ("pt --shards DATASET --model test_resnet --batch-size 5 --amp fp16", 2, "--amp"),
@@ -115,7 +121,7 @@ def test_options_become_one_config(fractaltrain, dataset, monkeypatch, tmp_path)
     [(config, nproc)] = launched
     assert isinstance(config, TrainConfig)
     assert (config.run, nproc) == (RunConfig(**run), 2)
-    assert config.data == ShardsConfig(str(dataset), window=5, nodes_split=True)
+    assert config.data == ShardsConfig(str(dataset), window=5, nodes_split=True, tars=WebDatasetOptions(skip_bad=True))
     assert (config.model.name, config.model.image_size) == ("resnet50", 48)
     changed = config.recipe
     assert (changed.name, changed.epochs, changed.batch_size, changed.mixup) == ("deit", 7, 32, 0.5)

@@ -239,11 +239,6 @@ def test_run_on_image_folders_that_changed_is_not_continued(fractaltrain, tmp_pa
     assert "data_digest" in refused.err
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def write_webdataset(folder: Path, image_file: Callable[..., bytes], splits: dict[str, list[int]], **info: int) -> Path:
     """Tars as others write them: PNG and JPEG of several sizes, json beside the cls, pax headers, long names."""
     folder.mkdir()
@@ -276,7 +271,6 @@ def epoch(source: SampleSource, crop: str, workers: int) -> list[tuple[str, int,
     ]
 
 
-@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("crop", ["none", "resized"])
 def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
     folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [5, 7], "validation": [3]})
@@ -294,13 +288,13 @@ def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
     assert sorted(folder.iterdir()) == before  # nothing is written there
 
 
-@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
     ("splits", "info", "noun"),
     [
         ({"train": [4]}, {"num_classes": 3}, "3 classes"),
         ({"test": [4]}, {}, "'train'"),
-        ({"train": []}, {}, "0 classes"),
+        ({"train": []}, {}, "no samples"),
+        ({"train": [4], "val": [0]}, {}, "no samples in val"),
     ],
 )
 def test_webdataset_folder_without_sound_classes_or_splits_is_refused(tmp_path, image_file, splits, info, noun):
@@ -308,7 +302,6 @@ def test_webdataset_folder_without_sound_classes_or_splits_is_refused(tmp_path, 
         open_dataset(write_webdataset(tmp_path / "theirs", image_file, splits, **info), ALONE)
 
 
-@pytest.mark.usefixtures("cache")
 def test_damaged_image_of_a_webdataset_folder_is_named(tmp_path, image_file):
     folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [4]}, num_classes=9)
     source = open_dataset(folder, ALONE).train
@@ -320,7 +313,41 @@ def test_damaged_image_of_a_webdataset_folder_is_named(tmp_path, image_file):
         source.read(0)
 
 
-@pytest.mark.usefixtures("cache")
+def test_tars_without_an_info_file_and_with_labels_in_json(tmp_path, image_file, fractaltrain):
+    """As img2dataset writes them; one sample has no label."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(8):
+                meta = {"caption": "x"} if (shard, number) == (1, 2) else {"caption": "x", "label": number % 2}
+                files = {"jpg": image_file("JPEG", 20, 20, number), "txt": b"x", "json": json.dumps(meta).encode()}
+                for extension, data in files.items():
+                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+    command = (
+        "ft", "--weights", "none", "--model", "test_resnet", "--data", f"shards:{folder}", "--out", tmp_path / "run",
+        "--image-size", 32, "--batch-size", 5, "--epochs", 1, "--set", "lr=0.01",
+    )  # fmt: skip
+    for options, noun in (((), "--label-key"), (("--label-key", "label"), "000010002"), (("--split", "val=9*"), "9*")):
+        refused = fractaltrain(*command, *options)
+        assert (refused.code, refused.err.splitlines()[-1].count("error: ")) == (2 if noun == "9*" else 1, 1)
+        assert noun in refused.err.splitlines()[-1]
+    options = ("--label-key", "label", "--on-bad-sample", "skip")
+    assert "--split" in fractaltrain(*command, *options).err  # no split to evaluate on
+    done = fractaltrain(*command, *options, "--split", "val=00002.tar")
+    assert (done.code, "1 bad sample" in done.err, "000010002" in done.err) == (0, True, True)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 8
+    evaluated = fractaltrain(
+        "eval", "--weights", tmp_path / "run", "--data", f"shards:{folder}", "--label-key", "label", "--split",
+        "val=00002.tar,train=00000.tar",
+    )  # fmt: skip
+    assert evaluated.code == 1  # the sample is still there: names its tar
+    assert "00001.tar" in evaluated.err
+
+
 def test_finetuning_on_a_webdataset_folder(tmp_path, image_file):
     folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [9, 8], "validation": [6]})
     splits = open_images(f"shards:{folder}", per_class=2)
@@ -328,7 +355,6 @@ def test_finetuning_on_a_webdataset_folder(tmp_path, image_file):
     assert splits.val.lengths == (6,)
 
 
-@pytest.mark.usefixtures("cache")
 def test_pretraining_on_a_webdataset_folder(tmp_path, image_file, fractaltrain):
     folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [9, 8], "validation": [3]})
     command = (

@@ -1,11 +1,13 @@
 """Several ranks: what they train on, how signals stop them, how they fail together, and that they continue exactly."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -264,6 +266,21 @@ def test_launcher_reports_the_error_of_the_rank_that_has_one(tmp_path):
     launcher = launched("fail_on_rank_1", tmp_path)
     _, err = launcher.communicate(timeout=120)
     assert (launcher.returncode, err) == (1, f"error: {tmp_path}: rank 1 has a reason\n")
+
+
+@pytest.mark.slow
+def test_tars_of_other_programs_are_indexed_by_one_rank(tmp_path, image_file):
+    (tmp_path / "theirs").mkdir()
+    with tarfile.open(tmp_path / "theirs" / "0.tar", "w") as tar:
+        for number in range(4):
+            for name, data in ((f"{number}.png", image_file("PNG", 8, 8, number)), (f"{number}.cls", b"%d" % number)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    launcher = launched("open_tars", tmp_path)
+    _, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, err) == (0, "")
+    assert [(tmp_path / f"labels-{rank}").read_text() for rank in range(2)] == ["[0, 1, 2, 3]"] * 2
 
 
 @pytest.mark.slow

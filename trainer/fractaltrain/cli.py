@@ -15,11 +15,11 @@ from rich.text import Text
 from fractalshards.console import PATH, Commands, is_quiet, note, progress, quiet_option, show_logs
 from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_count, human_list, one_line, parse_bytes
-from fractalshards.manifest import TRAINING, find_manifest, load_manifest
+from fractalshards.manifest import TRAINING, load_manifest
 from fractalshards.remote.stores import parse_location
 from fractalshards.settings import parse_settings
 from fractalshards.slices import parse_slice
-from fractalshards.webdataset import is_webdataset
+from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
     DATA_NAMES,
@@ -62,12 +62,19 @@ def _option(*names: str, **attributes: Any) -> click.Option:
     return click.Option([*names], show_default=attributes.get("default") is not None, **attributes)
 
 
+_TAR_OPTIONS = [
+    _option("--label-key", metavar="FIELD",
+            help="Tars of other programs: the field of KEY.json with the class index.  [default: KEY.cls has it]"),
+    _option("--split", metavar="train=PATTERN,val=PATTERN",
+            help="Tars of other programs: the names of those in each split.  [default: by info file or names]"),
+]  # fmt: skip
 _IMAGE_OPTIONS = [
     _option("--data", required=True, metavar="DATA", callback=lambda _context, _option, name: _check_data(name),
             help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or shards:PATH with "
             "a val split."),
     _option("--data-dir", type=PATH, default=Path("data"),
             help="Folder of the CIFAR archives; missing ones are downloaded."),
+    *_TAR_OPTIONS,
 ]  # fmt: skip
 _RUN_OPTIONS: _Options = {
     "Recipe": [
@@ -133,6 +140,7 @@ _PT_OPTIONS: _Options = {
                 help="Cache the shards of a URL in this folder.  [default: $TMPDIR or ~/.cache]"),
         _option("--cache-size", metavar="SIZE", help="Size of the cache.  [default: 20GB]"),
         _option("--nodes-split", is_flag=True, help="Give each machine its own part of an epoch's shards."),
+        *_TAR_OPTIONS,
     ],
     **_RUN_OPTIONS,
     "Recipe": [
@@ -163,7 +171,10 @@ def pt(nproc: int | None, **options: Any) -> None:
         nodes_split=options["nodes_split"],
         cache_dir=options["cache_dir"],
         cache_size=parse_bytes(options["cache_size"] or _CACHE_SIZE, "--cache-size"),
+        tars=_tar_options(options),
     )
+    if remote:
+        data.tars.check_unused(data.location)
     published = PT_RECIPES[options["recipe"]]
     _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
@@ -219,10 +230,11 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
     published = FT_RECIPES[options["recipe"] or ("anderson" if start else "anderson-scratch")]
     recipe = _with_overrides(published, nproc, options)
     _check_install("training")
-    find_data(options["data"])
+    tars = _tar_options(options)
+    find_data(options["data"], tars)
     if isinstance(start, Path):
         load_settings(start)
-    data = ImagesConfig(options["data"], options["per_class"], options["subset_seed"], options["data_dir"])
+    data = ImagesConfig(options["data"], options["per_class"], options["subset_seed"], options["data_dir"], tars)
     model_config = ModelConfig(model or _DEFAULT_MODEL, options["image_size"], start, options["freeze"])
     out = options["out"] or finetuning_folder(data, model_config, recipe)
     _launch(_finetune, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
@@ -242,17 +254,18 @@ def _finetune(config: TrainConfig) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
               help="Images at a time; affects only memory and speed.")  # fmt: skip
 @quiet_option
-def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int) -> None:
+def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int, **options: Any) -> None:
     """Evaluate a trained run on a val split: accuracy, overall and by class, and a confusion matrix.
 
     Multi-label images: mean average precision, F1, and average precision by class.
 
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
+    tars = _tar_options(options)
     _check_install("evaluation")
     load_settings(weights)
-    find_data(data)
-    _launch(_evaluate, EvalConfig(weights, ImagesConfig(data, None, 0, data_dir), out, batch_size), nproc=1)
+    find_data(data, tars)
+    _launch(_evaluate, EvalConfig(weights, ImagesConfig(data, None, 0, data_dir, tars), out, batch_size), nproc=1)
 
 
 def _evaluate(config: EvalConfig) -> None:
@@ -306,6 +319,11 @@ def _with_overrides(recipe: TrainRecipe, nproc: int | None, options: Mapping[str
     return changed
 
 
+def _tar_options(options: Mapping[str, Any]) -> WebDatasetOptions:
+    skip_bad = options.get("on_bad_sample") == "skip"
+    return WebDatasetOptions.parse(options["label_key"], options["split"], skip_bad)
+
+
 def _run_config(out: Path, options: Mapping[str, Any]) -> RunConfig:
     same = {field.name: options[field.name] for field in fields(RunConfig) if field.name not in ("out", "quiet")}
     return RunConfig(out=out, quiet=is_quiet(), **same)
@@ -318,7 +336,7 @@ def _dataset_kind(data: ShardsConfig) -> str:
         from fractalshards.remote.cache import open_cache
 
         manifest = open_cache(data.location, data.cache_dir, data.cache_size, data.window, TRAINING).manifest
-    elif is_webdataset(find_manifest(folder).parent):
+    elif find_dataset(folder, data.tars):
         return ""
     else:
         manifest = load_manifest(folder)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fractalshards.imagefolder import parse_place
 from fractalshards.remote.stores import parse_location
+from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions
 from fractaltrain.recipes.recipe import TrainRecipe
 
 EXIT_STOPPED = 75
@@ -46,6 +47,7 @@ class ShardsConfig:
         nodes_split: give each machine its own share of an epoch's shards.
         cache_dir: where shards from a URL are kept; None: the default folder.
         cache_size: maximum size of that folder in bytes.
+        tars: how to read a folder of another program.
     """
 
     location: str
@@ -53,6 +55,7 @@ class ShardsConfig:
     nodes_split: bool = False
     cache_dir: Path | None = None
     cache_size: int = 20_000_000_000
+    tars: WebDatasetOptions = DEFAULT_OPTIONS
 
     @property
     def is_remote(self) -> bool:
@@ -75,12 +78,14 @@ class ImagesConfig:
         per_class: training images per class; None: all.
         subset_seed: seed for choosing these images.
         folder: folder of the CIFAR archives; missing ones are downloaded.
+        tars: how to read shards of another program.
     """
 
     name: str
     per_class: int | None
     subset_seed: int
     folder: Path
+    tars: WebDatasetOptions = DEFAULT_OPTIONS
 
     @property
     def path(self) -> Path | None:

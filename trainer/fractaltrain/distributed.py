@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -121,6 +121,12 @@ class World:
     def main_first(self) -> AbstractContextManager[None]:
         """Run the block on rank 0, then on the others: for work that one shared file system needs once."""
         return self._first(self.main)
+
+    def from_main(self, compute: Callable[[], _T]) -> _T:
+        """Compute a value on rank 0, which may take long, and return it on all ranks (pickled). Collective."""
+        with self.main_first():
+            value = compute() if self.main else None
+        return self.share(cast(_T, value))
 
     def local_main_first(self) -> AbstractContextManager[None]:
         """Run the block on one rank of every machine, then on the others: for work that a machine needs once."""

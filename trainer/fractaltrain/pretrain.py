@@ -30,7 +30,7 @@ def pretrain(config: TrainConfig) -> None:
     with join_world() as world:
         cache = _open_cache(data_config, world) if data_config.is_remote else None
         if cache is None:
-            data = open_dataset(Path(parse_location(data_config.location).root), world)
+            data = open_dataset(Path(parse_location(data_config.location).root), world, data_config.tars)
         else:
             data = open_cached(cache, data_config.window)
         stored_size = data.image_size if recipe.crop == "none" else None  # with crops, the default size

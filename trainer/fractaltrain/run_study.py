@@ -17,8 +17,9 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, StoppedError, UsageError, needs_extra
 from fractalshards.human import human_count
 from fractalshards.imagefolder import parse_place
-from fractalshards.manifest import find_manifest, load_manifest
+from fractalshards.manifest import load_manifest
 from fractalshards.remote.stores import parse_location
+from fractalshards.webdataset import DEFAULT_OPTIONS, find_dataset
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 from fractaltrain.data.images import find_data
@@ -58,13 +59,13 @@ def missing_datasets(study: Study) -> Iterator[str]:
     for row, dataset in study.pretraining.items():
         if folder := _local(dataset.shards):
             try:
-                find_manifest(folder)
+                find_dataset(folder, DEFAULT_OPTIONS)
             except FractalError as error:
                 build = f"{dataset.shards}: no finished dataset; run {dataset.build}"
                 yield f"[pretraining.{row}] {build if dataset.build else error}"
     for target in study.finetuning:
         try:
-            find_data(study.data(target))
+            find_data(study.data(target), DEFAULT_OPTIONS)
         except FractalError as error:
             yield f"[finetuning.{target}] {error}"
 

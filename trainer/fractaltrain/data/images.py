@@ -17,8 +17,8 @@ import numpy as np
 from fractalshards.errors import FractalError, describe_os_error
 from fractalshards.human import human_list
 from fractalshards.imagefolder import ImageFiles, list_folder, parse_place
-from fractalshards.manifest import find_manifest
 from fractalshards.png import decode_image
+from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.config import DATA_KINDS, ImagesConfig
 from fractaltrain.data.source import (
     BadSampleError,
@@ -41,18 +41,20 @@ _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # classes without images that an error lists at most
 
 
-def find_data(name: str) -> None:
+def find_data(name: str, tars: WebDatasetOptions) -> None:
     """Check quickly that the folders of ``shards:PATH`` or ``imagefolder:PATH`` exist; other names always pass.
 
     Raises:
         FractalError: if one does not.
+        UsageError: if ``tars`` has options for tars of other programs, and there are none.
     """
-    if place := parse_place(name, DATA_KINDS):
-        kind, path = place
-        if kind == "shards":
-            find_manifest(path)
-        else:
-            find_folders(path)
+    place = parse_place(name, DATA_KINDS)
+    if place and place[0] == "shards":
+        find_dataset(place[1], tars)
+        return
+    tars.check_unused(name)
+    if place:
+        find_folders(place[1])
 
 
 def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits:
@@ -73,7 +75,7 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
             return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
         return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
     if choice.path and choice.name.startswith("shards:"):
-        splits = _open_shards(choice.path, world)
+        splits = _open_shards(choice.path, choice.tars, world)
     else:
         with world.main_first():  # rank 0 may download
             splits = _open_files(choice, world, for_training)
@@ -81,16 +83,19 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         _check_trainable(choice, splits)
     if choice.per_class is None:
         return splits
-    with world.main_first():  # rank 0 writes the index of labels
-        return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed)[0])
+    labels = world.from_main(lambda: splits.train.labels)  # of shards, from the headers of all tars
+    return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed, labels)[0])
 
 
-def _open_shards(folder: Path, world: "World") -> Splits:
+def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World") -> Splits:
     from fractaltrain.data.shards import VAL_SPLITS, open_dataset
 
-    splits = open_dataset(folder, world)
+    splits = open_dataset(folder, world, tars)
     if splits.val is None:
-        raise FractalError(f"{folder}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one")
+        raise FractalError(
+            f"{folder}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one, or say with "
+            "--split which tars of another program belong to it"
+        )
     return splits
 
 

@@ -15,7 +15,8 @@ from fractalshards.png import decode_image
 from fractalshards.reader import decode_sample, index_split, read_blocks, read_sample
 from fractalshards.remote.cache import ShardCache
 from fractalshards.sample import classes_of
-from fractalshards.webdataset import TarIndex, WebDatasetInfo, index_digest, index_tars, is_webdataset, load_webdataset
+from fractalshards.tars import Tar, TarIndex, index_digest, index_tars
+from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions, is_webdataset, load_webdataset
 from fractaltrain.data.source import BadSampleError, Example, Indices, LabelledSource, Splits
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the fir
 _MAX_OPEN_FILES = 64
 
 
-def open_dataset(folder: Path, world: "World") -> Splits:
+def open_dataset(folder: Path, world: "World", tars: WebDatasetOptions = DEFAULT_OPTIONS) -> Splits:
     """Open a folder of shards, ours or anyone's in WebDataset format, on every rank. Collective.
+
+    Args:
+        tars: how to read a folder of another program. Rank 0 reads the headers of its tars for all ranks.
 
     Raises:
         FractalError: if the dataset is missing or damaged, or has no split ``train``.
     """
     if is_webdataset(folder):
-        info = load_webdataset(folder)
-        with world.main_first():  # rank 0 writes the index
-            return _open_webdataset(info)
+        return world.from_main(lambda: _open_webdataset(folder, tars))
     manifest = load_manifest(folder)
     return _open_splits(manifest, lambda split: ShardSource(manifest, split))
 
@@ -108,13 +110,13 @@ class ShardSource:
 
     @property
     def labels(self) -> Indices:
-        """Class index of every sample, (n,) int64: scanned once from the tars, then kept in the user's cache.
+        """Class index of every sample, (n,) int64, from the headers of all tars.
 
         Raises:
             FractalError: if a tar is damaged, or its labels are not those that its sidecar counts.
         """
         manifest = self._manifest
-        tars = [(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self._split]]
+        tars = [Tar(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self._split]]
         labels = np.concatenate([index.labels for index in index_tars(tars)])
         highest = int(labels.max(initial=0))
         if highest >= self.classes or np.any(np.bincount(labels, minlength=self.classes) != self.label_counts):
@@ -186,24 +188,33 @@ class WebDatasetSource:
             raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error
 
 
-def _open_webdataset(info: WebDatasetInfo) -> Splits:
+def _open_webdataset(folder: Path, options: WebDatasetOptions) -> Splits:
+    info = load_webdataset(folder, options)
     names = [name for name in (TRAINING, *VAL_SPLITS) if name in info.splits][:2]
     if TRAINING not in names:
         found = ", ".join(info.splits) or "none"
-        raise FractalError(f"{info.folder}: no split {TRAINING!r} to train on; it has {found}")
-    indices = {name: index_tars(info.splits[name]) for name in names}
+        raise FractalError(
+            f"{folder}: no split {TRAINING!r} to train on, only {found}; say which tars belong to it with --split"
+        )
+    indices = {name: index_tars(info.splits[name], options.skip_bad) for name in names}
+    for name in names:
+        if not sum(map(len, indices[name])):
+            raise FractalError(f"{folder}: no samples in {name}; check the path, and that images have labels")
     together = list(chain.from_iterable(indices.values()))
-    classes = _count_classes(info, together)
-    sources = [WebDatasetSource([path for path, _ in info.splits[name]], indices[name], classes) for name in names]
+    classes = _count_classes(folder, info.classes, together)
+    sources = [WebDatasetSource([tar.path for tar in info.splits[name]], indices[name], classes) for name in names]
     return Splits(sources[0], sources[1] if len(sources) > 1 else None, index_digest(together))
 
 
-def _count_classes(info: WebDatasetInfo, indices: Sequence[TarIndex]) -> int:
-    """The number of classes in ``_info.json``, else the highest label plus one."""
-    highest = max((int(tar.labels.max()) for tar in indices if len(tar)), default=-1)
-    classes = highest + 1 if info.classes is None else info.classes
-    if not highest < classes <= MAX_CLASSES or not classes:
-        raise FractalError(f"{info.folder}: labels reach {highest}, which does not fit {classes} classes")
+def _count_classes(folder: Path, listed: int | None, indices: Sequence[TarIndex]) -> int:
+    """Return the number of classes that the info file lists, else the highest label plus one."""
+    highest = max(int(tar.labels.max(initial=-1)) for tar in indices)
+    classes = highest + 1 if listed is None else listed
+    if not highest < classes <= MAX_CLASSES:
+        raise FractalError(
+            f"{folder}: labels reach {highest}, which does not fit {classes} classes; labels count from 0, to at most "
+            f"{MAX_CLASSES - 1}; correct them, or num_classes in the info file"
+        )
     return classes
 
 

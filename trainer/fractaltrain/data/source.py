@@ -133,22 +133,26 @@ class Subset:
         return self._source.read(int(self._indices[index]))
 
 
-def split_per_class(source: LabelledSource, per_class: int, seed: int) -> tuple[Subset, Subset]:
+def split_per_class(
+    source: LabelledSource, per_class: int, seed: int, labels: Indices | None = None
+) -> tuple[Subset, Subset]:
     """Split into ``per_class`` random samples of every class and all others.
+
+    Args:
+        labels: those of the source, if the caller has them: some sources take long to find them.
 
     Raises:
         FractalError: if a class has fewer samples.
     """
-    return _split(source, [per_class] * source.classes, seed)
+    return _split(source, source.labels if labels is None else labels, [per_class] * source.classes, seed)
 
 
 def split_share(source: LabelledSource, share: float, seed: int) -> tuple[Subset, Subset]:
     """Split into a random share in (0, 1) of the samples of every class, rounded, and all others."""
-    return _split(source, [round(share * count) for count in source.label_counts.tolist()], seed)
+    return _split(source, source.labels, [round(share * count) for count in source.label_counts.tolist()], seed)
 
 
-def _split(source: LabelledSource, counts: Sequence[int], seed: int) -> tuple[Subset, Subset]:
-    labels = source.labels
+def _split(source: LabelledSource, labels: Indices, counts: Sequence[int], seed: int) -> tuple[Subset, Subset]:
     chosen = np.zeros(len(labels), np.bool_)
     for label, count in enumerate(counts):
         members = np.flatnonzero(labels == label)

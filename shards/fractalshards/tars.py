@@ -1,0 +1,269 @@
+"""The samples of tars that other programs wrote, found by reading the headers of all members.
+
+Nothing is kept from one time to the next: only the same reading could tell that a tar is still the same.
+"""
+
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from io import FileIO
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from fractalshards.errors import FractalError
+from fractalshards.human import human_count, human_list
+from fractalshards.manifest import MAX_SAMPLE_BYTES
+from fractalshards.storage import regular_size
+from fractalshards.workers import available_cores, worker_pool
+
+_log = logging.getLogger(__name__)
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")  # if a sample has several, the first of these is its image
+_IGNORED = re.compile(r"(^|/)(\.[^/.][^/]*|__MACOSX)(/|$)|^__[^/]*__/")  # hidden, of macOS, webdataset's metadata
+_MAX_DIGITS = 9  # of a class index
+_MAX_CLS_BYTES, _MAX_JSON_BYTES = 20, 1 << 20
+_MAX_HEADER_BYTES = 1 << 20  # with the long names and other fields of GNU and pax headers
+_FEW_TARS = 4  # are read in less time than worker processes take to start
+_MAX_NAMED = 8  # fields that an error lists
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar to read.
+
+    Attributes:
+        samples: how many it must have; None: unknown.
+        label_key: field of ``KEY.json`` that holds the class index; None: it is in ``KEY.cls``.
+    """
+
+    path: Path
+    samples: int | None = None
+    label_key: str | None = None
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The samples of a tar, as arrays with an entry per sample except for ``keys``.
+
+    Attributes:
+        starts: first byte of the image, int64.
+        sizes: size of the image in bytes, int64.
+        labels: class indices, int64.
+        keys: the concatenated keys in UTF-8, (bytes,) uint8.
+        key_ends: end of each key in ``keys``, int64.
+    """
+
+    starts: Positions
+    sizes: Positions
+    labels: Positions
+    keys: npt.NDArray[np.uint8]
+    key_ends: Positions
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def key(self, sample: int) -> str:
+        """Return the common name of a sample's members, folders included."""
+        start = int(self.key_ends[sample - 1]) if sample else 0
+        return self.keys[start : int(self.key_ends[sample])].tobytes().decode()
+
+
+def index_tars(tars: Sequence[Tar], skip_bad: bool = False) -> tuple[TarIndex, ...]:
+    """Find the samples of tars by their headers, in order; several tars are read in worker processes.
+
+    Args:
+        skip_bad: see ``WebDatasetOptions``.
+
+    Raises:
+        FractalError: as ``index_tar`` does, or if a tar has another number of samples than it must have.
+        OSError: if a tar cannot be read.
+    """
+    if tars:
+        _log.info("reading the headers of %s in %s", human_count(len(tars), "tar"), tars[0].path.parent)
+    index = partial(index_tar, skip_bad=skip_bad)
+    if len(tars) <= _FEW_TARS:
+        results = list(map(index, tars))
+    else:
+        with worker_pool(available_cores()) as pool:
+            results = list(pool.map(index, tars))
+    if bad := sum(result.bad for result in results):
+        first = next(result.first_bad for result in results if result.bad)
+        _log.warning("%s left out, the first: %s", human_count(bad, "bad sample"), first)
+    for tar, result in zip(tars, results, strict=True):
+        count = len(result.found) + result.bad
+        if tar.samples not in (None, count):
+            raise FractalError(
+                f"{tar.path}: holds {count} samples, not {tar.samples} as the info file says; fetch the tar again, or "
+                "remove the info file to train on the tars as they are"
+            )
+    return tuple(result.found for result in results)
+
+
+class ScannedTar(NamedTuple):
+    """The samples of a tar, the number of bad ones that are left out, and the first of these with its fault."""
+
+    found: TarIndex
+    bad: int
+    first_bad: str
+
+
+def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
+    """Find the samples of a tar by its headers (ustar, GNU or pax).
+
+    The members of a sample are neighbours and share their name up to the first dot of the base name. A hard link
+    stands for the member that it names. Hidden files, ``__MACOSX`` and files other than image and label are ignored.
+
+    Args:
+        skip_bad: see ``WebDatasetOptions``.
+
+    Raises:
+        FractalError: if it is not a plain tar or ends early; unless ``skip_bad``, if a sample lacks image or label.
+        OSError: if it cannot be read.
+    """
+    keys: list[bytes] = []
+    places: list[_Place] = []
+    bad, first_bad = 0, ""
+    size = regular_size(tar.path)
+    with tar.path.open("rb") as file:
+        for key, members in groupby(_members(tar.path, file.fileno()), attrgetter("key")):
+            try:
+                if place := _find_sample(list(members), tar.label_key, file.fileno(), size):
+                    keys.append(key.encode(errors="replace"))
+                    places.append(place)
+            except _BadSampleError as error:
+                fault = f"{tar.path}: {key} {error}"
+                if not skip_bad:
+                    raise FractalError(f"{fault}, or train with --on-bad-sample skip") from error
+                bad, first_bad = bad + 1, first_bad or fault
+    table = np.array(places, np.int64).reshape(-1, 3)
+    index = TarIndex(
+        starts=table[:, 0].copy(),
+        sizes=table[:, 1].copy(),
+        labels=table[:, 2].copy(),
+        keys=np.frombuffer(b"".join(keys), np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+    )
+    return ScannedTar(index, bad, first_bad)
+
+
+def index_digest(indices: Iterable[TarIndex]) -> str:
+    """Return 32 hexadecimal digits over keys, labels, positions and sizes, which identify the dataset."""
+    state = xxhash.xxh3_128()
+    for index in indices:
+        for array in astuple(index):
+            state.update(np.ascontiguousarray(array).data)
+    return state.hexdigest()
+
+
+class _BadSampleError(Exception):
+    """A sample cannot be used; says what it lacks and what to do, without its name."""
+
+
+class _Member(NamedTuple):
+    """A file of a sample: ``key.extension``, the extension in lower case, and its place in the tar."""
+
+    key: str
+    extension: str
+    start: int
+    size: int
+
+
+_Place = tuple[int, int, int]  # start and size of an image, and its label
+
+
+def _find_sample(members: Sequence[_Member], label_key: str | None, descriptor: int, tar_size: int) -> _Place | None:
+    """Return where the image of a sample is, and its label; None if the members are not those of a sample."""
+    label_extension = "cls" if label_key is None else "json"
+    found: dict[str, _Member] = {}
+    for member in members:
+        if member.extension in (*_IMAGES, label_extension):
+            if member.extension in found:
+                raise _BadSampleError(f"has two files .{member.extension}; remove one")
+            if member.start + member.size > tar_size:
+                raise _BadSampleError("is cut off; fetch the tar again")
+            found[member.extension] = member
+    image = next((found[extension] for extension in _IMAGES if extension in found), None)
+    label = found.get(label_extension)
+    if image is None:
+        if dotted := [m.extension for m in members if m.extension.rpartition(".")[2] in _IMAGES]:
+            raise _BadSampleError(f"has no image, only .{dotted[0]}: a key ends at its first dot; rename the files")
+        if label is None or label_key is not None:
+            return None
+        raise _BadSampleError(f"has a label but no image (.{', .'.join(_IMAGES)}) beside it; add one")
+    if label is None:
+        advice = "add it, or say with --label-key which field of .json has the label" if label_key is None else "add it"
+        raise _BadSampleError(f"has no .{label_extension} beside its image; {advice}")
+    if image.size > MAX_SAMPLE_BYTES:
+        raise _BadSampleError(f"has an image larger than {MAX_SAMPLE_BYTES >> 20} MiB; remove it")
+    return image.start, image.size, _read_label(label, label_key, descriptor)
+
+
+def _read_label(member: _Member, label_key: str | None, descriptor: int) -> int:
+    most = _MAX_CLS_BYTES if label_key is None else _MAX_JSON_BYTES
+    text = os.pread(descriptor, min(member.size, most + 1), member.start)
+    if label_key is not None:
+        try:
+            fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _BadSampleError(f"has a .json that is no object of at most {most >> 20} MiB; correct it") from error
+        if label_key not in fields:
+            raise _BadSampleError(f"has no {label_key!r} in its .json, only {human_list([*fields], _MAX_NAMED)}")
+        text = bytes(fields[label_key])
+    digits = text.strip().strip(b'"').removesuffix(b".0").strip()  # pandas writes integers of some columns as floats
+    if not (digits.isdigit() and len(digits) <= _MAX_DIGITS):
+        raise _BadSampleError(f"has the label {text[:_MAX_CLS_BYTES]!r}, not a class index; correct it")
+    return int(digits)
+
+
+def _members(path: Path, descriptor: int) -> Iterator[_Member]:
+    """Yield the files of a tar that belong to samples, hard links with the place of the member that they name."""
+    places: dict[str, tuple[int, int]] = {}
+    for header in _headers(path, descriptor):
+        if header.isreg() and not header.issparse():
+            places[_normal(header.name)] = header.offset_data, header.size
+        elif header.islnk() and _normal(header.linkname) in places:
+            places[_normal(header.name)] = places[_normal(header.linkname)]
+        else:
+            continue
+        name = _normal(header.name)
+        folder, slash, file = name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        if stem and extension and not _IGNORED.search(name):
+            yield _Member(f"{folder}{slash}{stem}", extension.lower(), *places[name])
+
+
+def _headers(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
+    try:
+        with _HeaderFile(os.dup(descriptor)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for header in tar:
+                if header.size < 0:  # some versions of Python would read such a tar forever
+                    raise FractalError(f"{path}: {header.name} has a negative size; do not use this dataset")
+                yield header
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise FractalError(f"{path}: not a plain tar ({error}); fetch it again, or decompress it") from error
+
+
+class _HeaderFile(FileIO):
+    """A tar whose headers alone are read; ``tarfile`` would read long names of any size into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _normal(name: str) -> str:
+    return name.removeprefix("./")
