@@ -66,6 +66,17 @@ def test_order_differs_between_epochs_and_seeds():
     assert len(orders) == 36
 
 
+@given(LENGTHS, st.integers(1, 4), st.integers(0, 5), st.integers(1, 3))
+def test_passes_are_whole_epochs_one_after_the_other(lengths, passes, epoch, window):
+    numbers = range(epoch * passes, (epoch + 1) * passes)
+    single = [epoch_order(lengths, 7, number, window) for number in numbers]
+    assert epoch_order(lengths, 7, epoch, window, passes).tolist() == np.concatenate(single).tolist()
+    fresh = epoch_order(lengths, 7, epoch, window, passes, fresh=True)
+    samples = sum(lengths)
+    assert sorted(fresh.tolist()) == list(range(numbers.start * samples, numbers.stop * samples))
+    assert (fresh % samples).tolist() == np.concatenate(single).tolist()
+
+
 SHARDS, LENGTH = 64, 250  # samples of a shard
 
 
@@ -171,13 +182,14 @@ def test_prefetch_schedule_has_what_a_machine_reads_next(lengths):
     This holds for every window, number of repeats, number of machines and padding.
     """
     shard_of = np.repeat(np.arange(len(lengths)), lengths)
-    for window, repeats, nodes, pad in product((1, 2, 3), (1, 2, 3), (1, 2, 3), (False, True)):
-        samples, batch = epoch_samples(len(shard_of), repeats), 6
+    for window, repeats, nodes, pad, passes in product((1, 3), (1, 2, 3), (1, 2, 3), (False, True), (1, 3)):
+        samples, batch = epoch_samples(len(shard_of), repeats, passes), 6
         steps = -(-samples // batch) if pad else samples // batch
-        shards = [shard_of[repeated(epoch_order(lengths, 1, epoch, window), repeats)] for epoch in range(3)]
+        orders = [epoch_order(lengths, 1, epoch, window, passes) for epoch in range(3)]
+        shards = [shard_of[repeated(order, repeats)] for order in orders]
         for node in range(nodes):
             mine = node_positions(samples, batch, node, nodes, pad)
-            schedule = PrefetchSchedule(lengths, 1, window, repeats, mine)
+            schedule = PrefetchSchedule(lengths, 1, window, repeats, mine, passes)
             for epoch, step in product(range(2), range(steps + 1)):
                 position = mine.start + step * batch // nodes
                 found = schedule.shards(epoch, position)

@@ -65,7 +65,7 @@ def train(
         StoppedError: if a signal asked for it; the checkpoint is written.
     """
     recipe, run = config.recipe, config.run
-    samples = epoch_samples(sum(data.train.lengths), recipe.repeats)
+    samples = epoch_samples(sum(data.train.lengths), recipe.repeats, recipe.passes)
     check_batch(recipe, world.size, run.accumulate, samples)
     steps = steps_per_epoch(samples, recipe.batch_size, run.pad)
     positions = training_positions(samples, recipe.batch_size, world.rank, world.size, run.pad, nodes)

@@ -20,7 +20,9 @@ class TrainRecipe:
 
     Attributes:
         name: as ``--recipe`` takes it.
-        epochs: passes over the training samples.
+        epochs: epochs of ``passes`` passes over the training samples.
+        passes: passes over the training samples in an epoch. Small datasets need many, because checkpoints, log lines
+            and starting loader workers take time once per epoch.
         batch_size: global batch size, split equally among all processes.
         lr: peak learning rate, for this ``batch_size``.
         weight_decay: applies to all parameters that ``undecayed`` does not exclude.
@@ -96,6 +98,7 @@ class TrainRecipe:
     drop_path: float = 0.0
     ema: float = 0.0
     repeats: int = 1
+    passes: int = 1
     mean: Channels = (0.0, 0.0, 0.0)
     std: Channels = (1.0, 1.0, 1.0)
 
@@ -105,7 +108,7 @@ class TrainRecipe:
         Raises:
             UsageError: naming the field and its range.
         """
-        for name in ("epochs", "batch_size", "repeats"):
+        for name in ("epochs", "batch_size", "repeats", "passes"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "head_lr_factor", "div_factor", "final_div_factor"):
             self._check(name, getattr(self, name) > 0, "above 0")

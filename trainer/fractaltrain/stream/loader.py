@@ -190,7 +190,13 @@ class PrefetchSchedule:
     """The shards that training reads next, so that remote ones can be fetched ahead of time."""
 
     def __init__(
-        self, lengths: Sequence[int], seed: int, window: int, repeats: int = 1, positions: range | None = None
+        self,
+        lengths: Sequence[int],
+        seed: int,
+        window: int,
+        repeats: int = 1,
+        positions: range | None = None,
+        passes: int = 1,
     ) -> None:
         """Create the schedule of a run.
 
@@ -200,12 +206,14 @@ class PrefetchSchedule:
             window: shards that are shuffled together.
             repeats: how often each sample is repeated, see ``order.repeated``.
             positions: positions of every epoch that this machine trains on; None: all.
+            passes: passes over the samples in an epoch, see ``order.epoch_order``.
         """
         self._lengths = lengths
         self._seed = seed
         self._window = window
         self._repeats = repeats
-        samples = sum(lengths) // repeats
+        self._passes = passes
+        samples = sum(lengths) * passes // repeats
         positions = positions or range(samples * repeats)
         self._first = min(positions.start // repeats, samples - 1)
         self._last = min((positions.stop - 1) // repeats, samples - 1)
@@ -227,5 +235,7 @@ class PrefetchSchedule:
 
     def _find_windows(self, epoch: int) -> tuple[list[list[int]], list[int]]:
         """Return the windows of an epoch, and the number of samples up to the end of each."""
-        windows = [shards.tolist() for shards in shard_windows(len(self._lengths), self._seed, epoch, self._window)]
+        passes = range(epoch * self._passes, (epoch + 1) * self._passes)
+        shards = [shard_windows(len(self._lengths), self._seed, number, self._window) for number in passes]
+        windows = [window.tolist() for windows in shards for window in windows]
         return windows, list(accumulate(sum(self._lengths[shard] for shard in shards) for shards in windows))

@@ -35,34 +35,44 @@ from fractaltrain.recipes.recipe import TrainRecipe
 from fractaltrain.seeding import Purpose, mix
 
 
-def epoch_order(lengths: Sequence[int], seed: int, epoch: int, window: int) -> Indices:
-    """The global order of an epoch: a permutation of all sample indices, (n,) int64.
+def epoch_order(
+    lengths: Sequence[int], seed: int, epoch: int, window: int, passes: int = 1, fresh: bool = False
+) -> Indices:
+    """The global order of an epoch: ``passes`` permutations of all sample indices, one after the other, int64.
 
     Args:
         lengths: samples per shard; the samples of shard k have the indices after those of shards 0..k-1.
         seed: of the run, in [0, 2^64).
         epoch: counted from 0.
         window: shards that are shuffled together, at least 1.
+        passes: passes over the samples in an epoch. Pass p of epoch e is the one epoch of number ``e * passes + p``.
+        fresh: every pass shows new images: in pass k of all epochs, sample i has the index ``k * n + i``.
     """
+    samples = sum(lengths)
+    numbers = range(epoch * passes, (epoch + 1) * passes)
+    return np.concatenate([_pass_order(lengths, seed, number, window) + number * samples * fresh for number in numbers])
+
+
+def _pass_order(lengths: Sequence[int], seed: int, number: int, window: int) -> Indices:
     starts = np.cumsum([0, *lengths])
     order = [np.empty(0, np.int64)]
-    for number, shards in enumerate(shard_windows(len(lengths), seed, epoch, window)):
+    for place, shards in enumerate(shard_windows(len(lengths), seed, number, window)):
         members = [np.arange(starts[shard], starts[shard + 1]) for shard in shards]
         samples = np.concatenate(members)
-        order.append(samples[permutation(len(samples), mix(seed, Purpose.WINDOW, epoch, number))])
+        order.append(samples[permutation(len(samples), mix(seed, Purpose.WINDOW, number, place))])
     return np.concatenate(order)
 
 
-def shard_windows(shards: int, seed: int, epoch: int, window: int) -> list[Indices]:
-    """The shards that an epoch reads together, in its order: arrays of ``window`` shard numbers, the last may be
-    shorter."""
-    order = permutation(shards, mix(seed, Purpose.SHARDS, epoch))
+def shard_windows(shards: int, seed: int, number: int, window: int) -> list[Indices]:
+    """The shards that pass ``number`` of all epochs reads together, in its order: arrays of ``window`` shard numbers,
+    the last may be shorter."""
+    order = permutation(shards, mix(seed, Purpose.SHARDS, number))
     return [order[first : first + window] for first in range(0, shards, window)]
 
 
-def epoch_samples(samples: int, repeats: int) -> int:
-    """Number of positions in the order of an epoch that repeats its samples, see ``repeated``."""
-    return samples // repeats * repeats
+def epoch_samples(samples: int, repeats: int, passes: int = 1) -> int:
+    """Number of positions in the order of an epoch, see ``epoch_order``, that repeats its samples, see ``repeated``."""
+    return samples * passes // repeats * repeats
 
 
 def repeated(order: Indices, repeats: int) -> Indices:

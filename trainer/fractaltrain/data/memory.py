@@ -1,0 +1,153 @@
+"""Decoded samples of a small dataset, in a memory-mapped file that all processes of a machine share.
+
+    FOLDER/HOST/NAME.pixels   all images, one after the other
+    FOLDER/HOST/NAME.npz      where they begin, their sizes, labels and keys
+    FOLDER/HOST/lock          held while files are filled, opened and removed
+
+The first process fills the file. Each that reads it holds a shared lock on it, which ends with the process however that
+ends; who finds a file that nobody holds removes it, at the end of a run or at the start of the next one.
+"""
+
+import fcntl
+import os
+import socket
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+from fractalshards.errors import UsageError
+from fractalshards.human import human_bytes
+from fractalshards.storage import atomic_file, check_space, remove_leftovers
+from fractaltrain.data.source import BadSampleError, Example, Images, SampleSource
+
+_ADVICE = "raise --memory-size (memory_size), or train without --memory"
+
+
+class MemorySource:
+    """All samples of a source, decoded once; images are read-only views. Samples that are bad stay with the source."""
+
+    def __init__(self, source: SampleSource, folder: Path, name: str, limit: int, image_size: int | None) -> None:
+        """Fill the file, or open the one that another process of this machine has filled.
+
+        Args:
+            source: where the samples come from.
+            folder: folder of the user's caches, ours alone.
+            name: identifies dataset and split; a plain file name.
+            limit: most bytes of images.
+            image_size: side of all images in pixels; None: they differ.
+
+        Raises:
+            UsageError: if the images are larger than ``limit``.
+            FractalError: if the disk has no room for them, or a sample cannot be fetched.
+            OSError: if the folder cannot be written.
+        """
+        self.lengths = source.lengths
+        self.classes = source.classes
+        self._source = source
+        self._pixels_path = folder / socket.gethostname() / f"{name}.pixels"
+        self._pixels_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._lock():
+            remove_leftovers(self._pixels_path.parent)
+            self._remove_unused()
+            if not self._index_path.exists():
+                self._fill(limit, image_size)
+            self._open()
+
+    @property
+    def _index_path(self) -> Path:
+        return self._pixels_path.with_suffix(".npz")
+
+    def read(self, index: int) -> Example:
+        """Return a sample.
+
+        Raises:
+            BadSampleError: if it could not be read from the source, and still cannot.
+        """
+        start, height, width = self._places[index].tolist()
+        if not height:
+            return self._source.read(index)
+        image: Images = self._pixels[start : start + height * width * 3].reshape(height, width, 3)
+        first, last = self._label_ends[index : index + 2].tolist()
+        labels = self._labels[first:last].tolist()
+        return Example(str(self._keys[index]), image, labels[0] if self._is_single else tuple(labels))
+
+    def _fill(self, limit: int, image_size: int | None) -> None:
+        """Decode all samples into the file, the index last."""
+        samples = sum(self.lengths)
+        known = samples * image_size**2 * 3 if image_size else 0
+        _check_size(known, limit)
+        check_space(self._pixels_path, known, "choose another --cache-dir, or train without --memory")
+        places = np.zeros((samples, 3), np.int64)
+        labels: list[int] = []
+        label_ends, keys, is_single = [0], [], True
+        with atomic_file(self._pixels_path) as file:
+            for index in range(samples):
+                with suppress(BadSampleError):
+                    key, image, label = self._source.read(index)
+                    places[index] = file.tell(), *image.shape[:2]
+                    _check_size(file.tell() + image.nbytes, limit)
+                    file.write(np.ascontiguousarray(image).data)
+                    is_single = isinstance(label, int)
+                    labels += [label] if isinstance(label, int) else label
+                keys.append(key if places[index, 1] else "")
+                label_ends.append(len(labels))
+        index = {"places": places, "labels": labels, "label_ends": label_ends, "keys": keys, "is_single": is_single}
+        with atomic_file(self._index_path) as file:
+            np.savez(file, **index)
+
+    def _open(self) -> None:
+        """Map the file, hold its lock, and read the index."""
+        descriptor = os.open(self._pixels_path, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        weakref.finalize(self, _release, descriptor, self._pixels_path, os.getpid())
+        self._pixels: npt.NDArray[np.uint8] = np.memmap(self._pixels_path, np.uint8, mode="r").view(np.ndarray)
+        with np.load(self._index_path, allow_pickle=False) as index:
+            self._places, self._labels, self._label_ends = index["places"], index["labels"], index["label_ends"]
+            self._keys, self._is_single = index["keys"], bool(index["is_single"])
+
+    def _lock(self) -> FileLock:
+        return FileLock(self._pixels_path.with_name("lock"))
+
+    def _remove_unused(self) -> None:
+        """Remove the files of other datasets that no process reads."""
+        for path in self._pixels_path.parent.glob("*.pixels"):
+            if path != self._pixels_path:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                _remove_if_unused(descriptor, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the mapping: a process that unpickles this maps the file itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise UsageError(f"the decoded images take more than {human_bytes(limit)} of memory; {_ADVICE}")
+
+
+def _release(descriptor: int, path: Path, process: int) -> None:
+    """Let go of the file, and remove it if this was its last reader; a forked worker leaves that to its parent."""
+    if os.getpid() == process:
+        with suppress(OSError), FileLock(path.with_name("lock")):
+            _remove_if_unused(descriptor, path)
+
+
+def _remove_if_unused(descriptor: int, path: Path) -> None:
+    """Remove a file and its index unless other processes hold it, and close the descriptor."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.with_suffix(".npz").unlink(missing_ok=True)  # first: without an index the file counts as missing
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
