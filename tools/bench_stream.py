@@ -28,11 +28,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fractalshards.dataset import StoredSplit
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.png import decode_image
 from fractalshards.reader import ShardIndex, index_split, iterate_shard
 from fractalshards.storage import write_json
-from fractaltrain.data.shards import ShardSource
 from fractaltrain.data.source import Images, SampleSource
 from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import TrainRecipe, change
@@ -112,7 +112,7 @@ def _streaming(
     manifest: Manifest, batch_size: int, batches: int, rounds: int, counts: Sequence[int]
 ) -> dict[str, float]:
     """Return images per second: ours and webdataset in this process, and ours with loader workers."""
-    source = ShardSource(manifest, "train")
+    source = StoredSplit(manifest, "train")
     images = batch_size * batches
     readers: dict[str, Callable[[], object]] = {
         "ours": lambda: _read(source, batch_size, batches),
@@ -126,7 +126,7 @@ def _streaming(
 
 def _augmenting(manifest: Manifest, batch_size: int, rounds: int) -> dict[str, float]:
     """Return ms per image of augmentation on one core: for single images, and for normalized batches."""
-    batch = next(_batches(ShardSource(manifest, "train"), batch_size, 1, workers=0))
+    batch = next(_batches(StoredSplit(manifest, "train"), batch_size, 1, workers=0))
     images = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
     parts: dict[str, Callable[[], object]] = {}
     for name, fields in _IN_WORKERS.items():
@@ -149,7 +149,7 @@ def _apply(transform: Transform, images: Sequence[Images]) -> None:
 def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
     """Return the MB of a loader worker, for this dataset and for one of over a million images."""
     figures = {}
-    for name, source in (("this dataset", ShardSource(manifest, "train")), (f"{_MANY:,} images", _Many(manifest))):
+    for name, source in (("this dataset", StoredSplit(manifest, "train")), (f"{_MANY:,} images", _Many(manifest))):
         order = epoch_order(source.lengths, 0, 0, _WINDOW)
         positions = training_positions(len(order), batch_size, 0, 1, pad=False)
         with closing(epoch_loader(source, train_transform(_PLAIN, 224), positions, order, 0, 0, workers=2)) as loader:
@@ -161,7 +161,7 @@ def _memory(manifest: Manifest, batch_size: int) -> dict[str, float]:
     return figures
 
 
-class _Many(ShardSource):
+class _Many(StoredSplit):
     """The shards of a dataset repeated to as many images as ImageNet has, each with its own index."""
 
     def __init__(self, manifest: Manifest) -> None:

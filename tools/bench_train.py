@@ -20,11 +20,11 @@ import click
 import numpy as np
 import torch
 
+from fractalshards.dataset import StoredSplit
 from fractalshards.human import human_bytes
 from fractalshards.manifest import load_manifest
 from fractalshards.storage import write_json
 from fractaltrain.config import Amp, RunConfig
-from fractaltrain.data.shards import ShardSource
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
 from fractaltrain.recipes import PT_RECIPES
@@ -62,7 +62,7 @@ class Setting:
 def bench(case: Case, setting: Setting, device: torch.device) -> dict[str, Any]:
     """Measure one case; rates are medians over the rounds, in images/s."""
     manifest = load_manifest(setting.shards)
-    source = ShardSource(manifest, "train")
+    source = StoredSplit(manifest, "train")
     state = _build_state(case, manifest.classes, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -109,7 +109,7 @@ def _build_state(case: Case, classes: int, device: torch.device) -> TrainState:
     return build_state(model, _RECIPE, run, multi_label=False, epoch_steps=steps, world=alone)
 
 
-def _endless(source: ShardSource, case: Case, workers: int, device: torch.device) -> Iterator[Batch]:
+def _endless(source: StoredSplit, case: Case, workers: int, device: torch.device) -> Iterator[Batch]:
     """Yield the batches of one epoch after another, without end."""
     positions = training_positions(sum(source.lengths), case.batch, rank=0, world=1, pad=False)
     transform = train_transform(_RECIPE, case.image_size)

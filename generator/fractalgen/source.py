@@ -1,5 +1,6 @@
 """Samples that are rendered when they are read, for training without stored images."""
 
+import operator
 from pathlib import Path
 
 from fractalgen.plan import shard_tasks
@@ -7,9 +8,9 @@ from fractalgen.recipe import Recipe, parse_recipe
 from fractalgen.render import check_systems, draw_systems, render_sample
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import sample_key
-from fractalshards.png import Pixels
 from fractalshards.portable import read_portable
-from fractalshards.sample import Label, LabelType
+from fractalshards.reader import Example
+from fractalshards.sample import LabelType, classes_of
 from fractalshards.systems import Systems
 
 
@@ -18,10 +19,14 @@ class RenderedSplit:
 
     Attributes:
         recipe: the recipe of the dataset.
+        class_names: empty; the classes have no names.
+        split: ``train`` or ``val``.
         digest: identifies the dataset: its content digest if it was ever built, else the digest of its recipe.
         lengths: samples per shard that a build would write.
-        fresh: every epoch shows new images; see ``render``.
+        fresh: every epoch shows new images; see ``read``.
     """
+
+    class_names: tuple[str, ...] = ()
 
     def __init__(
         self, recipe: Recipe, systems: Systems, split: str, fresh: bool = False, content_digest: str | None = None
@@ -36,7 +41,7 @@ class RenderedSplit:
             raise FractalError(f"kind {recipe.kind}: these are not the systems of the recipe; make it again")
         check_systems(recipe, systems, f"kind {recipe.kind}")
         self.recipe = recipe
-        self.fresh = fresh
+        self.split, self.fresh = split, fresh
         self.digest = content_digest or recipe.digest()
         self.lengths = tuple(task.stop - task.first for task in shard_tasks(recipe) if task.split == split)
         if not self.lengths:
@@ -48,6 +53,10 @@ class RenderedSplit:
         self._systems = systems
         self._samples = sum(self.lengths)
         self._first = 0 if split == "train" else recipe.n
+
+    def __len__(self) -> int:
+        """Return the number of samples, of one epoch if images are fresh."""
+        return self._samples
 
     @property
     def classes(self) -> int:
@@ -64,23 +73,20 @@ class RenderedSplit:
         """Side of all images in pixels."""
         return self.recipe.size
 
-    def render(self, index: int) -> tuple[str, Pixels, Label]:
+    def read(self, index: int) -> Example:
         """Render sample ``index`` modulo the number of samples, n.
 
         If images are fresh, indices from n on are those of later epochs: sample i of epoch e has the index e n + i, and
         no image is ever drawn twice.
 
-        Returns:
-            Its key, its image, (size, size, 3) uint8, and its label.
-
         Raises:
             IndexError: if the index is negative, or there are no later epochs.
         """
-        epoch, place = divmod(index, self._samples)
+        epoch, place = divmod(operator.index(index), self._samples)
         if epoch < 0 or (epoch and not self.fresh):
             raise IndexError(f"sample index is {index}: expected 0 to {self._samples - 1}")
         image, label = render_sample(self.recipe, self._systems, self._first + place, epoch)
-        return sample_key(self._first + place), image, label
+        return Example(sample_key(self._first + place), image, label if isinstance(label, int) else classes_of(label))
 
 
 def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False) -> RenderedSplit:
@@ -90,7 +96,7 @@ def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False
         source: a portable recipe, from ``fractalgen recipe`` or ``fractalshards recipe``; or a recipe, whose systems
             are drawn.
         split: ``train`` or ``val``.
-        fresh: render new images in every epoch, see ``RenderedSplit.render``.
+        fresh: render new images in every epoch, see ``RenderedSplit.read``.
 
     Raises:
         FractalError: if the file is damaged or of another version, or the split is empty.

@@ -21,6 +21,10 @@ class UsageError(FractalError):
     """Wrong usage, such as an option out of range; commands exit with 2."""
 
 
+class BadSampleError(FractalError):
+    """A sample is damaged or its file cannot be read; others may be readable. A failed fetch is a ``FractalError``."""
+
+
 class WorkerLostError(FractalError):
     """The worker process of a task was killed three times."""
 

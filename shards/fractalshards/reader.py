@@ -1,26 +1,50 @@
 """Random access to the samples of a dataset: sidecars give the offsets, and reading a sample is one pread."""
 
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.manifest import Manifest, Shard, read_record, split_shards
 from fractalshards.png import Pixels, decode_image
 from fractalshards.sample import Label, Sample, classes_of, decode_label, image_extension, parse_sample
 from fractalshards.storage import regular_size
 
+FileStamp = tuple[int, int]  # size in bytes and time of the last change in ns
+
+
+class Example(NamedTuple):
+    """A decoded sample.
+
+    Attributes:
+        key: name of the sample in its dataset.
+        image: (H, W, 3) uint8 RGB.
+        label: class index, or the indices of all classes that a multi-label image shows.
+    """
+
+    key: str
+    image: Pixels
+    label: int | tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Offsets of the samples of a shard, (samples + 1,) int64: sample i is the bytes ``offsets[i]:offsets[i + 1]``."""
+    """Where the samples of a shard are.
+
+    Attributes:
+        offsets: (samples + 1,) int64: sample i is the bytes ``offsets[i]:offsets[i + 1]``.
+        stamp: that of the file when it was indexed; None if it is still to be fetched.
+    """
 
     path: Path
     offsets: npt.NDArray[np.int64]
+    stamp: FileStamp | None = None
 
 
 def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[ShardIndex, ...]:
@@ -95,11 +119,60 @@ def _index_shard(manifest: Manifest, shard: Shard, whole: bool) -> ShardIndex:
     path = manifest.folder / shard.name
     try:
         record = read_record(manifest.folder, shard.name, manifest.label_type)
-        size = regular_size(path) if whole else record.bytes
+        stamp = (regular_size(path), path.stat().st_mtime_ns) if whole else None
     except FileNotFoundError as error:
         raise FractalError(f"{error.filename}: missing; fetch or build it again") from error
     if record.sha256 != shard.sha256:
         raise FractalError(f"{path}: its sidecar and the manifest disagree; fetch or build it again")
-    if size != record.bytes:
-        raise FractalError(f"{path}: {size} bytes instead of {record.bytes}; fetch or build it again")
-    return ShardIndex(path, np.asarray(record.offsets, np.int64))
+    if stamp and stamp[0] != record.bytes:
+        raise FractalError(f"{path}: {stamp[0]} bytes instead of {record.bytes}; fetch or build it again")
+    return ShardIndex(path, np.asarray(record.offsets, np.int64), stamp)
+
+
+class OpenFiles:
+    """Keeps recently read files open: opening one for every sample would overload a shared file system."""
+
+    def __init__(self, limit: int, fetch: Callable[[str], int] | None = None) -> None:
+        """Create an empty set of files.
+
+        Args:
+            limit: the most files that stay open.
+            fetch: returns the descriptor of a file that is opened for reading, given its name; None: open it locally.
+        """
+        self.limit = limit
+        self._fetch = fetch
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def descriptor(self, path: Path, stamp: FileStamp | None = None) -> int:
+        """Open a file; the descriptor is valid until ``limit`` other files are asked for.
+
+        Args:
+            stamp: the one that the file must have.
+
+        Raises:
+            BadSampleError: if the file cannot be opened.
+            FractalError: if it cannot be fetched, or was changed.
+        """
+        if path not in self._descriptors:
+            try:
+                self._descriptors[path] = (
+                    self._fetch(path.name) if self._fetch else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                )
+            except OSError as error:
+                raise BadSampleError(describe_os_error(error)) from error
+            status = os.fstat(self._descriptors[path])
+            if stamp and stamp != (status.st_size, status.st_mtime_ns):
+                os.close(self._descriptors.pop(path))
+                raise FractalError(f"{path}: was changed after the dataset was opened; open it again")
+            while len(self._descriptors) > self.limit:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(path)
+        return self._descriptors[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open files: a process that unpickles this opens them again."""
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)

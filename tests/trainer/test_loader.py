@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from fractalshards.errors import FractalError
+from fractalshards.dataset import StoredSplit
+from fractalshards.errors import BadSampleError, FractalError
 from fractalshards.manifest import load_manifest, read_record
-from fractaltrain.data.shards import ShardSource
-from fractaltrain.data.source import BadSampleError, Example, InMemorySource
+from fractalshards.reader import Example
+from fractaltrain.data.source import InMemorySource
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.stream.loader import Batch, OnBad, epoch_loader
 from fractaltrain.stream.order import epoch_order, training_positions
@@ -30,7 +31,7 @@ PLAIN = val_transform(PT_RECIPES["anderson"], 32)
 
 def read(folder: Path, transform=AFFINE, on_bad: OnBad = "stop", **loading: int) -> list[Batch]:
     """The batches of 10 of an epoch of the 50 training samples in a folder."""
-    source = ShardSource(load_manifest(folder), "train")
+    source = StoredSplit(load_manifest(folder), "train")
     order = epoch_order(source.lengths, 0, 0, window=2)
     positions = training_positions(50, 10, 0, 1, pad=False)
     return list(epoch_loader(source, transform, positions, order, 0, 0, on_bad=on_bad, **loading))
@@ -48,7 +49,7 @@ def test_batches_hold_the_samples_of_the_shards(dataset):
     assert [batch.images.shape for batch in batches] == [(10, 3, 32, 32)] * 5
     assert batches[0].images.dtype == torch.uint8
     assert sorted(key for batch in batches for key in batch.keys) == [f"{index:09d}" for index in range(50)]
-    source = ShardSource(load_manifest(dataset), "train")
+    source = StoredSplit(load_manifest(dataset), "train")
     for batch in batches:
         for image, label, key in zip(batch.images, batch.labels, batch.keys, strict=True):
             assert int(label) == int(key) % 5
@@ -102,7 +103,7 @@ def test_label_outside_the_classes_is_named(tmp_path, dataset):
 def test_shard_that_is_lost_or_cut_during_an_epoch(tmp_path, dataset):
     folder = tmp_path / "cut"
     shutil.copytree(dataset, folder)
-    source = ShardSource(load_manifest(folder), "train")
+    source = StoredSplit(load_manifest(folder), "train")
     order = epoch_order(source.lengths, 0, 0, window=2)
     positions = training_positions(50, 10, 0, 1, pad=False)
     loaders = {how: epoch_loader(source, PLAIN, positions, order, 0, 0, on_bad=how) for how in ("stop", "replace")}
@@ -266,7 +267,7 @@ def test_workers_end_with_a_killed_parent_though_their_pipes_are_full():
 
 def test_open_files_stay_few_and_are_closed(dataset):
     before = set(os.listdir("/proc/self/fd"))
-    source = ShardSource(load_manifest(dataset), "train", max_open_files=2)
+    source = StoredSplit(load_manifest(dataset), "train", max_open_files=2)
     for index in (0, 20, 33, 1, 21, 34):  # one sample of each shard, twice
         source.read(index)
         assert len(set(os.listdir("/proc/self/fd")) - before) <= 2

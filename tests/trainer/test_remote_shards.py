@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fractalshards.dataset import StoredSplit
 from fractalshards.manifest import load_manifest
 from fractalshards.remote.cache import open_cache
 from fractaltrain.checkpoint import load_checkpoint
-from fractaltrain.data.shards import ShardSource
 from fractaltrain.log import read_metrics
 from fractaltrain.stream.order import epoch_order, shard_windows
 
@@ -99,8 +99,8 @@ def test_spawned_loader_workers_have_separate_connections_and_files(dataset, tmp
     server = web(dataset)
     cache = open_cache(server.url, tmp_path, 10**9, 1, "train")
     cache.prepare()
-    source = ShardSource(cache.manifest, "train", cache)
-    local = ShardSource(load_manifest(dataset), "train")
+    source = StoredSplit(cache.manifest, "train", cache)
+    local = StoredSplit(load_manifest(dataset), "train")
     examples = [source.read(0), local.read(0)]
     before = set(os.listdir("/proc/self/fd"))
     copies = [pickle.loads(pickle.dumps(one)) for one in (source, local)]

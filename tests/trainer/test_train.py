@@ -17,10 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
+from fractalshards.reader import Example
 from fractaltrain import log
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint
-from fractaltrain.data.source import Example, InMemorySource
+from fractaltrain.data.source import InMemorySource
 from fractaltrain.log import append_metrics, read_metrics
 from fractaltrain.plotting import draw_history
 from fractaltrain.run_folder import list_checkpoints

@@ -19,6 +19,12 @@ EXIT_STOPPED = 75
 WINDOW = 16
 """Default number of shards that are shuffled together."""
 
+CACHE_SIZE = 20_000_000_000
+"""Default bytes of shards of a URL that are kept at a time."""
+
+MEMORY_SIZE = 8_000_000_000
+"""Default for the most bytes of images that are kept in memory."""
+
 IMAGE_NAMES = ("digits", "cifar10", "cifar100")
 DATA_KINDS = ("imagefolder", "shards")
 DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))
@@ -54,7 +60,7 @@ class ShardsConfig:
     window: int = WINDOW
     nodes_split: bool = False
     cache_dir: Path | None = None
-    cache_size: int = 20_000_000_000
+    cache_size: int = CACHE_SIZE
     tars: WebDatasetOptions = DEFAULT_OPTIONS
 
     @property

@@ -56,6 +56,20 @@ class ShardCache:
         self.manifest = replace(manifest, folder=folder)
         self._shards = {shard.name: shard for shard in select_shards(manifest, None, parse_location(url).shown)}
 
+    def check_window(self, window: int, split: str) -> None:
+        """Check that the cache can hold ``window`` shards of a split together.
+
+        Raises:
+            UsageError: if it cannot.
+        """
+        sizes = {name: [shard.bytes for shard in shards] for name, shards in self.manifest.splits.items()}
+        least = max(sum(sorted(sizes.get(split, []))[-window:]), *(max(part, default=0) for part in sizes.values()))
+        if self.size < least:
+            raise UsageError(
+                f"a cache of {human_bytes(self.size)} does not hold the {window} shards that are shuffled together "
+                f"({human_bytes(least)}); raise --cache-size or lower --window"
+            )
+
     def prepare(self, on_progress: OnProgress = no_progress) -> None:
         """Fetch missing sidecars, and remove shards that were damaged here. Progress is in shards.
 
@@ -185,14 +199,14 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
         OSError: if the root cannot be created.
     """
     manifest = read_manifest(open_store(url)).manifest
-    sizes = {name: [shard.bytes for shard in shards] for name, shards in manifest.splits.items()}
-    least = max(sum(sorted(sizes.get(split, []))[-window:]), *(max(part, default=0) for part in sizes.values()))
-    if size < least:
-        raise UsageError(
-            f"a cache of {human_bytes(size)} does not hold the {window} shards that are shuffled together "
-            f"({human_bytes(least)}); raise --cache-size or lower --window"
-        )
-    return ShardCache(url, (root or _private(_default_root())) / manifest.content_digest(), size, manifest)
+    cache = ShardCache(url, cache_root(root) / manifest.content_digest(), size, manifest)
+    cache.check_window(window, split)
+    return cache
+
+
+def cache_root(folder: str | os.PathLike[str] | None) -> Path:
+    """Return the folder of all caches: the given one, or the default, see ``open_cache``."""
+    return Path(folder) if folder is not None else _private(_default_root())
 
 
 def _default_root() -> Path:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fractalshards.errors import FractalError, describe_os_error
+from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.human import human_list
 from fractalshards.imagefolder import ImageFiles, list_folder, parse_place
 from fractalshards.png import decode_image
+from fractalshards.reader import Example
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.config import DATA_KINDS, ImagesConfig
 from fractaltrain.data.source import (
-    BadSampleError,
-    Example,
     Indices,
     InMemorySource,
     Splits,

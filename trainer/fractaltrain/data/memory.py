@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from fractalshards.errors import UsageError
+from fractalshards.errors import BadSampleError, UsageError
 from fractalshards.human import human_bytes
+from fractalshards.reader import Example
 from fractalshards.storage import atomic_file, check_space, remove_leftovers
-from fractaltrain.data.source import BadSampleError, Example, Images, SampleSource
+from fractaltrain.data.source import Images, SampleSource
 
 _ADVICE = "raise --memory-size (memory_size), or train without --memory"
 
@@ -66,8 +67,11 @@ class MemorySource:
         """Return a sample.
 
         Raises:
+            IndexError: if there is no such sample.
             BadSampleError: if it could not be read from the source, and still cannot.
         """
+        if not 0 <= index < len(self._places):
+            raise IndexError(f"sample index is {index}: expected 0 to {len(self._places) - 1}")
         start, height, width = self._places[index].tolist()
         if not height:
             return self._source.read(index)
@@ -96,15 +100,15 @@ class MemorySource:
                     labels += [label] if isinstance(label, int) else label
                 keys.append(key if places[index, 1] else "")
                 label_ends.append(len(labels))
-        index = {"places": places, "labels": labels, "label_ends": label_ends, "keys": keys, "is_single": is_single}
+        arrays: dict[str, Any] = {"labels": np.array(labels, np.int64), "label_ends": label_ends, "keys": keys}
         with atomic_file(self._index_path) as file:
-            np.savez(file, **index)
+            np.savez(file, places=places, is_single=is_single, **arrays)
 
     def _open(self) -> None:
         """Map the file, hold its lock, and read the index."""
         descriptor = os.open(self._pixels_path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        weakref.finalize(self, _release, descriptor, self._pixels_path, os.getpid())
+        self.close = weakref.finalize(self, _release, descriptor, self._pixels_path, os.getpid())
         self._pixels: npt.NDArray[np.uint8] = np.memmap(self._pixels_path, np.uint8, mode="r").view(np.ndarray)
         with np.load(self._index_path, allow_pickle=False) as index:
             self._places, self._labels, self._label_ends = index["places"], index["labels"], index["label_ends"]
@@ -122,7 +126,7 @@ class MemorySource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the mapping: a process that unpickles this maps the file itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pixels", "close")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,29 +1,26 @@
-"""Samples of sharded datasets, each read with one pread: our own shards, a cache of remote ones, WebDataset folders."""
+"""Datasets of shards to train on: our own, those behind a cache, and WebDataset folders of other programs."""
 
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fractalshards.errors import FractalError, describe_os_error
-from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest, read_record
+from fractalshards.dataset import MAX_OPEN_FILES, StoredSplit
+from fractalshards.errors import BadSampleError, FractalError, describe_os_error
+from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest
 from fractalshards.png import decode_image
-from fractalshards.reader import decode_sample, index_split, read_blocks, read_sample
+from fractalshards.reader import Example, OpenFiles, read_blocks
 from fractalshards.remote.cache import ShardCache
-from fractalshards.sample import classes_of
-from fractalshards.tars import Tar, TarIndex, index_digest, index_tars
+from fractalshards.tars import TarIndex, index_digest, index_tars
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions, is_webdataset, load_webdataset
-from fractaltrain.data.source import BadSampleError, Example, Indices, LabelledSource, Splits
+from fractaltrain.data.source import Indices, LabelledSource, Splits
 
 if TYPE_CHECKING:
     from fractaltrain.distributed import World  # which imports torch
 
 VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the first that exists is used
-_MAX_OPEN_FILES = 64
 
 
 def open_dataset(folder: Path, world: "World", tars: WebDatasetOptions = DEFAULT_OPTIONS) -> Splits:
@@ -38,7 +35,7 @@ def open_dataset(folder: Path, world: "World", tars: WebDatasetOptions = DEFAULT
     if is_webdataset(folder):
         return world.from_main(lambda: _open_webdataset(folder, tars))
     manifest = load_manifest(folder)
-    return _open_splits(manifest, lambda split: ShardSource(manifest, split))
+    return _open_splits(manifest, lambda split: StoredSplit(manifest, split))
 
 
 def open_cached(cache: ShardCache, window: int) -> Splits:
@@ -51,7 +48,7 @@ def open_cached(cache: ShardCache, window: int) -> Splits:
         FractalError: as ``open_dataset`` does.
     """
     manifest = cache.manifest
-    return _open_splits(manifest, lambda split: ShardSource(manifest, split, cache, window if split == TRAINING else 1))
+    return _open_splits(manifest, lambda split: StoredSplit(manifest, split, cache, window if split == TRAINING else 1))
 
 
 def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Splits:
@@ -65,89 +62,6 @@ def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]
     )
 
 
-class ShardSource:
-    """One split of a dataset; takes 8 bytes of memory per sample."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        split: str,
-        cache: ShardCache | None = None,
-        max_open_files: int = _MAX_OPEN_FILES,
-    ) -> None:
-        """Read the sidecars.
-
-        Args:
-            cache: fetches the shards; None: they are in the manifest's folder.
-            max_open_files: shards that stay open; the cache cannot remove these to make room.
-
-        Raises:
-            FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
-        """
-        self.classes, self.class_names = manifest.classes, manifest.class_names
-        self._manifest, self._split = manifest, split
-        self._shards = index_split(manifest, split, whole=cache is None)
-        self.lengths = tuple(len(shard.offsets) - 1 for shard in self._shards)
-        self._starts = np.cumsum([0, *self.lengths])
-        self._files = _OpenFiles(max_open_files, cache)
-        self._advice = (
-            f"check the copy with 'fractalshards verify {manifest.folder}'"
-            if cache is None
-            else "the remote copy is damaged; build the shard and push it again"
-        )
-
-    @property
-    def label_counts(self) -> Indices:
-        """Number of samples per class, (classes,) int64, from the sidecars."""
-        manifest = self._manifest
-        counts = np.zeros(self.classes, np.int64)
-        for shard in manifest.splits[self._split]:
-            record = read_record(manifest.folder, shard.name, "single")
-            if len(record.label_counts) != self.classes:
-                raise FractalError(f"{manifest.folder}: {record.name} counts other classes; {self._advice}")
-            counts += record.label_counts
-        return counts
-
-    @property
-    def labels(self) -> Indices:
-        """Class index of every sample, (n,) int64, from the headers of all tars.
-
-        Raises:
-            FractalError: if a tar is damaged, or its labels are not those that its sidecar counts.
-        """
-        manifest = self._manifest
-        tars = [Tar(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self._split]]
-        labels = np.concatenate([index.labels for index in index_tars(tars)])
-        highest = int(labels.max(initial=0))
-        if highest >= self.classes or np.any(np.bincount(labels, minlength=self.classes) != self.label_counts):
-            raise FractalError(f"{manifest.folder}: labels are not those that its sidecars count; {self._advice}")
-        return labels
-
-    def read(self, index: int) -> Example:
-        """Read and decode a sample.
-
-        Raises:
-            BadSampleError: if it is damaged or its shard cannot be read, naming the shard.
-            FractalError: if its shard cannot be fetched.
-        """
-        number, place = _find(self._starts, index)
-        shard = self._shards[number]
-        start, end = shard.offsets[place : place + 2].tolist()
-        key = f"sample {place}"
-        descriptor = self._files.descriptor(shard.path)
-        try:
-            sample = read_sample(descriptor, start, end)
-            key = sample.key
-            image, label = decode_sample(sample, self.classes)
-            if isinstance(label, int) != (self._manifest.label_type == "single"):
-                raise FractalError(f"not a label of a {self._manifest.label_type}-label dataset")
-            return Example(key, image, label if isinstance(label, int) else classes_of(label))
-        except FractalError as error:
-            raise BadSampleError(f"{shard.path}: {key}: {error}; {self._advice}") from error
-        except OSError as error:
-            raise BadSampleError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
-
-
 class WebDatasetSource:
     """One split of a WebDataset folder; takes 32 bytes of memory per sample, and its key."""
 
@@ -159,7 +73,7 @@ class WebDatasetSource:
         self._paths = paths
         self._indices = indices
         self._starts = np.cumsum([0, *self.lengths])
-        self._files = _OpenFiles(_MAX_OPEN_FILES)
+        self._files = OpenFiles(MAX_OPEN_FILES)
 
     @property
     def labels(self) -> Indices:
@@ -222,39 +136,3 @@ def _find(starts: Indices, index: int) -> tuple[int, int]:
     """Return the shard that holds a sample and its place there; ``starts`` are the first samples of all shards."""
     shard = int(np.searchsorted(starts, index, side="right")) - 1
     return shard, index - int(starts[shard])
-
-
-class _OpenFiles:
-    """Keeps recently read files open: opening one for every sample would overload a shared file system."""
-
-    def __init__(self, limit: int, cache: ShardCache | None = None) -> None:
-        self._limit = limit
-        self._cache = cache
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
-
-    def descriptor(self, path: Path) -> int:
-        """Open a file; the descriptor is valid until ``limit`` other files are asked for.
-
-        Raises:
-            BadSampleError: if the file cannot be opened.
-            FractalError: if it cannot be fetched.
-        """
-        if path not in self._descriptors:
-            try:
-                self._descriptors[path] = (
-                    self._cache.open(path.name) if self._cache else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                )
-            except OSError as error:
-                raise BadSampleError(describe_os_error(error)) from error
-            if len(self._descriptors) > self._limit:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(path)
-        return self._descriptors[path]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open files: a process that unpickles this opens them again."""
-        return {**self.__dict__, "_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)

@@ -2,35 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import FractalError
 from fractalshards.random import permutation
+from fractalshards.reader import Example
 from fractaltrain.seeding import Purpose, mix
 
 Images = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
-
-
-class BadSampleError(FractalError):
-    """A sample is damaged or its file cannot be read; others may be readable. A failed fetch is a ``FractalError``."""
-
-
-class Example(NamedTuple):
-    """A decoded sample.
-
-    Attributes:
-        key: name of the sample in its dataset.
-        image: (H, W, 3) uint8 RGB.
-        label: class index, or the indices of all classes that a multi-label image shows.
-    """
-
-    key: str
-    image: Images
-    label: int | tuple[int, ...]
 
 
 class SampleSource(Protocol):

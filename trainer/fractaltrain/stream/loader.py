@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import BadSampleError, FractalError
+from fractalshards.reader import Example
 from fractalshards.workers import init_loader_worker
-from fractaltrain.data.source import BadSampleError, Example, Images, Indices, SampleSource
+from fractaltrain.data.source import Images, Indices, SampleSource
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.stream.order import shard_windows
 

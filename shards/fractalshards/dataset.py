@@ -1,0 +1,197 @@
+"""Random access to the stored samples of a dataset, each read with one pread; needs no PyTorch.
+
+from fractalshards import open_dataset
+data = open_dataset("shards/single")
+image, label = data[7]
+"""
+
+import operator
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fractalshards.errors import BadSampleError, FractalError, describe_os_error
+from fractalshards.manifest import TRAINING, Manifest, load_manifest, read_record
+from fractalshards.png import Pixels
+from fractalshards.reader import Example, OpenFiles, decode_sample, index_split, read_sample
+from fractalshards.sample import LabelType, classes_of
+from fractalshards.tars import Tar, index_tars
+
+MAX_OPEN_FILES = 64
+_Indices = npt.NDArray[np.int64]
+
+
+class ShardOpener(Protocol):
+    """Opens shards that may first have to be fetched, such as ``remote.cache.ShardCache``."""
+
+    def open(self, name: str) -> int:
+        """Return a descriptor of a shard, open for reading."""
+
+
+class StoredSplit:
+    """One split of a dataset of shards: a sequence of (image, label). Takes 8 bytes of memory per sample.
+
+    An image is (H, W, 3) uint8 RGB; a label is a class index, or the indices of all classes that a multi-label image
+    shows. Works in forked and spawned processes.
+
+    Attributes:
+        manifest: the whole dataset, as ``_info.json`` describes it.
+        split: name of this split.
+        lengths: samples per shard, in order of index.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        cache: ShardOpener | None = None,
+        max_open_files: int = MAX_OPEN_FILES,
+    ) -> None:
+        """Read the sidecars.
+
+        Args:
+            cache: fetches the shards; None: they are in the manifest's folder.
+            max_open_files: shards that stay open; the cache cannot remove these to make room.
+
+        Raises:
+            FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
+        """
+        self.manifest, self.split = manifest, split
+        self._shards = index_split(manifest, split, whole=cache is None)
+        self.lengths = tuple(len(shard.offsets) - 1 for shard in self._shards)
+        self._starts = np.cumsum([0, *self.lengths])
+        self._files = OpenFiles(max_open_files, cache.open if cache else None)
+        self._advice = (
+            f"check the copy with 'fractalshards verify {manifest.folder}'"
+            if cache is None
+            else "the remote copy is damaged; build the shard and push it again"
+        )
+
+    @property
+    def max_open_files(self) -> int:
+        """The most shards that stay open."""
+        return self._files.limit
+
+    @max_open_files.setter
+    def max_open_files(self, limit: int) -> None:
+        self._files.limit = limit
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; labels are in [0, classes)."""
+        return self.manifest.classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names by index; empty if the classes have none."""
+        return self.manifest.class_names
+
+    @property
+    def label_type(self) -> LabelType:
+        """``single`` or ``multi``: one class per image, or several."""
+        return self.manifest.label_type
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the square images in pixels; None if they differ."""
+        return self.manifest.image_size
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe that the images were made by."""
+        return self.manifest.recipe
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the dataset, all splits included: 32 hexadecimal digits."""
+        return self.manifest.content_digest()
+
+    @property
+    def label_counts(self) -> _Indices:
+        """Number of samples per class, (classes,) int64, from the sidecars."""
+        manifest = self.manifest
+        counts = np.zeros(self.classes, np.int64)
+        for shard in manifest.splits[self.split]:
+            record = read_record(manifest.folder, shard.name, "single")
+            if len(record.label_counts) != self.classes:
+                raise FractalError(f"{manifest.folder}: {record.name} counts other classes; {self._advice}")
+            counts += record.label_counts
+        return counts
+
+    @property
+    def labels(self) -> _Indices:
+        """Class index of every sample, (n,) int64, from the headers of all tars.
+
+        Raises:
+            FractalError: if a tar is damaged, or its labels are not those that its sidecar counts.
+        """
+        manifest = self.manifest
+        tars = [Tar(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self.split]]
+        labels = np.concatenate([index.labels for index in index_tars(tars)])
+        highest = int(labels.max(initial=0))
+        if highest >= self.classes or np.any(np.bincount(labels, minlength=self.classes) != self.label_counts):
+            raise FractalError(f"{manifest.folder}: labels are not those that its sidecars count; {self._advice}")
+        return labels
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int | tuple[int, ...]]:
+        """Return image and label of a sample; see ``read``."""
+        _, image, label = self.read(index)
+        return image, label
+
+    def __iter__(self) -> Iterator[tuple[Pixels, int | tuple[int, ...]]]:
+        """Yield all samples, shard after shard."""
+        for number in range(len(self.lengths)):
+            yield from self.shard(number)
+
+    def shard(self, number: int) -> Iterator[tuple[Pixels, int | tuple[int, ...]]]:
+        """Yield the samples of shard ``number`` in order."""
+        for index in range(*self._starts[number : number + 2].tolist()):
+            yield self[index]
+
+    def read(self, index: int) -> Example:
+        """Read and decode sample ``index`` in [0, n).
+
+        Raises:
+            IndexError: if there is no such sample.
+            BadSampleError: if it is damaged or its shard cannot be read, naming the shard.
+            FractalError: if its shard cannot be fetched, or was changed after the dataset was opened.
+        """
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample index is {index}: expected 0 to {len(self) - 1}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, place = self._shards[number], index - int(self._starts[number])
+        start, end = shard.offsets[place : place + 2].tolist()
+        key = f"sample {place}"
+        descriptor = self._files.descriptor(shard.path, shard.stamp)
+        try:
+            sample = read_sample(descriptor, start, end)
+            key = sample.key
+            image, label = decode_sample(sample, self.classes)
+            if isinstance(label, int) != (self.label_type == "single"):
+                raise FractalError(f"not a label of a {self.label_type}-label dataset")
+            return Example(key, image, label if isinstance(label, int) else classes_of(label))
+        except FractalError as error:
+            raise BadSampleError(f"{shard.path}: {key}: {error}; {self._advice}") from error
+        except OSError as error:
+            raise BadSampleError(f"{shard.path}: {key}: {describe_os_error(error)}") from error
+
+
+def open_dataset(path: str | os.PathLike[str], split: str = TRAINING) -> StoredSplit:
+    """Open a split of a dataset of shards.
+
+    Args:
+        path: folder of the dataset.
+
+    Raises:
+        FractalError: if the dataset or split is missing, or files contradict each other.
+    """
+    return StoredSplit(load_manifest(Path(path)), split)

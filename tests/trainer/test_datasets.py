@@ -1,0 +1,232 @@
+"""The public datasets: the samples of the shards in every form, rendered ones, fresh ones, and those kept in memory."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fractalgen import make_recipe
+from fractalgen.build import open_folder, plan_build, run_build
+from fractalshards import open_dataset
+from fractalshards.errors import BadSampleError, FractalError, UsageError
+from fractaltrain import EpochSampler, RenderedDataset, ShardDataset
+
+RECIPES = {
+    kind: make_recipe(kind, 30, val=6, classes=5, size=32, points=500, shard_size=10) for kind in ("single", "multi")
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the dataset of each recipe."""
+    out = tmp_path_factory.mktemp("built")
+    for kind, recipe in RECIPES.items():
+        with ThreadPoolExecutor(1) as pool:
+            run_build(plan_build(open_folder(out / kind, recipe)), pool)
+    return out
+
+
+def identity(item):
+    return item
+
+
+def doubled(image):
+    return image.astype(np.int32) * 2
+
+
+def contents(dataset) -> list[tuple[bytes, object]]:
+    samples = [dataset[index] for index in range(len(dataset))]
+    return [(image.tobytes(), label if isinstance(label, int) else label.tolist()) for image, label in samples]
+
+
+def test_open_dataset_needs_no_torch(built):
+    code = (
+        "import sys; from fractalshards import open_dataset; data = open_dataset(sys.argv[1], 'val');"
+        "image, label = data[5]; print(len(data), image.shape, image.dtype, type(label).__name__, len(list(data)),"
+        "data.classes, data.image_size, data.label_type, data.recipe['kind'], data.lengths, 'torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code, built / "single"], text=True, capture_output=True, check=True)
+    assert printed.stdout.split("\n")[0] == "6 (32, 32, 3) uint8 int 6 5 32 single single (6,) False"
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_outputs_hold_the_pixels_of_the_shards(kind, built):
+    stored = open_dataset(built / kind)
+    arrays = ShardDataset(built / kind, output="array")
+    pictures, tensors = ShardDataset(built / kind), ShardDataset(str(built / kind), output="tensor")
+    assert len(arrays) == len(stored) == 30
+    assert [sample for number in range(3) for sample in stored.shard(number)][7][0].tobytes() == stored[7][0].tobytes()
+    for index, (image, label) in enumerate(stored):
+        array, shown = arrays[index]
+        picture, tensor = pictures[index][0], tensors[index][0]
+        assert isinstance(picture, Image.Image)
+        assert (array.dtype, tensor.dtype, tensor.shape) == (np.uint8, torch.uint8, (3, 32, 32))
+        assert np.array_equal(array, image)
+        assert np.array_equal(np.asarray(picture), image)
+        assert np.array_equal(tensor.permute(1, 2, 0).numpy(), image)
+        if kind == "single":
+            assert shown == label
+        else:
+            assert shown.dtype == torch.float32
+            assert torch.nonzero(shown).flatten().tolist() == list(label)
+    assert (arrays.classes, arrays.class_names, arrays.image_size, arrays.label_type) == (5, (), 32, kind)
+    assert np.array_equal(ShardDataset(built / kind, transform=doubled, output="array")[3][0], doubled(stored[3][0]))
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_rendered_and_kept_samples_are_those_of_the_shards(kind, split, built, tmp_path):
+    expected = contents(ShardDataset(built / kind, split, output="array"))
+    assert contents(RenderedDataset(RECIPES[kind], split, output="array")) == expected
+    kept = ShardDataset(built / kind, split, output="array", memory=True, cache_dir=tmp_path)
+    assert contents(kept) == expected
+    kept[0][0][:] = 0  # users may write into their images
+    assert contents(kept) == expected
+    assert contents(RenderedDataset(RECIPES[kind], split, output="array", memory=True, cache_dir=tmp_path)) == expected
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_loader_workers_serve_fresh_epochs(start, built):
+    """The indices carry the epoch, so workers that live on show new images in every epoch."""
+    data = RenderedDataset(RECIPES["single"], fresh=True, output="tensor")
+    sampler = EpochSampler(data, batch_size=10, window=2)
+    options = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": start}
+    loader = DataLoader(data, batch_sampler=sampler, **options)
+    images = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert sum(len(labels) for _, labels in batches) == 30
+        images += [image.permute(1, 2, 0).numpy().tobytes() for batch, _ in batches for image in batch]
+    stored = {image for image, _ in contents(ShardDataset(built / "single", output="array"))}
+    assert set(images[:30]) == stored
+    assert len(set(images)) == 90
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("memory", [False, True])
+def test_loader_workers_read_what_one_process_reads(start, memory, built, tmp_path):
+    data = ShardDataset(built / "multi", output="tensor", memory=memory, cache_dir=tmp_path if memory else None)
+    sampler = EpochSampler(data, batch_size=6)
+    expected = [[data[index] for index in batch] for batch in sampler]
+    loader = DataLoader(data, batch_sampler=sampler, num_workers=2, multiprocessing_context=start)
+    for (images, labels), batch in zip(loader, expected, strict=True):
+        assert torch.equal(images, torch.stack([image for image, _ in batch]))
+        assert torch.equal(labels, torch.stack([label for _, label in batch]))
+
+
+def test_killed_loader_worker_is_an_error(built):
+    data = ShardDataset(built / "single", output="tensor")
+    batches = iter(DataLoader(data, batch_size=1, num_workers=1, prefetch_factor=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(batches)
+
+
+@pytest.mark.parametrize(
+    "data", [lambda built: ShardDataset(built / "single"), lambda built: RenderedDataset(RECIPES["single"])]
+)
+@pytest.mark.parametrize("index", [30, -1, 10**9])
+def test_index_out_of_range(data, index, built):
+    with pytest.raises(IndexError):
+        data(built)[index]
+
+
+def test_index_out_of_range_in_memory(built, tmp_path):
+    kept = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
+    for index in (30, -1):
+        with pytest.raises(IndexError):
+            kept[index]
+    with pytest.raises(IndexError):
+        RenderedDataset(RECIPES["single"], fresh=True)[-1]
+
+
+def test_wrong_arguments_are_refused(built, tmp_path):
+    for make, noun in (
+        (lambda: ShardDataset(built / "single", output="jpeg"), "output"),
+        (lambda: ShardDataset(built / "single", "test"), "test"),
+        (lambda: ShardDataset(tmp_path / "nowhere"), "nowhere"),
+        (lambda: ShardDataset(built / "single", memory=True, memory_size=1000, cache_dir=tmp_path), "memory"),
+        (lambda: RenderedDataset(RECIPES["single"], fresh=True, memory=True), "fresh"),
+        (lambda: RenderedDataset(built / "single" / "recipe.json"), "recipe.json"),
+    ):
+        with pytest.raises(FractalError, match=noun):
+            make()
+    assert not list(tmp_path.rglob("*.pixels"))
+
+
+def test_dataset_that_changed_is_refused(tmp_path, write_dataset):
+    folder = write_dataset(tmp_path / "data", (4, 4))
+    data = ShardDataset(folder)
+    data[0]
+    second = folder / "train-000001.tar"
+    second.write_bytes(second.read_bytes())  # the same bytes, but who knows
+    assert np.asarray(data[1][0]).shape == (32, 32, 3)
+    with pytest.raises(FractalError, match=r"train-000001\.tar"):
+        data[4]
+    assert len(contents(ShardDataset(folder, output="array"))) == 8
+
+
+def test_damaged_sample_is_named(tmp_path, write_dataset):
+    folder = write_dataset(tmp_path / "data", (4,))
+    tar = folder / "train-000000.tar"
+    status = tar.stat()
+    content = bytearray(tar.read_bytes())
+    content[700:720] = bytes(20)
+    tar.write_bytes(content)
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+    kept = ShardDataset(folder, memory=True, cache_dir=tmp_path / "cache")
+    for data in (ShardDataset(folder), kept):
+        with pytest.raises(BadSampleError, match=r"train-000000\.tar"):
+            data[0]
+        assert data[1][1] == 1
+
+
+def test_url_is_read_through_the_cache_ahead_of_time(built, tmp_path, web):
+    server = web(built)
+    local = ShardDataset(built / "single", output="array")
+    remote = ShardDataset(f"{server.url}/single", output="array", cache_dir=tmp_path, cache_size=10**6)
+    sampler = EpochSampler(remote, batch_size=10, window=1)
+    loader = DataLoader(remote, batch_sampler=sampler, num_workers=1, collate_fn=identity)
+    for batch, indices in zip(loader, EpochSampler(local, batch_size=10, window=1), strict=True):
+        assert [image.tobytes() for image, _ in batch] == [local[index][0].tobytes() for index in indices]
+    assert [server.count(f"train-00000{number}.tar") for number in range(3)] == [1, 1, 1]
+    with pytest.raises(UsageError, match="cache"):
+        EpochSampler(ShardDataset(f"{server.url}/single", cache_dir=tmp_path, cache_size=40_000), 10, window=3)
+    copy = pickle.loads(pickle.dumps(remote))
+    assert contents(copy) == contents(local)
+
+
+def test_memory_is_shared_and_removed(built, tmp_path):
+    def files():
+        return sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file() and path.suffix)
+
+    first = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
+    (pixels,) = tmp_path.rglob("*.pixels")
+    filled = pixels.stat().st_mtime_ns
+    second = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
+    assert pixels.stat().st_mtime_ns == filled
+    assert pixels.stat().st_size == 30 * 32 * 32 * 3
+    del first
+    assert files() == [".npz", ".pixels"]
+    del second
+    assert files() == []
+    code = (
+        "import os, sys; from fractaltrain import ShardDataset;"
+        "data = ShardDataset(sys.argv[1], memory=True, cache_dir=sys.argv[2]); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, built / "multi", tmp_path])
+    assert files() == [".npz", ".pixels"]  # nobody could remove them
+    third = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.pixels")] == [f"{third.digest}-train.pixels"]

@@ -1,0 +1,229 @@
+"""Map-style PyTorch datasets for any training loop: of stored images, and of images that are rendered when needed.
+
+Use them with a ``fractaltrain.EpochSampler``, or with any other sampler.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fractalshards.dataset import StoredSplit, open_dataset
+from fractalshards.errors import UsageError
+from fractalshards.manifest import TRAINING
+from fractalshards.remote.cache import ShardCache, cache_root, open_cache, prefetching
+from fractalshards.remote.stores import parse_location
+from fractalshards.sample import LabelType
+from fractaltrain.config import CACHE_SIZE, MEMORY_SIZE, WINDOW
+from fractaltrain.data.memory import MemorySource
+from fractaltrain.data.rendered import RecipeOrPath, open_rendered
+from fractaltrain.data.source import Images, SampleSource
+
+Output = Literal["pil", "array", "tensor"]
+Path_ = str | os.PathLike[str]
+
+_OUTPUTS: dict[str, Callable[[Images], Any]] = {
+    "pil": Image.fromarray,
+    "array": lambda image: image if image.flags.writeable else image.copy(),
+    "tensor": lambda image: torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+}
+
+
+class _Split(SampleSource, Protocol):
+    """A ``StoredSplit`` or ``RenderedSplit``."""
+
+    @property
+    def split(self) -> str: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def label_type(self) -> LabelType: ...
+    @property
+    def image_size(self) -> int | None: ...
+    @property
+    def digest(self) -> str: ...
+
+
+class _SampleDataset(Dataset[tuple[Any, Any]]):
+    """Images and labels of a split, by index.
+
+    Attributes:
+        classes: number of classes.
+        class_names: their names by index; empty if they have none.
+        label_type: ``single`` or ``multi``: one class per image, or several.
+        image_size: side of the square images in pixels; None if they differ.
+        lengths: samples per shard, in order of index.
+        digest: identifies the dataset.
+        fresh: whether every epoch shows new images.
+    """
+
+    fresh = False
+
+    def __init__(
+        self,
+        split: _Split,
+        transform: Callable[[Any], Any] | None,
+        output: Output,
+        memory: Path | None,
+        memory_size: int,
+    ) -> None:
+        """``memory`` is the folder of caches if all images are to be kept in memory."""
+        if output not in _OUTPUTS:
+            raise UsageError(f"output is {output!r}: expected one of {', '.join(_OUTPUTS)}")
+        self.classes, self.class_names = split.classes, split.class_names
+        self.label_type, self.image_size = split.label_type, split.image_size
+        self.lengths, self.digest = split.lengths, split.digest
+        self.transform, self.output = transform, output
+        self._source: SampleSource = split
+        if memory is not None:
+            self._source = MemorySource(split, memory, f"{split.digest}-{split.split}", memory_size, split.image_size)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return sum(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int | torch.Tensor]:
+        """Return a sample: its image, transformed, and its label.
+
+        Returns:
+            By ``output`` the image is an RGB image of Pillow, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). The
+            label is a class index, or for multi-label images a float32 tensor (classes,), 1 for classes shown, else 0.
+
+        Raises:
+            IndexError: if there is no such sample.
+            BadSampleError: if it is damaged or its file cannot be read.
+            FractalError: if its file cannot be fetched, or was changed after the dataset was opened.
+        """
+        _, image, label = self._source.read(index)
+        picture = _OUTPUTS[self.output](image)
+        if self.transform is not None:
+            picture = self.transform(picture)
+        if isinstance(label, int):
+            return picture, label
+        multi_hot = torch.zeros(self.classes)
+        multi_hot[list(label)] = 1
+        return picture, multi_hot
+
+
+class ShardDataset(_SampleDataset):
+    """The images of a split of a dataset of shards, in a local folder or at a URL.
+
+    data = ShardDataset("shards/single", transform=my_transform)
+    """
+
+    def __init__(
+        self,
+        location: Path_,
+        split: str = TRAINING,
+        transform: Callable[[Any], Any] | None = None,
+        output: Output = "pil",
+        *,
+        cache_dir: Path_ | None = None,
+        cache_size: int = CACHE_SIZE,
+        memory: bool = False,
+        memory_size: int = MEMORY_SIZE,
+    ) -> None:
+        """Open the dataset; no images are read yet, except with ``memory``.
+
+        Args:
+            location: folder or URL (s3://, gs://, hf://, https://) of the dataset.
+            split: ``train`` or ``val``.
+            transform: applied to every image, in the form that ``output`` says.
+            output: ``pil``: an image of Pillow; ``array``: uint8 (H, W, 3); ``tensor``: uint8 (3, H, W).
+            cache_dir: folder that keeps shards of a URL, and images in memory; None: that of ``fractaltrain pt``.
+            cache_size: bytes of shards of a URL that are kept at a time.
+            memory: decode all images once, into memory that all processes of the machine share.
+            memory_size: the most bytes that they may take.
+
+        Raises:
+            UsageError: if an argument is wrong, or the images or shards do not fit.
+            FractalError: if the dataset is missing or damaged, or cannot be fetched.
+        """
+        place = parse_location(os.fspath(location))
+        self._cache: ShardCache | None = None
+        if place.scheme == "file":
+            opened = open_dataset(place.root, split)
+        else:
+            self._cache = open_cache(os.fspath(location), Path(cache_dir) if cache_dir else None, cache_size, 1, split)
+            self._cache.prepare()
+            opened = StoredSplit(self._cache.manifest, split, self._cache, WINDOW)
+        self._split = opened
+        self._request: Callable[[Sequence[str]], None] | None = None
+        self._requested: tuple[int, ...] = ()
+        super().__init__(opened, transform, output, cache_root(cache_dir) if memory else None, memory_size)
+
+    def use_window(self, window: int) -> None:
+        """Prepare for a sampler that shuffles ``window`` shards together.
+
+        Raises:
+            UsageError: if the cache of a URL cannot hold so many.
+        """
+        if self._cache is not None:
+            self._cache.check_window(window, self._split.split)
+            self._split.max_open_files = window
+
+    def prefetch(self, shards: tuple[int, ...]) -> None:
+        """Fetch shards of a URL ahead, the most urgent first, in the first process of a machine."""
+        if self._cache is None or shards == self._requested or int(os.environ.get("LOCAL_RANK", 0)):
+            return
+        if self._request is None:
+            stack = ExitStack()
+            self._request = stack.enter_context(prefetching(self._cache))
+            weakref.finalize(self, _close, stack, os.getpid())
+        self._requested = shards
+        names = [shard.name for shard in self._cache.manifest.splits[self._split.split]]
+        self._request([names[shard] for shard in shards])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the process that fetches ahead: spawned loader workers have no use for it."""
+        return {**self.__dict__, "_request": None}
+
+
+def _close(stack: ExitStack, process: int) -> None:
+    if os.getpid() == process:  # not in a forked loader worker
+        stack.close()
+
+
+class RenderedDataset(_SampleDataset):
+    """The images of a split, rendered when they are read; nothing is stored.
+
+    data = RenderedDataset("single.json")  # fractalgen recipe --kind single --n 1000000 > single.json
+    """
+
+    def __init__(
+        self,
+        recipe: RecipeOrPath,
+        split: str = TRAINING,
+        transform: Callable[[Any], Any] | None = None,
+        output: Output = "pil",
+        *,
+        fresh: bool = False,
+        cache_dir: Path_ | None = None,
+        memory: bool = False,
+        memory_size: int = MEMORY_SIZE,
+    ) -> None:
+        """Open the dataset.
+
+        Args:
+            recipe: a recipe of ``fractalgen.make_recipe``; or a file that ``fractalgen recipe`` or ``fractalshards
+                recipe`` wrote.
+            fresh: show new images in every epoch, for kinds that have no end of them. Indices from n = ``len`` on are
+                those of later epochs: ``EpochSampler`` hands out ``e n + i`` for sample i of epoch e.
+            split, transform, output, cache_dir, memory, memory_size: see ``ShardDataset``.
+
+        Raises:
+            UsageError: if an argument is wrong, the kind has a limited number of images, or they do not fit.
+            FractalError: if the file is damaged or of another version, or the split is empty.
+        """
+        if fresh and memory:
+            raise UsageError("fresh images are never shown again, so memory has no use; choose one of the two")
+        self.fresh = fresh
+        opened = open_rendered(recipe, split, fresh)
+        super().__init__(opened, transform, output, cache_root(cache_dir) if memory else None, memory_size)
