@@ -79,6 +79,9 @@ def test_wrong_usage_is_one_line(fractaltrain, tmp_path, monkeypatch, arguments,
         ("pt --shards DATASET --model test_resnet --batch-size 51", 2, "--batch-size"),
         ("pt --shards DATASET --model test_resnet --batch-size 5 --amp fp16", 2, "--amp"),
         ("pt --shards DATASET --model test_resnet --batch-size 5 --out /proc/nowhere", 1, "/proc/nowhere"),
+        ("pt --shards DATASET --model inception_v3", 1, "inception_v3"),
+        ("pt --shards DATASET --model vit_tiny_patch16_224 --image-size 8", 1, "vit_tiny_patch16_224"),
+        ("ft --weights none --data digits --model crossvit_tiny_240 --image-size 32", 1, "crossvit_tiny_240"),
         ("ft --weights nowhere --data digits", 1, "nowhere"),
         ("ft --weights none --model test_resnet --data shards:nowhere", 1, "nowhere"),
         ("ft --weights none --model test_resnet --data imagefolder:nowhere", 1, "nowhere"),
@@ -93,7 +96,7 @@ def test_failure_is_one_line(fractaltrain, tmp_path, monkeypatch, dataset, argum
     outcome = fractaltrain(*arguments.replace("DATASET", str(dataset)).split())
     assert outcome.code == code
     assert (outcome.err.startswith("error: "), outcome.err.count("\n"), noun in outcome.err) == (True, 1, True)
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_every_path_option_refuses_an_empty_path():

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors import safe_open
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from fractalshards.errors import FractalError, UsageError
 from fractaltrain.checkpoint import Position, save_checkpoint
 from fractaltrain.config import RunConfig
-from fractaltrain.models import create_model, head_names, load_backbone
+from fractaltrain.models import create_model, describe_border, head_names, load_backbone
 from fractaltrain.recipes import FT_RECIPES
 from fractaltrain.run_folder import open_run
 from tiny_training import ALONE
@@ -40,6 +41,45 @@ def test_deit_small_has_the_published_size():
 def test_models_take_other_image_sizes(name):
     model = create_model(name, 7, 64).eval()
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_creating_a_model_takes_no_random_numbers_for_the_check():
+    """Runs are bit-equal to those of before there was one."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", 7, 32)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    expected = timm.create_model("resnet18", num_classes=7)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch"),
+    [
+        ("vit_tiny_patch16_224", 50, 16),
+        ("vit_tiny_patch16_224", 48, None),
+        ("swin_tiny_patch4_window7_224", 50, 4),
+        ("convnext_atto", 50, 4),
+        ("resnet18", 50, None),
+    ],
+)
+def test_pixels_outside_of_the_patches_are_named(name, size, patch):
+    found = describe_border(create_model(name, 7, size), size)
+    assert [f"patches of {patch} pixels cover {size - size % (patch or 1)} of" in line for line in found] == (
+        [True] if patch else []
+    )
+
+
+def test_model_that_pads_images_sees_all_pixels():
+    model = timm.create_model("test_vit", img_size=50, dynamic_img_pad=True)
+    assert describe_border(model, 50) == []
+
+
+def test_model_without_a_classifier_is_refused(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *arguments, **options: torch.nn.Flatten())
+    with pytest.raises(FractalError, match="resnet18"):
+        create_model("resnet18", 7, 32)
 
 
 @pytest.mark.parametrize(

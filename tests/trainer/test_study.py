@@ -183,6 +183,7 @@ def test_read_plan_refuses_runs_outside_of_the_folder(study, path):
     ("old", "new", "code", "noun"),
     [
         ("test_resnet", "resnet10x", 2, "resnet10x"),
+        ("test_resnet", "inception_v3", 2, "inception_v3"),
         ("epochs = 3", 'recipe = "deit"\n[models.resnet50]', 2, "drop path"),
         ("epochs = 3", 'build = "make it"', 1, "[pretraining.small] shards/small: no finished dataset; run make it"),
         ("[finetuning.digits]", '[finetuning.x]\ndata = "shards:none"\n[finetuning.digits]', 1, "[finetuning.x] none"),

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.func import functional_call
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_list, one_line
@@ -30,7 +31,7 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
 
     Raises:
         UsageError: if there is no such model, or it has no stochastic depth.
-        FractalError: if it cannot be built for that size.
+        FractalError: if it cannot be built for that size, or does not take images of that size.
     """
     if name not in _OURS and not timm.is_model(name):
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
@@ -52,7 +53,55 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
         raise FractalError(
             f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
         ) from error
+    try:
+        scores = _forward(model, image_size)
+    except Exception as error:  # models raise errors of many types
+        raise FractalError(
+            f"{name} cannot take {image_size} x {image_size} images ({_reason(error)}); try another --image-size"
+        ) from error
+    if getattr(scores, "shape", None) != (2, classes):
+        raise FractalError(f"{name} gives no score per class; choose another --model")
     return model
+
+
+def _forward(model: nn.Module, image_size: int) -> Any:
+    """Pass two images through a model on the meta device, which computes shapes only.
+
+    Takes milliseconds, draws no random numbers, and leaves the weights and statistics of the model as they are.
+    """
+    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    with torch.no_grad():
+        return functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
+
+
+def describe_border(model: nn.Module, image_size: int) -> list[str]:
+    """Return a line for every patch size that does not divide the images: the model does not see their last pixels.
+
+    Args:
+        image_size: side in pixels of the square images the model takes.
+    """
+    lines = []
+
+    def inspect(patches: Any, images: tuple[torch.Tensor, ...]) -> None:
+        side, patch = images[0].shape[-1], patches.stride[0]
+        if lost := side % patch:
+            lines.append(
+                f"the model's patches of {patch} pixels cover {side - lost} of the {side} pixels on a side; choose a "
+                f"multiple of {patch} as --image-size"
+            )
+
+    hooks = [
+        module.register_forward_pre_hook(inspect)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.in_channels == 3
+        and module.stride == module.kernel_size
+        and module.padding == (0, 0)
+    ]
+    _forward(model, image_size)
+    for hook in hooks:
+        hook.remove()
+    return lines
 
 
 def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
@@ -149,9 +198,12 @@ def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch
     try:
         return name, timm.create_model(model, pretrained=True, **options).state_dict()
     except Exception as error:  # hub clients raise errors of many types
-        reason = (one_line(str(error)) or type(error).__name__)[:200]
         raise FractalError(
-            f"timm's {name}: weights cannot be fetched ({reason}); where compute nodes have no internet, run "
+            f"timm's {name}: weights cannot be fetched ({_reason(error)}); where compute nodes have no internet, run "
             f"python -c \"import timm; timm.create_model('{model}', pretrained=True)\" on one that has, with HF_HOME "
             "set to a folder that both see, then set HF_HOME and HF_HUB_OFFLINE=1 here"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (one_line(str(error)) or type(error).__name__)[:200]

@@ -19,7 +19,7 @@ from fractaltrain.data.source import Splits
 from fractaltrain.distributed import World, stop_on_signal, stopped_by
 from fractaltrain.evaluate import describe_scores, evaluate
 from fractaltrain.log import RunLog
-from fractaltrain.models import set_training
+from fractaltrain.models import describe_border, set_training
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.state import TrainState, build_state, train_step
 from fractaltrain.stream.loader import epoch_loader
@@ -70,6 +70,7 @@ def train(
     steps = steps_per_epoch(samples, recipe.batch_size, run.pad)
     positions = training_positions(samples, recipe.batch_size, world.rank, world.size, run.pad, nodes)
     transform = train_transform(recipe, image_size)
+    border = describe_border(model, image_size)
     state = build_state(model, recipe, run, data.multi_label, steps, world)
     settings = config.settings(str(state.dtype), image_size, **facts)
     with (
@@ -77,7 +78,7 @@ def train(
         RunLog(run.out, recipe.epochs, steps, recipe.batch_size, position, world.main, run.quiet) as log,
         stop_on_signal() as stop,
     ):
-        for message in resumed:
+        for message in (*border, *resumed):
             log.message(message)
         saved_at = time.monotonic()
         for epoch in range(position.epoch, recipe.epochs):
