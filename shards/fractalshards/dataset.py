@@ -130,7 +130,7 @@ class StoredSplit:
             FractalError: if a tar is damaged, or its labels are not those that its sidecar counts.
         """
         manifest = self.manifest
-        tars = [Tar(manifest.folder / shard.name, shard.samples) for shard in manifest.splits[self.split]]
+        tars = [Tar(manifest.folder / shard.name) for shard in manifest.splits[self.split]]
         labels = np.concatenate([index.labels for index in index_tars(tars)])
         highest = int(labels.max(initial=0))
         if highest >= self.classes or np.any(np.bincount(labels, minlength=self.classes) != self.label_counts):

@@ -295,7 +295,7 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
     if found is None:
         raise FractalError(
             f"{where}: has no format_version, so other software wrote it; "
-            "read it with timm or webdataset, or build a dataset with 'fractalgen build'"
+            "only fractaltrain pt, ft and eval read such a dataset, from a local folder"
         )
     if found != FORMAT_VERSION:
         raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")

@@ -140,7 +140,7 @@ def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
     with tar.path.open("rb") as file:
         for key, members in groupby(_members(tar.path, file.fileno()), attrgetter("key")):
             try:
-                if place := _find_sample(list(members), tar.label_key, file.fileno(), size):
+                if place := _find_sample(members, tar.label_key, file.fileno(), size):
                     keys.append(key.encode(errors="replace"))
                     places.append(place)
             except _BadSampleError as error:
@@ -184,11 +184,14 @@ class _Member(NamedTuple):
 _Place = tuple[int, int, int]  # start and size of an image, and its label
 
 
-def _find_sample(members: Sequence[_Member], label_key: str | None, descriptor: int, tar_size: int) -> _Place | None:
+def _find_sample(members: Iterable[_Member], label_key: str | None, descriptor: int, tar_size: int) -> _Place | None:
     """Return where the image of a sample is, and its label; None if the members are not those of a sample."""
     label_extension = "cls" if label_key is None else "json"
     found: dict[str, _Member] = {}
+    dotted = ""
     for member in members:
+        if member.extension.rpartition(".")[2] in _IMAGES:
+            dotted = dotted or member.extension
         if member.extension in (*_IMAGES, label_extension):
             if member.extension in found:
                 raise _BadSampleError(f"has two files .{member.extension}; remove one")
@@ -198,8 +201,8 @@ def _find_sample(members: Sequence[_Member], label_key: str | None, descriptor: 
     image = next((found[extension] for extension in _IMAGES if extension in found), None)
     label = found.get(label_extension)
     if image is None:
-        if dotted := [m.extension for m in members if m.extension.rpartition(".")[2] in _IMAGES]:
-            raise _BadSampleError(f"has no image, only .{dotted[0]}: a key ends at its first dot; rename the files")
+        if dotted:
+            raise _BadSampleError(f"has no image, only .{dotted}: a key ends at its first dot; rename the files")
         if label is None or label_key is not None:
             return None
         raise _BadSampleError(f"has a label but no image (.{', .'.join(_IMAGES)}) beside it; add one")
@@ -248,7 +251,8 @@ def _members(path: Path, descriptor: int) -> Iterator[_Member]:
 def _headers(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
     try:
         with _HeaderFile(os.dup(descriptor)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for header in tar:
+            while header := tar.next():
+                tar.members = []  # type: ignore[attr-defined]  # would keep all headers in memory
                 if header.size < 0:  # some versions of Python would read such a tar forever
                     raise FractalError(f"{path}: {header.name} has a negative size; do not use this dataset")
                 yield header

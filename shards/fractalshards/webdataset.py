@@ -29,13 +29,13 @@ _MAX_NAMED = 8
 
 
 class _Split(msgspec.Struct, frozen=True):
-    filenames: tuple[str, ...]
+    filenames: tuple[str, ...] = ()
     shard_lengths: tuple[Count, ...] = ()
     alt_label: str | None = None
 
 
 class _Info(msgspec.Struct, frozen=True):
-    splits: dict[str, _Split] | None = None
+    splits: dict[str, _Split] = {}
     num_classes: Count | None = None
 
 
@@ -120,8 +120,8 @@ def find_dataset(folder: Path, options: WebDatasetOptions) -> bool:
 def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
     """Find the tars of a folder: those that its ``_info.json`` or ``info.json`` lists as timm does, else all.
 
-    The split of a tar is that of the first pattern in ``options`` that matches, else the one in the info file, else the
-    one that its name contains as a word. Without such words all tars are for training.
+    A split with patterns in ``options`` consists of the tars that match. The split of the others is the one in the info
+    file, else the one that their name contains as a word. Without such words all tars are for training.
 
     Raises:
         FractalError: if there is no tar, a field of the info file is wrong, a name could lead out of the folder, or it
@@ -130,26 +130,32 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
         OSError: if the folder cannot be read.
     """
     path = _find_info(folder)
-    info = read_json(path, _Info) if path else _Info()
-    if path and info.splits is not None:
-        listed = list(_listed_tars(folder, path, info.splits, options.label_key))
-    else:
+    try:
+        info = read_json(path, _Info) if path else _Info()
+    except FractalError as error:
+        raise FractalError(f"{error}, or remove it to read all tars of the folder") from error
+    listed = list(_listed_tars(folder, path, info.splits, options.label_key)) if path else []
+    if not listed:
         listed = [("", Tar(_tar_path(folder, name, folder), None, options.label_key)) for name in _find_tars(folder)]
-        if not listed:
-            raise FractalError(f"{folder}: holds no .tar files; check the path, and decompress .tar.gz files")
+    if not listed:
+        raise FractalError(f"{folder}: holds no .tar files; check the path, and decompress .tar.gz files")
     for split, pattern in options.patterns:
         if not any(_matches(folder, tar, pattern) for _, tar in listed):
             names = human_list([tar.path.name for _, tar in listed], _MAX_NAMED)
             raise UsageError(f"--split {split}={pattern}: matches none of the tars {names}")
-    chosen = [
-        (next((name for name, pattern in options.patterns if _matches(folder, tar, pattern)), split), tar)
-        for split, tar in listed
-    ]
-    by_name = _split_by_name(folder, [tar for split, tar in chosen if not split])
-    splits: dict[str, list[Tar]] = {name: [] for name in info.splits or ()}
-    for split, tar in chosen:
-        splits.setdefault(split or by_name[tar.path], []).append(tar)
-    if by_name:
+    matched = {
+        tar.path: name
+        for name, pattern in reversed(options.patterns)
+        for _, tar in listed
+        if _matches(folder, tar, pattern)
+    }
+    by_name = _split_by_name(folder, [tar for split, tar in listed if not split and tar.path not in matched])
+    splits: dict[str, list[Tar]] = {}
+    for split, tar in listed:
+        name = matched.get(tar.path) or split or by_name[tar.path]
+        if tar.path in matched or name not in dict(options.patterns):
+            splits.setdefault(name, []).append(tar)
+    if matched or by_name:
         counts = ", ".join(f"{human_count(len(tars), 'tar')} in {split}" for split, tars in splits.items())
         _log.info("%s: splits by the names of the tars: %s", folder, counts)
     return WebDatasetInfo(folder, {split: tuple(tars) for split, tars in splits.items()}, info.num_classes)

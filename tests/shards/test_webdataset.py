@@ -269,6 +269,19 @@ def test_info_json_and_its_label_key(tmp_path):
     assert load_webdataset(folder, options).splits["val"] == (Tar(folder / "train-0000.tar", 1, "target"),)
 
 
+@pytest.mark.parametrize(
+    ("info", "noun"), [('{"splits": {"train": {"num_examples": 1}}}', None), ("{}", None), ('{"splits": []}', "remove")]
+)
+def test_info_file_that_lists_no_tars(tmp_path, info, noun):
+    folder = folder_of(tmp_path, {"train": [1]})
+    (folder / "_info.json").rename(folder / "info.json").write_text(info)
+    if noun is None:
+        assert load_webdataset(folder, DEFAULT_OPTIONS).splits == {"train": (Tar(folder / "train-0000.tar"),)}
+    else:
+        with pytest.raises(FractalError, match=rf"info\.json.*{noun}"):
+            load_webdataset(folder, DEFAULT_OPTIONS)
+
+
 def splits_of(folder: Path, names: str, split: str | None = None) -> dict[str, str]:
     """The splits of a folder of empty tars, both as names with spaces between them."""
     for name in names.split():
@@ -287,13 +300,15 @@ def splits_of(folder: Path, names: str, split: str | None = None) -> dict[str, s
         ("TRAIN2017.tar test2017.tar", None, {"train": "TRAIN2017.tar", "test": "test2017.tar"}),
         ("train-0.tar test-1.tar", "val=test-*", {"train": "train-0.tar", "val": "test-1.tar"}),
         ("train/0.tar val/0.tar val/._0.tar more/0.tar", None, {"train": "train/0.tar", "val": "val/0.tar"}),
-        ("train/0.tar val/0.tar", "val=train/*", {"train": "", "val": "train/0.tar val/0.tar"}),
+        ("train/0.tar val/0.tar", "val=train/*", {"val": "train/0.tar"}),
+        ("0.tar 1.tar 2.tar", "train=0*", {"train": "0.tar"}),
+        ("train-0.tar extra.tar val-1.tar", "train=train*,val=val*", {"train": "train-0.tar", "val": "val-1.tar"}),
         ("0.tar train/1.tar", None, {"train": "0.tar"}),
     ],
 )
 def test_splits_without_an_info_file(tmp_path, names, split, expected):
     (tmp_path / "00000_stats.json").write_text("{}")
-    assert splits_of(tmp_path, names, split) == {name: tars for name, tars in expected.items() if tars}
+    assert splits_of(tmp_path, names, split) == expected
     assert find_dataset(tmp_path, DEFAULT_OPTIONS)
 
 

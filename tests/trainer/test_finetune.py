@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
+from fractalshards import dataset as stored
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.config import ImagesConfig
-from fractaltrain.data import shards
 from fractaltrain.data.images import open_data
 from fractaltrain.models import create_model, freeze_backbone, set_training
 from tiny_training import ALONE
@@ -40,7 +40,7 @@ def test_per_class_subset_reads_no_images(dataset, monkeypatch):
     def refuse(*arguments: object) -> None:
         raise AssertionError("an image was read")
 
-    monkeypatch.setattr(shards, "read_sample", refuse)
+    monkeypatch.setattr(stored, "read_sample", refuse)
     data = open_data(ImagesConfig(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
     monkeypatch.undo()
     labels = [data.train.read(index).label for index in range(sum(data.train.lengths))]

@@ -74,22 +74,22 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
             return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
         return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
     if choice.path and choice.name.startswith("shards:"):
-        splits = _open_shards(choice.path, choice.tars, world)
+        splits = _open_shards(choice.path, choice.tars, world, for_training)
     else:
         with world.main_first():  # rank 0 may download
             splits = _open_files(choice, world, for_training)
     if for_training:
         _check_trainable(choice, splits)
-    if choice.per_class is None:
+    if choice.per_class is None or not for_training:
         return splits
     labels = world.from_main(lambda: splits.train.labels)  # of shards, from the headers of all tars
     return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed, labels)[0])
 
 
-def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World") -> Splits:
+def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_training: bool) -> Splits:
     from fractaltrain.data.shards import VAL_SPLITS, open_dataset
 
-    splits = open_dataset(folder, world, tars)
+    splits = open_dataset(folder, world, tars, for_training)
     if splits.val is None:
         raise FractalError(
             f"{folder}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one, or say with "

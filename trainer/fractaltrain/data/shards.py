@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the first that exists is used
 
 
-def open_dataset(folder: Path, world: "World", tars: WebDatasetOptions = DEFAULT_OPTIONS) -> Splits:
+def open_dataset(
+    folder: Path, world: "World", tars: WebDatasetOptions = DEFAULT_OPTIONS, for_training: bool = True
+) -> Splits:
     """Open a folder of shards, ours or anyone's in WebDataset format, on every rank. Collective.
 
     Args:
         tars: how to read a folder of another program. Rank 0 reads the headers of its tars for all ranks.
+        for_training: whether ``Splits.train`` is used. If not, it may be the val split of a folder of another program.
 
     Raises:
         FractalError: if the dataset is missing or damaged, or has no split ``train``.
     """
     if is_webdataset(folder):
-        return world.from_main(lambda: _open_webdataset(folder, tars))
+        return world.from_main(lambda: _open_webdataset(folder, tars, for_training))
     manifest = load_manifest(folder)
     return _open_splits(manifest, lambda split: StoredSplit(manifest, split))
 
@@ -97,19 +100,22 @@ class WebDatasetSource:
             image = decode_image(read_blocks(descriptor, start, start + size))
             return Example(key, image, int(tar.labels[place]))
         except FractalError as error:
-            raise BadSampleError(f"{path}: {key}: {error}; fetch the file again") from error
+            raise BadSampleError(f"{path}: {key}: {error}; replace it, or train with --on-bad-sample skip") from error
         except OSError as error:
             raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error
 
 
-def _open_webdataset(folder: Path, options: WebDatasetOptions) -> Splits:
+def _open_webdataset(folder: Path, options: WebDatasetOptions, for_training: bool) -> Splits:
     info = load_webdataset(folder, options)
-    names = [name for name in (TRAINING, *VAL_SPLITS) if name in info.splits][:2]
-    if TRAINING not in names:
+    train, val = ([name for name in names if name in info.splits][:1] for names in ((TRAINING,), VAL_SPLITS))
+    if not train and (for_training or not val):
         found = ", ".join(info.splits) or "none"
         raise FractalError(
             f"{folder}: no split {TRAINING!r} to train on, only {found}; say which tars belong to it with --split"
         )
+    if val and not for_training and info.classes is not None:
+        train = []  # it would only be read to count the classes
+    names = train + val
     indices = {name: index_tars(info.splits[name], options.skip_bad) for name in names}
     for name in names:
         if not sum(map(len, indices[name])):
@@ -117,7 +123,7 @@ def _open_webdataset(folder: Path, options: WebDatasetOptions) -> Splits:
     together = list(chain.from_iterable(indices.values()))
     classes = _count_classes(folder, info.classes, together)
     sources = [WebDatasetSource([tar.path for tar in info.splits[name]], indices[name], classes) for name in names]
-    return Splits(sources[0], sources[1] if len(sources) > 1 else None, index_digest(together))
+    return Splits(sources[0], sources[-1] if val else None, index_digest(together))
 
 
 def _count_classes(folder: Path, listed: int | None, indices: Sequence[TarIndex]) -> int:
