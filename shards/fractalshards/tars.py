@@ -36,6 +36,7 @@ _MAX_CLS_BYTES, _MAX_JSON_BYTES = 20, 1 << 20
 _MAX_HEADER_BYTES = 1 << 20  # with the long names and other fields of GNU and pax headers
 _FEW_TARS = 4  # are read in less time than worker processes take to start
 _MAX_NAMED = 8  # fields that an error lists
+_ADVICE = "add it, make the tar with --sort=name"
 
 Positions = npt.NDArray[np.int64]
 
@@ -205,10 +206,10 @@ def _find_sample(members: Iterable[_Member], label_key: str | None, descriptor: 
             raise _BadSampleError(f"has no image, only .{dotted}: a key ends at its first dot; rename the files")
         if label is None or label_key is not None:
             return None
-        raise _BadSampleError(f"has a label but no image (.{', .'.join(_IMAGES)}) beside it; add one")
+        raise _BadSampleError(f"has a label but no image (.{', .'.join(_IMAGES)}) next to it; {_ADVICE}")
     if label is None:
-        advice = "add it, or say with --label-key which field of .json has the label" if label_key is None else "add it"
-        raise _BadSampleError(f"has no .{label_extension} beside its image; {advice}")
+        other = ", name a field of .json with --label-key" if label_key is None else ""
+        raise _BadSampleError(f"has no .{label_extension} next to its image; {_ADVICE}{other}")
     if image.size > MAX_SAMPLE_BYTES:
         raise _BadSampleError(f"has an image larger than {MAX_SAMPLE_BYTES >> 20} MiB; remove it")
     return image.start, image.size, _read_label(label, label_key, descriptor)
