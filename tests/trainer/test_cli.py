@@ -1,6 +1,7 @@
 """The command line: usage, failures in one line, and the two commands of the README at a small size."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -196,3 +197,16 @@ def test_finetuning_skips_a_damaged_checkpoint(fractaltrain, tmp_path, monkeypat
     newest.unlink()
     outcome = fractaltrain(*finetune)
     assert (outcome.code, outcome.err.count("\n"), "checkpoint" in outcome.err) == (1, 1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_output_that_nobody_reads_ends_a_run_silently(tmp_path, dataset, processes):
+    """As with ``| head``."""
+    words = ("pt", "--shards", dataset, "--model", "test_resnet", "--batch-size", 20, "--nproc", processes)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fractaltrain", *map(str, words)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

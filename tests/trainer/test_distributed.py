@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from fractalshards.errors import FractalError
 from fractalshards.manifest import read_record
+from fractaltrain import distributed
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.log import read_metrics
 from fractaltrain.run_folder import list_checkpoints
@@ -191,6 +194,24 @@ def test_bad_samples_are_replaced_and_counted(ranks, dataset, tmp_path):
     epochs = [line for line in read_metrics(tmp_path / "run") if line["split"] == "epoch"]
     assert [line["bad_samples"] for line in epochs] == replaced
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 12
+
+
+def test_missing_process_is_warned_of_until_it_is_an_error(monkeypatch, caplog):
+    def wait(*arguments: object, **options: object) -> None:
+        limit = time.monotonic() + 60
+        while len(caplog.messages) < 2:
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+        raise dist.DistStoreError("Timed out.\nTraceback")
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("_FIRST_WARNING", "_NEXT_WARNING"):
+        monkeypatch.setattr(distributed, name, 0.001)
+    monkeypatch.setattr(dist, "init_process_group", wait)
+    with pytest.raises(FractalError) as caught, distributed.join_world():
+        pass
+    assert all("nowhere:9" in line and "\n" not in line for line in (*caplog.messages, str(caught.value)))
 
 
 # The launcher, --nproc 2: real processes, each of which imports PyTorch.

@@ -5,11 +5,14 @@ has it, the training loop saves a checkpoint and the command exits with code 75.
 its ranks. Ctrl-C ends everything at once. A rank that dies takes the others down with it.
 """
 
+import errno
 import json
+import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error
+from fractalshards.human import one_line
 from fractalshards.storage import write_json
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
@@ -31,6 +35,9 @@ from fractaltrain.config import EXIT_STOPPED
 _GRACE_SECONDS = 12.0  # after a rank fails, the others get this long to end, and again after SIGTERM
 _MOST_LOADERS = 8  # per rank, unless --workers asks for more
 _PATIENCE = timedelta(days=1)  # timeout while one rank prepares something for the others
+_FIRST_WARNING, _NEXT_WARNING = 10.0, 60.0  # seconds that a process waits for the others before it says so
+
+_log = logging.getLogger(__name__)
 
 _Config = TypeVar("_Config")
 _T = TypeVar("_T")
@@ -164,10 +171,11 @@ def join_world() -> Iterator[World]:
     patient_group = None
     if size > 1:
         backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(
-            backend, init_method=os.environ.get(_STORE), rank=rank, world_size=size, device_id=device_id
-        )
-        patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        with _meeting(rank, size):
+            dist.init_process_group(
+                backend, init_method=os.environ.get(_STORE), rank=rank, world_size=size, device_id=device_id
+            )
+            patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield World(rank, size, local_rank, local_size, device, patient_group)
     except torch.OutOfMemoryError as error:
@@ -176,6 +184,40 @@ def join_world() -> Iterator[World]:
         ) from error
     if dist.is_initialized():  # not after an error: NCCL would wait for ranks that wait for this one
         dist.destroy_process_group()
+
+
+@contextmanager
+def _meeting(rank: int, size: int) -> Iterator[None]:
+    """Warn, repeatedly, of a missing process while the block waits for all of them.
+
+    Raises:
+        FractalError: if they do not find each other in time.
+    """
+    where = f" at {os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""
+    met = threading.Event()
+
+    def warn() -> None:
+        seconds = _FIRST_WARNING
+        while not met.wait(seconds):
+            _log.warning(
+                "rank %d of %d waits for the other processes%s; check that all have started and can reach each other",
+                rank, size, where,
+            )  # fmt: skip
+            seconds = _NEXT_WARNING
+
+    thread = threading.Thread(target=warn, daemon=True)
+    thread.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = one_line(str(error).partition("\n")[0]).rstrip(".")
+        raise FractalError(
+            f"rank {rank} of {size} did not find the other processes{where} ({reason}); check MASTER_ADDR and "
+            "MASTER_PORT, and start all of them"
+        ) from error
+    finally:
+        met.set()
+        thread.join()  # forks of this process, the loader workers, must not inherit it
 
 
 def count_gpus(processes: int) -> int:
@@ -298,17 +340,21 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
     except (FractalError, OSError) as error:
         code = error.code if isinstance(error, StoppedError) else 2 if isinstance(error, UsageError) else 1
         message = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        write_json(folder / f"error-{rank}.json", {"code": code, "message": message})
+        pipe = isinstance(error, BrokenPipeError)
+        write_json(folder / f"error-{rank}.json", {"code": code, "message": message, "pipe": pipe})
         sys.exit(code)
 
 
-def _first_error(folder: Path) -> FractalError | None:
+def _first_error(folder: Path) -> Exception | None:
     """Return the first error that a rank wrote, if any; that a signal stopped a rank comes last."""
     found = []
     for path in folder.glob("error-*.json"):
         error = json.loads(path.read_text())
-        found.append((error["code"] == EXIT_STOPPED, path.stat().st_mtime_ns, error["code"], error["message"]))
+        order = error["code"] == EXIT_STOPPED, path.stat().st_mtime_ns
+        found.append((*order, error["code"], error["message"], error["pipe"]))
     if not found:
         return None
-    stopped, _, code, message = min(found)
+    stopped, _, code, message, pipe = min(found)
+    if pipe:
+        return BrokenPipeError(errno.EPIPE, message)  # nobody reads the output, as with ``| head``
     return StoppedError(message, code) if stopped else UsageError(message) if code == 2 else FractalError(message)
