@@ -13,7 +13,7 @@ import pytest
 from fractalshards.console import PATH
 from fractalshards.webdataset import WebDatasetOptions
 from fractaltrain import cli, distributed
-from fractaltrain.config import RunConfig, ShardsConfig, TrainConfig
+from fractaltrain.config import DatasetConfig, RunConfig, TrainConfig
 
 NO_TORCH = "import sys; sys.modules['torch'] = None; from fractaltrain.cli import main; main({arguments!r})"
 
@@ -125,7 +125,7 @@ def test_options_become_one_config(fractaltrain, dataset, monkeypatch, tmp_path)
     [(config, nproc)] = launched
     assert isinstance(config, TrainConfig)
     assert (config.run, nproc) == (RunConfig(**run), 2)
-    assert config.data == ShardsConfig(str(dataset), window=5, nodes_split=True, tars=WebDatasetOptions(skip_bad=True))
+    assert config.data == DatasetConfig(str(dataset), window=5, nodes_split=True, tars=WebDatasetOptions(skip_bad=True))
     assert (config.model.name, config.model.image_size) == ("resnet50", 48)
     changed = config.recipe
     assert (changed.name, changed.epochs, changed.batch_size, changed.mixup) == ("deit", 7, 32, 0.5)

@@ -16,15 +16,18 @@ from fractalshards.console import PATH, Commands, is_quiet, note, progress, quie
 from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_count, human_list, one_line, parse_bytes
 from fractalshards.manifest import TRAINING, load_manifest
-from fractalshards.remote.stores import parse_location
+from fractalshards.portable import read_portable
 from fractalshards.settings import parse_settings
 from fractalshards.slices import parse_slice
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
+    CACHE_SIZE,
     DATA_NAMES,
+    MEMORY_SIZE,
     WINDOW,
     Amp,
+    DatasetConfig,
     EvalConfig,
     Freeze,
     ImagesConfig,
@@ -32,7 +35,6 @@ from fractaltrain.config import (
     OnBadSample,
     Resume,
     RunConfig,
-    ShardsConfig,
     TrainConfig,
     Weights,
     finetuning_folder,
@@ -48,7 +50,6 @@ from fractaltrain.stream.order import check_batch
 from fractaltrain.study import plan_study, read_study, write_plan
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
-_CACHE_SIZE = "20GB"
 _ALL_CLASSES = 99  # with more classes, eval prints only the best and the worst
 _END = 10
 _HEADINGS = {"top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
@@ -131,14 +132,20 @@ def main() -> None:
 
 _PT_OPTIONS: _Options = {
     "Data and model": [
-        _option("--shards", required=True, metavar="DIR|URL", help="Folder or URL (s3://, ...) of a dataset."),
+        _option("--shards", metavar="DIR|URL", help="Folder or URL (s3://, ...) of a dataset."),
+        _option("--render", metavar="FILE.json",
+                help="Instead of --shards: render the samples of a recipe, from 'fractalgen recipe', while training."),
+        _option("--fresh", is_flag=True, help="With --render: show new images in every epoch."),
         _option("--model", default=_DEFAULT_MODEL, help="resnet50, or the name of any timm model."),
         _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
                 help="Size of the images that the model sees.  [default: as stored; 224 where the recipe crops]"),
         _option("--window", type=click.IntRange(1), default=WINDOW, help="Shards that are shuffled together."),
         _option("--cache-dir", type=PATH, metavar="DIR",
-                help="Cache the shards of a URL in this folder.  [default: $TMPDIR or ~/.cache]"),
-        _option("--cache-size", metavar="SIZE", help="Size of the cache.  [default: 20GB]"),
+                help="Folder for the shards of a URL, and for --memory.  [default: $TMPDIR or ~/.cache]"),
+        _option("--cache-size", metavar="SIZE", help="Space for the shards of a URL.  [default: 20GB]"),
+        _option("--memory", is_flag=True,
+                help="Decode or render all images once, into memory that the processes of a machine share."),
+        _option("--memory-size", metavar="SIZE", help="The most memory for that.  [default: 8GB]"),
         _option("--nodes-split", is_flag=True, help="Give each machine its own part of an epoch's shards."),
         *_TAR_OPTIONS,
     ],
@@ -153,28 +160,14 @@ _PT_OPTIONS: _Options = {
 @main.command(**_grouped(_PT_OPTIONS))
 @quiet_option
 def pt(nproc: int | None, **options: Any) -> None:
-    """Pre-train on a dataset of shards. The same command continues a run that was stopped.
+    """Pre-train on a dataset. The same command continues a run that was stopped.
 
     SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75: run the same command again.
 
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
     _check_install("training")
-    if not options["shards"]:
-        raise UsageError("--shards is empty; give a folder or a URL")
-    remote = parse_location(options["shards"]).scheme != "file"
-    if not remote and (options["cache_dir"] is not None or options["cache_size"] is not None):
-        raise UsageError("--cache-dir and --cache-size need the URL of a dataset in --shards")
-    data = ShardsConfig(
-        location=options["shards"],
-        window=options["window"],
-        nodes_split=options["nodes_split"],
-        cache_dir=options["cache_dir"],
-        cache_size=parse_bytes(options["cache_size"] or _CACHE_SIZE, "--cache-size"),
-        tars=_tar_options(options),
-    )
-    if remote:
-        data.tars.check_unused(data.location)
+    data = _dataset_config(options)
     published = PT_RECIPES[options["recipe"]]
     _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
@@ -329,17 +322,57 @@ def _run_config(out: Path, options: Mapping[str, Any]) -> RunConfig:
     return RunConfig(out=out, quiet=is_quiet(), **same)
 
 
-def _dataset_kind(data: ShardsConfig) -> str:
+def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
+    """Return the dataset that the options of ``pt`` describe, after checking that they go together."""
+    rendered = options["render"] is not None
+    if rendered == (options["shards"] is not None):
+        raise UsageError("give the dataset with --shards or with --render, one of the two")
+    location = options["render"] if rendered else options["shards"]
+    if not location:
+        raise UsageError(f"--{'render' if rendered else 'shards'} is empty; give a path")
+    data = DatasetConfig(
+        location=location,
+        rendered=rendered,
+        fresh=options["fresh"],
+        window=options["window"],
+        nodes_split=options["nodes_split"],
+        cache_dir=options["cache_dir"],
+        cache_size=_size(options, "cache_size", CACHE_SIZE),
+        memory_size=_size(options, "memory_size", MEMORY_SIZE) if options["memory"] else None,
+        tars=_tar_options(options),
+    )
+    if options["memory_size"] is not None and not options["memory"]:
+        raise UsageError("--memory-size goes with --memory")
+    if options["cache_size"] is not None and not data.is_remote:
+        raise UsageError("--cache-size needs the URL of a dataset in --shards")
+    if data.cache_dir and not (data.is_remote or options["memory"]):
+        raise UsageError("--cache-dir needs the URL of a dataset in --shards, or --memory")
+    if data.fresh and not rendered:
+        raise UsageError("--fresh needs --render: stored images are the same in every epoch")
+    if data.fresh and options["memory"]:
+        raise UsageError("--fresh and --memory exclude each other: fresh images are never shown again")
+    if rendered or data.is_remote:
+        data.tars.check_unused(location)
+    return data
+
+
+def _size(options: Mapping[str, Any], name: str, default: int) -> int:
+    text = options[name]
+    return default if text is None else parse_bytes(text, f"--{name.replace('_', '-')}")
+
+
+def _dataset_kind(data: DatasetConfig) -> str:
     """Return the kind of a dataset, on which some recipes depend; empty for WebDataset folders of other projects."""
-    folder = Path(parse_location(data.location).root)
+    if data.rendered:
+        return str(read_portable(data.path).recipe.get("kind", ""))
     if data.is_remote:
         from fractalshards.remote.cache import open_cache
 
         manifest = open_cache(data.location, data.cache_dir, data.cache_size, data.window, TRAINING).manifest
-    elif find_dataset(folder, data.tars):
+    elif find_dataset(data.path, data.tars):
         return ""
     else:
-        manifest = load_manifest(folder)
+        manifest = load_manifest(data.path)
     return str(manifest.recipe.get("kind", ""))
 
 

@@ -44,35 +44,47 @@ def is_data(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class ShardsConfig:
-    """``pt --shards``: the dataset to pre-train on.
+class DatasetConfig:
+    """``pt --shards`` or ``pt --render``: the dataset to pre-train on.
 
     Attributes:
-        location: folder or URL.
+        location: folder or URL of the shards, or the file of a recipe to render.
+        rendered: whether ``location`` is a recipe, whose samples are rendered when they are needed.
+        fresh: render new images in every epoch.
         window: number of shards that are shuffled together.
         nodes_split: give each machine its own share of an epoch's shards.
-        cache_dir: where shards from a URL are kept; None: the default folder.
-        cache_size: maximum size of that folder in bytes.
+        cache_dir: where shards from a URL, and images in memory, are kept; None: the default folder.
+        cache_size: maximum size of the shards there in bytes.
+        memory_size: bytes that decoded images may take, to be kept in memory; None: they are not kept.
         tars: how to read a folder of another program.
     """
 
     location: str
+    rendered: bool = False
+    fresh: bool = False
     window: int = WINDOW
     nodes_split: bool = False
     cache_dir: Path | None = None
     cache_size: int = CACHE_SIZE
+    memory_size: int | None = None
     tars: WebDatasetOptions = DEFAULT_OPTIONS
 
     @property
     def is_remote(self) -> bool:
         """Whether the dataset is read through a cache."""
-        return parse_location(self.location).scheme != "file"
+        return not self.rendered and parse_location(self.location).scheme != "file"
+
+    @property
+    def path(self) -> Path:
+        """The path of a local folder or recipe."""
+        return Path(self.location if self.rendered else parse_location(self.location).root)
 
     @property
     def name(self) -> str:
-        """The last part of the path or URL."""
-        location = parse_location(self.location)
-        return Path(location.root).name if self.is_remote else Path(location.root).resolve().name
+        """The last part of the path or URL; that of a recipe without its extension."""
+        if self.is_remote:
+            return Path(parse_location(self.location).root).name
+        return self.path.resolve().stem if self.rendered else self.path.resolve().name
 
 
 @dataclass(frozen=True)
@@ -172,9 +184,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A pre-training on shards (``pt``) or a fine-tuning on real images (``ft``); ``recipe`` has all overrides."""
+    """A pre-training (``pt``) or a fine-tuning on real images (``ft``); ``recipe`` has all overrides."""
 
-    data: ShardsConfig | ImagesConfig
+    data: DatasetConfig | ImagesConfig
     model: ModelConfig
     recipe: TrainRecipe
     run: RunConfig
@@ -182,7 +194,12 @@ class TrainConfig:
     @property
     def window(self) -> int:
         """Number of shards that are shuffled together."""
-        return self.data.window if isinstance(self.data, ShardsConfig) else WINDOW
+        return self.data.window if isinstance(self.data, DatasetConfig) else WINDOW
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every epoch shows new images."""
+        return isinstance(self.data, DatasetConfig) and self.data.fresh
 
     def settings(self, precision: str, image_size: int, **facts: Any) -> dict[str, Any]:
         """Return everything that determines the result, for ``run.json``; a run continues only with equal settings.
@@ -221,7 +238,7 @@ class EvalConfig:
     batch_size: int
 
 
-def pretraining_folder(data: ShardsConfig, model: str, recipe: TrainRecipe) -> Path:
+def pretraining_folder(data: DatasetConfig, model: str, recipe: TrainRecipe) -> Path:
     """Return ``runs/DATASET-MODEL-RECIPE``, the default folder of a pre-training."""
     return Path("runs") / f"{data.name}-{model}-{recipe.name}"
 

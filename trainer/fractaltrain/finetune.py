@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fractaltrain.checkpoint import load_run
-from fractaltrain.config import ModelConfig, ShardsConfig, TrainConfig
+from fractaltrain.config import DatasetConfig, ModelConfig, TrainConfig
 from fractaltrain.data.images import open_data
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone, load_backbone, load_published
@@ -42,7 +42,7 @@ def finetune(config: TrainConfig) -> None:
         FractalError: as ``train`` does, or if weights or images are missing or damaged, or do not fit.
     """
     images, recipe = config.data, config.recipe
-    assert not isinstance(images, ShardsConfig)
+    assert not isinstance(images, DatasetConfig)
     with join_world() as world:
         pretrained = load_pretrained(config.model, world)
         name = pretrained.model if pretrained else config.model.name

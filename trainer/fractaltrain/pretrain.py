@@ -1,17 +1,17 @@
 """``fractaltrain pt``: pre-train a model on a dataset of shards."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from fractalshards.manifest import TRAINING
-from fractalshards.remote.cache import ShardCache, open_cache, prefetching
-from fractalshards.remote.stores import parse_location
-from fractaltrain.config import ShardsConfig, TrainConfig
-from fractaltrain.data.shards import open_cached, open_dataset
-from fractaltrain.data.source import Splits
+from fractalshards.remote.cache import ShardCache, cache_root, open_cache, prefetching
+from fractaltrain.config import DatasetConfig, TrainConfig
+from fractaltrain.data.memory import keep_in_memory
+from fractaltrain.data.rendered import open_rendered_splits
+from fractaltrain.data.shards import open_cached, open_shards
+from fractaltrain.data.source import SampleSource, Splits
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model
 from fractaltrain.stream.loader import PrefetchSchedule
@@ -26,13 +26,13 @@ def pretrain(config: TrainConfig) -> None:
         FractalError: as ``train`` does, or if the dataset is missing or damaged, or the model is unknown.
     """
     data_config, recipe = config.data, config.recipe
-    assert isinstance(data_config, ShardsConfig)
-    with join_world() as world:
+    assert isinstance(data_config, DatasetConfig)
+    with join_world() as world, ExitStack() as stack:
         cache = _open_cache(data_config, world) if data_config.is_remote else None
-        if cache is None:
-            data = open_dataset(Path(parse_location(data_config.location).root), world, data_config.tars)
-        else:
-            data = open_cached(cache, data_config.window)
+        data = _open_data(data_config, cache, world)
+        if data_config.memory_size is not None:
+            root = cache_root(data_config.cache_dir)
+            data = stack.enter_context(keep_in_memory(data, root, data_config.memory_size, str(data.digest)))
         stored_size = data.image_size if recipe.crop == "none" else None  # with crops, the default size
         image_size = config.model.image_size or stored_size or IMAGE_SIZE
         torch.manual_seed(config.run.seed)
@@ -44,13 +44,23 @@ def pretrain(config: TrainConfig) -> None:
             "dataset_digest": data.digest,
             "model": config.model.name,
             "classes": data.train.classes,
+            **({"fresh": True} if data_config.fresh else {}),
             **({"nodes_split": nodes} if nodes > 1 else {}),
         }
         with _prefetching(cache, config, data, nodes, world) as on_step:
             train(config, model, data, image_size, facts, world, nodes, on_step)
 
 
-def _open_cache(config: ShardsConfig, world: World) -> ShardCache:
+def _open_data(config: DatasetConfig, cache: ShardCache | None, world: World) -> Splits[SampleSource]:
+    """Open the dataset on every rank. Collective."""
+    if config.rendered:
+        return open_rendered_splits(config.path, config.fresh)
+    if cache is not None:
+        return open_cached(cache, config.window)
+    return open_shards(config.path, world, config.tars)
+
+
+def _open_cache(config: DatasetConfig, world: World) -> ShardCache:
     """Open this machine's cache of a remote dataset; one process of the machine prepares it."""
     cache = open_cache(config.location, config.cache_dir, config.cache_size, config.window, TRAINING)
     with world.local_main_first():
@@ -61,17 +71,18 @@ def _open_cache(config: ShardsConfig, world: World) -> ShardCache:
 
 @contextmanager
 def _prefetching(
-    cache: ShardCache | None, config: TrainConfig, data: Splits, nodes: int, world: World
+    cache: ShardCache | None, config: TrainConfig, data: Splits[SampleSource], nodes: int, world: World
 ) -> Iterator[Callable[[int, int], None]]:
     """Yield a function for ``train`` to call on every step: one process of a machine prefetches its next shards."""
     if cache is None or world.local_rank:
         yield lambda epoch, step: None
         return
-    lengths, repeats, batch = data.train.lengths, config.recipe.repeats, config.recipe.batch_size
+    lengths, recipe, batch = data.train.lengths, config.recipe, config.recipe.batch_size
     node = world.rank * nodes // world.size
-    part = node_positions(epoch_samples(sum(lengths), repeats), batch, node, nodes, config.run.pad)
+    samples = epoch_samples(sum(lengths), recipe.repeats, recipe.passes)
+    part = node_positions(samples, batch, node, nodes, config.run.pad)
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
-    schedule = PrefetchSchedule(lengths, config.run.seed, config.window, repeats, part)
+    schedule = PrefetchSchedule(lengths, config.run.seed, config.window, recipe.repeats, part, recipe.passes)
     requested: tuple[int, ...] = ()
     with prefetching(cache) as request:
 

@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import DATA_NAMES, ShardsConfig, is_data
+from fractaltrain.config import DATA_NAMES, DatasetConfig, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 
@@ -238,7 +238,7 @@ def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -
         "image_size": study.study.image_size,
         "seed": place.seed,
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
-        "dataset": ShardsConfig(dataset.shards).name,
+        "dataset": DatasetConfig(dataset.shards).name,
     }
     if digest := digests.get(dataset.shards):
         settings["dataset_digest"] = digest

@@ -15,7 +15,7 @@ from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractaltrain.checkpoint import Position, checkpoint_path, resume, save_checkpoint
 from fractaltrain.config import RunConfig, TrainConfig
-from fractaltrain.data.source import Splits
+from fractaltrain.data.source import SampleSource, Splits
 from fractaltrain.distributed import World, stop_on_signal, stopped_by
 from fractaltrain.evaluate import describe_scores, evaluate
 from fractaltrain.log import RunLog
@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 def train(
     config: TrainConfig,
     model: nn.Module,
-    data: Splits,
+    data: Splits[SampleSource],
     image_size: int,
     facts: Mapping[str, Any],
     world: World,
@@ -82,7 +82,8 @@ def train(
             log.message(message)
         saved_at = time.monotonic()
         for epoch in range(position.epoch, recipe.epochs):
-            order = repeated(epoch_order(data.train.lengths, run.seed, epoch, config.window), recipe.repeats)
+            passes = epoch_order(data.train.lengths, run.seed, epoch, config.window, recipe.passes, config.fresh)
+            order = repeated(passes, recipe.repeats)
             loader = epoch_loader(
                 data.train, transform, positions, order, run.seed, epoch, start=position.step,
                 workers=world.loader_workers(run.workers), pin_memory=world.device.type == "cuda",

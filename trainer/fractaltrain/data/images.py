@@ -24,6 +24,7 @@ from fractaltrain.config import DATA_KINDS, ImagesConfig
 from fractaltrain.data.source import (
     Indices,
     InMemorySource,
+    LabelledSource,
     Splits,
     split_per_class,
     split_share,
@@ -56,7 +57,7 @@ def find_data(name: str, tars: WebDatasetOptions) -> None:
         find_folders(place[1])
 
 
-def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits:
+def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits[LabelledSource]:
     """Open images to train on and to evaluate on, on every rank. Collective.
 
     CIFAR, image folders and shards have a split to evaluate on, which is used whole. Digits are divided: ``per_class``
@@ -86,10 +87,10 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
     return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed, labels)[0])
 
 
-def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_training: bool) -> Splits:
-    from fractaltrain.data.shards import VAL_SPLITS, open_dataset
+def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_training: bool) -> Splits[LabelledSource]:
+    from fractaltrain.data.shards import VAL_SPLITS, open_shards
 
-    splits = open_dataset(folder, world, tars, for_training)
+    splits = open_shards(folder, world, tars, for_training)
     if splits.val is None:
         raise FractalError(
             f"{folder}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one, or say with "
@@ -98,7 +99,7 @@ def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_trai
     return splits
 
 
-def _open_files(choice: ImagesConfig, world: "World", for_training: bool) -> Splits:
+def _open_files(choice: ImagesConfig, world: "World", for_training: bool) -> Splits[LabelledSource]:
     if choice.path is None:
         return Splits(load_cifar(choice.name, choice.folder, train=True), load_cifar(choice.name, choice.folder, False))
     listing = list_folder(choice.path, _FOLDERS)
@@ -111,7 +112,7 @@ def _open_files(choice: ImagesConfig, world: "World", for_training: bool) -> Spl
     return Splits(train, val, hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32])
 
 
-def _check_trainable(choice: ImagesConfig, splits: Splits) -> None:
+def _check_trainable(choice: ImagesConfig, splits: Splits[LabelledSource]) -> None:
     if splits.multi_label:
         raise FractalError(
             f"{choice.path}: its images show several classes each; fine-tune on a dataset with one class per image"

@@ -12,7 +12,9 @@ import fcntl
 import os
 import socket
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from fractalshards.errors import BadSampleError, UsageError
 from fractalshards.human import human_bytes
 from fractalshards.reader import Example
 from fractalshards.storage import atomic_file, check_space, remove_leftovers
-from fractaltrain.data.source import Images, SampleSource
+from fractaltrain.data.source import Images, SampleSource, Splits
 
 _ADVICE = "raise --memory-size (memory_size), or train without --memory"
 
@@ -58,6 +60,11 @@ class MemorySource:
             if not self._index_path.exists():
                 self._fill(limit, image_size)
             self._open()
+
+    @property
+    def bytes(self) -> int:
+        """Size of all images."""
+        return len(self._pixels)
 
     @property
     def _index_path(self) -> Path:
@@ -131,6 +138,27 @@ class MemorySource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+@contextmanager
+def keep_in_memory(splits: Splits[SampleSource], folder: Path, limit: int, name: str) -> Iterator[Splits[SampleSource]]:
+    """Keep all samples of both splits in memory, in at most ``limit`` bytes, until the block ends.
+
+    Args:
+        name: identifies the dataset.
+
+    Raises:
+        See ``MemorySource``.
+    """
+    with ExitStack() as stack:
+        train = MemorySource(splits.train, folder, f"{name}-train", limit, splits.image_size)
+        stack.callback(train.close)
+        if splits.val is None:
+            yield replace(splits, train=train)
+            return
+        val = MemorySource(splits.val, folder, f"{name}-val", limit - train.bytes, splits.image_size)
+        stack.callback(val.close)
+        yield replace(splits, train=train, val=val)
 
 
 def _check_size(size: int, limit: int) -> None:

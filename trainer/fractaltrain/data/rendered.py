@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from fractalshards.manifest import TRAINING
+from fractaltrain.data.source import Splits
 
 if TYPE_CHECKING:
     from fractalgen.recipe import Recipe
@@ -22,4 +23,22 @@ def open_rendered(source: RecipeOrPath, split: str = TRAINING, fresh: bool = Fal
     """
     from fractalgen.source import open_recipe  # loads numba
 
-    return open_recipe(Path(source) if isinstance(source, str | os.PathLike) else source, split, fresh)
+    rendered = open_recipe(Path(source) if isinstance(source, str | os.PathLike) else source, split, fresh)
+    rendered.read(0)  # compiles the kernels, if need be, before every loader worker does it for itself
+    return rendered
+
+
+def open_rendered_splits(path: Path, fresh: bool) -> Splits["RenderedSplit"]:
+    """Open the splits of a portable recipe: ``train``, and ``val`` if it has one, which is never fresh.
+
+    Raises:
+        FractalError: see ``fractalgen.source.open_recipe``.
+    """
+    train = open_rendered(path, TRAINING, fresh)
+    return Splits(
+        train=train,
+        val=open_rendered(path, "val") if train.recipe.val else None,
+        digest=train.digest,
+        image_size=train.image_size,
+        multi_label=train.label_type == "multi",
+    )

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the first that exists is used
 
 
-def open_dataset(
+def open_shards(
     folder: Path, world: "World", tars: WebDatasetOptions = DEFAULT_OPTIONS, for_training: bool = True
-) -> Splits:
+) -> Splits[LabelledSource]:
     """Open a folder of shards, ours or anyone's in WebDataset format, on every rank. Collective.
 
     Args:
@@ -41,20 +41,20 @@ def open_dataset(
     return _open_splits(manifest, lambda split: StoredSplit(manifest, split))
 
 
-def open_cached(cache: ShardCache, window: int) -> Splits:
+def open_cached(cache: ShardCache, window: int) -> Splits[LabelledSource]:
     """Open a remote dataset behind a prepared cache.
 
     Args:
         window: shards that are shuffled together; training keeps this many open, evaluation one.
 
     Raises:
-        FractalError: as ``open_dataset`` does.
+        FractalError: as ``open_shards`` does.
     """
     manifest = cache.manifest
     return _open_splits(manifest, lambda split: StoredSplit(manifest, split, cache, window if split == TRAINING else 1))
 
 
-def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Splits:
+def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Splits[LabelledSource]:
     val = next((name for name in VAL_SPLITS if name in manifest.splits), None)
     return Splits(
         train=open_split(TRAINING),
@@ -105,7 +105,7 @@ class WebDatasetSource:
             raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error
 
 
-def _open_webdataset(folder: Path, options: WebDatasetOptions, for_training: bool) -> Splits:
+def _open_webdataset(folder: Path, options: WebDatasetOptions, for_training: bool) -> Splits[LabelledSource]:
     info = load_webdataset(folder, options)
     train, val = ([name for name in names if name in info.splits][:1] for names in ((TRAINING,), VAL_SPLITS))
     if not train and (for_training or not val):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +52,11 @@ class LabelledSource(SampleSource, Protocol):
         """Class names by index; empty if the classes have none."""
 
 
+_Source = TypeVar("_Source", bound=SampleSource, covariant=True)
+
+
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[_Source]):
     """Samples to train on and to evaluate on.
 
     Attributes:
@@ -63,8 +66,8 @@ class Splits:
         multi_label: whether an image shows several classes.
     """
 
-    train: LabelledSource
-    val: LabelledSource | None
+    train: _Source
+    val: _Source | None
     digest: str | None = None
     image_size: int | None = None
     multi_label: bool = False

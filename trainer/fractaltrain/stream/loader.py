@@ -89,6 +89,7 @@ def epoch_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # leaves the global generator alone
         worker_init_fn=init_loader_worker if workers else None,
+        multiprocessing_context="fork" if workers else None,  # ranks are spawned, and would spawn: that takes seconds
     )
     before = multiprocessing.active_children()
     items = iter(loader)
