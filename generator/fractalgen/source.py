@@ -29,9 +29,9 @@ class RenderedSplit:
     class_names: tuple[str, ...] = ()
 
     def __init__(
-        self, recipe: Recipe, systems: Systems, split: str, fresh: bool = False, content_digest: str | None = None
+        self, recipe: Recipe, systems: Systems, split: str, fresh: bool = False, digest: str | None = None
     ) -> None:
-        """Create the split.
+        """Create the split; ``digest`` is that of the dataset if it was built.
 
         Raises:
             FractalError: if the systems are not those of the recipe, or the split is empty.
@@ -42,7 +42,7 @@ class RenderedSplit:
         check_systems(recipe, systems, f"kind {recipe.kind}")
         self.recipe = recipe
         self.split, self.fresh = split, fresh
-        self.digest = content_digest or recipe.digest()
+        self.digest = digest or recipe.digest()
         self.lengths = tuple(task.stop - task.first for task in shard_tasks(recipe) if task.split == split)
         if not self.lengths:
             raise FractalError(f"the recipe of kind {recipe.kind} has no split {split!r}; make one with --val")
@@ -108,4 +108,4 @@ def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False
         return RenderedSplit(source.with_systems(systems), systems, split, fresh)
     portable = read_portable(source)
     recipe = parse_recipe(portable.recipe, portable.recipe_digest, str(source))
-    return RenderedSplit(recipe, portable.systems, split, fresh, portable.content_digest())
+    return RenderedSplit(recipe, portable.systems, split, fresh, portable.digest)

@@ -77,6 +77,11 @@ class PortableRecipe:
             return None
         return mapping_digest({split: list(digests.values()) for split, digests in self.shards.items()})
 
+    @property
+    def digest(self) -> str:
+        """Identifies the dataset: its content digest if it is known, else the digest of its recipe."""
+        return self.content_digest() or self.recipe_digest
+
     def differing_shards(self, splits: Mapping[str, tuple[Shard, ...]]) -> list[str]:
         """Name the shards whose content differs in a built dataset, or that only one of the two has.
 

@@ -14,14 +14,14 @@ from functools import cache, partial
 from pathlib import Path
 
 from fractalshards.digest import sha256_file
-from fractalshards.errors import FractalError, StoppedError, UsageError, needs_extra
+from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error, needs_extra
 from fractalshards.human import human_count
 from fractalshards.imagefolder import parse_place
 from fractalshards.manifest import load_manifest
-from fractalshards.remote.stores import parse_location
+from fractalshards.portable import read_portable
 from fractalshards.webdataset import DEFAULT_OPTIONS, find_dataset
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
-from fractaltrain.config import EXIT_STOPPED
+from fractaltrain.config import EXIT_STOPPED, DatasetConfig
 from fractaltrain.data.images import find_data
 from fractaltrain.run_folder import RESULT, differences, flatten, is_begun, list_checkpoints, read_settings
 from fractaltrain.study import Study, StudyPlan, StudyRun
@@ -36,33 +36,34 @@ _log = logging.getLogger(__name__)
 
 
 def find_digests(study: Study) -> dict[str, str]:
-    """Return the content digests of all finished datasets on this machine, as ``plan_study`` takes them."""
-    folders = {row.shards: _local(row.shards) for row in study.pretraining.values()}
+    """Return the digests of all finished datasets and recipes on this machine, as ``plan_study`` takes them."""
+    datasets = {row.shards: row.dataset for row in study.pretraining.values()}
     for name in map(study.data, study.finetuning):
         if place := parse_place(name, ("shards",)):
-            folders[name] = place[1]
+            datasets[name] = DatasetConfig(str(place[1]))
     digests = {}
-    for name, folder in folders.items():
-        if folder:
-            with suppress(FractalError, OSError):  # ``missing_datasets`` reports these
-                digests[name] = load_manifest(folder).content_digest()
+    for name, dataset in datasets.items():
+        with suppress(FractalError, OSError):  # ``missing_datasets`` reports these
+            if dataset.rendered:
+                digests[name] = read_portable(dataset.path).digest
+            elif not dataset.is_remote:
+                digests[name] = load_manifest(dataset.path).content_digest()
     return digests
 
 
-def _local(location: str) -> Path | None:
-    parsed = parse_location(location)
-    return Path(parsed.root) if parsed.scheme == "file" else None
-
-
 def missing_datasets(study: Study) -> Iterator[str]:
-    """Yield an error for each dataset and image folder that should be on this machine and is not."""
-    for row, dataset in study.pretraining.items():
-        if folder := _local(dataset.shards):
-            try:
-                find_dataset(folder, DEFAULT_OPTIONS)
-            except FractalError as error:
-                build = f"{dataset.shards}: no finished dataset; run {dataset.build}"
-                yield f"[pretraining.{row}] {build if dataset.build else error}"
+    """Yield an error for each dataset, recipe and image folder that should be on this machine and is not."""
+    for row, pretraining in study.pretraining.items():
+        dataset = pretraining.dataset
+        try:
+            if dataset.rendered:
+                read_portable(dataset.path)
+            elif not dataset.is_remote:
+                find_dataset(dataset.path, DEFAULT_OPTIONS)
+        except (FractalError, OSError) as error:
+            build = f"{pretraining.shards}: no finished dataset; run {pretraining.build}"
+            problem = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            yield f"[pretraining.{row}] {build if pretraining.build else problem}"
     for target in study.finetuning:
         try:
             find_data(study.data(target), DEFAULT_OPTIONS)

@@ -61,10 +61,15 @@ class StudyModel(_Table, frozen=True):
 class PretrainingSet(RecipeChanges, frozen=True, kw_only=True):
     """``[pretraining.NAME]``: a dataset of shards, and a row of the comparison."""
 
-    shards: _Text  # folder or URL
+    shards: _Text  # folder or URL; or a portable recipe, FILE.json, to render
     build: str | None = None  # command that makes the dataset
     models: tuple[str, ...] = ()  # empty: all
     finetuning: RecipeChanges = RecipeChanges()  # for the fine-tunings that start from it
+
+    @property
+    def dataset(self) -> DatasetConfig:
+        """The dataset, as ``pt`` takes it."""
+        return DatasetConfig(self.shards, rendered=self.shards.endswith(".json"))
 
 
 class FinetuneSet(RecipeChanges, frozen=True, kw_only=True):
@@ -238,11 +243,12 @@ def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -
         "image_size": study.study.image_size,
         "seed": place.seed,
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
-        "dataset": DatasetConfig(dataset.shards).name,
+        "dataset": dataset.dataset.name,
     }
     if digest := digests.get(dataset.shards):
         settings["dataset_digest"] = digest
-    arguments = ("pt", "--shards", dataset.shards, "--model", place.model, *options)
+    source = "--render" if dataset.dataset.rendered else "--shards"
+    arguments = ("pt", source, dataset.shards, "--model", place.model, *options)
     return StudyRun(place.run, settings, **place._asdict(), start=None, arguments=arguments)
 
 
