@@ -1,6 +1,7 @@
 """Training on rendered samples, and on samples in memory, is training on the shards that hold them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from building import run as fractalgen
+from fractalgen import executors
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.log import read_metrics
 
@@ -19,14 +21,14 @@ def data(tmp_path_factory) -> Path:
     """A folder with a recipe of each kind, ``KIND.json``, and the shards that it describes."""
     folder = tmp_path_factory.mktemp("data")
     options = ["--n", "50", "--val", "10", "--classes", "5", "--size", "32", "--points", "500", "--shard-size", "20"]
-    for kind in ("single", "multi", "fractaldb"):
-        file = folder / f"{kind}.json"
-        for command in (
-            ("recipe", "--kind", kind, *options, "--out", file),
-            ("build", "--recipe", file, "--workers", 1, "--out", folder / kind),
-        ):
-            result = fractalgen(*command)
-            assert result.exit_code == 0, result.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executors, "worker_pool", ThreadPoolExecutor)  # processes take a second to start
+        for kind in ("single", "multi", "fractaldb"):
+            file = folder / f"{kind}.json"
+            for command in (("recipe", "--kind", kind, *options, "--out", file), ("build", "--recipe", file)):
+                out = ("--out", folder / kind) if command[0] == "build" else ()
+                result = fractalgen(*command, *out)
+                assert result.exit_code == 0, result.output
     return folder
 
 
