@@ -21,7 +21,7 @@ from fractalshards.errors import FractalError
 from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractaltrain.config import ImagesConfig
 from fractaltrain.data.images import FolderSource, load_cifar, load_digits, open_data
-from fractaltrain.data.shards import open_dataset
+from fractaltrain.data.shards import open_shards
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits, split_per_class
 from fractaltrain.log import read_metrics
 from fractaltrain.recipes import PT_RECIPES
@@ -275,7 +275,7 @@ def epoch(source: SampleSource, crop: str, workers: int) -> list[tuple[str, int,
 def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
     folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [5, 7], "validation": [3]})
     before = sorted(folder.iterdir())
-    splits = open_dataset(folder, ALONE)
+    splits = open_shards(folder, ALONE)
     assert (splits.train.lengths, splits.val.lengths) == ((5, 7), (3,))
     assert (splits.train.classes, splits.image_size) == (4, None)
     seen = epoch(splits.train, crop, workers=0)
@@ -299,12 +299,12 @@ def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
 )
 def test_webdataset_folder_without_sound_classes_or_splits_is_refused(tmp_path, image_file, splits, info, noun):
     with pytest.raises(FractalError, match=noun):
-        open_dataset(write_webdataset(tmp_path / "theirs", image_file, splits, **info), ALONE)
+        open_shards(write_webdataset(tmp_path / "theirs", image_file, splits, **info), ALONE)
 
 
 def test_damaged_image_of_a_webdataset_folder_is_named(tmp_path, image_file):
     folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [4]}, num_classes=9)
-    source = open_dataset(folder, ALONE).train
+    source = open_shards(folder, ALONE).train
     assert source.classes == 9
     data = bytearray((folder / "in-train-000.tar").read_bytes())
     data[data.index(b"IDAT") + 8 : data.index(b"IEND")] = bytes(data.index(b"IEND") - data.index(b"IDAT") - 8)
@@ -370,7 +370,7 @@ def test_packed_images_of_several_sizes(tmp_path, image_folder):
     source = parse_source(f"imagefolder:{folder}", None)
     plan = plan_pack(tmp_path / "packed", source, source.list_images(tmp_path / "packed"), seed=0, shard_size=5)
     run_pack(plan, workers=1)
-    source = open_dataset(tmp_path / "packed", ALONE).train
+    source = open_shards(tmp_path / "packed", ALONE).train
     assert source.class_names == ("cat", "dog")
     assert len({source.read(index).image.shape for index in range(12)}) > 3
     for crop in ("none", "random", "resized"):
@@ -379,7 +379,7 @@ def test_packed_images_of_several_sizes(tmp_path, image_folder):
 
 def test_labels_and_counts_of_shards(dataset, tmp_path):
     """They come from headers and sidecars, and must agree."""
-    source = open_dataset(dataset, ALONE).train
+    source = open_shards(dataset, ALONE).train
     assert source.labels.tolist() == labels(source)
     assert source.label_counts.tolist() == np.bincount(labels(source)).tolist()
     copy = tmp_path / "copy"
@@ -390,4 +390,4 @@ def test_labels_and_counts_of_shards(dataset, tmp_path):
     record["label_counts"][1] -= 1
     sidecar.write_text(json.dumps(record))
     with pytest.raises(FractalError, match="labels"):
-        _ = open_dataset(copy, ALONE).train.labels
+        _ = open_shards(copy, ALONE).train.labels
