@@ -21,7 +21,7 @@ from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import packed_size
 from fractalshards.slices import Slice
 from fractalshards.storage import check_space, remove_leftovers
-from fractalshards.systems import Systems, read_systems, write_systems
+from fractalshards.systems import Systems, format_version, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
     ShardTask,
@@ -81,16 +81,20 @@ class BuildFolder:
 
 def dataset_info(recipe: Recipe) -> DatasetInfo:
     """Return the fields of a manifest that follow from the recipe."""
-    return DatasetInfo(recipe.to_json(), recipe.family.label_type, recipe.classes)
+    kind = recipe.family
+    return DatasetInfo(recipe.to_json(), kind.label_type, recipe.classes, format_version=format_version(kind.map_shape))
 
 
-def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> BuildFolder:
+def open_folder(
+    path: Path, recipe: Recipe, given: Systems | None = None, on_progress: OnProgress = no_progress
+) -> BuildFolder:
     """Read the folder in which to build a recipe. Removes leftovers of killed builds, and writes nothing.
 
     Args:
         path: a folder that holds this dataset, is empty, or does not exist yet.
         recipe: what to build; the digest of its systems is filled in.
         given: the systems to render. By default those that the folder stores, or newly drawn ones.
+        on_progress: see ``draw_systems``.
 
     Raises:
         FractalError: if the folder holds another recipe, damaged systems, or something that is not a dataset.
@@ -98,7 +102,7 @@ def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> Bui
     """
     stored = stored_recipe(path)
     if stored is None or given is not None:
-        systems = draw_systems(recipe) if given is None else given
+        systems = draw_systems(recipe, on_progress) if given is None else given
         recipe = recipe.with_systems(systems)
     else:
         systems = None
@@ -107,7 +111,7 @@ def open_folder(path: Path, recipe: Recipe, given: Systems | None = None) -> Bui
         refuse_other(path, stored, recipe.to_json())
         if (path / SYSTEMS).exists():
             systems = read_systems(path / SYSTEMS)
-    return BuildFolder.read(path, recipe, draw_systems(recipe) if systems is None else systems)
+    return BuildFolder.read(path, recipe, draw_systems(recipe, on_progress) if systems is None else systems)
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,13 @@ class Plan:
     seconds: float
 
 
-def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
+def plan_build(folder: BuildFolder, part: Slice | None = None, on_progress: OnProgress = no_progress) -> Plan:
     """Decide which shards to render, and check that the disk can hold them.
 
     Args:
         folder: see ``open_folder``.
         part: the slice of the shards to render. By default all.
+        on_progress: as of ``draw_systems``, if it prepares what the workers share.
 
     Raises:
         FractalError: if the disk cannot hold the missing shards, plus 5 %.
@@ -145,6 +150,7 @@ def plan_build(folder: BuildFolder, part: Slice | None = None) -> Plan:
     missing = tuple(task for task in own if task.name not in folder.finished)
     if not missing:
         return Plan(folder, own, missing, 0, 0.0, 0.0)
+    folder.recipe.family.prepare(folder.recipe.params, folder.recipe.classes, on_progress)
     _log.info("measuring a few images; the first run after installing also compiles ...")
     samples = sum(task.stop - task.first for task in missing)
     stored, seconds = measure_images(folder.recipe, folder.systems)
@@ -162,7 +168,8 @@ def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
     def probe(index: int) -> tuple[list[int], float]:
         """Return the stored bytes of each image in a sample's unit, and the seconds per image."""
         start = time.perf_counter()
-        images = render_unit(recipe, systems, locate(recipe, index).unit)
+        place = locate(recipe, index)
+        images = render_unit(recipe, systems, place.unit)[: place.parts]
         encoded = [encode_rendered(sample_key(index), rendered, encode_image) for rendered in images]
         stored = [packed_size(one.sample) for one in encoded]
         return stored, (time.perf_counter() - start) / len(stored)

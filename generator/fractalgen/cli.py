@@ -5,6 +5,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from fractalgen.categories import read_categories, read_csv, read_csv_folder, se
 from fractalgen.executors import open_executor
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
-from fractalgen.kinds import KINDS, Kind
+from fractalgen.kinds import KINDS, Kind, find_kind
+from fractalgen.kinds.contours import STREAMS, parameter_table, render_instance
 from fractalgen.kinds.kind import show_range
 from fractalgen.recipe import Recipe, make_recipe, parse_recipe
 from fractalgen.render import check_systems, draw_systems
@@ -40,11 +42,12 @@ from fractalshards.human import human_bytes, human_count, human_list, human_seco
 from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
 from fractalshards.portable import plan_portable, read_portable
-from fractalshards.settings import parse_settings, show_value
+from fractalshards.settings import nearest, override, parse_settings, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
 from fractalshards.storage import write_bytes
 from fractalshards.systems import Systems, write_systems
+from fractalshards.workers import OnProgress
 
 _ALL = "all"
 
@@ -76,7 +79,7 @@ def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a dataset, the arguments of ``_make_recipe``."""
     options = (
         _kind_option(KINDS, required=False),
-        click.option("--n", type=int, help="Training images."),
+        click.option("--n", type=int, help="Training images.  [default: those of the published set, if it is one]"),
         click.option("--val", default=0, help="Validation images, of the same classes."),
         click.option("--classes", type=int, help="Number of classes.  [default: 1000]"),
         _SIZE,
@@ -104,8 +107,8 @@ def _make_recipe(
     **others: Any,
 ) -> tuple[Recipe, Systems | None]:
     """Make a recipe from the options that describe a dataset; return it with the systems that they name, if any."""
-    if kind is None or n is None:
-        raise UsageError(f"{'--kind' if kind is None else '--n'} is missing; give --kind and --n{otherwise}")
+    if kind is None:
+        raise UsageError(f"--kind is missing; give --kind and --n{otherwise}")
     given = _read_given(kind, classes, categories, from_csv)
     classes = classes if given is None else len(given)
     return make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others), given
@@ -165,7 +168,8 @@ def build(
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
     with continuable(folder), open_executor(workers, address) as (pool, count):
-        plan = plan_build(open_folder(folder, recipe, given), part)
+        with _preparing() as on_progress:
+            plan = plan_build(open_folder(folder, recipe, given, on_progress), part, on_progress)
         note(f"{folder}: {_describe(plan, part, count, address)}")
         with progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
@@ -194,7 +198,8 @@ def recipe(out: Path | None, **dataset: Any) -> None:
     Example: fractalgen recipe --kind single --n 1000000 > single.json
     """
     made, given = _make_recipe(**dataset)
-    systems = draw_systems(made) if given is None else given
+    with _preparing() as on_progress:
+        systems = draw_systems(made, on_progress) if given is None else given
     check_systems(made, systems, f"recipe of kind {made.kind}")
     text = plan_portable(made.with_systems(systems).to_json(), made.family.label_type, systems)
     if out is None:
@@ -214,8 +219,9 @@ def repair(folder: Path, workers: int) -> None:
 
     Example: fractalgen repair shards/single
     """
-    with continuable(folder), open_executor(workers) as (executor, _), progress("repairing", "images") as on_progress:
-        repaired = repair_dataset(folder, executor, on_progress)
+    bars = _preparing(), progress("repairing", "images")
+    with continuable(folder), open_executor(workers) as (executor, _), bars[0] as on_prepare, bars[1] as on_progress:
+        repaired = repair_dataset(folder, executor, on_progress, on_prepare)
     for problem in repaired.problems:
         click.echo(one_line(f"damaged: {folder}/{problem}"))
     if repaired.rendered:
@@ -239,7 +245,8 @@ def kinds(as_json: bool) -> None:
     console = Console(soft_wrap=True)
     for name, kind in KINDS.items():
         console.print(f"[bold]{name}[/bold]  {kind.summary}")
-        console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px, {kind.points:,} points")
+        points = f", {kind.points:,} points" if kind.points else ""
+        console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px{points}")
         table = Table("--set", "default", "range", "description", box=None, padding=(0, 2))
         for parameter in _parameters(kind):
             table.add_row(*map(show_value, parameter.values()))
@@ -267,36 +274,107 @@ def preview(
     overrides = parse_settings(settings)
     if kind == _ALL and overrides:
         raise UsageError("--set changes one kind, but --kind is 'all'")
-    names = KINDS if kind == _ALL else (kind,)
-    recipes = [make_recipe(name, classes, classes=classes, overrides=overrides, **others) for name in names]
+    recipes = []
+    for one in KINDS.values() if kind == _ALL else (find_kind(kind),):
+        changed = {**parse_settings(one.preview), **overrides}
+        points = others["points"] if one.points or kind != _ALL else None
+        recipes.append(
+            make_recipe(one.name, classes, classes=classes, overrides=changed, **{**others, "points": points})
+        )
     picture = side_by_side([draw_preview(recipe, per_class, tile) for recipe in recipes])
     save_picture(picture, out)
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
 
 
-@main.command(groups={"Image": "--params --weight-row --draw --size --points --flip --mask-seed --out"})
-@click.option("--params", required=True, type=PATH, metavar="FILE.csv", help="A category: a row a,b,c,d,e,f,p per map.")
+@main.command(
+    groups={
+        "FractalDB": "--params --weight-row --draw --points --flip --mask-seed",
+        "Published streams": "--kind --category --instance --processes --classes --instances",
+        "Image": "--size --out",
+    }
+)
+@click.option("--params", type=PATH, metavar="FILE.csv", help="A category: a row a,b,c,d,e,f,p per map.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 leaves the category as it is.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="Drawing style.")
-@click.option("--size", default=362, type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side length in pixels.")
 @click.option("--points", default=200_000, type=click.IntRange(1, MAX_POINTS), help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="0 none, 1 top-bottom, 2 left-right, 3 both.")
 @click.option("--mask-seed", default=0, type=int, help="Seed of the patch masks (Python's random).")
+@_kind_option(STREAMS, required=False)
+@click.option("--category", type=int, metavar="C", help="Class of the image, from 0.")
+@click.option("--instance", type=int, metavar="I", help="Image of the class, from 0.")
+@click.option("--processes", type=int, help="Processes of the published program.  [default: by kind]")
+@click.option("--classes", default=1000, help="Classes of the stream.")
+@click.option("--instances", default=1000, help="Images per class of the stream.")
+@click.option("--size", type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side in pixels.  [default: by kind]")
 @click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
-def render(
-    params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, flip: int, mask_seed: int, out: Path
-) -> None:
-    """Render one FractalDB image, pixel for pixel the published one.
+@quiet_option
+@click.pass_context
+def render(context: click.Context, /, size: int | None, out: Path, **options: Any) -> None:
+    """Render one published image, pixel for pixel: a category of FractalDB, or an image of VisualAtom or RCDB.
 
-    Example: fractalgen render --params 00000.csv --draw point-gray --out image.png
+    Example: fractalgen render --kind visualatom --category 7 --instance 0 --out image.png
     """
     if picture_format(out) != "PNG":
         raise UsageError(f"--out is {out}: expected a name that ends in .png")
-    masks = kernel.published_masks(mask_seed, points) if kernel.is_patch(draw) else None
+    chosen, other = ("params", "kind") if options["params"] else ("kind", "params")
+    for name in _RENDER_OPTIONS[other]:
+        if _is_given(context, name):
+            raise UsageError(f"--{name.replace('_', '-')} cannot be combined with --{chosen}: leave one out")
+    missing = [name for name in ("kind", "category", "instance") if chosen == "kind" and options[name] is None]
+    if missing:
+        raise UsageError(f"--{missing[0]} is missing; give --kind, --category and --instance, or --params")
+    family = KINDS["fractaldb"] if chosen == "params" else _find_stream(options["kind"])
+    draw = _render_fractaldb if chosen == "params" else _render_stream
+    side = size or family.size
+    image = draw(size=side, **{name: options[name] for name in _RENDER_OPTIONS[chosen]})
+    write_bytes(out, encode_png(image.rgb()))
+    click.echo(f"{out}: {side} x {side} pixels")
+
+
+_RENDER_OPTIONS = {
+    "params": ("params", "weight_row", "draw", "points", "flip", "mask_seed"),
+    "kind": ("kind", "category", "instance", "processes", "classes", "instances"),
+}
+
+
+def _render_fractaldb(params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, **rest: int) -> Indexed:
+    masks = kernel.published_masks(rest["mask_seed"], points) if kernel.is_patch(draw) else None
     indices = kernel.render(read_csv(params), kernel.weight_rows()[weight_row], size, points, draw, masks)
-    data = encode_png(Indexed(kernel.flip(indices, flip), kernel.palette(draw)).rgb())
-    write_bytes(out, data)
-    click.echo(f"{out}: {size} x {size} pixels")
+    return Indexed(kernel.flip(indices, rest["flip"]), kernel.palette(draw))
+
+
+def _render_stream(kind: str, size: int, processes: int | None, instances: int, **rest: int) -> Indexed:
+    changes = {"instances": instances, **({} if processes is None else {"processes": processes})}
+    params = override(STREAMS[kind](), changes)
+    with _preparing() as on_progress:
+        return render_instance(params, size, **rest, on_progress=on_progress)
+
+
+@main.command(groups={"Stream": "--kind --classes --instances --seed --set", "File": "--out"})
+@_kind_option(STREAMS, required=True)
+@click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
+@click.option("--instances", type=int, help="Images per class, which later classes depend on.  [default: 1000]")
+@_SEED
+@_SET
+@click.option("--out", required=True, type=PATH, metavar="FILE.csv", help="Output file.")
+@quiet_option
+def parameters(
+    kind: str, classes: int | None, instances: int | None, seed: int, settings: tuple[str, ...], out: Path
+) -> None:
+    """Write the parameters of all classes of VisualAtom or RCDB, as a row each; on all cores.
+
+    Example: fractalgen parameters --kind visualatom --out parameters.csv
+    """
+    family = _find_stream(kind)
+    if out.is_dir():
+        raise UsageError(f"--out is {out}: expected the name of a file")
+    overrides = parse_settings(settings) | ({} if instances is None else {"instances": str(instances)})
+    classes = family.classes if classes is None else classes
+    recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=overrides)
+    with continuable(out), _preparing() as on_progress:
+        systems = draw_systems(recipe, on_progress)
+    write_bytes(out, parameter_table(systems))
+    click.echo(f"{out}: {len(systems):,} classes")
 
 
 @main.command()
@@ -327,6 +405,18 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     write_systems(out, categories)
     click.echo(f"{out}: {len(categories):,} categories")
     next_step(f"fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
+
+
+def _preparing() -> AbstractContextManager[OnProgress]:
+    """Show the progress of what a kind prepares before it can render."""
+    return progress("following the published stream", "classes")
+
+
+def _find_stream(name: str) -> Kind:
+    """Return the kind of a published stream."""
+    if name not in STREAMS:
+        raise UsageError(f"kind {name!r} is not a published stream{nearest(name, STREAMS)}")
+    return KINDS[name]
 
 
 def _refuse_beside_recipe(context: click.Context) -> None:

@@ -165,6 +165,7 @@ def _shuffled(split: _Split, position: int) -> int:
     if split.per_unit == 1:
         return position
     shard = _block(split, position, 0, split.samples, split.recipe.shard_size)
-    block_size = max(_BLOCK_PIXELS // split.recipe.size**2, 1) * split.per_unit
+    pixels = split.recipe.size**2 * split.recipe.family.images_in_memory
+    block_size = max(_BLOCK_PIXELS // pixels, 1) * split.per_unit
     start, stop = _block(split, position, *shard, block_size)
     return start + permute(position - start, stop - start, split.key(start))

@@ -55,21 +55,23 @@ class Recipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
+        kind = self.family
         for name, (low, high) in _RANGES.items():
+            if name == "points" and not kind.points:
+                low, high = 0, 0
             try:
                 value = operator.index(getattr(self, name))  # a plain integer, because a recipe is hashed as JSON
             except TypeError as error:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: expected an integer") from error
             _require(low <= value <= high, f"{name} is {value}: expected {low} to {high:,}")
             object.__setattr__(self, name, value)
-        kind = self.family
         if not isinstance(self.params, kind.params):
             raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
         _require(
             self.n >= self.classes or kind.label_type == "multi",
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
         )
-        self._check_units()
+        kind.check(self.params, self.n, self.val, self.classes)
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
         _require(
             self.shard_size >= kind.images_per_unit,
@@ -78,19 +80,6 @@ class Recipe:
         shards = (self.n + self.val) // self.shard_size
         _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
-
-    def _check_units(self) -> None:
-        """Refuse more images than the kind can render without repeating one."""
-        kind = self.family
-        limit = kind.units_per_class(self.params)
-        if limit is None:
-            return
-        units = sum(-(-count // (self.classes * kind.images_per_unit)) for count in (self.n, self.val))
-        _require(
-            units <= limit,
-            f"n and val ask for {units * kind.images_per_unit} images of a class, but kind {self.kind} with these "
-            f"parameters has {limit * kind.images_per_unit}: lower them or raise classes",
-        )
 
     @property
     def family(self) -> Kind:
@@ -156,7 +145,7 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
 
 def make_recipe(
     kind: str,
-    n: int,
+    n: int | None = None,
     *,
     val: int = 0,
     classes: int | None = None,
@@ -169,12 +158,12 @@ def make_recipe(
     """Make a recipe, with the kind's defaults for arguments that are None.
 
     Args:
-        kind: name of a kind: ``fractaldb``, ``single``, ``multi``.
-        n: training samples, at least 1.
+        kind: name of a kind, see ``fractalgen.kinds.KINDS``.
+        n: training samples, at least 1. Kinds that are published as a dataset have a default.
         val: validation samples of the same classes; they share no render with the training samples.
         classes: number of classes, each with one system, 1 to 100,000; at most n for kinds with one class per image.
         size: side length of the images in pixels, 16 to 4096.
-        points: points of each chaos game, 1 to 100,000,000.
+        points: points of each chaos game, 1 to 100,000,000; 0 for kinds that play none.
         seed: seed of all random numbers, 0 to 2**63 - 1.
         shard_size: samples per shard.
         overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
@@ -183,6 +172,9 @@ def make_recipe(
         UsageError: if a value is unknown, malformed or out of range.
     """
     chosen = find_kind(kind)
+    n = chosen.n if n is None else n
+    if n is None:
+        raise UsageError(f"kind {kind} has no default for --n, the number of images")
     return Recipe(
         kind=kind,
         n=n,

@@ -15,17 +15,22 @@ from fractalshards.png import Pixels, pixels_of
 from fractalshards.sample import Label
 from fractalshards.sheet import class_rows, contact_sheet
 from fractalshards.systems import Systems
+from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import Rendered
 
 
-def draw_systems(recipe: Recipe) -> Systems:
-    """Draw the system of every class of a recipe: (maps, 2, 3) float64, or (maps, 7) for FractalDB categories.
+def draw_systems(recipe: Recipe, on_progress: OnProgress = no_progress) -> Systems:
+    """Draw the system of every class of a recipe.
+
+    They are float64, (maps, 2, 3), (maps, 7) for FractalDB categories, or (1, 12) for contours. ``on_progress`` is
+    called with the number of classes done, and of all, by kinds that take long.
 
     A build draws once and stores the systems, because numpy may change its distributions between versions.
 
     Raises:
         UsageError: if the kind has fewer systems than classes.
     """
+    recipe.family.prepare(recipe.params, recipe.classes, on_progress)
     return recipe.family.draw_systems(recipe.params, recipe.seed, recipe.classes)
 
 
@@ -42,7 +47,7 @@ def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
     fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
     if len(systems) != recipe.classes or not fitting:
         raise FractalError(
-            f"{where}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} maps of shape {shape}; "
+            f"{where}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} rows of shape {shape}; "
             f"check {SYSTEMS}, or the file that the systems come from"
         )
 
@@ -69,7 +74,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) 
 
 
 def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Rendered]:
-    """Render all images of a unit, with their labels."""
+    """Return all images of a unit, with their labels; some kinds render them when they are asked for."""
     return recipe.family.render(recipe.params, recipe.size, recipe.points, unit, systems)
 
 
@@ -82,7 +87,7 @@ def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Ite
     for index in range(first, stop):
         place = locate(recipe, index)
         if place.unit not in waiting:
-            waiting[place.unit] = render_unit(recipe, systems, place.unit), place.parts
+            waiting[place.unit] = render_unit(recipe, systems, place.unit)[: place.parts], place.parts
         images, left = waiting.pop(place.unit)
         if left > 1:
             waiting[place.unit] = images, left - 1

@@ -39,7 +39,9 @@ class Repaired:
     extra: tuple[str, ...]
 
 
-def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = no_progress) -> Repaired:
+def repair_dataset(
+    folder: Path, executor: Executor, on_progress: OnProgress = no_progress, on_prepare: OnProgress = no_progress
+) -> Repaired:
     """Verify a dataset, render damaged and missing shards again, and update the manifest.
 
     The result has the content digests of an uninterrupted build.
@@ -48,6 +50,7 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
         folder: the dataset's folder, finished or not.
         executor: see ``executors.open_executor``.
         on_progress: called with the number of images verified and rendered, and the total.
+        on_prepare: see ``draw_systems``.
 
     Raises:
         FractalError: as ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs
@@ -56,7 +59,7 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
     manifest = None
     with suppress(FractalError):
         manifest = load_manifest(folder)
-    found = _recover(folder, manifest)
+    found = _recover(folder, manifest, on_prepare)
     listed = {shard.name: shard for shards in manifest.splits.values() for shard in shards} if manifest else {}
     names = {task.name for task in found.tasks}
     if listed and not names <= listed.keys():
@@ -72,7 +75,7 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
     for name in damaged:
         (folder / sidecar_name(name)).unlink(missing_ok=True)
     sound = {name: record for name, record in found.finished.items() if name not in damaged}
-    plan = plan_build(replace(found, finished=sound))
+    plan = plan_build(replace(found, finished=sound), on_progress=on_prepare)
     verified = sum(record.samples for record, _ in finished)
     rendered = render_missing(plan, executor, lambda done, total: on_progress(verified + done, verified + total))
     both = rendered.keys() & listed.keys()
@@ -86,7 +89,7 @@ def repair_dataset(folder: Path, executor: Executor, on_progress: OnProgress = n
     return Repaired(tuple(problems), tuple(task.name for task in plan.missing), tuple(extra))
 
 
-def _recover(folder: Path, manifest: Manifest | None) -> BuildFolder:
+def _recover(folder: Path, manifest: Manifest | None, on_prepare: OnProgress) -> BuildFolder:
     """Read a folder; restore a damaged recipe from the manifest, and damaged systems by drawing them."""
     path = folder / RECIPE
     stale = []
@@ -103,7 +106,7 @@ def _recover(folder: Path, manifest: Manifest | None) -> BuildFolder:
     with suppress(FractalError, FileNotFoundError):
         systems = read_systems(path)
     if systems is None or systems_digest(systems) != recipe.systems_digest:
-        systems = draw_systems(recipe)
+        systems = draw_systems(recipe, on_prepare)
         stale.append(path)
     found = BuildFolder.read(folder, recipe, systems)
     for path in stale:

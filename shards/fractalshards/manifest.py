@@ -59,7 +59,7 @@ def check_plain(name: str, where: str) -> str:
     return name
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # see ``systems.MAP_SHAPES``
 MAX_CLASSES = 100_000  # names of systems have five digits
 MAX_IMAGE_SIZE = 100_000
 MAX_SHARD_SIZE = 100_000  # in samples, of shards that this software writes
@@ -111,6 +111,7 @@ class DatasetInfo:
     classes: int
     class_names: tuple[str, ...] = ()
     class_ids: tuple[str, ...] = ()
+    format_version: int = 1
 
     @property
     def recipe_digest(self) -> str:
@@ -246,7 +247,7 @@ def write_manifest(
     names = {"class_names": info.class_names, "class_ids": info.class_ids}
     alt_label = {"alt_label": "labels"} if info.label_type == "multi" else {}  # the field of KEY.json for timm to read
     fields = {
-        "format_version": FORMAT_VERSION,
+        "format_version": info.format_version,
         "recipe": dict(info.recipe),
         "recipe_digest": info.recipe_digest,
         "label_type": info.label_type,
@@ -297,8 +298,8 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
             f"{where}: has no format_version, so other software wrote it; "
             "only fractaltrain pt, ft and eval read such a dataset, from a local folder"
         )
-    if found != FORMAT_VERSION:
-        raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSION}; upgrade fractalpretrain")
+    if found not in FORMAT_VERSIONS:
+        raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSIONS[-1]}; upgrade fractalpretrain")
     info = parse_json(data, _Info, where)
     for name, names in (("class_names", info.class_names), ("class_ids", info.class_ids)):
         if len(names) not in (0, info.classes):

@@ -29,6 +29,11 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # not EPS, whic
 
 Pixels = npt.NDArray[np.uint8]
 
+GREYS: Pixels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(256, 3)
+"""The palette of a grey image: a PNG with it is read back in three channels, unlike a grey one."""
+
+_GREY_BYTES = GREYS.tobytes()
+
 
 @lru_cache(maxsize=16)
 def _octets(palette: bytes) -> npt.NDArray[np.uint64]:
@@ -51,9 +56,23 @@ class Indexed:
             octets = _octets(self.palette.tobytes())
             pixels = octets.take(np.packbits(self.indices), axis=0, mode="clip").view(np.uint8)
             return pixels.reshape(-1, 3)[: height * width].reshape(height, width, 3)
+        if self.palette.tobytes() == _GREY_BYTES:
+            return _grey_rgb(self.indices)
         picture = Image.frombytes("P", (width, height), self.indices.tobytes())
         picture.putpalette(self.palette.tobytes())
         return np.asarray(picture.convert("RGB"))
+
+
+def _grey_rgb(levels: Pixels) -> Pixels:
+    """Repeat grey levels (H, W) in three channels: four at once, in words of four bytes."""
+    flat = levels.reshape(-1)
+    words = np.pad(flat, (0, -len(flat) % 4)).view("<u4") if len(flat) % 4 else flat.view("<u4")
+    a, b, c, d = words & 255, words >> 8 & 255, words >> 16 & 255, words >> 24
+    tripled = np.empty((len(words), 3), "<u4")
+    np.bitwise_or(a * np.uint32(0x010101), b << 24, out=tripled[:, 0])
+    np.bitwise_or(b * np.uint32(0x0101), c * np.uint32(0x01010000), out=tripled[:, 1])
+    np.bitwise_or(c, d * np.uint32(0x01010100), out=tripled[:, 2])
+    return tripled.view(np.uint8).reshape(-1)[: 3 * len(flat)].reshape(*levels.shape, 3)
 
 
 def pixels_of(image: Pixels | Indexed) -> Pixels:

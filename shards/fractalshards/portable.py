@@ -28,7 +28,7 @@ _PLANNED = 2  # of one that was not, without what only a build knows
 _ADVICE = "the file is damaged or was changed; ask for the file again"
 
 _Row = tuple[float, float, float]
-_Map = Annotated[list[_Row | float], Meta(min_length=2, max_length=7)]  # 2 x 3 or 7 numbers
+_Map = Annotated[list[_Row | float], Meta(min_length=2, max_length=12)]  # 2 x 3, 7 or 12 numbers
 _System = Annotated[list[_Map], Meta(min_length=1, max_length=1000)]
 _Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 
@@ -61,7 +61,7 @@ class PortableRecipe:
 
     Attributes:
         recipe: as in ``recipe.json`` and the manifest; kind, sizes and parameters are not checked.
-        systems: one finite float64 array per class, (maps, 2, 3) or (maps, 7); they match the recipe's digest.
+        systems: one finite float64 array per class, see ``systems.npz``; they match the recipe's digest.
         shards: content digest of each shard, by file name, by split; None if the dataset has not been built.
     """
 
@@ -206,7 +206,7 @@ def _to_array(system: _System, where: str) -> npt.NDArray[np.float64]:
     except ValueError:  # maps of different lengths
         array = np.empty(0)
     if array.shape[1:] not in MAP_SHAPES:
-        raise FractalError(f"{where}: expected maps of 2 x 3 or 7 numbers; {_ADVICE}")
+        raise FractalError(f"{where}: expected maps of 2 x 3, 7 or 12 numbers; {_ADVICE}")
     return array
 
 

@@ -142,6 +142,29 @@ def write_json(path: Path, data: Mapping[str, object], indent: int | None = None
         file.write(json.dumps(data, indent=indent).encode() + b"\n")
 
 
+def private_cache() -> Path:
+    """Return the folder for what processes of this user share, made if missing and open to nobody else.
+
+    It is ``$TMPDIR/fractalpretrain-UID`` where batch systems set TMPDIR, else ``~/.cache/fractalpretrain``.
+
+    Raises:
+        FractalError: if others can write there.
+        OSError: if it cannot be made.
+    """
+    if temporary := os.environ.get("TMPDIR"):
+        folder = Path(temporary) / f"fractalpretrain-{os.getuid()}"  # all users may share TMPDIR
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fractalpretrain"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise FractalError(
+            f"{folder}: other users can write there, so it is not a safe cache; set another TMPDIR or --cache-dir"
+        )
+    return folder
+
+
 def check_space(folder: Path, wanted: float, advice: str) -> None:
     """Raise FractalError if the disk of a folder, which may not exist yet, has less than ``wanted`` bytes free."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

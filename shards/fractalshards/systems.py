@@ -13,11 +13,16 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.storage import atomic_file, read_bounded
 
-MAP_SHAPES = ((2, 3), (7,))  # of a map
+MAP_SHAPES = {(2, 3): 1, (7,): 1, (12,): 2}  # of a map, and the first version of the format that has it
 MAX_SYSTEMS_BYTES = 64 << 20  # stored and inflated
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others inflate more than is asked for
 
 Systems = Sequence[npt.NDArray[np.float64]]
+
+
+def format_version(map_shape: tuple[int, ...]) -> int:
+    """Return the version of the format of datasets with systems of this shape; those of version 1 stay as they are."""
+    return MAP_SHAPES[map_shape]
 
 
 def write_systems(path: Path, systems: Systems) -> None:

@@ -78,7 +78,7 @@ def test_preview_draws_a_row_per_class(tmp_path: Path, kind: str) -> None:
     assert result.exit_code == 0, result.output
     sheet = pixels(out)
     width, height = 44 + 2 * 100, 28 + 3 * 100 + 4
-    assert sheet.shape == (height, width * (3 if kind == "all" else 1), 3)
+    assert sheet.shape == (height, width * (len(KINDS) if kind == "all" else 1), 3)
     for row in range(3):
         assert sheet[32 + 100 * row : 128 + 100 * row, 44:140].std() > 5, f"row {row} shows nothing"
 

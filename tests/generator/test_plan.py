@@ -19,6 +19,7 @@ from fractalgen.plan import locate, permute, shard_tasks
 from fractalgen.recipe import parse_recipe
 from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError, UsageError
+from kind_variants import overrides_of
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_recipe_digest_covers_every_field() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
-    recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60)
+    recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60, overrides=overrides_of(kind))
     recipe = recipe.with_systems(draw_systems(recipe))
     assert parse_recipe(json.loads(json.dumps(recipe.to_json())), recipe.digest(), "a test") == recipe
 
@@ -113,11 +114,13 @@ def test_permute_is_a_permutation(count: int, key: int) -> None:
     assert sorted(permute(index, count, key) for index in range(count)) == list(range(count))
 
 
-@given(st.sampled_from(list(KINDS)), st.integers(1, 30), st.integers(0, 400), st.integers(0, 100), st.integers(4, 90))
+@given(st.sampled_from(list(KINDS)), st.integers(1, 30), st.integers(0, 400), st.integers(0, 100), st.integers(0, 86))
 def test_locate_balances_classes_and_keeps_units_in_a_shard(
-    kind: str, classes: int, more: int, val: int, shard_size: int
+    kind: str, classes: int, more: int, val: int, larger: int
 ) -> None:
-    recipe = make_recipe(kind, classes + more, val=val, classes=classes, shard_size=shard_size)
+    per_unit = KINDS[kind].images_per_unit
+    n, shard_size, overrides = classes + more, per_unit + larger, overrides_of(kind)
+    recipe = make_recipe(kind, n, val=val, classes=classes, shard_size=shard_size, overrides=overrides)
     places = [locate(recipe, index) for index in range(recipe.n + val)]
     assert len({(place.unit, place.part) for place in places}) == len(places)
     assert [place.unit.split for place in places] == ["train"] * recipe.n + ["val"] * val
@@ -131,7 +134,7 @@ def test_locate_balances_classes_and_keeps_units_in_a_shard(
     assert [task.first for task in tasks] + [recipe.n + val] == [0] + [task.stop for task in tasks]
     shards = [{places[index].unit for index in range(task.first, task.stop)} for task in tasks]
     assert sum(map(len, shards)) == len(set.union(*shards))
-    assert all(0 < task.stop - task.first < shard_size + 4 for task in tasks)
+    assert all(0 < task.stop - task.first < shard_size + per_unit for task in tasks)
 
 
 def test_locate_mixes_classes_and_images_of_units_inside_shards() -> None:

@@ -101,7 +101,7 @@ def test_export_bytes_never_change(dataset: Path) -> None:
     assert xxhash.xxh3_128_hexdigest(text) == "43b13104fd33e41a14791d5ec779f0c3"  # of the first release
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 3), (5, 7)])
+@pytest.mark.parametrize("shape", [(3, 2, 3), (5, 7), (1, 12)])
 def test_every_float_survives(dataset: Path, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**64, (200, *shape), dtype=np.uint64).view(np.float64)  # of all magnitudes

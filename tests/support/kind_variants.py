@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fractalgen import make_recipe
 from fractalgen.build import open_folder, plan_build, run_build
-from fractalgen.kinds import KINDS
+from fractalgen.kinds import KINDS, find_kind
 from fractalgen.recipe import Recipe
 from fractalshards.settings import parse_settings
 
@@ -15,12 +15,20 @@ VARIANTS = {
     **{kind: (kind, ()) for kind in KINDS},
     "fractaldb in colour": ("fractaldb", ("draw=patch-color",)),
     "single of more maps": ("single", ("maps=6,9",)),
+    "visualatom of our own": ("visualatom", ("stream=own",)),
 }
 
 
 def small_recipe(kind: str, settings: tuple[str, ...] = (), n: int = 60, classes: int = 12) -> Recipe:
-    overrides = parse_settings(settings)
-    return make_recipe(kind, n, val=8, classes=classes, size=96, points=20_000, shard_size=40, overrides=overrides)
+    points = 20_000 if find_kind(kind).points else None
+    return make_recipe(
+        kind, n, val=8, classes=classes, size=96, points=points, shard_size=40, overrides=overrides_of(kind, settings)
+    )
+
+
+def overrides_of(kind: str, settings: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return what lets any number of classes be rendered, and the settings."""
+    return parse_settings((*find_kind(kind).preview, *settings))
 
 
 def build(recipe: Recipe, out: Path) -> None:

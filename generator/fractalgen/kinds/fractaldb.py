@@ -54,6 +54,17 @@ def units_per_class(params: FractaldbParams) -> int | None:
     return None if kernel.is_patch(params.draw) else params.rows
 
 
+def check(params: FractaldbParams, n: int, val: int, classes: int) -> None:
+    """Refuse more images than points give without repeating one."""
+    limit = units_per_class(params)
+    units = sum(-(-count // (classes * FLIPS)) for count in (n, val))
+    if limit is not None and units > limit:
+        raise UsageError(
+            f"n and val ask for {units * FLIPS} images of a class, but kind fractaldb with these parameters has "
+            f"{limit * FLIPS}: lower them or raise classes"
+        )
+
+
 def render(
     params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems
 ) -> tuple[Rendered, Rendered, Rendered, Rendered]:
@@ -96,4 +107,5 @@ KIND = Kind(
     map_shape=(7,),
     images_per_unit=FLIPS,
     units_per_class=units_per_class,
+    check=check,
 )

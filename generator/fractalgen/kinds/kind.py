@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from fractalshards.errors import UsageError
 from fractalshards.sample import LabelType
 from fractalshards.systems import Systems
+from fractalshards.workers import OnProgress
 from fractalshards.writer import Rendered
 
 if TYPE_CHECKING:
@@ -89,14 +90,21 @@ class Kind:
         params: a frozen dataclass whose fields are made by ``parameter`` and checked in ``__post_init__``.
         classes: default number of classes.
         size: default side length in pixels.
-        points: default number of points of a chaos game.
+        points: default number of points of a chaos game; 0 if the kind plays none.
         draw_systems: (params, seed, classes) -> the systems of all classes, float64 arrays.
-        render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels; an image is
-            (size, size, 3) uint8 or indexed. All random numbers come from the unit's identity.
-        map_shape: shape of one map of a system: (2, 3), or (7,) for FractalDB categories.
+        render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels, perhaps rendered
+            only when they are asked for; an image is (size, size, 3) uint8 or indexed. All random numbers come from the
+            unit's identity.
+        map_shape: shape of one map of a system: (2, 3), or (7,) for FractalDB categories, (12,) for contours.
         label_type: ``single``: one class per image, balanced over the dataset; ``multi``: the visible objects.
+        n: default number of training images, if there is one.
         images_per_unit: number of images that share a render, and are therefore in one shard.
+        images_in_memory: number of images of a unit that take memory of their own; flips share that of one.
         units_per_class: params -> the most units that a class can have; None if there is no limit.
+        check: (params, n, val, classes) -> None; raises a UsageError if the kind cannot render so many images.
+        prepare: (params, classes, on_progress) -> None: computes what all workers share, if it is missing. Whoever
+            coordinates them calls it, to show the progress; a worker that needs the same computes it itself.
+        preview: settings of a preview, as after ``--set``, since it has few classes.
     """
 
     name: str
@@ -109,5 +117,10 @@ class Kind:
     render: Callable[[Any, int, int, Unit, Systems], Sequence[Rendered]]
     map_shape: tuple[int, ...] = (2, 3)
     label_type: LabelType = "single"
+    n: int | None = None
     images_per_unit: int = 1
+    images_in_memory: int = 1
     units_per_class: Callable[[Any], int | None] = lambda params: None
+    check: Callable[[Any, int, int, int], None] = lambda params, n, val, classes: None
+    prepare: Callable[[Any, int, OnProgress], None] = lambda params, classes, on_progress: None
+    preview: tuple[str, ...] = ()

@@ -12,7 +12,6 @@ arrive, so they count, and those of killed processes are removed.
 import functools
 import os
 import pickle
-import stat
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ from fractalshards.remote.transfer import (
     select_shards,
     shard_info,
 )
-from fractalshards.storage import TEMPORARY, atomic_file, check_space, remove_leftovers
+from fractalshards.storage import TEMPORARY, atomic_file, check_space, private_cache, remove_leftovers
 from fractalshards.workers import OnProgress, no_progress
 
 _JOBS = 8
@@ -188,8 +187,8 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
     """Return the cache of a remote dataset, in a folder of ``root`` named by its content digest; fetch no shards.
 
     Args:
-        root: None for ``$TMPDIR/fractalpretrain-UID`` where batch systems set it, else ``~/.cache/fractalpretrain``;
-            created, and must be the user's own: shards are hashed when they arrive and not at every use.
+        root: None for ``private_cache()``; created, and must be the user's own: shards are hashed when they arrive and
+            not at every use.
         size: bytes of shards that may be cached at a time.
         window: shards of ``split`` that are needed together.
 
@@ -206,23 +205,7 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
 
 def cache_root(folder: str | os.PathLike[str] | None) -> Path:
     """Return the folder of all caches: the given one, or the default, see ``open_cache``."""
-    return Path(folder) if folder is not None else _private(_default_root())
-
-
-def _default_root() -> Path:
-    if temporary := os.environ.get("TMPDIR"):
-        return Path(temporary) / f"fractalpretrain-{os.getuid()}"  # all users may share it
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fractalpretrain"
-
-
-def _private(folder: Path) -> Path:
-    """Create a folder that only this user may enter; an existing one must be the user's, and no link."""
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700, parents=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FractalError(f"{folder}: other users can write there, so it is not a safe cache; choose a --cache-dir")
-    return folder
+    return Path(folder) if folder is not None else private_cache()
 
 
 @contextmanager

@@ -1,0 +1,92 @@
+"""Tables that all processes of a machine share: computed once, then mapped from a file in the user's cache.
+
+$TMPDIR/fractalpretrain-UID/tables/DIGEST.npy, or ~/.cache/fractalpretrain/...
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from filelock import FileLock
+
+from fractalshards.storage import atomic_file, private_cache, remove_leftovers
+from fractalshards.workers import OnProgress, available_cores
+
+Table = npt.NDArray[np.uint32]
+
+
+def shared_table(
+    identity: tuple[object, ...],
+    shape: tuple[int, int],
+    chains: Callable[[], Sequence[Iterator[Table]]],
+    on_progress: OnProgress,
+) -> Table:
+    """Return a table of the cache, read-only; the first process that needs it computes it while others wait.
+
+    Args:
+        identity: what determines the table, the version of the code that computes it included.
+        shape: of the table.
+        chains: returns iterators over the rows of equal, consecutive parts of the table. They advance side by side on
+            all cores, so they should release the GIL.
+        on_progress: called with the number of rows computed, and of all rows.
+
+    Raises:
+        FractalError: if other users can write to the cache.
+        OSError: if the cache cannot be written.
+    """
+    path = private_cache() / "tables" / f"{xxhash.xxh3_128_hexdigest(repr((identity, shape)).encode())}.npy"
+    if (table := _read(path, shape)) is not None:
+        return table
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if (table := _read(path, shape)) is None:
+            remove_leftovers(path.parent)
+            computed = _compute(shape, chains(), on_progress)
+            with atomic_file(path) as file:
+                np.save(file, computed)
+            table = _read(path, shape)
+    return computed if table is None else table
+
+
+def _read(path: Path, shape: tuple[int, int]) -> Table | None:
+    """Map a table into memory; None if it is missing or damaged."""
+    with suppress(FileNotFoundError, ValueError):
+        table: Table = np.load(path, mmap_mode="r")
+        if table.shape == shape and table.dtype == np.uint32:
+            return table
+    return None
+
+
+def _compute(shape: tuple[int, int], chains: Sequence[Iterator[Table]], on_progress: OnProgress) -> Table:
+    table = np.empty(shape, np.uint32)
+    rows = [iter(range(part.start, part.stop)) for part in _parts(shape[0], len(chains))]
+    threads = ThreadPoolExecutor(available_cores())
+    try:
+        running: dict[Future[Table | None], int] = {}
+
+        def advance(number: int) -> None:
+            running[threads.submit(next, chains[number], None)] = number
+
+        for number in range(len(chains)):
+            advance(number)
+        done = 0
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number = running.pop(future)
+                if (row := future.result()) is not None:
+                    table[next(rows[number])] = row
+                    done += 1
+                    advance(number)
+            on_progress(done, len(table))
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return table
+
+
+def _parts(count: int, parts: int) -> Iterator[range]:
+    length = count // parts
+    return (range(start, start + length) for start in range(0, count, length))

@@ -1,0 +1,234 @@
+"""VisualAtom and RCDB: the published pixels and parameters, Python's random numbers, Pillow's lines, our own stream."""
+
+import json
+import random
+from decimal import Context, Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from building import error_line, run
+from fractalgen import draw_systems, make_recipe, render_sample
+from fractalgen.build import open_folder, plan_build
+from fractalgen.kernels.exact import MAX_ANGLE, log, sine_and_cosine
+from fractalgen.kernels.lines import _draw_polygon
+from fractalgen.kernels.mt19937 import Mersenne, fill, seed_state, skip
+from fractalgen.kinds.contours import STREAMS, follow, parameter_table, render_instance
+from fractalgen.plan import locate
+from fractalshards.errors import FractalError
+from fractalshards.manifest import load_manifest
+from fractalshards.reader import decode_sample, index_split, iterate_shard
+from fractalshards.systems import read_systems
+
+STREAM = ("--classes", 12, "--set", "processes=4", "--set", "instances=30")
+
+
+@pytest.mark.parametrize("seed", [1, 20, 2**40])
+def test_mersenne_draws_what_python_draws(seed: int) -> None:
+    theirs, ours = random.Random(seed), Mersenne.of(seed_state(seed))
+    for turn in range(1200):
+        assert ours.integer(0, 256) == theirs.randint(0, 255)
+        assert ours.integer(-512, 513) == theirs.randint(-512, 512)
+        assert ours.uniform(-3.0, 7.1) == theirs.uniform(-3.0, 7.1)
+        words = np.empty(turn * 7 % 1300, np.uint32)
+        expected = [theirs.getrandbits(32) for _ in words]
+        if turn % 2:
+            ours.at = skip(ours.buffers, ours.at, len(words))
+        else:
+            ours.at = fill(ours.buffers, ours.at, words)
+            assert words.tolist() == expected
+        if turn % 10 == 0:
+            ours = Mersenne.of(ours.state())
+
+
+def exact_sine(angle: float, shift: int) -> float:
+    """Return sin(angle + shift pi / 2), rounded from 60 digits."""
+    context = Context(prec=80)
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534")
+    shifted = context.add(Decimal(angle), context.multiply(pi, Decimal(shift) / 2))
+    x = context.remainder(shifted, context.multiply(pi, 2))
+    term, total, k = x, x, 1
+    while abs(term) > Decimal(10) ** -70:
+        term = context.divide(context.multiply(context.multiply(term, x), x.copy_negate()), (2 * k) * (2 * k + 1))
+        total, k = context.add(total, term), k + 1
+    return float(total)
+
+
+def test_sines_cosines_and_logarithms_are_rounded_correctly() -> None:
+    rng = np.random.default_rng(0)
+    angles = np.concatenate([rng.uniform(0, 130, 800), rng.uniform(0, MAX_ANGLE, 100), [0.0, np.pi / 2, np.pi, 1e-9]])
+    sines, cosines = sine_and_cosine(angles)
+    assert sines.tolist() == [exact_sine(angle, 0) for angle in angles.tolist()]
+    assert cosines.tolist() == [exact_sine(angle, 1) for angle in angles.tolist()]
+    assert [log(x) for x in (1.0, 0.5, 2.0**-53)] == [0.0, -0.6931471805599453, -36.7368005696771]
+
+
+corners = st.lists(st.tuples(*[st.integers(-40, 60) | st.integers(-10_000, 10_000)] * 2), min_size=2, max_size=9)
+
+
+@given(corners, st.integers(16, 40))
+def test_lines_are_those_of_pillow(corners: list[tuple[int, int]], size: int) -> None:
+    ours, theirs = np.zeros((size, size), np.uint8), Image.new("L", (size, size))
+    columns, rows = np.array([*corners, corners[0]], np.int32).T
+    _draw_polygon(ours, np.ascontiguousarray(columns), np.ascontiguousarray(rows), np.uint8(9))
+    for k in range(len(corners)):
+        ImageDraw.Draw(theirs).line((columns[k], rows[k], columns[k + 1], rows[k + 1]), fill=9)
+    assert np.array_equal(ours, np.asarray(theirs))
+
+
+def cases(reference: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads((reference / kind / name).read_text()) for name in ("index.json", "official.json")]
+    return [case for cases in found for case in cases]
+
+
+@pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
+def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind: str) -> None:
+    assert len(cases(reference, kind)) == 15
+    for case in cases(reference, kind):
+        options = [item for name in ("category", "instance", "processes", "classes", "instances") if name in case
+                   for item in (f"--{name}", case[name])]  # fmt: skip
+        if "instances" not in case:
+            options += ["--instances", {"visualatom": 2, "rcdb": 3}[kind]]
+        out = tmp_path / case["file"]
+        result = run("render", "--kind", kind, *options, "--out", out)
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as ours, Image.open(reference / kind / case["file"]) as theirs:
+            assert ours.mode == "RGB"
+            assert np.array_equal(ours, theirs.convert("RGB")), case["file"]
+
+
+@pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
+def test_systems_are_the_published_parameters(reference: Path, kind: str) -> None:
+    _, *expected = next((reference / kind).glob("*some_classes.csv")).read_text().splitlines()
+    systems = [system for system, _ in islice(follow(STREAMS[kind](), 1000, 0), 5)]
+    _, *rows = parameter_table(systems).decode().splitlines()
+    assert rows == expected[:5]
+    assert [system[0, 11] for system in systems] == sorted({system[0, 11] for system in systems})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        ("visualatom", (), "visualatom/published_1k_some_classes.csv"),
+        ("rcdb", (), "rcdb/published_1k_10_processes_some_classes.csv"),
+        ("rcdb", ("--set", "processes=40"), "rcdb/published_1k_40_processes_some_classes.csv"),
+    ],
+)
+def test_parameters_writes_the_published_ones(
+    reference: Path, tmp_path: Path, kind: str, settings: tuple[str, ...], name: str
+) -> None:
+    out = tmp_path / "parameters.csv"
+    result = run("parameters", "--kind", kind, *settings, "--out", out)
+    assert result.exit_code == 0, result.output
+    header, *rows = out.read_text().splitlines()
+    expected_header, *expected = (reference / name).read_text().splitlines()
+    assert header == expected_header
+    assert set(expected) <= set(rows)
+    assert [row.partition(",")[0] for row in rows] == [str(label) for label in range(1000)]
+
+
+def build(out: Path, kind: str, *options: object) -> Path:
+    result = run("build", "--kind", kind, "--workers", 1, "--shard-size", 60, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
+def test_build_holds_every_instance_of_the_stream_once(tmp_path: Path, kind: str) -> None:
+    out = build(tmp_path / kind, kind, "--n", 360, "--val", 30, "--seed", 3, *STREAM)
+    recipe = make_recipe(
+        kind, 360, val=30, classes=12, seed=3, shard_size=60, overrides={"processes": 4, "instances": 30}
+    )
+    systems = draw_systems(recipe)
+    manifest = load_manifest(out)
+    assert (manifest.format_version, manifest.recipe["version"], manifest.image_size) == (2, 3, 512)
+    assert np.array_equal(systems, read_systems(out / "systems.npz"))
+    seen, others = set(), set()
+    for shard in (shard for split in manifest.splits for shard in index_split(manifest, split)):
+        for sample in iterate_shard(shard):
+            image, label = decode_sample(sample, 12)
+            place = locate(recipe, int(sample.key))
+            if place.unit.split == "val":
+                others.add(image.tobytes())
+                assert np.array_equal(image, render_sample(recipe, systems, int(sample.key))[0])
+                continue
+            number = 25 * place.unit.number + place.part
+            seen.add((label, number))
+            if number in (0, 7, 8, 24, 25, 29):  # around the states from which an instance is reached
+                assert np.array_equal(image, render_instance(recipe.params, 512, 12, label, number).rgb())
+    assert seen == {(label, number) for label in range(12) for number in range(30)}
+    assert len(others) == 30
+
+
+@pytest.mark.usefixtures("threads")
+def test_smaller_build_holds_the_first_instances(tmp_path: Path) -> None:
+    recipe = make_recipe("visualatom", 36, classes=12, overrides={"processes": 4, "instances": 30})
+    places = [locate(recipe, index) for index in range(36)]
+    assert {25 * place.unit.number + place.part for place in places} == {0, 1, 2}
+    larger = make_recipe("visualatom", 36, classes=12, size=600, overrides={"processes": 4, "instances": 30})
+    small, large = (render_sample(one, draw_systems(one), 5)[0] for one in (recipe, larger))
+    assert np.array_equal(small, large[44:556, 44:556])
+
+
+def test_own_stream_has_any_number_of_images() -> None:
+    overrides = {"stream": "own"}
+    recipe = make_recipe("rcdb", 9000, val=70, classes=7, size=256, overrides=overrides)
+    systems = draw_systems(recipe)
+    images = {render_sample(recipe, systems, index)[0].tobytes() for index in (*range(60), *range(9000, 9060))}
+    assert len(images) > 110  # some show nothing
+    assert {system[0, 11] for system in systems} == {0.0}
+    others = draw_systems(make_recipe("rcdb", 7, classes=7, seed=1, overrides=overrides))
+    assert not any(np.array_equal(*pair) for pair in zip(systems, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "noun"),
+    [
+        (["--classes", 30], "processes"),
+        (["--n", 361, *STREAM], "instances"),
+        (["--n", 12, *STREAM, "--points", 5], "points"),
+        (["--n", 12, *STREAM, "--set", "vertices=2"], "vertices"),
+    ],
+)
+def test_build_refuses_what_no_published_program_makes(tmp_path: Path, options: list[object], noun: str) -> None:
+    result = run("build", "--kind", "visualatom", "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2, result.output
+    assert noun in error_line(result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "noun"),
+    [
+        ("--category 1", "--instance"),
+        ("--category 1 --instance 1000", "instance"),
+        ("--category 60 --instance 1 --classes 60 --instances 2", "category"),
+        ("--category 1 --instance 1 --classes 61", "classes"),
+        ("--category 1 --instance 1 --params x.csv", "--params"),
+        ("--category 1 --instance 1 --draw point-gray", "--draw"),
+        ("--category 1 --instance 1 --kind single", "'single'"),
+    ],
+)
+def test_render_refuses_images_that_are_not_there(tmp_path: Path, options: str, noun: str) -> None:
+    result = run("render", "--kind", "visualatom", "--out", tmp_path / "image.png", *options.split())
+    assert result.exit_code == 2, result.output
+    assert noun in error_line(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stream", ["published", "own"])
+def test_systems_of_another_stream_are_refused(tmp_path: Path, stream: str) -> None:
+    """As from a portable recipe that somebody put together: its digests fit, but its systems are others."""
+    recipe = make_recipe("rcdb", 12, classes=12, overrides={"processes": 4, "instances": 30, "stream": stream})
+    systems = [np.nextafter(system, 1e9) for system in draw_systems(recipe)]
+    folder = open_folder(tmp_path / "new", recipe.with_systems(systems), systems)
+    with pytest.raises(FractalError, match="stream"):
+        plan_build(folder)
