@@ -143,8 +143,6 @@ class RcdbParams(ContourParams):
 
     def draw_class(self, rng: Generator) -> Contour:
         vertices = self._draw_vertices(rng)
-        while not self.vertices[0] <= vertices <= self.vertices[1]:
-            vertices = self._draw_vertices(rng)
         orbits = _integer(rng, self.orbits)
         scale, offset = rng.uniform(*self.noise_scale), rng.uniform(*self.line_offset)
         radius = _integer(rng, self.radius)
@@ -160,7 +158,13 @@ class RcdbParams(ContourParams):
         return 2, [self.radius[1] - self.radius[0] + 1, *[2 * self.centre + 1] * 2]
 
     def _draw_vertices(self, rng: Generator) -> int:
-        return int(-log(1.0 - rng.uniform(0.0, 1.0)) / (1.0 / self.mean_vertices))
+        low, high = self.vertices
+        while True:
+            rest = 1.0 - rng.uniform(0.0, 1.0)
+            if low - 1 < -math.log(rest) * self.mean_vertices < high + 2:  # saves most of the exact logarithms
+                vertices = int(-log(rest) / (1.0 / self.mean_vertices))
+                if low <= vertices <= high:
+                    return vertices
 
 
 def _integer(rng: Generator, bounds: tuple[int, int]) -> int:
