@@ -62,6 +62,23 @@ def test_compare_runs_outside_of_studies(fractaltrain, tmp_path):
     assert (tmp_path / "out" / "table.md").read_text() == table
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("photos-5-per-class-2-from-single-a-anderson-nakashima-backbone-frozen", "single-anderson"),
+        ("photos-5-per-class-2-from-timm-a-nakashima-backbone-frozen", "timm"),
+        ("mine", "mine"),
+    ],
+)
+def test_compare_shortens_default_names_and_knows_moved_data(tmp_path, name, row):
+    recipe = {"name": "nakashima"}
+    settings = {"task": "ft", "per_class": 5, "subset_seed": 2, "model": "a", "weights": "f" * 64, "recipe": recipe}
+    for seed, place in enumerate(("old", "new")):
+        data = {"data": f"imagefolder:{place}/photos", "data_digest": "a1", "freeze": "backbone", "seed": seed}
+        finish(tmp_path / place / name, settings | data, 0.5)
+    assert {run.cell for run in collect_runs([tmp_path]).runs} == {("imagefolder:new/photos, 5 per class", "a", row)}
+
+
 def test_compare_shows_planned_cells_in_the_order_of_the_file(tmp_path):
     """Finished: everything from scratch; after single: digits with the first two seeds."""
     for run in plan(tmp_path).finetunings:

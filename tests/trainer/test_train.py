@@ -18,7 +18,7 @@ from torch import nn
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractalshards.reader import Example
-from fractaltrain import log
+from fractaltrain import log, plotting
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.data.source import InMemorySource
@@ -423,7 +423,10 @@ def test_history_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("epochs", [0, 1, 3])
 @pytest.mark.parametrize("scores", [{"samples": 5, "loss": 1.2, "top1": 0.5, "top5": 0.9}, {}], ids=["val", "no val"])
-def test_history_is_drawn_for_any_run(tmp_path, epochs, scores):
+def test_history_is_drawn_for_any_run(tmp_path, monkeypatch, epochs, scores):
+    figures = []
+    save = plotting.save
+    monkeypatch.setattr(plotting, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     for epoch in range(epochs):
         for step in (10, 20):
             where = {"epoch": epoch, "step": step, "global_step": 20 * epoch + step}
@@ -433,3 +436,6 @@ def test_history_is_drawn_for_any_run(tmp_path, epochs, scores):
     draw_history(tmp_path / "history.png", read_metrics(tmp_path))
     with Image.open(tmp_path / "history.png") as picture:
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 50
+    for panel in figures[0].axes:
+        if legend := panel.get_legend():
+            assert not legend.get_window_extent().overlaps(panel.get_window_extent())  # it covers no curve

@@ -172,7 +172,7 @@ def pt(nproc: int | None, **options: Any) -> None:
     _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
     model = ModelConfig(options["model"], options["image_size"])
-    out = options["out"] or pretraining_folder(data, model.name, recipe)
+    out = options["out"] or pretraining_folder(data, model.name, recipe.name)
     _launch(_pretrain, TrainConfig(data, model, recipe, _run_config(out, options)), nproc)
 
 
@@ -229,7 +229,7 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
         load_settings(start)
     data = ImagesConfig(options["data"], options["per_class"], options["subset_seed"], options["data_dir"], tars)
     model_config = ModelConfig(model or _DEFAULT_MODEL, options["image_size"], start, options["freeze"])
-    out = options["out"] or finetuning_folder(data, model_config, recipe)
+    out = options["out"] or finetuning_folder(data, model_config, recipe.name)
     _launch(_finetune, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
 
 

@@ -19,6 +19,7 @@ import msgspec
 
 from fractalshards.errors import FractalError, needs_extra
 from fractalshards.storage import read_json, write_bytes
+from fractaltrain.config import Freeze, ImagesConfig, ModelConfig, finetuning_folder
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
 from fractaltrain.run_folder import RESULT, RUN
 from fractaltrain.run_study import DONE, find_state
@@ -105,7 +106,8 @@ def collect_runs(paths: Collection[Path]) -> Comparison:
             if find_state(run, plan, folder) == DONE:
                 runs += _read_scores(folder / run.run, cell, seeds)
     outside = [folder for folder in folders if not any(folder.is_relative_to(study) for study in studies)]
-    others = [run for folder in outside for run in _read_other(folder)]
+    names: dict[str, str] = {}
+    others = [run for folder in outside for run in _read_other(folder, names)]
     targets += sorted(run.cell.target for run in others)
     models += sorted(run.cell.model for run in others)
     rows += sorted((run.cell.row for run in others), key=lambda row: (row != SCRATCH, row))
@@ -124,14 +126,21 @@ def _label(target: str, per_class: int | None) -> str:
     return target if per_class is None else f"{target}, {per_class} per class"
 
 
+class _Recipe(msgspec.Struct, frozen=True):
+    name: str = ""
+
+
 class _Settings(msgspec.Struct):
     """The settings in ``run.json`` that give a run its place in the grid."""
 
     task: str = ""
     data: str = ""
+    data_digest: str | None = None
     per_class: int | None = None
     model: str = ""
     weights: str | None = None
+    freeze: Freeze | None = None
+    recipe: _Recipe = _Recipe()
     seed: int = 0
     subset_seed: int = 0
 
@@ -140,15 +149,32 @@ class _RunFile(msgspec.Struct):
     settings: _Settings
 
 
-def _read_other(folder: Path) -> list[FinishedRun]:
-    """Return the run in a folder outside of any study if it is a fine-tuning, as a list."""
+def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
+    """Return the run in a folder outside of any study if it is a fine-tuning, as a list.
+
+    Args:
+        names: the first name of every dataset by its digest; a dataset may have moved between runs.
+    """
     settings = read_json(folder / RUN, _RunFile).settings if (folder / RUN).is_file() else _Settings()
     if settings.task != "ft":
         return []
-    named = _RUN_NAME.search(folder.name)
-    row = named["row"] if named else SCRATCH if settings.weights is None else folder.name
-    cell = Cell(_label(settings.data, settings.per_class), settings.model, row)
+    data = names.setdefault(settings.data_digest or settings.data, settings.data)
+    cell = Cell(_label(data, settings.per_class), settings.model, _name_row(folder.name, settings))
     return _read_scores(folder, cell, (settings.seed, settings.subset_seed))
+
+
+def _name_row(name: str, settings: _Settings) -> str:
+    """Return what a folder's name says of the start of its run: all of the name, unless we chose the name."""
+    if named := _RUN_NAME.search(name):
+        return named["row"]
+    if settings.weights is None:
+        return SCRATCH
+    data = ImagesConfig(settings.data, settings.per_class, settings.subset_seed, Path())
+    model = ModelConfig(settings.model, weights=Path("*"), freeze=settings.freeze)
+    before, _, after = finetuning_folder(data, model, settings.recipe.name).name.rpartition("*")
+    if not (name.startswith(before) and name.endswith(after)):
+        return name
+    return f"{name.removeprefix(before).removesuffix(after)}-".replace(f"-{settings.model}-", "-").rstrip("-")
 
 
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]

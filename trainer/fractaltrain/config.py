@@ -238,12 +238,12 @@ class EvalConfig:
     batch_size: int
 
 
-def pretraining_folder(data: DatasetConfig, model: str, recipe: TrainRecipe) -> Path:
+def pretraining_folder(data: DatasetConfig, model: str, recipe: str) -> Path:
     """Return ``runs/DATASET-MODEL-RECIPE``, the default folder of a pre-training."""
-    return Path("runs") / f"{data.name}-{model}-{recipe.name}"
+    return Path("runs") / f"{data.name}-{model}-{recipe}"
 
 
-def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: TrainRecipe) -> Path:
+def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: str) -> Path:
     """Return the default folder of a fine-tuning, named by data, subset, starting point, recipe and frozen part."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
     if isinstance(model.weights, Path):
@@ -251,4 +251,4 @@ def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: TrainRecip
     else:
         start = model.name if model.weights is None else f"from-{model.weights}-{model.name}"
     frozen = f"-{model.freeze}-frozen" if model.freeze else ""
-    return Path("runs") / f"{data.label}{subset}-{start}-{recipe.name}{frozen}"
+    return Path("runs") / f"{data.label}{subset}-{start}-{recipe}{frozen}"

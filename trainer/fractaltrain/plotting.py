@@ -25,9 +25,9 @@ NEUTRAL = "#b4bdc7"  # colour of the baseline
 _DOTS_PER_INCH = 130
 
 
-def style(panel: "Axes", title: str, unit: str, weight: str = "normal") -> None:
-    """Set the title and unit of a panel; draw a faint grid behind it and no frame."""
-    panel.set_title(plain(title), loc="left", color=INK, fontsize=11, fontweight=weight)
+def style(panel: "Axes", title: str, unit: str, weight: str = "normal", pad: float = 6) -> None:
+    """Set the title, ``pad`` points above a panel, and its unit; draw a faint grid behind it and no frame."""
+    panel.set_title(plain(title), loc="left", color=INK, fontsize=11, fontweight=weight, pad=pad)
     panel.set_ylabel(unit, color=MUTED, fontsize=9)
     panel.grid(color=GRID, linewidth=0.8)
     panel.set_axisbelow(True)
@@ -51,11 +51,16 @@ def plain(text: str) -> str:
 
 
 _TRAIN, _MEAN, _VAL, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
-_ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mean average precision", "f1": "F1"})
+_ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mAP", "f1": "F1"})
 _MARKED = 40  # with more epochs, curves have no markers
 # Margins of the panels; a layout engine would draw everything twice.
-_MARGINS = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.885, "wspace": 0.22, "hspace": 0.26}
-_LEGEND: dict[str, Any] = {"fontsize": 9, "labelcolor": INK, "framealpha": 0.85, "edgecolor": "none"}
+_MARGINS = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.86, "wspace": 0.22, "hspace": 0.26}
+# Between title and panel, where they cover no curve.
+_LEGEND: dict[str, Any] = {
+    "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.4, "borderpad": 0, "ncols": 3,
+    "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5, "fontsize": 9, "labelcolor": INK, "frameon": False,
+}  # fmt: skip
+_LEGEND_PAD = 22
 _HEADROOM = 1.08
 _ROOM = 1.015  # keeps the last points inside the panel
 
@@ -76,18 +81,18 @@ def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     evaluated = [line for line in epochs if "loss" in line]
     evaluated_at = [line["epoch"] + 1 for line in evaluated]
 
-    figure = Figure(figsize=(10, 6.4), facecolor="white")
+    figure = Figure(figsize=(10, 6.6), facecolor="white")
     (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True, gridspec_kw=_MARGINS)
     figure.suptitle(path.parent.resolve().name, color=INK, fontsize=13, fontweight="bold")
 
-    style(loss, "Loss", "cross-entropy, nats")
-    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training, every few steps")
+    style(loss, "Loss", "cross-entropy, nats", pad=_LEGEND_PAD)
+    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training steps")
     _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
     if evaluated:
         _curve(loss, evaluated_at, [line["loss"] for line in evaluated], _VAL, "val")
     loss.legend(**_LEGEND)
 
-    style(accuracy, "Accuracy on the val split", "%")
+    style(accuracy, "Accuracy on the val split", "%", pad=_LEGEND_PAD)
     shown = next((names for names in _ACCURACIES if evaluated and all(name in evaluated[-1] for name in names)), None)
     if shown:
         (first, leading), (second, other) = shown.items()

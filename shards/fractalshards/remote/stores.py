@@ -295,7 +295,8 @@ class Store:
             if isinstance(status, int):
                 kind = TemporaryError if status >= 500 or status in _AGAIN else FractalError
                 raise kind(f"{where}: the server answers {status}") from error
-            raise TemporaryError(f"{where}: {redact(one_line(str(error) or type(error).__name__))[:300]}") from error
+            reason = one_line(str(error) or type(error).__name__).replace(" ssl:default", "")  # said of plain http, too
+            raise TemporaryError(f"{where}: {redact(reason)[:300]}") from error
 
 
 class LocalStore(Store):
