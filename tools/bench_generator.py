@@ -26,7 +26,7 @@ from rich.table import Table
 from fractalgen import build, draw_systems, make_recipe, render
 from fractalgen.build import build_shard
 from fractalgen.kernels import fractaldb as kernel
-from fractalgen.kinds import KINDS, anderson, multi, single
+from fractalgen.kinds import KINDS, anderson, contours, multi, single
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
 from fractalshards import writer
@@ -40,11 +40,14 @@ Stage = tuple[Any, str]  # the object on which the pipeline looks a function up,
 _MILLION = 1_000_000
 _BLURRED = [(anderson, "diamond_square"), (anderson, "gaussian_blur")]
 _STORED: list[Stage] = [(build, "encode_image"), (writer, "pixels_of"), (ContentDigest, "add"), (writer, "pack_sample")]
+_CONTOURS: list[Stage] = [(contours, name) for name in ("_skip", "_waves", "draw_ring")]
 _WHOLE: list[Stage] = [(render, "render_unit")]  # for kinds that are not in _STAGES
 _STAGES: dict[str, list[Stage]] = {
     "fractaldb": [(kernel, name) for name in ("masks", "orbit", "_draw_patches")],
     "single": [(single, name) for name in ("jitter", "chaos_game", "bounding_box", "splat", "paint")] + _BLURRED,
     "multi": [(multi, name) for name in ("chaos_game", "bounding_box", "splat", "paint", "resize")] + _BLURRED,
+    "visualatom": _CONTOURS,
+    "rcdb": _CONTOURS,
 }
 
 
@@ -185,9 +188,8 @@ def _replaced(stages: list[Stage], replace: Callable[[str, Callable[..., Any]], 
 
 def _print(report: Report) -> None:
     recipe = report.recipe
-    table = Table(
-        "stage", "ms per image", title=f"{recipe.kind} {recipe.size} x {recipe.size}, {recipe.points:,} points"
-    )
+    points = f", {recipe.points:,} points" if recipe.points else ""
+    table = Table("stage", "ms per image", title=f"{recipe.kind} {recipe.size} x {recipe.size}{points}")
     for name, milliseconds in sorted(report.stages_ms.items(), key=lambda stage: -stage[1]):
         table.add_row(name, f"{milliseconds:.3f}")
     table.add_row("sum of the stages, one worker", f"{sum(report.stages_ms.values()):.3f}", style="bold")

@@ -4,8 +4,6 @@ The noise is that of the PyPI package ``noise`` 1.2.2 in one dimension, and segm
 width 1, both equal to the last bit.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from numba import int64, njit, uint32, uint64
@@ -18,9 +16,8 @@ Float64s = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int32]
 Key = tuple[np.uint32, np.uint32]
 
-_NO_KEY = np.uint32(0), np.uint32(0)
-_NO_BUFFERS = np.zeros((2, 1), np.uint32)
-MAX_COORDINATE = 1 << 24  # of a vertex: its distance from the canvas in pixels
+NO_KEY = np.uint32(0), np.uint32(0)
+NO_BUFFERS = np.empty((0, 0), np.uint32)
 _NOISE_RANGE = 10000.0
 
 _PERMUTATION = (
@@ -39,73 +36,46 @@ _PERMUTATION = (
 _GRADIENTS = np.array([-1 if p & 8 else (p & 7) + 1 for p in (*_PERMUTATION, _PERMUTATION[0])], np.float32)
 
 
-@dataclass(frozen=True)
-class Ring:
-    """What the orbits of an instance have in common.
-
-    Attributes:
-        orbits: number of orbits.
-        greys: number of grey levels that an orbit draws from; level 256 is drawn as 255.
-        scale: factor on the noise, also subtracted from it.
-        factor: another factor on the noise.
-        offset: subtracted from the displacement.
-        waves: (4, V) float64: cosine and sine of the angle of every vertex, and two terms subtracted from the noise.
-    """
-
-    orbits: int
-    greys: int
-    scale: float
-    factor: float
-    offset: float
-    waves: Float64s
-
-
+@njit(cache=True)
 def draw_ring(
-    canvas: Canvas, ring: Ring, curve: Float64s, center: tuple[float, float], source: Words | Key, at: int = 0
+    canvas: Canvas,
+    curve: Float64s,
+    centre: tuple[float, float],
+    waves: Float64s,
+    orbits: int,
+    greys: int,
+    scale: float,
+    factor: float,
+    offset: float,
+    buffers: Words,
+    at: int,
+    key: Key,
 ) -> int:
-    """Draw all orbits of an instance, later ones over earlier ones.
+    """Draw the orbits of an instance, later ones over earlier ones; return the number of words drawn.
 
-    An orbit takes a grey level, then noise for all x, then for all y, two words each.
+    An orbit takes a grey level, then noise for all x, then for all y, two words each, and displaces the curve.
 
     Args:
         canvas: (size, size) uint8, painted over; size at most 4096.
-        ring: the orbits; displacements must stay below ``MAX_COORDINATE``.
         curve: (2, V) float64, x and y of the vertices before the first orbit; displaced in place.
-        center: x and y added to every vertex when it is drawn.
-        source: the buffers of ``mt19937``, or a key for ``hash32``.
-        at: words drawn before.
-
-    Returns:
-        The number of words drawn.
+        centre: x and y added to every vertex when it is drawn; the sums must stay within 2**30.
+        waves: (4, V) float64: cosine and sine of the angle of every vertex, and two terms subtracted from its noise.
+        orbits: number of orbits.
+        greys: number of grey levels to draw from, 256, or 257 of which the last one is drawn as 255.
+        scale: factor on the noise, also subtracted from it.
+        factor: another factor on the noise.
+        offset: subtracted from the displacement.
+        buffers: those of ``mt19937``, or ``NO_BUFFERS`` to draw words with ``hash32``.
+        at: number of words drawn before.
+        key: key for ``hash32``, or ``NO_KEY``.
     """
-    numbers = ring.scale, ring.factor, ring.offset
-    shape = canvas, ring.orbits, ring.greys, numbers, ring.waves, curve, center
-    if isinstance(source, tuple):
-        return _draw_ring(*shape, False, _NO_BUFFERS, source, at)
-    return _draw_ring(*shape, True, source, _NO_KEY, at)
-
-
-@njit(cache=True)
-def _draw_ring(
-    canvas: Canvas,
-    orbits: int,
-    greys: int,
-    numbers: tuple[float, float, float],
-    waves: Float64s,
-    curve: Float64s,
-    center: tuple[float, float],
-    published: bool,
-    buffers: Words,
-    key: Key,
-    at: int,
-) -> int:
     vertices = curve.shape[1]
     words = np.empty(4 * vertices, np.uint32)
     noise = np.empty((2, vertices), np.float32)
     corners = np.empty((2, vertices + 1), np.int32)
     spare = spare_bits(greys)
     for _ in range(orbits):
-        if published:
+        if len(buffers):
             grey, at = below(buffers, at, greys, spare)
             at = fill(buffers, at, words)
         else:
@@ -114,7 +84,18 @@ def _draw_ring(
             at += 1 + len(words)
         _perlin(words, noise.reshape(-1))
         for axis in range(2):
-            _displace(curve[axis], corners[axis], noise[axis], waves[axis], waves[2], waves[3], numbers, center[axis])
+            _displace(
+                curve[axis],
+                corners[axis],
+                noise[axis],
+                waves[axis],
+                waves[2],
+                waves[3],
+                scale,
+                factor,
+                offset,
+                centre[axis],
+            )
         _draw_polygon(canvas, corners[0], corners[1], np.uint8(min(int(grey), 255)))
     return at
 
@@ -150,15 +131,16 @@ def _displace(
     directions: Float64s,
     first: Float64s,
     second: Float64s,
-    numbers: tuple[float, float, float],
-    center: float,
+    scale: float,
+    factor: float,
+    offset: float,
+    centre: float,
 ) -> None:
     """Displace one coordinate of all vertices, and truncate it to pixels; the first vertex follows the last one."""
-    scale, factor, offset = numbers
     for k in range(len(curve)):
         shift = scale * np.float64(noise[k]) * factor - scale - first[k] - second[k]
         curve[k] -= directions[k] * (shift - offset)
-        corners[k] = np.int32(curve[k] + center)
+        corners[k] = np.int32(curve[k] + centre)
     corners[len(curve)] = corners[0]
 
 

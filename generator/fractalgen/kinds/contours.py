@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalgen.kernels.exact import log, sine_and_cosine
-from fractalgen.kernels.lines import Ring, draw_ring, skip_instances
+from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, draw_ring, skip_instances
 from fractalgen.kernels.mt19937 import STATE_WORDS, Mersenne, Words, seed_state
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds.kind import Kind, Unit, check_parameters, parameter
@@ -357,11 +357,10 @@ def _published_images(
     stride = _stride(params)
     rng = Mersenne.of(states[first // stride])
     _skip(params, contour, rng, first - first % stride, first)
-    waves = _waves(contour)
     for instance in range(first, stop):
         if instance:
             contour = params.draw_next(rng, contour)
-        image, rng.at = _draw(params, size, contour, waves, rng.buffers, rng.at)
+        image, rng.at = _draw(params, size, contour, rng.buffers, rng.at)
         yield image
 
 
@@ -369,39 +368,40 @@ def _own_images(
     params: ContourParams, size: int, contour: Contour, unit: Unit, first: int, stop: int
 ) -> Iterator[Indexed]:
     """Draw images ``first`` to ``stop - 1`` of our own stream; ``val`` counts on from the published instances."""
-    waves = _waves(contour)
     skipped = params.instances if unit.split == "val" else 0
     for number in range(first, stop):
         rng = Stream.of(params.name, unit.seed, unit.split, unit.label, skipped + number)
-        image, _ = _draw(params, size, params.draw_next(rng, contour), waves, rng.key(), 0)
+        image, _ = _draw(params, size, params.draw_next(rng, contour), key=rng.key())
         yield image
 
 
-def _waves(contour: Contour) -> npt.NDArray[np.float64]:
+@lru_cache(maxsize=1024)  # of 20 kB; as many classes are trained on in turn
+def _waves(vertices: int, *frequencies: int) -> npt.NDArray[np.float64]:
     """Return cosine and sine of the angle of every vertex, and half the sines of its multiples: (4, V) float64."""
-    angles = np.arange(contour.vertices, dtype=np.float64) * (2 * math.pi / contour.vertices)
+    angles = np.arange(vertices, dtype=np.float64) * (2 * math.pi / vertices)
     sines, cosines = sine_and_cosine(angles)
-    halves = (0.5 * sine_and_cosine(angles * number)[0] for number in (contour.frequency_1, contour.frequency_2))
-    return np.stack([cosines, sines, *halves])
+    return np.stack([cosines, sines, *(0.5 * sine_and_cosine(angles * number)[0] for number in frequencies)])
 
 
 def _draw(
     params: ContourParams,
     size: int,
     contour: Contour,
-    waves: npt.NDArray[np.float64],
-    source: Words | tuple[np.uint32, np.uint32],
-    at: int,
+    buffers: Words = NO_BUFFERS,
+    at: int = 0,
+    key: tuple[np.uint32, np.uint32] = NO_KEY,
 ) -> tuple[Indexed, int]:
     """Draw an instance; return it and the number of words drawn."""
-    centre = np.array([contour.first_x, contour.first_y]) + (size - _CANVAS) / 2
-    curve = waves[:2] * contour.radius * np.array([[contour.oval_x], [contour.oval_y]])
+    vertices, orbits, scale, offset, radius, first, second, oval_x, oval_y, y, x = contour
+    waves = _waves(vertices, first, second)
+    centre = np.array([x, y]) + (size - _CANVAS) / 2
+    curve = waves[:2] * radius * np.array([[oval_x], [oval_y]])
     if not params.floating:
         curve += centre[:, None]
         centre[:] = 0.0
     canvas = np.full((size, size), params.ground, np.uint8)
-    ring = Ring(contour.orbits, params.greys, contour.noise_scale, params.noise_factor, contour.line_offset, waves)
-    at = draw_ring(canvas, ring, curve, (centre[0], centre[1]), source, at)
+    numbers = orbits, params.greys, scale, params.noise_factor, offset
+    at = draw_ring(canvas, curve, (centre[0], centre[1]), waves, *numbers, buffers, at, key)
     return Indexed(canvas, GREYS), at
 
 
