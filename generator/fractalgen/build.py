@@ -32,7 +32,7 @@ from fractalshards.writer import (
     write_shard,
 )
 
-_PROBES = 32
+_PROBES, _FEW_PROBES = 32, 8  # units; few where each takes as long as many images
 _PROBE_SECONDS = 3.0
 _MARGIN = 1.05
 _log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
     sizes: list[int] = []
     seconds: list[float] = []
     total = recipe.n + recipe.val
-    probes = min(_PROBES, total)
+    probes = min(max(_PROBES // recipe.family.images_in_memory, _FEW_PROBES), total)
     while len(seconds) < probes and sum(seconds) < _PROBE_SECONDS:
         stored, per_image = probe(len(seconds) * total // probes)
         sizes += stored

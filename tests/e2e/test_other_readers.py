@@ -19,7 +19,12 @@ from fractalshards.sample import classes_of
 
 BIN = Path(sys.executable).parent
 README = Path(__file__).parents[2] / "shards" / "README.md"
-KINDS = ("single", "fractaldb", "multi")
+KINDS = {  # and the options of their build
+    "single": "--shard-size 15 --size 32",
+    "fractaldb": "--shard-size 15 --size 32 --points 2000",
+    "multi": "--shard-size 15 --size 32 --points 2000",
+    "visualatom": "--shard-size 25 --size 64 --set processes=1 --set instances=40",
+}
 SAMPLES = {"train": 40, "val": 10}
 
 Seen = dict[str, tuple[str, list[int]]]  # by key: digest of the pixels, classes
@@ -28,7 +33,7 @@ READ_WITH_DATASETS = """
 import hashlib, json, sys
 import numpy as np
 seen = {}
-for kind in ("single", "fractaldb", "multi"):
+for kind in ("single", "fractaldb", "multi", "visualatom"):
     for streaming in (True, False):
         files = {split: f"shards/{kind}/{split}-*.tar" for split in ("train", "val")}
         for split, samples in load_dataset("webdataset", data_files=files, streaming=streaming).items():
@@ -51,10 +56,9 @@ json.dump(seen, open("seen.json", "w"))
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset of every kind in ``shards``."""
     folder = tmp_path_factory.mktemp("workspace")
-    for kind in KINDS:
-        options = "--n 40 --val 10 --classes 5 --size 32 --shard-size 15 --workers 1"
-        points = [] if kind == "single" else ["--points", "2000"]
-        command = [BIN / "fractalgen", "build", "--kind", kind, *options.split(), *points]
+    for kind, options in KINDS.items():
+        numbers = "--n 40 --val 10 --classes 5 --workers 1"
+        command = [BIN / "fractalgen", "build", "--kind", kind, *numbers.split(), *options.split()]
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
     return folder
 
@@ -94,8 +98,8 @@ def test_webdataset_reads_the_same_samples(workspace: Path, kind: str, split: st
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("single", {}), ("fractaldb", {}), ("multi", {}), ("multi", {"target_key": "labels"})],
-    ids=["single", "fractaldb", "multi by the manifest", "multi by name"],
+    [("single", {}), ("fractaldb", {}), ("visualatom", {}), ("multi", {}), ("multi", {"target_key": "labels"})],
+    ids=["single", "fractaldb", "visualatom", "multi by the manifest", "multi by name"],
 )
 @pytest.mark.parametrize("split", SAMPLES)
 def test_timm_reads_the_same_samples(workspace: Path, kind: str, split: str, options: dict[str, str]) -> None:

@@ -24,9 +24,10 @@ from fractalgen.plan import locate
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
+from fractalshards.storage import private_cache
 from fractalshards.systems import read_systems
 
-STREAM = ("--classes", 12, "--set", "processes=4", "--set", "instances=30")
+STREAM = ("--classes", 6, "--set", "processes=2", "--set", "instances=30")
 
 
 @pytest.mark.parametrize("seed", [1, 20, 2**40])
@@ -143,10 +144,9 @@ def build(out: Path, kind: str, *options: object) -> Path:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
 def test_build_holds_every_instance_of_the_stream_once(tmp_path: Path, kind: str) -> None:
-    out = build(tmp_path / kind, kind, "--n", 360, "--val", 30, "--seed", 3, *STREAM)
-    recipe = make_recipe(
-        kind, 360, val=30, classes=12, seed=3, shard_size=60, overrides={"processes": 4, "instances": 30}
-    )
+    out = build(tmp_path / kind, kind, "--n", 180, "--val", 30, "--seed", 3, *STREAM)
+    overrides = {"processes": 2, "instances": 30}
+    recipe = make_recipe(kind, 180, val=30, classes=6, seed=3, shard_size=60, overrides=overrides)
     systems = draw_systems(recipe)
     manifest = load_manifest(out)
     assert (manifest.format_version, manifest.recipe["version"], manifest.image_size) == (2, 3, 512)
@@ -154,7 +154,7 @@ def test_build_holds_every_instance_of_the_stream_once(tmp_path: Path, kind: str
     seen, others = set(), set()
     for shard in (shard for split in manifest.splits for shard in index_split(manifest, split)):
         for sample in iterate_shard(shard):
-            image, label = decode_sample(sample, 12)
+            image, label = decode_sample(sample, 6)
             place = locate(recipe, int(sample.key))
             if place.unit.split == "val":
                 others.add(image.tobytes())
@@ -163,9 +163,27 @@ def test_build_holds_every_instance_of_the_stream_once(tmp_path: Path, kind: str
             number = 25 * place.unit.number + place.part
             seen.add((label, number))
             if number in (0, 7, 8, 24, 25, 29):  # around the states from which an instance is reached
-                assert np.array_equal(image, render_instance(recipe.params, 512, 12, label, number).rgb())
-    assert seen == {(label, number) for label in range(12) for number in range(30)}
+                assert np.array_equal(image, render_instance(recipe.params, 512, 6, label, number).rgb())
+    assert seen == {(label, number) for label in range(6) for number in range(30)}
     assert len(others) == 30
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("loss", ["none", "cache", "damaged cache"])
+def test_repair_follows_the_stream_again(tmp_path: Path, loss: str) -> None:
+    out = build(tmp_path / "out", "rcdb", "--n", 120, *STREAM)
+    before = load_manifest(out)
+    (out / "train-000001.tar").unlink()
+    (out / "systems.npz").unlink()
+    for table in (private_cache() / "tables").glob("*.npy") if loss != "none" else ():
+        data = table.read_bytes()
+        table.unlink()
+        if loss == "damaged cache":
+            table.write_bytes(data[:-1])
+    result = run("repair", out, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert "train-000001.tar" in result.stdout
+    assert load_manifest(out).splits == before.splits
 
 
 @pytest.mark.usefixtures("threads")
@@ -193,7 +211,7 @@ def test_own_stream_has_any_number_of_images() -> None:
     ("options", "noun"),
     [
         (["--classes", 30], "processes"),
-        (["--n", 361, *STREAM], "instances"),
+        (["--n", 181, *STREAM], "instances"),
         (["--n", 12, *STREAM, "--points", 5], "points"),
         (["--n", 12, *STREAM, "--set", "vertices=2"], "vertices"),
     ],
