@@ -110,6 +110,20 @@ def test_render_equals_the_published_images(reference: Path) -> None:
             assert np.array_equal(palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
 
 
+def test_a_thousand_images_are_ofdb(tmp_path: Path) -> None:
+    """One-instance FractalDB (Nakamura et al., ICCV 2023): one render per category, with weight row 0 and no flip."""
+    recipe = make_recipe("fractaldb", 1000)
+    places = [locate(recipe, index) for index in range(1000)]
+    assert {(place.unit.number, place.part, place.parts) for place in places} == {(0, 0, 1)}
+    assert sorted(place.unit.label for place in places) == list(range(1000))
+    systems = draw_systems(recipe)
+    for index in range(0, 1000, 97):
+        image, label = render_sample(recipe, systems, index)
+        drawn = masks(Stream.of("fractaldb", 0, label, 0, 0).key(), 200_000)
+        indices = render(shipped_categories()[label], weight_rows()[0], 362, 200_000, "patch-gray", drawn)
+        assert np.array_equal(image, palette("patch-gray")[indices])
+
+
 def test_weight_rows_are_the_published_ones(reference: Path) -> None:
     published = np.loadtxt(reference / "fractaldb_weights_0.4.csv", delimiter=",")
     assert np.array_equal(weight_rows(), published)

@@ -74,7 +74,7 @@ def _perturb(fractal: Float64s, params: OnepfracParams, seed: int, label: int) -
             return system
     raise UsageError(
         f"none of {_TRIES} perturbations of class {label} fills {params.threshold:.0%} of its image; choose another "
-        "--seed, or lower 'threshold' of the kind"
+        "--seed, or raise 'sigma' or lower 'threshold' of the kind"
     )
 
 
