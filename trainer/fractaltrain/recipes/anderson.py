@@ -7,7 +7,8 @@
 Pre-training: the paper used two processes with 32 images each. Images are scaled to [0, 1] and neither normalised nor
 augmented, as in the published code. With ``pct_start`` 0 the learning rate never rises: torch's OneCycleLR begins one
 step down the cosine, at lr * (1 + cos(pi / steps)) / 2, as in the published runs. FractalDB is trained on random crops
-with its authors' normalisation, ImageNet and image folders as is usual for photographs.
+with its authors' normalisation, VisualAtom, RCDB and 1p-frac on random resized crops, as their authors do, ImageNet and
+image folders as is usual for photographs.
 
 Fine-tuning: the published batch size is 16; we use 64 with the same learning rate. The learning rate of the new
 classifier is ten times higher. Training from scratch is the baseline, with one higher learning rate for all parameters.
@@ -32,6 +33,7 @@ PT_FOR_DATASETS: dict[str, dict[str, Any]] = {
     "fractaldb": {"crop": "random", "mean": (0.2, 0.2, 0.2), "std": (0.5, 0.5, 0.5)},
     "imagenet": _PHOTOGRAPHS,
     "imagefolder": _PHOTOGRAPHS,
+    **dict.fromkeys(("visualatom", "rcdb", "onepfrac"), {"crop": "resized"}),
 }
 
 FT = TrainRecipe(
