@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fractalshards.errors import UsageError
 from fractaltrain.models import create_model, freeze_backbone
 from fractaltrain.optim import Rates, build_optimizer, build_schedule, parameter_rates
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
@@ -105,6 +106,20 @@ def test_cosine_schedule():
     assert rates[100] == pytest.approx(1e-5 + 9.9e-4 / 2)
     assert rates[199] == pytest.approx(1e-5 + 9.9e-4 * (1 + cos(pi * 199 / 200)) / 2)
     assert max(rates) == rates[49] == pytest.approx(1e-6 + 9.99e-4 * 49 / 50)
+
+
+def test_cosine_schedule_with_warm_up_in_steps():
+    """1p-frac: 15 steps from 5e-7 towards 5e-4, then a cosine to 5e-6; 240 epochs of 1,000 steps are too many here."""
+    recipe = PT_RECIPES["onepfrac"]
+    assert (recipe.epochs * 1000 * recipe.passes // recipe.batch_size) == 240_000
+    rates, _ = rates_of(recipe, 4, 50)
+    assert rates[0] == pytest.approx(5e-7)
+    assert rates[3] == pytest.approx(5e-7 + (5e-4 - 5e-7) * 0.2)
+    assert rates[100] == pytest.approx(5e-6 + (5e-4 - 5e-6) / 2)
+    assert rates[199] == pytest.approx(5e-6 + (5e-4 - 5e-6) * (1 + cos(pi * 199 / 200)) / 2)
+    assert rates.index(max(rates)) == 15
+    with pytest.raises(UsageError, match="warmup_steps"):
+        rates_of(recipe, 3, 5)
 
 
 def test_step_schedule():

@@ -17,8 +17,8 @@ HALF = (0.5, 0.5, 0.5)
 OFF = {
     "undecayed": "norms", "optimizer": "sgd", "momentum": 0.9, "schedule": "onecycle", "head_lr_factor": 1,
     "head_weight_decay": None, "pct_start": 0.3, "div_factor": 25, "final_div_factor": 1e4, "base_momentum": 0.85,
-    "max_momentum": 0.95, "warmup_epochs": 0, "warmup_lr": 1e-6, "min_lr": 1e-5, "milestones": (30, 60), "gamma": 0.1,
-    "clip_grad": None, "augment": "none", "crop": "none", "crop_scale": (0.08, 1), "hflip": 0, "randaugment": 0,
+    "max_momentum": 0.95, "warmup_epochs": 0, "warmup_steps": 0, "warmup_lr": 1e-6, "min_lr": 1e-5, "milestones": (30, 60), "gamma": 0.1,
+    "clip_grad": None, "augment": "none", "crop": "none", "crop_scale": (0.08, 1), "hflip": 0, "vflip": 0, "randaugment": 0,
     "color_jitter": 0, "erasing": 0, "mixup": 0, "cutmix": 0, "label_smoothing": 0, "drop_path": 0, "ema": 0,
     "repeats": 1, "passes": 1, "mean": (0, 0, 0), "std": (1, 1, 1),
 }  # fmt: skip
@@ -33,7 +33,24 @@ DEIT_PT = {
     **DEIT, "batch_size": 1024, "weight_decay": 0.05, "optimizer": "adamw", "erasing": 0.25, "drop_path": 0.1,
     "mean": HALF, "std": HALF,
 }  # fmt: skip
+FDSL = {
+    **DEIT, **IMAGENET, "color_jitter": 0, "lr": 1e-3, "weight_decay": 0.05, "optimizer": "adamw", "erasing": 0.25,
+    "drop_path": 0.1, "warmup_epochs": 5,
+}  # fmt: skip
 PUBLISHED = {
+    "pt rcdb": {**FDSL, "epochs": 300, "batch_size": 256, "repeats": 3},
+    "pt visualatom": {
+        **FDSL, "epochs": 90, "batch_size": 8192, "repeats": 3, "warmup_epochs": 0, "warmup_steps": 5000,
+    },
+    "pt onepfrac": {
+        **FDSL, "epochs": 240, "passes": 256, "batch_size": 256, "lr": 5e-4, "min_lr": 5e-6, "warmup_lr": 5e-7,
+        "warmup_epochs": 0, "warmup_steps": 15, "erasing": 0.5, "hflip": 0.5, "vflip": 0.5, "mean": HALF, "std": HALF,
+    },
+    "ft fdsl": {
+        **FDSL, "epochs": 1000, "batch_size": 768, "lr": 0.015, "min_lr": 1.5e-5, "warmup_lr": 1.5e-6,
+        "warmup_epochs": 10, "weight_decay": 1e-4, "optimizer": "sgd", "hflip": 0.5,
+    },
+    "ft fdsl-imagenet": {**FDSL, "epochs": 300, "batch_size": 1024, "hflip": 0.5},
     "pt anderson": {
         "epochs": 90, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-4, "pct_start": 0, "final_div_factor": 1e3,
     },
@@ -120,7 +137,8 @@ def test_warmup_longer_than_training_is_refused():
 def test_scale_lr():
     recipe = change(PT_RECIPES["anderson"], {"batch_size": "512"})
     assert recipe.lr == 0.1
-    assert scale_lr(recipe, published_batch_size=64).lr == pytest.approx(0.8)
+    scaled = scale_lr(recipe, published_batch_size=64)
+    assert (scaled.lr, scaled.warmup_lr, scaled.min_lr) == pytest.approx((0.8, 8e-6, 8e-5))
 
 
 @pytest.mark.parametrize("recipe", [PT_RECIPES["anderson"], PT_RECIPES["deit"]], ids=["plain", "mixing"])

@@ -80,6 +80,18 @@ def test_flip_has_its_probability():
     assert 70 < flipped < 130
 
 
+def test_vertical_flip_is_independent_of_the_horizontal_one():
+    transform = train_transform(recipe(hflip=0.5, vflip=0.25), 24)
+    flips = [SQUARE, SQUARE[:, ::-1], SQUARE[::-1], SQUARE[::-1, ::-1]]
+    seen = [transform(SQUARE, key) for key in range(800)]
+    counts = [sum(np.array_equal(image, flip) for image in seen) for flip in flips]
+    assert sum(counts) == 800
+    assert counts == pytest.approx([300, 300, 100, 100], abs=50)
+    affine = train_transform(recipe(augment="affine", vflip=1.0), 24)
+    upright = train_transform(recipe(augment="affine"), 24)
+    assert np.mean(affine(SQUARE, 1) != upright(SQUARE, 1)) > 0.2
+
+
 def test_random_crops_come_from_everywhere():
     marked = np.zeros((40, 30, 3), np.uint8)
     marked[..., 0], marked[..., 1] = np.mgrid[:40, :30]

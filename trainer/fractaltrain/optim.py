@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
+from fractalshards.errors import UsageError
 from fractaltrain.models import head_names, is_head
 from fractaltrain.recipes.recipe import TrainRecipe
 
@@ -91,7 +92,11 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_steps: int) -> LRScheduler:
-    """Build the schedule for ``recipe.epochs`` epochs of ``epoch_steps`` optimiser steps each."""
+    """Build the schedule for ``recipe.epochs`` epochs of ``epoch_steps`` optimiser steps each.
+
+    Raises:
+        UsageError: if the warm-up would not end before the training does.
+    """
     peaks = [group["lr"] for group in optimizer.param_groups]
     if recipe.schedule == "step":
         return MultiStepLR(optimizer, [epoch * epoch_steps for epoch in recipe.milestones], recipe.gamma)
@@ -117,7 +122,9 @@ def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int
 
     As in DeiT, the cosine counts from the start of training, so the learning rate drops at the end of the warm-up.
     """
-    warmup, total = recipe.warmup_epochs * epoch_steps, recipe.epochs * epoch_steps
+    warmup, total = recipe.warmup_steps or recipe.warmup_epochs * epoch_steps, recipe.epochs * epoch_steps
+    if warmup >= total:
+        raise UsageError(f"{warmup:,} warm-up steps, but {total:,} steps in all; lower them with --set warmup_steps=N")
 
     def share(step: int) -> float:
         if step < warmup:

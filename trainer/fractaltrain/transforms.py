@@ -54,6 +54,8 @@ def train_transform(recipe: TrainRecipe, image_size: int) -> Transform:
         ]
         if recipe.hflip:
             augmentations.append(v2.RandomHorizontalFlip(recipe.hflip))
+        if recipe.vflip:
+            augmentations.append(v2.RandomVerticalFlip(recipe.vflip))
     if recipe.randaugment:
         augmentations.append(_randaugment(recipe))
     elif recipe.color_jitter:
@@ -160,10 +162,10 @@ def _randaugment(recipe: TrainRecipe) -> Augmentation:
 def _transform_train(
     image: Images, key: int, size: int, recipe: TrainRecipe, augmentations: Sequence[Augmentation]
 ) -> Images:
-    flip = recipe.hflip if recipe.augment == "none" else 0.0
+    flip, upside_down = (recipe.hflip, recipe.vflip) if recipe.augment == "none" else (0.0, 0.0)
     if recipe.crop == "none":
         image = _resize(image, size)
-    if recipe.crop != "none" or flip:
+    if recipe.crop != "none" or flip or upside_down:
         numbers = _uniforms(key)
         if recipe.crop == "random":
             image = _crop(image, size, numbers)
@@ -172,6 +174,8 @@ def _transform_train(
             image = _stretch(image[top : top + height, left : left + width], size)
         if next(numbers) < flip:
             image = image[:, ::-1]
+        if upside_down and next(numbers) < upside_down:
+            image = image[::-1]
     if not augmentations:
         return image
     with seeded_torch(key), seeded_numpy(key) if recipe.randaugment else nullcontext():

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fractaltrain.recipes import anderson, deit, kataoka, nakashima
+from fractaltrain.recipes import anderson, deit, fdsl, kataoka, nakashima, onepfrac, rcdb
 from fractaltrain.recipes.recipe import TrainRecipe
 
 PT_RECIPES: Mapping[str, TrainRecipe] = {
-    recipe.name: recipe for recipe in (anderson.PT, deit.PT, nakashima.PT, kataoka.PT)
+    recipe.name: recipe
+    for recipe in (anderson.PT, deit.PT, nakashima.PT, kataoka.PT, rcdb.PT, rcdb.PT_21K, onepfrac.PT)
 }
 FT_RECIPES: Mapping[str, TrainRecipe] = {
-    recipe.name: recipe for recipe in (anderson.FT, anderson.FT_SCRATCH, nakashima.FT)
+    recipe.name: recipe for recipe in (anderson.FT, anderson.FT_SCRATCH, nakashima.FT, fdsl.FT, fdsl.FT_IMAGENET)
 }
 _PT_FOR_DATASETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "anderson": anderson.PT_FOR_DATASETS,

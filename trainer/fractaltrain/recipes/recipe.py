@@ -40,6 +40,7 @@ class TrainRecipe:
         base_momentum: ``onecycle``: momentum at the highest learning rate.
         max_momentum: ``onecycle``: momentum at the lowest learning rate.
         warmup_epochs: ``cosine``: epochs in which the learning rate rises from ``warmup_lr``.
+        warmup_steps: ``cosine``: optimiser steps in which it does, instead of epochs; 0: ``warmup_epochs`` counts.
         min_lr: ``cosine``: final learning rate.
         milestones: ``step``: epochs after which the learning rate is multiplied by ``gamma``.
         clip_grad: maximum norm of the gradient over all parameters; None: no clipping.
@@ -48,6 +49,7 @@ class TrainRecipe:
             the model takes; ``resized``: cropped at random size and aspect ratio (RandomResizedCrop), bicubic.
         crop_scale: ``resized``: lowest and highest share of the image area.
         hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
         randaugment: magnitude of RandAugment with two operations per image, timm's ``rand-mM-mstd0.5-inc1``; 0: off.
         color_jitter: largest relative change of brightness, contrast and saturation; off where RandAugment is on.
         erasing: probability that a random rectangle is filled with noise (random erasing).
@@ -80,6 +82,7 @@ class TrainRecipe:
     base_momentum: float = 0.85
     max_momentum: float = 0.95
     warmup_epochs: int = 0
+    warmup_steps: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     milestones: tuple[int, int] = (30, 60)
@@ -89,6 +92,7 @@ class TrainRecipe:
     crop: Literal["none", "random", "resized"] = "none"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.0
+    vflip: float = 0.0
     randaugment: float = 0.0
     color_jitter: float = 0.0
     erasing: float = 0.0
@@ -112,15 +116,18 @@ class TrainRecipe:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "head_lr_factor", "div_factor", "final_div_factor"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "head_weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix"):
+        for name in (
+            *("weight_decay", "head_weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "min_lr"),
+            *("mixup", "cutmix"),
+        ):
             self._check(name, (getattr(self, name) or 0) >= 0, "at least 0")
         for name in (
             *("pct_start", "momentum", "base_momentum", "max_momentum", "gamma"),
-            *("hflip", "color_jitter", "erasing", "label_smoothing", "drop_path"),
+            *("hflip", "vflip", "color_jitter", "erasing", "label_smoothing", "drop_path"),
         ):
             self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._check("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or none")
-        if self.schedule == "cosine":
+        if self.schedule == "cosine" and not self.warmup_steps:
             self._check("warmup_epochs", self.warmup_epochs < self.epochs, f"below the number of epochs, {self.epochs}")
         self._check("milestones", 0 < self.milestones[0] <= self.milestones[1], "two epochs, the earlier one first")
         low, high = self.crop_scale
@@ -142,6 +149,9 @@ class TrainRecipe:
         return self.mixup > 0 or self.cutmix > 0
 
 
+_RATES = ("lr", "warmup_lr", "min_lr")
+
+
 def change(recipe: TrainRecipe, changes: Mapping[str, str]) -> TrainRecipe:
     """Return the recipe with other values, given as text: ``{"lr": "0.05", "mean": "0.5"}``.
 
@@ -152,5 +162,6 @@ def change(recipe: TrainRecipe, changes: Mapping[str, str]) -> TrainRecipe:
 
 
 def scale_lr(recipe: TrainRecipe, published_batch_size: int) -> TrainRecipe:
-    """Scale the learning rate linearly from the published batch size to that of the recipe."""
-    return replace(recipe, lr=recipe.lr * recipe.batch_size / published_batch_size)
+    """Scale all learning rates linearly from the published batch size to that of the recipe."""
+    rates = {name: getattr(recipe, name) * recipe.batch_size / published_batch_size for name in _RATES}
+    return replace(recipe, **rates)
