@@ -245,8 +245,9 @@ def kinds(as_json: bool) -> None:
     console = Console(soft_wrap=True)
     for name, kind in KINDS.items():
         console.print(f"[bold]{name}[/bold]  {kind.summary}")
-        points = f", {kind.points:,} points" if kind.points else ""
-        console.print(f"  by default {kind.classes:,} classes, {kind.size} x {kind.size} px{points}")
+        counts = {"images": kind.n, "classes": kind.classes, "points": kind.points}
+        shown = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        console.print(f"  by default {shown}, {kind.size} x {kind.size} px")
         table = Table("--set", "default", "range", "description", box=None, padding=(0, 2))
         for parameter in _parameters(kind):
             table.add_row(*map(show_value, parameter.values()))
@@ -449,7 +450,7 @@ def _read_given(kind: str, classes: int | None, categories: Path | None, from_cs
 
 
 def _kind_as_json(kind: Kind) -> dict[str, Any]:
-    about = ("name", "summary", "classes", "size", "points", "label_type")
+    about = ("name", "summary", "n", "classes", "size", "points", "label_type")
     return {**{name: getattr(kind, name) for name in about}, "parameters": _parameters(kind)}
 
 

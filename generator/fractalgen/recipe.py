@@ -58,7 +58,8 @@ class Recipe:
         kind = self.family
         for name, (low, high) in _RANGES.items():
             if name == "points" and not kind.points:
-                low, high = 0, 0
+                _require(self.points == 0, f"points is {self.points}, but kind {self.kind} draws none: leave it out")
+                low = 0
             try:
                 value = operator.index(getattr(self, name))  # a plain integer, because a recipe is hashed as JSON
             except TypeError as error:

@@ -12,6 +12,7 @@ from fractalshards.portable import read_portable
 from fractalshards.reader import Example
 from fractalshards.sample import LabelType, classes_of
 from fractalshards.systems import Systems
+from fractalshards.workers import no_progress
 
 
 class RenderedSplit:
@@ -40,6 +41,7 @@ class RenderedSplit:
         if recipe.with_systems(systems) != recipe:
             raise FractalError(f"kind {recipe.kind}: these are not the systems of the recipe; make it again")
         check_systems(recipe, systems, f"kind {recipe.kind}")
+        recipe.family.prepare(recipe.params, recipe.classes, no_progress)
         self.recipe = recipe
         self.split, self.fresh = split, fresh
         self.digest = digest or recipe.digest()

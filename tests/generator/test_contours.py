@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -205,6 +206,26 @@ def test_own_stream_has_any_number_of_images() -> None:
     assert {system[0, 11] for system in systems} == {0.0}
     others = draw_systems(make_recipe("rcdb", 7, classes=7, seed=1, overrides=overrides))
     assert not any(np.array_equal(*pair) for pair in zip(systems, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stream", "recipe_digest", "pixels"),
+    [
+        ("visualatom", "published", "6a7e19d3b51a2bcf427a6060eb2eeaa8", "467fef867985a88c"),
+        ("visualatom", "own", "d236df3730c4ffac28fae40141711f19", "dd9fba9a2e3cb032"),
+        ("rcdb", "published", "178fcf7ff496914c655a31f781e506ed", "a41e62a3714092e3"),
+        ("rcdb", "own", "318258493b165536183cda73d0f20deb", "5c4902595fbc3ee7"),
+    ],
+)
+def test_pixels_are_pinned(kind: str, stream: str, recipe_digest: str, pixels: str) -> None:
+    """Changing any pixel requires a new recipe version."""
+    overrides = {"processes": 2, "instances": 30, "stream": stream}
+    recipe = make_recipe(kind, 120, val=4, classes=4, size=200, overrides=overrides)
+    systems = draw_systems(recipe)
+    state = xxhash.xxh3_64()
+    for index in (*range(0, 120, 9), *range(120, 124)):
+        state.update(render_sample(recipe, systems, index)[0].tobytes())
+    assert (recipe.with_systems(systems).digest(), state.hexdigest()) == (recipe_digest, pixels)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ _STATES = 4  # of the generator per class
 _VERSION = 1  # of the table
 _SYSTEM_WORDS = 24  # of 12 float64
 _PROCESSES = "processes of the published program; each makes an equal share of the classes"
-_CENTRE = "twice the largest distance of a centre from the middle of the image, along x and y, in pixels"
+_SHIFT = "largest shift of the centre from the middle of the image, along x and y, in half pixels"
 
 
 class Contour(NamedTuple):
@@ -73,7 +73,7 @@ class ContourParams(ABC):
     line_offset: tuple[float, float] = parameter((0.0, 0.1), "distance between curves without noise", 0.0, 100.0)
     radius: tuple[int, int] = parameter((0, 100), "radius of the first curve in pixels", 0, 4096)
     oval: tuple[float, float] = parameter((1.0, 2.0), "factors on the radius along x and y", 0.0, 10.0)
-    centre: int = parameter(512, _CENTRE, 0, 4096)
+    shift: int = parameter(512, _SHIFT, 0, 4096)
 
     name: ClassVar[str]
     ground: ClassVar[int]  # grey level of the background
@@ -98,7 +98,7 @@ class ContourParams(ABC):
 
     def draw_centre(self, rng: Generator) -> tuple[float, float]:
         """Draw the centre, y before x."""
-        y, x = ((_CANVAS + rng.integer(-self.centre, self.centre + 1)) / 2 for _ in range(2))
+        y, x = ((_CANVAS + rng.integer(-self.shift, self.shift + 1)) / 2 for _ in range(2))
         return y, x
 
 
@@ -127,7 +127,7 @@ class VisualatomParams(ContourParams):
         return contour._replace(first_y=y, first_x=x)
 
     def between(self) -> tuple[int, list[int]]:
-        return 0, [2 * self.centre + 1] * 2
+        return 0, [2 * self.shift + 1] * 2
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class RcdbParams(ContourParams):
     processes: int = parameter(10, _PROCESSES, 1, 1000)
     mean_vertices: float = parameter(100.0, "mean of the exponential distribution of vertices", 100.0, 1000.0)
     vertices: tuple[int, int] = parameter((3, 200), "vertices of a curve; others are drawn again", 3, 500)
-    centre: int = parameter(400, _CENTRE, 0, 4096)
+    shift: int = parameter(400, _SHIFT, 0, 4096)
 
     name, ground, greys, noise_factor, floating = "rcdb", 255, 257, 2.0, True
 
@@ -155,7 +155,7 @@ class RcdbParams(ContourParams):
         return contour._replace(radius=radius, oval_x=ovals[0], oval_y=ovals[1], first_y=y, first_x=x)
 
     def between(self) -> tuple[int, list[int]]:
-        return 2, [self.radius[1] - self.radius[0] + 1, *[2 * self.centre + 1] * 2]
+        return 2, [self.radius[1] - self.radius[0] + 1, *[2 * self.shift + 1] * 2]
 
     def _draw_vertices(self, rng: Generator) -> int:
         low, high = self.vertices

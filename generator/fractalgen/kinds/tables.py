@@ -79,9 +79,9 @@ def _compute(shape: tuple[int, int], chains: Sequence[Iterator[Table]], on_progr
                 number = running.pop(future)
                 if (row := future.result()) is not None:
                     table[next(rows[number])] = row
-                    done += 1
                     advance(number)
-            on_progress(done, len(table))
+                    done += 1
+                    on_progress(done, len(table))
     finally:
         threads.shutdown(cancel_futures=True)
     return table
