@@ -1,6 +1,7 @@
 """The terminal, shared by the three commands: help, one-line errors, exit codes, progress and notes."""
 
 import inspect
+import io
 import logging
 import os
 import sys
@@ -16,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError, describe_os_error
 from fractalshards.human import human_bytes, human_count, human_seconds, one_line
-from fractalshards.workers import OnProgress, available_cores, no_progress
+from fractalshards.storage import provide_home
+from fractalshards.workers import OnProgress, available_cores, leave_out_current_folder, no_progress
 
 _LOGGERS = ("fractalgen", "fractalshards", "fractaltrain")
 _SHORT = {
@@ -99,6 +101,9 @@ class Commands(click.Group):
         """Run the command line; see ``click.Command.main``."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        _open_streams()
+        leave_out_current_folder()
+        provide_home()
         show_logs()
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
@@ -121,6 +126,19 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt) as error:
             _fail("stopped", _interrupt_code(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Open /dev/null for closed standard streams, or the next file would get their number; print names of any bytes."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout, sys.stderr = (stream or os.fdopen(number, "w") for number, stream in ((1, sys.stdout), (2, sys.stderr)))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+        os.environ.setdefault("PYTHONIOENCODING", ":surrogateescape")  # of child processes
 
 
 @contextmanager

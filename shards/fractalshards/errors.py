@@ -26,7 +26,7 @@ class BadSampleError(FractalError):
 
 
 class WorkerLostError(FractalError):
-    """The worker process of a task was killed three times."""
+    """A loader worker died, or the worker processes of a task three times."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -48,7 +48,12 @@ def human_list(names: Sequence[str], most: int = 20) -> str:
     return ", ".join([*names[:most], *more])
 
 
+def escape_bytes(name: str) -> str:
+    """Return the name of a file with escapes for bytes that are not UTF-8, for texts that do not take these."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def one_line(text: str) -> str:
     """Return text on a single line of bounded length without control characters: names may come from hostile files."""
-    shown = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    shown = escape_bytes(text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ...")
     return "".join(letter if letter.isprintable() else " " for letter in " ".join(shown.split()))

@@ -1,8 +1,9 @@
-"""Bounded reading of untrusted files, typed JSON, and atomic writing.
+"""Bounded reading of untrusted files, typed JSON, atomic writing, and the folder of caches.
 
 Only regular files are opened: reading a pipe may block, and a device may never end.
 """
 
+import getpass
 import json
 import os
 import re
@@ -142,27 +143,62 @@ def write_json(path: Path, data: Mapping[str, object], indent: int | None = None
         file.write(json.dumps(data, indent=indent).encode() + b"\n")
 
 
-def private_cache() -> Path:
-    """Return the folder for what processes of this user share, made if missing and open to nobody else.
+_LIBRARIES = {"MPLCONFIGDIR": "matplotlib", "HF_HOME": "huggingface", "TORCH_HOME": "torch"}
 
-    It is ``$TMPDIR/fractalpretrain-UID`` where batch systems set TMPDIR, else ``~/.cache/fractalpretrain``.
+
+def private_cache(scratch: bool = False) -> Path | None:
+    """Return the folder of all caches of this project, or None where there is no place for one.
+
+    It is ``fractalpretrain`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; in a container whose user has no home, or none to
+    write to, ``$TMPDIR/fractalpretrain-UID``. It is created, and belongs to the user alone: caches hold code.
+
+    Args:
+        scratch: prefer ``$TMPDIR`` where it is set, as batch systems do: for large files.
 
     Raises:
-        FractalError: if others can write there.
-        OSError: if it cannot be made.
+        FractalError: if the folder exists, and other users can write there.
     """
-    if temporary := os.environ.get("TMPDIR"):
-        folder = Path(temporary) / f"fractalpretrain-{os.getuid()}"  # all users may share TMPDIR
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fractalpretrain"
+    kept = _home_caches() / "fractalpretrain"
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp") / f"fractalpretrain-{os.getuid()}"
+    for folder in (temporary, kept) if scratch and os.environ.get("TMPDIR") else (kept, temporary):
+        with suppress(OSError):
+            if folder.is_absolute() and _is_private(folder):  # not "~/.cache" of a user without a home
+                return folder
+    return None
+
+
+def provide_home() -> None:
+    """Point libraries that keep files in the home folder to ``private_cache`` if there is no home, or none to write to.
+
+    For commands, at their start; it holds for all processes that they start. Users without an account get a name.
+    """
+    home = _home_caches()
+    existing = next((path for path in (home, *home.parents) if os.path.exists(path)), home)
+    if not (home.is_absolute() and os.access(existing, os.W_OK)):
+        with suppress(FractalError):
+            if folder := private_cache():
+                for variable, name in _LIBRARIES.items():
+                    os.environ.setdefault(variable, str(folder / name))
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
+
+
+def _home_caches() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+
+
+def _is_private(folder: Path) -> bool:
+    """Create a folder that only this user may enter; return whether it can be written. It must be no link."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FractalError(
-            f"{folder}: other users can write there, so it is not a safe cache; set another TMPDIR or --cache-dir"
-        )
-    return folder
+        raise FractalError(f"{folder}: other users can write there, so it is not a safe cache; choose a --cache-dir")
+    return True
 
 
 def check_space(folder: Path, wanted: float, advice: str) -> None:

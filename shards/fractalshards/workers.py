@@ -1,22 +1,29 @@
-"""A pool of worker processes that survives killed workers and stops in order on signals; progress callbacks."""
+"""Worker processes: a pool that survives killed workers and stops in order on signals, and how many cores there are.
+
+No process that a command starts looks for modules in the current folder: a dataset there may hold a ``signal.py``.
+"""
 
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from queue import LifoQueue
 from types import FrameType
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from fractalshards.errors import Terminated, WorkerLostError
+from fractalshards.errors import FractalError, Terminated, WorkerLostError
 
 TRIES = 3  # of a task whose worker is killed
 
@@ -24,7 +31,9 @@ OnProgress = Callable[[int, int], None]  # called with (done, total)
 
 # Workers read these when they start. There is a worker per core already, so BLAS gets one thread; and glibc keeps
 # memory for the next image instead of returning it, because new pages cost as much as the rendering.
+_SAFE_PATH = "PYTHONSAFEPATH"  # where it is set, Python leaves the current folder out of sys.path
 _ENVIRONMENT = {
+    _SAFE_PATH: "1",
     "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # of multiprocessing, when the parent is killed
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
@@ -46,8 +55,61 @@ def no_progress(done: int, total: int) -> None:
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of cores that this process may use: by its affinity, and by the CPU quotas of its cgroups."""
+    return min([len(os.sched_getaffinity(0)), *_cpu_quotas(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _cpu_quotas(membership: Path, mount: Path) -> Iterator[int]:
+    """Yield the quotas, in cores and rounded up, of a process's cgroup and those above it, of version 1 or 2."""
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = mount / "cpu" if controllers else mount  # in a container this may be the group of the process itself
+            for group in (Path(path), *Path(path).parents):
+                folder = top / group.relative_to("/")
+                for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+                    with suppress(OSError, ValueError):  # no such file; "max", which is no quota
+                        quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+                        if quota > 0:
+                            yield math.ceil(quota / period)
+
+
+def leave_out_current_folder() -> None:
+    """Keep the current folder off the module path of all processes that this one starts, and off its own from now on.
+
+    For commands, at their start. ``python -m`` puts the folder on the path before it runs any code of this project.
+    Folders that PYTHONPATH or an installation names stay.
+    """
+    if _SAFE_PATH not in os.environ and not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
+    os.environ[_SAFE_PATH] = "1"
+
+
+def describe_exit(code: int) -> str:
+    """Say how a process ended, as the end of a sentence that begins with it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
+
+
+def _advise(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "if memory ran out, lower --workers"
+    return "its own messages, if any, are above"
+
+
+def check_semaphores() -> None:
+    """Raise FractalError if worker processes cannot have semaphores, with the folder, which Python's error lacks."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise FractalError(
+            f"/dev/shm: {error.strerror}; worker processes need semaphores there: mount it writable, or free some space"
+        ) from error
 
 
 @contextmanager
@@ -98,12 +160,13 @@ def end_with_parent() -> None:
 class _Pool(Executor):
     """Threads that each run one task at a time in a process of their own.
 
-    A shared ``ProcessPoolExecutor`` fails all tasks when one worker is killed, and does not say which one it ran.
+    A shared ``ProcessPoolExecutor`` fails all tasks when one worker is killed, and says neither which one it ran nor
+    how it ended.
     """
 
     def __init__(self, workers: int) -> None:
         self._threads = ThreadPoolExecutor(workers, initializer=_block_signals)
-        self._processes: LifoQueue[ProcessPoolExecutor | None] = LifoQueue()  # idle, or None if not started yet
+        self._processes: LifoQueue[_Worker | None] = LifoQueue()  # idle, or None if not started yet
         for _ in range(workers):
             self._processes.put(None)
 
@@ -117,29 +180,50 @@ class _Pool(Executor):
                 process.shutdown(wait)
 
     def _run(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> _T:
+        code = 0
         for _ in range(TRIES):
-            process = self._processes.get() or _start_process()
-            idle: ProcessPoolExecutor | None = process
+            idle = self._processes.get()
             try:
+                idle = process = idle or _Worker()
                 return process.submit(task, *args, **named).result()
             except BrokenProcessPool:
-                _log.warning("a worker process was killed; its task runs again")
                 process.shutdown()
+                code = process.exit_code()
+                _log.warning("a worker process %s; its task runs again", describe_exit(code))
                 idle = None
             finally:
                 self._processes.put(idle)
-        raise WorkerLostError(f"the worker process was killed {TRIES} times; if memory ran out, lower --workers")
+        raise WorkerLostError(f"the worker process {describe_exit(code)}, {TRIES} times; {_advise(code)}")
+
+
+class _Worker(ProcessPoolExecutor):
+    """A process that runs one task at a time."""
+
+    def __init__(self) -> None:
+        # spawned: a forked worker would hold the pipes of its siblings, and not notice the end of its parent
+        self._started = _Context()
+        check_semaphores()
+        super().__init__(1, mp_context=self._started, initializer=end_with_parent)
+
+    def exit_code(self) -> int:
+        """Return the exit code of the process, once it has ended."""
+        return self._started.process.exitcode or 0
+
+
+class _Context(SpawnContext):
+    """Starts processes as ``spawn`` does, and remembers the last one."""
+
+    process: BaseProcess
+
+    def Process(self, *args: Any, **named: Any) -> BaseProcess:  # type: ignore[override]  # noqa: N802
+        self.process = super().Process(*args, **named)
+        return self.process
 
 
 def _warn_of_waiting() -> None:
     if sys.stderr.isatty():
         sys.stderr.write(_SHOW_CURSOR)
     _log.warning("stopping when the running tasks are finished; press Ctrl-C again to stop at once")
-
-
-def _start_process() -> ProcessPoolExecutor:
-    # spawned: a forked worker would hold the pipes of its siblings, and not notice the end of its parent
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
 def _block_signals() -> None:
@@ -161,7 +245,7 @@ def handling(
         yield
     finally:
         for number, previous in before.items():
-            signal.signal(number, previous)
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not a handler of Python
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -182,3 +266,29 @@ def init_loader_worker(worker: int) -> None:
     end_with_parent()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def watching(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """Raise ``WorkerLostError`` inside the block when one of these child processes has died, or dies.
+
+    Outside the main thread, this is noticed before the block only.
+    """
+
+    def check(*_: object) -> None:
+        for process in processes:
+            if code := process.exitcode:
+                raise WorkerLostError(f"a loader worker {describe_exit(code)}; {_advise(code)}")
+
+    with handling(check, signal.SIGCHLD):
+        check()
+        try:
+            yield
+        except Exception:
+            check()  # torch catches the error of the handler
+            raise
+
+
+def keep_child_handler() -> AbstractContextManager[None]:
+    """Restore the handler of SIGCHLD after the block: torch's raises an error wherever the process happens to be."""
+    return handling(signal.SIG_DFL, signal.SIGCHLD)

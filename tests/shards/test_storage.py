@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from fractalshards.errors import FractalError
-from fractalshards.storage import atomic_file, parse_json, remove_leftovers
+from fractalshards.storage import atomic_file, parse_json, private_cache, remove_leftovers
 
 
 def leftover(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
@@ -38,6 +39,30 @@ def test_atomic_file_of_two_writers(tmp_path: Path) -> None:
         one.write(b"one")
         two.write(b"two")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"one")]
+
+
+@pytest.mark.parametrize(
+    ("environment", "scratch", "found"),
+    [
+        ({"XDG_CACHE_HOME": "x", "HOME": "h", "TMPDIR": "t"}, False, "x/fractalpretrain"),
+        ({"XDG_CACHE_HOME": "x", "HOME": "h", "TMPDIR": "t"}, True, "t/fractalpretrain-UID"),
+        ({"HOME": "h"}, True, "h/.cache/fractalpretrain"),
+        ({"HOME": "/proc/nowhere", "TMPDIR": "t"}, False, "t/fractalpretrain-UID"),
+        ({"XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": "t"}, False, "t/fractalpretrain-UID"),
+        ({"HOME": "h", "TMPDIR": "/proc/nowhere"}, True, "h/.cache/fractalpretrain"),
+        ({"HOME": "/proc/nowhere", "TMPDIR": "/proc/nowhere"}, False, None),
+    ],
+)
+def test_private_cache_is_in_the_first_place_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], scratch: bool, found: str | None
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in environment.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    expected = None if found is None else tmp_path / found.replace("UID", str(os.getuid()))
+    assert private_cache(scratch) == expected
+    assert expected is None or stat.S_IMODE(expected.stat().st_mode) == 0o700
 
 
 def test_remove_leftovers_of_dead_writers_only(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fractalshards import workers
 from fractalshards.errors import WorkerLostError
 from fractalshards.workers import TRIES, worker_pool
 
@@ -51,10 +52,42 @@ def test_task_is_lost_after_three_deaths(tmp_path: Path) -> None:
     visits = tmp_path / "visits"
     with worker_pool(1) as pool:
         dying, after = pool.submit(eval, die(visits, 99)), pool.submit(pow, 2, 3)
-        with pytest.raises(WorkerLostError, match="killed 3 times"):
+        with pytest.raises(WorkerLostError, match="SIGKILL"):
             dying.result(60)
         assert after.result(60) == 8
     assert visits.stat().st_size == TRIES
+
+
+def test_death_that_is_no_lack_of_memory_is_called_by_its_name(tmp_path: Path) -> None:
+    with worker_pool(1) as pool, pytest.raises(WorkerLostError, match="exit code 9") as lost:
+        pool.submit(eval, "__import__('os')._exit(9)").result(60)
+    assert "memory" not in str(lost.value)
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "quotas"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, [2]),  # version 2, in a container
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000", "cpu.max": "50000 100000"}, [4, 1]),
+        (
+            "3:memory:/m\n2:cpu,cpuacct:/d",
+            {"cpu/d/cpu.cfs_quota_us": "30000", "cpu/d/cpu.cfs_period_us": "10000"},
+            [3],
+        ),
+        ("1:cpu:/d", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
+        ("0::/", {"cpu.max": ""}, []),
+        (None, {}, []),
+    ],
+)
+def test_cores_are_limited_by_cpu_quotas(
+    tmp_path: Path, membership: str | None, files: dict[str, str], quotas: list[int]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mount" / name).write_text(text + "\n")
+    if membership is not None:
+        (tmp_path / "cgroup").write_text(membership + "\n")
+    assert list(workers._cpu_quotas(tmp_path / "cgroup", tmp_path / "mount")) == quotas
 
 
 def test_error_of_a_task_cancels_pending_ones() -> None:

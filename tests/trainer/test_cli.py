@@ -210,3 +210,19 @@ def test_output_that_nobody_reads_ends_a_run_silently(tmp_path, dataset, process
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.slow
+def test_names_that_are_not_utf_8(fractaltrain, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"\xff")
+    Path(f"shards{odd}").symlink_to(dataset)
+    common = ("--batch-size", 25, "--image-size", 16, "--epochs", 1)
+    pretrain = ("pt", "--shards", f"shards{odd}", "--model", "test_resnet", *common, "--out", f"pt{odd}")
+    assert [fractaltrain(*pretrain).code, fractaltrain(*pretrain).code] == [0, 0]  # the second finds a finished run
+    data = ("--data", f"shards:shards{odd}")
+    assert fractaltrain("ft", "--weights", f"pt{odd}", *data, *common, "--out", f"ft{odd}").code == 0
+    assert fractaltrain("eval", "--weights", f"ft{odd}", *data).code == 0
+    assert fractaltrain("compare", f"ft{odd}", "--out", f"table{odd}").code == 0
+    assert {path.name for path in Path(f"ft{odd}").iterdir()} >= {"history.png", "result.json"}
+    assert (Path(f"table{odd}") / "figure.png").exists()

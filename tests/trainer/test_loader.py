@@ -1,5 +1,6 @@
 """Batches of an epoch: the same for any number of workers and after any stop, bad samples, workers that end."""
 
+import errno
 import os
 import pickle
 import select
@@ -145,11 +146,12 @@ def numbers(
     pad: bool = False,
     on_bad: OnBad = "stop",
     start: int = 0,
+    workers: int = 0,
 ) -> list[Batch]:
     order = epoch_order(source.lengths, seed=0, epoch=0, window=2)
     positions = training_positions(len(order), batch, rank, world, pad)
     one_pixel = val_transform(PT_RECIPES["anderson"], 1)
-    return list(epoch_loader(source, one_pixel, positions, order, 0, 0, start=start, on_bad=on_bad))
+    return list(epoch_loader(source, one_pixel, positions, order, 0, 0, start=start, on_bad=on_bad, workers=workers))
 
 
 def test_epoch_is_exact_for_all_small_shards_batches_and_ranks():
@@ -184,11 +186,12 @@ def test_replacement_is_augmented_like_the_bad_sample():
     assert len(set(good.sample_keys.tolist())) == 4
 
 
-def test_bad_sample_is_dropped_from_an_evaluation():
-    batches = numbers(Numbers((6,), frozenset([1, 2])), 3, on_bad="drop")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_sample_is_dropped_from_an_evaluation(workers):
+    batches = numbers(Numbers((6,), frozenset([1, 2])), 3, on_bad="drop", workers=workers)
     assert sorted(int(key) for batch in batches for key in batch.keys) == [0, 3, 4, 5]
     assert sum(len(batch.images) for batch in batches) == sum(len(batch.labels) for batch in batches) == 4
-    (empty,) = numbers(Numbers((3,), frozenset([0, 1, 2])), 3, on_bad="drop")
+    (empty,) = numbers(Numbers((3,), frozenset([0, 1, 2])), 3, on_bad="drop", workers=workers)
     assert (len(empty.images), len(empty.labels), empty.keys, len(empty.bad)) == (0, 0, (), 3)
 
 
@@ -214,14 +217,49 @@ def test_killed_worker_is_one_line():
     assert "\n" not in str(error.value)
 
 
+def zeros(count: int) -> InMemorySource:
+    return InMemorySource("zeros", np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64), 1)
+
+
+def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one():
+    before = children()
+    with closing(
+        epoch_loader(zeros(40), PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=1)
+    ) as loader:
+        next(loader)
+        (worker,) = children() - before
+        ended = os.pidfd_open(worker)
+        os.kill(worker, signal.SIGKILL)  # no error here: torch's handler of SIGCHLD would raise one anywhere
+        assert select.select([ended], [], [], 20)[0]
+        os.close(ended)
+        with pytest.raises(FractalError, match="SIGKILL"):
+            list(loader)
+
+
+def test_batches_of_workers_need_no_space_in_dev_shm():
+    with closing(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=1)) as loader:
+        batch = next(loader)
+        assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text()
+    batch.images.add_(1)  # it outlives its worker
+    assert batch.images.sum() == 2 * 3 * 32 * 32
+
+
+def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
+    def full(name: str) -> int:
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    monkeypatch.setattr(os, "memfd_create", full)
+    with pytest.raises(FractalError, match="open files"):
+        list(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=1))
+
+
 def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
 def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
-    source = InMemorySource("zeros", np.zeros((40, 32, 32, 3), np.uint8), np.zeros(40, np.int64), 1)
     before = children()
-    loader = epoch_loader(source, PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=2)
+    loader = epoch_loader(zeros(40), PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=2)
     with closing(loader):
         next(loader), next(loader)  # both have started
         workers = children() - before
@@ -238,7 +276,7 @@ from fractaltrain.data.source import InMemorySource
 from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.stream.loader import epoch_loader
 from fractaltrain.transforms import val_transform
-source = InMemorySource("long" * 10_000, np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40, np.int64), 1)
+source = InMemorySource("zeros", np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40, np.int64), 1)
 transform = val_transform(PT_RECIPES["anderson"], 8)
 loader = epoch_loader(source, transform, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=2)
 next(loader)
@@ -248,8 +286,8 @@ input()
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_killed_parent_though_their_pipes_are_full():
-    """The keys fill the pipe that they write to, and each holds its reading end, too."""
+def test_workers_end_with_a_killed_parent():
+    """Each holds the reading end of the pipe that it writes to."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", ORPHANS], text=True, **pipes) as parent:
         assert parent.stdout is not None

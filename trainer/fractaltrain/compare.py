@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 
 from fractalshards.errors import FractalError, needs_extra
+from fractalshards.human import escape_bytes
 from fractalshards.storage import read_json, write_bytes
 from fractaltrain.config import Freeze, ImagesConfig, ModelConfig, finetuning_folder
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
@@ -159,7 +160,7 @@ def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
     if settings.task != "ft":
         return []
     data = names.setdefault(settings.data_digest or settings.data, settings.data)
-    cell = Cell(_label(data, settings.per_class), settings.model, _name_row(folder.name, settings))
+    cell = Cell(_label(data, settings.per_class), settings.model, _name_row(escape_bytes(folder.name), settings))
     return _read_scores(folder, cell, (settings.seed, settings.subset_seed))
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fractalshards.human import escape_bytes
 from fractalshards.imagefolder import parse_place
 from fractalshards.remote.stores import parse_location
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions
@@ -84,7 +85,7 @@ class DatasetConfig:
         """The last part of the path or URL; that of a recipe without its extension."""
         if self.is_remote:
             return Path(parse_location(self.location).root).name
-        return self.path.resolve().stem if self.rendered else self.path.resolve().name
+        return escape_bytes(self.path.resolve().stem if self.rendered else self.path.resolve().name)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,12 @@ class ImagesConfig:
     @property
     def label(self) -> str:
         """A short name for folders and figures: the name, or the last part of the path."""
-        return self.path.resolve().name if self.path else self.name
+        return escape_bytes(self.path.resolve().name) if self.path else self.name
+
+    @property
+    def shown(self) -> str:
+        """The name as files and messages contain it."""
+        return escape_bytes(self.name)
 
     @property
     def identity(self) -> str:
@@ -122,7 +128,8 @@ class ImagesConfig:
         if self.path is None:
             return self.name
         place = f"{self.name.partition(':')[0]}:{self.path.resolve()}"
-        return f"{self.label}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
+        digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()
+        return f"{self.label}-{digest[:6]}"
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: str) -> Pa
     """Return the default folder of a fine-tuning, named by data, subset, starting point, recipe and frozen part."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
     if isinstance(model.weights, Path):
-        start = f"from-{model.weights.resolve().name}"
+        start = f"from-{escape_bytes(model.weights.resolve().name)}"
     else:
         start = model.name if model.weights is None else f"from-{model.weights}-{model.name}"
     frozen = f"-{model.freeze}-frozen" if model.freeze else ""

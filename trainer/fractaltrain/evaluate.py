@@ -267,7 +267,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
     with join_world() as world:
         run = load_run(config.run)
         subset = replace(config.data, per_class=run.settings.per_class, subset_seed=run.settings.subset_seed or 0)
-        data = open_data(subset if run.settings.data == config.data.name else config.data, world, for_training=False)
+        data = open_data(subset if run.settings.data == config.data.shown else config.data, world, for_training=False)
         assert data.val is not None  # open_data gives both splits
         check_classes(run, data.val, config.data)
         settings = run.settings
@@ -313,7 +313,7 @@ def _write_report(report: EvalReport, data: ImagesConfig, run: TrainedRun, predi
     report.folder.mkdir(parents=True, exist_ok=True)
     names = report.class_names
     contents = {
-        "data": data.name,
+        "data": data.shown,
         "model": run.settings.model,
         "epochs": run.checkpoint.position.epoch,
         "checkpoint_sha256": run.sha256,

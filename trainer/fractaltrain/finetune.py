@@ -62,7 +62,7 @@ def finetune(config: TrainConfig) -> None:
             print(*messages, sep="\n", end="\n" if messages else "", flush=True)
         facts = {
             "task": "ft",
-            "data": images.name,
+            "data": images.shown,
             "data_digest": data.digest,
             "per_class": images.per_class,
             "subset_seed": images.subset_seed,

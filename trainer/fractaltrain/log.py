@@ -1,6 +1,7 @@
 """The log of a run: progress line, ``metrics.jsonl``, TensorBoard files, ``history.png`` and ``result.json``."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -131,7 +132,9 @@ class RunLog:
 
             done = start.epoch * steps + start.step
             rewind_metrics(folder, done)
-            self._tensorboard: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
+            (folder / TENSORBOARD).mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(folder / TENSORBOARD, os.O_RDONLY)  # TensorBoard takes no name that is not UTF-8
+            self._tensorboard: Any = SummaryWriter(f"/proc/self/fd/{self._descriptor}", purge_step=done + 1)
 
     def __enter__(self) -> Self:
         return self
@@ -142,6 +145,7 @@ class RunLog:
         self._end_line()
         if self._main:
             self._tensorboard.close()
+            os.close(self._descriptor)
 
     def message(self, text: str) -> None:
         """Print a message on a separate line."""

@@ -46,8 +46,8 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def plain(text: str) -> str:
-    """Escape the characters that matplotlib would read as a formula."""
-    return text.replace("$", r"\$")
+    """Return text for matplotlib: on one line, and not read as a formula."""
+    return one_line(text).replace("$", r"\$")
 
 
 _TRAIN, _MEAN, _VAL, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
@@ -83,7 +83,7 @@ def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
     figure = Figure(figsize=(10, 6.6), facecolor="white")
     (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True, gridspec_kw=_MARGINS)
-    figure.suptitle(path.parent.resolve().name, color=INK, fontsize=13, fontweight="bold")
+    figure.suptitle(plain(path.parent.resolve().name), color=INK, fontsize=13, fontweight="bold")
 
     style(loss, "Loss", "cross-entropy, nats", pad=_LEGEND_PAD)
     loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training steps")
@@ -171,7 +171,7 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
     figure = Figure(figsize=(side + 0.8, side), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
     panel = figure.subplots()
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    panel.set_title(plain(one_line(title)), loc="left", color=INK, fontsize=12, fontweight="bold")
+    panel.set_title(plain(title), loc="left", color=INK, fontsize=12, fontweight="bold")
     panel.set_ylabel("class", color=MUTED)
     panel.set_xlabel("predicted", color=MUTED)
     panel.spines[:].set_visible(False)

@@ -1,5 +1,37 @@
 """Compiled kernels: random bits, orbits, rasters, colours, compression. Pure functions of arrays."""
 
+import os
+from contextlib import suppress
+
+from numba.core import config
+
+from fractalshards.errors import FractalError
+from fractalshards.storage import private_cache
+
 SIZES = range(16, 4097)  # side of an image in pixels
 MAX_POINTS = 10**8  # per chaos game
 MAX_MAPS = 255  # per system: map numbers are bytes, and one value means no map
+
+
+def _find_cache() -> bool:
+    """Return whether numba has a folder for compiled kernels: beside their source, else that of all caches.
+
+    Without a home, numba would choose a folder ``~`` in the current folder, and run what it finds there.
+    """
+    if os.environ.get("NUMBA_CACHE_DIR") or os.access(os.path.dirname(__file__), os.W_OK):
+        return True
+    with suppress(FractalError):  # a folder that others can write to
+        if folder := private_cache():
+            os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")
+            config.reload_config()
+            return True
+    return False
+
+
+# numba reads settings from the current folder, and those of a dataset's author could name a folder of compiled code
+config._config_fname = os.devnull
+config.reload_config()
+
+
+CACHE = _find_cache()
+"""Whether compiled kernels are kept for other processes: the argument ``cache`` of ``njit``."""

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fractalgen.kernels import MAX_MAPS
+from fractalgen.kernels import CACHE, MAX_MAPS
 from fractalgen.kernels.random import hash32
 from fractalshards.errors import UsageError
 
@@ -75,7 +75,7 @@ def _thresholds(system: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
     return np.minimum(shares * 2.0**32, 2.0**32 - 1).astype(np.uint32)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _choose_maps(
     thresholds: npt.NDArray[np.uint32], key0: np.uint32, key1: np.uint32, choices: npt.NDArray[np.uint8]
 ) -> None:
@@ -90,7 +90,7 @@ def _choose_maps(
             choices[i] += np.uint8(hash32(np.uint32(i), key0, key1) >= threshold)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _start(
     maps: Float32s, choices: npt.NDArray[np.uint8], x: np.float32, y: np.float32, xs: Float32s, ys: Float32s
 ) -> None:
@@ -102,7 +102,7 @@ def _start(
         x, y = xs[i], ys[i]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _iterate(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
     """Continue every lane, given its start in the first row of lanes: point i follows point i - _LANES."""
     for i in range(_HEAD, len(xs)):
@@ -112,7 +112,7 @@ def _iterate(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: F
         ys[i] = maps[k, 3] * x + maps[k, 4] * y + maps[k, 5]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _iterate_few(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
     """``_iterate`` for four maps: coefficients are selected instead of looked up, so that the lanes vectorise.
 

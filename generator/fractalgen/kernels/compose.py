@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fractalgen.kernels import CACHE
 from fractalshards.png import Pixels
 
 Integers = npt.NDArray[np.int32]
@@ -41,7 +42,7 @@ def _taps(source: int, target: int) -> _Taps:
     return _Taps(near, far, np.rint((place - first) * np.float32(_ONE)).astype(np.int32))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resized: Pixels) -> None:
     """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings."""
     size = len(near)
@@ -99,7 +100,7 @@ class Canvas:
         return [(x, y, right - x + 1, down - y + 1) if right >= 0 else None for (x, y), (right, down) in corners]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _paste(image: Pixels, owner: npt.NDArray[np.uint8], pixels: Pixels, x: int, y: int, number: np.uint8) -> None:
     height, width, _ = image.shape
     for row in range(max(0, -y), min(len(pixels), height - y)):
@@ -112,7 +113,7 @@ def _paste(image: Pixels, owner: npt.NDArray[np.uint8], pixels: Pixels, x: int, 
                 owner[y + row, x + column] = number
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _find_boxes(owner: npt.NDArray[np.uint8], low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]) -> None:
     for row in range(len(owner)):
         for column in range(owner.shape[1]):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 from numba import njit, uint32, uint64
 
+from fractalgen.kernels import CACHE
 from fractalshards.png import Indexed, Pixels, encode_png, isal_compress
 
 Bytes = npt.NDArray[np.uint8]
@@ -70,7 +71,7 @@ def _block_header(lengths: Bytes) -> Bytes:
     return np.concatenate([_BLOCK_START, (all_lengths[:, None] >> _HIGH_BIT_FIRST & 1).reshape(-1).astype(np.uint8)])
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _histogram(data: Bytes) -> npt.NDArray[np.uint32]:
     """Count the bytes, in four tables, because consecutive increments of one counter wait for each other."""
     tables = np.zeros((4, 256), np.uint32)
@@ -88,7 +89,7 @@ def _histogram(data: Bytes) -> npt.NDArray[np.uint32]:
     return counts
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _code_lengths(counts: npt.NDArray[np.uint32], limit: int) -> Bytes:
     """Compute the length of each symbol's Huffman code, 0 for symbols that do not occur; at least two must occur.
 
@@ -138,7 +139,7 @@ def _code_lengths(counts: npt.NDArray[np.uint32], limit: int) -> Bytes:
     return lengths
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _codes(lengths: Bytes) -> Words:
     """Return the canonical code of each symbol, reversed as deflate writes it, with its length in the upper 32 bits."""
     following = np.zeros(_MAX_LENGTH + 2, np.int64)
@@ -159,7 +160,7 @@ def _codes(lengths: Bytes) -> Words:
     return codes
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _encode(data: Bytes, codes: Words, words: npt.NDArray[np.uint32], start: int) -> None:
     """Write the codes of all bytes and the end of the block from bit ``start`` on, without a branch in the loop."""
     low = uint64(0xFFFFFFFF)

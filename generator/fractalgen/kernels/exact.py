@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fractalgen.kernels import CACHE
+
 Float64s = npt.NDArray[np.float64]
 _Double = tuple[float, float]  # the larger part first
 
@@ -49,7 +51,7 @@ def sine_and_cosine(angles: Float64s) -> tuple[Float64s, Float64s]:
     return sines, cosines
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _sine_and_cosine(angles: Float64s, sines: Float64s, cosines: Float64s) -> None:
     for i in range(len(angles)):
         quarter = np.floor(angles[i] / _HALF_PI[0] + 0.5)
@@ -63,7 +65,7 @@ def _sine_and_cosine(angles: Float64s, sines: Float64s, cosines: Float64s) -> No
         cosines[i] = (cosine, -sine, -cosine, sine)[turn]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _series(terms: Float64s, square: _Double) -> _Double:
     """Sum terms[k] square**k by Horner's rule."""
     total = (0.0, 0.0)
@@ -90,7 +92,7 @@ def _multiply_floats(a: float, b: float) -> _Double:
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _add(a: _Double, b: _Double) -> _Double:
     high, error = _add_floats(a[0], b[0])
     low, low_error = _add_floats(a[1], b[1])
@@ -98,7 +100,7 @@ def _add(a: _Double, b: _Double) -> _Double:
     return _add_floats(high, error + low_error)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _multiply(a: _Double, b: _Double) -> _Double:
     high, error = _multiply_floats(a[0], b[0])
     return _add_floats(high, error + (a[0] * b[1] + a[1] * b[0]))

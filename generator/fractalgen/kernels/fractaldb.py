@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint8, uint16, uint32, uint64
 
-from fractalgen.kernels import MAX_MAPS, MAX_POINTS, SIZES
+from fractalgen.kernels import CACHE, MAX_MAPS, MAX_POINTS, SIZES
 from fractalgen.kernels.random import hash32
 from fractalshards.errors import UsageError
 
@@ -210,13 +210,13 @@ def _color(k: int) -> tuple[int, int, int]:
     return ((p, t, i), (p, i, q), (t, i, p), (i, q, p), (i, p, t), (q, p, i))[sector]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _draw_masks(key0: np.uint32, key1: np.uint32, drawn: Masks) -> None:
     for i in range(len(drawn)):
         drawn[i] = uint16(1) + uint16((uint64(hash32(uint32(i), key0, key1)) * uint64(511)) >> uint64(32))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _choose_maps(cumulative: Float64s, numbers: Float64s, choices: npt.NDArray[np.uint8]) -> None:
     """choices[i] = the first map with numbers[i] <= cumulative, else the number of maps.
 
@@ -241,7 +241,7 @@ def _step(maps: Float64s, choice: np.uint8, x: float, y: float) -> tuple[float, 
     )
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _iterate(maps: Float64s, choices: npt.NDArray[np.uint8], xs: Float64s, ys: Float64s) -> None:
     """Compute one orbit from the origin, exactly, but not one step after the other.
 
@@ -269,7 +269,7 @@ def _iterate(maps: Float64s, choices: npt.NDArray[np.uint8], xs: Float64s, ys: F
             i += 1
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _guess(maps: Float64s, choices: npt.NDArray[np.uint8], length: int, xs: Float64s, ys: Float64s) -> None:
     """Compute segments side by side, all from the origin, all but the first starting some steps early."""
     for lane in range(_LANES):
@@ -286,7 +286,7 @@ def _guess(maps: Float64s, choices: npt.NDArray[np.uint8], length: int, xs: Floa
             xs[i], ys[i] = _step(maps, choices[before], xs[before], ys[before])
 
 
-@njit(cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception
+@njit(cache=CACHE, error_model="numpy")  # 0 / 0 is NaN, not an exception
 def _rescale(
     xs: Float64s,
     ys: Float64s,
@@ -313,14 +313,14 @@ def _rescale(
         cells[i] = uint32(np.int32(row) * np.int32(pitch) + np.int32(column))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _draw_points(cells: npt.NDArray[np.uint32], period: np.uint32, image: Indices) -> None:
     """Set the pixel of each point to 1 + (its number & period)."""
     for i in range(len(cells)):
         image[cells[i]] = uint8(uint32(1) + uint32(uint32(i) & period))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _mark_last(cells: npt.NDArray[np.uint32], patch_masks: Masks, last: npt.NDArray[np.uint32]) -> None:
     """Store in each cell its last point: the number, from 1, above the mask in the nine low bits.
 
@@ -330,7 +330,7 @@ def _mark_last(cells: npt.NDArray[np.uint32], patch_masks: Masks, last: npt.NDAr
         last[cells[i]] = uint32(uint32(i + 1) << uint32(9)) | uint32(patch_masks[i] & uint16(511))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _paste_last(last: npt.NDArray[np.uint32], period: np.uint32, image: Indices) -> None:
     """Set each pixel by the last point of the nine cells whose patches reach it; without one, leave it as it is.
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import int64, njit, uint32, uint64
 
+from fractalgen.kernels import CACHE
 from fractalgen.kernels.mt19937 import Words, below, fill, skip, spare_bits, unit_float
 from fractalgen.kernels.random import hash32
 
@@ -36,7 +37,7 @@ _PERMUTATION = (
 _GRADIENTS = np.array([-1 if p & 8 else (p & 7) + 1 for p in (*_PERMUTATION, _PERMUTATION[0])], np.float32)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def draw_ring(
     canvas: Canvas,
     curve: Float64s,
@@ -100,13 +101,13 @@ def draw_ring(
     return at
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _hash(words: Words, first: np.uint32, key: Key) -> None:
     for i in range(len(words)):
         words[i] = hash32(uint32(first + uint32(i)), key[0], key[1])
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _perlin(words: Words, noise: npt.NDArray[np.float32]) -> None:
     """Compute the noise at uniform places of [0, 10000], all in float32.
 
@@ -123,7 +124,7 @@ def _perlin(words: Words, noise: npt.NDArray[np.float32]) -> None:
         noise[i] = (left + fade * (right - left)) * np.float32(0.4)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _displace(
     curve: Float64s,
     corners: Integers,
@@ -144,7 +145,7 @@ def _displace(
     corners[len(curve)] = corners[0]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def skip_instances(
     buffers: Words, at: int, vertices: int, orbits: int, greys: int, count: int, floats: int, ranges: Integers
 ) -> int:
@@ -178,7 +179,7 @@ def _reciprocals() -> npt.NDArray[np.int64]:
 _RECIPROCALS = _reciprocals()
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _draw_polygon(canvas: Canvas, columns: Integers, rows: Integers, grey: np.uint8) -> None:
     """Draw the segments between consecutive vertices as Pillow does: Bresenham, each pixel clipped on its own.
 
@@ -210,7 +211,7 @@ def _draw_polygon(canvas: Canvas, columns: Integers, rows: Integers, grey: np.ui
                 flat[uint64(start + j * along + ((_HALF + slope * j) >> int64(_FRACTION)) * across)] = grey
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _draw_clipped(
     canvas: Canvas, x0: int, y0: int, length: int, extent: int, x_step: int, y_step: int, grey: np.uint8
 ) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import int64, njit, uint32
 
+from fractalgen.kernels import CACHE
+
 Words = npt.NDArray[np.uint32]
 
 STATE_WORDS = 624
@@ -68,7 +70,7 @@ def _mix(one: np.uint32, two: np.uint32) -> np.uint32:
     return uint32(both >> uint32(1)) ^ (odd & uint32(0x9908B0DF))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def _twist(buffers: Words, row: int) -> None:
     """Write the block that follows the one in a row into the other row."""
     other = 1 - row
@@ -89,7 +91,7 @@ def _temper(word: np.uint32) -> np.uint32:
     return word ^ (word >> uint32(18))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def skip(buffers: Words, at: int, count: int) -> int:
     """Skip words; return the new ``at``."""
     after = at + count
@@ -98,7 +100,7 @@ def skip(buffers: Words, at: int, count: int) -> int:
     return after
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def next_word(buffers: Words, at: int) -> tuple[np.uint32, int]:
     """Draw a word; return it and the new ``at``."""
     block, i = divmod(at, STATE_WORDS)
@@ -117,7 +119,7 @@ def spare_bits(count: int) -> np.uint32:
     return bits
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def below(buffers: Words, at: int, count: int, spare: np.uint32) -> tuple[np.uint32, int]:
     """Draw an integer in [0, count); return it and the new ``at``.
 
@@ -132,7 +134,7 @@ def below(buffers: Words, at: int, count: int, spare: np.uint32) -> tuple[np.uin
             return word >> spare, at
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def fill(buffers: Words, at: int, words: Words) -> int:
     """Draw ``len(words)`` words; return the new ``at``."""
     done = 0
@@ -155,7 +157,7 @@ def unit_float(first: np.uint32, second: np.uint32) -> float:
     return (np.float64(np.int32(high)) * 67108864.0 + np.float64(np.int32(low))) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def _state(buffers: Words, at: int) -> Words:
     """The next 624 words: the rest of this block, and the beginning of the next."""
     row, start = at // STATE_WORDS & 1, at % STATE_WORDS

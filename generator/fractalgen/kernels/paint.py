@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fractalgen.kernels import CACHE
 from fractalgen.kernels.random import Stream, hash32
 from fractalgen.kernels.raster import Counts, peak_of
 from fractalshards.png import Pixels
@@ -61,7 +62,7 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
     return np.ascontiguousarray(grid[:size, :size])
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _fill_noise(cells: Heights, key0: np.uint32, key1: np.uint32) -> None:
     """Fill cells with uniform float32 in [-1, 1), of 24 random bits."""
     for i in range(len(cells)):
@@ -69,7 +70,7 @@ def _fill_noise(cells: Heights, key0: np.uint32, key1: np.uint32) -> None:
         cells[i] = np.float32(np.int32(bits)) * np.float32(2.0**-23) - np.float32(1)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _displace(grid: Heights, amplitudes: Heights) -> None:
     """Turn noise in [-1, 1) into heights, in place, level by level; a cell holds its noise until its level is due."""
     last = len(grid) - 1
@@ -177,7 +178,7 @@ def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
     return blurred
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _paint(counts: Counts, peak: int, own: Float32s, heights: Heights, maps: Float32s, image: Pixels) -> None:
     """Paint row by row in three loops, each of which vectorises; a single loop would not."""
     width = counts.shape[1]
@@ -236,7 +237,7 @@ def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, gr
         red[i], green[i], blue[i] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) -> None:
     """Blur along rows, then along columns, with weights in 1/256, rounding once at the end.
 

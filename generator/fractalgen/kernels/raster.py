@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fractalgen.kernels import CACHE
+
 Counts = npt.NDArray[np.uint32]
 Window = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax
 
@@ -79,7 +81,7 @@ def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
     return (start, right, down) if orientation.transpose else (start, down, right)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _count(
     xs: npt.NDArray[Any],
     ys: npt.NDArray[Any],
@@ -115,7 +117,7 @@ def _count(
         hits[cells[i]] += np.uint32(1)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _spread(hits: Counts, patch: npt.NDArray[np.int64], counts: Counts) -> None:
     """Add the grid of hits to ``counts`` once per cell of the patch, shifted by it."""
     size = len(counts)

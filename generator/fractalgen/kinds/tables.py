@@ -1,6 +1,6 @@
 """Tables that all processes of a machine share: computed once, then mapped from a file in the user's cache.
 
-$TMPDIR/fractalpretrain-UID/tables/DIGEST.npy, or ~/.cache/fractalpretrain/...
+FOLDER/tables/DIGEST.npy, see ``storage.private_cache``
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,10 @@ def shared_table(
         FractalError: if other users can write to the cache.
         OSError: if the cache cannot be written.
     """
-    path = private_cache() / "tables" / f"{xxhash.xxh3_128_hexdigest(repr((identity, shape)).encode())}.npy"
+    root = private_cache(scratch=True)
+    if root is None:
+        return _compute(shape, chains(), on_progress)
+    path = root / "tables" / f"{xxhash.xxh3_128_hexdigest(repr((identity, shape)).encode())}.npy"
     if (table := _read(path, shape)) is not None:
         return table
     path.parent.mkdir(exist_ok=True)

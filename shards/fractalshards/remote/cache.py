@@ -187,14 +187,14 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
     """Return the cache of a remote dataset, in a folder of ``root`` named by its content digest; fetch no shards.
 
     Args:
-        root: None for ``private_cache()``; created, and must be the user's own: shards are hashed when they arrive and
-            not at every use.
+        root: None for ``private_cache``, on scratch space where there is some. It must be the user's own: shards are
+            hashed when they arrive and not at every use.
         size: bytes of shards that may be cached at a time.
         window: shards of ``split`` that are needed together.
 
     Raises:
         UsageError: if the cache is too small for the window.
-        FractalError: if there is no dataset, or others can write to the default root.
+        FractalError: if there is no dataset, or no default root, or others can write to it.
         OSError: if the root cannot be created.
     """
     manifest = read_manifest(open_store(url)).manifest
@@ -205,7 +205,10 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
 
 def cache_root(folder: str | os.PathLike[str] | None) -> Path:
     """Return the folder of all caches: the given one, or the default, see ``open_cache``."""
-    return Path(folder) if folder is not None else private_cache()
+    root = private_cache(scratch=True) if folder is None else Path(folder)
+    if root is None:
+        raise FractalError("neither the home folder nor $TMPDIR can be written; choose a --cache-dir")
+    return root
 
 
 @contextmanager
@@ -216,8 +219,9 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
     shards that are being fetched. It is a separate process, so that a training that forks loader workers has no
     threads that hold locks.
     """
-    command = [sys.executable, "-c", f"from {__name__} import run_prefetcher; run_prefetcher()"]
-    # in its own session, so that Ctrl-C does not reach it; it ends with its input, when this process ends
+    # -P: without the current folder on its path. In its own session, so that Ctrl-C does not reach it; it ends with its
+    # input, when this process ends.
+    command = [sys.executable, "-P", "-c", f"from {__name__} import run_prefetcher; run_prefetcher()"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     stdin = cast(BinaryIO, process.stdin)
 

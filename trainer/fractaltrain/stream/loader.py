@@ -1,22 +1,27 @@
 """Batches of an epoch, read and transformed in loader workers, in order, starting at any step."""
 
+import math
+import mmap
 import multiprocessing
+import os
+import pickle
+import socket
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fractalshards.errors import BadSampleError, FractalError
+from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.reader import Example
-from fractalshards.workers import init_loader_worker
+from fractalshards.workers import check_semaphores, init_loader_worker, keep_child_handler, watching
 from fractaltrain.data.source import Images, Indices, SampleSource
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.stream.order import shard_windows
@@ -79,8 +84,10 @@ def epoch_loader(
     Raises:
         FractalError: if a sample cannot be read, or a loader worker is killed.
     """
+    channels = [socket.socketpair() for _ in range(workers)]
+    ends = tuple((here.fileno(), there) for here, there in channels)
     loader = DataLoader(
-        _EpochBatches(source, transform, positions, order, seed, epoch, on_bad),
+        _EpochBatches(source, transform, positions, order, seed, epoch, on_bad, ends),
         batch_size=None,  # an item is a whole batch
         sampler=range(start, len(positions)),
         collate_fn=_identity,
@@ -91,26 +98,31 @@ def epoch_loader(
         worker_init_fn=init_loader_worker if workers else None,
         multiprocessing_context="fork" if workers else None,  # ranks are spawned, and would spawn: that takes seconds
     )
+    if workers:
+        check_semaphores()
     before = multiprocessing.active_children()
-    items = iter(loader)
+    with keep_child_handler():
+        items = iter(loader)
     processes = [process for process in multiprocessing.active_children() if process not in before]
     try:
-        for item in items:
+        while True:
+            with watching(processes):
+                item = next(items, None)
+            if item is None:
+                return
             if isinstance(item, FractalError):
                 raise item
             yield item
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise FractalError(f"a loader worker died ({error}); if memory ran out, lower --workers") from error
     finally:
         del items  # ends the workers; the traceback of an error would keep them alive
         for process in processes:
             process.kill()  # if it hangs: workers ignore torch's SIGTERM, and Python would wait for them
+        for end in chain(*channels):
+            end.close()
 
 
 @dataclass(frozen=True)
-class _EpochBatches(Dataset[Batch | FractalError]):
+class _EpochBatches(Dataset["Batch | _Sent | FractalError"]):
     """A map-style dataset whose item k is the batch of step k."""
 
     source: SampleSource
@@ -120,32 +132,42 @@ class _EpochBatches(Dataset[Batch | FractalError]):
     seed: int
     epoch: int
     on_bad: OnBad
+    channels: Sequence[tuple[int, socket.socket]]  # of every loader worker: see ``_send``
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, step: int) -> Batch | FractalError:
+    def __getitem__(self, step: int) -> "Batch | _Sent | FractalError":
         """Return the batch, or the error: one that a worker raises would arrive as a text of many lines."""
+        worker = get_worker_info()
+        try:
+            batch = self._load(step)
+            return _send(batch, *self.channels[worker.id]) if worker else batch
+        except FractalError as error:
+            return type(error)(*error.args)  # without its cause, which may not be picklable
+        except OSError as error:
+            return FractalError(describe_os_error(error))
+        except MemoryError:
+            return FractalError("no memory for a batch; lower --workers or --batch-size")
+
+    def _load(self, step: int) -> Batch:
         positions: list[int] = self.positions[step].tolist()
         images = np.empty((0, 0, 0, 3), np.uint8)
         labels: list[int | tuple[int, ...]] = []
         keys: list[str] = []
         sample_keys: list[int] = []
         bad: list[str] = []
-        try:
-            for position in positions:
-                example = self._read(position, bad)
-                if example is None:
-                    continue
-                sample_keys.append(mix(self.seed, Purpose.AUGMENT, self.epoch, position))
-                image = self.transform(example.image, sample_keys[-1])
-                if not keys:
-                    images = np.empty((len(positions), *image.shape), np.uint8)
-                images[len(keys)] = image
-                labels.append(example.label)
-                keys.append(example.key)
-        except FractalError as error:
-            return type(error)(*error.args)  # without its cause, which may not be picklable
+        for position in positions:
+            example = self._read(position, bad)
+            if example is None:
+                continue
+            sample_keys.append(mix(self.seed, Purpose.AUGMENT, self.epoch, position))
+            image = self.transform(example.image, sample_keys[-1])
+            if not keys:
+                images = np.empty((len(positions), *image.shape), np.uint8)
+            images[len(keys)] = image
+            labels.append(example.label)
+            keys.append(example.key)
         return Batch(
             torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2),
             _label_tensor(labels, self.source.classes),
@@ -173,6 +195,46 @@ class _EpochBatches(Dataset[Batch | FractalError]):
 
     def _read_at(self, position: int) -> Example:
         return self.source.read(int(self.order[position % len(self.order)]))
+
+
+class _Sent(NamedTuple):
+    """A batch that a loader worker has sent; unpickled, it is the batch."""
+
+    channel: int
+    shape: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, tuple(self)
+
+
+def _send(batch: Batch, channel: int, end: socket.socket) -> _Sent:
+    """Send a batch from a loader worker as an anonymous file in memory.
+
+    Torch would use /dev/shm, which has 64 MB in a container unless its user asked for more. What is pickled is so short
+    that a pipe takes it whole: a worker that is killed leaves no half of it, for which the reader would wait forever.
+
+    Args:
+        channel: file descriptor of the receiver's end.
+        end: the worker's end.
+    """
+    images = batch.images.permute(0, 2, 3, 1).numpy()
+    with open(os.memfd_create("batch"), "w+b") as file:
+        file.write(images.data)
+        pickle.dump((batch.labels.numpy(), *batch[2:]), file)
+        file.flush()
+        socket.send_fds(end, [b"."], [file.fileno()])
+    return _Sent(channel, images.shape)
+
+
+def _receive(channel: int, shape: tuple[int, ...]) -> Batch:
+    with socket.socket(fileno=os.dup(channel)) as end:
+        _, (descriptor,), *_ = socket.recv_fds(end, 1, 1)
+    with open(descriptor, "r+b") as file:
+        memory = mmap.mmap(descriptor, 0)
+        file.seek(math.prod(shape))
+        labels, *others = pickle.load(file)
+    images = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
+    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), *others)
 
 
 def _label_tensor(labels: Sequence[int | tuple[int, ...]], classes: int) -> torch.Tensor:
