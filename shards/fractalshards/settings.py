@@ -17,7 +17,7 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
     """Parse ``["a=1", "b=2,3"]`` to ``{"a": "1", "b": "2,3"}``; the last setting of a name wins.
 
     Raises:
@@ -26,7 +26,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     pairs = [setting.partition("=") for setting in settings]
     for name, equals, _ in pairs:
         if not (name and equals):
-            raise UsageError(f"--set {name}: expected NAME=VALUE")
+            raise UsageError(f"{option} {name}: expected NAME=VALUE")
     return {name: value for name, _, value in pairs}
 
 

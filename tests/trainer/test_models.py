@@ -133,13 +133,57 @@ def test_load_backbone_loads_everything_but_the_head(name):
     ("given", "wanted", "option"),
     [
         (("resnet18", 32), ("resnet10t", 32), "--weights"),
-        (("vit_tiny_patch16_224", 64), ("vit_tiny_patch16_224", 32), "--image-size"),
+        (("mixer_s16_224", 64), ("mixer_s16_224", 32), "--image-size"),
     ],
 )
 def test_load_backbone_refuses_weights_of_another_model(given, wanted, option):
     weights = create_model(given[0], 10, given[1]).state_dict()
     with pytest.raises(FractalError, match=f"^runs/x: .*{option}"):
         load_backbone(create_model(wanted[0], 10, wanted[1]), weights, "runs/x")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_small_patch32_224", "deit_tiny_distilled_patch16_224"])
+def test_load_backbone_resamples_position_embeddings(name):
+    before, after = create_model(name, 3, 64), create_model(name, 5, 96)
+    report = load_backbone(after, before.state_dict(), "runs/x")
+    assert "pos_embed" in report
+    loaded, prefix = after.state_dict()["pos_embed"], after.num_prefix_tokens
+    given = before.state_dict()["pos_embed"]
+    assert torch.equal(loaded[:, :prefix], given[:, :prefix])
+    sides = [int((table.shape[1] - prefix) ** 0.5) for table in (given, loaded)]
+    grids = [table[:, prefix:].unflatten(1, (side, side)) for table, side in zip((given, loaded), sides, strict=True)]
+    assert sides[0] < sides[1]
+    assert torch.allclose(grids[0].mean((1, 2)), grids[1].mean((1, 2)), atol=0.01)
+    assert torch.equal(after.state_dict()["blocks.0.attn.qkv.weight"], before.state_dict()["blocks.0.attn.qkv.weight"])
+
+
+def test_model_arguments_reach_timm():
+    model = create_model("vit_tiny_patch16_224", 7, 32, 0.1, {"patch_size": 8, "embed_dim": 96, "depth": 2})
+    assert (model.patch_embed.grid_size, len(model.blocks), model.embed_dim) == ((4, 4), 2, 96)
+    assert create_model("deit_small_patch32_224", 7, 64, arguments={"depth": 3}).patch_embed.grid_size == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "noun"),
+    [
+        ({"patchsize": 4}, "patchsize"),
+        ({"patch_size": "big"}, "patch_size=big"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"embed_dim": 100}, "embed_dim=100"),
+        ({"in_chans": 1}, "vit_tiny"),
+        ({"num_classes": 3}, "num_classes"),
+        ({"img_size": 64}, "--image-size"),
+        ({"drop_path_rate": 0.1}, "drop_path"),
+        ({"pretrained": True}, "pretrained"),
+        ({"pretrained_cfg": "hf-hub:x/y"}, "pretrained_cfg"),
+        ({"checkpoint_path": "x.pth"}, "checkpoint_path"),
+    ],
+    ids=str,
+)
+def test_model_arguments_that_do_not_fit_are_one_line(arguments, noun):
+    with pytest.raises(FractalError, match=noun) as error:
+        create_model("vit_tiny_patch16_224", 7, 32, arguments=arguments)
+    assert "\n" not in str(error.value)
 
 
 def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch.nn.Module:

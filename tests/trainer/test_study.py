@@ -12,7 +12,7 @@ import pytest
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain import run_study as module
-from fractaltrain.run_study import DONE, TO_DO, describe_study, find_digests, find_state, run_study
+from fractaltrain.run_study import DONE, TO_DO, check_models, describe_study, find_digests, find_state, run_study
 from fractaltrain.study import StudyPlan, StudyRun, plan_study, read_plan, read_study, write_plan
 
 STUDY = """
@@ -126,6 +126,18 @@ def test_plan_applies_later_tables_last(study):
     )
     rates = {(run.row, run.settings["recipe"]["lr"], run.settings["recipe"]["epochs"]) for run in plan.finetunings}
     assert rates == {("scratch", 0.3, 4), ("small", 0.1, 4)}
+
+
+def test_plan_names_models_with_their_arguments(study):
+    model = 'model = "vit_tiny_patch16_224"\nargs = { patch_size = 8, qkv_bias = false }'
+    plan = study.plan(STUDY.replace("[models.test_resnet]", f"[models.vit8]\n{model}"))
+    for run in (*plan.pretrainings, *plan.finetunings):
+        if run.model == "vit8":
+            assert run.settings["model"] == "vit_tiny_patch16_224"
+            assert run.settings["model_args"] == {"patch_size": 8, "qkv_bias": False}
+            options = ["--model", "vit_tiny_patch16_224", "--model-arg", "patch_size=8"]
+            assert (" ".join(options) in " ".join(run.arguments)) == (run.start is None)
+    check_models(plan, 32)
 
 
 def test_plan_leaves_open_what_follows_the_dataset(study):

@@ -230,7 +230,7 @@ class TrainedRun:
             FractalError: if the weights do not fit the model that ``run.json`` names.
         """
         name, classes = self.settings.model, self.settings.classes
-        model = create_model(name, classes, self.settings.image_size)
+        model = create_model(name, classes, self.settings.image_size, arguments=self.settings.model_args)
         try:
             model.load_state_dict(self.checkpoint.weights)
         except RuntimeError as error:

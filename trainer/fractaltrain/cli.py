@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ from fractaltrain.config import (
     EvalConfig,
     Freeze,
     ImagesConfig,
+    ModelArgument,
     ModelConfig,
     OnBadSample,
     Resume,
@@ -63,6 +65,8 @@ def _option(*names: str, **attributes: Any) -> click.Option:
     return click.Option([*names], show_default=attributes.get("default") is not None, **attributes)
 
 
+_MODEL_ARG = _option("--model-arg", "model_args", multiple=True, metavar="NAME=VALUE",
+                     help="Argument of timm's model, such as patch_size=4; repeatable.")  # fmt: skip
 _TAR_OPTIONS = [
     _option("--label-key", metavar="FIELD",
             help="Tars of other programs: the field of KEY.json with the class index.  [default: KEY.cls has it]"),
@@ -137,6 +141,7 @@ _PT_OPTIONS: _Options = {
                 help="Instead of --shards: render the samples of a recipe, from 'fractalgen recipe', while training."),
         _option("--fresh", is_flag=True, help="With --render: show new images in every epoch."),
         _option("--model", default=_DEFAULT_MODEL, help="resnet50, or the name of any timm model."),
+        _MODEL_ARG,
         _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
                 help="Size of the images that the model sees.  [default: as stored; 224 where the recipe crops]"),
         _option("--window", type=click.IntRange(1), default=WINDOW, help="Shards that are shuffled together."),
@@ -171,7 +176,7 @@ def pt(nproc: int | None, **options: Any) -> None:
     published = PT_RECIPES[options["recipe"]]
     _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
-    model = ModelConfig(options["model"], options["image_size"])
+    model = ModelConfig(options["model"], _model_arguments(options["model_args"]), options["image_size"])
     out = options["out"] or pretraining_folder(data, model.name, recipe.name)
     _launch(_pretrain, TrainConfig(data, model, recipe, _run_config(out, options)), nproc)
 
@@ -188,6 +193,7 @@ _FT_OPTIONS: _Options = {
         _option("--weights", required=True, metavar="RUN|none|timm",
                 help="Folder of a pre-training run; none: train from scratch; timm: timm's published weights."),
         _option("--model", help=f"With --weights none or timm only.  [default: {_DEFAULT_MODEL}]"),
+        _MODEL_ARG,
         _option("--freeze", type=click.Choice(get_args(Freeze)), help="Train only the classifier: a linear probe."),
         *_IMAGE_OPTIONS,
         _option("--per-class", type=click.IntRange(1), metavar="N", help="Train on only N images of every class."),
@@ -216,8 +222,9 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
     Example: fractaltrain ft --weights runs/single-resnet50-anderson --data cifar100
     """
     start: Weights = None if weights == "none" else "timm" if weights == "timm" else Path(weights)
-    if isinstance(start, Path) and model is not None:
-        raise UsageError("--model goes with --weights none or timm only; a run has a model")
+    arguments = _model_arguments(options["model_args"])
+    if isinstance(start, Path) and (model is not None or arguments):
+        raise UsageError("--model and --model-arg go with --weights none or timm only; a run has a model")
     if start is None and options["freeze"] is not None:
         raise UsageError("--freeze needs trained weights, not --weights none")
     published = FT_RECIPES[options["recipe"] or ("anderson" if start else "anderson-scratch")]
@@ -228,7 +235,7 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
     if isinstance(start, Path):
         load_settings(start)
     data = ImagesConfig(options["data"], options["per_class"], options["subset_seed"], options["data_dir"], tars)
-    model_config = ModelConfig(model or _DEFAULT_MODEL, options["image_size"], start, options["freeze"])
+    model_config = ModelConfig(model or _DEFAULT_MODEL, arguments, options["image_size"], start, options["freeze"])
     out = options["out"] or finetuning_folder(data, model_config, recipe.name)
     _launch(_finetune, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
 
@@ -320,6 +327,22 @@ def _tar_options(options: Mapping[str, Any]) -> WebDatasetOptions:
 def _run_config(out: Path, options: Mapping[str, Any]) -> RunConfig:
     same = {field.name: options[field.name] for field in fields(RunConfig) if field.name not in ("out", "quiet")}
     return RunConfig(out=out, quiet=is_quiet(), **same)
+
+
+def _model_arguments(texts: Sequence[str]) -> tuple[tuple[str, ModelArgument], ...]:
+    """Parse ``--model-arg``: numbers, ``true``, ``false`` and ``none`` are what they say, others are text."""
+
+    def parse(text: str) -> ModelArgument:
+        words = {"true": True, "false": False, "none": None}
+        if text.lower() in words:
+            return words[text.lower()]
+        for number in (int, float):
+            with suppress(ValueError):
+                return number(text)
+        return text
+
+    pairs = parse_settings(texts, "--model-arg")
+    return tuple((name, parse(text)) for name, text in pairs.items())
 
 
 def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:

@@ -35,6 +35,7 @@ Amp = Literal["auto", "bf16", "fp16", "fp32"]
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
+ModelArgument = bool | int | float | str | None
 Weights = Path | Literal["timm"] | None
 """Starting weights: the newest ones in the folder of a run, timm's published ones, or random ones (None)."""
 
@@ -138,12 +139,15 @@ class ModelConfig:
 
     Attributes:
         name: ``resnet50``, or any name timm knows; with weights of a run, the name of its model.
+        arguments: names and values of further arguments of ``timm.create_model``; with weights of a run, none: its own
+            count.
         image_size: side in pixels of the square images it takes; None: chosen from dataset or weights.
         weights: starting weights.
         freeze: the part that is not trained.
     """
 
     name: str
+    arguments: tuple[tuple[str, ModelArgument], ...] = ()
     image_size: int | None = None
     weights: Weights = None
     freeze: Freeze | None = None

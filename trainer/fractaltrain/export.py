@@ -39,7 +39,8 @@ def export_run(folder: Path, path: Path) -> tuple[str, str]:
     name = _TIMM_NAMES.get(settings.model, settings.model)
     if not timm.is_model(name):  # timm.create_model would download one from a hub
         raise FractalError(f"{folder}: timm has no model {name!r}, which {RUN} names; check the folder")
-    options = timm_options(name, settings.classes, settings.image_size)
+    run.build_model()  # checks the arguments, which come from a file
+    options = timm_options(name, settings.classes, settings.image_size) | settings.model_args
     try:
         timm.create_model(name, **options).load_state_dict(weights)
     except RuntimeError as error:
@@ -67,6 +68,7 @@ def _metadata(run: TrainedRun, name: str) -> dict[str, str]:
         "model": name,
         "classes": str(settings.classes),
         "image_size": str(settings.image_size),
+        **({"model_args": json.dumps(settings.model_args)} if settings.model_args else {}),
         "mean": json.dumps(settings.recipe.mean),
         "std": json.dumps(settings.recipe.std),
         "recipe": settings.recipe.name,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fractaltrain.checkpoint import load_run
-from fractaltrain.config import DatasetConfig, ModelConfig, TrainConfig
+from fractaltrain.config import DatasetConfig, ModelArgument, ModelConfig, TrainConfig
 from fractaltrain.data.images import open_data
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone, load_backbone, load_published
@@ -20,6 +20,7 @@ class Pretrained:
 
     Attributes:
         model: name of their model.
+        arguments: further arguments of ``timm.create_model``.
         image_size: side in pixels of the images they were trained on.
         weights: state dict, with any classifier.
         identity: sha256 of the checkpoint, or the name of timm's weights.
@@ -28,6 +29,7 @@ class Pretrained:
     """
 
     model: str
+    arguments: Mapping[str, ModelArgument]
     image_size: int
     weights: Mapping[str, torch.Tensor]
     identity: str
@@ -46,11 +48,12 @@ def finetune(config: TrainConfig) -> None:
     with join_world() as world:
         pretrained = load_pretrained(config.model, world)
         name = pretrained.model if pretrained else config.model.name
+        arguments = pretrained.arguments if pretrained else dict(config.model.arguments)
         image_size = config.model.image_size or (pretrained.image_size if pretrained else IMAGE_SIZE)
         data = open_data(images, world)
         classes = data.train.classes
         torch.manual_seed(config.run.seed)
-        model = create_model(name, classes, image_size, recipe.drop_path)
+        model = create_model(name, classes, image_size, recipe.drop_path, arguments)
         messages = []
         if pretrained:
             messages.append(f"{pretrained.origin}: {load_backbone(model, pretrained.weights, pretrained.source)}")
@@ -67,6 +70,7 @@ def finetune(config: TrainConfig) -> None:
             "per_class": images.per_class,
             "subset_seed": images.subset_seed,
             "model": name,
+            **({"model_args": arguments} if arguments else {}),
             "classes": classes,
             "class_names": data.train.class_names,
             "weights": pretrained.identity if pretrained else None,
@@ -86,9 +90,12 @@ def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
     if isinstance(model.weights, Path):
         run = load_run(model.weights)
         settings, folder = run.settings, str(model.weights)
-        return Pretrained(settings.model, settings.image_size, run.checkpoint.weights, run.sha256, folder, run.origin)
+        architecture = settings.model, settings.model_args, settings.image_size
+        return Pretrained(*architecture, run.checkpoint.weights, run.sha256, folder, run.origin)
     image_size = model.image_size or IMAGE_SIZE
     with world.main_first():  # rank 0 may download
         name, weights = load_published(model.name, image_size)
     source = f"timm's {name}"
-    return Pretrained(model.name, image_size, weights, f"timm:{name}", source, f"published weights of {source}")
+    return Pretrained(
+        model.name, dict(model.arguments), image_size, weights, f"timm:{name}", source, f"published weights of {source}"
+    )

@@ -1,7 +1,9 @@
 """Create models by name and load pre-trained weights into them."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -13,14 +15,24 @@ from torch.func import functional_call
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_list, one_line
+from fractaltrain.config import ModelArgument
 
 IMAGE_SIZE = 224
 """Side in pixels of the square images that models take, unless data or pre-training say otherwise."""
 
 _OURS = ("resnet50", "deit_small_patch32_224")
+_OWN_OPTIONS = {"num_classes": "the dataset", "img_size": "--image-size", "drop_path_rate": "--set drop_path"}
+_REFUSED = ("pretrained", "checkpoint", "cache_dir", "features_only", "scriptable", "exportable", "no_jit")
+_POSITIONS = ("pos_embed", "relative_position_bias_table")
 
 
-def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
+def create_model(
+    name: str,
+    classes: int,
+    image_size: int,
+    drop_path: float = 0.0,
+    arguments: Mapping[str, ModelArgument] = MappingProxyType({}),
+) -> nn.Module:
     """Create a model with random weights, drawn from torch's global generator.
 
     Args:
@@ -28,30 +40,39 @@ def create_model(name: str, classes: int, image_size: int, drop_path: float = 0.
         classes: outputs of the classifier.
         image_size: side in pixels of the square images the model takes.
         drop_path: largest rate of stochastic depth.
+        arguments: further arguments of ``timm.create_model``, such as ``patch_size``.
 
     Raises:
-        UsageError: if there is no such model, or it has no stochastic depth.
+        UsageError: if there is no such model, it has no stochastic depth, or an argument is one that other options set
+            or that loads weights.
         FractalError: if it cannot be built for that size, or does not take images of that size.
     """
     if name not in _OURS and not timm.is_model(name):
         close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UsageError(f"no model {name!r}; {hint}")
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    for argument in arguments:
+        if argument in _OWN_OPTIONS:
+            raise UsageError(f"--model-arg {argument}: comes from {_OWN_OPTIONS[argument]}")
+        if argument.startswith(_REFUSED):  # run.json of others may ask for it
+            raise UsageError(f"--model-arg {argument}: does not describe the architecture, so it cannot be set")
+    options: dict[str, Any] = {**arguments, **({"drop_path_rate": drop_path} if drop_path else {})}
     model: nn.Module
     try:
         if name == "resnet50":
             model = torchvision.models.resnet50(num_classes=classes, **options)
         elif name == "deit_small_patch32_224":  # DeiT-S (Touvron et al. 2021) with larger patches; not in timm
-            options |= {"patch_size": 32, "embed_dim": 384, "depth": 12, "num_heads": 6}
+            options = {"patch_size": 32, "embed_dim": 384, "depth": 12, "num_heads": 6} | options
             model = VisionTransformer(img_size=image_size, num_classes=classes, **options)
         else:
             model = timm.create_model(name, **timm_options(name, classes, image_size), **options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # models raise errors of many types
         if "drop_path_rate" in str(error):
             raise UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0") from error
+        given = ", ".join(f"{argument}={value}" for argument, value in arguments.items())
         raise FractalError(
-            f"{name} cannot be built for {image_size} x {image_size} images: {error}; try another --image-size"
+            f"{name} cannot be built for {image_size} x {image_size} images{given and f' and {given}'} "
+            f"({_reason(error)}); try another --image-size{given and ' or --model-arg'}"
         ) from error
     try:
         scores = _forward(model, image_size)
@@ -156,25 +177,45 @@ def set_training(model: nn.Module) -> None:
 def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> str:
     """Load all weights but the classifier's into ``model``, which keeps its own; return a line about what was loaded.
 
+    Position embeddings for images of another size are resampled, as timm does.
+
     Args:
         weights: state dict of the same model with any number of classes.
         where: source of the weights, for error messages.
 
     Raises:
-        FractalError: if tensors are missing, unexpected or of another shape: the weights of another model.
+        FractalError: if tensors are missing, unexpected or of another shape: the weights of another model, or position
+            embeddings that cannot be resampled.
     """
     heads = head_names(model)
     own = model.state_dict()
     expected = {name for name in own if not is_head(name, heads)}
     if odd := sorted(expected ^ {name for name in weights if not is_head(name, heads)}):
         raise FractalError(f"{where}: weights of another model ({human_list(odd, 3)} do not match); check --weights")
+    positions = sorted(
+        name for name in expected if name.endswith(_POSITIONS) and weights[name].shape != own[name].shape
+    )
+    weights = {**weights, **_resample(model, weights, positions)}
     if reshaped := sorted(name for name in expected if weights[name].shape != own[name].shape):
         raise FractalError(
             f"{where}: {human_list(reshaped, 3)} have another shape here; fine-tune at the pre-training's --image-size"
         )
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
     left, new = (", ".join(name for name in names if name not in expected) or "none" for names in (weights, own))
-    return one_line(f"{len(expected)} tensors loaded; not loaded: {left}; new: {new}")
+    resampled = f"; resampled to this image size: {human_list(positions, 3)}" if positions else ""
+    return one_line(f"{len(expected)} tensors loaded{resampled}; not loaded: {left}; new: {new}")
+
+
+def _resample(model: nn.Module, weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the position embeddings ``names``, resampled by the function that timm has for the model's family."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if not names or convert is None:
+        return {}
+    try:
+        converted = convert(dict(weights), model)
+    except Exception:  # of many types; what keeps another shape is reported
+        return {}
+    return {name: converted[name] for name in names if name in converted}
 
 
 def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch.Tensor]]:

@@ -36,13 +36,15 @@ def pretrain(config: TrainConfig) -> None:
         stored_size = data.image_size if recipe.crop == "none" else None  # with crops, the default size
         image_size = config.model.image_size or stored_size or IMAGE_SIZE
         torch.manual_seed(config.run.seed)
-        model = create_model(config.model.name, data.train.classes, image_size, recipe.drop_path)
+        arguments = dict(config.model.arguments)
+        model = create_model(config.model.name, data.train.classes, image_size, recipe.drop_path, arguments)
         nodes = world.nodes() if data_config.nodes_split else 1
         facts = {
             "task": "pt",
             "dataset": data_config.name,
             "dataset_digest": data.digest,
             "model": config.model.name,
+            **({"model_args": arguments} if arguments else {}),
             "classes": data.train.classes,
             **({"fresh": True} if data_config.fresh else {}),
             **({"nodes_split": nodes} if nodes > 1 else {}),

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ import msgspec
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import one_line
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import Resume
+from fractaltrain.config import ModelArgument, Resume
 from fractaltrain.recipes.recipe import TrainRecipe
 
 RUN, METRICS, RESULT, LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
@@ -41,6 +41,7 @@ class RunSettings:
 
     Attributes:
         model: name of the model.
+        model_args: further arguments of ``timm.create_model``.
         classes: outputs of its classifier.
         image_size: side in pixels of the square images it takes.
         precision: torch's name of the precision of the forward pass.
@@ -54,6 +55,7 @@ class RunSettings:
     image_size: _Count
     recipe: TrainRecipe
     precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]
+    model_args: dict[str, ModelArgument] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     data: str | None = None
     per_class: int | None = None

@@ -82,10 +82,11 @@ def check_models(plan: StudyPlan, image_size: int) -> None:
 
         from fractaltrain.models import create_model
     runs = (*plan.pretrainings, *plan.finetunings)
-    for model, drop_path in dict.fromkeys((run.model, run.settings["recipe"]["drop_path"]) for run in runs):
+    settings = {(run.model, run.settings["recipe"]["drop_path"]): run.settings for run in runs}
+    for (model, drop_path), one in settings.items():
         try:
             with torch.device("meta"):
-                create_model(model, classes=2, image_size=image_size, drop_path=drop_path)
+                create_model(one["model"], 2, image_size, drop_path, one.get("model_args", {}))
         except FractalError as error:
             raise UsageError(f"[models.{model}] {error}") from error
 

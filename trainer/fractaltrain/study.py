@@ -7,7 +7,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import DATA_NAMES, DatasetConfig, is_data
+from fractaltrain.config import DATA_NAMES, DatasetConfig, ModelArgument, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 
@@ -53,6 +53,8 @@ class RecipeChanges(_Table, frozen=True, kw_only=True):
 class StudyModel(_Table, frozen=True):
     """``[models.NAME]``: changes for one model; ``scratch`` applies to training from random weights."""
 
+    model: str | None = None  # as --model takes it; None: the name of the table
+    args: dict[str, ModelArgument] = {}  # as --model-arg takes them
     pretraining: RecipeChanges = RecipeChanges()
     finetuning: RecipeChanges = RecipeChanges()
     scratch: RecipeChanges = RecipeChanges()
@@ -99,6 +101,20 @@ class Study(_Table, frozen=True):
     finetuning: Annotated[dict[str, FinetuneSet], msgspec.Meta(min_length=1)]
     pretraining: dict[str, PretrainingSet] = {}
     scratch: RecipeChanges | None = None
+
+    def model(self, name: str) -> str:
+        """Return a model, as ``--model`` takes it."""
+        return self.models[name].model or name
+
+    def model_options(self, name: str) -> tuple[str, ...]:
+        """Return the options of ``fractaltrain`` that name a model."""
+        arguments = (("--model-arg", f"{argument}={value}") for argument, value in self.models[name].args.items())
+        return ("--model", self.model(name), *chain.from_iterable(arguments))
+
+    def model_settings(self, name: str) -> dict[str, Any]:
+        """Return the settings of a model in ``run.json``."""
+        arguments = self.models[name].args
+        return {"model": self.model(name), **({"model_args": arguments} if arguments else {})}
 
     def data(self, target: str) -> str:
         """Return the images of a fine-tuning set, as ``--data`` takes them."""
@@ -239,7 +255,7 @@ def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -
     follow_dataset = dataset_fields(recipe.name).difference(*(table.texts() for table in tables))
     settings = {
         "task": "pt",
-        "model": place.model,
+        **study.model_settings(place.model),
         "image_size": study.study.image_size,
         "seed": place.seed,
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
@@ -248,7 +264,7 @@ def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -
     if digest := digests.get(dataset.shards):
         settings["dataset_digest"] = digest
     source = "--render" if dataset.dataset.rendered else "--shards"
-    arguments = ("pt", source, dataset.shards, "--model", place.model, *options)
+    arguments = ("pt", source, dataset.shards, *study.model_options(place.model), *options)
     return StudyRun(place.run, settings, **place._asdict(), start=None, arguments=arguments)
 
 
@@ -265,7 +281,7 @@ def _plan_finetuning(study: Study, place: _Place, digests: Mapping[str, str]) ->
     data = study.data(target)
     settings = {
         "task": "ft",
-        "model": place.model,
+        **study.model_settings(place.model),
         "image_size": study.study.image_size,
         "seed": place.seed,
         "recipe": asdict(recipe),
@@ -275,7 +291,7 @@ def _plan_finetuning(study: Study, place: _Place, digests: Mapping[str, str]) ->
     }
     if digest := digests.get(data):
         settings["data_digest"] = digest
-    weights = () if start else ("--weights", "none", "--model", place.model)
+    weights = () if start else ("--weights", "none", *study.model_options(place.model))
     few = ("--per-class", str(place.per_class), "--subset-seed", str(place.subset_seed)) if place.per_class else ()
     arguments = ("ft", *weights, "--data", data, *few, *options)
     return StudyRun(place.run, settings, **place._asdict(), start=start, arguments=arguments)
