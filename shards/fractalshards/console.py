@@ -102,10 +102,10 @@ class Commands(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         _open_streams()
-        leave_out_current_folder()
-        provide_home()
         show_logs()
         try:
+            leave_out_current_folder()
+            provide_home()
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()

@@ -197,7 +197,9 @@ def _is_private(folder: Path) -> bool:
         return False
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FractalError(f"{folder}: other users can write there, so it is not a safe cache; choose a --cache-dir")
+        raise FractalError(
+            f"{folder}: other users can write there, so it is not a safe cache; set another TMPDIR or --cache-dir"
+        )
     return True
 
 

@@ -81,8 +81,15 @@ def leave_out_current_folder() -> None:
 
     For commands, at their start. ``python -m`` puts the folder on the path before it runs any code of this project.
     Folders that PYTHONPATH or an installation names stay.
+
+    Raises:
+        FractalError: if the current folder does not exist any more: processes cannot start in it.
     """
-    if _SAFE_PATH not in os.environ and not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise FractalError("the current folder no longer exists; change to another one") from error
+    if _SAFE_PATH not in os.environ and not sys.flags.safe_path and sys.path[0] in ("", here):
         del sys.path[0]
     os.environ[_SAFE_PATH] = "1"
 

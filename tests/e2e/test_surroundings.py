@@ -86,6 +86,12 @@ def test_nothing_in_the_current_folder_is_run(shards: Path, tmp_path: Path, web,
     assert not (tmp_path / "ran").exists()
 
 
+def test_current_folder_that_is_gone_is_one_line(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    done = run("fractalshards verify SHARDS", tmp_path / "gone", shards, ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh"])
+    assert (done.returncode, done.stderr.count("\n"), "folder" in done.stderr) == (1, 1, True)
+
+
 @pytest.fixture
 def nobodys() -> Iterator[tuple[Path, list[str]]]:
     """A folder, and the beginning of a command line that runs as its owner, who has no account and no home."""
