@@ -174,7 +174,7 @@ def provide_home() -> None:
     """
     home = _home_caches()
     existing = next((path for path in (home, *home.parents) if os.path.exists(path)), home)
-    if not (home.is_absolute() and os.access(existing, os.W_OK)):
+    if not (home.is_absolute() and os.access(existing, os.W_OK | os.X_OK)):
         with suppress(FractalError):
             if folder := private_cache():
                 for variable, name in _LIBRARIES.items():

@@ -29,9 +29,9 @@ TRIES = 3  # of a task whose worker is killed
 
 OnProgress = Callable[[int, int], None]  # called with (done, total)
 
+_SAFE_PATH = "PYTHONSAFEPATH"  # where it is set, Python leaves the current folder out of sys.path
 # Workers read these when they start. There is a worker per core already, so BLAS gets one thread; and glibc keeps
 # memory for the next image instead of returning it, because new pages cost as much as the rendering.
-_SAFE_PATH = "PYTHONSAFEPATH"  # where it is set, Python leaves the current folder out of sys.path
 _ENVIRONMENT = {
     _SAFE_PATH: "1",
     "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # of multiprocessing, when the parent is killed
@@ -89,7 +89,7 @@ def leave_out_current_folder() -> None:
         here = os.getcwd()
     except FileNotFoundError as error:
         raise FractalError("the current folder no longer exists; change to another one") from error
-    if _SAFE_PATH not in os.environ and not sys.flags.safe_path and sys.path[0] in ("", here):
+    if not os.environ.get(_SAFE_PATH) and not sys.flags.safe_path and sys.path[0] in ("", here):
         del sys.path[0]
     os.environ[_SAFE_PATH] = "1"
 
