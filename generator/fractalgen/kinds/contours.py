@@ -11,10 +11,10 @@ of the generator at four places of every class, from which any instance is a few
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import ClassVar, Literal, NamedTuple, overload
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from fractalgen.kernels.exact import log, sine_and_cosine
 from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, draw_ring, skip_instances
 from fractalgen.kernels.mt19937 import STATE_WORDS, Mersenne, Words, seed_state
 from fractalgen.kernels.random import Stream
-from fractalgen.kinds.kind import Kind, Unit, check_parameters, parameter
+from fractalgen.kinds.kind import Kind, LazyImages, Unit, check_parameters, parameter
 from fractalgen.kinds.tables import shared_table
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.png import GREYS, Indexed
@@ -272,27 +272,6 @@ def units_per_class(params: ContourParams) -> int | None:
     return None if params.stream == "own" else -(-params.instances // _PER_UNIT)
 
 
-class _Images(Sequence[Rendered]):
-    """The images of a unit, drawn when they are asked for: a slice takes one way through the generator."""
-
-    def __init__(self, draw: Callable[[int, int], Iterator[Rendered]], count: int) -> None:
-        self._draw, self._count = draw, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Rendered: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Rendered]: ...
-    def __getitem__(self, index: int | slice) -> Rendered | Sequence[Rendered]:
-        if isinstance(index, slice):
-            wanted = range(self._count)[index]
-            return tuple(self._draw(wanted.start, wanted.stop))
-        number = range(self._count)[index]
-        return next(self._draw(number, number + 1))
-
-
 def render(params: ContourParams, size: int, points: int, unit: Unit, systems: Systems) -> Sequence[Rendered]:
     """Return the instances of a unit, each (size, size) indexed in grey; they are drawn when they are asked for.
 
@@ -312,7 +291,7 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
         images = partial(_published_images, params, size, contour, [*states])
     else:
         images = partial(_own_images, params, size, contour, unit)
-    return _Images(lambda start, stop: ((image, unit.label) for image in images(first + start, first + stop)), count)
+    return LazyImages(lambda start, stop: ((image, unit.label) for image in images(first + start, first + stop)), count)
 
 
 def render_instance(
@@ -320,13 +299,7 @@ def render_instance(
 ) -> Indexed:
     """Draw one image of a published stream, (size, size) in grey, following only its process, without the cache.
 
-    Args:
-        params: the stream's parameters.
-        size: side length in pixels; published 512.
-        classes: classes of the stream.
-        category: class of the image, from 0.
-        instance: instance of the class, from 0.
-        on_progress: called with the number of classes followed, and to follow.
+    ``category`` and ``instance`` count from 0; ``on_progress`` is called with the classes followed, and to follow.
 
     Raises:
         UsageError: if the stream does not have this image.

@@ -1,8 +1,8 @@
 """The ``Kind`` record, and the parameters of a kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints, overload
 
 from fractalshards.errors import UsageError
 from fractalshards.sample import LabelType
@@ -80,6 +80,30 @@ class Unit:
         return self.seed, self.split, self.label, self.number
 
 
+class LazyImages(Sequence[Rendered]):
+    """The images of a unit, rendered when they are asked for: one alone, or those of a slice in one go.
+
+    ``render(start, stop)`` yields images ``start`` to ``stop - 1`` of ``count``.
+    """
+
+    def __init__(self, render: Callable[[int, int], Iterator[Rendered]], count: int) -> None:
+        self._render, self._count = render, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Rendered: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Rendered]: ...
+    def __getitem__(self, index: int | slice) -> Rendered | Sequence[Rendered]:
+        if isinstance(index, slice):
+            wanted = range(self._count)[index]
+            return tuple(self._render(wanted.start, wanted.stop))
+        number = range(self._count)[index]
+        return next(self._render(number, number + 1))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A family of images.
@@ -92,8 +116,8 @@ class Kind:
         size: default side length in pixels.
         points: default number of points of a chaos game; 0 if the kind plays none.
         draw_systems: (params, seed, classes) -> the systems of all classes, float64 arrays.
-        render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels, perhaps rendered
-            only when they are asked for; an image is (size, size, 3) uint8 or indexed. All random numbers come from the
+        render: (params, size, points, unit, systems) -> ``images_per_unit`` images with their labels, perhaps as
+            ``LazyImages``; an image is (size, size, 3) uint8 or indexed. All random numbers come from the
             unit's identity.
         map_shape: shape of one map of a system: (2, 3), or (7,) for FractalDB categories, (12,) for contours.
         label_type: ``single``: one class per image, balanced over the dataset; ``multi``: the visible objects.

@@ -4,7 +4,7 @@ FOLDER/tables/DIGEST.npy, see ``storage.private_cache``
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,16 +48,15 @@ def shared_table(
     with FileLock(path.with_suffix(".lock")):
         if (table := _read(path, shape)) is None:
             remove_leftovers(path.parent)
-            computed = _compute(shape, chains(), on_progress)
+            table = _compute(shape, chains(), on_progress)
             with atomic_file(path) as file:
-                np.save(file, computed)
-            table = _read(path, shape)
-    return computed if table is None else table
+                np.save(file, table)
+    return table
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Table | None:
     """Map a table into memory; None if it is missing or damaged."""
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(FileNotFoundError, ValueError, EOFError):
         table: Table = np.load(path, mmap_mode="r")
         if table.shape == shape and table.dtype == np.uint32:
             return table
@@ -66,30 +65,20 @@ def _read(path: Path, shape: tuple[int, int]) -> Table | None:
 
 def _compute(shape: tuple[int, int], chains: Sequence[Iterator[Table]], on_progress: OnProgress) -> Table:
     table = np.empty(shape, np.uint32)
-    rows = [iter(range(part.start, part.stop)) for part in _parts(shape[0], len(chains))]
+    parts = table.reshape(len(chains), -1, shape[1])
+    done = [0] * len(chains)
     threads = ThreadPoolExecutor(available_cores())
     try:
-        running: dict[Future[Table | None], int] = {}
-
-        def advance(number: int) -> None:
-            running[threads.submit(next, chains[number], None)] = number
-
-        for number in range(len(chains)):
-            advance(number)
-        done = 0
+        running = {threads.submit(next, chain, None): number for number, chain in enumerate(chains)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 number = running.pop(future)
-                if (row := future.result()) is not None:
-                    table[next(rows[number])] = row
-                    advance(number)
-                    done += 1
-                    on_progress(done, len(table))
+                if (row := future.result()) is None:
+                    continue
+                parts[number, done[number]] = row
+                done[number] += 1
+                running[threads.submit(next, chains[number], None)] = number
+                on_progress(sum(done), len(table))
     finally:
         threads.shutdown(cancel_futures=True)
     return table
-
-
-def _parts(count: int, parts: int) -> Iterator[range]:
-    length = count // parts
-    return (range(start, start + length) for start in range(0, count, length))
