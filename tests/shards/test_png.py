@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
 from fractalshards.errors import FractalError
-from fractalshards.png import Indexed, decode_image, encode_png
+from fractalshards.png import GREYS, Indexed, decode_image, encode_png
 
 
 def png(width: int, height: int, color: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -47,10 +47,10 @@ def test_round_trip_in_every_decoder(height: int, width: int, seed: int) -> None
     assert np.array_equal(read_with_torchvision(data), image)
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 3, 129, 256]), st.integers(0, 9))
-def test_indexed_round_trip_in_every_decoder(height: int, width: int, colors: int, seed: int) -> None:
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 3, 129, 256]), st.integers(0, 9), st.booleans())
+def test_indexed_round_trip_in_every_decoder(height: int, width: int, colors: int, seed: int, grey: bool) -> None:
     rng = np.random.default_rng(seed)
-    palette = rng.integers(0, 256, (colors, 3), dtype=np.uint8)
+    palette = GREYS[:colors] if grey else rng.integers(0, 256, (colors, 3), dtype=np.uint8)
     image = Indexed(rng.integers(0, colors, (height, width), dtype=np.uint8), palette)
     pixels = palette[image.indices]
     assert np.array_equal(image.rgb(), pixels)
