@@ -20,7 +20,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from fractalshards.errors import FractalError
 from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractaltrain.config import ImagesConfig
-from fractaltrain.data.images import FolderSource, load_cifar, load_digits, open_data
+from fractaltrain.data.images import FolderSource, load_digits, open_data
+from fractaltrain.data.published import load_published
 from fractaltrain.data.shards import open_shards
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits, split_per_class
 from fractaltrain.log import read_metrics
@@ -116,17 +117,17 @@ def test_cifar_is_read_from_its_archive_or_unpacked_folder(name, tmp_path, monke
     cifar = open_images(name, per_class=1, folder=tmp_path)
     assert sorted(labels(cifar.train)) == list(range(10))
     assert cifar.val.lengths == (20,)
-    train = load_cifar(name, tmp_path, train=True)
+    train, _ = load_published(name, tmp_path)
     images, targets = contents[files[-1]]
     last = train.read(20 * len(files) - 1)
     assert last.label == targets[19]
     assert np.array_equal(last.image.transpose(2, 0, 1).ravel(), images[19])  # red, green, blue planes
     (tmp_path / CIFAR[name].filename).unlink()
-    assert keys(load_cifar(name, tmp_path, train=False)) == keys(cifar.val)
+    assert keys(load_published(name, tmp_path)[1]) == keys(cifar.val)
     file = tmp_path / CIFAR[name].base_folder / CIFAR[name].test_list[0][0]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FractalError, match="--data-dir"):
-        load_cifar(name, tmp_path, train=False)
+        load_published(name, tmp_path)
 
 
 @pytest.mark.parametrize("archive", ["missing", "cut", "a page to log in"])
@@ -141,7 +142,7 @@ def test_cifar_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch, web,
         path.write_text("<html>")
         monkeypatch.setattr(CIFAR10, "url", f"{web(tmp_path).url}/{path.name}")
     with pytest.raises(FractalError, match=r"cifar-10-python\.tar\.gz: .*--data-dir"):
-        load_cifar("cifar10", tmp_path / ("data" if archive == "a page to log in" else ""), train=True)
+        load_published("cifar10", tmp_path / ("data" if archive == "a page to log in" else ""))
     assert not (tmp_path / CIFAR10.base_folder).exists()
 
 

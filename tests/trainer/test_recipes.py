@@ -17,10 +17,10 @@ HALF = (0.5, 0.5, 0.5)
 OFF = {
     "undecayed": "norms", "optimizer": "sgd", "momentum": 0.9, "schedule": "onecycle", "head_lr_factor": 1,
     "head_weight_decay": None, "pct_start": 0.3, "div_factor": 25, "final_div_factor": 1e4, "base_momentum": 0.85,
-    "max_momentum": 0.95, "warmup_epochs": 0, "warmup_steps": 0, "warmup_lr": 1e-6, "min_lr": 1e-5, "milestones": (30, 60), "gamma": 0.1,
-    "clip_grad": None, "augment": "none", "crop": "none", "crop_scale": (0.08, 1), "hflip": 0, "vflip": 0, "randaugment": 0,
-    "color_jitter": 0, "erasing": 0, "mixup": 0, "cutmix": 0, "label_smoothing": 0, "drop_path": 0, "ema": 0,
-    "repeats": 1, "passes": 1, "mean": (0, 0, 0), "std": (1, 1, 1),
+    "max_momentum": 0.95, "warmup_epochs": 0, "warmup_steps": 0, "warmup_lr": 1e-6, "min_lr": 1e-5,
+    "milestones": (30, 60), "gamma": 0.1, "clip_grad": None, "augment": "none", "crop": "none", "crop_scale": (0.08, 1),
+    "hflip": 0, "vflip": 0, "randaugment": 0, "color_jitter": 0, "erasing": 0, "mixup": 0, "cutmix": 0,
+    "label_smoothing": 0, "drop_path": 0, "ema": 0, "repeats": 1, "passes": 1, "mean": (0, 0, 0), "std": (1, 1, 1),
 }  # fmt: skip
 ANDERSON_FT = {
     "epochs": 150, "batch_size": 64, "pct_start": 0.1, "augment": "affine", "hflip": 0.5, "mean": HALF, "std": HALF,

@@ -75,10 +75,10 @@ _TAR_OPTIONS = [
 ]  # fmt: skip
 _IMAGE_OPTIONS = [
     _option("--data", required=True, metavar="DATA", callback=lambda _context, _option, name: _check_data(name),
-            help="digits, cifar10, cifar100, imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or shards:PATH with "
-            "a val split."),
+            help="digits, a published dataset (cifar10, cifar100, fashion-mnist, svhn, flowers102, ...), "
+            "imagefolder:PATH (PATH/train/CLASS, PATH/val/CLASS), or shards:PATH with a val split."),
     _option("--data-dir", type=PATH, default=Path("data"),
-            help="Folder of the CIFAR archives; missing ones are downloaded."),
+            help="Folder of published datasets; missing ones are downloaded."),
     *_TAR_OPTIONS,
 ]  # fmt: skip
 _RUN_OPTIONS: _Options = {
@@ -435,7 +435,7 @@ def export(run: Path, out: Path) -> None:
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training with its fine-tunings: for job arrays."
 )
 @click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
-              help="Folder of the CIFAR archives; missing ones are downloaded.")  # fmt: skip
+              help="Folder of published datasets; missing ones are downloaded.")  # fmt: skip
 @click.option(
     "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each run.  [default: one per GPU, or 1]"
 )

@@ -26,7 +26,12 @@ CACHE_SIZE = 20_000_000_000
 MEMORY_SIZE = 8_000_000_000
 """Default for the most bytes of images that are kept in memory."""
 
-IMAGE_NAMES = ("digits", "cifar10", "cifar100")
+IMAGE_NAMES = (
+    *("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "kmnist", "svhn", "stl10", "flowers102", "food101"),
+    *("oxford-pets", "dtd", "eurosat", "gtsrb", "caltech101", "country211", "fgvc-aircraft", "stanford-cars"),
+)
+"""``digits``, and the datasets of ``data.published``."""
+
 DATA_KINDS = ("imagefolder", "shards")
 DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))
 """What ``--data`` takes."""
@@ -97,7 +102,7 @@ class ImagesConfig:
         name: a name that ``is_data`` accepts.
         per_class: training images per class; None: all.
         subset_seed: seed for choosing these images.
-        folder: folder of the CIFAR archives; missing ones are downloaded.
+        folder: folder of published datasets; missing ones are downloaded.
         tars: how to read shards of another program.
     """
 

@@ -1,4 +1,4 @@
-"""Real images to fine-tune and evaluate on: digits, CIFAR, folders of image files, and shards.
+"""Real images to fine-tune and evaluate on: digits, published datasets, folders of image files, and shards.
 
 Importing this module imports neither torch, torchvision nor scikit-learn.
 """
@@ -7,9 +7,7 @@ import hashlib
 import logging
 import os
 from dataclasses import replace
-from http.client import HTTPException
 from pathlib import Path
-from tarfile import TarError
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +19,7 @@ from fractalshards.png import decode_image
 from fractalshards.reader import Example
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.config import DATA_KINDS, ImagesConfig
+from fractaltrain.data.published import load_published
 from fractaltrain.data.source import (
     Indices,
     InMemorySource,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FOLDERS = {"train": "train", "val": "val"}
-_DIGITS_TRAIN_SHARE = 0.8
+_TRAIN_SHARE = 0.8
 _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # classes without images that an error lists at most
 
@@ -60,8 +59,8 @@ def find_data(name: str, tars: WebDatasetOptions) -> None:
 def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits[LabelledSource]:
     """Open images to train on and to evaluate on, on every rank. Collective.
 
-    CIFAR, image folders and shards have a split to evaluate on, which is used whole. Digits are divided: ``per_class``
-    of them, or four fifths of every class, are for training, all others for evaluation.
+    The split to evaluate on is used whole. Datasets without one are divided: ``per_class`` images, or four fifths of
+    every class, are for training, all others for evaluation.
 
     Args:
         for_training: check that both splits have images of every class and that images have a single label; compute
@@ -71,14 +70,18 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         FractalError: if the images are missing, damaged, without a split to evaluate on, or too few for ``per_class``.
     """
     if choice.name == "digits":
-        if choice.per_class is None:
-            return Splits(*split_share(load_digits(), _DIGITS_TRAIN_SHARE, choice.subset_seed))
-        return Splits(*split_per_class(load_digits(), choice.per_class, choice.subset_seed))
+        return _divide(load_digits(), choice)
     if choice.path and choice.name.startswith("shards:"):
         splits = _open_shards(choice.path, choice.tars, world, for_training)
+    elif choice.path:
+        with world.main_first():
+            splits = _open_folders(choice.path, world, for_training)
     else:
         with world.main_first():  # rank 0 may download
-            splits = _open_files(choice, world, for_training)
+            train, val = load_published(choice.name, choice.folder)
+        if val is None:
+            return _divide(train, choice)
+        splits = Splits(train, val)
     if for_training:
         _check_trainable(choice, splits)
     if choice.per_class is None or not for_training:
@@ -99,10 +102,15 @@ def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_trai
     return splits
 
 
-def _open_files(choice: ImagesConfig, world: "World", for_training: bool) -> Splits[LabelledSource]:
-    if choice.path is None:
-        return Splits(load_cifar(choice.name, choice.folder, train=True), load_cifar(choice.name, choice.folder, False))
-    listing = list_folder(choice.path, _FOLDERS)
+def _divide(source: LabelledSource, choice: ImagesConfig) -> Splits[LabelledSource]:
+    """Divide a dataset without splits: ``per_class`` images or four fifths of every class are for training."""
+    if choice.per_class is None:
+        return Splits(*split_share(source, _TRAIN_SHARE, choice.subset_seed))
+    return Splits(*split_per_class(source, choice.per_class, choice.subset_seed))
+
+
+def _open_folders(path: Path, world: "World", for_training: bool) -> Splits[LabelledSource]:
+    listing = list_folder(path, _FOLDERS)
     for text in listing.notes if world.main else ():
         _log.info("%s", text)
     train, val = (FolderSource(listing.splits[split], listing.class_names or listing.class_ids) for split in _FOLDERS)
@@ -136,34 +144,6 @@ def load_digits() -> InMemorySource:
     grey = np.rint(digits.images * (255 / _DIGITS_LEVELS)).astype(np.uint8)
     images, labels = np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64)
     return InMemorySource("digits", images, labels, classes=10, class_names=tuple("0123456789"))
-
-
-def load_cifar(name: str, folder: Path, train: bool) -> InMemorySource:
-    """Load CIFAR's 50,000 training or 10,000 test images, 32 x 32, through torchvision.
-
-    CIFAR's files are pickles. torchvision opens them only if their MD5 sums are the published ones, so nothing else is
-    ever unpickled.
-
-    Args:
-        name: ``cifar10`` or ``cifar100``.
-        folder: holds the archive or the folder unpacked from it; otherwise the archive is downloaded to it.
-
-    Raises:
-        FractalError: if the archive is damaged, or is missing and cannot be downloaded.
-    """
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    dataset_class = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    try:
-        dataset = dataset_class(folder, train=train, download=True)
-    except (OSError, HTTPException, RuntimeError, EOFError, TarError) as error:
-        raise FractalError(
-            f"{folder / dataset_class.filename}: missing or damaged, and cannot be downloaded ({error}); remove it and "
-            f"run again, or fetch it from {dataset_class.url} (another folder: --data-dir)"
-        ) from error
-    names = tuple(dataset.classes)
-    images, labels = np.asarray(dataset.data), np.asarray(dataset.targets, np.int64)
-    return InMemorySource(f"{name}/{'train' if train else 'test'}", images, labels, len(names), names)
 
 
 class FolderSource:

@@ -33,7 +33,7 @@ PT_FOR_DATASETS: dict[str, dict[str, Any]] = {
     "fractaldb": {"crop": "random", "mean": (0.2, 0.2, 0.2), "std": (0.5, 0.5, 0.5)},
     "imagenet": _PHOTOGRAPHS,
     "imagefolder": _PHOTOGRAPHS,
-    **dict.fromkeys(("visualatom", "rcdb", "onepfrac"), {"crop": "resized"}),
+    **{kind: {"crop": "resized"} for kind in ("visualatom", "rcdb", "onepfrac")},
 }
 
 FT = TrainRecipe(
