@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_count, human_list, one_line, parse_bytes
 from fractalshards.manifest import TRAINING, load_manifest
 from fractalshards.portable import read_portable
-from fractalshards.settings import parse_settings
+from fractalshards.settings import nearest, parse_settings
 from fractalshards.slices import parse_slice
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
@@ -402,7 +402,7 @@ def _dataset_kind(data: DatasetConfig) -> str:
 def _check_data(name: str) -> str:
     if is_data(name):
         return name
-    raise click.BadParameter(f"{name!r} is not one of {', '.join(DATA_NAMES)}")
+    raise click.BadParameter(f"{name!r}{nearest(name, DATA_NAMES)}")
 
 
 def _check_install(purpose: str) -> None:

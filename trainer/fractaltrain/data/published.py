@@ -140,10 +140,10 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
         return PublishedSource(key, dataset_class(folder, **arguments), entry.classes)
     except _BROKEN as error:
         file, url = (getattr(dataset_class, attribute, "") for attribute in ("filename", "url"))
-        fetch = f"fetch it from {url}" if url else f"put there what torchvision.datasets.{entry.torchvision} reads"
+        fetch = f"fetch it from {url}" if url else f"put there what torchvision.datasets.{entry.torchvision} downloads"
         raise FractalError(
-            f"{folder / file}: {name} is missing or damaged, and cannot be downloaded ({one_line(str(error))}); remove "
-            f"it and run again, or {fetch} (another folder: --data-dir)"
+            f"{folder / file}: {name} is missing or damaged, and cannot be downloaded ({one_line(str(error))}); {fetch} "
+            "(another folder: --data-dir)"
         ) from error
 
 
