@@ -65,8 +65,8 @@ class Indexed:
 
 def _grey_rgb(levels: Pixels) -> Pixels:
     """Repeat grey levels (H, W) in three channels: four at once, in words of four bytes."""
-    flat = levels.reshape(-1)
-    words = np.pad(flat, (0, -len(flat) % 4)).view("<u4") if len(flat) % 4 else flat.view("<u4")
+    flat = np.ascontiguousarray(levels).reshape(-1)
+    words = (np.pad(flat, (0, -len(flat) % 4)) if len(flat) % 4 else flat).view("<u4")
     a, b, c, d = words & 255, words >> 8 & 255, words >> 16 & 255, words >> 24
     tripled = np.empty((len(words), 3), "<u4")
     np.bitwise_or(a * np.uint32(0x010101), b << 24, out=tripled[:, 0])
