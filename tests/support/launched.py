@@ -35,7 +35,7 @@ def open_tars(folder: Path) -> None:
     with join_world() as world:
         if not world.main:
             del shards.index_tars
-        train = shards.open_dataset(folder / "theirs", world).train
+        train = shards.open_shards(folder / "theirs", world).train
         (folder / f"labels-{world.rank}").write_text(f"{[train.read(index).label for index in range(4)]}")
 
 
