@@ -1,0 +1,87 @@
+"""The examples run, with smaller numbers in the constants at their top; killed, they end as if they had not been."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fractalgen.cli import main as fractalgen
+from fractaltrain import ShardDataset
+from run_example import load_example
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "tests" / "support" / "run_example.py"
+DATASET = "--kind single --n 100 --val 18 --classes 4 --size 32 --points 2000 --shard-size 30"
+SMALL = {"BATCH_SIZE": 16, "EPOCHS": 3, "WORKERS": 1}  # 6 steps per epoch
+MODEL = {"MODEL": "test_efficientnet_ln"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``shards/single`` and ``single.json``."""
+    folder = tmp_path_factory.mktemp("made")
+    build = f"build {DATASET} --workers 1 --out {folder}/shards/single"
+    for command in (build, f"recipe {DATASET} --out {folder}/single.json"):
+        assert CliRunner().invoke(fractalgen, command.split()).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def new_folder(made: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Function that makes a working directory with the two."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in made.iterdir():
+            (folder / path.name).symlink_to(path)
+        return folder
+
+    return make
+
+
+def run(folder: Path, name: str, constants: dict[str, object], *killed: int, launch: list[str]) -> str:
+    """Run an example in a folder; return what it prints."""
+    command = [sys.executable, *launch, RUN, ROOT / "examples" / name, json.dumps(constants), *map(str, killed)]
+    result = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=250)
+    assert bool(result.returncode) == bool(killed), result.stderr
+    return result.stdout
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return those of the last checkpoint."""
+    (path,) = [*folder.glob("checkpoint.pt"), *folder.glob("checkpoints/last.ckpt")]
+    state = torch.load(path, weights_only=True)
+    return state["model"] if path.suffix == ".pt" else state["state_dict"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "constants", "killed", "launch"),
+    [
+        ("plain_loop.py", {"SAVE_EVERY": 4}, 4, []),
+        ("ddp.py", {}, 2, TORCHRUN),
+        ("lightning_fit.py", {"SAVE_EVERY": 4}, 5, []),  # it saves twice each time
+    ],
+)
+def test_killed_example_ends_with_the_same_weights(
+    name: str, constants: dict[str, object], killed: int, launch: list[str], new_folder: Callable[[str], Path]
+) -> None:
+    constants = SMALL | MODEL | constants
+    undisturbed, stopped = new_folder("undisturbed"), new_folder("stopped")
+    printed = run(undisturbed, name, constants, launch=launch)
+    run(stopped, name, constants, killed, launch=launch)
+    before = weights(stopped)
+    rest = run(stopped, name, constants, launch=launch)
+    expected, reached = weights(undisturbed), weights(stopped)
+    assert all(torch.equal(reached[key], expected[key]) for key in expected)
+    assert not all(torch.equal(before[key], expected[key]) for key in expected)
+    if name != "lightning_fit.py":  # which prints other things
+        assert printed.endswith(rest)
