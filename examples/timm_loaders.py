@@ -22,7 +22,7 @@ def make_loader(data: Any) -> Any:
         input_size=(3, 224, 224),
         batch_size=BATCH_SIZE,
         is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
+        auto_augment="rand-m9-inc1",
         re_prob=0.25,
         num_workers=WORKERS,
         device=DEVICE,
@@ -31,7 +31,7 @@ def make_loader(data: Any) -> Any:
 
 def timm_loader() -> Any:
     """Read the folder as ``train.py --dataset wds/single --data-dir shards/single`` does, shuffled in a buffer."""
-    return make_loader(create_dataset("wds/single", SHARDS, is_training=True, batch_size=BATCH_SIZE))
+    return make_loader(create_dataset("wds/single", SHARDS, split="train", is_training=True, batch_size=BATCH_SIZE))
 
 
 def exact_loader(data: ShardDataset, sampler: EpochSampler) -> Any:

@@ -145,6 +145,8 @@ def read_portable(path: Path) -> PortableRecipe:
     Raises:
         FractalError: if it is malformed or contradicts itself.
     """
+    if path.is_dir():
+        raise FractalError(f"{path}: is a folder; give the file that 'fractalshards recipe {path}' writes")
     return parse_portable(read_bounded(path, MAX_JSON_BYTES), str(path))
 
 

@@ -1,18 +1,20 @@
 """The examples run, with smaller numbers in the constants at their top; killed, they end as if they had not been."""
 
 import json
+import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from fractalgen.cli import main as fractalgen
-from fractaltrain import ShardDataset
+from fractaltrain import EpochSampler, ShardDataset
 from run_example import load_example
 
 ROOT = Path(__file__).parents[2]
@@ -85,3 +87,44 @@ def test_killed_example_ends_with_the_same_weights(
     assert not all(torch.equal(before[key], expected[key]) for key in expected)
     if name != "lightning_fit.py":  # which prints other things
         assert printed.endswith(rest)
+
+
+@pytest.fixture
+def current_folder(new_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(new_folder("current"))
+
+
+def load(name: str, **constants: object) -> ModuleType:
+    return load_example(ROOT / "examples" / name, SMALL | constants)
+
+
+def test_dict_batches_train_on_rendered_images(current_folder: None, capsys: pytest.CaptureFixture[str]) -> None:
+    load("dict_batches.py", **MODEL | {"EPOCHS": 2}).main()
+    assert re.findall(r"epoch (\d) loss \d", capsys.readouterr().out) == ["0", "1"]
+
+
+def test_timm_loaders_read_the_folder(current_folder: None) -> None:
+    example = load("timm_loaders.py")
+    images, labels = next(iter(example.timm_loader()))
+    assert (images.shape, images.dtype, labels.shape) == ((16, 3, 224, 224), torch.float32, (16,))
+    data = ShardDataset("shards/single")
+    sampler = EpochSampler(data, 16)
+    seen = [labels.tolist() for _, labels in example.exact_loader(data, sampler)]
+    stored = ShardDataset("shards/single")
+    assert seen == [[stored[index][1] for index in batch] for batch in EpochSampler(stored, 16)]
+
+
+def test_loop_of_the_pages_runs(current_folder: None) -> None:
+    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/own-loop.md")]
+    code, same = (re.findall(r"```python\n(from torch.*?)```", page, re.DOTALL)[0] for page in pages)
+    assert code == same
+    names: dict[str, Any] = {}
+    exec(code.replace("90", "2").replace("num_workers=8", "num_workers=1"), names)
+    assert (names["epoch"], names["step"], names["images"].shape) == (1, 0, (64, 3, 32, 32))
+
+
+def test_examples_are_short_and_shown() -> None:
+    page = (ROOT / "docs" / "own-loop.md").read_text()
+    lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("examples/*.py")}
+    assert sorted(lines) == sorted(re.findall(r'^--8<-- "examples/(.*)"$', page, re.MULTILINE))
+    assert max(lines.values()) < 60

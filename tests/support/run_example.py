@@ -1,4 +1,4 @@
-"""Run an example with other constants at its top: ``run_example.py FILE JSON [N]``, killed in its N-th ``torch.save``."""
+"""``run_example.py FILE CONSTANTS [N]``: run an example with other constants, and kill it in its N-th checkpoint."""
 
 import importlib.util
 import json

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -110,6 +111,7 @@ def test_loader_workers_serve_fresh_epochs(start, built):
     stored = {image for image, _ in contents(ShardDataset(built / "single", output="array"))}
     assert set(images[:30]) == stored
     assert len(set(images)) == 90
+    assert len(list(islice(data, 31))) == 30
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -160,6 +162,7 @@ def test_wrong_arguments_are_refused(built, tmp_path):
         (lambda: ShardDataset(built / "single", memory=True, memory_size=1000, cache_dir=tmp_path), "memory"),
         (lambda: RenderedDataset(RECIPES["single"], fresh=True, memory=True), "fresh"),
         (lambda: RenderedDataset(built / "single" / "recipe.json"), "recipe.json"),
+        (lambda: RenderedDataset(built / "single"), "folder"),
     ):
         with pytest.raises(FractalError, match=noun):
             make()

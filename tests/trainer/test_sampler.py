@@ -169,7 +169,11 @@ def test_any_map_style_dataset_has_exact_epochs():
     assert sorted(np.concatenate(list(plain)).tolist()) == list(range(10))
 
 
-def test_rank_comes_from_torch_distributed(tmp_path):
+def test_rank_comes_from_torch_distributed(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="init_process_group"):
+        sampler()
+    assert sampler(rank=1, world_size=2).rank == 1
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         joined = sampler()

@@ -304,9 +304,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
         # Ctrl-C reaches the ranks as well; they ignore it until they run, or each would print a traceback of imports.
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            ranks = start_processes(  # type: ignore[no-untyped-call]  # torch gives it no types
-                _run_rank, (entry, config, nproc, folder), nproc, join=False
-            )
+            ranks = start_processes(_run_rank, (entry, config, nproc, folder), nproc, join=False)
         finally:
             signal.signal(signal.SIGINT, on_interrupt)
         try:

@@ -118,7 +118,7 @@ def train_step(state: TrainState, images: torch.Tensor, labels: torch.Tensor) ->
         with no_sync() if number < len(parts) else nullcontext():
             with torch.autocast(images.device.type, state.dtype, enabled=state.dtype != torch.float32):
                 loss = state.loss(state.network(part_images), part_labels) / len(parts)
-            state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
+            state.scaler.scale(loss).backward()
         losses.append(loss.detach())
     if state.clip_grad is not None:
         state.scaler.unscale_(state.optimizer)

@@ -5,7 +5,7 @@ Use them with a ``fractaltrain.EpochSampler``, or with any other sampler.
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,6 +88,10 @@ class _SampleDataset(Dataset[tuple[Any, Any]]):
     def __len__(self) -> int:
         """Return the number of samples."""
         return sum(self.lengths)
+
+    def __iter__(self) -> Iterator[tuple[Any, int | torch.Tensor]]:
+        """Yield all samples in order; if images are fresh, those of epoch 0."""
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Any, int | torch.Tensor]:
         """Return a sample: its image, transformed, and its label.

@@ -1,5 +1,6 @@
 """``EpochSampler``: the exact, resumable order of an epoch as a batch sampler for any PyTorch training loop."""
 
+import os
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -60,9 +61,15 @@ class EpochSampler(Sampler[list[int]]):
             repeats: repeated augmentation: an epoch takes one in ``repeats`` samples, each ``repeats`` times.
 
         Raises:
-            UsageError: if the batch is larger than an epoch or cannot be divided, or a number is out of range.
+            UsageError: if the batch is larger than an epoch or cannot be divided, a number is out of range, or a
+                launcher started several processes that have not joined torch.distributed yet.
         """
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not joined and world_size is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise UsageError(
+                "this process is one of several, and torch.distributed is not initialised; call init_process_group "
+                "before EpochSampler, or give it rank and world_size"
+            )
         self.rank = rank if rank is not None else torch.distributed.get_rank() if joined else 0
         self.world_size = world_size if world_size is not None else torch.distributed.get_world_size() if joined else 1
         self.epoch = self.step = 0
