@@ -141,6 +141,10 @@ def test_readme_snippets_run(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workspace)
+    exec(snippet(r"open_dataset\*\*.*?"), {})
+    facts, *lines = capsys.readouterr().out.splitlines()
+    assert facts.startswith("40 5 single 32 single ")
+    assert len(lines) == 40
     exec(snippet("webdataset"), {})
     assert len(lines := capsys.readouterr().out.splitlines()) == 40
     assert lines[0].startswith("(32, 32, 3) ")
