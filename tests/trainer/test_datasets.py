@@ -132,7 +132,7 @@ def test_killed_loader_worker_is_an_error(built):
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)):  # the last two if it was handing over a batch
         list(batches)
 
 

@@ -96,8 +96,8 @@ class _SampleDataset(Dataset[tuple[Any, Any]]):
     def __getitem__(self, index: int) -> tuple[Any, int | torch.Tensor]:
         """Return a sample: its image, transformed, and its label.
 
-        By ``output`` the image is an RGB image of Pillow, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). The label
-        is a class index, or for multi-label images a float32 tensor (classes,), 1 for classes shown, else 0.
+        By ``output`` the image is an RGB image of Pillow, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). The
+        label is a class index, or for multi-label images a float32 tensor (classes,), 1 for classes shown, else 0.
 
         Raises:
             IndexError: if there is no such sample.
