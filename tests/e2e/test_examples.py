@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from fractalgen.cli import main as fractalgen
 from fractaltrain import EpochSampler, ShardDataset
@@ -121,6 +124,40 @@ def test_loop_of_the_pages_runs(current_folder: None) -> None:
     names: dict[str, Any] = {}
     exec(code.replace("90", "2").replace("num_workers=8", "num_workers=1"), names)
     assert (names["epoch"], names["step"], names["images"].shape) == (1, 0, (64, 3, 32, 32))
+
+
+def random_crop(image: Image.Image) -> torch.Tensor:
+    left, top = torch.randint(9, (2,)).tolist()
+    return torch.from_numpy(np.array(image.crop((left, top, left + 24, top + 24))))
+
+
+def test_seeded_transform_of_the_page_resumes(current_folder: None) -> None:
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "docs/own-loop.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    data = ShardDataset("shards/single")
+    seeded = names["SeededTransform"](data, random_crop)
+
+    def train(workers: int, state: dict[str, Any] | None = None) -> list[torch.Tensor]:
+        sampler = EpochSampler(data, 16)
+        if state:
+            sampler.load_state_dict(state)
+        loader = DataLoader(seeded, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+        batches = []
+        for epoch in range(sampler.epoch, 2):
+            sampler.set_epoch(epoch)
+            seeded.epoch.fill_(epoch)
+            batches += [images for images, _ in loader]
+        return batches
+
+    expected = train(0)
+    resumed = train(2, EpochSampler(data, 16).state_dict(5))
+    assert len(resumed) == 1 + 6
+    assert all(torch.equal(batch, same) for batch, same in zip(resumed, expected[5:], strict=True))
+    seeded.epoch.fill_(0)
+    first = seeded[0][0]
+    seeded.epoch.fill_(1)
+    assert not torch.equal(first, seeded[0][0])
 
 
 def test_examples_are_short_and_shown() -> None:
