@@ -224,6 +224,7 @@ class RenderedDataset(_SampleDataset):
         Raises:
             UsageError: if an argument is wrong, the kind has a limited number of images, or they do not fit.
             FractalError: if the file is damaged or of another version, or the split is empty.
+            OSError: if the file cannot be read.
         """
         if fresh and memory:
             raise UsageError("fresh images are never shown again, so memory has no use; choose one of the two")
