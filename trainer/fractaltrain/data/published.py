@@ -142,8 +142,8 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
         file, url = (getattr(dataset_class, attribute, "") for attribute in ("filename", "url"))
         fetch = f"fetch it from {url}" if url else f"put there what torchvision.datasets.{entry.torchvision} downloads"
         raise FractalError(
-            f"{folder / file}: {name} is missing or damaged, and cannot be downloaded ({one_line(str(error))}); {fetch} "
-            "(another folder: --data-dir)"
+            f"{folder / file}: {name} is missing or damaged, and cannot be downloaded ({one_line(str(error))}); "
+            f"{fetch} (another folder: --data-dir)"
         ) from error
 
 
