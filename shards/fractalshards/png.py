@@ -202,12 +202,15 @@ def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) ->
 def _sum_down(rows: Pixels) -> Pixels:
     """Return the cumulative sums of rows, modulo 256, as a new contiguous array.
 
-    Adds up 2, 4, 8, ... rows at a time, because numpy's cumsum goes down one column after another.
+    Adds up 2, 4, 8, ... rows at a time, because numpy's cumsum goes down one column after another; from one array to
+    another and back, because in place numpy would first copy the rows that overlap.
     """
-    sums = rows.copy()
+    sums, spare = rows.copy(), np.empty(rows.shape, np.uint8)
     known = 1
-    while known < len(sums):
-        sums[known:] += sums[:-known]
+    while known < len(rows):
+        np.add(sums[known:], sums[:-known], out=spare[known:])
+        spare[:known] = sums[:known]
+        sums, spare = spare, sums
         known *= 2
     return sums
 
