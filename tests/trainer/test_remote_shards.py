@@ -31,7 +31,7 @@ def same_run(one: Path, other: Path) -> bool:
     )
 
 
-def test_remote_run_with_a_small_cache_equals_a_local_run(fractaltrain, dataset, tmp_path, web):
+def test_remote_run_with_a_small_cache_equals_a_local_run(fractaltrain, dataset, tmp_path, web, monkeypatch):
     server = web(dataset.parent)
     size = sum(sorted((dataset / name).stat().st_size for name in NAMES)[-2:])
     url = f"{server.url}/{dataset.name}?token=secret"
@@ -45,6 +45,10 @@ def test_remote_run_with_a_small_cache_equals_a_local_run(fractaltrain, dataset,
     assert folder.name == load_manifest(dataset).content_digest()
     assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= size
     assert sum(server.count(name) for name in NAMES) > 4
+    monkeypatch.delattr("fractaltrain.pretrain.prefetching")  # what is in memory needs no shards
+    kept = fractaltrain("pt", "--shards", url, "--out", tmp_path / "kept", "--window", 1, "--memory", *OPTIONS, *cache)
+    assert kept.code == 0, kept.err
+    assert same_run(tmp_path / "kept", tmp_path / "local")
 
 
 @pytest.mark.slow

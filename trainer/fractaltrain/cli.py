@@ -83,7 +83,7 @@ _IMAGE_OPTIONS = [
 ]  # fmt: skip
 _RUN_OPTIONS: _Options = {
     "Recipe": [
-        _option("--epochs", metavar="E", help="Passes over the images.  [default: the recipe's]"),
+        _option("--epochs", metavar="E", help="Number of epochs.  [default: the recipe's]"),
         _option("--batch-size", metavar="B", help="Global batch size, over all processes.  [default: the recipe's]"),
         _option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch size]"),
         _option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch size to B."),

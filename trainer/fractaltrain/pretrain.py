@@ -49,7 +49,8 @@ def pretrain(config: TrainConfig) -> None:
             **({"fresh": True} if data_config.fresh else {}),
             **({"nodes_split": nodes} if nodes > 1 else {}),
         }
-        with _prefetching(cache, config, data, nodes, world) as on_step:
+        streamed = cache if data_config.memory_size is None else None
+        with _prefetching(streamed, config, data, nodes, world) as on_step:
             train(config, model, data, image_size, facts, world, nodes, on_step)
 
 

@@ -22,7 +22,7 @@ from fractalshards.remote.cache import ShardCache, cache_root, open_cache, prefe
 from fractalshards.remote.stores import parse_location
 from fractalshards.sample import LabelType
 from fractaltrain.config import CACHE_SIZE, MEMORY_SIZE, WINDOW
-from fractaltrain.data.memory import MemorySource
+from fractaltrain.data.memory import MappedSource
 from fractaltrain.data.rendered import RecipeOrPath, open_rendered
 from fractaltrain.data.source import Images, SampleSource
 
@@ -83,7 +83,7 @@ class _SampleDataset(Dataset[tuple[Any, Any]]):
         self.transform, self.output = transform, output
         self._source: SampleSource = split
         if memory is not None:
-            self._source = MemorySource(split, memory, f"{split.digest}-{split.split}", memory_size, split.image_size)
+            self._source = MappedSource(split, memory, f"{split.digest}-{split.split}", memory_size, split.image_size)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -174,7 +174,9 @@ class ShardDataset(_SampleDataset):
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
         """Fetch shards of a URL ahead, the most urgent first, in the first process of a machine."""
-        if self._cache is None or shards == self._requested or int(os.environ.get("LOCAL_RANK", 0)):
+        if self._cache is None or self._source is not self._split:  # kept in memory
+            return
+        if shards == self._requested or int(os.environ.get("LOCAL_RANK", 0)):
             return
         if self._request is None:
             stack = ExitStack()

@@ -31,7 +31,7 @@ from fractaltrain.data.source import Images, SampleSource, Splits
 _ADVICE = "raise --memory-size (memory_size), or train without --memory"
 
 
-class MemorySource:
+class MappedSource:
     """All samples of a source, decoded once; images are read-only views. Samples that are bad stay with the source."""
 
     def __init__(self, source: SampleSource, folder: Path, name: str, limit: int, image_size: int | None) -> None:
@@ -116,7 +116,9 @@ class MemorySource:
         descriptor = os.open(self._pixels_path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         self.close = weakref.finalize(self, _release, descriptor, self._pixels_path, os.getpid())
-        self._pixels: npt.NDArray[np.uint8] = np.memmap(self._pixels_path, np.uint8, mode="r").view(np.ndarray)
+        self._pixels: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        if os.fstat(descriptor).st_size:  # some sample is not bad
+            self._pixels = np.memmap(self._pixels_path, np.uint8, mode="r").view(np.ndarray)
         with np.load(self._index_path, allow_pickle=False) as index:
             self._places, self._labels, self._label_ends = index["places"], index["labels"], index["label_ends"]
             self._keys, self._is_single = index["keys"], bool(index["is_single"])
@@ -148,15 +150,15 @@ def keep_in_memory(splits: Splits[SampleSource], folder: Path, limit: int, name:
         name: identifies the dataset.
 
     Raises:
-        See ``MemorySource``.
+        See ``MappedSource``.
     """
     with ExitStack() as stack:
-        train = MemorySource(splits.train, folder, f"{name}-train", limit, splits.image_size)
+        train = MappedSource(splits.train, folder, f"{name}-train", limit, splits.image_size)
         stack.callback(train.close)
         if splits.val is None:
             yield replace(splits, train=train)
             return
-        val = MemorySource(splits.val, folder, f"{name}-val", limit - train.bytes, splits.image_size)
+        val = MappedSource(splits.val, folder, f"{name}-val", limit - train.bytes, splits.image_size)
         stack.callback(val.close)
         yield replace(splits, train=train, val=val)
 
