@@ -338,17 +338,19 @@ _RENDER_OPTIONS = {
 }
 
 
-def _render_fractaldb(params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, **rest: int) -> Indexed:
-    masks = kernel.published_masks(rest["mask_seed"], points) if kernel.is_patch(draw) else None
+def _render_fractaldb(
+    params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, flip: int, mask_seed: int
+) -> Indexed:
+    masks = kernel.published_masks(mask_seed, points) if kernel.is_patch(draw) else None
     indices = kernel.render(read_csv(params), kernel.weight_rows()[weight_row], size, points, draw, masks)
-    return Indexed(kernel.flip(indices, rest["flip"]), kernel.palette(draw))
+    return Indexed(kernel.flip(indices, flip), kernel.palette(draw))
 
 
-def _render_stream(kind: str, size: int, processes: int | None, instances: int, **rest: int) -> Indexed:
+def _render_stream(kind: str, size: int, processes: int | None, instances: int, **image: int) -> Indexed:
     changes = {"instances": instances, **({} if processes is None else {"processes": processes})}
     params = override(STREAMS[kind](), changes)
     with _preparing() as on_progress:
-        return render_instance(params, size, **rest, on_progress=on_progress)
+        return render_instance(params, size, **image, on_progress=on_progress)
 
 
 @main.command(groups={"Stream": "--kind --classes --instances --seed --set", "File": "--out"})

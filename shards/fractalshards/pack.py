@@ -172,7 +172,8 @@ def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress =
     done, total = 0, sum(len(images.names) for _, _, images in chunks)
     bad: dict[str, list[int]] = {split: [] for split in listing.splits}
     with worker_pool(workers) as pool:
-        for (split, first, images), complaints in zip(chunks, pool.map(_find_bad, chunks), strict=True):
+        found = pool.map(_find_bad, [images for _, _, images in chunks])
+        for (split, first, images), complaints in zip(chunks, found, strict=True):
             for position, complaint in complaints:
                 _log.warning("skipped: %s", complaint)
                 bad[split].append(first + position)
@@ -183,9 +184,8 @@ def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress =
     return listing.without({split: np.array(positions, np.int64) for split, positions in bad.items()})
 
 
-def _find_bad(chunk: tuple[str, int, ImageFiles]) -> list[tuple[int, str]]:
-    """Return the positions of bad images in a chunk, and what is wrong with them."""
-    *_, images = chunk
+def _find_bad(images: ImageFiles) -> list[tuple[int, str]]:
+    """Return the positions of bad images, and what is wrong with them."""
     samples = ((position, _encode(images, position, sample_key(0))) for position in range(len(images.names)))
     return [(position, sample) for position, sample in samples if isinstance(sample, str)]
 

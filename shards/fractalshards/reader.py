@@ -102,19 +102,6 @@ def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
                 raise FractalError(f"{index.path}: {error}; fetch or build it again") from error
 
 
-def decode_shard(index: ShardIndex, classes: int) -> Iterator[tuple[Pixels, Label]]:
-    """Yield the image, (H, W, 3) uint8, and label of all samples of a shard in order.
-
-    Raises:
-        FractalError: at the first sample that cannot be read or decoded, naming the shard and the sample.
-    """
-    for sample in iterate_shard(index):
-        try:
-            yield decode_sample(sample, classes)
-        except FractalError as error:
-            raise FractalError(f"{index.path}: {sample.key}: {error}; fetch or build it again") from error
-
-
 def _index_shard(manifest: Manifest, shard: Shard, whole: bool) -> ShardIndex:
     path = manifest.folder / shard.name
     try:

@@ -23,15 +23,13 @@ def _find_cache() -> bool:
     with suppress(FractalError):  # a folder that others can write to
         if folder := private_cache():
             os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")
-            config.reload_config()
             return True
     return False
 
 
+CACHE = _find_cache()
+"""Whether compiled kernels are kept for other processes: the argument ``cache`` of ``njit``."""
+
 # numba reads settings from the current folder, and those of a dataset's author could name a folder of compiled code
 config._config_fname = os.devnull
 config.reload_config()
-
-
-CACHE = _find_cache()
-"""Whether compiled kernels are kept for other processes: the argument ``cache`` of ``njit``."""

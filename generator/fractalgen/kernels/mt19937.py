@@ -110,7 +110,7 @@ def next_word(buffers: Words, at: int) -> tuple[np.uint32, int]:
     return word, at + 1
 
 
-@njit(inline="always")
+@njit(cache=CACHE, inline="always")
 def spare_bits(count: int) -> np.uint32:
     """Return the number of bits of a word that an integer below ``count`` leaves, 1 <= count < 2**32."""
     bits = uint32(32)
@@ -150,7 +150,7 @@ def fill(buffers: Words, at: int, words: Words) -> int:
     return at
 
 
-@njit(inline="always")
+@njit(cache=CACHE, inline="always")
 def unit_float(first: np.uint32, second: np.uint32) -> float:
     """Return the float64 in [0, 1) that Python makes of two words: 53 random bits."""
     high, low = first >> uint32(5), second >> uint32(6)
