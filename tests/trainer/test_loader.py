@@ -221,7 +221,15 @@ def zeros(count: int) -> InMemorySource:
     return InMemorySource("zeros", np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64), 1)
 
 
-def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one():
+@pytest.fixture
+def no_child_handler():
+    """Python's own handling of SIGCHLD; torch's stays for good once a test has used a plain DataLoader."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one(no_child_handler):
     before = children()
     with closing(
         epoch_loader(zeros(40), PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=1)
