@@ -135,18 +135,18 @@ class Plan:
     seconds: float
 
 
-def plan_build(folder: BuildFolder, part: Slice | None = None, on_progress: OnProgress = no_progress) -> Plan:
+def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: OnProgress = no_progress) -> Plan:
     """Decide which shards to render, and check that the disk can hold them.
 
     Args:
         folder: see ``open_folder``.
-        part: the slice of the shards to render. By default all.
+        slice_: the slice of the shards to render. By default all.
         on_progress: as of ``draw_systems``, if it prepares what the workers share.
 
     Raises:
         FractalError: if the disk cannot hold the missing shards, plus 5 %.
     """
-    own = part.of(folder.tasks) if part else folder.tasks
+    own = slice_.of(folder.tasks) if slice_ else folder.tasks
     missing = tuple(task for task in own if task.name not in folder.finished)
     if not missing:
         return Plan(folder, own, missing, 0, 0.0, 0.0)

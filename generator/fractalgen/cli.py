@@ -165,17 +165,17 @@ def build(
     else:
         recipe, given = _make_recipe(**dataset, otherwise=", or --recipe")
     folder = out if out is not None else Path("shards") / recipe.kind
-    part = parse_slice(slice_, os.environ) if slice_ is not None else None
+    chosen = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
     with continuable(folder), open_executor(workers, address) as (pool, count):
         with _preparing() as on_progress:
-            plan = plan_build(open_folder(folder, recipe, given, on_progress), part, on_progress)
-        note(f"{folder}: {_describe(plan, part, count, address)}")
+            plan = plan_build(open_folder(folder, recipe, given, on_progress), chosen, on_progress)
+        note(f"{folder}: {_describe(plan, chosen, count, address)}")
         with progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
     if missing:
         left = f"{human_count(len(missing), 'shard')} of other slices"
-        click.echo(f"{folder}: {part} is done; the manifest waits for {left}")
+        click.echo(f"{folder}: {chosen} is done; the manifest waits for {left}")
         return
     manifest = load_manifest(folder)
     if portable and (differing := portable.differing_shards(manifest.splits)):
@@ -374,7 +374,7 @@ def parameters(
     overrides = parse_settings(settings) | ({} if instances is None else {"instances": str(instances)})
     classes = family.classes if classes is None else classes
     recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=overrides)
-    with continuable(out), _preparing() as on_progress:
+    with _preparing() as on_progress:
         systems = draw_systems(recipe, on_progress)
     write_bytes(out, parameter_table(systems))
     click.echo(f"{out}: {len(systems):,} classes")
@@ -463,17 +463,17 @@ def _parameters(kind: Kind) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(plan: Plan, part: Slice | None, workers: int, scheduler: str | None) -> str:
+def _describe(plan: Plan, slice_: Slice | None, workers: int, scheduler: str | None) -> str:
     """Describe the planned work in one line."""
     recipe = plan.folder.recipe
-    of_part = f" of {part}" if part else ""
+    of_slice = f" of {slice_}" if slice_ else ""
     if not plan.missing:
-        return f"nothing to render: {human_count(len(plan.own), 'shard')}{of_part} already finished"
+        return f"nothing to render: {human_count(len(plan.own), 'shard')}{of_slice} already finished"
     done = len(plan.own) - len(plan.missing)
     workers = min(workers, len(plan.missing))
     return (
         f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in "
-        f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_part}: {plan.samples:,} images in "
+        f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_slice}: {plan.samples:,} images in "
         f"{human_count(len(plan.missing), 'shard')}{f' ({done:,} done)' if done else ''}, about "
         f"{human_bytes(plan.bytes)}, about {human_seconds(plan.seconds / workers)} with "
         f"{human_count(workers, 'worker')}{f' of {scheduler}' if scheduler else ''}"

@@ -273,6 +273,8 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
     def draw(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total, text=describe(done, total))
         bar.start()  # not earlier: there may be nothing to do
+        if done == total:
+            bar.stop()  # other work with a bar of its own may follow
 
     try:
         yield draw

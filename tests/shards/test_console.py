@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner, Result
 from damages import edit_split
 from fractalshards import workers
 from fractalshards.cli import main
-from fractalshards.console import PATH, Commands, quiet_option, workers_option
+from fractalshards.console import PATH, Commands, progress, quiet_option, show_logs, workers_option
 from fractalshards.errors import describe_os_error
 
 
@@ -64,6 +65,20 @@ def test_workers_reject(given: str) -> None:
 
 def test_log_records_are_printed_on_one_line() -> None:
     assert run().stderr == "note: a note\nwarning: a warning\n"
+
+
+def test_bars_do_not_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar hides the cursor until its work is done, not until that of the next bar is."""
+    show_logs()  # a test before this one may have been --quiet
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress("first", "images") as first, progress("second", "images") as second:
+        first(1, 2)
+        assert "\x1b[?25h" not in capsys.readouterr().err
+        first(2, 2)
+        assert capsys.readouterr().err.endswith("\x1b[?25h")
+        second(1, 2)
+        assert "first" not in capsys.readouterr().err
 
 
 def test_memory_error_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
