@@ -186,6 +186,12 @@ def test_model_arguments_that_do_not_fit_are_one_line(arguments, noun):
     assert "\n" not in str(error.value)
 
 
+def test_model_arguments_load_no_weights():
+    """Not even those of torchvision's model, which fit a thousand classes."""
+    with pytest.raises(UsageError, match="weights"):
+        create_model("resnet50", 1000, 32, arguments={"weights": "DEFAULT"})
+
+
 def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch.nn.Module:
     """Write a run of a random model; return the model."""
     torch.manual_seed(seed)

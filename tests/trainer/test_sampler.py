@@ -149,6 +149,8 @@ def test_state_of_another_order_is_refused():
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 3, "rank": 0, "world_size": 2}, "batch"),
         ({"rank": 2, "world_size": 2}, "rank"),
+        ({"rank": 0}, "world_size"),
+        ({"world_size": 2}, "rank"),
         ({"seed": -1}, "seed"),
         ({"window": 0}, "window"),
         ({"passes": 0}, "passes"),

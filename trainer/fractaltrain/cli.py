@@ -150,7 +150,7 @@ _PT_OPTIONS: _Options = {
         _option("--cache-size", metavar="SIZE", help="Space for the shards of a URL.  [default: 20GB]"),
         _option("--memory", is_flag=True,
                 help="Decode or render all images once, into memory that the processes of a machine share."),
-        _option("--memory-size", metavar="SIZE", help="The most memory for that.  [default: 8GB]"),
+        _option("--memory-size", metavar="SIZE", help="Limit of that memory.  [default: 8GB]"),
         _option("--nodes-split", is_flag=True, help="Give each machine its own part of an epoch's shards."),
         *_TAR_OPTIONS,
     ],

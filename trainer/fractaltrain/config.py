@@ -21,10 +21,10 @@ WINDOW = 16
 """Default number of shards that are shuffled together."""
 
 CACHE_SIZE = 20_000_000_000
-"""Default bytes of shards of a URL that are kept at a time."""
+"""Default size of the cache of a URL's shards in bytes."""
 
 MEMORY_SIZE = 8_000_000_000
-"""Default for the most bytes of images that are kept in memory."""
+"""Default limit of the images kept in memory, in bytes."""
 
 IMAGE_NAMES = (
     *("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "kmnist", "svhn", "stl10", "flowers102", "food101"),

@@ -22,7 +22,7 @@ IMAGE_SIZE = 224
 
 _OURS = ("resnet50", "deit_small_patch32_224")
 _OWN_OPTIONS = {"num_classes": "the dataset", "img_size": "--image-size", "drop_path_rate": "--set drop_path"}
-_REFUSED = ("pretrained", "checkpoint", "cache_dir", "features_only", "scriptable", "exportable", "no_jit")
+_REFUSED = ("pretrained", "weights", "checkpoint", "cache_dir", "features_only", "scriptable", "exportable", "no_jit")
 _POSITIONS = ("pos_embed", "relative_position_bias_table")
 
 

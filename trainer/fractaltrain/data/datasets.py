@@ -27,7 +27,7 @@ from fractaltrain.data.rendered import RecipeOrPath, open_rendered
 from fractaltrain.data.source import Images, SampleSource
 
 Output = Literal["pil", "array", "tensor"]
-Path_ = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 _OUTPUTS: dict[str, Callable[[Images], Any]] = {
     "pil": Image.fromarray,
@@ -123,12 +123,12 @@ class ShardDataset(_SampleDataset):
 
     def __init__(
         self,
-        location: Path_,
+        location: StrPath,
         split: str = TRAINING,
         transform: Callable[[Any], Any] | None = None,
         output: Output = "pil",
         *,
-        cache_dir: Path_ | None = None,
+        cache_dir: StrPath | None = None,
         cache_size: int = CACHE_SIZE,
         memory: bool = False,
         memory_size: int = MEMORY_SIZE,
@@ -210,7 +210,7 @@ class RenderedDataset(_SampleDataset):
         output: Output = "pil",
         *,
         fresh: bool = False,
-        cache_dir: Path_ | None = None,
+        cache_dir: StrPath | None = None,
         memory: bool = False,
         memory_size: int = MEMORY_SIZE,
     ) -> None:

@@ -4,8 +4,8 @@
     FOLDER/HOST/NAME.npz      where they begin, their sizes, labels and keys
     FOLDER/HOST/lock          held while files are filled, opened and removed
 
-The first process fills the file. Each that reads it holds a shared lock on it, which ends with the process however that
-ends; who finds a file that nobody holds removes it, at the end of a run or at the start of the next one.
+The first process fills the file. Every process that reads it holds a shared lock on it, which ends with the process,
+however that ends. A file that nobody holds is removed at the end of a run, or at the start of the next one.
 """
 
 import fcntl

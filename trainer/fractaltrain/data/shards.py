@@ -92,7 +92,8 @@ class WebDatasetSource:
         Raises:
             BadSampleError: if it is damaged or its tar cannot be read, naming the tar.
         """
-        number, place = _find(self._starts, index)
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place = index - int(self._starts[number])
         path, tar = self._paths[number], self._indices[number]
         key, start, size = tar.key(place), int(tar.starts[place]), int(tar.sizes[place])
         descriptor = self._files.descriptor(path)
@@ -136,9 +137,3 @@ def _count_classes(folder: Path, listed: int | None, indices: Sequence[TarIndex]
             f"{MAX_CLASSES - 1}; correct them, or num_classes in the info file"
         )
     return classes
-
-
-def _find(starts: Indices, index: int) -> tuple[int, int]:
-    """Return the shard that holds a sample and its place there; ``starts`` are the first samples of all shards."""
-    shard = int(np.searchsorted(starts, index, side="right")) - 1
-    return shard, index - int(starts[shard])

@@ -198,7 +198,7 @@ class _EpochBatches(Dataset["Batch | _Sent | FractalError"]):
 
 
 class _Sent(NamedTuple):
-    """A batch that a loader worker has sent; unpickled, it is the batch."""
+    """Stands for a batch that a loader worker has sent; unpickling it receives the batch."""
 
     channel: int
     shape: tuple[int, ...]

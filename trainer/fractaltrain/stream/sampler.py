@@ -61,17 +61,21 @@ class EpochSampler(Sampler[list[int]]):
             repeats: repeated augmentation: an epoch takes one in ``repeats`` samples, each ``repeats`` times.
 
         Raises:
-            UsageError: if the batch is larger than an epoch or cannot be divided, a number is out of range, or a
-                launcher started several processes that have not joined torch.distributed yet.
+            UsageError: if the batch is larger than an epoch or cannot be divided, a number is out of range, only one of
+                ``rank`` and ``world_size`` is given, or a launcher started several processes that have not joined
+                torch.distributed yet.
         """
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if (rank is None) != (world_size is None):
+            raise UsageError("rank and world_size belong together; give both or none")
         if not joined and world_size is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UsageError(
                 "this process is one of several, and torch.distributed is not initialised; call init_process_group "
                 "before EpochSampler, or give it rank and world_size"
             )
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if joined else 0
-        self.world_size = world_size if world_size is not None else torch.distributed.get_world_size() if joined else 1
+        if rank is None or world_size is None:
+            rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+        self.rank, self.world_size = rank, world_size
         self.epoch = self.step = 0
         self._dataset = dataset
         self._lengths = tuple(getattr(dataset, "lengths", (len(dataset),)))
