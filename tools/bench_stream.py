@@ -47,7 +47,7 @@ from fractalshards.storage import write_json
 from fractalshards.systems import Systems
 from fractaltrain import EpochSampler, RenderedDataset, ShardDataset
 from fractaltrain.config import MEMORY_SIZE, WINDOW
-from fractaltrain.data.memory import MemorySource
+from fractaltrain.data.memory import MappedSource
 from fractaltrain.data.source import Images
 from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import TrainRecipe, change
@@ -70,7 +70,7 @@ _IN_WORKERS = {
 }
 _ON_BATCHES = {"normalizing": "", "erasing": "erasing=0.25", "mixup or cutmix": "mixup=0.8,cutmix=1"}
 
-Source = StoredSplit | RenderedSplit | MemorySource
+Source = StoredSplit | RenderedSplit | MappedSource
 Part = Callable[[], int]  # returns the number of images that it has made
 
 
@@ -159,7 +159,7 @@ def measure_rendering(bench: Bench) -> Results:
 def measure_memory(bench: Bench) -> Results:
     """A thousand images kept in memory, beside decoding them in every epoch; no augmentation."""
     stored, dataset = open_dataset(bench.thousand), ShardDataset(bench.thousand, output="array")
-    kept = MemorySource(stored, bench.folder, "kept", MEMORY_SIZE, stored.image_size)
+    kept = MappedSource(stored, bench.folder, "kept", MEMORY_SIZE, stored.image_size)
     kept_dataset = ShardDataset(bench.thousand, output="array", memory=True, cache_dir=bench.folder)
     parts: dict[str, tuple[Part, Part]] = {
         _TRAINER: (partial(_read, stored, bench), partial(_read, kept, bench)),

@@ -177,6 +177,7 @@ def test_model_arguments_reach_timm():
         ({"pretrained": True}, "pretrained"),
         ({"pretrained_cfg": "hf-hub:x/y"}, "pretrained_cfg"),
         ({"checkpoint_path": "x.pth"}, "checkpoint_path"),
+        ({"no=name": None}, "no=name"),
     ],
     ids=str,
 )

@@ -290,6 +290,17 @@ def test_moved_dataset_is_the_same_and_a_rebuilt_one_is_not(study, write_dataset
     assert FIRST in find_state(second, plan, study.folder)
 
 
+def test_run_with_model_arguments_is_not_one_without(study):
+    model = '[models.test_resnet]\nmodel = "vit_tiny_patch16_224"\n'
+    before, after = (
+        study.plan(ONE_SEED.replace("[models.test_resnet]\n", model + args)) for args in ("args = { depth = 2 }\n", "")
+    )
+    run = before.pretrainings[0]
+    finish(run, study.folder)
+    assert find_state(run, before, study.folder) == DONE
+    assert "depth" in find_state(after.pretrainings[0], after, study.folder)
+
+
 def test_run_that_trained_nothing_is_to_do(study):
     run = study.plan(ONE_SEED).pretrainings[0]
     (study.folder / run.run).mkdir(parents=True)

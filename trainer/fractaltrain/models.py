@@ -54,7 +54,7 @@ def create_model(
     for argument in arguments:
         if argument in _OWN_OPTIONS:
             raise UsageError(f"--model-arg {argument}: comes from {_OWN_OPTIONS[argument]}")
-        if argument.startswith(_REFUSED):  # run.json of others may ask for it
+        if argument.startswith(_REFUSED) or not argument.isidentifier():  # run.json of others may ask for it
             raise UsageError(f"--model-arg {argument}: does not describe the architecture, so it cannot be set")
     options: dict[str, Any] = {**arguments, **({"drop_path_rate": drop_path} if drop_path else {})}
     model: nn.Module

@@ -104,6 +104,7 @@ def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
     if not is_begun(path):
         return TO_DO
     found, wanted = read_settings(path), flatten(run.settings)
+    wanted = {name: None for name in found if name.startswith("model_args.")} | wanted
     for name in differences(found, wanted):
         return f"{UNUSABLE}: has {name} {found.get(name)}, not {wanted[name]}; remove this run, or change --out"
     if run.start:
