@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def _measure(recipe: Recipe, counts: Sequence[int], rounds: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         rates = _measure_workers(Path(folder), recipe, systems, counts, rounds)
         with worker_pool(1) as pool:
-            stages, png = pool.submit(_measure_stages, Path(folder), recipe, systems).result()
+            task = import_module(Path(__file__).stem)._measure_stages  # workers do not run the main module
+            stages, png = pool.submit(task, Path(folder), recipe, systems).result()
         stored = [shard.stat().st_size for shard in Path(folder).glob("*.tar")]
     return Report(recipe, stages, rates, sum(stored) / len(stored) / recipe.shard_size, png)
 

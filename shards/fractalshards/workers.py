@@ -16,11 +16,11 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import resource_tracker
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import LifoQueue
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from fractalshards.errors import FractalError, Terminated, WorkerLostError
@@ -123,6 +123,8 @@ def check_semaphores() -> None:
 def worker_pool(workers: int) -> Iterator[Executor]:
     """Yield an executor of up to ``workers`` spawned processes, started as tasks are submitted.
 
+    Workers do not run the main module, so scripts need no main guard, and tasks must be functions of other modules.
+
     When the block ends, pending tasks are cancelled and running ones finish. SIGTERM ends the block as Ctrl-C does, by
     an exception; a second signal ends the process at once, and the workers with it.
 
@@ -218,13 +220,27 @@ class _Worker(ProcessPoolExecutor):
 
 
 class _Context(SpawnContext):
-    """Starts processes as ``spawn`` does, and remembers the last one."""
+    """Starts processes without the main module, and remembers the last one."""
 
     process: BaseProcess
 
     def Process(self, *args: Any, **named: Any) -> BaseProcess:  # type: ignore[override]  # noqa: N802
-        self.process = super().Process(*args, **named)
+        self.process = _WithoutMain(*args, **named)
         return self.process
+
+
+class _WithoutMain(SpawnProcess):
+    """A spawned process that does not run the main module: a script without a main guard would start anew."""
+
+    _lock = threading.Lock()
+
+    def start(self) -> None:
+        with self._lock:
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                super().start()
+            finally:
+                sys.modules["__main__"] = main
 
 
 def _warn_of_waiting() -> None:

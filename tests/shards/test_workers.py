@@ -29,8 +29,6 @@ def task(pipe):
 def main():
     with worker_pool(1) as pool:
         pool.submit(task, sys.argv[1]).result()
-if __name__ == "__main__":
-    main()
 """
 
 
@@ -106,8 +104,9 @@ def test_error_of_a_task_cancels_pending_ones() -> None:
 
 
 def start(tmp_path: Path) -> subprocess.Popen[str]:
-    script = tmp_path / "work.py"
-    script.write_text(_LONG_WORK)
+    (tmp_path / "long_work.py").write_text(_LONG_WORK)
+    script = tmp_path / "script.py"
+    script.write_text("import long_work\nlong_work.main()\n")  # without a guard: workers must not run it
     os.mkfifo(tmp_path / "pipe")
     process = subprocess.Popen(
         [sys.executable, script, tmp_path / "pipe"],
