@@ -5,6 +5,7 @@ has it, the training loop saves a checkpoint and the command exits with code 75.
 its ranks. Ctrl-C ends everything at once. A rank that dies takes the others down with it.
 """
 
+import atexit
 import errno
 import json
 import logging
@@ -335,8 +336,11 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve
     try:
         entry(config)
-    except (FractalError, OSError) as error:
+    except Exception as error:
         code = error.code if isinstance(error, StoppedError) else 2 if isinstance(error, UsageError) else 1
+        atexit.register(os._exit, code)  # gloo may abort a process that Python ends while it is connected
+        if not isinstance(error, FractalError | OSError):
+            raise
         message = describe_os_error(error) if isinstance(error, OSError) else str(error)
         pipe = isinstance(error, BrokenPipeError)
         write_json(folder / f"error-{rank}.json", {"code": code, "message": message, "pipe": pipe})
