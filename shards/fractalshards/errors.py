@@ -9,6 +9,9 @@ _ADVICE = {
     errno.EDQUOT: "free some quota or choose another folder, then run the same command again",
     errno.EACCES: "choose a folder you may read and write",
     errno.EROFS: "choose a folder you may write",
+    errno.EMFILE: "lower --workers, or raise the limit of open files (ulimit -n)",
+    errno.EAGAIN: "lower --workers, or raise the limit of processes (ulimit -u)",
+    errno.ENOLCK: "choose a folder on a file system with locks",
     errno.ENOENT: "check the path, and that its file system is mounted",
 }
 

@@ -3,6 +3,7 @@
 Only regular files are opened: reading a pipe may block, and a device may never end.
 """
 
+import errno
 import getpass
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import socket
 import stat
-import time
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -97,6 +98,8 @@ def _is_deep(text: bytes) -> bool:
 
 TEMPORARY = ".tmp~"  # prefix of unfinished files
 _STALE_SECONDS = 3600.0
+_MOST_NAME_BYTES = 100  # of a file's name that its temporary name ends with: names have at most 255
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without hard links
 
 
 @contextmanager
@@ -109,16 +112,16 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         FileExistsError: if ``exclusive`` and ``path`` exists by then.
         OSError: if the file cannot be written.
     """
-    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
-    temporary = path.with_name(f"{TEMPORARY}{writer}~{path.name}")
+    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}.{_pid_namespace()}"
+    name = os.fsdecode(os.fsencode(path.name)[-_MOST_NAME_BYTES:])
+    temporary = path.with_name(f"{TEMPORARY}{writer}~{name}")
     try:
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            os.link(temporary, path)
-            temporary.unlink()
+            _rename_new(temporary, path)
         else:
             temporary.replace(path)
     except BaseException as error:
@@ -128,6 +131,20 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
             error.filename = str(path)  # a full disk names no file, and users do not know the temporary one
         raise
     _fsync_folder(path.parent)
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename a file unless another one has the name; without hard links, as on exFAT or SMB, the check comes first."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -216,7 +233,8 @@ def check_space(folder: Path, wanted: float, advice: str) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files whose writer is gone.
 
-    A writer on this host is gone if its process is, one on another host if its file is an hour old.
+    A writer on this host is gone if its process is; one on another host, or in a container with its own numbers of
+    processes, if its file is an hour old.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
         if _abandoned(path):
@@ -224,18 +242,42 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _abandoned(path: Path) -> bool:
-    host, process, *_ = [*path.name.removeprefix(TEMPORARY).split("~"), ""]
-    if host == socket.gethostname():
-        return not Path(f"/proc/{process}").exists()
+    host, process, unique, *_ = [*path.name.removeprefix(TEMPORARY).split("~"), "", ""]
+    if host == socket.gethostname() and unique.partition(".")[2] in ("", _pid_namespace()):
+        return not _is_running(process)
     try:
-        return time.time() - path.stat().st_mtime > _STALE_SECONDS
-    except FileNotFoundError:
+        with tempfile.TemporaryFile(dir=path.parent) as probe:  # has the time of the file server, not of this machine
+            return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime > _STALE_SECONDS
+    except OSError:
         return False
+
+
+def _is_running(process: str) -> bool:
+    """Return whether a process exists; /proc may hide those of other users."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _pid_namespace() -> str:
+    """Return what tells this container's processes from others with the same host name; empty if unknown."""
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return ""
 
 
 def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network file systems cannot
+            error.filename = str(folder)
+            raise
     finally:
         os.close(descriptor)

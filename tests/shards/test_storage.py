@@ -1,11 +1,13 @@
 """Atomic files, leftovers of killed writers, and typed JSON."""
 
+import errno
 import json
 import os
 import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from fractalshards.errors import FractalError
 from fractalshards.storage import atomic_file, parse_json, private_cache, remove_leftovers
 
 
-def leftover(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
-    path = folder / f".tmp~{host}~{process}~abcdef01~train-000000.tar"
+def leftover(folder: Path, host: str, process: int, age: float = 0.0, unique: str = "abcdef01") -> Path:
+    path = folder / f".tmp~{host}~{process}~{unique}~train-000000.tar"
     path.write_bytes(b"half")
     os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
     return path
@@ -65,7 +67,34 @@ def test_private_cache_is_in_the_first_place_that_can_be_written(
     assert expected is None or stat.S_IMODE(expected.stat().st_mode) == 0o700
 
 
-def test_remove_leftovers_of_dead_writers_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a" * 255, "日" * 85])
+def test_atomic_file_has_a_name_of_any_length(tmp_path: Path, name: str) -> None:
+    with atomic_file(tmp_path / name) as file:
+        file.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_atomic_file_without_hard_links_and_folders_that_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    def link(*paths: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
+    with atomic_file(tmp_path / "a", exclusive=True) as file:
+        file.write(b"first")
+    with pytest.raises(FileExistsError), atomic_file(tmp_path / "a", exclusive=True) as file:
+        file.write(b"second")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"first")]
+
+
+def test_remove_leftovers_of_dead_writers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     here = socket.gethostname()
@@ -74,8 +103,21 @@ def test_remove_leftovers_of_dead_writers_only(tmp_path: Path) -> None:
     leftover(tmp_path, here, process.pid)
     leftover(tmp_path, "other-host", 1, age=7200)
     kept = {whole, leftover(tmp_path, here, os.getpid()), leftover(tmp_path, "other~host", 1)}
+    kept |= {leftover(tmp_path, here, process.pid, unique="abcdef01.1")}  # of a container with the same host name
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7200)  # the clock of the file server is slow
     remove_leftovers(tmp_path)
     assert set(tmp_path.iterdir()) == kept
+
+
+def test_remove_leftovers_spares_processes_of_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    kept = leftover(tmp_path, socket.gethostname(), 999999999)  # not in /proc, which may hide it
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_atomic_file_on_a_full_disk(small_disk: Path) -> None:
