@@ -46,7 +46,7 @@ def test_pretraining_and_finetuning(workspace: Path) -> None:
     done, scores = result.stdout.splitlines()
     assert done.startswith("runs/single-test_resnet-anderson: 1 epoch done, training loss ")
     assert "20 val images" in scores
-    assert result.stderr == ""
+    assert all(line.startswith("warning: ") for line in result.stderr.splitlines())  # ranks that wait for each other
     run_folder = workspace / "runs/single-test_resnet-anderson"
     result = run(
         "fractaltrain ft --weights runs/single-test_resnet-anderson --data digits --per-class 2 --epochs 1"

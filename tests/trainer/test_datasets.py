@@ -1,5 +1,6 @@
 """The public datasets: the samples of the shards in every form, rendered ones, fresh ones, and those kept in memory."""
 
+import gc
 import os
 import pickle
 import subprocess
@@ -18,6 +19,7 @@ from fractalgen.build import open_folder, plan_build, run_build
 from fractalshards import open_dataset
 from fractalshards.errors import BadSampleError, FractalError, UsageError
 from fractaltrain import EpochSampler, RenderedDataset, ShardDataset
+from fractaltrain.data.memory import MappedSource
 
 RECIPES = {
     kind: make_recipe(kind, 30, val=6, classes=5, size=32, points=500, shard_size=10) for kind in ("single", "multi")
@@ -201,6 +203,20 @@ def test_url_is_read_through_the_cache_ahead_of_time(built, tmp_path, web, monke
     monkeypatch.delattr("fractaltrain.data.datasets.prefetching")  # what is in memory needs no shards
     kept = ShardDataset(f"{server.url}/single", cache_dir=tmp_path, memory=True)
     assert len(list(EpochSampler(kept, batch_size=10))) == 3
+
+
+@pytest.mark.parametrize(("kind", "method"), [("single", "_open"), ("multi", "_fill")])
+def test_memory_is_freed_while_another_dataset_opens(kind, method, built, tmp_path, monkeypatch):
+    """Garbage that refers to itself is collected at any moment, also while this thread holds the lock."""
+    unused = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
+    unused.itself = unused
+    del unused
+    original, problems = getattr(MappedSource, method), []
+    monkeypatch.setattr(MappedSource, method, lambda *arguments: (gc.collect(), original(*arguments)))
+    monkeypatch.setattr(sys, "unraisablehook", problems.append)
+    data = ShardDataset(built / kind, output="array", memory=True, cache_dir=tmp_path)
+    assert contents(data) == contents(ShardDataset(built / kind, output="array"))
+    assert problems == []
 
 
 def test_memory_is_shared_and_removed(built, tmp_path):

@@ -54,7 +54,7 @@ class MappedSource:
         self._source = source
         self._pixels_path = folder / socket.gethostname() / f"{name}.pixels"
         self._pixels_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._lock():
+        with _lock(self._pixels_path):
             remove_leftovers(self._pixels_path.parent)
             self._remove_unused()
             if not self._index_path.exists():
@@ -123,9 +123,6 @@ class MappedSource:
             self._places, self._labels, self._label_ends = index["places"], index["labels"], index["label_ends"]
             self._keys, self._is_single = index["keys"], bool(index["is_single"])
 
-    def _lock(self) -> FileLock:
-        return FileLock(self._pixels_path.with_name("lock"))
-
     def _remove_unused(self) -> None:
         """Remove the files of other datasets that no process reads."""
         for path in self._pixels_path.parent.glob("*.pixels"):
@@ -168,11 +165,19 @@ def _check_size(size: int, limit: int) -> None:
         raise UsageError(f"the decoded images take more than {human_bytes(limit)} of memory; {_ADVICE}")
 
 
+def _lock(path: Path) -> FileLock:
+    return FileLock(path.with_name("lock"), is_singleton=True)
+
+
 def _release(descriptor: int, path: Path, process: int) -> None:
-    """Let go of the file, and remove it if this was its last reader; a forked worker leaves that to its parent."""
-    if os.getpid() == process:
-        with suppress(OSError), FileLock(path.with_name("lock")):
-            _remove_if_unused(descriptor, path)
+    """Stop reading the file, and remove it if this was its last reader; a forked worker leaves that to its parent."""
+    if os.getpid() != process:
+        return
+    if _lock(path).is_locked:  # garbage of this thread, collected while it opens another dataset, or this one again
+        os.close(descriptor)
+        return
+    with suppress(OSError), _lock(path):
+        _remove_if_unused(descriptor, path)
 
 
 def _remove_if_unused(descriptor: int, path: Path) -> None:
