@@ -21,7 +21,7 @@ from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import packed_size
 from fractalshards.slices import Slice
 from fractalshards.storage import check_space, remove_leftovers
-from fractalshards.systems import Systems, format_version, read_systems, write_systems
+from fractalshards.systems import MAP_SHAPES, Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import (
     ShardTask,
@@ -82,7 +82,7 @@ class BuildFolder:
 def dataset_info(recipe: Recipe) -> DatasetInfo:
     """Return the fields of a manifest that follow from the recipe."""
     kind = recipe.family
-    return DatasetInfo(recipe.to_json(), kind.label_type, recipe.classes, format_version=format_version(kind.map_shape))
+    return DatasetInfo(recipe.to_json(), kind.label_type, recipe.classes, format_version=MAP_SHAPES[kind.map_shape])
 
 
 def open_folder(
@@ -141,7 +141,7 @@ def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: On
     Args:
         folder: see ``open_folder``.
         slice_: the slice of the shards to render. By default all.
-        on_progress: as of ``draw_systems``, if it prepares what the workers share.
+        on_progress: see ``draw_systems``.
 
     Raises:
         FractalError: if the disk cannot hold the missing shards, plus 5 %.

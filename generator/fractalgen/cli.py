@@ -364,7 +364,7 @@ def _render_stream(kind: str, size: int, processes: int | None, instances: int, 
 def parameters(
     kind: str, classes: int | None, instances: int | None, seed: int, settings: tuple[str, ...], out: Path
 ) -> None:
-    """Write the parameters of all classes of VisualAtom or RCDB, as a row each; on all cores.
+    """Write the parameters of all classes of VisualAtom or RCDB, a row each, on all cores.
 
     Example: fractalgen parameters --kind visualatom --out parameters.csv
     """

@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,11 @@ from fractalshards.reader import Example, OpenFiles, decode_sample, index_split,
 from fractalshards.sample import LabelType, classes_of
 from fractalshards.tars import Tar, index_tars
 
+if TYPE_CHECKING:
+    from fractalshards.remote.cache import ShardCache
+
 MAX_OPEN_FILES = 64
 _Indices = npt.NDArray[np.int64]
-
-
-class ShardOpener(Protocol):
-    """Opens shards that may first have to be fetched, such as ``remote.cache.ShardCache``."""
-
-    def open(self, name: str) -> int:
-        """Return a descriptor of a shard, open for reading."""
 
 
 class StoredSplit:
@@ -48,7 +44,7 @@ class StoredSplit:
         self,
         manifest: Manifest,
         split: str,
-        cache: ShardOpener | None = None,
+        cache: "ShardCache | None" = None,
         max_open_files: int = MAX_OPEN_FILES,
     ) -> None:
         """Read the sidecars.

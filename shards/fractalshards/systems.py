@@ -20,11 +20,6 @@ _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others inflate more
 Systems = Sequence[npt.NDArray[np.float64]]
 
 
-def format_version(map_shape: tuple[int, ...]) -> int:
-    """Return the version of the format of datasets with systems of this shape; those of version 1 stay as they are."""
-    return MAP_SHAPES[map_shape]
-
-
 def write_systems(path: Path, systems: Systems) -> None:
     """Write all systems, atomically."""
     arrays: dict[str, Any] = {f"{index:05d}": system for index, system in enumerate(systems)}

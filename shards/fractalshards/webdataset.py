@@ -209,5 +209,5 @@ def _split_by_name(folder: Path, tars: Sequence[Tar]) -> dict[Path, str]:
     least = 1 if any(splits.values()) else 0
     for path, found in splits.items():
         if not least <= len(found) <= 1:
-            raise FractalError(f"{path}: its name does not tell its split; use --split train=PATTERN,val=PATTERN")
+            raise FractalError(f"{path}: no split, or several, in its name; use --split train=PATTERN,val=PATTERN")
     return {path: next(iter(found), TRAINING) for path, found in splits.items()}

@@ -64,8 +64,8 @@ class Unit:
         number: index of the render among those of its class and split; training on fresh images counts on from epoch
             to epoch.
         before: upper bound on the renders per class in earlier splits, for kinds that number renders across splits.
-        after: for ``train``, the renders per class of a build, and those of ``val``, which such kinds leave out when
-            training on fresh images counts on.
+        after: for ``train``, the renders per class of a build and of its ``val``; in such kinds, fresh images
+            skip those of ``val``.
     """
 
     seed: int
@@ -81,7 +81,7 @@ class Unit:
 
 
 class LazyImages(Sequence[Rendered]):
-    """The images of a unit, rendered when they are asked for: one alone, or those of a slice in one go.
+    """The images of a unit, rendered when they are asked for: one at a time, or those of a slice together.
 
     ``render(start, stop)`` yields images ``start`` to ``stop - 1`` of ``count``.
     """
@@ -97,11 +97,10 @@ class LazyImages(Sequence[Rendered]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Rendered]: ...
     def __getitem__(self, index: int | slice) -> Rendered | Sequence[Rendered]:
-        if isinstance(index, slice):
-            wanted = range(self._count)[index]
-            return tuple(self._render(wanted.start, wanted.stop))
-        number = range(self._count)[index]
-        return next(self._render(number, number + 1))
+        wanted = range(self._count)[index]
+        if isinstance(wanted, range):
+            return tuple(self._render(wanted.start, wanted.stop))[:: wanted.step]
+        return next(self._render(wanted, wanted + 1))
 
 
 @dataclass(frozen=True)

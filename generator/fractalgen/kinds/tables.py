@@ -25,7 +25,7 @@ def shared_table(
     chains: Callable[[], Sequence[Iterator[Table]]],
     on_progress: OnProgress,
 ) -> Table:
-    """Return a table of the cache, read-only; the first process that needs it computes it while others wait.
+    """Return a table from the cache, read-only; the first process that needs it computes it while others wait.
 
     Args:
         identity: what determines the table, the version of the code that computes it included.
