@@ -79,6 +79,14 @@ def test_compare_shortens_default_names_and_knows_moved_data(tmp_path, name, row
     assert {run.cell for run in collect_runs([tmp_path]).runs} == {("imagefolder:new/photos, 5 per class", "a", row)}
 
 
+def test_compare_tells_model_arguments_apart(tmp_path):
+    settings = {"task": "ft", "data": "digits", "model": "vit", "seed": 0}
+    for size in (4, 8):
+        finish(tmp_path / f"patch{size}", settings | {"model_args": {"patch_size": size, "qkv_bias": False}}, 0.5)
+    models = [run.cell.model for run in collect_runs([tmp_path]).runs]
+    assert sorted(models) == ["vit patch_size=4 qkv_bias=False", "vit patch_size=8 qkv_bias=False"]
+
+
 def test_compare_shows_planned_cells_in_the_order_of_the_file(tmp_path):
     """Finished: everything from scratch; after single: digits with the first two seeds."""
     for run in plan(tmp_path).finetunings:

@@ -20,7 +20,7 @@ import msgspec
 from fractalshards.errors import FractalError, needs_extra
 from fractalshards.human import escape_bytes
 from fractalshards.storage import read_json, write_bytes
-from fractaltrain.config import Freeze, ImagesConfig, ModelConfig, finetuning_folder
+from fractaltrain.config import Freeze, ImagesConfig, ModelArgument, ModelConfig, finetuning_folder
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
 from fractaltrain.run_folder import RESULT, RUN
 from fractaltrain.run_study import DONE, find_state
@@ -139,6 +139,7 @@ class _Settings(msgspec.Struct):
     data_digest: str | None = None
     per_class: int | None = None
     model: str = ""
+    model_args: dict[str, ModelArgument] = {}
     weights: str | None = None
     freeze: Freeze | None = None
     recipe: _Recipe = _Recipe()
@@ -160,7 +161,8 @@ def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
     if settings.task != "ft":
         return []
     data = names.setdefault(settings.data_digest or settings.data, settings.data)
-    cell = Cell(_label(data, settings.per_class), settings.model, _name_row(escape_bytes(folder.name), settings))
+    model = " ".join((settings.model, *(f"{name}={value}" for name, value in settings.model_args.items())))
+    cell = Cell(_label(data, settings.per_class), model, _name_row(escape_bytes(folder.name), settings))
     return _read_scores(folder, cell, (settings.seed, settings.subset_seed))
 
 
