@@ -304,7 +304,7 @@ def preview(
 @click.option("--category", type=int, metavar="C", help="Class of the image, from 0.")
 @click.option("--instance", type=int, metavar="I", help="Image of the class, from 0.")
 @click.option("--processes", type=int, help="Processes of the published program.  [default: by kind]")
-@click.option("--classes", default=1000, help="Classes of the stream.")
+@click.option("--classes", default=1000, type=click.IntRange(1), help="Classes of the stream.")
 @click.option("--instances", default=1000, help="Images per class of the stream.")
 @click.option("--size", type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side in pixels.  [default: by kind]")
 @click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
@@ -355,7 +355,7 @@ def _render_stream(kind: str, size: int, processes: int | None, instances: int, 
 
 @main.command(groups={"Stream": "--kind --classes --instances --seed --set", "File": "--out"})
 @_kind_option(STREAMS, required=True)
-@click.option("--classes", type=int, help="Number of classes.  [default: 1000]")
+@click.option("--classes", type=click.IntRange(1), help="Number of classes.  [default: 1000]")
 @click.option("--instances", type=int, help="Images per class, which later classes depend on.  [default: 1000]")
 @_SEED
 @_SET

@@ -251,6 +251,7 @@ def test_build_refuses_what_no_published_program_makes(tmp_path: Path, options: 
         ("--category 1 --instance 1000", "instance"),
         ("--category 60 --instance 1 --classes 60 --instances 2", "category"),
         ("--category 1 --instance 1 --classes 61", "classes"),
+        ("--category 1 --instance 1 --classes 0", "--classes"),
         ("--category 1 --instance 1 --params x.csv", "--params"),
         ("--category 1 --instance 1 --draw point-gray", "--draw"),
         ("--category 1 --instance 1 --kind single", "'single'"),
