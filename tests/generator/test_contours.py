@@ -22,6 +22,7 @@ from fractalgen.kernels.lines import _draw_polygon
 from fractalgen.kernels.mt19937 import Mersenne, fill, seed_state, skip
 from fractalgen.kinds.contours import STREAMS, follow, parameter_table, render_instance
 from fractalgen.plan import locate
+from fractalgen.render import render_unit
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
@@ -206,6 +207,14 @@ def test_own_stream_has_any_number_of_images() -> None:
     assert {system[0, 11] for system in systems} == {0.0}
     others = draw_systems(make_recipe("rcdb", 7, classes=7, seed=1, overrides=overrides))
     assert not any(np.array_equal(*pair) for pair in zip(systems, others, strict=True))
+
+
+def test_images_of_a_unit_are_a_sequence() -> None:
+    recipe = make_recipe("rcdb", 7, classes=7, size=64, overrides={"stream": "own"})
+    images = render_unit(recipe, draw_systems(recipe), locate(recipe, 0).unit)
+    pixels = [image.indices.tobytes() for image, _ in images]
+    assert (len(pixels), images[-1][0].indices.tobytes()) == (25, pixels[24])
+    assert [image.indices.tobytes() for image, _ in images[3:9:2]] == pixels[3:9:2]
 
 
 @pytest.mark.parametrize(

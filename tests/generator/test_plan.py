@@ -180,7 +180,7 @@ def test_shard_tasks_are_numbered_per_split_and_end_units() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_plan_of_a_million_images_is_fast(kind: str) -> None:
     recipe = make_recipe(kind, 1_000_000)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(shard_tasks(recipe)) == 1000
     assert locate(recipe, 999_999).unit.split == "train"
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
