@@ -69,10 +69,6 @@ _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the kind; repeatable."
 )
 _DATASET_GROUP = "--kind --n --val --classes --size --points --seed --shard-size --set"
-_IN_RECIPE = (
-    *("kind", "n", "val", "classes", "size", "points", "seed", "shard_size"),
-    *("categories", "from_csv", "settings"),
-)
 
 
 def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -128,7 +124,8 @@ def main() -> None:
     }
 )
 @_dataset_options
-@click.option("--recipe", "recipe_file", type=PATH, metavar="FILE", help="Portable recipe of 'fractalshards recipe'.")
+@click.option("--recipe", "recipe_file", type=PATH, metavar="FILE",
+              help="Portable recipe, from 'fractalgen recipe' or 'fractalshards recipe'.")  # fmt: skip
 @click.option("--out", type=PATH, help="Dataset folder.  [default: shards/KIND]")
 @click.option(
     "--executor",
@@ -159,7 +156,7 @@ def build(
     portable = None
     given: Systems | None
     if recipe_file is not None:
-        _refuse_beside_recipe(context)
+        _refuse_beside_recipe(context, dataset)
         portable = read_portable(recipe_file)
         recipe, given = parse_recipe(portable.recipe, portable.recipe_digest, str(recipe_file)), portable.systems
     else:
@@ -422,11 +419,11 @@ def _find_stream(name: str) -> Kind:
     return KINDS[name]
 
 
-def _refuse_beside_recipe(context: click.Context) -> None:
-    """Refuse options whose values come from the recipe."""
+def _refuse_beside_recipe(context: click.Context, dataset: Collection[str]) -> None:
+    """Refuse the options that describe a dataset, whose values come from the recipe."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if name in _IN_RECIPE and _is_given(context, name):
+        if name in dataset and _is_given(context, name):
             raise UsageError(f"{parameter.opts[0]} cannot be combined with --recipe, which determines it: leave it out")
 
 
