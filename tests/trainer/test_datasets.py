@@ -95,7 +95,7 @@ def test_rendered_and_kept_samples_are_those_of_the_shards(kind, split, built, t
     assert contents(RenderedDataset(RECIPES[kind], split, output="array", memory=True, cache_dir=tmp_path)) == expected
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_workers_serve_fresh_epochs(start, built):
     """The indices carry the epoch, so workers that live on show new images in every epoch."""
     data = RenderedDataset(RECIPES["single"], fresh=True, output="tensor")
@@ -114,8 +114,7 @@ def test_loader_workers_serve_fresh_epochs(start, built):
     assert len(list(islice(data, 31))) == 30
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize(("start", "memory"), [("fork", False), ("fork", True), ("spawn", True)])
 def test_loader_workers_read_what_one_process_reads(start, memory, built, tmp_path):
     data = ShardDataset(built / "multi", output="tensor", memory=memory, cache_dir=tmp_path if memory else None)
     sampler = EpochSampler(data, batch_size=6)
