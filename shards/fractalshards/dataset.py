@@ -108,11 +108,11 @@ class StoredSplit:
 
     @property
     def label_counts(self) -> _Indices:
-        """Number of samples per class, (classes,) int64, from the sidecars."""
+        """Number of samples that show each class, (classes,) int64, from the sidecars."""
         manifest = self.manifest
         counts = np.zeros(self.classes, np.int64)
         for shard in manifest.splits[self.split]:
-            record = read_record(manifest.folder, shard.name, "single")
+            record = read_record(manifest.folder, shard.name, self.label_type)
             if len(record.label_counts) != self.classes:
                 raise FractalError(f"{manifest.folder}: {record.name} counts other classes; {self._advice}")
             counts += record.label_counts
@@ -123,9 +123,12 @@ class StoredSplit:
         """Class index of every sample, (n,) int64, from the headers of all tars.
 
         Raises:
-            FractalError: if a tar is damaged, or its labels are not those that its sidecar counts.
+            FractalError: if images have several labels, a tar is damaged, or its labels are not those that its sidecar
+                counts.
         """
         manifest = self.manifest
+        if self.label_type != "single":
+            raise FractalError(f"{manifest.folder}: images show several classes each; read the labels of its samples")
         tars = [Tar(manifest.folder / shard.name) for shard in manifest.splits[self.split]]
         labels = np.concatenate([index.labels for index in index_tars(tars)])
         highest = int(labels.max(initial=0))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fractalshards import open_dataset
 from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
@@ -223,6 +224,13 @@ def test_multi_label_dataset_is_sound(multi: Path) -> None:
     result = CliRunner().invoke(main, ["verify", str(multi), "--workers", "1"])
     assert result.exit_code == 0, result.output
     assert "one or more per image" in CliRunner().invoke(main, ["info", str(multi)]).output
+
+
+def test_labels_of_several_classes_are_counted(multi: Path) -> None:
+    stored = open_dataset(multi)
+    assert stored.label_counts.tolist() == [4, 4, 4]
+    with pytest.raises(FractalError, match="several"):
+        _ = stored.labels
 
 
 def test_verify_names_boxes_outside_of_the_image(multi: Path) -> None:
