@@ -32,7 +32,7 @@ class StoredSplit:
     """One split of a dataset of shards: a sequence of (image, label). Takes 8 bytes of memory per sample.
 
     An image is (H, W, 3) uint8 RGB; a label is a class index, or the indices of all classes that a multi-label image
-    shows. Works in forked and spawned processes.
+    shows. Works in threads, forked and spawned processes.
 
     Attributes:
         manifest: the whole dataset, as ``_info.json`` describes it.
@@ -170,9 +170,9 @@ class StoredSplit:
         shard, place = self._shards[number], index - int(self._starts[number])
         start, end = shard.offsets[place : place + 2].tolist()
         key = f"sample {place}"
-        descriptor = self._files.descriptor(shard.path, shard.stamp)
+        file = self._files.open(shard.path, shard.stamp)
         try:
-            sample = read_sample(descriptor, start, end)
+            sample = read_sample(file.fileno(), start, end)
             key = sample.key
             image, label = decode_sample(sample, self.classes)
             if isinstance(label, int) != (self.label_type == "single"):

@@ -20,6 +20,7 @@ Indices = npt.NDArray[np.int64]
 SPLITS = ("train", "val")
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _LAYOUT = "images belong in PATH/CLASS/, or in PATH/train/CLASS/ and PATH/val/CLASS/"
 
 
@@ -129,7 +130,8 @@ def has_splits(path: Path) -> bool:
 def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageListing:
     """List the images of each split of an image folder.
 
-    Symbolic links are followed. Hidden files and folders and files without an image extension are left out.
+    Symbolic links are followed. Hidden files and folders, folders of file systems such as ``@eaDir``, and files without
+    an image extension are left out.
 
     Args:
         folders: the folder below ``path`` for each split; by default ``train`` and ``val`` if they exist, else all
@@ -178,8 +180,6 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
     labels: list[int] = []
     skipped = len(set(os.listdir(folder)) - {*classes})
     for label, name in enumerate(classes):
-        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python decodes bytes that are not UTF-8
-            raise FractalError(f"{folder}: class folder {name!r} is not UTF-8; rename it")
         files = list(_walk(folder, name, (folder.resolve(),)))
         images = sorted(file for file in files if _is_image(file))
         if not images:
@@ -187,11 +187,19 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
         paths += images
         labels += [label] * len(images)
         skipped += len(files) - len(images)
-    return classes, ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
+    return tuple(_class_name(folder, name) for name in classes), ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)))
+
+
+def _class_name(folder: Path, name: str) -> str:
+    """Decode the name of a folder as UTF-8, whatever the locale."""
+    try:
+        return os.fsencode(name).decode()
+    except UnicodeDecodeError as error:
+        raise FractalError(f"{folder}: class folder {name!r} is not UTF-8; rename it") from error
 
 
 def _walk(top: Path, below: str, parents: tuple[Path, ...]) -> Iterator[str]:
@@ -215,7 +223,7 @@ def _is_image(path: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 @lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,8 +117,25 @@ def _index_shard(manifest: Manifest, shard: Shard, whole: bool) -> ShardIndex:
     return ShardIndex(path, np.asarray(record.offsets, np.int64), stamp)
 
 
+class OpenFile:
+    """A file that is open for reading, and closed when nothing refers to it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+        return self._descriptor
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
 class OpenFiles:
-    """Keeps recently read files open: opening one for every sample would overload a shared file system."""
+    """Keeps recently read files open: opening one for every sample would overload a shared file system.
+
+    Threads may share it: a file that one of them reads stays open while others open more than ``limit``.
+    """
 
     def __init__(self, limit: int, fetch: Callable[[str], int] | None = None) -> None:
         """Create an empty set of files.
@@ -128,10 +146,10 @@ class OpenFiles:
         """
         self.limit = limit
         self._fetch = fetch
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, OpenFile] = OrderedDict()
 
-    def descriptor(self, path: Path, stamp: FileStamp | None = None) -> int:
-        """Open a file; the descriptor is valid until ``limit`` other files are asked for.
+    def open(self, path: Path, stamp: FileStamp | None = None) -> OpenFile:
+        """Open a file, or return it if it is open.
 
         Args:
             stamp: the one that the file must have.
@@ -140,26 +158,21 @@ class OpenFiles:
             BadSampleError: if the file cannot be opened.
             FractalError: if it cannot be fetched, or was changed.
         """
-        if path not in self._descriptors:
+        file = self._files.pop(path, None)
+        if file is None:
             try:
-                self._descriptors[path] = (
-                    self._fetch(path.name) if self._fetch else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                )
+                file = OpenFile(self._fetch(path.name) if self._fetch else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as error:
                 raise BadSampleError(describe_os_error(error)) from error
-            status = os.fstat(self._descriptors[path])
+            status = os.fstat(file.fileno())
             if stamp and stamp != (status.st_size, status.st_mtime_ns):
-                os.close(self._descriptors.pop(path))
                 raise FractalError(f"{path}: was changed after the dataset was opened; open it again")
-            while len(self._descriptors) > self.limit:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(path)
-        return self._descriptors[path]
+        self._files[path] = file
+        while len(self._files) > self.limit:
+            with suppress(KeyError):  # another thread was faster
+                self._files.popitem(last=False)
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open files: a process that unpickles this opens them again."""
-        return {**self.__dict__, "_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        return {**self.__dict__, "_files": OrderedDict()}

@@ -85,6 +85,17 @@ def test_cache_removes_the_least_recently_used_shard(source: Path, root: Path, s
         assert file.read() == (source / NAMES[2]).read_bytes()
 
 
+def test_cache_shared_with_another_user(
+    source: Path, root: Path, size: int, web: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError  # whoever does not own a file may not set its time
+
+    cache = opened(web(source).url, root, 3 * size)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert content(cache, NAMES[0]) == content(cache, NAMES[0]) == (source / NAMES[0]).read_bytes()
+
+
 def test_cache_shared_by_threads_with_little_room(source: Path, root: Path, size: int, web: Callable) -> None:
     cache = opened(web(source).url, root, 2 * size)
 

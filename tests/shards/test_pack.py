@@ -189,6 +189,16 @@ def test_odd_folders_are_refused(tmp_path: Path, damage: Callable[[Path], None],
     assert not (tmp_path / "out").exists()
 
 
+def test_class_names_do_not_depend_on_the_locale(tmp_path: Path, image_folder: Make) -> None:
+    source = image_folder(tmp_path / "in", {"été": 1, "日本": 1})
+    code = "import sys; from pathlib import Path; from fractalshards.imagefolder import list_folder as read; print("
+    code += "ascii(read(Path(sys.argv[1])).class_names))"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, source]
+    printed = subprocess.run(command, text=True, capture_output=True, check=True, env=os.environ | locale).stdout
+    assert printed == ascii(list_folder(source).class_names) + "\n" == ascii(("été", "日本")) + "\n"
+
+
 def test_hostile_class_names_are_data(tmp_path: Path, image_folder: Make) -> None:
     name = "<script>'; rm -rf ~\nb\x1b[2J%s{0}"
     source = image_folder(tmp_path / "in", {name: 1, "zz": 1, "...": 1})

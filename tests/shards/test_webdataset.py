@@ -98,7 +98,7 @@ def test_index_ignores_other_files(tmp_path):
         [("./._x", b"x"), ("./x/a.png", b"A"), ("./x/._a.cls", b"x"), ("./x/a.cls", b"1"), ("x/b.png", b"B"),
          ("x/.DS_Store", b"x"), ("x/b.cls", b"2"), ("__MACOSX/x/._b.png", b"x"), ("__MACOSX/x/b.png", b"x")],
         [("a.png", b"A"), ("README", b"x"), ("a.cls", b"1"), (".AppleDouble/a.png", b"x"), ("b.png", b"B"),
-         ("__meta__/b.png", b"x"), ("b.cls", b"2")],
+         ("__meta__/b.png", b"x"), ("@eaDir/b.png/thumb.jpg", b"x"), ("b.cls", b"2")],
         [("a.png", b"A"), ("a.cls", b"1"), ("c.txt", b"2"), ("d/e", "./c.txt"), ("b.cls", "d/e"), ("./b.png", b"B")],
     ],
     ids=["macOS", "macOS in a folder", "no extension", "hard links"],

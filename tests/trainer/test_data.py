@@ -169,8 +169,9 @@ def test_image_folders(tmp_path):
 def test_hidden_files_and_folders_are_no_images(tmp_path):
     """As ``fractalshards pack`` leaves them out."""
     name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
-    for folder in ("train/.ipynb_checkpoints", "train/ant/.thumbnails", "val/.AppleDouble"):
+    for folder in ("train/.ipynb_checkpoints", "train/ant/.thumbnails", "val/.AppleDouble", "val/@eaDir"):
         shutil.copytree(tmp_path / "train" / "bee", tmp_path / folder)
+    (tmp_path / "train" / "lost+found").mkdir()
     (tmp_path / "val" / "bee" / "._0.png").write_bytes(b"no image")
     photos = open_images(name)
     assert photos.train.class_names == photos.val.class_names == ("ant", "bee")

@@ -83,6 +83,22 @@ def test_outputs_hold_the_pixels_of_the_shards(kind, built):
     assert np.array_equal(ShardDataset(built / kind, transform=doubled, output="array")[3][0], doubled(stored[3][0]))
 
 
+def test_threads_share_the_open_files(built):
+    """A shard that one thread reads stays open while others open more of them."""
+    expected = contents(ShardDataset(built / "single", output="array"))
+    stored = open_dataset(built / "single")
+    stored.max_open_files = 1
+    indices = np.random.default_rng(0).integers(0, len(stored), 4000).tolist()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda index: stored[index][0].tobytes(), indices))
+    finally:
+        sys.setswitchinterval(interval)
+    assert read == [expected[index][0] for index in indices]
+
+
 @pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_rendered_and_kept_samples_are_those_of_the_shards(kind, split, built, tmp_path):

@@ -180,7 +180,8 @@ def _store_of_process(url: str, process: int) -> Store:
 
 
 def _mark_used(descriptor: int) -> None:
-    os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
+    with suppress(PermissionError):  # another user's, in a shared cache: it counts as used when it arrived
+        os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
 
 
 def open_cache(url: str, root: Path | None, size: int, window: int, split: str) -> ShardCache:

@@ -96,9 +96,9 @@ class WebDatasetSource:
         place = index - int(self._starts[number])
         path, tar = self._paths[number], self._indices[number]
         key, start, size = tar.key(place), int(tar.starts[place]), int(tar.sizes[place])
-        descriptor = self._files.descriptor(path)
+        file = self._files.open(path)
         try:
-            image = decode_image(read_blocks(descriptor, start, start + size))
+            image = decode_image(read_blocks(file.fileno(), start, start + size))
             return Example(key, image, int(tar.labels[place]))
         except FractalError as error:
             raise BadSampleError(f"{path}: {key}: {error}; replace it, or train with --on-bad-sample skip") from error
