@@ -187,7 +187,8 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
         paths += images
         labels += [label] * len(images)
         skipped += len(files) - len(images)
-    return tuple(_class_name(folder, name) for name in classes), ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
+    names = tuple(_class_name(folder, name) for name in classes)
+    return names, ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
