@@ -368,7 +368,11 @@ def parameters(
     family = _find_stream(kind)
     if out.is_dir():
         raise UsageError(f"--out is {out}: expected the name of a file")
-    overrides = parse_settings(settings) | ({} if instances is None else {"instances": str(instances)})
+    overrides = parse_settings(settings)
+    if instances is not None:
+        if "instances" in overrides:
+            raise UsageError("--set instances and --instances are the same: leave one out")
+        overrides["instances"] = str(instances)
     classes = family.classes if classes is None else classes
     recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=overrides)
     with _preparing() as on_progress:

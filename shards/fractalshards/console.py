@@ -137,6 +137,8 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = (stream or os.fdopen(number, "w") for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     if isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout.buffer, io.RawIOBase):  # under PYTHONUNBUFFERED: what a full disk cuts off is no error
+            sys.stdout = os.fdopen(1, "w", 1, sys.stdout.encoding, closefd=False)
         sys.stdout.reconfigure(errors="surrogateescape")
         os.environ.setdefault("PYTHONIOENCODING", ":surrogateescape")  # of child processes
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -43,7 +43,8 @@ def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] =
         UsageError: if a field does not exist (similar names are suggested), a text does not fit its type, or the
             dataclass refuses a value.
     """
-    types = {name: kind for name, kind in get_type_hints(type(record)).items() if name not in fixed}
+    hints = get_type_hints(type(record))  # class variables are among them
+    types = {field.name: hints[field.name] for field in fields(record) if field.name not in fixed}
     for name in changes:
         if name not in types:
             raise UsageError(f"unknown parameter {name!r}{nearest(name, types)}")

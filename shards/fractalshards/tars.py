@@ -224,7 +224,8 @@ def _read_label(member: _Member, label_key: str | None, descriptor: int) -> int:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise _BadSampleError(f"has a .json that is no object of at most {most >> 20} MiB; correct it") from error
         if label_key not in fields:
-            raise _BadSampleError(f"has no {label_key!r} in its .json, only {human_list([*fields], _MAX_NAMED)}")
+            found = human_list([*fields], _MAX_NAMED)
+            raise _BadSampleError(f"has no {label_key!r} in its .json, only {found}; name one with --label-key")
         text = bytes(fields[label_key])
     digits = text.strip().strip(b'"').removesuffix(b".0").strip()  # pandas writes integers of some columns as floats
     if not (digits.isdigit() and len(digits) <= _MAX_DIGITS):

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,3 +122,16 @@ def test_quiet_prints_results_only(
     results = [line for line in loud.stdout.splitlines() if not line.startswith("next: ")]
     assert len(results) == quiet.stdout.count("\n") > 0
     assert (bool(loud.stderr), quiet.stderr) == (True, "")
+
+
+def test_output_that_a_full_disk_cuts_off_is_an_error(dataset: Path, tmp_path: Path) -> None:
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300));"
+    code += "from fractalshards.cli import main; main(sys.argv[1:])"
+    out = tmp_path / "out.txt"
+    with out.open("wb") as stdout:
+        ended = subprocess.run(
+            [sys.executable, "-u", "-c", code, "info", "--json", dataset], stdout=stdout, stderr=subprocess.PIPE
+        )
+    assert out.stat().st_size == 300
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr.decode()

@@ -1,7 +1,7 @@
 """``--set NAME=VALUE`` onto dataclasses, and ``--slice`` for job arrays."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -19,6 +19,7 @@ class Record:
     mode: Literal["slow", "fast"] = "slow"
     decay: float | None = None
     pair: tuple[int, int] = (2, 4)
+    unit: ClassVar[str] = "px"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_override_of_every_type(text: str, value: object) -> None:
     "text",
     [
         *("count", "=3", "count=1.5", "rate=x", "rate=inf", "wanted=2", "mode=medium", "pair=1,2,3", "decay=x"),
-        *("conut=3", "xyz=3", "name=x"),
+        *("conut=3", "xyz=3", "name=x", "unit=x"),
     ],
 )
 def test_override_rejects(text: str) -> None:

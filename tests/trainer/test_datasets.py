@@ -59,6 +59,15 @@ def test_open_dataset_needs_no_torch(built):
     assert printed.stdout.split("\n")[0] == "6 (32, 32, 3) uint8 int 6 5 32 single single (6,) False"
 
 
+def test_script_that_keeps_a_dataset_ends_silently(built):
+    code = (
+        "import sys; from fractaltrain import ShardDataset; data = ShardDataset(sys.argv[1]); data[0]\n"
+        "def keep(): return data"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, built / "single"], text=True, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("kind", RECIPES)
 def test_outputs_hold_the_pixels_of_the_shards(kind, built):
     stored = open_dataset(built / kind)

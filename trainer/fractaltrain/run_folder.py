@@ -87,7 +87,7 @@ def hold_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
         OSError: if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a+b") as file:
+    with (folder / name).open("a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not shared with forked loader workers
         except OSError as error:
@@ -101,10 +101,13 @@ def hold_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
                 raise
             _log.warning("%s: its file system has no locks; do not start a second command in this folder", folder)
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
-        file.flush()
-        os.fsync(file.fileno())  # other machines read it
+        try:
+            file.truncate(0)
+            file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
+            os.fsync(file.fileno())  # other machines read it
+        except OSError as error:
+            error.filename = str(folder / name)  # a full disk names no file
+            raise
         yield
 
 
