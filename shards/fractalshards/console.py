@@ -120,6 +120,10 @@ class Commands(click.Group):
         except FractalError as error:
             _fail(str(error), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python tries again at its end, and would say so in lines of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             _fail(describe_os_error(error), 1)
         except MemoryError:
             _fail("memory ran out; lower --workers, or give the command more memory", 1)

@@ -124,14 +124,19 @@ def test_quiet_prints_results_only(
     assert (bool(loud.stderr), quiet.stderr) == (True, "")
 
 
-def test_output_that_a_full_disk_cuts_off_is_an_error(dataset: Path, tmp_path: Path) -> None:
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300));"
-    code += "from fractalshards.cli import main; main(sys.argv[1:])"
-    out = tmp_path / "out.txt"
-    with out.open("wb") as stdout:
+@pytest.mark.parametrize("flags", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_output_that_a_full_disk_cuts_off_is_an_error(dataset: Path, tmp_path: Path, flags: list[str]) -> None:
+    code = (
+        "import resource, sys; from fractalshards.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); main(sys.argv[1:])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "out.txt").open("wb") as stdout:
         ended = subprocess.run(
-            [sys.executable, "-u", "-c", code, "info", "--json", dataset], stdout=stdout, stderr=subprocess.PIPE
+            [sys.executable, *flags, "-c", code, "info", "--json", dataset],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env=environment,
         )
-    assert out.stat().st_size == 300
-    assert ended.returncode == 1
+    assert ended.returncode == 1, ended.stderr.decode()
     assert len(ended.stderr.splitlines()) == 1, ended.stderr.decode()
