@@ -61,7 +61,7 @@ def test_open_dataset_needs_no_torch(built):
 
 def test_script_that_keeps_a_dataset_ends_silently(built):
     code = (
-        "import sys; from fractaltrain import ShardDataset; data = ShardDataset(sys.argv[1]); data[0]\n"
+        "import sys, fractalshards; from fractaltrain import ShardDataset; data = ShardDataset(sys.argv[1]); data[0]\n"
         "def keep(): return data"
     )
     ended = subprocess.run([sys.executable, "-c", code, built / "single"], text=True, capture_output=True)
