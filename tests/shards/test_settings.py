@@ -19,7 +19,7 @@ class Record:
     mode: Literal["slow", "fast"] = "slow"
     decay: float | None = None
     pair: tuple[int, int] = (2, 4)
-    unit: ClassVar[str] = "px"
+    px: ClassVar[str] = "unit"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_override_of_every_type(text: str, value: object) -> None:
     "text",
     [
         *("count", "=3", "count=1.5", "rate=x", "rate=inf", "wanted=2", "mode=medium", "pair=1,2,3", "decay=x"),
-        *("conut=3", "xyz=3", "name=x", "unit=x"),
+        *("conut=3", "xyz=3", "name=x", "px=x"),
     ],
 )
 def test_override_rejects(text: str) -> None:
