@@ -127,8 +127,8 @@ class OpenFile:
         """Return the file descriptor."""
         return self._descriptor
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: os is gone when Python ends
+        close(self._descriptor)
 
 
 class OpenFiles:
