@@ -175,7 +175,7 @@ def make_recipe(
     chosen = find_kind(kind)
     n = chosen.n if n is None else n
     if n is None:
-        raise UsageError(f"kind {kind} has no default for --n, the number of images")
+        raise UsageError(f"kind {kind} has no default number of images; give it with --n")
     return Recipe(
         kind=kind,
         n=n,

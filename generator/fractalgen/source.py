@@ -51,7 +51,10 @@ class RenderedSplit:
         if fresh and split != "train":
             raise UsageError(f"only the split 'train' can be rendered afresh, not {split!r}")
         if fresh and recipe.family.units_per_class(recipe.params) is not None:
-            raise UsageError(f"kind {recipe.kind} with these parameters has a limited number of images; drop --fresh")
+            own = ", or make the recipe with --set stream=own" if hasattr(recipe.params, "stream") else ""
+            raise UsageError(
+                f"kind {recipe.kind} with these parameters has a limited number of images; drop --fresh{own}"
+            )
         self._systems = systems
         self._samples = sum(self.lengths)
         self._first = 0 if split == "train" else recipe.n
