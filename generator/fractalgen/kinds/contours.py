@@ -35,7 +35,8 @@ Generator = Mersenne | Stream
 
 _CANVAS = 512  # side of the canvas that centres are drawn for; others move them by half the difference
 _PER_UNIT = 25  # instances that share a way through the generator
-_STATES = 4  # of the generator per class
+_STATES = 4, 20  # of the generator per class, at least and at most: more are sooner reached in random order
+_TABLE_STATES = 20_000  # of all classes, 50 MB, if that leaves a class no fewer
 _VERSION = 1  # of the table
 _SYSTEM_WORDS = 24  # of 12 float64
 _PROCESSES = "processes of the published program; each makes an equal share of the classes"
@@ -175,10 +176,10 @@ def follow(params: ContourParams, classes: int, process: int) -> Iterator[tuple[
     """Follow one of the published processes: yield the system of each of its classes, and states of the generator.
 
     The system, (1, 12) float64, is that of ``draw_systems``. State k, (624,) uint32, comes before everything that
-    instance k S draws, for S = ``_stride(params)``.
+    instance k S draws, for S = ``_stride(params, classes)``.
     """
     rng = Mersenne.of(seed_state(process + 1))
-    stride = _stride(params)
+    stride = _stride(params, classes)
     for _ in range(classes // params.processes):
         position = rng.at
         contour = params.draw_class(rng)
@@ -190,8 +191,9 @@ def follow(params: ContourParams, classes: int, process: int) -> Iterator[tuple[
         yield np.array([[*contour, position]]), states
 
 
-def _stride(params: ContourParams) -> int:
-    return -(-params.instances // _STATES)
+def _stride(params: ContourParams, classes: int) -> int:
+    fewest, most = _STATES
+    return -(-params.instances // min(max(_TABLE_STATES // classes, fewest), most))
 
 
 def _skip(params: ContourParams, contour: Contour, rng: Mersenne, first: int, stop: int) -> None:
@@ -216,7 +218,7 @@ def _prepare(params: ContourParams, classes: int, on_progress: OnProgress) -> Wo
         for system, states in follow(params, classes, process):
             yield np.concatenate([system.view(np.uint32).reshape(-1), *states])
 
-    states = len(range(0, params.instances, _stride(params)))
+    states = len(range(0, params.instances, _stride(params, classes)))
     shape = classes, _SYSTEM_WORDS + STATE_WORDS * states
     identity = "contours", _VERSION, params
     return shared_table(identity, shape, lambda: [rows(process) for process in range(params.processes)], on_progress)
@@ -286,9 +288,9 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
         )
     contour, first, count = _contour(system), unit.number * _PER_UNIT, _PER_UNIT
     if params.stream == "published" and unit.split == "train":
-        states = _table(params, len(systems))[unit.label, _SYSTEM_WORDS:].reshape(-1, STATE_WORDS)
+        states = np.asarray(_table(params, len(systems)))[unit.label, _SYSTEM_WORDS:].reshape(-1, STATE_WORDS)
         count = min(count, params.instances - first)
-        images = partial(_published_images, params, size, contour, [*states])
+        images = partial(_published_images, params, size, contour, states)
     else:
         images = partial(_own_images, params, size, contour, unit)
     return LazyImages(lambda start, stop: ((image, unit.label) for image in images(first + start, first + stop)), count)
@@ -324,10 +326,10 @@ def _contour(system: npt.NDArray[np.float64]) -> Contour:
 
 
 def _published_images(
-    params: ContourParams, size: int, contour: Contour, states: Sequence[Words], first: int, stop: int
+    params: ContourParams, size: int, contour: Contour, states: Words | Sequence[Words], first: int, stop: int
 ) -> Iterator[Indexed]:
     """Draw instances ``first`` to ``stop - 1`` of a class, from the nearest state before them."""
-    stride = _stride(params)
+    stride = -(-params.instances // len(states))
     rng = Mersenne.of(states[first // stride])
     _skip(params, contour, rng, first - first % stride, first)
     for instance in range(first, stop):
