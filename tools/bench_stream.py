@@ -137,7 +137,7 @@ def measure_workers(bench: Bench) -> Results:
         _DOOR: _worker_memory(_loader(dataset, bench, steps, bench.workers), steps // 2),
     }
     return Results(
-        {_CORE: ",.0f", "a million images: MB, shared pages included": ",.0f", "private": ",.0f"},
+        {_CORE: ",.0f", "MB per worker, a million images": ",.0f", "private MB": ",.0f"},
         {name: (rate, *memory[name]) for name, rate in rates.items()},
     )
 
