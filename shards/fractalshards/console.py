@@ -1,9 +1,11 @@
 """The terminal, shared by the three commands: help, one-line errors, exit codes, progress and notes."""
 
+import codecs
 import inspect
 import io
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ _SHORT = {
 }
 _ALL = "all"
 _LOG_SECONDS = 10.0
+_PRINTED = "fractalshards"  # an error handler of Python's codecs
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Command(click.Command):
@@ -127,6 +131,10 @@ class Commands(click.Group):
             _fail(describe_os_error(error), 1)
         except MemoryError:
             _fail("memory ran out; lower --workers, or give the command more memory", 1)
+        except RuntimeError as error:
+            if str(error) != "can't start new thread":
+                raise
+            _fail(f"{error}; lower --workers, or raise the limit of processes (ulimit -u)", 1)
         except (click.Abort, KeyboardInterrupt) as error:
             _fail("stopped", _interrupt_code(error))
         sys.exit(code if isinstance(code, int) else 0)
@@ -143,8 +151,17 @@ def _open_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         if isinstance(sys.stdout.buffer, io.RawIOBase):  # under PYTHONUNBUFFERED: what a full disk cuts off is no error
             sys.stdout = os.fdopen(1, "w", 1, sys.stdout.encoding, closefd=False)
-        sys.stdout.reconfigure(errors="surrogateescape")
+        codecs.register_error(_PRINTED, _print_anyway)
+        sys.stdout.reconfigure(errors=_PRINTED)
         os.environ.setdefault("PYTHONIOENCODING", ":surrogateescape")  # of child processes
+
+
+def _print_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode a name of any bytes as these, and characters that the encoding of a terminal lacks as escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 @contextmanager
@@ -158,13 +175,15 @@ def continuable(folder: Path) -> Iterator[None]:
 
 
 class _NamedPath(click.Path):
-    """A path that must not be empty: an unset shell variable would mean the current folder."""
+    """A local path: an unset shell variable would mean the current folder, and ``s3://bucket`` a folder ``s3:``."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         if not os.fspath(value):
             self.fail("is empty; give a path", param, ctx)
+        if _URL.match(os.fsdecode(value)):
+            self.fail(f"{value} is a URL; give a local path, and use 'fractalshards push' and 'pull'", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -35,18 +35,26 @@ def work(workers: int) -> None:
     click.echo(workers)
 
 
+@program.command()
+@click.argument("text")
+def say(text: str) -> None:
+    """Print a text."""
+    click.echo(text)
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(program, ["work", *map(str, arguments)])
 
 
-def test_all_paths_reject_empty_text() -> None:
+def test_all_paths_reject_empty_text_and_urls() -> None:
     parameters = [parameter for command in main.commands.values() for parameter in command.params]
     paths = [parameter for parameter in parameters if isinstance(parameter.type, click.Path)]
     assert len(paths) > 10
     assert all(parameter.type is PATH for parameter in paths)
-    result = CliRunner().invoke(main, ["diff", ".", ""])
-    assert result.exit_code == 2, result.output
-    assert len(result.stderr.splitlines()) == 1
+    for given in ("", "s3://bucket/folder", "file:///folder"):
+        result = CliRunner().invoke(main, ["diff", ".", given])
+        assert result.exit_code == 2, result.output
+        assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("given", "used"), [([], 3), (["all"], 3), (["2"], 2), (["3"], 3), (["999"], 3)], ids=str)
@@ -82,14 +90,30 @@ def test_bars_do_not_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert "first" not in capsys.readouterr().err
 
 
-def test_memory_error_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "noun"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+    ],
+)
+def test_lack_of_something_is_one_line(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, noun: str
+) -> None:
     def run_out(*arguments: object) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("fractalshards.cli.verify_dataset", run_out)
     result = CliRunner().invoke(main, ["verify", str(dataset)])
     assert (result.exit_code, result.stderr.count("error: ")) == (1, 1)
-    assert "memory" in result.stderr.splitlines()[-1]
+    assert noun in result.stderr.splitlines()[-1]
+
+
+def test_names_are_printed_in_any_encoding() -> None:
+    result = CliRunner(charset="iso8859-15").invoke(program, ["say", "é 類 \udcff"])
+    assert (result.exit_code, result.stdout_bytes) == (0, b"\xe9 \\u985e \xff\n")
 
 
 def test_os_error_names_the_file() -> None:

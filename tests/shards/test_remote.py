@@ -30,6 +30,7 @@ from fractalshards.remote.stores import (
     HubStore,
     Store,
     Upload,
+    WebStore,
     dataset_readme,
     open_store,
     parse_location,
@@ -407,6 +408,14 @@ def test_pull_onto_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pyt
     (small_disk / "filler").unlink()
     good("pull", dataset, small_disk)
     assert "sound" in good("verify", small_disk, "--workers", 1)
+
+
+def test_certificate_that_is_not_trusted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+
+    monkeypatch.setattr(WebStore, "_open", refuse)
+    assert "SSL_CERT_FILE" in bad("pull", "https://somewhere/set", out)
 
 
 def test_errors_are_one_line_without_secrets(dataset: Path, out: Path, web: Callable, tmp_path: Path) -> None:

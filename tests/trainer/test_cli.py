@@ -29,6 +29,12 @@ def test_help_does_not_import_torch(tmp_path):
     assert python(code, tmp_path).stdout == "set()\n"
 
 
+def test_matplotlib_of_a_notebook_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    code = "from fractaltrain.cli import main\ntry: main(['study', '--help'])\nexcept SystemExit: import matplotlib"
+    assert python(code, tmp_path).stderr == ""
+
+
 def test_missing_torch_names_the_extra(tmp_path):
     done = python(NO_TORCH.format(arguments=["ft", "--weights", "none", "--data", "digits"]), tmp_path)
     assert (done.returncode, done.stderr.count("\n"), ".[train]" in done.stderr) == (1, 1, True)

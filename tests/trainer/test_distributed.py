@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fractalshards.errors import FractalError
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import read_record
 from fractaltrain import distributed
 from fractaltrain.checkpoint import load_checkpoint
@@ -195,6 +195,19 @@ def test_bad_samples_are_replaced_and_counted(ranks, dataset, tmp_path):
     epochs = [line for line in read_metrics(tmp_path / "run") if line["split"] == "epoch"]
     assert [line["bad_samples"] for line in epochs] == replaced
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 12
+
+
+@pytest.mark.parametrize(
+    ("environment", "noun"),
+    [({"RANK": ""}, "RANK"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2")],
+)
+def test_wrong_environment_is_an_error(monkeypatch, environment, noun):
+    """As of ``RANK=$SLURM_PROCID`` outside of srun."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
+    with pytest.raises(UsageError, match=noun), distributed.join_world():
+        pass
 
 
 def test_missing_process_is_warned_of_until_it_is_an_error(monkeypatch, caplog):

@@ -1,6 +1,7 @@
 """Predictions, metrics, and the command ``eval``."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,8 @@ def test_eval_of_a_diverged_run_has_no_scores(fractaltrain, dataset):
 def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes):
     labels = np.random.default_rng(0).integers(0, classes, 1000)
     counts = Predictions(classes, labels, labels[:, None], 0.0).confusion()
-    draw_confusion(tmp_path / "x.png", counts, classes, ["$a class_$ " + "long " * 20] * classes, "run $x$")
+    with warnings.catch_warnings(action="error"):
+        draw_confusion(tmp_path / "x.png", counts, classes, ["$a 類_$ " + "long " * 20] * classes, "run $x$")
     with Image.open(tmp_path / "x.png") as picture:
         assert 400 < min(picture.size) < 2500
 

@@ -1,6 +1,7 @@
 """Batches of an epoch: the same for any number of workers and after any stop, bad samples, workers that end."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import select
@@ -259,6 +260,23 @@ def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
     monkeypatch.setattr(os, "memfd_create", full)
     with pytest.raises(FractalError, match="open files"):
         list(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=1))
+
+
+def test_workers_end_if_another_one_cannot_start(monkeypatch):
+    def fork() -> int:
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(real())
+        return started[0]
+
+    started: list[int] = []
+    real = os.fork
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(OSError, match="unavailable") as caught:
+        list(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=2))
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert not {*started} & children(), caught  # whose traceback refers to the workers
 
 
 def children() -> set[int]:

@@ -181,6 +181,12 @@ def test_read_study_names_file_and_field(tmp_path, old, new, noun):
     assert "\n" not in str(caught.value)
 
 
+def test_read_study_of_an_editor_that_writes_byte_order_marks(tmp_path):
+    for name, encoding in (("a.toml", "utf-8"), ("b.toml", "utf-8-sig")):
+        (tmp_path / name).write_text(STUDY, encoding)
+    assert read_study(tmp_path / "b.toml") == read_study(tmp_path / "a.toml")
+
+
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", ""])
 def test_read_plan_refuses_runs_outside_of_the_folder(study, path):
     study.plan()

@@ -132,6 +132,7 @@ def _grouped(options: _Options) -> dict[str, Any]:
 @click.version_option(package_name="fractalpretrain", prog_name="fractaltrain")
 def main() -> None:
     """Pre-train vision models on fractals, fine-tune them on real images."""
+    os.environ["MPLBACKEND"] = "agg"  # figures are only saved; notebooks name a package that may not be installed here
 
 
 _PT_OPTIONS: _Options = {

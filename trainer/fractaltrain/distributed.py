@@ -158,12 +158,10 @@ def join_world() -> Iterator[World]:
     unless OMP_NUM_THREADS is set. After an error the process is expected to end.
 
     Raises:
+        UsageError: if the environment variables are no numbers, or do not fit.
         FractalError: if there are fewer GPUs than processes, or the device runs out of memory.
     """
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    rank, size, local_rank, local_size = _read_place()
     device = torch.device("cuda", local_rank) if count_gpus(local_size) else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -185,6 +183,17 @@ def join_world() -> Iterator[World]:
         ) from error
     if dist.is_initialized():  # not after an error: NCCL would wait for ranks that wait for this one
         dist.destroy_process_group()
+
+
+def _read_place() -> tuple[int, int, int, int]:
+    """Return rank, size, local rank and local size from the environment."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    found = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    if not all(map(str.isdecimal, found.values())) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        shown = ", ".join(f"{name}={value}" for name, value in found.items() if name in os.environ)
+        raise UsageError(f"{shown} in the environment: set them as torchrun does, with ranks from 0, or unset them")
+    rank, size, local_rank, local_size = map(int, found.values())
+    return rank, size, local_rank, local_size
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 matplotlib is imported when something is drawn.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def save(figure: "Figure", path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
         figure.savefig(file, dpi=_DOTS_PER_INCH, format="png")
 
 

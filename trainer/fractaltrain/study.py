@@ -4,6 +4,7 @@
 ``fractaltrain compare`` learns which runs belong to the study and which are missing. ``run_study.py`` runs them.
 """
 
+import codecs
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -129,7 +130,7 @@ def read_study(path: Path) -> Study:
         OSError: if it cannot be read.
     """
     try:
-        study = msgspec.toml.decode(path.read_bytes(), type=Study)
+        study = msgspec.toml.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), type=Study)
         for problem in _problems(study):
             raise UsageError(problem)
         plan_study(study)

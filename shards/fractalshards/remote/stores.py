@@ -295,6 +295,9 @@ class Store:
             if isinstance(status, int):
                 kind = TemporaryError if status >= 500 or status in _AGAIN else FractalError
                 raise kind(f"{where}: the server answers {status}") from error
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                advice = "name a file with its authority in SSL_CERT_FILE, for s3:// in AWS_CA_BUNDLE"
+                raise FractalError(f"{where}: the certificate of the server is not trusted; {advice}") from error
             reason = one_line(str(error) or type(error).__name__).replace(" ssl:default", "")  # said of plain http, too
             raise TemporaryError(f"{where}: {redact(reason)[:300]}") from error
 

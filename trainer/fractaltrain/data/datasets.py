@@ -176,7 +176,7 @@ class ShardDataset(_SampleDataset):
         """Fetch shards of a URL ahead, the most urgent first, in the first process of a machine."""
         if self._cache is None or self._source is not self._split:  # kept in memory
             return
-        if shards == self._requested or int(os.environ.get("LOCAL_RANK", 0)):
+        if shards == self._requested or os.environ.get("LOCAL_RANK", "0") != "0":
             return
         if self._request is None:
             stack = ExitStack()

@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,10 +101,13 @@ def epoch_loader(
     if workers:
         check_semaphores()
     before = multiprocessing.active_children()
-    with keep_child_handler():
-        items = iter(loader)
-    processes = [process for process in multiprocessing.active_children() if process not in before]
+    items: Iterator[Batch | FractalError] = iter(())
     try:
+        try:
+            with keep_child_handler():
+                items = iter(loader)
+        finally:  # those that have started before one cannot, too
+            processes = [process for process in multiprocessing.active_children() if process not in before]
         while True:
             with watching(processes):
                 item = next(items, None)
