@@ -193,7 +193,8 @@ def run_tasks(
             pool.join()
             raise
         except KeyboardInterrupt:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report every request that is cut off
+            for name in ("asyncio", Store.__module__):  # they would report every request that is cut off
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             raise
     return results
 
