@@ -49,6 +49,7 @@ _STAGES: dict[str, list[Stage]] = {
     "multi": [(multi, name) for name in ("chaos_game", "bounding_box", "splat", "paint", "resize")] + _BLURRED,
     "visualatom": _CONTOURS,
     "rcdb": _CONTOURS,
+    "onepfrac": [(kernel, name) for name in ("masks", "orbit", "_draw_patches")],
 }
 
 
