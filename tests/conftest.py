@@ -36,6 +36,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_safe_path() -> None:
+    """Undo what commands that ran in this process set for the processes that they start."""
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 kB."""
