@@ -253,13 +253,15 @@ def _abandoned(path: Path) -> bool:
 
 
 def _is_running(process: str) -> bool:
-    """Return whether a process exists; /proc may hide those of other users."""
+    """Return whether a process exists and has not ended; /proc may hide those of other users."""
     try:
         os.kill(int(process), 0)
     except PermissionError:
         return True
     except (ProcessLookupError, ValueError, OverflowError):
         return False
+    with suppress(OSError):  # in a container nobody may reap what has ended
+        return not Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].startswith(" Z")
     return True
 
 

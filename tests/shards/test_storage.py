@@ -110,6 +110,15 @@ def test_remove_leftovers_of_dead_writers_only(tmp_path: Path, monkeypatch: pyte
     assert set(tmp_path.iterdir()) == kept
 
 
+def test_remove_leftovers_of_an_ended_process_that_nobody_has_reaped(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    leftover(tmp_path, socket.gethostname(), process.pid)
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    process.wait()
+
+
 def test_remove_leftovers_spares_processes_of_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(process: int, number: int) -> None:
         raise PermissionError
