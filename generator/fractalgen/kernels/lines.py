@@ -145,7 +145,7 @@ def _displace(
     corners[len(curve)] = corners[0]
 
 
-@njit(cache=CACHE)
+@njit(cache=CACHE, nogil=True)
 def skip_instances(
     buffers: Words, at: int, vertices: int, orbits: int, greys: int, count: int, floats: int, ranges: Integers
 ) -> int:
