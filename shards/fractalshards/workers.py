@@ -8,20 +8,22 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import resource_tracker
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import LifoQueue
 from types import FrameType, ModuleType
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from fractalshards.errors import FractalError, Terminated, WorkerLostError
 
@@ -169,64 +171,96 @@ def end_with_parent() -> None:
 class _Pool(Executor):
     """Threads that each run one task at a time in a process of their own.
 
-    A shared ``ProcessPoolExecutor`` fails all tasks when one worker is killed, and says neither which one it ran nor
-    how it ended.
+    A ``ProcessPoolExecutor`` fails all tasks when one worker is killed, and says neither which one it ran nor how it
+    ended; where a limit keeps its own threads from starting, it waits forever.
     """
 
     def __init__(self, workers: int) -> None:
         self._threads = ThreadPoolExecutor(workers, initializer=_block_signals)
-        self._processes: LifoQueue[_Worker | None] = LifoQueue()  # idle, or None if not started yet
+        self._workers: LifoQueue[_Worker | None] = LifoQueue()  # idle, or None if not started yet
         for _ in range(workers):
-            self._processes.put(None)
+            self._workers.put(None)
 
     def submit(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> Future[_T]:
         return self._threads.submit(self._run, task, *args, **named)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._threads.shutdown(wait, cancel_futures=cancel_futures)
-        while not self._processes.empty():
-            if process := self._processes.get():
-                process.shutdown(wait)
+        while not self._workers.empty():
+            if worker := self._workers.get():
+                worker.stop()
 
     def _run(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> _T:
         code = 0
         for _ in range(TRIES):
-            idle = self._processes.get()
+            idle = self._workers.get()
             try:
-                idle = process = idle or _Worker()
-                return process.submit(task, *args, **named).result()
-            except BrokenProcessPool:
-                process.shutdown()
-                code = process.exit_code()
+                idle = worker = idle or _Worker()
+                return cast(_T, worker.run(task, args, named))
+            except _WorkerDiedError:
+                code = worker.stop()
                 _log.warning("a worker process %s; its task runs again", describe_exit(code))
                 idle = None
             finally:
-                self._processes.put(idle)
+                self._workers.put(idle)
         raise WorkerLostError(f"the worker process {describe_exit(code)}, {TRIES} times; {_advise(code)}")
 
 
-class _Worker(ProcessPoolExecutor):
+class _WorkerDiedError(Exception):
+    """The process of a worker ended while it ran a task."""
+
+
+class _Worker:
     """A process that runs one task at a time."""
 
     def __init__(self) -> None:
         # spawned: a forked worker would hold the pipes of its siblings, and not notice the end of its parent
-        self._started = _Context()
-        check_semaphores()
-        super().__init__(1, mp_context=self._started, initializer=end_with_parent)
+        self._pipe, other = multiprocessing.Pipe()
+        self._process = _WithoutMain(target=_serve, args=(other,))
+        self._process.start()
+        other.close()  # so that the pipe ends with the process
 
-    def exit_code(self) -> int:
-        """Return the exit code of the process, once it has ended."""
-        return self._started.process.exitcode or 0
+    def run(self, task: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Return what a task returns, or raise what it raises.
+
+        Raises:
+            _WorkerDiedError: if the process ends.
+        """
+        try:
+            self._pipe.send((task, args, named))
+            result, error = self._pipe.recv()
+        except (EOFError, OSError) as broken:
+            raise _WorkerDiedError from broken
+        if error is not None:
+            raise error
+        return result
+
+    def stop(self) -> int:
+        """Let the process end, and return its exit code."""
+        self._pipe.close()
+        self._process.join()
+        return self._process.exitcode or 0
 
 
-class _Context(SpawnContext):
-    """Starts processes without the main module, and remembers the last one."""
+def _serve(pipe: "Connection[Any, Any]") -> None:
+    """Run tasks until the pipe is closed: the main function of a worker."""
+    try:
+        end_with_parent()
+    except RuntimeError as error:  # a limit of processes
+        pipe.send((None, error))
+        return
+    with suppress(EOFError):
+        while True:
+            pipe.send(_run_task(pipe.recv_bytes()))
 
-    process: BaseProcess
 
-    def Process(self, *args: Any, **named: Any) -> BaseProcess:  # type: ignore[override]  # noqa: N802
-        self.process = _WithoutMain(*args, **named)
-        return self.process
+def _run_task(request: bytes) -> tuple[Any, BaseException | None]:
+    try:
+        task, args, named = pickle.loads(request)
+        return task(*args, **named), None
+    except BaseException as error:
+        error.add_note(traceback.format_exc())  # for bugs: pickles have no traceback
+        return None, error
 
 
 class _WithoutMain(SpawnProcess):

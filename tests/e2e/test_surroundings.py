@@ -86,6 +86,17 @@ def test_nothing_in_the_current_folder_is_run(shards: Path, tmp_path: Path, web,
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("command", ["fractalshards verify SHARDS", slow(f"{PRETRAIN} --workers 2")])
+@pytest.mark.parametrize("limit", [3, 6])
+def test_limit_of_processes_is_one_line(nobodys, shards: Path, command: str, limit: int) -> None:
+    folder, before = nobodys
+    shutil.copytree(shards, folder / "shards")
+    limited = [*before, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash"]
+    done = run(command, folder, "shards", limited, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(errors), "ulimit -u" in errors[0]) == (1, 1, True)
+
+
 def test_current_folder_that_is_gone_is_one_line(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     done = run("fractalshards verify SHARDS", tmp_path / "gone", shards, ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh"])
@@ -139,9 +150,15 @@ def test_loader_workers_train_with_a_small_dev_shm(shards: Path, tmp_path: Path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["fractalshards verify SHARDS", slow(BUILD), slow(f"{PRETRAIN} --workers 1")])
-def test_read_only_dev_shm_is_named(shards: Path, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize("command", ["fractalshards verify SHARDS", slow(BUILD)])
+def test_workers_need_no_dev_shm(shards: Path, tmp_path: Path, command: str) -> None:
     done = run(command, tmp_path, shards, with_dev_shm("ro"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_read_only_dev_shm_is_named(shards: Path, tmp_path: Path) -> None:
+    done = run(f"{PRETRAIN} --workers 1", tmp_path, shards, with_dev_shm("ro"))
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("note: ", "new: "))]
     assert (done.returncode, line.startswith("error: "), "/dev/shm" in line) == (1, True, True)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
     assert process.stderr.read() == ""  # to the end: all writers of the pipe are gone
+
+
+def test_pool_needs_no_more_threads_than_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of threads could not start under a limit of processes, and others would wait for them forever."""
+    start = threading.Thread.start
+
+    def start_from_main(thread: threading.Thread) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_from_main)
+    with worker_pool(2) as pool:
+        assert pool.submit(pow, 2, 3).result(60) == 8
 
 
 def test_pool_starts_no_more_workers_than_tasks() -> None:
