@@ -1,7 +1,9 @@
 """Kernels: random numbers, chaos game, rasteriser, colours, resizing, pasting, and deflate."""
 
+import importlib.util
 import io
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -50,6 +52,23 @@ def words(count, key0, key1):
 def chi_square(values: np.ndarray, bins: int) -> float:
     counts = np.bincount(values, minlength=bins)
     return float(((counts - len(values) / bins) ** 2 / (len(values) / bins)).sum())
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("size", [0, 40])
+def test_damaged_cache_is_compiled_again(tmp_path: Path, pattern: str, size: int) -> None:
+    (tmp_path / "cached.py").write_text("import numba\n@numba.njit(cache=True)\ndef successor(x): return x + 1\n")
+    for _ in range(3):
+        spec = importlib.util.spec_from_file_location("cached", tmp_path / "cached.py")
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.successor(1) == 2
+        hits = sum(module.successor.stats.cache_hits.values())
+        for path in tmp_path.rglob(pattern):
+            os.truncate(path, size)
+    assert not hits
 
 
 def test_random_numbers_are_pinned() -> None:

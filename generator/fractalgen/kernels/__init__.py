@@ -2,8 +2,9 @@
 
 import os
 from contextlib import suppress
+from typing import Any
 
-from numba.core import config
+from numba.core import caching, config
 
 from fractalshards.errors import FractalError
 from fractalshards.storage import private_cache
@@ -33,3 +34,25 @@ CACHE = _find_cache()
 # numba reads settings from the current folder, and those of a dataset's author could name a folder of compiled code
 config._config_fname = os.devnull
 config.reload_config()
+
+
+_caching: Any = caching  # has no types
+
+
+class _CacheFile(_caching.IndexDataCacheFile):  # type: ignore[misc]
+    """Compiles again what a crash has damaged in the cache, where numba would fail at every start (its issue 10434)."""
+
+    def _load_index(self) -> Any:
+        try:
+            return super()._load_index()
+        except Exception:  # pickles raise anything
+            return {}
+
+    def _load_data(self, name: str) -> Any:
+        try:
+            return super()._load_data(name)
+        except Exception as error:
+            raise OSError(f"{name}: damaged") from error  # to numba, it is missing
+
+
+_caching.IndexDataCacheFile = _CacheFile
