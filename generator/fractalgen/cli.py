@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -45,7 +44,7 @@ from fractalshards.portable import plan_portable, read_portable
 from fractalshards.settings import nearest, override, parse_settings, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
-from fractalshards.storage import write_bytes
+from fractalshards.storage import check_writable, write_bytes
 from fractalshards.systems import Systems, write_systems
 from fractalshards.workers import OnProgress
 
@@ -396,8 +395,8 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
     """
     if out.is_dir():
         raise UsageError(f"--out is {out}: expected the name of a file")
+    check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # fails before a long search if the folder cannot be written
     if from_csv is not None:
         categories = read_csv_folder(from_csv)[:classes]
         warn_of_black(categories, from_csv)

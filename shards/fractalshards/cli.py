@@ -30,7 +30,7 @@ from fractalshards.portable import export_recipe
 from fractalshards.recipe_file import flat_recipe
 from fractalshards.report import check_page_name, load_template, render_page
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
-from fractalshards.storage import write_bytes
+from fractalshards.storage import check_writable, write_bytes
 from fractalshards.survey import survey_dataset
 from fractalshards.verify import repair_advice, verify_dataset
 
@@ -118,6 +118,7 @@ def report(folder: Path, out: Path, workers: int) -> None:
     Example: fractalshards report shards/single --out single.html
     """
     check_page_name(out)
+    check_writable(out.parent)
     template = load_template()
     with progress("surveying", "images") as on_progress:
         survey = survey_dataset(load_manifest(folder), workers, on_progress)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -149,8 +150,12 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
     for split, name in folders.items():
         found, splits[split], others = _list_split(path / name, split)
         if classes and found != classes:
-            different = ", ".join(sorted({*classes} ^ {*found})[:5])
-            raise FractalError(f"{path}: train and {split} have different class folders ({different}); make them equal")
+            different = sorted({*classes} ^ {*found})[:5]
+            if len({unicodedata.normalize("NFC", name) for name in different}) < len(different):
+                different = list(map(ascii, different))  # composed letters and others look the same
+            raise FractalError(
+                f"{path}: train and {split} have different class folders ({', '.join(different)}); make them equal"
+            )
         classes = found
         skipped += others
     notes = []

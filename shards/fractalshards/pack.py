@@ -1,6 +1,7 @@
 """Pack existing images into shards: hold out a share, shuffle, and write every image file as one sample."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -70,7 +71,7 @@ class ImageSource:
             raise FractalError(f"{self.path}: folder does not exist; give the folder that contains the images")
         if self.kind == "imagenet":
             return list_ilsvrc(self.path, with_val=self.val_share is None)
-        if out.resolve().is_relative_to(self.path.resolve()):
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(self.path)):
             raise FractalError(f"{out}: inside the image folder {self.path}; choose a folder outside of it")
         if self.val_share is not None and has_splits(self.path):
             raise UsageError(

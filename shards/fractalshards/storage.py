@@ -222,12 +222,24 @@ def _is_private(folder: Path) -> bool:
 
 def check_space(folder: Path, wanted: float, advice: str) -> None:
     """Raise FractalError if the disk of a folder, which may not exist yet, has less than ``wanted`` bytes free."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    total, _, free = shutil.disk_usage(existing)
+    total, _, free = shutil.disk_usage(_existing(folder))
     if total and wanted > free:
         raise FractalError(
             f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; free some space, {advice}"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no file can be created in a folder, which may not exist yet: before work that takes long."""
+    try:
+        tempfile.TemporaryFile(dir=_existing(folder)).close()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def remove_leftovers(folder: Path) -> None:

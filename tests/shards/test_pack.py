@@ -163,6 +163,12 @@ def test_links_are_followed_and_other_files_are_skipped(flowers: Path, tmp_path:
     assert Counter(images(tmp_path / "out", "train").values()) == {0: 1, 1: 10}
 
 
+def different_forms(source: Path) -> None:
+    """The same letter in both, once composed and once not, as macOS writes it."""
+    for split, name in (("train", "\xe9"), ("val", "e\u0301")):
+        shutil.copytree(source / "a", source / split / name)
+
+
 def different_splits(source: Path) -> None:
     for split in ("train", "val"):
         shutil.copytree(source / "a", source / split / split)
@@ -178,15 +184,31 @@ def different_splits(source: Path) -> None:
         (lambda source: (source / "c").mkdir(), "in/c"),
         (lambda source: shutil.rmtree(source / "a"), "0 class folders"),
         (different_splits, "(train, val)"),
+        (different_forms, r"u0301"),
         (lambda source: os.rename(source / "a", os.fsencode(source) + b"/\xff"), "UTF-8"),
     ],
-    ids=["loop", "dangling link", "pipe", "device", "empty class", "no classes", "different splits", "bytes in a name"],
+    ids=[
+        "loop",
+        "dangling link",
+        "pipe",
+        "device",
+        "empty class",
+        "no classes",
+        "different splits",
+        "forms of letters",
+        "bytes in a name",
+    ],
 )
 def test_odd_folders_are_refused(tmp_path: Path, damage: Callable[[Path], None], noun: str, image_folder: Make) -> None:
     source = image_folder(tmp_path / "in", {"a": 2})
     damage(source)
     assert_refused(pack(f"imagefolder:{source}", tmp_path / "out"), 1, noun)
     assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_link_to_itself_is_refused(tmp_path: Path, image_folder: Make) -> None:
+    (tmp_path / "out").symlink_to("out")
+    assert_refused(pack(f"imagefolder:{image_folder(tmp_path / 'in', {'a': 1})}", tmp_path / "out"), 1, "out")
 
 
 def test_class_names_do_not_depend_on_the_locale(tmp_path: Path, image_folder: Make) -> None:

@@ -210,6 +210,11 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
         assert [int(str(one["data-class"])) for one in cards if "hidden" not in one] == classes, query
 
 
+def test_report_that_cannot_be_written_is_refused_at_once(dataset: Path, read_only_disk: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(dataset), "--out", str(read_only_disk / "new" / "page.html")])
+    assert (result.exit_code, result.stderr.count("\n"), str(read_only_disk) in result.stderr) == (1, 1, True)
+
+
 def test_report_refuses_damaged_datasets(tmp_path: Path, dataset: Path) -> None:
     out = tmp_path / "page.html"
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")

@@ -140,14 +140,17 @@ def test_eval_refuses_other_classes(fractaltrain, dataset, image_folder):
     assert (outcome.code, "bee" in outcome.err, "oak" in outcome.err) == (1, True, True)
 
 
-def test_eval_of_a_diverged_run_has_no_scores(fractaltrain, dataset):
+def test_eval_of_a_diverged_run_has_no_scores(fractaltrain, dataset, read_only_disk):
     arguments = ("pt", "--shards", dataset, "--model", "test_resnet", *SMALL, "--out", "run")
     assert fractaltrain(*arguments).code == 0
+    options = ("eval", "--weights", "run", "--data", f"shards:{dataset}")
+    refused = fractaltrain(*options, "--out", read_only_disk / "new")  # before anything is evaluated
+    assert (refused.code, refused.err.count("\n"), str(read_only_disk) in refused.err) == (1, 1, True)
     [path] = list_checkpoints(Path("run"))
     saved = torch.load(path, weights_only=True)
     saved["model"]["fc.bias"][2] = torch.nan
     torch.save(saved, path)
-    outcome = fractaltrain("eval", "--weights", "run", "--data", f"shards:{dataset}", "--quiet")
+    outcome = fractaltrain(*options, "--quiet")
     assert (outcome.code, outcome.out, outcome.err.count("\n"), "nan" in outcome.err) == (1, "", 1, True)
 
 

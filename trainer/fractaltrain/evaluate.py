@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from fractalshards.errors import FractalError
-from fractalshards.storage import write_json
+from fractalshards.storage import check_writable, write_json
 from fractalshards.workers import OnProgress, no_progress
 from fractaltrain.checkpoint import TrainedRun, load_run
 from fractaltrain.config import EvalConfig, ImagesConfig, TrainConfig
@@ -270,6 +270,9 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
         data = open_data(subset if run.settings.data == config.data.shown else config.data, world, for_training=False)
         assert data.val is not None  # open_data gives both splits
         check_classes(run, data.val, config.data)
+        folder = config.out or config.run / f"eval-{config.data.identity}"
+        if world.main:
+            check_writable(folder)
         settings = run.settings
         dtype = torch.float32 if world.device.type == "cpu" and run.precision == torch.float16 else run.precision
         model = run.build_model().to(world.device)
@@ -281,7 +284,6 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
             return None
         if not isfinite(predictions.loss):
             raise FractalError(f"{config.run}: its loss on these images is {predictions.loss}; train with a lower --lr")
-        folder = config.out or config.run / f"eval-{config.data.identity}"
         report = EvalReport(
             folder,
             run.origin,
