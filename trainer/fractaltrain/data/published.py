@@ -135,7 +135,8 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
     key = f"{name}/{split.get('split') or ('train' if split.get('train', True) else 'test')}"
     arguments = {**split, **({"download": True} if entry.downloads else {})}
     try:
-        if all((folder / file).is_file() for file in _flat_files(dataset_class)):
+        files = [file for file, _ in getattr(dataset_class, "resources", ())]  # of the datasets in MNIST's format
+        if files and all((folder / file).is_file() for file in files):
             return PublishedSource(key, _open_flat(dataset_class, folder, split), entry.classes)
         return PublishedSource(key, dataset_class(folder, **arguments), entry.classes)
     except _BROKEN as error:
@@ -145,11 +146,6 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
             f"{folder / file}: {name} is missing or damaged, and cannot be downloaded ({one_line(str(error))}); "
             f"{fetch} (another folder: --data-dir)"
         ) from error
-
-
-def _flat_files(dataset_class: Any) -> list[str]:
-    """Return the names of the original files of a dataset of MNIST's format; one that does not exist for others."""
-    return [file for file, _ in getattr(dataset_class, "resources", ())] or ["/"]
 
 
 def _open_flat(dataset_class: Any, folder: Path, split: Mapping[str, Any]) -> Any:
