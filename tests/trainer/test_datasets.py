@@ -265,3 +265,8 @@ def test_memory_is_shared_and_removed(built, tmp_path):
     assert files() == [".npz", ".pixels"]  # nobody could remove them
     third = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
     assert [path.name for path in tmp_path.rglob("*.pixels")] == [f"{third.digest}-train.pixels"]
+    subprocess.run([sys.executable, "-c", code, built / "multi", tmp_path])
+    (stale,) = tmp_path.rglob(f"{ShardDataset(built / 'multi').digest}-train.pixels")
+    stale.write_bytes(bytes(stale.stat().st_size))
+    fourth = ShardDataset(built / "multi", output="array", memory=True, cache_dir=tmp_path)
+    assert contents(fourth) == contents(ShardDataset(built / "multi", output="array"))

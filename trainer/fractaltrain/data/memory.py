@@ -124,11 +124,9 @@ class MappedSource:
             self._keys, self._is_single = index["keys"], bool(index["is_single"])
 
     def _remove_unused(self) -> None:
-        """Remove the files of other datasets that no process reads."""
+        """Remove files that no process reads, one of this dataset too: its digest may not cover every pixel."""
         for path in self._pixels_path.parent.glob("*.pixels"):
-            if path != self._pixels_path:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                _remove_if_unused(descriptor, path)
+            _remove_if_unused(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the mapping: a process that unpickles this maps the file itself."""
