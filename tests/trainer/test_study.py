@@ -128,6 +128,22 @@ def test_plan_applies_later_tables_last(study):
     assert rates == {("scratch", 0.3, 4), ("small", 0.1, 4)}
 
 
+def test_plan_takes_rates_of_one_model_on_one_target(study):
+    own = "[models.test_resnet.targets.digits]\nfinetuning = { lr = 0.1 }\nscratch = { lr = 0.3 }"
+    changed = STUDY.replace("[scratch]", f"{own}\n[scratch]\nlr = 0.5")
+    plan = study.plan(f"{changed}lr = 0.2\n[finetuning.others]\ndata = 'digits'\nlr = 0.4\n")
+    rates = {(run.row, run.target, run.settings["recipe"]["lr"]) for run in plan.finetunings}
+    expected = {("scratch", "digits", 0.3), ("small", "digits", 0.1), ("scratch", "others", 0.5)}
+    assert rates == expected | {("small", "others", 0.4)}
+
+
+def test_plan_hands_on_the_precision(study):
+    plan = study.plan(STUDY.replace("seeds", 'amp = "bf16"\nseeds', 1))
+    for run in (*plan.pretrainings, *plan.finetunings):
+        assert "--amp bf16" in " ".join(run.arguments)
+        assert run.settings["precision"] == "torch.bfloat16"
+
+
 def test_plan_names_models_with_their_arguments(study):
     model = 'model = "vit_tiny_patch16_224"\nargs = { patch_size = 8, qkv_bias = false }'
     plan = study.plan(STUDY.replace("[models.test_resnet]", f"[models.vit8]\n{model}"))
@@ -164,6 +180,8 @@ def test_plan_leaves_open_what_follows_the_dataset(study):
         ("per_class = [5, 10]", "per_class = [0]", "per_class"),
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds"),
         ("[models.test_resnet]", "", "models"),
+        ("[scratch]", "[models.test_resnet.targets.cifar10]\n[scratch]", "cifar10"),
+        ("seeds = ", 'amp = "bf8"\nseeds = ', "amp"),
         ("[study]", "[study", "TOML"),
         (STUDY[STUDY.index("[finetuning") :], "", "finetuning"),
         (STUDY[STUDY.index("[scratch]") : STUDY.index("[finetuning")], "", "pretraining"),

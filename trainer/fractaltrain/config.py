@@ -37,6 +37,8 @@ DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))
 """What ``--data`` takes."""
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
+PRECISIONS = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+"""Torch's names of the values of ``Amp``."""
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from fractalshards.errors import UsageError
-from fractaltrain.config import Amp, RunConfig
+from fractaltrain.config import PRECISIONS, Amp, RunConfig
 from fractaltrain.distributed import World
 from fractaltrain.optim import Loss, build_optimizer, build_schedule, find_loss
 from fractaltrain.recipes.recipe import TrainRecipe
@@ -142,7 +142,8 @@ def autocast_dtype(amp: Amp, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if amp == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU; choose bf16 or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
+    dtype: torch.dtype = getattr(torch, PRECISIONS[amp].removeprefix("torch."))
+    return dtype
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:

@@ -19,7 +19,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import DATA_NAMES, DatasetConfig, ModelArgument, is_data
+from fractaltrain.config import DATA_NAMES, PRECISIONS, Amp, DatasetConfig, ModelArgument, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 
@@ -51,6 +51,13 @@ class RecipeChanges(_Table, frozen=True, kw_only=True):
         return {name: show_value(value) for name, value in changes.items() if value is not None}
 
 
+class TargetChanges(_Table, frozen=True):
+    """``[models.NAME.targets.TARGET]``: changes for one model on one fine-tuning set; they override all others."""
+
+    finetuning: RecipeChanges = RecipeChanges()
+    scratch: RecipeChanges = RecipeChanges()
+
+
 class StudyModel(_Table, frozen=True):
     """``[models.NAME]``: changes for one model; ``scratch`` applies to training from random weights."""
 
@@ -59,6 +66,7 @@ class StudyModel(_Table, frozen=True):
     pretraining: RecipeChanges = RecipeChanges()
     finetuning: RecipeChanges = RecipeChanges()
     scratch: RecipeChanges = RecipeChanges()
+    targets: dict[str, TargetChanges] = {}
 
 
 class PretrainingSet(RecipeChanges, frozen=True, kw_only=True):
@@ -90,6 +98,7 @@ class StudyHead(_Table, frozen=True):
     name: _Text | None = None  # None: that of the file
     seeds: _Seeds = (0,)
     eval_every: _Count = 1  # epochs
+    amp: Amp = "auto"
     pretraining: RecipeChanges = RecipeChanges()
     finetuning: RecipeChanges = RecipeChanges()
 
@@ -116,6 +125,12 @@ class Study(_Table, frozen=True):
         """Return the settings of a model in ``run.json``."""
         arguments = self.models[name].args
         return {"model": self.model(name), **({"model_args": arguments} if arguments else {})}
+
+    @property
+    def shared_settings(self) -> dict[str, Any]:
+        """Return the settings in ``run.json`` that all runs share."""
+        precision = {"precision": PRECISIONS[self.study.amp]} if self.study.amp != "auto" else {}
+        return {"image_size": self.study.image_size, **precision}
 
     def data(self, target: str) -> str:
         """Return the images of a fine-tuning set, as ``--data`` takes them."""
@@ -153,6 +168,9 @@ def _problems(study: Study) -> Iterator[str]:
     for row, dataset in study.pretraining.items():
         for model in set(dataset.models) - set(study.models):
             yield f"[pretraining.{row}] models: {model!r}{nearest(model, study.models)}"
+    for name, model_changes in study.models.items():
+        for target in set(model_changes.targets) - set(study.finetuning):
+            yield f"[models.{name}.targets]: {target!r}{nearest(target, study.finetuning)}"
     for target, images in study.finetuning.items():
         if not is_data(data := study.data(target)):
             yield f"[finetuning.{target}] data: {data!r}{nearest(data, DATA_NAMES)}"
@@ -257,7 +275,7 @@ def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -
     settings = {
         "task": "pt",
         **study.model_settings(place.model),
-        "image_size": study.study.image_size,
+        **study.shared_settings,
         "seed": place.seed,
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
         "dataset": dataset.dataset.name,
@@ -272,18 +290,19 @@ def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -
 def _plan_finetuning(study: Study, place: _Place, digests: Mapping[str, str]) -> StudyRun:
     target, model = str(place.target), study.models[place.model]
     tables: list[RecipeChanges] = [study.study.finetuning, model.finetuning, study.finetuning[target]]
+    last = model.targets.get(target, TargetChanges())
     if place.row == SCRATCH:
         start, default = None, "anderson-scratch"
-        tables += [study.scratch or RecipeChanges(), model.scratch]
+        tables += [study.scratch or RecipeChanges(), model.scratch, last.scratch]
     else:
         start, default = _Place(*place[:3]).run, "anderson"
-        tables += [study.pretraining[place.row].finetuning]
+        tables += [study.pretraining[place.row].finetuning, last.finetuning]
     recipe, options = _resolve(study, place, default, tables, FT_RECIPES)
     data = study.data(target)
     settings = {
         "task": "ft",
         **study.model_settings(place.model),
-        "image_size": study.study.image_size,
+        **study.shared_settings,
         "seed": place.seed,
         "recipe": asdict(recipe),
         "data": data,
@@ -314,6 +333,7 @@ def _resolve(
         raise UsageError(f"{place.run}, recipe {name}: {error}") from error
     options = ["--recipe", name, *(word for item in changes.items() for word in ("--set", "=".join(item)))]
     options += ["--image-size", str(study.study.image_size), "--seed", str(place.seed)]
+    options += ["--amp", study.study.amp] if study.study.amp != "auto" else []
     return recipe, options + (["--eval-every", str(study.study.eval_every)] if study.study.eval_every > 1 else [])
 
 
