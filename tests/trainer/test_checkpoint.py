@@ -25,10 +25,12 @@ from fractaltrain.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_run,
+    restore,
     save_checkpoint,
 )
 from fractaltrain.config import RunConfig
 from fractaltrain.log import append_metrics, read_metrics, rewind_metrics
+from fractaltrain.optim import build_optimizer
 from fractaltrain.run_folder import hold_folder, list_checkpoints, load_settings, open_run
 from tiny_training import ALONE, RECIPE, assert_same_run, interrupt_before_step, run_tiny
 
@@ -73,6 +75,31 @@ def test_resume_after_a_damaged_checkpoint_is_bit_exact(tiny_run, tmp_path, monk
     assert newest.name in capfd.readouterr().out
     assert_same_run(tmp_path / "run", tiny_run)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-0002-0000000.pt"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_resume_with_another_memory_format_keeps_the_optimizer(tmp_path, name):
+    """GPUs save convolutions channels last; fused updates take parameter, gradient and state in the order of memory."""
+
+    def train(layout: torch.memory_format, steps: range) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 8, 3).to(memory_format=layout)
+        parts = {"model": model, "optimizer": build_optimizer(model, replace(RECIPE, optimizer=name, lr=0.1))}
+        if saved := load_checkpoint(tmp_path):
+            restore(saved, parts)
+        for step in steps:
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+            parts["optimizer"].step()
+        save_checkpoint(RunConfig(tmp_path), Position(step + 1), parts, ALONE)
+        return model.weight.detach()
+
+    expected = train(torch.contiguous_format, range(4))
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    train(torch.channels_last, range(2))
+    torch.testing.assert_close(train(torch.contiguous_format, range(2, 4)), expected)
 
 
 def test_checkpoint_cannot_run_code(tmp_path):

@@ -188,11 +188,24 @@ def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint.state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _lay_out_as_parameters(part)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FractalError(
             f"{checkpoint.path}: belongs to another run or model ({_first_line(error)}); choose another folder with "
             "--out"
         ) from error
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Order the optimiser's tensors in memory as their parameters are: its fused updates go by memory, not by index.
+
+    Those of a convolutional network are channels last if a GPU saved them, and contiguous if a CPU did.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _first_line(error: Exception) -> str:

@@ -169,12 +169,8 @@ def join_world() -> Iterator[World]:
         torch.set_num_threads(max(available_cores() // local_size, 1))
     patient_group = None
     if size > 1:
-        backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         with _meeting(rank, size):
-            dist.init_process_group(
-                backend, init_method=os.environ.get(_STORE), rank=rank, world_size=size, device_id=device_id
-            )
-            patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            patient_group = _connect(rank, size, device)
     try:
         yield World(rank, size, local_rank, local_size, device, patient_group)
     except torch.OutOfMemoryError as error:
@@ -183,6 +179,15 @@ def join_world() -> Iterator[World]:
         ) from error
     if dist.is_initialized():  # not after an error: NCCL would wait for ranks that wait for this one
         dist.destroy_process_group()
+
+
+def _connect(rank: int, size: int, device: torch.device) -> Any:
+    """Create the process group, and return another one whose barrier waits for a day."""
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, init_method=os.environ.get(_STORE), rank=rank, world_size=size, device_id=device_id
+    )
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _read_place() -> tuple[int, int, int, int]:

@@ -161,8 +161,8 @@ def predict(
     positions = evaluation_positions(count, batch_size, world.rank, world.size)
     total = sum(map(len, positions))
     labels: list[npt.NDArray[Any]] = []
-    predicted: list[npt.NDArray[Any]] = []
-    loss = 0.0
+    predicted: list[torch.Tensor] = []
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)  # a copy to the host would wait for every batch
     loader = epoch_loader(
         source,
         val_transform(recipe, image_size),
@@ -180,29 +180,31 @@ def predict(
                 break
             if not batch.keys:  # none of its samples could be read
                 continue
-            images, truth = normalize(batch.images.to(world.device), recipe), batch.labels.to(world.device)
+            images = normalize(batch.images.to(world.device, non_blocking=True), recipe)
+            truth = batch.labels.to(world.device, non_blocking=True)
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
             logits = logits.float()
             if multi_label:
-                loss += float(multi_label_loss(logits, truth)) * len(logits)
-                labels.append((truth > 0).cpu().numpy())
-                predicted.append(logits.cpu().numpy())
+                loss += multi_label_loss(logits, truth).double() * len(logits)
+                labels.append((batch.labels > 0).numpy())
+                predicted.append(logits.cpu())  # they may be too large for the memory of a GPU
             else:
-                loss += float(functional.cross_entropy(logits, truth, reduction="sum"))
-                labels.append(truth.cpu().numpy())
-                predicted.append(logits.topk(min(_TOP, source.classes)).indices.cpu().numpy())
+                loss += functional.cross_entropy(logits, truth, reduction="sum").double()
+                labels.append(batch.labels.numpy())
+                predicted.append(logits.topk(min(_TOP, source.classes)).indices)
             if world.main:
                 on_progress(sum(map(len, labels)), total)
-    parts = world.gather((labels, predicted, loss, bool(stop and stop.signal)))
+    arrays = [tensor.cpu().numpy() for tensor in predicted]
+    parts = world.gather((labels, arrays, float(loss), bool(stop and stop.signal)))
     labels = [array for part in parts for array in part[0]]
     if not labels and not any(part[3] for part in parts):
         raise FractalError("none of the val samples can be read; is the dataset still there?")
     if not labels or not world.main:
         return None
-    predicted = [array for part in parts for array in part[1]]
-    loss = sum(part[2] for part in parts) / sum(map(len, labels))
-    return Predictions(source.classes, np.concatenate(labels), np.concatenate(predicted), loss)
+    arrays = [array for part in parts for array in part[1]]
+    mean_loss = sum(part[2] for part in parts) / sum(map(len, labels))
+    return Predictions(source.classes, np.concatenate(labels), np.concatenate(arrays), mean_loss)
 
 
 def evaluate(

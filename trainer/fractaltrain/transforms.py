@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from fractalshards.random import GOLDEN64, MASK64, mix64
 from fractaltrain.data.source import Images
-from fractaltrain.recipes.recipe import TrainRecipe
+from fractaltrain.recipes.recipe import Channels, TrainRecipe
 from fractaltrain.seeding import Purpose, mix
 from fractaltrain.stream.loader import Batch, Transform
 
@@ -95,10 +95,16 @@ def train_batch(batch: Batch, recipe: TrainRecipe, classes: int, device: torch.d
 
 def normalize(images: Tensor, recipe: TrainRecipe) -> Tensor:
     """Scale images (b, 3, S, S) uint8 to [0, 1], subtract the mean, divide by the standard deviation: float32."""
-    mean = torch.tensor(recipe.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(recipe.std, device=images.device).view(3, 1, 1)
     inputs = images.to(torch.float32, memory_format=torch.contiguous_format)
+    mean, std = (_per_channel(values, images.device) for values in (recipe.mean, recipe.std))
     return inputs.div_(255).sub_(mean).div_(std)  # in place: allocating memory takes longer than the arithmetic
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: Channels, device: torch.device) -> Tensor:
+    """Return a float32 tensor (3, 1, 1) on a device. It is kept: copying one to a GPU waits for all work there."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 @contextmanager
