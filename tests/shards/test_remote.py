@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,18 +21,20 @@ import s3fs
 from click.testing import CliRunner, Result
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 
 from fractalshards.cli import main
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
+from fractalshards.portable import read_portable
 from fractalshards.remote import transfer
+from fractalshards.remote.card import PORTABLE, PREVIEW, README
 from fractalshards.remote.stores import (
     FileInfo,
     HubStore,
     Store,
     Upload,
     WebStore,
-    dataset_readme,
     open_store,
     parse_location,
     redact,
@@ -478,7 +481,7 @@ def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
     hub.faults = [409, 429]
     assert "2 shards copied" in good("push", dataset, "hf://datasets/me/set")
     tars = ["train-000000.tar", "train-000000.json", "train-000001.tar", "train-000001.json"]
-    assert hub.commits == [["recipe.json", "systems.npz"], tars, ["README.md"], [INFO]]
+    assert hub.commits == [["recipe.json", "systems.npz"], tars, [PREVIEW, PORTABLE, README], [INFO]]
     assert "0 shards copied" in good("push", dataset, "hf://datasets/me/set")
     assert len(hub.commits) == 4
     good("pull", "hf://datasets/me/set", out)
@@ -499,12 +502,43 @@ def test_hub_refuses(dataset: Path, hub: Hub) -> None:
     assert hub.commits == []
 
 
-def test_hub_readme_is_how_load_dataset_reads_the_tars(dataset: Path, hub: Hub) -> None:
-    HubFiles.store.clear()
-    fsspec.filesystem("hf").pipe_file("datasets/me/set/README.md", b"my own")
+def test_hub_card_is_how_load_dataset_reads_the_tars(with_val: Path, tmp_path: Path, hub: Hub) -> None:
+    good("push", with_val, "hf://datasets/me/set")
+    copy = tmp_path / "copy"
+    fsspec.filesystem("hf").get("datasets/me/set/", str(copy), recursive=True)
+    card = huggingface_hub.DatasetCard.load(copy / README)
+    assert (card.data.license, card.data.size_categories, "random" in card.data.tags) == ("mit", ["n<1K"], True)
+    assert load_manifest(with_val).content_digest() in card.text
+    assert Image.open(copy / PREVIEW).height > 3 * 16
+    assert read_portable(copy / PORTABLE).digest == load_manifest(with_val).content_digest()
+    assert "sound" in good("verify", copy)  # of other files than its own, a dataset may have any
+    pytest.importorskip("datasets")
+    (code,) = re.findall(r"```python\n(from datasets .*?)```", card.text, re.DOTALL)
+    names: dict = {}
+    exec(code.replace('"me/set"', repr(str(copy))), names)
+    labels = {split: [row["cls"] for row in names["dataset"][split]] for split in ("train", "val")}
+    assert labels == {"train": [index % 3 for index in (*range(5), *range(5))], "val": [1, 2]}
+
+
+def test_hub_card_of_a_part_has_no_recipe_to_rebuild_it(dataset: Path, hub: Hub) -> None:
+    good("push", dataset, "hf://datasets/me/set@v1", "--shards", "1")
+    assert hub.commits[2] == [PREVIEW, README]
+    text = fsspec.filesystem("hf").cat_file("datasets/me/set@v1/README.md").decode()
+    assert (PORTABLE in text, "train-{000001..000001}.tar" in text, 'revision="v1"' in text) == (False, True, True)
+
+
+def test_hub_card_of_packed_images_has_no_licence(packed: Path, hub: Hub) -> None:
+    good("push", packed, "hf://datasets/me/set")
+    card = huggingface_hub.DatasetCard(fsspec.filesystem("hf").cat_file("datasets/me/set/README.md").decode())
+    assert (card.data.license, PORTABLE in card.text, "png;jpg;webp" in card.text) == ("unknown", False, True)
+
+
+@pytest.mark.parametrize("place", ["folder", "repository"])
+def test_hub_card_of_others_stays(dataset: Path, hub: Hub, place: str) -> None:
+    if place == "folder":
+        (dataset / README).write_bytes(b"my own")
+    else:
+        fsspec.filesystem("hf").pipe_file("datasets/me/set/README.md", b"my own")
     good("push", dataset, "hf://datasets/me/set")
     assert fsspec.filesystem("hf").cat_file("datasets/me/set/README.md") == b"my own"
-    datasets = pytest.importorskip("datasets")
-    (dataset / "README.md").write_bytes(dataset_readme({"train"}))
-    rows = list(datasets.load_dataset(str(dataset), streaming=True)["train"])
-    assert [row["cls"] for row in rows] == [index % 3 for index in (*range(5), *range(5))]
+    assert not any(PREVIEW in names for names in hub.commits)

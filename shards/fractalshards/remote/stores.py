@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,6 @@ from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import one_line
 from fractalshards.storage import atomic_file, regular_size
-
-README = "README.md"
 
 _log = logging.getLogger(__name__)
 
@@ -157,13 +155,13 @@ class Store:
         has_checksums: ``holds`` compares sha256, not sizes alone.
         batch_size: how many shards one ``put`` should take.
         chunk: bytes that are read at a time.
-        needs_readme: a ``README.md`` tells readers how to load the dataset.
+        needs_card: a ``README.md`` tells people and ``load_dataset`` what the folder holds.
     """
 
     attempts = 7
     has_checksums = False
     batch_size = 1
-    needs_readme = False
+    needs_card = False
     chunk = _BLOCK
 
     def __init__(self, location: Location, **options: Any) -> None:
@@ -383,7 +381,7 @@ class HubStore(Store):
         self._repository: dict[str, Any] = repository_id
         self._folders = folders
         self._turn = threading.Lock()
-        self.needs_readme = not folders  # the hub does not look for it elsewhere
+        self.needs_card = not folders  # the hub does not look for it elsewhere
 
     def _send(self, uploads: Sequence[Upload]) -> None:
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -392,14 +390,6 @@ class HubStore(Store):
         with self._turn:
             operations = [CommitOperationAdd("/".join([*self._folders, one.name]), one.content) for one in uploads]
             HfApi().create_commit(operations=operations, commit_message=message, **self._repository)
-
-
-def dataset_readme(splits: Collection[str]) -> bytes:
-    """Return a ``README.md`` by which ``load_dataset`` and the hub's viewer read the tars, and not the sidecars."""
-    files = "".join(f'  - {{split: {name}, path: "{name}-*.tar"}}\n' for name in sorted(splits))
-    head = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n"
-    text = "WebDataset shards made with fractalpretrain; `fractalshards pull` fetches and checks them.\n"
-    return f"{head}{text}".encode()
 
 
 def open_store(url: str) -> Store:

@@ -30,7 +30,8 @@ from fractalshards.manifest import (
     sidecar_name,
 )
 from fractalshards.recipe_file import RecipeFile, recipe_problems
-from fractalshards.remote.stores import README, FileInfo, LocalStore, Store, Upload, dataset_readme, open_store
+from fractalshards.remote.card import README, dataset_card
+from fractalshards.remote.stores import FileInfo, LocalStore, Store, Upload, open_store
 from fractalshards.storage import MAX_JSON_BYTES, atomic_file, check_space, parse_json, remove_leftovers
 from fractalshards.systems import MAX_SYSTEMS_BYTES, parse_systems
 from fractalshards.workers import OnProgress, no_progress
@@ -133,8 +134,10 @@ def _copy_dataset(
     results = run_tasks(copy, batches, lambda batch: sum(shard.bytes for shard in batch), jobs, on_progress)
     copied = [shard for batch in results for shard in batch]
 
-    if target.needs_readme and target.read(README, MAX_JSON_BYTES) is None:
-        target.put([Upload.of_bytes(README, dataset_readme({name.partition("-")[0] for name in names}))])
+    if target.needs_card and target.read(README, MAX_JSON_BYTES) is None:
+        own = source.read(README, MAX_JSON_BYTES)
+        listed = parse_manifest(ours.of_shards(names), Path(source.location.root), INFO)
+        target.put(dataset_card(listed, target.location) if own is None else [Upload.of_bytes(README, own)])
     if theirs is None or theirs.rows().keys() != names:
         if target.read(INFO, MAX_JSON_BYTES) != (theirs.text if theirs else None):
             raise FractalError(f"{target.shown}/{INFO}: changed by someone else; run the same command again")
