@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from itertools import accumulate, chain, takewhile
+from itertools import accumulate, chain
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -34,23 +34,6 @@ class DatasetDiff:
     findings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """The shards of a split in two datasets, matched by position and number of samples.
-
-    Attributes:
-        equal: pairs of shards with the same content digest.
-        different: pairs of shards with different content digests.
-        regrouped: the shards of either side from the first pair on that differs in the number of samples.
-        extra: the shards of the longer side that begin after the other has ended.
-    """
-
-    equal: tuple[tuple[Shard, Shard], ...]
-    different: tuple[tuple[Shard, Shard], ...]
-    regrouped: Pair
-    extra: Pair
-
-
 class SampleDigest(NamedTuple):
     """A sample's key, and digests of the image and the label bytes that enter its content digest."""
 
@@ -76,25 +59,22 @@ def compare_datasets(
     return DatasetDiff(all(diff.same for diff in diffs), findings)
 
 
-def align(first: Sequence[Shard], second: Sequence[Shard]) -> Alignment:
-    """Match the shards of two datasets."""
-    pairs = list(takewhile(lambda pair: pair[0].samples == pair[1].samples, zip(first, second, strict=False)))
-    rest = first[len(pairs) :], second[len(pairs) :]
-    shorter = min(sum(shard.samples for shard in row) for row in rest)
-    regrouped, extra = zip(*(_split_row(row, shorter) for row in rest), strict=True)
-    return Alignment(
-        equal=tuple((one, other) for one, other in pairs if one.content_digest == other.content_digest),
-        different=tuple((one, other) for one, other in pairs if one.content_digest != other.content_digest),
-        regrouped=regrouped,
-        extra=extra,
-    )
+def differing_shards(rows: Pair) -> tuple[Pair, Pair]:
+    """Find the shards of a split that one side has and the other lacks, by content digest, which includes the keys.
 
-
-def _split_row(row: Sequence[Shard], samples: int) -> Pair:
-    """Split a row of shards at the first that begins after ``samples`` samples or later."""
-    starts = accumulate((shard.samples for shard in row), initial=0)
-    count = sum(start < samples for start, _ in zip(starts, row, strict=False))
-    return tuple(row[:count]), tuple(row[count:])
+    Returns:
+        Those whose samples may be in other shards of the other side, and those that begin after its last sample.
+    """
+    known = [{shard.content_digest for shard in row} for row in rows]
+    shorter = min(sum(shard.samples for shard in row) for row in rows)
+    within: list[tuple[Shard, ...]] = []
+    beyond: list[tuple[Shard, ...]] = []
+    for row, others in zip(rows, reversed(known), strict=True):
+        starts = accumulate((shard.samples for shard in row), initial=0)
+        count = sum(start < shorter for start, _ in zip(starts, row, strict=False))
+        within.append(tuple(shard for shard in row[:count] if shard.content_digest not in others))
+        beyond.append(row[count:])
+    return (within[0], within[1]), (beyond[0], beyond[1])
 
 
 def digest_shard(index: ShardIndex, classes: int) -> list[SampleDigest]:
@@ -134,8 +114,7 @@ class Matcher:
     def findings(self, absent: tuple[str, str]) -> list[str]:
         """Name the samples that differ or are missing, one line per shard.
 
-        Args:
-            absent: what to call samples of side 0, and of side 1, that the other side lacks.
+        ``absent`` says what to call samples of side 0, and of side 1, that the other side lacks.
         """
         lines = [_name_samples(shard, keys, "not the same") for shard, keys in sorted(self._different.items())]
         for words, unpaired in zip(absent, self._unpaired, strict=True):
@@ -155,39 +134,40 @@ def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: 
         if split not in other.splits:
             return DatasetDiff(False, (f"{split}: only in {one.folder}, {_count_samples(one.splits[split])}",))
     rows = manifests[0].splits[split], manifests[1].splits[split]
-    alignment = align(*rows)
-    lines = list(_compare_shards(manifests, split, alignment, workers, on_progress))
-    for manifest, shards in zip(manifests, alignment.extra, strict=True):
+    within, beyond = differing_shards(rows)
+    lines = list(_compare_shards(manifests, split, within, workers, on_progress))
+    for manifest, shards in zip(manifests, beyond, strict=True):
         if shards:
             lines.append(f"{_count_samples(shards)} more in {manifest.folder}, from {shards[0].name} on")
     if lines:
         return DatasetDiff(False, tuple(f"{split}: {line}" for line in lines))
     remarks = ""
-    if any(alignment.regrouped):
+    if any(within):
         remarks += f", in {len(rows[0]):,} and {len(rows[1]):,} shards"
-    if count := sum(one.sha256 != other.sha256 for one, other in alignment.equal):
+    copies = {shard.content_digest: shard.sha256 for shard in rows[0]}
+    if count := sum(copies.get(shard.content_digest, shard.sha256) != shard.sha256 for shard in rows[1]):
         remarks += f"; {human_count(count, 'shard')} with different bytes, written by another CPU or other software"
     return DatasetDiff(True, (f"{split}: the same {_count_samples(rows[0])}{remarks}",))
 
 
 def _compare_shards(
-    manifests: Manifests, split: str, alignment: Alignment, workers: int, on_progress: OnProgress
+    manifests: Manifests, split: str, rows: Pair, workers: int, on_progress: OnProgress
 ) -> Iterator[str]:
-    """Read the shards that may differ and describe the differences."""
-    different = alignment.different[:MAX_READ]
-    read = [(*(pair[side] for pair in different), *alignment.regrouped[side]) for side in (0, 1)]
-    unread = len(alignment.different) - MAX_READ
-    words = "not in the same shard of" if unread > 0 else "not in"
+    """Read shards that differ, of those that are cut alike the first ones only, and describe the differences."""
+    cut_alike = [shard.samples for shard in rows[0]] == [shard.samples for shard in rows[1]]
+    unread = max(len(rows[0]) - MAX_READ, 0) if cut_alike else 0
+    words = "not in the same shard of" if unread else "not in"
     absent = f"{words} {manifests[1].folder}", f"{words} {manifests[0].folder}"
+    read = [row[:MAX_READ] for row in rows] if cut_alike else rows
     found = _match(manifests, split, read, workers, on_progress).findings(absent) if any(read) else []
     yield from found
-    if different and not found:
-        count = human_count(len(different), "shard")
+    if any(read) and cut_alike and not found:
+        count = human_count(len(read[0]), "shard")
         yield (
             f"content digests of {count} differ, but the samples are the same: their order differs, or a manifest is "
             "wrong; check both with 'fractalshards verify'"
         )
-    if unread > 0:
+    if unread:
         yield f"content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
 
 

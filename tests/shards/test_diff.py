@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fractalshards.cli import main
-from fractalshards.diff import MAX_READ, align
+from fractalshards.diff import MAX_READ, differing_shards
 from fractalshards.manifest import INFO, DatasetInfo, Shard, sample_key, shard_name, write_manifest
 from fractalshards.png import encode_png
 from fractalshards.storage import write_json
@@ -156,25 +156,20 @@ def test_damaged_and_missing_datasets_are_refused(whole: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "different", "regrouped", "extra"),
+    ("rows", "within", "beyond"),
     [
-        ([], [], 0, (0, 0), (0, 0)),
-        ([5, 5], [5, 5], 2, (0, 0), (0, 0)),
-        ([5, 5], [5], 1, (0, 0), (1, 0)),
-        ([5, 5, 4], [5, 3, 2, 4, 9, 9], 1, (2, 3), (0, 2)),
-        ([9, 1], [5, 6, 7], 0, (2, 2), (0, 1)),
-        ([], [1], 0, (0, 0), (0, 1)),
+        (("", ""), ("", ""), ("", "")),
+        (("a5 b5", "a5 b5"), ("", ""), ("", "")),
+        (("a5 b5", "b5 a5"), ("", ""), ("", "")),
+        (("a5 b5", "a5 c5"), ("b5", "c5"), ("", "")),
+        (("a5 b5", "c5"), ("a5", "c5"), ("b5", "")),
+        (("a5 b5 c4", "a5 d3 e2 f4 g9 h9"), ("b5 c4", "d3 e2 f4"), ("", "g9 h9")),
+        (("a9 b1", "c5 d6 e7"), ("a9 b1", "c5 d6"), ("", "e7")),
+        (("", "a1"), ("", ""), ("", "a1")),
     ],
 )
-def test_alignment(
-    first: list[int], second: list[int], different: int, regrouped: tuple[int, int], extra: tuple[int, int]
-) -> None:
-    rows = [
-        [Shard(str(i), n, 0, "", str((side, i))) for i, n in enumerate(row)] for side, row in enumerate((first, second))
-    ]
-    found = align(*rows)
-    assert (found.equal, len(found.different)) == ((), different)
-    assert (len(found.regrouped[0]), len(found.regrouped[1])) == regrouped
-    assert (len(found.extra[0]), len(found.extra[1])) == extra
-    for side, row in enumerate(rows):
-        assert [*(pair[side] for pair in found.different), *found.regrouped[side], *found.extra[side]] == row
+def test_differing_shards(rows: tuple[str, str], within: tuple[str, str], beyond: tuple[str, str]) -> None:
+    """A shard is a letter for its content digest, and its number of samples."""
+    first, second = (tuple(Shard(word, int(word[1:]), 0, "", word[0]) for word in row.split()) for row in rows)
+    found = differing_shards((first, second))
+    assert [[" ".join(shard.name for shard in row) for row in pair] for pair in found] == [[*within], [*beyond]]
