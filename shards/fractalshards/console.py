@@ -1,6 +1,5 @@
 """The terminal, shared by the three commands: help, one-line errors, exit codes, progress and notes."""
 
-import codecs
 import inspect
 import io
 import logging
@@ -8,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +31,6 @@ _SHORT = {
 }
 _ALL = "all"
 _LOG_SECONDS = 10.0
-_PRINTED = "fractalshards"  # an error handler of Python's codecs
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -94,23 +92,14 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in commands if one])
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run the command line; see ``click.Command.main``."""
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and exit; see ``click.Command.main``."""
         _open_streams()
         show_logs()
         try:
             leave_out_current_folder()
             provide_home()
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = super().main(*args, **{**options, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(2)
@@ -151,17 +140,8 @@ def _open_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         if isinstance(sys.stdout.buffer, io.RawIOBase):  # under PYTHONUNBUFFERED: what a full disk cuts off is no error
             sys.stdout = os.fdopen(1, "w", 1, sys.stdout.encoding, closefd=False)
-        codecs.register_error(_PRINTED, _print_anyway)
-        sys.stdout.reconfigure(errors=_PRINTED)
-        os.environ.setdefault("PYTHONIOENCODING", ":surrogateescape")  # of child processes
-
-
-def _print_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Encode a name of any bytes as these, and characters that the encoding of a terminal lacks as escapes."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
+        sys.stdout.reconfigure(errors="backslashreplace")
+        os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # of child processes
 
 
 @contextmanager

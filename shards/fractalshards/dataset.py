@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalshards.errors import BadSampleError, FractalError, describe_os_error
-from fractalshards.manifest import TRAINING, Manifest, load_manifest, read_record
+from fractalshards.manifest import TRAINING, Manifest, load_manifest
 from fractalshards.png import Pixels
-from fractalshards.reader import Example, OpenFiles, decode_sample, index_split, read_sample
+from fractalshards.reader import Example, OpenFiles, decode_sample, index_split, read_label_counts, read_sample
 from fractalshards.sample import LabelType, classes_of
 from fractalshards.tars import Tar, index_tars
 
@@ -38,6 +38,7 @@ class StoredSplit:
         manifest: the whole dataset, as ``_info.json`` describes it.
         split: name of this split.
         lengths: samples per shard, in order of index.
+        files: the shards that are open.
     """
 
     def __init__(
@@ -60,21 +61,12 @@ class StoredSplit:
         self._shards = index_split(manifest, split, whole=cache is None)
         self.lengths = tuple(len(shard.offsets) - 1 for shard in self._shards)
         self._starts = np.cumsum([0, *self.lengths])
-        self._files = OpenFiles(max_open_files, cache.open if cache else None)
+        self.files = OpenFiles(max_open_files, cache.open if cache else None)
         self._advice = (
             f"check the copy with 'fractalshards verify {manifest.folder}'"
             if cache is None
             else "the remote copy is damaged; build the shard and push it again"
         )
-
-    @property
-    def max_open_files(self) -> int:
-        """The most shards that stay open."""
-        return self._files.limit
-
-    @max_open_files.setter
-    def max_open_files(self, limit: int) -> None:
-        self._files.limit = limit
 
     @property
     def classes(self) -> int:
@@ -109,14 +101,8 @@ class StoredSplit:
     @property
     def label_counts(self) -> _Indices:
         """Number of samples that show each class, (classes,) int64, from the sidecars."""
-        manifest = self.manifest
-        counts = np.zeros(self.classes, np.int64)
-        for shard in manifest.splits[self.split]:
-            record = read_record(manifest.folder, shard.name, self.label_type)
-            if len(record.label_counts) != self.classes:
-                raise FractalError(f"{manifest.folder}: {record.name} counts other classes; {self._advice}")
-            counts += record.label_counts
-        return counts
+        none = np.zeros(self.classes, np.int64)
+        return sum((read_label_counts(self.manifest, one) for one in self.manifest.splits[self.split]), start=none)
 
     @property
     def labels(self) -> _Indices:
@@ -170,7 +156,7 @@ class StoredSplit:
         shard, place = self._shards[number], index - int(self._starts[number])
         start, end = shard.offsets[place : place + 2].tolist()
         key = f"sample {place}"
-        file = self._files.open(shard.path, shard.stamp)
+        file = self.files.open(shard.path, shard.stamp)
         try:
             sample = read_sample(file.fileno(), start, end)
             key = sample.key
@@ -185,12 +171,5 @@ class StoredSplit:
 
 
 def open_dataset(path: str | os.PathLike[str], split: str = TRAINING) -> StoredSplit:
-    """Open a split of a dataset of shards.
-
-    Args:
-        path: folder of the dataset.
-
-    Raises:
-        FractalError: if the dataset or split is missing, or files contradict each other.
-    """
+    """Open a split of the dataset in a folder; raises FractalError if it is missing, or files contradict each other."""
     return StoredSplit(load_manifest(Path(path)), split)

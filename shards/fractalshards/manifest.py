@@ -48,17 +48,6 @@ def is_plain(name: str) -> bool:
     return _PLAIN.fullmatch(name) is not None and ".." not in name
 
 
-def check_plain(name: str, where: str) -> str:
-    """Return ``name``, which comes from an untrusted dataset, if it is a plain file name.
-
-    Raises:
-        FractalError: if it is not.
-    """
-    if not is_plain(name):
-        raise FractalError(f"{where}: {name!r} is not a plain file name; do not use this dataset")
-    return name
-
-
 FORMAT_VERSIONS = (1, 2)  # see ``systems.MAP_SHAPES``
 MAX_CLASSES = 100_000  # names of systems have five digits
 MAX_IMAGE_SIZE = 100_000
@@ -213,12 +202,7 @@ def write_record(folder: Path, record: ShardRecord) -> None:
 
 
 def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
-    """Read and check a shard's sidecar.
-
-    Raises:
-        FractalError: if it is not a valid record of this shard.
-        OSError: if it cannot be read.
-    """
+    """Read and check a shard's sidecar; raises FractalError if it is not a valid record of this shard."""
     path = folder / sidecar_name(shard)
     return parse_record(read_bounded(path, MAX_JSON_BYTES), shard, label_type, str(path))
 
@@ -255,33 +239,35 @@ def write_manifest(
         "image_size": image_size,
         **{name: values for name, values in names.items() if values},
         "software": {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}},
-        "splits": {name: {"name": name, **alt_label, **_split_lists(shards)} for name, shards in splits.items()},
+        "splits": {
+            name: {
+                "name": name,
+                **alt_label,
+                "num_samples": sum(shard.samples for shard in shards),
+                "filenames": [shard.name for shard in shards],
+                "shard_lengths": [shard.samples for shard in shards],
+                "bytes": [shard.bytes for shard in shards],
+                "sha256": [shard.sha256 for shard in shards],
+                "content_digests": [shard.content_digest for shard in shards],
+            }
+            for name, shards in splits.items()
+        },
     }
     write_json(folder / INFO, fields, indent=1)
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read and check ``folder/_info.json``.
-
-    Raises:
-        FractalError: if folder or manifest is missing, or a field is not what the format says.
-    """
+    """Read and check ``folder/_info.json``; raises FractalError if it is missing or not what the format says."""
     path = find_manifest(folder)
     return parse_manifest(read_bounded(path, MAX_JSON_BYTES), folder, str(path))
 
 
 def find_manifest(folder: Path) -> Path:
-    """Return the path of a finished dataset's ``_info.json``.
-
-    Raises:
-        FractalError: if folder or manifest is missing.
-    """
+    """Return the path of a finished dataset's ``_info.json``; raise FractalError if it is missing."""
     path = folder / INFO
-    if folder.is_file():
-        raise FractalError(f"{folder}: is a file; give the folder of a dataset, which contains {INFO}")
     if not folder.is_dir():
         raise FractalError(
-            f"{folder}: folder does not exist; fix the path, or build a dataset there with "
+            f"{folder}: no such folder; fix the path, or build a dataset there with "
             f"'fractalgen build --kind KIND --n N --out {folder}'"
         )
     if not path.is_file():
@@ -314,24 +300,17 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
 
 
 def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
-    """Check the names of splits and of the shards in each, which come from ``where``.
-
-    Raises:
-        FractalError: if a name is not a plain file name, or a shard is listed twice.
-    """
+    """Raise FractalError if a split or shard is not named plainly, or a shard is listed twice."""
     shards = [shard for names in splits.values() for shard in names]
     for name in (*splits, *shards):
-        check_plain(name, where)
+        if not is_plain(name):
+            raise FractalError(f"{where}: {name!r} is not a plain file name; do not use this dataset")
     if len(set(shards)) != len(shards):
         raise FractalError(f"{where}: lists a shard twice; do not use this dataset")
 
 
 def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
-    """Return the shards of a split.
-
-    Raises:
-        FractalError: if the dataset does not have it.
-    """
+    """Return the shards of a split; raise FractalError if the dataset does not have it."""
     if split not in manifest.splits:
         raise FractalError(f"{manifest.folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
     return manifest.splits[split]
@@ -353,18 +332,6 @@ def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
     if label_type == "single":
         return total == record.samples
     return total >= record.samples and all(count <= record.samples for count in record.label_counts)
-
-
-def _split_lists(shards: Sequence[Shard]) -> dict[str, object]:
-    """Return the fields of a split that list its shards."""
-    return {
-        "num_samples": sum(shard.samples for shard in shards),
-        "filenames": [shard.name for shard in shards],
-        "shard_lengths": [shard.samples for shard in shards],
-        "bytes": [shard.bytes for shard in shards],
-        "sha256": [shard.sha256 for shard in shards],
-        "content_digests": [shard.content_digest for shard in shards],
-    }
 
 
 def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[int, ...]]:

@@ -51,13 +51,18 @@ class ShardIndex:
 def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[ShardIndex, ...]:
     """Index all shards of a split from their sidecars, checked against the manifest and the files' sizes.
 
-    If not ``whole``, tars may be missing, and their sizes are not checked.
-
-    Raises:
-        FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
+    If not ``whole``, tars may be missing, and their sizes are not checked. A FractalError names what is
+    missing or wrong.
     """
-    shards = split_shards(manifest, split)
-    return tuple(_index_shard(manifest, shard, whole) for shard in shards)
+    return tuple(_index_shard(manifest, shard, whole) for shard in split_shards(manifest, split))
+
+
+def read_label_counts(manifest: Manifest, shard: Shard) -> npt.NDArray[np.int64]:
+    """Return how many samples of a shard show each class, (classes,) int64, from its sidecar."""
+    counts = read_record(manifest.folder, shard.name, manifest.label_type).label_counts
+    if len(counts) != manifest.classes:
+        raise FractalError(f"{manifest.folder / shard.name}: its sidecar counts other classes; fetch or build it again")
+    return np.array(counts, np.int64)
 
 
 def read_sample(descriptor: int, start: int, end: int) -> Sample:
@@ -66,11 +71,7 @@ def read_sample(descriptor: int, start: int, end: int) -> Sample:
 
 
 def read_blocks(descriptor: int, start: int, end: int) -> bytes:
-    """Read the bytes ``[start, end)`` of an open file: the tar blocks of one sample, or its image.
-
-    Raises:
-        FractalError: if the file ends early.
-    """
+    """Read the bytes ``[start, end)`` of an open file; raise FractalError if it ends early."""
     data = os.pread(descriptor, end - start, start)
     if len(data) != end - start:
         raise FractalError(f"file ends at byte {start + len(data)}, but the sample ends at {end}")
@@ -90,11 +91,7 @@ def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
 
 
 def iterate_shard(index: ShardIndex) -> Iterator[Sample]:
-    """Yield all samples of a shard in order.
-
-    Raises:
-        FractalError: at the first sample that cannot be read, naming the shard.
-    """
+    """Yield all samples of a shard in order; a FractalError names the shard and the first damaged one."""
     with index.path.open("rb") as file:
         for start, end in zip(index.offsets[:-1].tolist(), index.offsets[1:].tolist(), strict=True):
             try:

@@ -23,12 +23,7 @@ class RecipeFile(msgspec.Struct, frozen=True):
 
 
 def stored_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe of a folder, or None if the folder is empty or missing.
-
-    Raises:
-        FractalError: if the recipe is damaged, or the folder holds something other than a dataset.
-        OSError: if it cannot be read.
-    """
+    """Return the recipe of a folder, None if it is empty or missing; raise FractalError if it holds something else."""
     present = [path.name for path in folder.iterdir()] if folder.exists() else []
     if RECIPE in present:
         return read_json(folder / RECIPE, RecipeFile).recipe
@@ -39,13 +34,9 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the recipe into a folder that has none.
+    """Write the recipe into a folder that has none; raise FractalError if it has another one by then.
 
     If two builds start in a folder at once, one writes its recipe and the other finds it.
-
-    Raises:
-        FractalError: if the folder has another recipe by then.
-        OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECIPE).exists():

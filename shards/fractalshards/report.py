@@ -17,7 +17,7 @@ from fractalshards.errors import UsageError, needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest
 from fractalshards.recipe_file import flat_recipe
-from fractalshards.survey import DETAIL, Counts, Survey
+from fractalshards.survey import Counts, Survey
 
 if TYPE_CHECKING:
     import jinja2
@@ -165,16 +165,8 @@ def _charts(survey: Survey) -> list[Chart]:
     ]
     fills = [one.fill for one in stats]
     if np.percentile(fills, 10) < _BLACK_GROUND:
-        charts.append(histogram("Fill rate", "Share of pixels that are not black.", fills, _percent))
-    else:
-        note = (
-            f"Share of pixels that differ from a neighbour by more than {DETAIL} of 255 in any colour; low for empty "
-            "or plain images."
-        )
-        charts.append(histogram("Detail rate", note, [one.detail for one in stats], _percent))
+        charts.append(histogram("Fill rate", "Share of pixels that are not black.", fills, "{:.1%}".format))
     if survey.manifest.label_type == "multi":
-        note = "Share of an image that lies in the box of an object."
-        charts.append(histogram("Share in boxes", note, [one.covered for one in stats], _percent))
         charts.append(tally("Objects per image", [one.objects for one in stats]))
     sizes = [float(one.bytes) for one in stats]
     return [*charts, histogram("Bytes per sample", "Image, label and tar headers.", sizes, human_bytes, max(sizes))]
@@ -207,10 +199,6 @@ def _clean(text: object, most: int = _MAX_TEXT) -> str:
     """Shorten untrusted text to one line without control characters or characters that change its direction."""
     line = one_line(str(text)[: 4 * most])
     return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _quote(path: str) -> str:

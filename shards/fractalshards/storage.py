@@ -1,6 +1,7 @@
 """Bounded reading of untrusted files, typed JSON, atomic writing, and the folder of caches.
 
-Only regular files are opened: reading a pipe may block, and a device may never end.
+Only regular files are opened: reading a pipe may block, and a device may never end. Functions that read raise a
+``FractalError`` that names the file if it is not what it should be, and ``OSError`` if it cannot be read.
 """
 
 import errno
@@ -26,12 +27,7 @@ from fractalshards.human import human_bytes
 
 
 def regular_size(path: Path) -> int:
-    """Return the size of a regular file in bytes; symbolic links are followed.
-
-    Raises:
-        FractalError: if it is not a regular file.
-        OSError: if it does not exist.
-    """
+    """Return the size of a regular file in bytes; symbolic links are followed."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise FractalError(f"{path}: not a regular file; do not use this dataset")
@@ -39,12 +35,7 @@ def regular_size(path: Path) -> int:
 
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """Read a regular file of at most ``most`` bytes.
-
-    Raises:
-        FractalError: if it is larger, or not a regular file.
-        OSError: if it cannot be read.
-    """
+    """Read a regular file of at most ``most`` bytes."""
     if regular_size(path) <= most:
         with path.open("rb") as file:
             if len(data := file.read(most + 1)) <= most:  # it may have grown, and some files report no size
@@ -60,25 +51,12 @@ _T = TypeVar("_T")
 
 
 def read_json(path: Path, kind: type[_T]) -> _T:
-    """Read a JSON file of at most 16 MiB as a typed value.
-
-    Args:
-        kind: type of the value: a msgspec Struct, a dataclass, ``dict[str, Any]``.
-
-    Raises:
-        FractalError: naming file and field, if the file is larger, not regular, or not JSON of this type.
-        OSError: if it cannot be read.
-    """
+    """Read a JSON file of at most 16 MiB as a typed value, such as a msgspec Struct, a dataclass or a mapping."""
     return parse_json(read_bounded(path, MAX_JSON_BYTES), kind, str(path))
 
 
 def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
-    """Parse JSON that came from ``where`` as a typed value; see ``read_json``.
-
-    Raises:
-        FractalError: naming ``where`` and the field, if the data is not JSON of this type, is nested more than 32
-            deep, or has more than four million commas.
-    """
+    """Parse JSON that came from ``where``, nested at most 32 deep and with at most four million commas."""
     advice = "the file is damaged or not of this format, fetch or build it again"
     if data.count(b",") > _MAX_COMMAS or _is_deep(data):
         raise FractalError(f"{where}: too many values, or nested too deep; {advice}")
@@ -107,10 +85,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing; on success it becomes ``path``, on failure it is removed.
 
     The temporary name contains host and process, so writers never share one, and ``remove_leftovers`` knows the writer.
-
-    Raises:
-        FileExistsError: if ``exclusive`` and ``path`` exists by then.
-        OSError: if the file cannot be written.
+    With ``exclusive`` it raises FileExistsError if ``path`` exists by then.
     """
     writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}.{_pid_namespace()}"
     name = os.fsdecode(os.fsencode(path.name)[-_MOST_NAME_BYTES:])
@@ -243,11 +218,7 @@ def _existing(folder: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files whose writer is gone.
-
-    A writer on this host is gone if its process is; one on another host, or in a container with its own numbers of
-    processes, if its file is an hour old.
-    """
+    """Remove temporary files whose writer is gone: one on this host if its process is, others after an hour."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if _abandoned(path):
             path.unlink(missing_ok=True)

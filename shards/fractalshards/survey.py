@@ -14,16 +14,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from fractalshards.errors import FractalError
-from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, Shard, read_record, split_shards
+from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, split_shards
 from fractalshards.png import Pixels
-from fractalshards.reader import ShardIndex, decode_sample, index_split, read_sample
+from fractalshards.reader import ShardIndex, decode_sample, index_split, read_label_counts, read_sample
 from fractalshards.sample import BLOCK, Label, MultiLabel, Object, classes_of, decode_label, first_member_end
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 MAX_MEASURED = 2000  # images
 MAX_THUMBNAILS = 4000
 MAX_THUMBNAIL_BYTES = 5_000_000  # of all together; base64 makes 6.7 MB of them
-DETAIL = 32  # of 255: the difference between neighbours that counts as detail
 _PER_CLASS = 8
 _LARGE, _SMALL = 96, 64  # pixels of a thumbnail
 _MAX_LARGE = 800  # with more thumbnails, they are small
@@ -53,25 +52,20 @@ class Thumbnail:
     objects: tuple[Object, ...]
 
 
-@dataclass(frozen=True)
-class ImageStats:
+class ImageStats(NamedTuple):
     """Statistics of one image.
 
     Attributes:
         bytes: size of the sample in its tar, with headers.
         fill: share of pixels that are not black; FractalDB's fill rate.
-        detail: share of pixels that differ from one of their four neighbours by more than ``DETAIL`` in a channel.
         objects: number of objects in the label; 0 for label type ``single``.
-        covered: share of the image that lies in the box of an object.
     """
 
     width: int
     height: int
     bytes: int
     fill: float
-    detail: float
     objects: int
-    covered: float
 
 
 @dataclass(frozen=True)
@@ -122,11 +116,11 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
         for done, (label, thumbnail) in enumerate(pool.map(partial(_thumbnail, manifest.classes, tile), chosen), 1):
             thumbnails[label].append(thumbnail)
             on_progress(done, total)
-        for done, one in enumerate(pool.map(partial(_stats, manifest.classes), measured), len(chosen) + 1):
+        for done, one in enumerate(pool.map(partial(_measure, manifest.classes), measured), len(chosen) + 1):
             stats.append(one)
             on_progress(done, total)
     others = {
-        name: sum((_read_counts(manifest, shard) for shard in shards), start=np.zeros_like(counts))
+        name: sum((read_label_counts(manifest, shard) for shard in shards), start=np.zeros_like(counts))
         for name, shards in manifest.splits.items()
         if name != split
     }
@@ -162,7 +156,7 @@ def select_samples(
     totals = np.zeros(manifest.classes, np.int64)
     available = np.zeros((len(shards), len(classes)), np.min_scalar_type(per_class))
     for number, shard in enumerate(shards):
-        counts = _read_counts(manifest, shard)
+        counts = read_label_counts(manifest, shard)
         totals += counts
         available[number] = np.minimum(counts[classes], per_class)
     missing = np.minimum(totals[classes], per_class)
@@ -207,36 +201,6 @@ def shrink(image: Pixels, tile: int) -> Image.Image:
     return picture
 
 
-def measure(image: Pixels, label: Label, size: int) -> ImageStats:
-    """Compute the statistics of an image (H, W, 3) uint8 whose sample takes ``size`` bytes."""
-    height, width, _ = image.shape
-    objects = label.objects if isinstance(label, MultiLabel) else ()
-    covered = np.zeros((height, width), bool)
-    for thing in objects:
-        x, y, box_width, box_height = thing.bbox
-        covered[y : y + box_height, x : x + box_width] = True
-    return ImageStats(
-        width=width,
-        height=height,
-        bytes=size,
-        fill=float(image.any(axis=2).mean()),
-        detail=float(_mark_detail(image).mean()),
-        objects=len(objects),
-        covered=float(covered.mean()),
-    )
-
-
-def _mark_detail(image: Pixels) -> npt.NDArray[np.bool_]:
-    """Mark the pixels that differ from a neighbour, (H, W) bool."""
-    found = np.zeros(image.shape[:2], np.bool_)
-    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
-        one, other = image[before], image[after]  # a difference of wider integers would take twice their memory
-        steps = (np.maximum(one, other) - np.minimum(one, other) > DETAIL).any(axis=2)
-        found[before] |= steps
-        found[after] |= steps
-    return found
-
-
 def _thumbnail(classes: int, tile: int, chosen: tuple[int, Location]) -> tuple[int, Thumbnail]:
     label, location = chosen
     key, image, content = read_image(location, classes)
@@ -247,9 +211,11 @@ def _thumbnail(classes: int, tile: int, chosen: tuple[int, Location]) -> tuple[i
     return label, Thumbnail(key, width, height, stream.getvalue(), objects)
 
 
-def _stats(classes: int, location: Location) -> ImageStats:
+def _measure(classes: int, location: Location) -> ImageStats:
     _, image, label = read_image(location, classes)
-    return measure(image, label, location.end - location.start)
+    height, width, _ = image.shape
+    objects = len(label.objects) if isinstance(label, MultiLabel) else 0
+    return ImageStats(width, height, location.end - location.start, float(image.any(axis=2).mean()), objects)
 
 
 def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[Location]:
@@ -259,13 +225,6 @@ def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[Location]:
     samples = np.array(spread(int(ends[-1]), MAX_MEASURED))
     for number, sample in zip(np.searchsorted(ends, samples, side="right").tolist(), samples.tolist(), strict=True):
         yield _locate(indices[number], sample - int(ends[number]) + len(indices[number].offsets) - 1)
-
-
-def _read_counts(manifest: Manifest, shard: Shard) -> Counts:
-    counts = read_record(manifest.folder, shard.name, manifest.label_type).label_counts
-    if len(counts) != manifest.classes:
-        raise FractalError(f"{manifest.folder / shard.name}: its sidecar counts other classes; fetch or build it again")
-    return np.array(counts, np.int64)
 
 
 def _locate(index: ShardIndex, position: int) -> Location:

@@ -61,16 +61,9 @@ class Promise:
 
 
 def verify_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = no_progress) -> list[Problem]:
-    """Verify every file of a dataset in worker processes.
+    """Verify every file of a dataset in worker processes; return all problems, ordered by file.
 
-    Args:
-        on_progress: called with (done, total) samples.
-
-    Returns:
-        All problems, ordered by file; empty for a sound dataset.
-
-    Raises:
-        WorkerLostError: if a worker is killed three times at the same shard.
+    ``on_progress`` is called with (done, total) samples.
     """
     problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)

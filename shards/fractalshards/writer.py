@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Executor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -144,17 +144,14 @@ def run_jobs(
     """Run the jobs that write shards and return their results, in the order in which they finish.
 
     An error in one job stops the others; finished shards stay. A shard whose worker is killed three times is left out,
-    and all others are still written.
+    all others are still written, and a FractalError names it at the end.
 
     Args:
         jobs: picklable calls, by the shard that each writes.
         folder: folder of the dataset, for errors.
         on_progress: called with the samples of finished jobs and of all jobs.
-
-    Raises:
-        FractalError: at the end, if shards were left out, naming them.
     """
-    lost: dict[str, Exception] = {}
+    lost: dict[str, str] = {}
     results = []
     done, total = 0, sum(task.stop - task.first for task in jobs)
     futures = {executor.submit(job): task for task, job in jobs.items()}
@@ -165,25 +162,17 @@ def run_jobs(
         except Exception as error:  # whatever the job raised
             if not is_lost(error):
                 raise
-            lost[task.name] = error
+            ran_out = isinstance(error, MemoryError)
+            lost[task.name] = "memory ran out, lower --workers" if ran_out else str(error) or type(error).__name__
             continue
         done += task.stop - task.first
         on_progress(done, total)
     if lost:
         raise FractalError(
             f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: "
-            f"{_reason(next(iter(lost.values())))}; run the same command again"
+            f"{next(iter(lost.values()))}; run the same command again"
         )
     return results
-
-
-def _reason(error: Exception) -> str:
-    """Say why a shard was not written, and what may help."""
-    if isinstance(error, MemoryError):
-        return "memory ran out, lower --workers"
-    if isinstance(error, CancelledError):
-        return "the cluster gave up on it"
-    return str(error)
 
 
 def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], info: DatasetInfo) -> tuple[str, ...]:
@@ -191,13 +180,10 @@ def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], 
 
     Args:
         tasks: all shards of the dataset.
-        own: shards that the caller has written, or found finished.
+        own: shards that the caller has written or found finished; a FractalError is raised if one has vanished.
 
     Returns:
         The names of missing shards; if there are none, the manifest has been written.
-
-    Raises:
-        FractalError: if one of the caller's own shards has vanished.
     """
     records = finished_shards(folder, tasks, info)
     if vanished := sorted(task.name for task in own if task.name not in records):

@@ -32,7 +32,7 @@ from fractalshards.png import Pixels
 from fractalshards.report import class_chart, histogram, tally
 from fractalshards.sample import Label, MultiLabel, Object
 from fractalshards.storage import write_json
-from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, measure, survey_dataset
+from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, survey_dataset
 from fractalshards.writer import write_shard
 from packing import assert_refused
 
@@ -109,17 +109,8 @@ def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path: Path
     seen = survey(write_dataset(tmp_path / "data", [[(plain(0), label)]], classes=3))
     assert [len(found) for found in seen.thumbnails.values()] == [1, 0, 1]
     assert seen.thumbnails[2][0].objects == label.objects
-    assert seen.stats[0].objects == 2
-
-
-def test_image_statistics() -> None:
-    image = np.zeros((8, 8, 3), np.uint8)
-    image[:4, :4] = 1, 0, 0
-    assert (measure(image, 0, 100).fill, measure(image, 0, 100).detail) == (0.25, 0)
-    image[:4, :4] = 0, 33, 0
-    assert measure(image, 0, 100).detail == (8 + 7) / 64  # both sides of an edge of 4 + 4 pixels, the corner once
-    stats = measure(image, MultiLabel.of((Object(1, (0, 0, 4, 8)), Object(1, (2, 0, 4, 4)))), 100)
-    assert (stats.covered, stats.objects, stats.bytes) == ((32 + 8) / 64, 2, 100)
+    assert seen.stats[0][:2] == (16, 16)
+    assert seen.stats[0][3:] == (1.0, 2)
 
 
 def test_thumbnails_fit_a_size() -> None:

@@ -96,7 +96,7 @@ def test_threads_share_the_open_files(built):
     """A shard that one thread reads stays open while others open more of them."""
     expected = contents(ShardDataset(built / "single", output="array"))
     stored = open_dataset(built / "single")
-    stored.max_open_files = 1
+    stored.files.limit = 1
     indices = np.random.default_rng(0).integers(0, len(stored), 4000).tolist()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

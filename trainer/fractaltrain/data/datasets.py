@@ -170,7 +170,7 @@ class ShardDataset(_SampleDataset):
         """
         if self._cache is not None:
             self._cache.check_window(window, self._split.split)
-            self._split.max_open_files = window
+            self._split.files.limit = window
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
         """Fetch shards of a URL ahead, the most urgent first, in the first process of a machine."""
