@@ -19,11 +19,7 @@ def human_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Parse ``20GB``, ``500 MB`` or ``1 GiB`` as a number of bytes.
-
-    Raises:
-        UsageError: if it is anything else.
-    """
+    """Parse ``20GB``, ``500 MB`` or ``1 GiB`` as a number of bytes; raises UsageError for anything else."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{option} {text}: expected a size such as 20GB")

@@ -29,14 +29,9 @@ _ADVICE = "download the file again"
 
 
 def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
-    """List the images from the tar headers alone.
+    """List the images from the tar headers alone, those of validation if ``with_val`` and their archive exists.
 
-    Args:
-        folder: contains ``TRAIN``, ``DEVKIT`` and optionally ``VAL``.
-        with_val: whether to list the validation images if their archive exists.
-
-    Raises:
-        FractalError: if an archive is missing, damaged, contains unexpected files, or contradicts the devkit.
+    Raises FractalError if an archive is missing, damaged, contains unexpected files, or contradicts the devkit.
     """
     for name in (TRAIN, DEVKIT):
         if not (folder / name).is_file():

@@ -58,11 +58,7 @@ class ImageFiles:
         return str(self.root / self.names[position]) if self.ranges is None else f"{self.root}: {self.names[position]}"
 
     def read(self, position: int) -> bytes:
-        """Read an image file.
-
-        Raises:
-            FractalError: if it is truncated or larger than a sample may be.
-        """
+        """Read an image file; raises FractalError if it is truncated or larger than a sample may be."""
         if self.ranges is None:
             with (self.root / self.names[position]).open("rb") as file:
                 data = file.read(MAX_SAMPLE_BYTES + 1)
@@ -103,11 +99,7 @@ class ImageListing:
         return state.hexdigest()
 
     def without(self, bad: Mapping[str, Indices]) -> "ImageListing":
-        """Leave out images by split and position.
-
-        Raises:
-            FractalError: if a class would lose all its images of a split.
-        """
+        """Leave out images by split and position; raises FractalError if a class would lose all images of a split."""
         splits = {}
         for split, images in self.splits.items():
             splits[split] = images.take(np.delete(np.arange(len(images.labels)), bad[split]))
@@ -129,7 +121,7 @@ def has_splits(path: Path) -> bool:
 
 
 def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageListing:
-    """List the images of each split of an image folder.
+    """List the images of each split of an image folder; classes must have images, the same ones in every split.
 
     Symbolic links are followed. Hidden files and folders, folders of file systems such as ``@eaDir``, and files without
     an image extension are left out.
@@ -137,9 +129,6 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
     Args:
         folders: the folder below ``path`` for each split; by default ``train`` and ``val`` if they exist, else all
             images are in split ``train``.
-
-    Raises:
-        FractalError: if a folder, its classes or the images of a class are missing, or the splits differ in classes.
     """
     are_named = folders is not None
     if folders is None:
@@ -192,20 +181,15 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
         paths += images
         labels += [label] * len(images)
         skipped += len(files) - len(images)
-    names = tuple(_class_name(folder, name) for name in classes)
+    try:
+        names = tuple(os.fsencode(name).decode() for name in classes)  # in UTF-8, whatever the locale
+    except UnicodeDecodeError as error:
+        raise FractalError(f"{folder}: a class folder, {error.object!r}, is not named in UTF-8; rename it") from error
     return names, ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)))
-
-
-def _class_name(folder: Path, name: str) -> str:
-    """Decode the name of a folder as UTF-8, whatever the locale."""
-    try:
-        return os.fsencode(name).decode()
-    except UnicodeDecodeError as error:
-        raise FractalError(f"{folder}: class folder {name!r} is not UTF-8; rename it") from error
 
 
 def _walk(top: Path, below: str, parents: tuple[Path, ...]) -> Iterator[str]:

@@ -25,14 +25,7 @@ from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import PNG, Sample, encode_label, image_format
 from fractalshards.storage import remove_leftovers
 from fractalshards.workers import OnProgress, no_progress, worker_pool
-from fractalshards.writer import (
-    Encoded,
-    ShardTask,
-    finished_shards,
-    publish,
-    run_jobs,
-    write_samples,
-)
+from fractalshards.writer import Encoded, ShardTask, finished_shards, publish, run_jobs, write_samples
 
 RECIPE_VERSION = 1  # raised when the same files would become another dataset
 _NUMBER = re.compile(r"\d*\.?\d+", re.ASCII)
@@ -58,13 +51,9 @@ class ImageSource:
     folders: Mapping[str, str] | None = None
 
     def list_images(self, out: Path) -> ImageListing:
-        """List all images, before a share is held out.
+        """List all images, before a share is held out; raises FractalError if the source is incomplete or malformed.
 
-        Args:
-            out: where the shards will go; not inside an image folder, where they would look like a class.
-
-        Raises:
-            FractalError: if the source is incomplete or malformed, or ``out`` holds something other than a dataset.
+        ``out``, where the shards will go, must not be in an image folder, where they would look like a class.
         """
         stored_recipe(out)
         if not self.path.is_dir():
@@ -81,11 +70,7 @@ class ImageSource:
 
 
 def parse_source(text: str, split: str | None) -> ImageSource:
-    """Parse ``KIND:PATH`` and the value of ``--split``, ``train=X,val=Y`` with shares or folders.
-
-    Raises:
-        UsageError: if either is malformed, or they do not go together.
-    """
+    """Parse ``KIND:PATH`` and the value of ``--split``, ``train=X,val=Y`` with shares or folders."""
     if (place := parse_place(text, ("imagefolder", "imagenet"))) is None:
         raise UsageError(f"{text!r}: expected imagefolder:PATH or imagenet:PATH")
     kind, path = place
@@ -157,13 +142,8 @@ class PackPlan:
 def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress = no_progress) -> ImageListing:
     """Decode all images with ``workers`` processes, leave out the bad ones, and log them.
 
-    Packing the rest gives the same dataset as a source without the bad images.
-
-    Args:
-        on_progress: called with images checked and images to check.
-
-    Raises:
-        FractalError: if all images of a class are bad.
+    Packing the rest gives the same dataset as a source without the bad images. ``on_progress`` is called with images
+    checked and images to check.
     """
     chunks = [
         (split, first, images.take(np.arange(first, min(first + _CHECKED, len(images.names)))))
@@ -192,11 +172,7 @@ def _find_bad(images: ImageFiles) -> list[tuple[int, str]]:
 
 
 def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: int, shard_size: int) -> PackPlan:
-    """Plan the shards of a dataset and check which are finished; removes leftovers of killed builds, writes nothing.
-
-    Raises:
-        FractalError: if the folder holds anything but this dataset.
-    """
+    """Plan the shards of a dataset and check which are finished; removes leftovers of killed builds, writes nothing."""
     found = stored_recipe(folder)
     splits = listing.splits if source.val_share is None else hold_out(listing.splits["train"], source.val_share, seed)
     recipe = PackRecipe(
@@ -220,11 +196,7 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
 
 
 def hold_out(images: ImageFiles, share: Fraction, seed: int) -> Mapping[str, ImageFiles]:
-    """Split images into ``train`` and ``val``: ``share`` of each class, rounded, goes to val, but never all of it.
-
-    Raises:
-        FractalError: if that leaves val empty.
-    """
+    """Split images into ``train`` and ``val``: ``share`` of each class, rounded, goes to val, but never all of it."""
     order = _shuffle(len(images.labels), seed, "deal")
     order = order[np.argsort(images.labels[order], kind="stable")]  # class after class, each shuffled
     counts = np.bincount(images.labels)
@@ -256,16 +228,10 @@ def _shuffle(count: int, seed: int, purpose: str) -> Indices:
 
 
 def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress) -> None:
-    """Write the missing shards with ``workers`` processes, then the manifest.
+    """Write the missing shards with ``workers`` processes, then the manifest; every image is decoded once.
 
-    Every image is decoded once. If some images are bad, the shards without any are still written, so that the error
-    names all bad images.
-
-    Args:
-        on_progress: called with images packed and images to pack.
-
-    Raises:
-        FractalError: naming the images that cannot be packed. Finished shards stay.
+    If some images are bad, the shards without any are still written, so that the FractalError names all bad images.
+    ``on_progress`` is called with images packed and images to pack.
     """
     claim_folder(plan.folder, plan.info.recipe)
     pack = partial(pack_shard, plan.folder, plan.info.classes)
@@ -305,21 +271,14 @@ def pack_shard(folder: Path, classes: int, task: ShardTask, images: ImageFiles) 
 
 
 def _encode(images: ImageFiles, position: int, key: str) -> Encoded | str:
-    """Make a sample of an image, or say what is wrong with it."""
+    """Make a sample of an image: its file if shards store the format, else a PNG; or say what is wrong with it."""
     try:
-        return encode_file(key, images.read(position), int(images.labels[position]))
+        data = images.read(position)
+        pixels = decode_image(data)
+        extension = image_format(data)
+        image = {extension: data} if extension else {PNG: encode_png(pixels)}
+        label = int(images.labels[position])
+        name, text = encode_label(label)
+        return Encoded(Sample(key, {**image, name: text}), pixels, label)
     except FractalError as error:
         return f"{images.location(position)}: {error}"
-
-
-def encode_file(key: str, data: bytes, label: int) -> Encoded:
-    """Make a sample from an image file: the file as it is if shards store its format, else a PNG of its pixels.
-
-    Raises:
-        FractalError: if the image cannot be decoded, or the sample is larger than readers accept.
-    """
-    pixels = decode_image(data)
-    extension = image_format(data)
-    image = {extension: data} if extension else {PNG: encode_png(pixels)}
-    name, text = encode_label(label)
-    return Encoded(Sample(key, {**image, name: text}), pixels, label)

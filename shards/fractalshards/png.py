@@ -108,8 +108,7 @@ def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = is
 def decode_image(data: bytes) -> Pixels:
     """Decode an image to RGB, (H, W, 3) uint8: PNGs of ``encode_png`` fast, other images by Pillow.
 
-    Raises:
-        FractalError: if the data is damaged, truncated, not an image, or claims more than 64 million pixels.
+    Raises FractalError if it is damaged, truncated, not an image, or claims more than 64 million pixels.
     """
     if not data.startswith(_SIGNATURE):
         return _decode_any(data)
@@ -141,11 +140,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
-    """Split a PNG into the kind and body of its chunks, checking their sums, which Pillow does not do for image data.
-
-    Raises:
-        FractalError: if a chunk that an image needs is damaged, the last one is cut off, or there are too many.
-    """
+    """Split a PNG into kind and body of its chunks, checking their sums, which Pillow does not do for image data."""
     chunks: list[tuple[bytes, memoryview]] = []
     view = memoryview(data)
     at = len(_SIGNATURE)
@@ -235,11 +230,7 @@ def _decode_any(data: bytes) -> Pixels:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of Pillow to RGB: alpha is dropped, and 16-bit grey keeps its high byte, where Pillow clips.
-
-    Raises:
-        FractalError: if the format does not say which values are black and white.
-    """
+    """Convert any mode of Pillow to RGB: alpha is dropped, and 16-bit grey keeps its high byte, where Pillow clips."""
     is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")  # which hold no wider integers
     if image.mode.startswith("I;16") or is_16_bit:
         return Image.fromarray(_high_bytes(image)).convert("RGB")

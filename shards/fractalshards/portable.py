@@ -95,12 +95,7 @@ class PortableRecipe:
 
 
 def export_recipe(manifest: Manifest) -> bytes:
-    """Make the portable recipe of a rendered dataset, as JSON text.
-
-    Raises:
-        FractalError: if its images were not rendered from systems, the recipe would be larger than 16 MiB, or the
-            files in the folder contradict each other.
-    """
+    """Make the portable recipe of a dataset, as JSON text; raises FractalError if its images were not rendered."""
     folder = manifest.folder
     instead = f"share the files with 'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"
     if not isinstance(manifest.recipe.get("systems_digest"), str):
@@ -125,14 +120,7 @@ def export_recipe(manifest: Manifest) -> bytes:
 
 
 def plan_portable(recipe: Mapping[str, Any], label_type: LabelType, systems: Systems) -> bytes:
-    """Make the portable recipe of a dataset that has not been built, as JSON text.
-
-    Args:
-        recipe: with the digest of the systems.
-
-    Raises:
-        UsageError: if it would be larger than 16 MiB.
-    """
+    """Make the portable recipe of a dataset that has not been built, as JSON text; see ``parse_portable``."""
     text = _format(_PLANNED, recipe, mapping_digest(recipe), label_type, {}, systems)
     if text is None:
         raise UsageError(f"a recipe of {len(systems):,} classes is larger than {MAX_JSON_BYTES >> 20} MiB; use fewer")
@@ -140,11 +128,7 @@ def plan_portable(recipe: Mapping[str, Any], label_type: LabelType, systems: Sys
 
 
 def read_portable(path: Path) -> PortableRecipe:
-    """Read and check a portable recipe.
-
-    Raises:
-        FractalError: if it is malformed or contradicts itself.
-    """
+    """Read a portable recipe; raises FractalError if it is malformed or contradicts itself."""
     if path.is_dir():
         raise FractalError(f"{path}: is a folder; give the file that 'fractalshards recipe {path}' writes")
     return parse_portable(read_bounded(path, MAX_JSON_BYTES), str(path))

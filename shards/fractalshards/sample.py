@@ -72,11 +72,7 @@ def encode_label(label: Label) -> tuple[str, bytes]:
 
 
 def label_extension(files: Mapping[str, bytes]) -> str:
-    """Return the extension of a sample's label.
-
-    Raises:
-        FractalError: if there is not exactly one label.
-    """
+    """Return the extension of a sample's label; raise FractalError if there is not exactly one."""
     found = [extension for extension in (_SINGLE, _MULTI) if extension in files]
     if len(found) != 1:
         raise FractalError(f"expected one label, .{_SINGLE} or .{_MULTI}, in {sorted(files)}")
@@ -84,11 +80,7 @@ def label_extension(files: Mapping[str, bytes]) -> str:
 
 
 def image_extension(files: Mapping[str, bytes]) -> str:
-    """Return the extension of a sample's image, the only file beside the label.
-
-    Raises:
-        FractalError: if there is not exactly one image and one label.
-    """
+    """Return the extension of a sample's image; raise FractalError if there is not one image and one label."""
     label = label_extension(files)
     images = [extension for extension in files if extension != label]
     if len(images) != 1:
@@ -99,9 +91,8 @@ def image_extension(files: Mapping[str, bytes]) -> str:
 def decode_label(files: Mapping[str, bytes]) -> Label:
     """Decode the label of a sample, given its files by extension.
 
-    Raises:
-        FractalError: if there is not exactly one label; if ``cls`` is not an ASCII integer of at most nine digits; if
-            ``json`` does not have the fields of ``encode_label``, or its labels are not the classes of its objects.
+    Raises FractalError if there is not exactly one label; if ``cls`` is not an ASCII integer of at most nine digits; if
+    ``json`` does not have the fields of ``encode_label``, or its labels are not the classes of its objects.
     """
     extension = label_extension(files)
     text = files[extension]
@@ -162,12 +153,7 @@ def packed_size(sample: Sample) -> int:
 
 
 def parse_sample(data: bytes) -> Sample:
-    """Parse the tar blocks of one sample.
-
-    Raises:
-        FractalError: if a header is damaged, a member is not a regular file or is cut off, or the members do not
-            share one key.
-    """
+    """Parse the tar blocks of one sample, whose members must be whole, regular files with the same key."""
     members = tuple(_walk(lambda at: data[at : at + BLOCK], 0, len(data)))
     if len(keys := {member.name.partition(".")[0] for member in members}) != 1:
         raise FractalError(f"expected the members of one sample, found {sorted(keys) or 'nothing'}")
@@ -185,21 +171,13 @@ def shown_key(blocks: bytes) -> str:
 
 
 def first_member_end(block: bytes) -> int:
-    """Return where the first member of a sample ends, given the sample's first block.
-
-    Raises:
-        FractalError: if the block is not the header of a regular file.
-    """
+    """Return where the first member of a sample ends, given the sample's first block."""
     _, size = _parse_header(block)
     return BLOCK + padded(size)
 
 
 def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:
-    """Yield the members of the tar in ``[start, stop)`` of an open file, reading headers only.
-
-    Raises:
-        FractalError: if a header is damaged, or a member is not a regular file or reaches beyond ``stop``.
-    """
+    """Yield the members of the tar in ``[start, stop)`` of an open file, reading headers only; see ``parse_sample``."""
 
     def read_block(at: int) -> bytes:
         header = os.pread(descriptor, min(BLOCK, stop - at), at)

@@ -18,11 +18,7 @@ _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
-    """Parse ``["a=1", "b=2,3"]`` to ``{"a": "1", "b": "2,3"}``; the last setting of a name wins.
-
-    Raises:
-        UsageError: if one is not of the form NAME=VALUE.
-    """
+    """Parse ``["a=1", "b=2,3"]`` to ``{"a": "1", "b": "2,3"}``; the last setting of a name wins."""
     pairs = [setting.partition("=") for setting in settings]
     for name, equals, _ in pairs:
         if not (name and equals):
@@ -36,12 +32,8 @@ def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] =
     Fields are int, float, bool or a ``Literal`` of strings, any of these or None (``none``), or tuples of them
     (``low,high``; a single value fills all places).
 
-    Args:
-        fixed: fields that cannot be changed.
-
-    Raises:
-        UsageError: if a field does not exist (similar names are suggested), a text does not fit its type, or the
-            dataclass refuses a value.
+    Raises UsageError if a field does not exist (similar names are suggested) or is in ``fixed``, a text does not fit
+    its type, or the dataclass refuses a value.
     """
     hints = get_type_hints(type(record))  # class variables are among them
     types = {field.name: hints[field.name] for field in fields(record) if field.name not in fixed}

@@ -39,9 +39,6 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
 
     SLURM and SGE set the number of the task and the range of its array. PBS sets the number only. With PBS, and for an
     array that runs in part, K must be given and tasks must be numbered from 1.
-
-    Raises:
-        UsageError: if the text is none of these, the numbers do not fit, or no batch system gave a number.
     """
     if match := re.fullmatch(r"(\d+)/(\d+)", text):
         return _checked(int(match[1]), int(match[2]), "--slice")

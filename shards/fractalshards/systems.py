@@ -28,12 +28,7 @@ def write_systems(path: Path, systems: Systems) -> None:
 
 
 def read_systems(path: Path) -> tuple[npt.NDArray[np.float64], ...]:
-    """Read all systems in order of class, without unpickling.
-
-    Raises:
-        FractalError: if the file is damaged or not a file of systems.
-        OSError: if it cannot be read.
-    """
+    """Read all systems in order of class, without unpickling; raises FractalError if the file is damaged."""
     return parse_systems(read_bounded(path, MAX_SYSTEMS_BYTES), str(path))
 
 

@@ -85,12 +85,7 @@ class TarIndex:
 def index_tars(tars: Sequence[Tar], skip_bad: bool = False) -> tuple[TarIndex, ...]:
     """Find the samples of tars by their headers, in order; several tars are read in worker processes.
 
-    Args:
-        skip_bad: see ``WebDatasetOptions``.
-
-    Raises:
-        FractalError: as ``index_tar`` does, or if a tar has another number of samples than it must have.
-        OSError: if a tar cannot be read.
+    Raises FractalError as ``index_tar`` does, or if a tar has another number of samples than it must have.
     """
     if tars:
         _log.info("reading the headers of %s in %s", human_count(len(tars), "tar"), tars[0].path.parent)
@@ -127,12 +122,7 @@ def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
     The members of a sample are neighbours and share their name up to the first dot of the base name. A hard link
     stands for the member that it names. Hidden files, ``__MACOSX`` and files other than image and label are ignored.
 
-    Args:
-        skip_bad: see ``WebDatasetOptions``.
-
-    Raises:
-        FractalError: if it is not a plain tar or ends early; unless ``skip_bad``, if a sample lacks image or label.
-        OSError: if it cannot be read.
+    Raises FractalError if it is not a plain tar or ends early; unless ``skip_bad``, if a sample lacks image or label.
     """
     keys: list[bytes] = []
     places: list[_Place] = []

@@ -56,11 +56,7 @@ class WebDatasetOptions:
 
     @classmethod
     def parse(cls, label_key: str | None, split: str | None, skip_bad: bool = False) -> Self:
-        """Create options from the values of ``--label-key`` and ``--split``, ``train=PATTERN,val=PATTERN``.
-
-        Raises:
-            UsageError: if one cannot be parsed.
-        """
+        """Create options from the values of ``--label-key`` and ``--split``, ``train=PATTERN,val=PATTERN``."""
         if label_key == "":
             raise UsageError("--label-key is empty; give the name of a field, such as label")
         pairs = [part.strip().partition("=") for part in split.split(",")] if split is not None else []
@@ -89,12 +85,7 @@ class WebDatasetInfo:
 
 
 def is_webdataset(folder: Path) -> bool:
-    """Return whether another program wrote a folder: its ``_info.json`` is not ours, or it has tars and no recipe.
-
-    Raises:
-        FractalError: if ``_info.json`` is not a JSON object.
-        OSError: if the folder cannot be read.
-    """
+    """Return whether another program wrote a folder: its ``_info.json`` is not ours, or it has tars and no recipe."""
     if (folder / INFO).is_file():
         return "format_version" not in read_json(folder / INFO, dict[str, Any])
     if not folder.is_dir() or (folder / RECIPE).exists():  # a recipe without a manifest: our build has not finished
@@ -103,13 +94,7 @@ def is_webdataset(folder: Path) -> bool:
 
 
 def find_dataset(folder: Path, options: WebDatasetOptions) -> bool:
-    """Check quickly that there is a dataset in a folder, and return whether another program wrote it.
-
-    Raises:
-        FractalError: if there is none.
-        UsageError: if it is ours, and there are options for those of other programs.
-        OSError: if the folder cannot be read.
-    """
+    """Check quickly that there is a dataset in a folder, and return whether another program wrote it."""
     if is_webdataset(folder):
         return True
     find_manifest(folder)
@@ -123,11 +108,8 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
     A split with patterns in ``options`` consists of the tars that match. The split of the others is the one in the info
     file, else the one that their name contains as a word. Without such words all tars are for training.
 
-    Raises:
-        FractalError: if there is no tar, a field of the info file is wrong, a name could lead out of the folder, or it
-            is not clear to which split a tar belongs.
-        UsageError: if no tar matches a pattern.
-        OSError: if the folder cannot be read.
+    Raises FractalError if there is no tar, a field of the info file is wrong, a name could lead out of the folder, or
+    it is not clear to which split a tar belongs; UsageError, if no tar matches a pattern.
     """
     path = _find_info(folder)
     try:

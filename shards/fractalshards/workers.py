@@ -83,9 +83,6 @@ def leave_out_current_folder() -> None:
 
     For commands, at their start. ``python -m`` puts the folder on the path before it runs any code of this project.
     Folders that PYTHONPATH or an installation names stay.
-
-    Raises:
-        FractalError: if the current folder does not exist any more: processes cannot start in it.
     """
     try:
         here = os.getcwd()

@@ -56,11 +56,7 @@ class ShardCache:
         self._shards = {shard.name: shard for shard in select_shards(manifest, None, parse_location(url).shown)}
 
     def check_window(self, window: int, split: str) -> None:
-        """Check that the cache can hold ``window`` shards of a split together.
-
-        Raises:
-            UsageError: if it cannot.
-        """
+        """Raise UsageError if the cache cannot hold ``window`` shards of a split together."""
         sizes = {name: [shard.bytes for shard in shards] for name, shards in self.manifest.splits.items()}
         least = max(sum(sorted(sizes.get(split, []))[-window:]), *(max(part, default=0) for part in sizes.values()))
         if self.size < least:
@@ -70,12 +66,7 @@ class ShardCache:
             )
 
     def prepare(self, on_progress: OnProgress = no_progress) -> None:
-        """Fetch missing sidecars, and remove shards that were damaged here. Progress is in shards.
-
-        Raises:
-            FractalError: if a sidecar cannot be fetched, or the disk has no room for the cache.
-            OSError: if the folder cannot be written.
-        """
+        """Fetch missing sidecars, and remove shards that were damaged here; check the disk. Progress is in shards."""
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         folder = LocalStore(self.folder)
 
@@ -95,12 +86,7 @@ class ShardCache:
     def open(self, name: str, attempts: int | None = None) -> int:
         """Return a descriptor of a whole shard, open for reading; fetch the shard if it is not cached.
 
-        Args:
-            attempts: how often fetching is tried in total; None for the usual number.
-
-        Raises:
-            FractalError: naming the shard, if it cannot be fetched.
-            OSError: if it cannot be written to or read from the cache.
+        Raises FractalError, naming the shard, if it cannot be fetched in ``attempts`` tries; None is the usual number.
         """
         shard = self._shards[name]
         descriptor = self._open_whole(shard)
@@ -192,11 +178,6 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
             hashed when they arrive and not at every use.
         size: bytes of shards that may be cached at a time.
         window: shards of ``split`` that are needed together.
-
-    Raises:
-        UsageError: if the cache is too small for the window.
-        FractalError: if there is no dataset, or no default root, or others can write to it.
-        OSError: if the root cannot be created.
     """
     manifest = read_manifest(open_store(url)).manifest
     cache = ShardCache(url, cache_root(root) / manifest.content_digest(), size, manifest)

@@ -205,9 +205,7 @@ def run_tasks(
 def select_shards(manifest: Manifest, wanted: Sequence[range] | None, where: str) -> list[Shard]:
     """Return the shards of every split whose number is in one of the ranges; all, if None.
 
-    Raises:
-        FractalError: if a shard is not named SPLIT-NNNNNN.tar: its sidecar could have the name of another file.
-        UsageError: if there is no shard with the first or last number of a range.
+    Raises FractalError if a shard is not named SPLIT-NNNNNN.tar: its sidecar could have the name of another file.
     """
     numbers = {}
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
@@ -222,11 +220,7 @@ def select_shards(manifest: Manifest, wanted: Sequence[range] | None, where: str
 
 
 def read_manifest(store: Store) -> ManifestFile:
-    """Read the manifest of a dataset.
-
-    Raises:
-        FractalError: if there is none, or it is not valid.
-    """
+    """Read the manifest of a dataset; raises FractalError if there is none, or it is not valid."""
     found = _find_manifest(store)
     if found is None:
         raise FractalError(f"{store.shown}: no {INFO}, so not a finished dataset; check the URL, or push it again")
@@ -268,9 +262,8 @@ def _listed_names(
 ) -> Collection[str]:
     """Return the names of the shards that the target's manifest will list: those of now, and perhaps more.
 
-    Raises:
-        FractalError: if the target holds another dataset or another copy of it, or lists shards that are not chosen,
-            or, if ``add``, not ours.
+    Raises FractalError if the target holds another dataset or another copy of it, or lists shards that are not chosen,
+    or, if ``add``, not ours.
     """
     if theirs is None:
         return chosen
