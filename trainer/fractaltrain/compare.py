@@ -20,7 +20,7 @@ import msgspec
 from fractalshards.errors import FractalError, needs_extra
 from fractalshards.human import escape_bytes
 from fractalshards.storage import read_json, write_bytes
-from fractaltrain.config import Freeze, ImagesConfig, ModelArgument, ModelConfig, finetuning_folder
+from fractaltrain.config import ModelArgument
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
 from fractaltrain.run_folder import RESULT, RUN
 from fractaltrain.run_study import DONE, find_state
@@ -127,10 +127,6 @@ def _label(target: str, per_class: int | None) -> str:
     return target if per_class is None else f"{target}, {per_class} per class"
 
 
-class _Recipe(msgspec.Struct, frozen=True):
-    name: str = ""
-
-
 class _Settings(msgspec.Struct):
     """The settings in ``run.json`` that give a run its place in the grid."""
 
@@ -141,8 +137,6 @@ class _Settings(msgspec.Struct):
     model: str = ""
     model_args: dict[str, ModelArgument] = {}
     weights: str | None = None
-    freeze: Freeze | None = None
-    recipe: _Recipe = _Recipe()
     seed: int = 0
     subset_seed: int = 0
 
@@ -167,17 +161,12 @@ def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
 
 
 def _name_row(name: str, settings: _Settings) -> str:
-    """Return what a folder's name says of the start of its run: all of the name, unless we chose the name."""
+    """Return the start of a run, by the name of its folder: the end of our own names, else all of it."""
     if named := _RUN_NAME.search(name):
         return named["row"]
     if settings.weights is None:
         return SCRATCH
-    data = ImagesConfig(settings.data, settings.per_class, settings.subset_seed, Path())
-    model = ModelConfig(settings.model, weights=Path("*"), freeze=settings.freeze)
-    before, _, after = finetuning_folder(data, model, settings.recipe.name).name.rpartition("*")
-    if not (name.startswith(before) and name.endswith(after)):
-        return name
-    return f"{name.removeprefix(before).removesuffix(after)}-".replace(f"-{settings.model}-", "-").rstrip("-")
+    return (name.partition("-from-")[2] or name).replace(f"-{settings.model}-", "-")
 
 
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -245,96 +234,60 @@ def _format(comparison: Comparison, cell: Cell) -> str:
     return f"{average:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}") + f" ({number})"
 
 
-# Lengths in the figure: along the axis in bars, others in inches.
-_BAR = 0.84
-_GAP = 1.1  # between groups
-_LEAST_GROUP = 3.4  # leaves room for the model's name below
-_INCHES_PER_BAR = 0.52
-_WIDEST = 17.0  # more panels go below
-_PANEL_HEIGHT = 3.9
-_LEGEND_INCHES = 1.6  # per entry
-_CAPTION_INCHES = 8.0  # of the longest caption
+_PANELS = 3  # side by side
+_INCHES_PER_BAR = 0.5
+_LEAST_BARS = 3  # leave room for the model's name below
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw a panel per target, a group of bars per model and a bar per row; a cell without runs is hatched.
-
-    Bars are means, error bars standard deviations, dots single runs.
-    """
+    """Draw a panel per target, a group of bars per model and a bar per row."""
     with needs_extra("train", "the figure"):
         from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.patches import Patch
 
-    panels: dict[str, dict[str, list[Cell]]] = {}
+    groups: dict[str, dict[str, tuple[Cell, ...]]] = {}
     for target, model, cells in comparison.groups():
-        panels.setdefault(target, {})[model] = [cell for cell in cells if cell in comparison.planned]
-    widths = [sum(max(len(cells), _LEAST_GROUP) + _GAP for cells in groups.values()) for groups in panels.values()]
-    widest = max(widths) * _INCHES_PER_BAR
-    columns = max(1, min(len(panels), int(_WIDEST // widest)))
-    lines = -(-len(panels) // columns)
-    wide = max(columns * widest + 0.9, 6.0)
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(wide, lines * _PANEL_HEIGHT + 0.9), layout=layout, facecolor="white")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        groups.setdefault(target, {})[model] = cells
+    bars = max(len(comparison.rows), _LEAST_BARS) + 1  # and a gap
+    columns = min(len(groups), _PANELS)
+    lines = -(-len(groups) // columns)
+    size = max(columns * len(comparison.models) * bars * _INCHES_PER_BAR, 7), 4 * lines + 1
+    figure = Figure(figsize=size, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     series = cycle(SERIES)
     colors = {row: NEUTRAL if row == SCRATCH else next(series) for row in comparison.rows}
-    for panel, (target, groups), width in zip(axes, panels.items(), widths, strict=False):
-        _draw_panel(panel, comparison, target, groups, colors)
-        spare = (max(widths) - width) / 2  # bars are equally wide in all panels
-        panel.set_xlim(-_GAP / 2 - spare, width - _GAP / 2 + spare)
-    for panel in axes[len(panels) :]:
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel, (target, models) in zip(panels, groups.items(), strict=False):
+        style(panel, target, "top-1, %", weight="bold")
+        panel.grid(visible=False, axis="x")
+        panel.set_xlim(-1, len(models) * bars - 1)
+        panel.set_ylim(0, 114)  # room for the number above a bar of 100 %
+        for number, cells in enumerate(models.values()):
+            for place, cell in enumerate(cells):
+                _draw_bar(panel, comparison, cell, number * bars + place, colors[cell.row])
+        middle = (len(comparison.rows) - 1) / 2
+        panel.set_xticks(
+            [number * bars + middle for number in range(len(models))], [plain(model) for model in models], color=INK
+        )
+    for panel in panels[len(groups) :]:
         panel.set_visible(False)
-    figure.suptitle(_caption(comparison, wide), color=MUTED, fontsize=9, x=0.01, ha="left")
+    caption = "Top-1 on the val images after the last epoch: mean, standard deviation (whiskers), single runs (dots)."
+    figure.suptitle(caption, color=MUTED, fontsize=9, x=0.01, ha="left")
     handles = [Patch(color=color, label=plain(row)) for row, color in colors.items()]
-    legend_lines = -(-len(handles) // max(1, int(wide // _LEGEND_INCHES)))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=-(-len(handles) // legend_lines),
-        frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1, handleheight=1,
-    )  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     save(figure, path)
 
 
-def _caption(comparison: Comparison, width: float) -> str:
-    numbers = set(comparison.planned.values())
-    what = "Top-1 on the val images after the last epoch."
-    if numbers == {1}:
-        return what
-    of = f"{max(numbers)} runs" if len(numbers) == 1 else "all runs"
-    end_of_line = "\n" if width < _CAPTION_INCHES else " "
-    return f"{what}{end_of_line}Bars: mean of {of}; whiskers: ± one standard deviation; dots: runs."
-
-
-def _draw_panel(
-    panel: "Axes", comparison: Comparison, target: str, groups: Mapping[str, Sequence[Cell]], colors: Mapping[str, str]
-) -> None:
-    style(panel, target, "top-1, %", weight="bold")
-    panel.grid(visible=False, axis="x")
-    middles, start = [], 0.0
-    for cells in groups.values():
-        room = max(len(cells), _LEAST_GROUP)
-        middles.append(start + room / 2)
-        for place, cell in enumerate(cells):
-            _draw_bar(panel, comparison, cell, start + (room - len(cells)) / 2 + place + 0.5, colors[cell.row])
-        start += room + _GAP
-    panel.set_xticks(middles, [plain(model) for model in groups], color=INK)
-    panel.set_ylim(0, 114)  # room for the number above a bar of 100 %
-    panel.set_yticks(range(0, 101, 20))
-
-
 def _draw_bar(panel: "Axes", comparison: Comparison, cell: Cell, x: float, color: str) -> None:
+    if cell not in comparison.planned:
+        return
     shares, planned = comparison.top1(cell), comparison.planned[cell]
     if not shares:
-        panel.bar([x], [5], _BAR, fill=False, edgecolor=color, hatch="/////", linewidth=0.8)
-        panel.text(x, 7, "missing", rotation=90, ha="center", va="bottom", color=MUTED, fontsize=8)
+        panel.text(x, 2, "missing", rotation=90, ha="center", va="bottom", color=MUTED, fontsize=8)
         return
     average, deviation = score(shares)
-    panel.bar([x], [average], _BAR, color=color)
-    top = average
-    if deviation is not None:
-        panel.errorbar([x], [average], [deviation], color=INK, linewidth=1.1, capsize=3)
-        dots = [100 * share for share in shares]
-        panel.scatter([x] * len(dots), dots, 9, "white", edgecolors=INK, linewidths=0.6, zorder=3)
-        top = max(average + deviation, *dots)
+    panel.bar(x, average, color=color, yerr=deviation, ecolor=INK, capsize=3)
+    panel.scatter([x] * len(shares), [100 * share for share in shares], 9, "white", edgecolors=INK, zorder=3)
     number = f"\n{len(shares)} of {planned}" if len(shares) < planned else ""
-    panel.text(x, top + 2, f"{average:.1f}{number}", ha="center", va="bottom", color=INK, fontsize=8, linespacing=1)
+    top = max(average + (deviation or 0), 100 * max(shares))
+    panel.text(x, top + 2, f"{average:.1f}{number}", ha="center", va="bottom", color=INK, fontsize=8)

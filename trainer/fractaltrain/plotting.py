@@ -53,7 +53,6 @@ def plain(text: str) -> str:
 
 _TRAIN, _MEAN, _VAL, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
 _ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mAP", "f1": "F1"})
-_MARKED = 40  # with more epochs, curves have no markers
 # Margins of the panels; a layout engine would draw everything twice.
 _MARGINS = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.86, "wspace": 0.22, "hspace": 0.26}
 # Between title and panel, where they cover no curve.
@@ -62,8 +61,6 @@ _LEGEND: dict[str, Any] = {
     "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5, "fontsize": 9, "labelcolor": INK, "frameon": False,
 }  # fmt: skip
 _LEGEND_PAD = 22
-_HEADROOM = 1.08
-_ROOM = 1.015  # keeps the last points inside the panel
 
 
 def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -103,26 +100,15 @@ def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         _curve(accuracy, evaluated_at, leading_curve, _VAL, label)
         accuracy.set_ylim(0, 102)
         accuracy.legend(**_LEGEND)
-    else:
-        accuracy.set_yticks([])
-        accuracy.text(
-            0.5,
-            0.5,
-            "no evaluation on a val split",
-            transform=accuracy.transAxes,
-            ha="center",
-            va="center",
-            color=MUTED,
-        )
 
     style(lr, "Learning rate", "")
     lr.plot(x, [line["lr"] for line in steps], color=_MEAN, linewidth=1.6)
-    _from_zero(lr, [line["lr"] for line in steps])
+    lr.set_ylim(bottom=0)
     lr.set_xlabel("epoch", color=MUTED)
 
     style(throughput, "Throughput", "images/s")
     throughput.plot(x, [line["images_per_s"] for line in steps], color=_MEAN, linewidth=1.2, label="images/s")
-    _from_zero(throughput, [line["images_per_s"] for line in steps])
+    throughput.set_ylim(bottom=0)
     throughput.set_xlabel("epoch", color=MUTED)
     waiting = throughput.twinx()
     waiting.plot(x, [100 * line["waiting"] for line in steps], color=_SECOND, linewidth=1)
@@ -132,24 +118,17 @@ def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     waiting.spines[:].set_visible(False)
 
     for panel in (loss, accuracy, lr, throughput):
-        panel.set_xlim(0, _ROOM * max(ends[-1] if ends else 0, x[-1] if x else 0, 1))
+        panel.set_xlim(left=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
     save(figure, path)
 
 
-def _from_zero(panel: "Axes", y: Sequence[float]) -> None:
-    """Start the y axis at zero, with room above the highest value."""
-    panel.set_ylim(0, _HEADROOM * max(y, default=0) or 1)
-
-
 def _curve(panel: "Axes", x: Sequence[float], y: Sequence[Any], color: str, label: str) -> None:
-    """Draw a line, with markers if it has few points."""
-    marker = "o" if len(x) <= _MARKED else None
-    panel.plot(x, y, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+    panel.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
 
 
 _NUMBERED = 25  # with more classes, numbers in cells cannot be read
-_NAMED = 120  # with more classes, only every n-th tick has a label
+_MOST_TICKS = 100
 _LONGEST_NAME = 24
 
 
@@ -164,42 +143,25 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
         OSError: if it cannot be written.
     """
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     size = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = float(np.clip(3.2 + 0.55 * size if size <= _NUMBERED else 6 + 0.1 * size, 5, 16))
-    figure = Figure(figsize=(side + 0.8, side), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
+    side = min(5 + 0.3 * size, 16)
+    figure = Figure(figsize=(side + 0.8, side), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     panel = figure.subplots()
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    panel.set_title(plain(title), loc="left", color=INK, fontsize=12, fontweight="bold")
-    panel.set_ylabel("class", color=MUTED)
+    style(panel, title, "class")
+    panel.grid(visible=False)
     panel.set_xlabel("predicted", color=MUTED)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(colors=INK, length=0, labelsize=9 if size <= _NUMBERED else 6.5)
-    ticks, labels = _ticks(size, classes, names)
-    upright = size <= _NUMBERED and all(len(label) <= 3 for label in labels)
-    panel.set_xticks(ticks, labels, rotation=0 if upright else 90)
+    ticks = range(0, size, -(-size // _MOST_TICKS))
+    labels = [names[tick] if size == len(names) else str(tick * classes // size) for tick in ticks]
+    labels = [plain(label[:_LONGEST_NAME]) for label in labels]
+    panel.set_xticks(ticks, labels, rotation=90)
     panel.set_yticks(ticks, labels)
-    bar = figure.colorbar(image, ax=panel, fraction=0.035, format=lambda share, _: f"{100 * share:.0f} %")
-    bar.set_label("share of the class", color=MUTED)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=MUTED, labelsize=9, length=0)
+    figure.colorbar(image, ax=panel, fraction=0.035, label="share of the class").outline.set_visible(False)
     if size <= _NUMBERED:
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.55 else INK
             panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=9)
     save(figure, path)
-
-
-def _ticks(size: int, classes: int, names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Return the positions of the tick labels of an axis, and the labels."""
-    if size <= _NAMED:
-        return list(range(size)), [_short(names[index]) if names else str(index) for index in range(size)]
-    ticks = list(range(0, size, max(size // 20, 1)))
-    return ticks, [f"{tick * classes // size:,}" for tick in ticks]
-
-
-def _short(name: str) -> str:
-    shown = one_line(name)
-    return plain(shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…")
