@@ -12,7 +12,7 @@ import pytest
 
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain import run_study as module
-from fractaltrain.run_study import DONE, TO_DO, check_models, describe_study, find_digests, find_state, run_study
+from fractaltrain.run_study import DONE, TO_DO, check_models, describe_study, find_datasets, find_state, run_study
 from fractaltrain.study import StudyPlan, StudyRun, plan_study, read_plan, read_study, write_plan
 
 STUDY = """
@@ -73,7 +73,7 @@ class Study:
     def plan(self, text: str = STUDY) -> StudyPlan:
         self.file.write_text(text)
         study = read_study(self.file)
-        plan = plan_study(study, find_digests(study))
+        plan = plan_study(study, find_datasets(study)[0])
         write_plan(plan, self.folder)
         return plan
 

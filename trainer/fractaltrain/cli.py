@@ -47,7 +47,7 @@ from fractaltrain.data.images import find_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
 from fractaltrain.recipes.recipe import TrainRecipe, change, scale_lr
 from fractaltrain.run_folder import LOCK, hold_folder, load_settings
-from fractaltrain.run_study import check_models, describe_study, find_digests, missing_datasets, run_study
+from fractaltrain.run_study import check_models, describe_study, find_datasets, run_study
 from fractaltrain.stream.order import check_batch
 from fractaltrain.study import plan_study, read_study, write_plan
 
@@ -453,13 +453,13 @@ def study(
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     asked = read_study(file)
     folder = out or Path("runs") / (asked.study.name or file.stem)
-    plan = plan_study(asked, find_digests(asked))
+    digests, problems = find_datasets(asked)
+    plan = plan_study(asked, digests)
     runs = [run for group in (part.of(plan.groups()) if part else plan.groups()) for run in group]
     try:
         check_models(plan, asked.study.image_size)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
-    problems = list(missing_datasets(asked))
     if dry_run:
         for line in describe_study(runs, plan, folder, data_dir):
             click.echo(line)

@@ -19,9 +19,9 @@ from fractalshards.human import human_count
 from fractalshards.imagefolder import parse_place
 from fractalshards.manifest import load_manifest
 from fractalshards.portable import read_portable
-from fractalshards.webdataset import DEFAULT_OPTIONS, find_dataset
+from fractalshards.webdataset import DEFAULT_OPTIONS, find_dataset, is_webdataset
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
-from fractaltrain.config import EXIT_STOPPED, DatasetConfig
+from fractaltrain.config import EXIT_STOPPED
 from fractaltrain.data.images import find_data
 from fractaltrain.run_folder import RESULT, differences, flatten, is_begun, list_checkpoints, read_settings
 from fractaltrain.study import Study, StudyPlan, StudyRun
@@ -35,40 +35,35 @@ _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
-def find_digests(study: Study) -> dict[str, str]:
-    """Return the digests of all finished datasets and recipes on this machine, as ``plan_study`` takes them."""
-    datasets = {row.shards: row.dataset for row in study.pretraining.values()}
-    for name in map(study.data, study.finetuning):
-        if place := parse_place(name, ("shards",)):
-            datasets[name] = DatasetConfig(str(place[1]))
-    digests = {}
-    for name, dataset in datasets.items():
-        with suppress(FractalError, OSError):  # ``missing_datasets`` reports these
-            if dataset.rendered:
-                digests[name] = read_portable(dataset.path).digest
-            elif not dataset.is_remote:
-                digests[name] = load_manifest(dataset.path).content_digest()
-    return digests
+def find_datasets(study: Study) -> tuple[dict[str, str], list[str]]:
+    """Find the datasets, recipes and image folders of a study that should be on this machine.
 
-
-def missing_datasets(study: Study) -> Iterator[str]:
-    """Yield an error for each dataset, recipe and image folder that should be on this machine and is not."""
+    Returns:
+        Their digests, as ``plan_study`` takes them, and an error for each that is missing or damaged.
+    """
+    digests, problems = {}, []
     for row, pretraining in study.pretraining.items():
         dataset = pretraining.dataset
         try:
             if dataset.rendered:
-                read_portable(dataset.path)
-            elif not dataset.is_remote:
-                find_dataset(dataset.path, DEFAULT_OPTIONS)
+                digests[pretraining.shards] = read_portable(dataset.path).digest
+            elif not dataset.is_remote and not find_dataset(dataset.path, DEFAULT_OPTIONS):
+                digests[pretraining.shards] = load_manifest(dataset.path).content_digest()
         except (FractalError, OSError) as error:
-            build = f"{pretraining.shards}: no finished dataset; run {pretraining.build}"
             problem = describe_os_error(error) if isinstance(error, OSError) else str(error)
-            yield f"[pretraining.{row}] {build if pretraining.build else problem}"
+            if pretraining.build:
+                problem = f"{pretraining.shards}: no finished dataset; run {pretraining.build}"
+            problems.append(f"[pretraining.{row}] {problem}")
     for target in study.finetuning:
+        name = study.data(target)
         try:
-            find_data(study.data(target), DEFAULT_OPTIONS)
-        except FractalError as error:
-            yield f"[finetuning.{target}] {error}"
+            find_data(name, DEFAULT_OPTIONS)
+            if (place := parse_place(name, ("shards",))) and not is_webdataset(place[1]):
+                digests[name] = load_manifest(place[1]).content_digest()
+        except (FractalError, OSError) as error:
+            problem = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            problems.append(f"[finetuning.{target}] {problem}")
+    return digests, problems
 
 
 def check_models(plan: StudyPlan, image_size: int) -> None:

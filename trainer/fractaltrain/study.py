@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 
@@ -112,25 +112,29 @@ class Study(_Table, frozen=True):
     pretraining: dict[str, PretrainingSet] = {}
     scratch: RecipeChanges | None = None
 
-    def model(self, name: str) -> str:
-        """Return a model, as ``--model`` takes it."""
-        return self.models[name].model or name
-
     def model_options(self, name: str) -> tuple[str, ...]:
         """Return the options of ``fractaltrain`` that name a model."""
-        arguments = (("--model-arg", f"{argument}={value}") for argument, value in self.models[name].args.items())
-        return ("--model", self.model(name), *chain.from_iterable(arguments))
+        model = self.models[name]
+        arguments = (("--model-arg", f"{argument}={value}") for argument, value in model.args.items())
+        return ("--model", model.model or name, *chain.from_iterable(arguments))
 
-    def model_settings(self, name: str) -> dict[str, Any]:
-        """Return the settings of a model in ``run.json``."""
-        arguments = self.models[name].args
-        return {"model": self.model(name), **({"model_args": arguments} if arguments else {})}
+    def shared_options(self, seed: int) -> list[str]:
+        """Return the options that all runs of a seed share."""
+        head = self.study
+        options = ["--image-size", str(head.image_size), "--seed", str(seed)]
+        options += ["--amp", head.amp] if head.amp != "auto" else []
+        return options + (["--eval-every", str(head.eval_every)] if head.eval_every > 1 else [])
 
-    @property
-    def shared_settings(self) -> dict[str, Any]:
-        """Return the settings in ``run.json`` that all runs share."""
-        precision = {"precision": PRECISIONS[self.study.amp]} if self.study.amp != "auto" else {}
-        return {"image_size": self.study.image_size, **precision}
+    def shared_settings(self, name: str, seed: int) -> dict[str, Any]:
+        """Return the settings in ``run.json`` that all runs of a model and seed share."""
+        model, head = self.models[name], self.study
+        return {
+            "model": model.model or name,
+            **({"model_args": model.args} if model.args else {}),
+            "image_size": head.image_size,
+            **({"precision": PRECISIONS[head.amp]} if head.amp != "auto" else {}),
+            "seed": seed,
+        }
 
     def data(self, target: str) -> str:
         """Return the images of a fine-tuning set, as ``--data`` takes them."""
@@ -226,23 +230,6 @@ class StudyPlan:
         return tuple(map(tuple, groups.values()))
 
 
-class _Place(NamedTuple):
-    """A place in the grid: fields as in ``StudyRun``."""
-
-    row: str
-    model: str
-    seed: int
-    target: str | None = None
-    per_class: int | None = None
-    subset_seed: int = 0
-
-    @property
-    def run(self) -> str:
-        subset = "" if self.per_class is None else f"-{self.per_class}-per-class-{self.subset_seed}"
-        start = f"{self.row}--{self.model}--seed{self.seed}"
-        return f"ft/{self.target}{subset}--{start}" if self.target else f"pt/{start}"
-
-
 def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) -> StudyPlan:
     """List all runs of a study.
 
@@ -255,70 +242,78 @@ def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) 
     rows = (*([] if study.scratch is None else [SCRATCH]), *study.pretraining)
     pretrainings, finetunings = [], []
     for row, model, seed in product(rows, study.models, study.study.seeds):
+        start = None
         if row != SCRATCH:
             if model not in (study.pretraining[row].models or study.models):
                 continue
-            pretrainings.append(_plan_pretraining(study, _Place(row, model, seed), digests))
+            pretrainings.append(_plan_pretraining(study, row, model, seed, digests))
+            start = pretrainings[-1].run
         for target, images in study.finetuning.items():
             for subset in product(images.per_class or (None,), images.subset_seeds or (0,)):
-                finetunings.append(_plan_finetuning(study, _Place(row, model, seed, target, *subset), digests))
+                finetunings.append(_plan_finetuning(study, row, model, seed, target, *subset, start, digests))
     if len({run.run for run in finetunings}) < len(finetunings):
         raise UsageError("seeds, per_class or subset_seeds: a number occurs twice; remove one")
     return StudyPlan(rows, tuple(study.models), tuple(study.finetuning), tuple(pretrainings), tuple(finetunings))
 
 
-def _plan_pretraining(study: Study, place: _Place, digests: Mapping[str, str]) -> StudyRun:
-    dataset = study.pretraining[place.row]
-    tables = (study.study.pretraining, study.models[place.model].pretraining, dataset)
-    recipe, options = _resolve(study, place, "anderson", tables, PT_RECIPES)
+def _plan_pretraining(study: Study, row: str, model: str, seed: int, digests: Mapping[str, str]) -> StudyRun:
+    name, dataset = f"pt/{row}--{model}--seed{seed}", study.pretraining[row]
+    tables = (study.study.pretraining, study.models[model].pretraining, dataset)
+    recipe, options = _resolve(name, "anderson", tables, PT_RECIPES)
     follow_dataset = dataset_fields(recipe.name).difference(*(table.texts() for table in tables))
     settings = {
         "task": "pt",
-        **study.model_settings(place.model),
-        **study.shared_settings,
-        "seed": place.seed,
+        **study.shared_settings(model, seed),
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
         "dataset": dataset.dataset.name,
     }
     if digest := digests.get(dataset.shards):
         settings["dataset_digest"] = digest
-    source = "--render" if dataset.dataset.rendered else "--shards"
-    arguments = ("pt", source, dataset.shards, *study.model_options(place.model), *options)
-    return StudyRun(place.run, settings, **place._asdict(), start=None, arguments=arguments)
+    source = ("--render" if dataset.dataset.rendered else "--shards", dataset.shards)
+    arguments = ("pt", *source, *study.model_options(model), *options, *study.shared_options(seed))
+    return StudyRun(name, settings, row, model, None, None, seed, 0, start=None, arguments=arguments)
 
 
-def _plan_finetuning(study: Study, place: _Place, digests: Mapping[str, str]) -> StudyRun:
-    target, model = str(place.target), study.models[place.model]
-    tables: list[RecipeChanges] = [study.study.finetuning, model.finetuning, study.finetuning[target]]
-    last = model.targets.get(target, TargetChanges())
-    if place.row == SCRATCH:
-        start, default = None, "anderson-scratch"
-        tables += [study.scratch or RecipeChanges(), model.scratch, last.scratch]
+def _plan_finetuning(
+    study: Study,
+    row: str,
+    model: str,
+    seed: int,
+    target: str,
+    per_class: int | None,
+    subset_seed: int,
+    start: str | None,
+    digests: Mapping[str, str],
+) -> StudyRun:
+    subset = "" if per_class is None else f"-{per_class}-per-class-{subset_seed}"
+    name = f"ft/{target}{subset}--{row}--{model}--seed{seed}"
+    changes = study.models[model]
+    tables: list[RecipeChanges] = [study.study.finetuning, changes.finetuning, study.finetuning[target]]
+    last = changes.targets.get(target, TargetChanges())
+    if start is None:
+        tables += [study.scratch or RecipeChanges(), changes.scratch, last.scratch]
     else:
-        start, default = _Place(*place[:3]).run, "anderson"
-        tables += [study.pretraining[place.row].finetuning, last.finetuning]
-    recipe, options = _resolve(study, place, default, tables, FT_RECIPES)
+        tables += [study.pretraining[row].finetuning, last.finetuning]
+    recipe, options = _resolve(name, "anderson" if start else "anderson-scratch", tables, FT_RECIPES)
     data = study.data(target)
     settings = {
         "task": "ft",
-        **study.model_settings(place.model),
-        **study.shared_settings,
-        "seed": place.seed,
+        **study.shared_settings(model, seed),
         "recipe": asdict(recipe),
         "data": data,
-        "per_class": place.per_class,
-        "subset_seed": place.subset_seed,
+        "per_class": per_class,
+        "subset_seed": subset_seed,
     }
     if digest := digests.get(data):
         settings["data_digest"] = digest
-    weights = () if start else ("--weights", "none", *study.model_options(place.model))
-    few = ("--per-class", str(place.per_class), "--subset-seed", str(place.subset_seed)) if place.per_class else ()
-    arguments = ("ft", *weights, "--data", data, *few, *options)
-    return StudyRun(place.run, settings, **place._asdict(), start=start, arguments=arguments)
+    weights = () if start else ("--weights", "none", *study.model_options(model))
+    few = ("--per-class", str(per_class), "--subset-seed", str(subset_seed)) if per_class else ()
+    arguments = ("ft", *weights, "--data", data, *few, *options, *study.shared_options(seed))
+    return StudyRun(name, settings, row, model, target, per_class, seed, subset_seed, start, arguments)
 
 
 def _resolve(
-    study: Study, place: _Place, name: str, tables: Iterable[RecipeChanges], recipes: Mapping[str, TrainRecipe]
+    run: str, name: str, tables: Iterable[RecipeChanges], recipes: Mapping[str, TrainRecipe]
 ) -> tuple[TrainRecipe, list[str]]:
     """Apply the tables to the recipe ``name``, later ones last; return it with the options of the command line."""
     changes: dict[str, str] = {}
@@ -326,15 +321,12 @@ def _resolve(
         name = table.recipe or name
         changes |= table.texts()
     if name not in recipes:
-        raise UsageError(f"{place.run}: recipe {name!r}{nearest(name, recipes)}")
+        raise UsageError(f"{run}: recipe {name!r}{nearest(name, recipes)}")
     try:
         recipe = change(recipes[name], changes)
     except UsageError as error:
-        raise UsageError(f"{place.run}, recipe {name}: {error}") from error
-    options = ["--recipe", name, *(word for item in changes.items() for word in ("--set", "=".join(item)))]
-    options += ["--image-size", str(study.study.image_size), "--seed", str(place.seed)]
-    options += ["--amp", study.study.amp] if study.study.amp != "auto" else []
-    return recipe, options + (["--eval-every", str(study.study.eval_every)] if study.study.eval_every > 1 else [])
+        raise UsageError(f"{run}, recipe {name}: {error}") from error
+    return recipe, ["--recipe", name, *(word for item in changes.items() for word in ("--set", "=".join(item)))]
 
 
 def write_plan(plan: StudyPlan, folder: Path) -> None:
