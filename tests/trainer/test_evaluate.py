@@ -165,10 +165,6 @@ def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes):
 
 
 def test_best_and_worst_of_many_classes_are_printed(capsys):
-    scores = [{"samples": 120, "top1": label / 120, "top5": 1.0} for label in range(120)]
-    _print_classes(scores, (), Path("run/eval.json"))
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    worst, best = lines.index("the worst ten"), lines.index("the best ten")
-    assert [int(line.split()[0]) for line in lines[worst + 2 : best]] == list(range(10))
-    assert [int(line.split()[0]) for line in lines[best + 2 : best + 12]] == list(range(119, 109, -1))
-    assert "run/eval.json" in lines[-1]
+    _print_classes([{"samples": 120, "top1": label / 120, "top5": 1.0} for label in range(120)], ())
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [int(row.split()[0]) for row in rows] == [*range(10), *range(110, 120)]

@@ -86,7 +86,6 @@ def test_remote_lost_during_an_epoch_is_one_line(fractaltrain, dataset, tmp_path
     [
         ("URL", ["--cache-dir", "CACHE", "--cache-size", "50kB"], "--cache-size"),
         ("pipe:cat", [], "URL"),
-        ("here", ["--cache-size", "1GB"], "--cache-size"),
     ],
 )
 def test_wrong_usage_is_one_line(fractaltrain, dataset, tmp_path, web, monkeypatch, url, options, noun):

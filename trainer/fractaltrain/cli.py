@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -23,9 +22,7 @@ from fractalshards.slices import parse_slice
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
-    CACHE_SIZE,
     DATA_NAMES,
-    MEMORY_SIZE,
     WINDOW,
     Amp,
     DatasetConfig,
@@ -53,7 +50,6 @@ from fractaltrain.study import plan_study, read_study, write_plan
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _ALL_CLASSES = 99  # with more classes, eval prints only the best and the worst
-_END = 10
 _HEADINGS = {"top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
 
 _Config = TypeVar("_Config")
@@ -62,7 +58,7 @@ _Options = dict[str, list[click.Option]]
 
 
 def _option(*names: str, **attributes: Any) -> click.Option:
-    return click.Option([*names], show_default=attributes.get("default") is not None, **attributes)
+    return click.Option([*names], **attributes)
 
 
 _MODEL_ARG = _option("--model-arg", "model_args", multiple=True, metavar="NAME=VALUE",
@@ -148,10 +144,10 @@ _PT_OPTIONS: _Options = {
         _option("--window", type=click.IntRange(1), default=WINDOW, help="Shards that are shuffled together."),
         _option("--cache-dir", type=PATH, metavar="DIR",
                 help="Folder for the shards of a URL, and for --memory.  [default: $TMPDIR or ~/.cache]"),
-        _option("--cache-size", metavar="SIZE", help="Space for the shards of a URL.  [default: 20GB]"),
+        _option("--cache-size", default="20GB", metavar="SIZE", help="Space for the shards of a URL."),
         _option("--memory", is_flag=True,
                 help="Decode or render all images once, into memory that the processes of a machine share."),
-        _option("--memory-size", metavar="SIZE", help="Limit of that memory.  [default: 8GB]"),
+        _option("--memory-size", default="8GB", metavar="SIZE", help="Limit of that memory."),
         _option("--nodes-split", is_flag=True, help="Give each machine its own part of an epoch's shards."),
         *_TAR_OPTIONS,
     ],
@@ -172,21 +168,26 @@ def pt(nproc: int | None, **options: Any) -> None:
 
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
-    _check_install("training")
     data = _dataset_config(options)
     published = PT_RECIPES[options["recipe"]]
     _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
     model = ModelConfig(options["model"], _model_arguments(options["model_args"]), options["image_size"])
     out = options["out"] or pretraining_folder(data, model.name, recipe.name)
-    _launch(_pretrain, TrainConfig(data, model, recipe, _run_config(out, options)), nproc)
+    _launch(_train, TrainConfig(data, model, recipe, _run_config(out, options)), nproc)
 
 
-def _pretrain(config: TrainConfig) -> None:
+def _train(config: TrainConfig) -> None:
+    """Train, in every process."""
     show_logs(config.run.quiet)
-    from fractaltrain.pretrain import pretrain
+    if isinstance(config.data, DatasetConfig):
+        from fractaltrain.pretrain import pretrain
 
-    pretrain(config)
+        pretrain(config)
+    else:
+        from fractaltrain.finetune import finetune
+
+        finetune(config)
 
 
 _FT_OPTIONS: _Options = {
@@ -230,7 +231,6 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
         raise UsageError("--freeze needs trained weights, not --weights none")
     published = FT_RECIPES[options["recipe"] or ("anderson" if start else "anderson-scratch")]
     recipe = _with_overrides(published, nproc, options)
-    _check_install("training")
     tars = _tar_options(options)
     find_data(options["data"], tars)
     if isinstance(start, Path):
@@ -238,21 +238,14 @@ def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> No
     data = ImagesConfig(options["data"], options["per_class"], options["subset_seed"], options["data_dir"], tars)
     model_config = ModelConfig(model or _DEFAULT_MODEL, arguments, options["image_size"], start, options["freeze"])
     out = options["out"] or finetuning_folder(data, model_config, recipe.name)
-    _launch(_finetune, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
-
-
-def _finetune(config: TrainConfig) -> None:
-    show_logs(config.run.quiet)
-    from fractaltrain.finetune import finetune
-
-    finetune(config)
+    _launch(_train, TrainConfig(data, model_config, recipe, _run_config(out, options)), nproc)
 
 
 @main.command("eval", params=_IMAGE_OPTIONS)
 @click.option("--weights", required=True, type=PATH, metavar="RUN", help="Folder of a run.")
 @click.option("--out", type=PATH, metavar="DIR",
               help="Folder of the report.  [default: eval-DATA in the run's folder]")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, metavar="B",
+@click.option("--batch-size", type=click.IntRange(1), default=256, metavar="B",
               help="Images at a time; affects only memory and speed.")  # fmt: skip
 @quiet_option
 def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_size: int, **options: Any) -> None:
@@ -263,7 +256,6 @@ def evaluate(weights: Path, data: str, data_dir: Path, out: Path | None, batch_s
     Example: fractaltrain eval --weights runs/digits-from-single --data digits
     """
     tars = _tar_options(options)
-    _check_install("evaluation")
     load_settings(weights)
     find_data(data, tars)
     _launch(_evaluate, EvalConfig(weights, ImagesConfig(data, None, 0, data_dir, tars), out, batch_size), nproc=1)
@@ -277,31 +269,28 @@ def _evaluate(config: EvalConfig) -> None:
     if report is None:  # this is not rank 0
         return
     click.echo(report.origin)
-    _print_classes(report.class_scores, report.class_names, report.folder / REPORT)
+    _print_classes(report.class_scores, report.class_names)
     click.echo(describe_scores(report.scores))
     pictures = f", {PICTURE}" if "top1" in report.scores else ""
     click.echo(f"{report.folder}: {REPORT}{pictures}")
 
 
-def _print_classes(scores: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
-    """Print a table of all classes; if there are many, only of the worst and the best."""
-    rows = list(enumerate(scores))
+def _print_classes(scores: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Print a table of all classes; if there are many, of the ten worst and the ten best."""
     columns = [name for name in scores[0] if name != "samples"]
-    groups = {"all classes": rows}
+    rows, title = list(enumerate(scores)), "all classes"
     if len(rows) > _ALL_CLASSES:
         ranked = sorted((row for row in rows if row[1]["samples"]), key=lambda row: float(row[1][columns[0]]))
-        groups = {"the worst ten": ranked[:_END], "the best ten": ranked[: -_END - 1 : -1]}
-    for title, group in groups.items():
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for heading in ("class", *(["name"] if names else []), "images", *(_HEADINGS[column] for column in columns)):
-            table.add_column(heading, justify="left" if heading == "name" else "right")
-        for label, row in group:
-            name = [Text(one_line(names[label]))] if names else []
-            shares = ["-" if row[column] is None else f"{row[column]:.1%}" for column in columns]
-            table.add_row(str(label), *name, f"{row['samples']:,}", *shares)
-        Console().print(table)
-    if len(rows) > _ALL_CLASSES:
-        click.echo(f"all {len(rows):,} classes: {file}")
+        rows, title = [*ranked[:10], *ranked[10:][-10:]], f"the ten worst and the ten best of {len(rows):,} classes"
+    table = Table(box=None, pad_edge=False)
+    for heading in ("class", *(["name"] if names else []), "images", *(_HEADINGS[column] for column in columns)):
+        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for label, row in rows:
+        name = [Text(one_line(names[label]))] if names else []
+        shares = ["-" if row[column] is None else f"{row[column]:.1%}" for column in columns]
+        table.add_row(str(label), *name, f"{row['samples']:,}", *shares)
+    click.echo(title)
+    Console().print(table)
 
 
 def _launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None) -> None:
@@ -353,7 +342,7 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
         raise UsageError("give the dataset with --shards or with --render, one of the two")
     location = options["render"] if rendered else options["shards"]
     if not location:
-        raise UsageError(f"--{'render' if rendered else 'shards'} is empty; give a path")
+        raise UsageError("--shards or --render is empty; give a path")
     data = DatasetConfig(
         location=location,
         rendered=rendered,
@@ -361,16 +350,10 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
         window=options["window"],
         nodes_split=options["nodes_split"],
         cache_dir=options["cache_dir"],
-        cache_size=_size(options, "cache_size", CACHE_SIZE),
-        memory_size=_size(options, "memory_size", MEMORY_SIZE) if options["memory"] else None,
+        cache_size=parse_bytes(options["cache_size"], "--cache-size"),
+        memory_size=parse_bytes(options["memory_size"], "--memory-size") if options["memory"] else None,
         tars=_tar_options(options),
     )
-    if options["memory_size"] is not None and not options["memory"]:
-        raise UsageError("--memory-size goes with --memory")
-    if options["cache_size"] is not None and not data.is_remote:
-        raise UsageError("--cache-size needs the URL of a dataset in --shards")
-    if data.cache_dir and not (data.is_remote or options["memory"]):
-        raise UsageError("--cache-dir needs the URL of a dataset in --shards, or --memory")
     if data.fresh and not rendered:
         raise UsageError("--fresh needs --render: stored images are the same in every epoch")
     if data.fresh and options["memory"]:
@@ -378,11 +361,6 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
     if rendered or data.is_remote:
         data.tars.check_unused(location)
     return data
-
-
-def _size(options: Mapping[str, Any], name: str, default: int) -> int:
-    text = options[name]
-    return default if text is None else parse_bytes(text, f"--{name.replace('_', '-')}")
 
 
 def _dataset_kind(data: DatasetConfig) -> str:
@@ -404,13 +382,6 @@ def _check_data(name: str) -> str:
     if is_data(name):
         return name
     raise click.BadParameter(f"{name!r}{nearest(name, DATA_NAMES)}")
-
-
-def _check_install(purpose: str) -> None:
-    """Check that PyTorch is installed, without importing it, which takes seconds."""
-    with needs_extra("train", purpose):
-        if find_spec("torch") is None:
-            raise ModuleNotFoundError(name="torch")
 
 
 @main.command()
@@ -435,12 +406,12 @@ def export(run: Path, out: Path) -> None:
 @click.option(
     "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training with its fine-tunings: for job arrays."
 )
-@click.option("--data-dir", type=PATH, default=Path("data"), show_default=True,
+@click.option("--data-dir", type=PATH, default=Path("data"),
               help="Folder of published datasets; missing ones are downloaded.")  # fmt: skip
 @click.option(
     "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each run.  [default: one per GPU, or 1]"
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+@click.option("--jobs", type=click.IntRange(1), default=1, metavar="N",
               help="Runs at the same time; on CPUs they share the cores.")  # fmt: skip
 @quiet_option
 def study(

@@ -54,29 +54,17 @@ def is_data(name: str) -> bool:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """``pt --shards`` or ``pt --render``: the dataset to pre-train on.
+    """``pt --shards`` or ``pt --render``: the dataset to pre-train on."""
 
-    Attributes:
-        location: folder or URL of the shards, or the file of a recipe to render.
-        rendered: whether ``location`` is a recipe, whose samples are rendered when they are needed.
-        fresh: render new images in every epoch.
-        window: number of shards that are shuffled together.
-        nodes_split: give each machine its own share of an epoch's shards.
-        cache_dir: where shards from a URL, and images in memory, are kept; None: the default folder.
-        cache_size: maximum size of the shards there in bytes.
-        memory_size: bytes that decoded images may take, to be kept in memory; None: they are not kept.
-        tars: how to read a folder of another program.
-    """
-
-    location: str
-    rendered: bool = False
-    fresh: bool = False
-    window: int = WINDOW
-    nodes_split: bool = False
-    cache_dir: Path | None = None
-    cache_size: int = CACHE_SIZE
-    memory_size: int | None = None
-    tars: WebDatasetOptions = DEFAULT_OPTIONS
+    location: str  # folder or URL of the shards, or the file of a recipe to render
+    rendered: bool = False  # whether it is a recipe, whose samples are rendered when they are needed
+    fresh: bool = False  # render new images in every epoch
+    window: int = WINDOW  # shards that are shuffled together
+    nodes_split: bool = False  # give each machine its own share of an epoch's shards
+    cache_dir: Path | None = None  # where shards of a URL, and images in memory, are kept; None: the default folder
+    cache_size: int = CACHE_SIZE  # bytes of shards there
+    memory_size: int | None = None  # bytes that decoded images may take, to be kept in memory; None: they are not kept
+    tars: WebDatasetOptions = DEFAULT_OPTIONS  # how to read a folder of another program
 
     @property
     def is_remote(self) -> bool:
@@ -98,21 +86,13 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """``--data``: the real images to train or evaluate on.
+    """``--data``: the real images to train or evaluate on."""
 
-    Attributes:
-        name: a name that ``is_data`` accepts.
-        per_class: training images per class; None: all.
-        subset_seed: seed for choosing these images.
-        folder: folder of published datasets; missing ones are downloaded.
-        tars: how to read shards of another program.
-    """
-
-    name: str
-    per_class: int | None
-    subset_seed: int
-    folder: Path
-    tars: WebDatasetOptions = DEFAULT_OPTIONS
+    name: str  # one that ``is_data`` accepts
+    per_class: int | None  # training images per class; None: all
+    subset_seed: int  # seed for choosing these images
+    folder: Path  # of published datasets; missing ones are downloaded
+    tars: WebDatasetOptions = DEFAULT_OPTIONS  # how to read shards of another program
 
     @property
     def path(self) -> Path | None:
@@ -142,52 +122,24 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to train.
+    """The model to train. With weights of a run, ``name`` and ``arguments`` are not used: it has its own."""
 
-    Attributes:
-        name: ``resnet50``, or any name timm knows; with weights of a run, the name of its model.
-        arguments: names and values of further arguments of ``timm.create_model``; with weights of a run, none: its own
-            count.
-        image_size: side in pixels of the square images it takes; None: chosen from dataset or weights.
-        weights: starting weights.
-        freeze: the part that is not trained.
-    """
-
-    name: str
-    arguments: tuple[tuple[str, ModelArgument], ...] = ()
-    image_size: int | None = None
+    name: str  # ``resnet50``, or any name timm knows
+    arguments: tuple[tuple[str, ModelArgument], ...] = ()  # further ones of ``timm.create_model``
+    image_size: int | None = None  # side in pixels of the square images it takes; None: chosen from data or weights
     weights: Weights = None
-    freeze: Freeze | None = None
+    freeze: Freeze | None = None  # the part that is not trained
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a training runs.
-
-    Attributes:
-        out: folder of the run.
-        seed: random seed of everything except the choice of a subset.
-        pad: train on all samples of an epoch, filling up the last batch with its first ones.
-        amp: precision of the forward pass.
-        workers: loader processes of each training process; None: chosen from the number of cores.
-        on_bad_sample: stop at a sample that cannot be read, or skip it and take another one.
-        save_every_minutes: time between checkpoints inside an epoch; every epoch ends with one.
-        keep: number of checkpoints to keep, the newest ones.
-        resume: ``auto``: continue a run in the folder, if there is one; ``never``: refuse if there is one;
-            ``must``: refuse if there is none.
-        accumulate: compute each process's batch in this number of parts, to save memory.
-        compile: run the model through torch.compile.
-        deterministic: make results bit-identical on the same hardware; slower.
-        eval_every: epochs between evaluations on the val split; the last epoch is always evaluated.
-        sync_batchnorm: compute batch norm over the whole batch, not over each process's part.
-        quiet: print nothing but results and errors.
-    """
+    """How a training runs: the options of ``pt`` and ``ft``, which ``--help`` describes."""
 
     out: Path
     seed: int = 0
     pad: bool = False
     amp: Amp = "auto"
-    workers: int | None = None
+    workers: int | None = None  # of each training process; None: chosen from the number of cores
     on_bad_sample: OnBadSample = "stop"
     save_every_minutes: float = 10.0
     keep: int = 3
@@ -241,19 +193,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """``fractaltrain eval``: the evaluation of a run.
-
-    Attributes:
-        run: folder of the run.
-        data: the images.
-        out: folder of the report; None: a folder inside that of the run.
-        batch_size: images at a time, of all processes together.
-    """
+    """``fractaltrain eval``: the evaluation of a run."""
 
     run: Path
     data: ImagesConfig
-    out: Path | None
-    batch_size: int
+    out: Path | None  # folder of the report; None: one inside the run's folder
+    batch_size: int  # images at a time
 
 
 def pretraining_folder(data: DatasetConfig, model: str, recipe: str) -> Path:
