@@ -23,7 +23,7 @@ from fractaltrain.config import ImagesConfig
 from fractaltrain.data.images import FolderSource, load_digits, open_data
 from fractaltrain.data.published import load_published
 from fractaltrain.data.shards import open_shards
-from fractaltrain.data.source import InMemorySource, SampleSource, Splits, split_per_class
+from fractaltrain.data.source import InMemorySource, SampleSource, Splits, divide
 from fractaltrain.log import read_metrics
 from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
@@ -80,7 +80,7 @@ def test_subset_is_a_function_of_its_seed():
 def test_subset_larger_than_a_class_is_refused():
     source = InMemorySource("few", np.zeros((5, 8, 8, 3), np.uint8), np.array([0, 0, 0, 1, 1]), classes=2)
     with pytest.raises(FractalError, match=r"class 1 has 2 .*--per-class"):
-        split_per_class(source, 3, seed=0)
+        divide(source, 3, seed=0)
 
 
 def make_archive(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:

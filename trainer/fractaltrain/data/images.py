@@ -25,8 +25,7 @@ from fractaltrain.data.source import (
     InMemorySource,
     LabelledSource,
     Splits,
-    split_per_class,
-    split_share,
+    divide,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FOLDERS = {"train": "train", "val": "val"}
-_TRAIN_SHARE = 0.8
 _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # classes without images that an error lists at most
 
@@ -52,8 +50,9 @@ def find_data(name: str, tars: WebDatasetOptions) -> None:
         find_dataset(place[1], tars)
         return
     tars.check_unused(name)
-    if place:
-        find_folders(place[1])
+    for folder in [place[1] / name for name in _FOLDERS] if place else []:
+        if not folder.is_dir():
+            raise FractalError(f"{folder}: no such folder; images belong in PATH/train/CLASS/ and PATH/val/CLASS/")
 
 
 def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits[LabelledSource]:
@@ -70,7 +69,7 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         FractalError: if the images are missing, damaged, without a split to evaluate on, or too few for ``per_class``.
     """
     if choice.name == "digits":
-        return _divide(load_digits(), choice)
+        return Splits(*divide(load_digits(), choice.per_class, choice.subset_seed))
     if choice.path and choice.name.startswith("shards:"):
         splits = _open_shards(choice.path, choice.tars, world, for_training)
     elif choice.path:
@@ -80,14 +79,14 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         with world.main_first():  # rank 0 may download
             train, val = load_published(choice.name, choice.folder)
         if val is None:
-            return _divide(train, choice)
+            return Splits(*divide(train, choice.per_class, choice.subset_seed))
         splits = Splits(train, val)
     if for_training:
         _check_trainable(choice, splits)
     if choice.per_class is None or not for_training:
         return splits
     labels = world.from_main(lambda: splits.train.labels)  # of shards, from the headers of all tars
-    return replace(splits, train=split_per_class(splits.train, choice.per_class, choice.subset_seed, labels)[0])
+    return replace(splits, train=divide(splits.train, choice.per_class, choice.subset_seed, labels)[0])
 
 
 def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_training: bool) -> Splits[LabelledSource]:
@@ -100,13 +99,6 @@ def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_trai
             "--split which tars of another program belong to it"
         )
     return splits
-
-
-def _divide(source: LabelledSource, choice: ImagesConfig) -> Splits[LabelledSource]:
-    """Divide a dataset without splits: ``per_class`` images or four fifths of every class are for training."""
-    if choice.per_class is None:
-        return Splits(*split_share(source, _TRAIN_SHARE, choice.subset_seed))
-    return Splits(*split_per_class(source, choice.per_class, choice.subset_seed))
 
 
 def _open_folders(path: Path, world: "World", for_training: bool) -> Splits[LabelledSource]:
@@ -178,14 +170,3 @@ class FolderSource:
         except OSError as error:
             raise BadSampleError(describe_os_error(error)) from error
         return Example(self._images.names[index], image, int(self.labels[index]))
-
-
-def find_folders(path: Path) -> None:
-    """Check that ``path/train`` and ``path/val`` exist.
-
-    Raises:
-        FractalError: if one is missing.
-    """
-    for name in _FOLDERS:
-        if not (path / name).is_dir():
-            raise FractalError(f"{path / name}: no such folder; images belong in PATH/train/CLASS/ and PATH/val/CLASS/")

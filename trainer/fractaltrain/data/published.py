@@ -32,21 +32,13 @@ _BROKEN = (
 
 @dataclass(frozen=True)
 class Published:
-    """A dataset of torchvision.
+    """A dataset of torchvision."""
 
-    Attributes:
-        torchvision: name of its class in ``torchvision.datasets``.
-        classes: number of classes, unless torchvision names them.
-        train: arguments that select the split to train on.
-        val: arguments that select the split to evaluate on; None: it has none, so its images are divided.
-        downloads: whether torchvision can download it.
-    """
-
-    torchvision: str
-    classes: int
-    train: Mapping[str, Any]
-    val: Mapping[str, Any] | None
-    downloads: bool = True
+    torchvision: str  # name of its class in ``torchvision.datasets``
+    classes: int  # unless torchvision names them
+    train: Mapping[str, Any]  # arguments that select the split to train on
+    val: Mapping[str, Any] | None  # those of the split to evaluate on; None: it has none, so its images are divided
+    downloads: bool = True  # whether torchvision can download it
 
 
 _TRAIN, _TEST = {"train": True}, {"train": False}

@@ -15,6 +15,8 @@ from fractaltrain.seeding import Purpose, mix
 Images = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
+_TRAIN_SHARE = 0.8  # of datasets without splits
+
 
 class SampleSource(Protocol):
     """Samples 0 to n - 1 of a dataset. Must work in forked and in spawned (pickled) loader workers."""
@@ -119,29 +121,22 @@ class Subset:
         return self._source.read(int(self._indices[index]))
 
 
-def split_per_class(
-    source: LabelledSource, per_class: int, seed: int, labels: Indices | None = None
+def divide(
+    source: LabelledSource, per_class: int | None, seed: int, labels: Indices | None = None
 ) -> tuple[Subset, Subset]:
-    """Split into ``per_class`` random samples of every class and all others.
+    """Divide into random samples of every class, ``per_class`` or four fifths (None), and all others.
 
     Args:
         labels: those of the source, if the caller has them: some sources take long to find them.
 
     Raises:
-        FractalError: if a class has fewer samples.
+        FractalError: if a class has fewer samples than ``per_class``.
     """
-    return _split(source, source.labels if labels is None else labels, [per_class] * source.classes, seed)
-
-
-def split_share(source: LabelledSource, share: float, seed: int) -> tuple[Subset, Subset]:
-    """Split into a random share in (0, 1) of the samples of every class, rounded, and all others."""
-    return _split(source, source.labels, [round(share * count) for count in source.label_counts.tolist()], seed)
-
-
-def _split(source: LabelledSource, labels: Indices, counts: Sequence[int], seed: int) -> tuple[Subset, Subset]:
+    labels = source.labels if labels is None else labels
     chosen = np.zeros(len(labels), np.bool_)
-    for label, count in enumerate(counts):
+    for label in range(source.classes):
         members = np.flatnonzero(labels == label)
+        count = round(_TRAIN_SHARE * len(members)) if per_class is None else per_class
         if count > len(members):
             raise FractalError(f"class {label} has {len(members)} training samples, not {count}; lower --per-class")
         chosen[members[permutation(len(members), mix(seed, Purpose.SUBSET, label))[:count]]] = True
