@@ -60,7 +60,6 @@ def test_creating_a_model_takes_no_random_numbers_for_the_check():
         ("vit_tiny_patch16_224", 50, 16),
         ("vit_tiny_patch16_224", 48, None),
         ("swin_tiny_patch4_window7_224", 50, 4),
-        ("convnext_atto", 50, 4),
         ("resnet18", 50, None),
     ],
 )

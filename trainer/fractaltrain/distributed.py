@@ -36,7 +36,7 @@ from fractaltrain.config import EXIT_STOPPED
 _GRACE_SECONDS = 12.0  # after a rank fails, the others get this long to end, and again after SIGTERM
 _MOST_LOADERS = 8  # per rank, unless --workers asks for more
 _PATIENCE = timedelta(days=1)  # timeout while one rank prepares something for the others
-_FIRST_WARNING, _NEXT_WARNING = 10.0, 60.0  # seconds that a process waits for the others before it says so
+_WARNING_SECONDS = 10.0  # that a process waits for the others before it says so
 
 _log = logging.getLogger(__name__)
 
@@ -46,21 +46,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class World:
-    """The process group as one rank sees it.
+    """The process group as one rank sees it."""
 
-    Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        local_rank: number of this process on its machine.
-        local_size: number of processes on this machine.
-        device: where this process computes.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    device: torch.device
+    rank: int  # number of this process, from 0
+    size: int  # number of processes
+    local_rank: int  # number of this process on its machine
+    local_size: int  # number of processes on this machine
+    device: torch.device  # where this process computes
     _patient_group: Any = None
 
     @property
@@ -203,25 +195,16 @@ def _read_place() -> tuple[int, int, int, int]:
 
 @contextmanager
 def _meeting(rank: int, size: int) -> Iterator[None]:
-    """Warn, repeatedly, of a missing process while the block waits for all of them.
+    """Warn of missing processes if the block, which waits for all of them, takes long.
 
     Raises:
         FractalError: if they do not find each other in time.
     """
     where = f" at {os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""
-    met = threading.Event()
-
-    def warn() -> None:
-        seconds = _FIRST_WARNING
-        while not met.wait(seconds):
-            _log.warning(
-                "rank %d of %d waits for the other processes%s; check that all have started and can reach each other",
-                rank, size, where,
-            )  # fmt: skip
-            seconds = _NEXT_WARNING
-
-    thread = threading.Thread(target=warn, daemon=True)
-    thread.start()
+    text = "rank %d of %d waits for the other processes%s; check that all have started and can reach each other"
+    warning = threading.Timer(_WARNING_SECONDS, _log.warning, (text, rank, size, where))
+    warning.daemon = True
+    warning.start()
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -231,8 +214,8 @@ def _meeting(rank: int, size: int) -> Iterator[None]:
             "MASTER_PORT, and start all of them"
         ) from error
     finally:
-        met.set()
-        thread.join()  # forks of this process, the loader workers, must not inherit it
+        warning.cancel()
+        warning.join()  # forks of this process, the loader workers, must not inherit it
 
 
 def count_gpus(processes: int) -> int:
@@ -247,15 +230,11 @@ def count_gpus(processes: int) -> int:
     return gpus
 
 
+@dataclass
 class StopFlag:
-    """The last stop signal that this process received.
+    """The last stop signal that this process received; 0: none. Ranks decide together to stop, see ``World.max``."""
 
-    Attributes:
-        signal: its number; 0 if none came. All ranks together decide to stop, see ``World.max``.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
+    signal: int = 0
 
 
 def stopped_by(number: int) -> StoppedError:

@@ -16,25 +16,15 @@ from fractaltrain.train import train
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights to start from.
-
-    Attributes:
-        model: name of their model.
-        arguments: further arguments of ``timm.create_model``.
-        image_size: side in pixels of the images they were trained on.
-        weights: state dict, with any classifier.
-        identity: sha256 of the checkpoint, or the name of timm's weights.
-        source: the folder of the run, or the name of timm's weights.
-        origin: a line that says where they come from.
-    """
+    """Weights to start from."""
 
     model: str
-    arguments: Mapping[str, ModelArgument]
-    image_size: int
-    weights: Mapping[str, torch.Tensor]
-    identity: str
-    source: str
-    origin: str
+    arguments: Mapping[str, ModelArgument]  # further ones of ``timm.create_model``
+    image_size: int  # side in pixels of the images they were trained on
+    weights: Mapping[str, torch.Tensor]  # with any classifier
+    identity: str  # sha256 of the checkpoint, or the name of timm's weights
+    source: str  # the folder of the run, or the name of timm's weights
+    origin: str  # a line that says where they come from
 
 
 def finetune(config: TrainConfig) -> None:

@@ -74,8 +74,10 @@ def create_model(
             f"{name} cannot be built for {image_size} x {image_size} images{given and f' and {given}'} "
             f"({_reason(error)}); try another --image-size{given and ' or --model-arg'}"
         ) from error
+    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     try:
-        scores = _forward(model, image_size)
+        with torch.no_grad():  # on shapes only: this takes milliseconds and no random numbers, and changes no weights
+            scores = functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
     except Exception as error:  # models raise errors of many types
         raise FractalError(
             f"{name} cannot take {image_size} x {image_size} images ({_reason(error)}); try another --image-size"
@@ -85,44 +87,21 @@ def create_model(
     return model
 
 
-def _forward(model: nn.Module, image_size: int) -> Any:
-    """Pass two images through a model on the meta device, which computes shapes only.
-
-    Takes milliseconds, draws no random numbers, and leaves the weights and statistics of the model as they are.
-    """
-    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    with torch.no_grad():
-        return functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
-
-
 def describe_border(model: nn.Module, image_size: int) -> list[str]:
-    """Return a line for every patch size that does not divide the images: the model does not see their last pixels.
+    """Return a line if the patches of a vision transformer do not cover the images: it does not see their last pixels.
 
     Args:
         image_size: side in pixels of the square images the model takes.
     """
-    lines = []
-
-    def inspect(patches: Any, images: tuple[torch.Tensor, ...]) -> None:
-        side, patch = images[0].shape[-1], patches.stride[0]
-        if lost := side % patch:
-            lines.append(
-                f"the model's patches of {patch} pixels cover {side - lost} of the {side} pixels on a side; choose a "
-                f"multiple of {patch} as --image-size"
-            )
-
-    hooks = [
-        module.register_forward_pre_hook(inspect)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-        and module.in_channels == 3
-        and module.stride == module.kernel_size
-        and module.padding == (0, 0)
+    patches: Any = getattr(model, "patch_embed", None)
+    patch, *_ = getattr(patches, "patch_size", (1,))
+    lost = image_size % patch
+    if not lost or getattr(patches, "dynamic_img_pad", False):
+        return []
+    return [
+        f"the model's patches of {patch} pixels cover {image_size - lost} of the {image_size} pixels on a side; choose "
+        f"a multiple of {patch} as --image-size"
     ]
-    _forward(model, image_size)
-    for hook in hooks:
-        hook.remove()
-    return lines
 
 
 def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from fractalshards.errors import UsageError
 from fractalshards.manifest import TRAINING
 from fractalshards.remote.cache import ShardCache, cache_root, open_cache, prefetching
 from fractalshards.remote.stores import parse_location
-from fractalshards.sample import LabelType
 from fractaltrain.config import CACHE_SIZE, MEMORY_SIZE, WINDOW
 from fractaltrain.data.memory import MappedSource
-from fractaltrain.data.rendered import RecipeOrPath, open_rendered
+from fractaltrain.data.rendered import RecipeOrPath, RenderedSplit, open_rendered
 from fractaltrain.data.source import Images, SampleSource
 
 Output = Literal["pil", "array", "tensor"]
@@ -34,21 +33,6 @@ _OUTPUTS: dict[str, Callable[[Images], Any]] = {
     "array": lambda image: image if image.flags.writeable else image.copy(),
     "tensor": lambda image: torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
 }
-
-
-class _Split(SampleSource, Protocol):
-    """A ``StoredSplit`` or ``RenderedSplit``."""
-
-    @property
-    def split(self) -> str: ...
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def label_type(self) -> LabelType: ...
-    @property
-    def image_size(self) -> int | None: ...
-    @property
-    def digest(self) -> str: ...
 
 
 class _SampleDataset(Dataset[tuple[Any, Any]]):
@@ -68,7 +52,7 @@ class _SampleDataset(Dataset[tuple[Any, Any]]):
 
     def __init__(
         self,
-        split: _Split,
+        split: "StoredSplit | RenderedSplit",
         transform: Callable[[Any], Any] | None,
         output: Output,
         memory: Path | None,

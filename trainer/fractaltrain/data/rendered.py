@@ -8,14 +8,15 @@ from fractalshards.manifest import TRAINING
 from fractaltrain.data.source import Splits
 
 if TYPE_CHECKING:
+    from fractalgen import source
     from fractalgen.recipe import Recipe
-    from fractalgen.source import RenderedSplit
 
 
 RecipeOrPath: TypeAlias = "str | os.PathLike[str] | Recipe"
+RenderedSplit: TypeAlias = "source.RenderedSplit"
 
 
-def open_rendered(source: RecipeOrPath, split: str = TRAINING, fresh: bool = False) -> "RenderedSplit":
+def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = False) -> RenderedSplit:
     """Open a split of the dataset that a recipe or the file of a portable recipe describes.
 
     Raises:
@@ -23,12 +24,12 @@ def open_rendered(source: RecipeOrPath, split: str = TRAINING, fresh: bool = Fal
     """
     from fractalgen.source import open_recipe  # loads numba
 
-    rendered = open_recipe(Path(source) if isinstance(source, str | os.PathLike) else source, split, fresh)
+    rendered = open_recipe(Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe, split, fresh)
     rendered.read(0)  # compiles the kernels, if need be, before every loader worker does it for itself
     return rendered
 
 
-def open_rendered_splits(path: Path, fresh: bool) -> Splits["RenderedSplit"]:
+def open_rendered_splits(path: Path, fresh: bool) -> Splits[RenderedSplit]:
     """Open the splits of a portable recipe: ``train``, and ``val`` if it has one, which is never fresh.
 
     Raises:
