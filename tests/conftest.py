@@ -1,4 +1,7 @@
-"""Fixtures of all tests: small disks, images, web and S3 servers, the reference data. Tests use CPUs only."""
+"""Fixtures of all tests: small disks, images, web and S3 servers, the reference data.
+
+``pytest -m gpu`` runs the tests that need a GPU; all others see none, so that they are the same on every machine.
+"""
 
 import http.server
 import io
@@ -21,10 +24,31 @@ from PIL import Image
 from fractalshards.remote import stores
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make processes in the background ignore it
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; GPUs are measured by tools
 os.environ["OMP_NUM_THREADS"] = "1"  # also in subprocesses: images this small are slower with more
 settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide all GPUs, before anything imports torch, unless the tests that need one were asked for."""
+    if config.getoption("markexpr") != "gpu" or rehearsing():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as --deterministic does; read once per process
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that need a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not rehearsing():
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and pytest -m gpu")
+
+
+def rehearsing() -> bool:
+    """Whether the tests that need a GPU are to be rehearsed on a CPU."""
+    return os.environ.get("FRACTALTRAIN_TEST_DEVICE") == "cpu"
 
 
 @pytest.fixture(scope="session", autouse=True)

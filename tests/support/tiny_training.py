@@ -51,6 +51,7 @@ def run_tiny(
     model: type[nn.Module] = Tiny,
     splits: tuple[SampleSource, SampleSource | None] | None = None,
     multi_label: bool = False,
+    world: World = ALONE,
     **run: object,
 ) -> None:
     """Train in ``folder``, with checkpoints after every ten steps."""
@@ -58,7 +59,7 @@ def run_tiny(
     config = TrainConfig(ImagesConfig("squares", None, 0, folder), ModelConfig("tiny"), recipe, RunConfig(**settings))
     train, val = splits or (squares(SAMPLES, 1), squares(13, 2))
     torch.manual_seed(seed)
-    module.train(config, model(), Splits(train, val, multi_label=multi_label), 16, {"task": "test"}, ALONE)
+    module.train(config, model(), Splits(train, val, multi_label=multi_label), 16, {"task": "test"}, world)
 
 
 def lines(folder: Path) -> list[dict]:
