@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 from fractalgen.kernels.deflate import encode_image
@@ -162,28 +163,23 @@ def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: On
 def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
     """Render and encode a few units spread over the dataset; return bytes, and seconds on one core, per image.
 
-    The bytes are the mean, the seconds the median, because the first images may include compilation.
+    The bytes are the mean, the seconds the median of all but the first unit, which may include compilation.
     """
-
-    def probe(index: int) -> tuple[list[int], float]:
-        """Return the stored bytes of each image in a sample's unit, and the seconds per image."""
-        start = time.perf_counter()
-        place = locate(recipe, index)
-        images = render_unit(recipe, systems, place.unit)[: place.parts]
-        encoded = [encode_rendered(sample_key(index), rendered, encode_image) for rendered in images]
-        stored = [packed_size(one.sample) for one in encoded]
-        return stored, (time.perf_counter() - start) / len(stored)
-
-    probe(0)
     sizes: list[int] = []
     seconds: list[float] = []
     total = recipe.n + recipe.val
     probes = min(max(_PROBES // recipe.family.images_in_memory, _FEW_PROBES), total)
-    while len(seconds) < probes and sum(seconds) < _PROBE_SECONDS:
-        stored, per_image = probe(len(seconds) * total // probes)
-        sizes += stored
-        seconds.append(per_image)
-    return statistics.mean(sizes), statistics.median(seconds)
+    for number in (0, *range(probes)):
+        start = time.perf_counter()
+        index = number * total // probes
+        place = locate(recipe, index)
+        images = islice(render_unit(recipe, systems, place.unit), place.parts)
+        encoded = [encode_rendered(sample_key(index), rendered, encode_image) for rendered in images]
+        sizes += [packed_size(one.sample) for one in encoded]
+        seconds.append((time.perf_counter() - start) / len(encoded))
+        if sum(seconds[1:]) >= _PROBE_SECONDS:
+            break
+    return statistics.mean(sizes), statistics.median(seconds[1:])
 
 
 def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:

@@ -67,7 +67,10 @@ _SEED = click.option("--seed", default=0, help="Random seed.")
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the kind; repeatable."
 )
-_DATASET_GROUP = "--kind --n --val --classes --size --points --seed --shard-size --set"
+_DATASET = "--kind --n --val --classes --size --points --seed --shard-size --set"
+_GIVEN = "--categories --from-csv"
+_FRACTALDB = "--params --weight-row --draw --points --flip --mask-seed"
+_STREAM = "--kind --category --instance --classes --set"
 
 
 def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -104,8 +107,20 @@ def _make_recipe(
     """Make a recipe from the options that describe a dataset; return it with the systems that they name, if any."""
     if kind is None:
         raise UsageError(f"--kind is missing; give --kind and --n{otherwise}")
-    given = _read_given(kind, classes, categories, from_csv)
-    classes = classes if given is None else len(given)
+    given = None
+    if path := categories or from_csv:
+        if categories and from_csv:
+            raise UsageError("--categories and --from-csv: give only one of them")
+        if kind != "fractaldb":
+            raise UsageError(f"{path}: holds categories of FractalDB, but --kind is {kind!r}")
+        found = read_categories(path) if categories else read_csv_folder(path)
+        classes = len(found) if classes is None else classes
+        if classes > len(found):
+            raise UsageError(
+                f"--classes is {classes}, but {path} holds {len(found)} categories: ask for at most as many"
+            )
+        given = found[:classes]
+        warn_of_black(given, path)
     return make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others), given
 
 
@@ -117,8 +132,8 @@ def main() -> None:
 
 @main.command(
     groups={
-        "Dataset": f"{_DATASET_GROUP} --out",
-        "Dataset, from files": "--recipe --categories --from-csv",
+        "Dataset": f"{_DATASET} --out",
+        "Dataset, from files": f"--recipe {_GIVEN}",
         "Work": "--workers --slice --executor --scheduler",
     }
 )
@@ -155,7 +170,7 @@ def build(
     portable = None
     given: Systems | None
     if recipe_file is not None:
-        _refuse_beside_recipe(context, dataset)
+        _refuse_beside(context, "--recipe", f"{_DATASET} {_GIVEN}")
         portable = read_portable(recipe_file)
         recipe, given = parse_recipe(portable.recipe, portable.recipe_digest, str(recipe_file)), portable.systems
     else:
@@ -185,7 +200,7 @@ def build(
     next_step(f"fractaltrain pt --shards {shlex.quote(str(folder))}")
 
 
-@main.command(groups={"Dataset": _DATASET_GROUP, "Dataset, from files": "--categories --from-csv"})
+@main.command(groups={"Dataset": _DATASET, "Dataset, from files": _GIVEN})
 @_dataset_options
 @click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 def recipe(out: Path | None, **dataset: Any) -> None:
@@ -236,7 +251,9 @@ def kinds(as_json: bool) -> None:
     Example: fractalgen kinds
     """
     if as_json:
-        click.echo(json.dumps([_kind_as_json(kind) for kind in KINDS.values()], indent=1))
+        about = ("name", "summary", "n", "classes", "size", "points", "label_type")
+        listed = [{name: getattr(kind, name) for name in about} for kind in KINDS.values()]
+        click.echo(json.dumps([one | {"parameters": _parameters(KINDS[one["name"]])} for one in listed], indent=1))
         return
     console = Console(soft_wrap=True)
     for name, kind in KINDS.items():
@@ -283,13 +300,7 @@ def preview(
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
 
 
-@main.command(
-    groups={
-        "FractalDB": "--params --weight-row --draw --points --flip --mask-seed",
-        "Published streams": "--kind --category --instance --processes --classes --instances",
-        "Image": "--size --out",
-    }
-)
+@main.command(groups={"FractalDB": _FRACTALDB, "Published streams": _STREAM, "Image": "--size --out"})
 @click.option("--params", type=PATH, metavar="FILE.csv", help="A category: a row a,b,c,d,e,f,p per map.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 leaves the category as it is.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="Drawing style.")
@@ -299,67 +310,61 @@ def preview(
 @_kind_option(STREAMS, required=False)
 @click.option("--category", type=int, metavar="C", help="Class of the image, from 0.")
 @click.option("--instance", type=int, metavar="I", help="Image of the class, from 0.")
-@click.option("--processes", type=int, help="Processes of the published program.  [default: by kind]")
 @click.option("--classes", default=1000, type=click.IntRange(1), help="Classes of the stream.")
-@click.option("--instances", default=1000, help="Images per class of the stream.")
+@_SET
 @click.option("--size", type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side in pixels.  [default: by kind]")
 @click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
 @quiet_option
 @click.pass_context
-def render(context: click.Context, /, size: int | None, out: Path, **options: Any) -> None:
+def render(
+    context: click.Context,
+    /,
+    params: Path | None,
+    weight_row: int,
+    draw: kernel.Draw,
+    points: int,
+    flip: int,
+    mask_seed: int,
+    kind: str | None,
+    category: int | None,
+    instance: int | None,
+    classes: int,
+    settings: tuple[str, ...],
+    size: int | None,
+    out: Path,
+) -> None:
     """Render one published image, pixel for pixel: a category of FractalDB, or an image of VisualAtom or RCDB.
 
     Example: fractalgen render --kind visualatom --category 7 --instance 0 --out image.png
     """
     if picture_format(out) != "PNG":
         raise UsageError(f"--out is {out}: expected a name that ends in .png")
-    chosen, other = ("params", "kind") if options["params"] else ("kind", "params")
-    for name in _RENDER_OPTIONS[other]:
-        if _is_given(context, name):
-            raise UsageError(f"--{name.replace('_', '-')} cannot be combined with --{chosen}: leave one out")
-    missing = [name for name in ("kind", "category", "instance") if chosen == "kind" and options[name] is None]
-    if missing:
-        raise UsageError(f"--{missing[0]} is missing; give --kind, --category and --instance, or --params")
-    family = KINDS["fractaldb"] if chosen == "params" else _find_stream(options["kind"])
-    draw = _render_fractaldb if chosen == "params" else _render_stream
-    side = size or family.size
-    image = draw(size=side, **{name: options[name] for name in _RENDER_OPTIONS[chosen]})
+    if params is not None:
+        _refuse_beside(context, "--params", _STREAM)
+        masks = kernel.published_masks(mask_seed, points) if kernel.is_patch(draw) else None
+        weights, side = kernel.weight_rows()[weight_row], size or KINDS["fractaldb"].size
+        indices = kernel.render(read_csv(params), weights, side, points, draw, masks)
+        image = Indexed(kernel.flip(indices, flip), kernel.palette(draw))
+    else:
+        _refuse_beside(context, "--kind", _FRACTALDB)
+        if kind is None or category is None or instance is None:
+            raise UsageError("--params is missing, or --kind with --category and --instance")
+        side = size or _find_stream(kind).size
+        stream = override(STREAMS[kind](), parse_settings(settings))
+        with _preparing() as on_progress:
+            image = render_instance(stream, side, classes, category, instance, on_progress)
     write_bytes(out, encode_png(image.rgb()))
     click.echo(f"{out}: {side} x {side} pixels")
 
 
-_RENDER_OPTIONS = {
-    "params": ("params", "weight_row", "draw", "points", "flip", "mask_seed"),
-    "kind": ("kind", "category", "instance", "processes", "classes", "instances"),
-}
-
-
-def _render_fractaldb(
-    params: Path, weight_row: int, draw: kernel.Draw, size: int, points: int, flip: int, mask_seed: int
-) -> Indexed:
-    masks = kernel.published_masks(mask_seed, points) if kernel.is_patch(draw) else None
-    indices = kernel.render(read_csv(params), kernel.weight_rows()[weight_row], size, points, draw, masks)
-    return Indexed(kernel.flip(indices, flip), kernel.palette(draw))
-
-
-def _render_stream(kind: str, size: int, processes: int | None, instances: int, **image: int) -> Indexed:
-    changes = {"instances": instances, **({} if processes is None else {"processes": processes})}
-    params = override(STREAMS[kind](), changes)
-    with _preparing() as on_progress:
-        return render_instance(params, size, **image, on_progress=on_progress)
-
-
-@main.command(groups={"Stream": "--kind --classes --instances --seed --set", "File": "--out"})
+@main.command(groups={"Stream": "--kind --classes --seed --set", "File": "--out"})
 @_kind_option(STREAMS, required=True)
 @click.option("--classes", type=click.IntRange(1), help="Number of classes.  [default: 1000]")
-@click.option("--instances", type=int, help="Images per class, which later classes depend on.  [default: 1000]")
 @_SEED
 @_SET
 @click.option("--out", required=True, type=PATH, metavar="FILE.csv", help="Output file.")
 @quiet_option
-def parameters(
-    kind: str, classes: int | None, instances: int | None, seed: int, settings: tuple[str, ...], out: Path
-) -> None:
+def parameters(kind: str, classes: int | None, seed: int, settings: tuple[str, ...], out: Path) -> None:
     """Write the parameters of all classes of VisualAtom or RCDB, a row each, on all cores.
 
     Example: fractalgen parameters --kind visualatom --out parameters.csv
@@ -367,13 +372,8 @@ def parameters(
     family = _find_stream(kind)
     if out.is_dir():
         raise UsageError(f"--out is {out}: expected the name of a file")
-    overrides = parse_settings(settings)
-    if instances is not None:
-        if "instances" in overrides:
-            raise UsageError("--set instances and --instances are the same: leave one out")
-        overrides["instances"] = str(instances)
     classes = family.classes if classes is None else classes
-    recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=overrides)
+    recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=parse_settings(settings))
     with _preparing() as on_progress:
         systems = draw_systems(recipe, on_progress)
     write_bytes(out, parameter_table(systems))
@@ -384,11 +384,10 @@ def parameters(
 @click.option("--classes", default=1000, help="Categories to find.")
 @click.option("--seed", default=1, help="Random seed; the published one is 1.")
 @click.option("--fill-rate", default=0.2, help="Minimum share of pixels that a category fills.")
-@click.option("--from-csv", type=PATH, metavar="DIR", help="Convert published CSV files instead of searching.")
 @click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="Output file.")
 @workers_option
 @quiet_option
-def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out: Path, workers: int) -> None:
+def search(classes: int, seed: int, fill_rate: float, out: Path, workers: int) -> None:
     """Search for FractalDB categories; the same seed finds those of the published search, bit for bit.
 
     Example: fractalgen search --classes 2000 --out categories.npz
@@ -397,16 +396,11 @@ def search(classes: int, seed: int, fill_rate: float, from_csv: Path | None, out
         raise UsageError(f"--out is {out}: expected the name of a file")
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if from_csv is not None:
-        categories = read_csv_folder(from_csv)[:classes]
-        warn_of_black(categories, from_csv)
-    else:
-        with progress("searching", "categories") as on_progress:
-            found = search_categories(classes, seed, fill_rate, workers, on_progress)
-        categories = tuple(one.category for one in found)
-        note(f"tried {found[-1].candidate:,} candidates")
-    write_systems(out, categories)
-    click.echo(f"{out}: {len(categories):,} categories")
+    with progress("searching", "categories") as on_progress:
+        found = search_categories(classes, seed, fill_rate, workers, on_progress)
+    note(f"tried {found[-1].candidate:,} candidates")
+    write_systems(out, [one.category for one in found])
+    click.echo(f"{out}: {len(found):,} categories")
     next_step(f"fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
 
 
@@ -422,38 +416,17 @@ def _find_stream(name: str) -> Kind:
     return KINDS[name]
 
 
-def _refuse_beside_recipe(context: click.Context, dataset: Collection[str]) -> None:
-    """Refuse the options that describe a dataset, whose values come from the recipe."""
+def _refuse_beside(context: click.Context, option: str, others: str) -> None:
+    """Refuse other options, as in ``--a --b``, beside one that determines them."""
     for parameter in context.command.params:
-        name = parameter.name or ""
-        if name in dataset and _is_given(context, name):
-            raise UsageError(f"{parameter.opts[0]} cannot be combined with --recipe, which determines it: leave it out")
+        name = parameter.opts[0]
+        if name in others.split() and _is_given(context, parameter.name or ""):
+            raise UsageError(f"{name} cannot be combined with {option}, which determines it: leave it out")
 
 
 def _is_given(context: click.Context, name: str) -> bool:
     """Return whether a parameter was given on the command line."""
     return context.get_parameter_source(name) is not ParameterSource.DEFAULT
-
-
-def _read_given(kind: str, classes: int | None, categories: Path | None, from_csv: Path | None) -> Systems | None:
-    """Read the first ``classes`` categories of --categories or --from-csv; None without these options."""
-    path = categories or from_csv
-    if path is None:
-        return None
-    if categories and from_csv:
-        raise UsageError("--categories and --from-csv: give only one of them")
-    if kind != "fractaldb":
-        raise UsageError(f"{path}: holds categories of FractalDB, but --kind is {kind!r}")
-    given = read_categories(path) if categories else read_csv_folder(path)
-    if classes is not None and classes > len(given):
-        raise UsageError(f"--classes is {classes}, but {path} holds {len(given)} categories: ask for at most as many")
-    warn_of_black(given[:classes], path)
-    return given[:classes]
-
-
-def _kind_as_json(kind: Kind) -> dict[str, Any]:
-    about = ("name", "summary", "n", "classes", "size", "points", "label_type")
-    return {**{name: getattr(kind, name) for name in about}, "parameters": _parameters(kind)}
 
 
 def _parameters(kind: Kind) -> list[dict[str, Any]]:

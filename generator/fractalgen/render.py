@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from PIL import Image
 
@@ -87,7 +88,7 @@ def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Ite
     for index in range(first, stop):
         place = locate(recipe, index)
         if place.unit not in waiting:
-            waiting[place.unit] = render_unit(recipe, systems, place.unit)[: place.parts], place.parts
+            waiting[place.unit] = tuple(islice(render_unit(recipe, systems, place.unit), place.parts)), place.parts
         images, left = waiting.pop(place.unit)
         if left > 1:
             waiting[place.unit] = images, left - 1

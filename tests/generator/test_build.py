@@ -231,13 +231,13 @@ def test_finished_dataset_may_be_read_only(built: Path, small_disk: Path, comman
     assert error_line(run(*SMALL, "--n", "111", "--out", out))
 
 
-@pytest.mark.parametrize("command", ["build --kind fractaldb --n 16 --size 32 --points 500", "search"])
-def test_categories_that_stay_black_are_named(tmp_path: Path, threads: None, command: str) -> None:
+def test_categories_that_stay_black_are_named(tmp_path: Path, threads: None) -> None:
     diverges = [[2, 0, 0, 2, 1, 1, 0.5], [1.5, 0, 0, 1.5, 0, 0, 0.5]]
     categories = (*shipped_categories()[:2], np.array(diverges), np.array([[0.5, 0, 0, 0.5, 1, 1, 1]]))
     for index, category in enumerate(categories):
         np.savetxt(tmp_path / f"{index:05d}.csv", category, delimiter=",", fmt="%.18e")
-    result = run(*command.split(), "--from-csv", tmp_path, "--out", tmp_path / "out" / "x")
+    options = ["build", "--kind", "fractaldb", "--n", "16", "--size", "32", "--points", "500"]
+    result = run(*options, "--from-csv", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert "00002, 00003" in warning

@@ -52,8 +52,6 @@ def test_search_writes_categories(tmp_path: Path) -> None:
         ("render --params nowhere.csv", 1, "nowhere.csv"),
         ("search --classes 0", 2, "classes is 0"),
         ("search --workers none", 2, "--workers"),
-        ("search --from-csv nowhere", 1, "nowhere"),
-        ("parameters --kind rcdb --instances 3 --set instances=5", 2, "--instances"),
         ("preview --kind fractl", 2, "'fractl'"),
         ("preview --kind all --set maps=2,3", 2, "--set"),
         ("preview --kind single --size 8", 2, "size is 8"),

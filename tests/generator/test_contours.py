@@ -94,10 +94,9 @@ def cases(reference: Path, kind: str) -> list[dict[str, Any]]:
 def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind: str) -> None:
     assert len(cases(reference, kind)) == 15
     for case in cases(reference, kind):
-        options = [item for name in ("category", "instance", "processes", "classes", "instances") if name in case
-                   for item in (f"--{name}", case[name])]  # fmt: skip
-        if "instances" not in case:
-            options += ["--instances", {"visualatom": 2, "rcdb": 3}[kind]]
+        case = {"instances": {"visualatom": 2, "rcdb": 3}[kind], **case}
+        options = [f"--{name}={case[name]}" for name in ("category", "instance", "classes") if name in case]
+        options += [f"--set={name}={case[name]}" for name in ("processes", "instances") if name in case]
         out = tmp_path / case["file"]
         result = run("render", "--kind", kind, *options, "--out", out)
         assert result.exit_code == 0, result.output
@@ -214,7 +213,6 @@ def test_images_of_a_unit_are_a_sequence() -> None:
     images = render_unit(recipe, draw_systems(recipe), locate(recipe, 0).unit)
     pixels = [image.indices.tobytes() for image, _ in images]
     assert (len(pixels), images[-1][0].indices.tobytes()) == (25, pixels[24])
-    assert [image.indices.tobytes() for image, _ in images[3:9:2]] == pixels[3:9:2]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +256,7 @@ def test_build_refuses_what_no_published_program_makes(tmp_path: Path, options: 
     [
         ("--category 1", "--instance"),
         ("--category 1 --instance 1000", "instance"),
-        ("--category 60 --instance 1 --classes 60 --instances 2", "category"),
+        ("--category 60 --instance 1 --classes 60 --set instances=2", "category"),
         ("--category 1 --instance 1 --classes 61", "classes"),
         ("--category 1 --instance 1 --classes 0", "--classes"),
         ("--category 1 --instance 1 --params x.csv", "--params"),

@@ -10,7 +10,6 @@ of the generator at four places of every class, from which any instance is a few
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -60,7 +59,7 @@ class Contour(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ContourParams(ABC):
+class ContourParams:
     """Parameters of both kinds; pairs bound a uniform distribution, for integers inclusive."""
 
     stream: Literal["published", "own"] = parameter(
@@ -80,27 +79,44 @@ class ContourParams(ABC):
     ground: ClassVar[int]  # grey level of the background
     greys: ClassVar[int]  # grey levels that are drawn; the last one of 257 shows as 255
     noise_factor: ClassVar[float]
-    floating: ClassVar[bool]  # whether centres are added when a curve is drawn, not before it is displaced
+    floating: ClassVar[bool]  # ovals and radius differ by instance; centres are added when a curve is drawn, not before
 
     def __post_init__(self) -> None:
         check_parameters(self)
 
-    @abstractmethod
     def draw_class(self, rng: Generator) -> Contour:
         """Draw the parameters of a class and its first instance, in the published order."""
+        vertices, orbits = self.draw_vertices(rng), _integer(rng, self.orbits)
+        scale, offset = rng.uniform(*self.noise_scale), rng.uniform(*self.line_offset)
+        radius, frequencies = _integer(rng, self.radius), self.draw_frequencies(rng)
+        ovals = rng.uniform(*self.oval), rng.uniform(*self.oval)
+        return Contour(vertices, orbits, scale, offset, radius, *frequencies, *ovals, *self.draw_centre(rng))
 
-    @abstractmethod
-    def draw_next(self, rng: Generator, contour: Contour) -> Contour:
-        """Draw what differs in the instance that follows; ``between`` says how much that is."""
+    def draw_vertices(self, rng: Generator) -> int:
+        """Draw the number of vertices."""
+        return _integer(rng, self.vertices)
 
-    @abstractmethod
-    def between(self) -> tuple[int, list[int]]:
-        """Return how many real numbers ``draw_next`` draws, and of how many values each integer after them is."""
+    def draw_frequencies(self, rng: Generator) -> tuple[int, int]:
+        """Draw the numbers of waves of the two sinusoids; 0 if the kind has none."""
+        return 0, 0
 
     def draw_centre(self, rng: Generator) -> tuple[float, float]:
         """Draw the centre, y before x."""
         y, x = ((_CANVAS + rng.integer(-self.shift, self.shift + 1)) / 2 for _ in range(2))
         return y, x
+
+    def draw_next(self, rng: Generator, contour: Contour) -> Contour:
+        """Draw what differs in the instance that follows; ``between`` says how much that is."""
+        if self.floating:
+            ovals, radius = (rng.uniform(*self.oval), rng.uniform(*self.oval)), _integer(rng, self.radius)
+            contour = contour._replace(radius=radius, oval_x=ovals[0], oval_y=ovals[1])
+        y, x = self.draw_centre(rng)
+        return contour._replace(first_y=y, first_x=x)
+
+    def between(self) -> tuple[int, list[int]]:
+        """Return how many real numbers ``draw_next`` draws, and of how many values each integer after them is."""
+        centre = [2 * self.shift + 1] * 2
+        return (2, [self.radius[1] - self.radius[0] + 1, *centre]) if self.floating else (0, centre)
 
 
 @dataclass(frozen=True)
@@ -114,21 +130,11 @@ class VisualatomParams(ContourParams):
 
     name, ground, greys, noise_factor, floating = "visualatom", 0, 256, 1.0, False
 
-    def draw_class(self, rng: Generator) -> Contour:
-        vertices, orbits = _integer(rng, self.vertices), _integer(rng, self.orbits)
-        scale, offset = rng.uniform(*self.noise_scale), rng.uniform(*self.line_offset)
-        radius, first, second = (_integer(rng, bounds) for bounds in (self.radius, self.frequency, self.frequency))
+    def draw_frequencies(self, rng: Generator) -> tuple[int, int]:
+        first, second = _integer(rng, self.frequency), _integer(rng, self.frequency)
         while second == first != 0 and self.frequency[0] < self.frequency[1]:
             second = _integer(rng, self.frequency)
-        ovals = rng.uniform(*self.oval), rng.uniform(*self.oval)
-        return Contour(vertices, orbits, scale, offset, radius, first, second, *ovals, *self.draw_centre(rng))
-
-    def draw_next(self, rng: Generator, contour: Contour) -> Contour:
-        y, x = self.draw_centre(rng)
-        return contour._replace(first_y=y, first_x=x)
-
-    def between(self) -> tuple[int, list[int]]:
-        return 0, [2 * self.shift + 1] * 2
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -142,23 +148,7 @@ class RcdbParams(ContourParams):
 
     name, ground, greys, noise_factor, floating = "rcdb", 255, 257, 2.0, True
 
-    def draw_class(self, rng: Generator) -> Contour:
-        vertices = self._draw_vertices(rng)
-        orbits = _integer(rng, self.orbits)
-        scale, offset = rng.uniform(*self.noise_scale), rng.uniform(*self.line_offset)
-        radius = _integer(rng, self.radius)
-        ovals = rng.uniform(*self.oval), rng.uniform(*self.oval)
-        return Contour(vertices, orbits, scale, offset, radius, 0, 0, *ovals, *self.draw_centre(rng))
-
-    def draw_next(self, rng: Generator, contour: Contour) -> Contour:
-        ovals, radius = (rng.uniform(*self.oval), rng.uniform(*self.oval)), _integer(rng, self.radius)
-        y, x = self.draw_centre(rng)
-        return contour._replace(radius=radius, oval_x=ovals[0], oval_y=ovals[1], first_y=y, first_x=x)
-
-    def between(self) -> tuple[int, list[int]]:
-        return 2, [self.radius[1] - self.radius[0] + 1, *[2 * self.shift + 1] * 2]
-
-    def _draw_vertices(self, rng: Generator) -> int:
+    def draw_vertices(self, rng: Generator) -> int:
         low, high = self.vertices
         while True:
             rest = 1.0 - rng.uniform(0.0, 1.0)
@@ -320,9 +310,8 @@ def render_instance(
 
 
 def _contour(system: npt.NDArray[np.float64]) -> Contour:
-    vertices, orbits, scale, offset, radius, *frequencies, oval_x, oval_y, y, x, _ = system[0].tolist()
-    first, second = map(int, frequencies)
-    return Contour(int(vertices), int(orbits), scale, offset, int(radius), first, second, oval_x, oval_y, y, x)
+    columns = zip(Contour.__annotations__.values(), system[0].tolist(), strict=False)  # the position comes last
+    return Contour(*(kind(value) for kind, value in columns))
 
 
 def _published_images(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
 from fractalshards.sample import LabelType
@@ -81,7 +81,7 @@ class Unit:
 
 
 class LazyImages(Sequence[Rendered]):
-    """The images of a unit, rendered when they are asked for: one at a time, or those of a slice together.
+    """The images of a unit, rendered when they are asked for: one by its index, or one after the other.
 
     ``render(start, stop)`` yields images ``start`` to ``stop - 1`` of ``count``.
     """
@@ -92,15 +92,12 @@ class LazyImages(Sequence[Rendered]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> Rendered: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Rendered]: ...
-    def __getitem__(self, index: int | slice) -> Rendered | Sequence[Rendered]:
-        wanted = range(self._count)[index]
-        if isinstance(wanted, range):
-            return tuple(self._render(wanted.start, wanted.stop))[:: wanted.step]
-        return next(self._render(wanted, wanted + 1))
+    def __getitem__(self, index: Any) -> Any:
+        number = range(self._count)[index]
+        return next(self._render(number, number + 1))
+
+    def __iter__(self) -> Iterator[Rendered]:
+        return self._render(0, self._count)
 
 
 @dataclass(frozen=True)
