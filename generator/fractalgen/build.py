@@ -41,15 +41,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildFolder:
-    """The folder of a dataset, read once per command.
+    """The folder of a dataset, which may not exist yet, read once per command.
 
-    Attributes:
-        path: the folder, which may not exist yet.
-        recipe: the recipe, with the digest of its systems.
-        systems: one float64 array per class.
-        info: the fields of the manifest besides the shards.
-        tasks: all shards of the dataset.
-        finished: the records of finished shards, by name.
+    The recipe has the digest of the systems, one float64 array per class; ``info`` holds the fields of the manifest
+    besides the shards, and ``finished`` the records of finished shards by name.
     """
 
     path: Path
@@ -95,24 +90,20 @@ def open_folder(
         path: a folder that holds this dataset, is empty, or does not exist yet.
         recipe: what to build; the digest of its systems is filled in.
         given: the systems to render. By default those that the folder stores, or newly drawn ones.
-        on_progress: see ``draw_systems``.
 
     Raises:
         FractalError: if the folder holds another recipe, damaged systems, or something that is not a dataset.
         OSError: if it cannot be read.
     """
     stored = stored_recipe(path)
-    if stored is None or given is not None:
+    if stored is None:
         systems = draw_systems(recipe, on_progress) if given is None else given
-        recipe = recipe.with_systems(systems)
-    else:
-        systems = None
-        recipe = replace(recipe, systems_digest=str(stored.get("systems_digest")))
-    if stored is not None:
-        refuse_other(path, stored, recipe.to_json())
-        if (path / SYSTEMS).exists():
-            systems = read_systems(path / SYSTEMS)
-    return BuildFolder.read(path, recipe, draw_systems(recipe, on_progress) if systems is None else systems)
+        return BuildFolder.read(path, recipe.with_systems(systems), systems)
+    digest = str(stored.get("systems_digest")) if given is None else systems_digest(given)
+    recipe = replace(recipe, systems_digest=digest)
+    refuse_other(path, stored, recipe.to_json())
+    systems = read_systems(path / SYSTEMS) if (path / SYSTEMS).exists() else draw_systems(recipe, on_progress)
+    return BuildFolder.read(path, recipe, systems)
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,6 @@ class Plan:
     """A build that is ready to run.
 
     Attributes:
-        folder: the folder to build in.
         own: the shards that this build has to finish: all of them, or its slice.
         missing: the shards in ``own`` that are not finished.
         samples: the number of samples in the missing shards.
@@ -137,12 +127,7 @@ class Plan:
 
 
 def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: OnProgress = no_progress) -> Plan:
-    """Decide which shards to render, and check that the disk can hold them.
-
-    Args:
-        folder: see ``open_folder``.
-        slice_: the slice of the shards to render. By default all.
-        on_progress: see ``draw_systems``.
+    """Decide which shards to render, all or those of a slice, and check that the disk can hold them.
 
     Raises:
         FractalError: if the disk cannot hold the missing shards, plus 5 %.
@@ -155,8 +140,7 @@ def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: On
     _log.info("measuring a few images; the first run after installing also compiles ...")
     samples = sum(task.stop - task.first for task in missing)
     stored, seconds = measure_images(folder.recipe, folder.systems)
-    advice = "choose another --out, or ask for fewer or smaller images"
-    check_space(folder.path, samples * stored * _MARGIN, advice)
+    check_space(folder.path, samples * stored * _MARGIN, "choose another --out, or ask for fewer or smaller images")
     return Plan(folder, own, missing, samples, samples * stored, samples * seconds)
 
 
@@ -185,10 +169,7 @@ def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
 def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:
     """Write recipe and systems, render the missing shards, and write the manifest if all shards are there.
 
-    Args:
-        plan: see ``plan_build``.
-        executor: see ``executors.open_executor``.
-        on_progress: called with the number of images rendered, and the total.
+    ``on_progress`` is called with the number of images rendered, and the total.
 
     Returns:
         The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -14,9 +14,6 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS
 from fractalshards.settings import override
 from fractalshards.systems import Systems
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 RECIPE_VERSION = 3  # raise it whenever the pixels or labels of a recipe change
 _RANGES = {
@@ -37,7 +34,7 @@ class Recipe:
     Samples are numbered 0..n-1 in the split ``train`` and n..n+val-1 in ``val``. For most fields see ``make_recipe``.
 
     Attributes:
-        params: the parameters of the kind.
+        params: the parameters of the kind; made from a mapping of those that differ from its defaults.
         systems_digest: digest of the systems; empty until they are drawn.
         version: the version of the renderer; see ``RECIPE_VERSION``.
     """
@@ -50,7 +47,7 @@ class Recipe:
     points: int
     seed: int
     shard_size: int
-    params: "DataclassInstance"
+    params: Any
     systems_digest: str = ""
     version: int = RECIPE_VERSION
 
@@ -66,8 +63,9 @@ class Recipe:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: expected an integer") from error
             _require(low <= value <= high, f"{name} is {value}: expected {low} to {high:,}")
             object.__setattr__(self, name, value)
-        if not isinstance(self.params, kind.params):
-            raise UsageError(f"kind {self.kind} takes {kind.params.__name__}, not {type(self.params).__name__}")
+        if isinstance(self.params, Mapping):
+            object.__setattr__(self, "params", override(kind.params(), self.params))
+        _require(isinstance(self.params, kind.params), f"params: kind {self.kind} takes {kind.params.__name__}")
         _require(
             self.n >= self.classes or kind.label_type == "multi",
             f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
@@ -101,22 +99,6 @@ class Recipe:
         return replace(self, systems_digest=systems_digest(systems))
 
 
-class _Stored(msgspec.Struct):
-    """A recipe as JSON holds it."""
-
-    kind: str
-    n: int
-    val: int
-    classes: int
-    size: int
-    points: int
-    seed: int
-    shard_size: int
-    params: dict[str, Any]
-    systems_digest: str
-    version: int
-
-
 def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     """Make the recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
 
@@ -134,9 +116,7 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
             "of fractalpretrain that made it"
         )
     try:
-        stored = msgspec.structs.asdict(msgspec.convert(data, _Stored))
-        params = override(find_kind(stored["kind"]).params(), stored["params"])
-        recipe = Recipe(**{**stored, "params": params})
+        recipe = msgspec.convert(data, Recipe)
     except (msgspec.ValidationError, UsageError) as error:
         raise FractalError(f"{where}: {error}") from error
     if recipe.digest() != digest:
@@ -185,7 +165,7 @@ def make_recipe(
         points=chosen.points if points is None else points,
         seed=seed,
         shard_size=shard_size,
-        params=override(chosen.params(), overrides or {}),
+        params=overrides or {},
     )
 
 

@@ -21,12 +21,10 @@ from fractalshards.writer import Rendered
 
 
 def draw_systems(recipe: Recipe, on_progress: OnProgress = no_progress) -> Systems:
-    """Draw the system of every class of a recipe.
+    """Draw the system of every class of a recipe, to be stored, as numpy may change its distributions.
 
     They are float64, (maps, 2, 3), (maps, 7) for FractalDB categories, or (1, 12) for contours. ``on_progress`` is
     called with the number of classes done, and of all, by kinds that take long.
-
-    A build draws once and stores the systems, because numpy may change its distributions between versions.
 
     Raises:
         UsageError: if the kind has fewer systems than classes.
@@ -36,14 +34,7 @@ def draw_systems(recipe: Recipe, on_progress: OnProgress = no_progress) -> Syste
 
 
 def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
-    """Check that systems have the number and shape that a recipe's kind renders.
-
-    Args:
-        where: what to name in errors.
-
-    Raises:
-        FractalError: if they do not.
-    """
+    """Raise a FractalError that names ``where`` unless systems have the number and shape that the kind renders."""
     shape = recipe.family.map_shape
     fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
     if len(systems) != recipe.classes or not fitting:

@@ -10,18 +10,16 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import sample_key
 from fractalshards.portable import read_portable
 from fractalshards.reader import Example
-from fractalshards.sample import LabelType, classes_of
+from fractalshards.sample import classes_of
 from fractalshards.systems import Systems
 from fractalshards.workers import no_progress
 
 
 class RenderedSplit:
-    """One split of a dataset that need not exist: sample i is what its shards would hold at index i.
+    """One split, ``train`` or ``val``, of a dataset that need not exist: sample i is what its shards would hold there.
 
     Attributes:
-        recipe: the recipe of the dataset.
         class_names: empty; the classes have no names.
-        split: ``train`` or ``val``.
         digest: identifies the dataset: its content digest if it was ever built, else the digest of its recipe.
         lengths: samples per shard that a build would write.
         fresh: every epoch shows new images; see ``read``.
@@ -32,18 +30,13 @@ class RenderedSplit:
     def __init__(
         self, recipe: Recipe, systems: Systems, split: str, fresh: bool = False, digest: str | None = None
     ) -> None:
-        """Create the split; ``digest`` is that of the dataset if it was built.
-
-        Raises:
-            FractalError: if the systems are not those of the recipe, or the split is empty.
-            UsageError: if images should be fresh and the kind has a limited number of them.
-        """
+        """Create the split; see ``open_recipe``. ``digest`` is that of the dataset if it was built."""
         if recipe.with_systems(systems) != recipe:
             raise FractalError(f"kind {recipe.kind}: these are not the systems of the recipe; make it again")
         check_systems(recipe, systems, f"kind {recipe.kind}")
         recipe.family.prepare(recipe.params, recipe.classes, no_progress)
-        self.recipe = recipe
-        self.split, self.fresh = split, fresh
+        self.recipe, self.split, self.fresh = recipe, split, fresh
+        self.classes, self.image_size, self.label_type = recipe.classes, recipe.size, recipe.family.label_type
         self.digest = digest or recipe.digest()
         self.lengths = tuple(task.stop - task.first for task in shard_tasks(recipe) if task.split == split)
         if not self.lengths:
@@ -63,21 +56,6 @@ class RenderedSplit:
         """Return the number of samples, of one epoch if images are fresh."""
         return self._samples
 
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self.recipe.classes
-
-    @property
-    def label_type(self) -> LabelType:
-        """``single`` or ``multi``: one class per image, or those of all visible objects."""
-        return self.recipe.family.label_type
-
-    @property
-    def image_size(self) -> int:
-        """Side of all images in pixels."""
-        return self.recipe.size
-
     def read(self, index: int) -> Example:
         """Render sample ``index`` modulo the number of samples, n.
 
@@ -95,13 +73,7 @@ class RenderedSplit:
 
 
 def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False) -> RenderedSplit:
-    """Open a split of the dataset that a recipe describes.
-
-    Args:
-        source: a portable recipe, from ``fractalgen recipe`` or ``fractalshards recipe``; or a recipe, whose systems
-            are drawn.
-        split: ``train`` or ``val``.
-        fresh: render new images in every epoch, see ``RenderedSplit.read``.
+    """Open a split of the dataset that a recipe describes: a portable one, or one whose systems are drawn.
 
     Raises:
         FractalError: if the file is damaged or of another version, or the split is empty.

@@ -165,7 +165,6 @@ def test_dask_scheduler_that_dies_ends_the_build_in_one_line(
 
     loggers = [logging.getLogger(name) for name in (distributed.__name__, distributed.client.__name__)]
     levels = [logger.level for logger in loggers]
-    monkeypatch.setattr("fractalgen.executors._LOST_SECONDS", 1.0)
     out = tmp_path / "out"
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         cluster = subprocess.Popen([sys.executable, "-c", _CLUSTER], stdout=subprocess.PIPE, text=True)

@@ -4,8 +4,9 @@ FOLDER/tables/DIGEST.npy, see ``storage.private_cache``
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from fractalshards.storage import atomic_file, private_cache, remove_leftovers
 from fractalshards.workers import OnProgress, available_cores
 
 Table = npt.NDArray[np.uint32]
+
+_ROWS = 5  # that a chain computes before it waits for the others
 
 
 def shared_table(
@@ -66,19 +69,9 @@ def _read(path: Path, shape: tuple[int, int]) -> Table | None:
 def _compute(shape: tuple[int, int], chains: Sequence[Iterator[Table]], on_progress: OnProgress) -> Table:
     table = np.empty(shape, np.uint32)
     parts = table.reshape(len(chains), -1, shape[1])
-    done = [0] * len(chains)
-    threads = ThreadPoolExecutor(available_cores())
-    try:
-        running = {threads.submit(next, chain, None): number for number, chain in enumerate(chains)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number = running.pop(future)
-                if (row := future.result()) is None:
-                    continue
-                parts[number, done[number]] = row
-                done[number] += 1
-                running[threads.submit(next, chains[number], None)] = number
-                on_progress(sum(done), len(table))
-    finally:
-        threads.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(available_cores()) as threads:
+        for first in range(0, parts.shape[1], _ROWS):
+            rows = threads.map(lambda chain: list(islice(chain, _ROWS)), chains)
+            parts[:, first : first + _ROWS] = list(rows)
+            on_progress(len(chains) * min(first + _ROWS, parts.shape[1]), len(table))
     return table
