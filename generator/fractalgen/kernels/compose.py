@@ -20,31 +20,21 @@ def resize(image: Pixels, size: int) -> Pixels:
     Pixel centres are aligned: output i lies at (i + 0.5) s / size - 0.5 of the input, with the border repeated. Equals
     OpenCV's result byte for byte.
     """
-    taps = _taps(len(image), size)
-    resized = np.empty((size, size, 3), np.uint8)
-    _resize(image, taps.near, taps.far, taps.weight, resized)
-    return resized
-
-
-@dataclass(frozen=True)
-class _Taps:
-    """The two input pixels around every output pixel, and the weight of the second, 0..2048."""
-
-    near: Integers
-    far: Integers
-    weight: Integers
-
-
-def _taps(source: int, target: int) -> _Taps:
-    place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
+    place = ((np.arange(size) + 0.5) * (len(image) / size) - 0.5).astype(np.float32)
     first = np.floor(place)
-    near, far = (np.clip(first + step, 0, source - 1).astype(np.int32) for step in (0, 1))
-    return _Taps(near, far, np.rint((place - first) * np.float32(_ONE)).astype(np.int32))
+    near, far = (np.clip(first + step, 0, len(image) - 1).astype(np.int32) for step in (0, 1))
+    weight = np.rint((place - first) * np.float32(_ONE)).astype(np.int32)
+    resized = np.empty((size, size, 3), np.uint8)
+    _resize(image, near, far, weight, resized)
+    return resized
 
 
 @njit(cache=CACHE)
 def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resized: Pixels) -> None:
-    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings."""
+    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings.
+
+    Output i lies between inputs ``near[i]`` and ``far[i]``, of which the second has the weight ``weight[i]``, 0..2048.
+    """
     size = len(near)
     mixed = np.empty((len(image), 3 * size), np.int32)
     for row in range(len(image)):

@@ -54,7 +54,7 @@ def is_patch(draw: Draw) -> bool:
 
 def palette(draw: Draw) -> Indices:
     """Return the colours of the indices of an image: (2 or 129, 3) uint8 RGB, black first."""
-    colors = [_color(k) for k in range(_COLORS)] if _in_color(draw) else [(127, 127, 127)]
+    colors = [_color(k) for k in range(_COLORS)] if draw.endswith("color") else [(127, 127, 127)]
     return np.array([(0, 0, 0), *colors], np.uint8)
 
 
@@ -115,7 +115,7 @@ def render(
         raise UsageError(f"{draw} needs masks for {points} points")
     with np.errstate(all="ignore"):
         xs, ys = orbit(np.hstack([category[:, :6] * weights, category[:, 6:]]), random_numbers(points))
-    period = np.uint32(_COLORS - 1 if _in_color(draw) else 0)
+    period = np.uint32(_COLORS - 1 if draw.endswith("color") else 0)
     image = np.zeros((size, size), np.uint8)
     if patch_masks is not None and is_patch(draw):
         _draw_patches(xs, ys, patch_masks, period, image)
@@ -177,8 +177,8 @@ def _cells(xs: Float64s, ys: Float64s, size: int, pitch: int) -> npt.NDArray[np.
     cells = np.empty(len(xs), np.uint32)
     if len(xs):
         left, bottom = float(xs.min()), float(ys.min())
-        width, height = float(xs.max()) - left, float(ys.max()) - bottom
-        _rescale(xs, ys, left, bottom, width, height, size, pitch, cells)
+        box = left, bottom, float(xs.max()) - left, float(ys.max()) - bottom
+        _rescale(xs, ys, box, size, pitch, cells)
     return cells
 
 
@@ -192,10 +192,6 @@ def _draw_patches(xs: Float64s, ys: Float64s, patch_masks: Masks, period: np.uin
         last = np.zeros(pitch * pitch, np.uint32)
         _mark_last(cells[chunk], patch_masks[chunk], last[3 * pitch + 3 :])
         _paste_last(last.reshape(pitch, pitch), period, image)
-
-
-def _in_color(draw: Draw) -> bool:
-    return draw.endswith("color")
 
 
 def _color(k: int) -> tuple[int, int, int]:
@@ -290,10 +286,7 @@ def _guess(maps: Float64s, choices: npt.NDArray[np.uint8], length: int, xs: Floa
 def _rescale(
     xs: Float64s,
     ys: Float64s,
-    left: float,
-    bottom: float,
-    width: float,
-    height: float,
+    box: tuple[float, float, float, float],
     size: int,
     pitch: int,
     cells: npt.NDArray[np.uint32],
@@ -303,6 +296,7 @@ def _rescale(
     The lowest coordinate is never positive, because the origin is a point; the published code subtracts it if it is
     negative. A quotient is in [0, 1] or NaN, so only NaN fails the tests.
     """
+    left, bottom, width, height = box
     pad, limit = float(_PAD), float(size)
     span = float(size - 2 * _PAD)
     for i in range(len(xs)):

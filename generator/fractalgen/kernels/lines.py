@@ -85,18 +85,8 @@ def draw_ring(
             at += 1 + len(words)
         _perlin(words, noise.reshape(-1))
         for axis in range(2):
-            _displace(
-                curve[axis],
-                corners[axis],
-                noise[axis],
-                waves[axis],
-                waves[2],
-                waves[3],
-                scale,
-                factor,
-                offset,
-                centre[axis],
-            )
+            _displace(curve[axis], noise[axis], waves[axis], waves[2:], scale, factor, offset)
+            _truncate(curve[axis], centre[axis], corners[axis])
         _draw_polygon(canvas, corners[0], corners[1], np.uint8(min(int(grey), 255)))
     return at
 
@@ -127,20 +117,24 @@ def _perlin(words: Words, noise: npt.NDArray[np.float32]) -> None:
 @njit(cache=CACHE)
 def _displace(
     curve: Float64s,
-    corners: Integers,
     noise: npt.NDArray[np.float32],
     directions: Float64s,
-    first: Float64s,
-    second: Float64s,
+    sinusoids: Float64s,
     scale: float,
     factor: float,
     offset: float,
-    centre: float,
 ) -> None:
-    """Displace one coordinate of all vertices, and truncate it to pixels; the first vertex follows the last one."""
+    """Displace one coordinate of all vertices."""
+    first, second = sinusoids[0], sinusoids[1]
     for k in range(len(curve)):
         shift = scale * np.float64(noise[k]) * factor - scale - first[k] - second[k]
         curve[k] -= directions[k] * (shift - offset)
+
+
+@njit(cache=CACHE)
+def _truncate(curve: Float64s, centre: float, corners: Integers) -> None:
+    """Truncate one coordinate of all vertices to pixels; the first vertex follows the last one."""
+    for k in range(len(curve)):
         corners[k] = np.int32(curve[k] + centre)
     corners[len(curve)] = corners[0]
 

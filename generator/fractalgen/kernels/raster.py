@@ -58,7 +58,8 @@ def splat(
     x_scale = scalar((size - 1) / (xmax - xmin if xmax > xmin else 1))
     y_scale = scalar((size - 1) / (ymax - ymin if ymax > ymin else 1))
     hits = np.zeros((size + 2) ** 2 + 1, np.uint32)
-    _count(xs, ys, scalar(xmin), scalar(ymin), x_scale, y_scale, size, *_index_map(size, orientation), hits)
+    corner, scales = (scalar(xmin), scalar(ymin)), (x_scale, y_scale)
+    _count(xs, ys, corner, scales, size, _index_map(size, orientation), hits)
     counts = np.zeros((size, size), np.uint32)
     _spread(hits[:-1].reshape(size + 2, size + 2), np.ascontiguousarray(patch), counts)
     return counts
@@ -85,14 +86,10 @@ def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
 def _count(
     xs: npt.NDArray[Any],
     ys: npt.NDArray[Any],
-    xmin: Any,
-    ymin: Any,
-    x_scale: Any,
-    y_scale: Any,
+    corner: tuple[Any, Any],
+    scales: tuple[Any, Any],
     size: int,
-    start: Any,
-    row_step: Any,
-    column_step: Any,
+    index_map: tuple[int, int, int],
     hits: Counts,
 ) -> None:
     """Count the points in each cell of the flat grid; the last element of ``hits`` counts those outside.
@@ -103,11 +100,11 @@ def _count(
     low = xs.dtype.type(-2)
     high = xs.dtype.type(size + 1)
     outside = np.int32(len(hits) - 1)
-    start, row_step, column_step = np.int32(start), np.int32(row_step), np.int32(column_step)
+    start, row_step, column_step = np.int32(index_map[0]), np.int32(index_map[1]), np.int32(index_map[2])
     cells = np.empty(len(xs), np.int32)
     for i in range(len(xs)):
-        row = (xs[i] - xmin) * x_scale
-        column = (ys[i] - ymin) * y_scale
+        row = (xs[i] - corner[0]) * scales[0]
+        column = (ys[i] - corner[1]) * scales[1]
         inside = (row > low) & (row < high) & (column > low) & (column < high)
         row = row if inside else low
         column = column if inside else low

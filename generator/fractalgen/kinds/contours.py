@@ -375,7 +375,6 @@ def _kind(params: type[ContourParams], summary: str) -> Kind:
         summary=summary,
         params=params,
         n=1_000_000,
-        classes=1000,
         size=_CANVAS,
         points=0,
         draw_systems=draw_systems,

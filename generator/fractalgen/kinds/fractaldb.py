@@ -99,7 +99,6 @@ KIND = Kind(
     name="fractaldb",
     summary="one category of FractalDB, grey or coloured, on black (Kataoka et al. 2020)",
     params=FractaldbParams,
-    classes=1000,
     size=362,
     points=200_000,
     draw_systems=draw_systems,

@@ -130,11 +130,11 @@ class Kind:
     name: str
     summary: str
     params: "type[DataclassInstance]"
-    classes: int
     size: int
     points: int
     draw_systems: Callable[[Any, int, int], Systems]
     render: Callable[[Any, int, int, Unit, Systems], Sequence[Rendered]]
+    classes: int = 1000
     map_shape: tuple[int, ...] = (2, 3)
     label_type: LabelType = "single"
     n: int | None = None

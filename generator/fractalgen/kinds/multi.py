@@ -12,15 +12,7 @@ from fractalgen.kernels.compose import Canvas, resize
 from fractalgen.kernels.paint import BLACK, paint
 from fractalgen.kernels.random import Stream
 from fractalgen.kernels.raster import bounding_box, splat
-from fractalgen.kinds.anderson import (
-    AndersonParams,
-    blur_at_random,
-    draw_background,
-    draw_fractal_colors,
-    draw_orientation,
-    draw_patch,
-    draw_systems,
-)
+from fractalgen.kinds import anderson
 from fractalgen.kinds.kind import Kind, Unit, parameter
 from fractalshards.errors import FractalError
 from fractalshards.png import Pixels
@@ -32,7 +24,7 @@ _TRIES = 100  # images drawn until one shows an object; with the published param
 
 
 @dataclass(frozen=True)
-class MultiParams(AndersonParams):
+class MultiParams(anderson.AndersonParams):
     """Parameters with the published values as defaults; pairs bound a uniform distribution."""
 
     objects: tuple[int, int] = parameter((1, 5), "number of objects in an image, inclusive", 1, 255)
@@ -51,7 +43,7 @@ def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Sys
         rng = Stream.of("multi", *unit.identity(), attempt)
         image, objects = _draw_image(params, size, points, systems, rng)
         if objects:
-            return ((blur_at_random(image, params, rng), MultiLabel.of(objects)),)
+            return ((anderson.blur_at_random(image, params, rng), MultiLabel.of(objects)),)
     raise FractalError(
         f"no object is visible in any of {_TRIES} images drawn for one sample; raise --size, or 'object_size' and "
         "'value' of the kind"
@@ -63,7 +55,9 @@ def _draw_image(
 ) -> tuple[Pixels, tuple[Object, ...]]:
     """Draw an image before blur, and its visible objects in paint order."""
     nothing = np.zeros((size, size), np.uint32)
-    canvas = Canvas.of(paint(nothing, draw_fractal_colors(params, rng), *draw_background(params, size, rng)))
+    canvas = Canvas.of(
+        paint(nothing, anderson.draw_fractal_colors(params, rng), *anderson.draw_background(params, size, rng))
+    )
     labels = []
     for _ in range(rng.integer(params.objects[0], params.objects[1] + 1)):
         labels.append(rng.integer(0, len(systems)))
@@ -77,19 +71,18 @@ def _draw_image(
 def _draw_object(params: MultiParams, size: int, points: int, system: np.ndarray, rng: Stream) -> Pixels:
     """Draw one fractal on black, (size, size, 3) uint8, filling its bounding box."""
     xs, ys = chaos_game(system, points, rng.key())
-    patch = draw_patch(params, rng)
-    counts = splat(xs, ys, size, bounding_box(xs, ys), patch, draw_orientation(params, rng))
-    return paint(counts, draw_fractal_colors(params, rng), np.zeros((size, size), np.float32), BLACK)
+    patch = anderson.draw_patch(params, rng)
+    counts = splat(xs, ys, size, bounding_box(xs, ys), patch, anderson.draw_orientation(params, rng))
+    return paint(counts, anderson.draw_fractal_colors(params, rng), np.zeros((size, size), np.float32), BLACK)
 
 
 KIND = Kind(
     name="multi",
     summary="several coloured fractals of several classes on a noise background (Anderson & Farrell 2022)",
     params=MultiParams,
-    classes=1000,
     size=224,
     points=100_000,
-    draw_systems=draw_systems,
+    draw_systems=anderson.draw_systems,
     render=render,
     label_type="multi",
 )

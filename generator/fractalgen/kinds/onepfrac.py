@@ -97,7 +97,6 @@ KIND = Kind(
     name="onepfrac",
     summary="one fractal and small perturbations of it, grey on black (1p-frac, Nakamura et al. 2024)",
     params=OnepfracParams,
-    classes=1000,
     size=_SIZE,
     points=_POINTS,
     draw_systems=draw_systems,

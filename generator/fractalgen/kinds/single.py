@@ -13,15 +13,7 @@ from fractalgen.kernels.chaos_game import chaos_game
 from fractalgen.kernels.paint import paint
 from fractalgen.kernels.random import Stream
 from fractalgen.kernels.raster import Window, bounding_box, splat
-from fractalgen.kinds.anderson import (
-    AndersonParams,
-    blur_at_random,
-    draw_background,
-    draw_fractal_colors,
-    draw_orientation,
-    draw_patch,
-    draw_systems,
-)
+from fractalgen.kinds import anderson
 from fractalgen.kinds.kind import Kind, Unit, parameter
 from fractalshards.systems import Systems
 from fractalshards.writer import Rendered
@@ -30,7 +22,7 @@ _JITTER_TRIES = 4
 
 
 @dataclass(frozen=True)
-class SingleParams(AndersonParams):
+class SingleParams(anderson.AndersonParams):
     """Parameters with the published values as defaults; pairs bound a uniform distribution."""
 
     jitter: tuple[float, float] = parameter((0.8, 1.1), "factor on one map of the system; 1,1 to disable", 0.0, 10.0)
@@ -46,11 +38,11 @@ def render(params: SingleParams, size: int, points: int, unit: Unit, systems: Sy
     system = jitter(systems[unit.label], params.jitter, rng)
     xs, ys = chaos_game(system, points, rng.key())
     window = _draw_window(bounding_box(xs, ys), params, rng)
-    patch = draw_patch(params, rng)
-    counts = splat(xs, ys, size, window, patch, draw_orientation(params, rng))
-    colors = draw_fractal_colors(params, rng)
-    image = paint(counts, colors, *draw_background(params, size, rng))
-    return ((blur_at_random(image, params, rng), unit.label),)
+    patch = anderson.draw_patch(params, rng)
+    counts = splat(xs, ys, size, window, patch, anderson.draw_orientation(params, rng))
+    colors = anderson.draw_fractal_colors(params, rng)
+    image = paint(counts, colors, *anderson.draw_background(params, size, rng))
+    return ((anderson.blur_at_random(image, params, rng), unit.label),)
 
 
 def jitter(system: npt.NDArray[np.float64], factors: tuple[float, float], rng: Stream) -> npt.NDArray[np.float64]:
@@ -88,9 +80,8 @@ KIND = Kind(
     name="single",
     summary="one coloured fractal on a noise background (Anderson & Farrell 2022)",
     params=SingleParams,
-    classes=1000,
     size=224,
     points=100_000,
-    draw_systems=draw_systems,
+    draw_systems=anderson.draw_systems,
     render=render,
 )
