@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,12 +22,15 @@ from fractalshards.reader import Example
 from fractaltrain import log, plotting
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint
+from fractaltrain.config import RunConfig
 from fractaltrain.data.source import InMemorySource
 from fractaltrain.log import append_metrics, read_metrics
 from fractaltrain.plotting import draw_history
 from fractaltrain.run_folder import list_checkpoints
+from fractaltrain.state import build_state
 from fractaltrain.stream.order import epoch_order
 from tiny_training import (
+    ALONE,
     RECIPE,
     SAMPLES,
     STEPS,
@@ -344,6 +348,15 @@ def test_bf16_trains_on_a_cpu_and_fp16_is_refused(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == "torch.bfloat16"
     with pytest.raises(UsageError, match="--amp"):
         run_tiny(tmp_path / "other", amp="fp16")
+
+
+@pytest.mark.parametrize(("amp", "fused"), [("bf16", False), ("fp32", True)])
+def test_attention_is_fused_unless_in_bf16_on_a_cpu(tmp_path, amp, fused):
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    state = build_state(model, RECIPE, RunConfig(tmp_path, amp=amp), False, 1, ALONE)
+    layers = [module for module in state.model.modules() if hasattr(module, "fused_attn")]
+    assert layers
+    assert {layer.fused_attn for layer in layers} == {fused}
 
 
 def test_sync_batchnorm_needs_gpus(tmp_path):

@@ -21,6 +21,7 @@ from fractaltrain.config import EvalConfig, ImagesConfig, TrainConfig
 from fractaltrain.data.images import open_data
 from fractaltrain.data.source import LabelledSource, SampleSource
 from fractaltrain.distributed import StopFlag, World, join_world
+from fractaltrain.models import choose_attention
 from fractaltrain.optim import multi_label_loss
 from fractaltrain.plotting import draw_confusion
 from fractaltrain.recipes.recipe import TrainRecipe
@@ -278,6 +279,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
         settings = run.settings
         dtype = torch.float32 if world.device.type == "cpu" and run.precision == torch.float16 else run.precision
         model = run.build_model().to(world.device)
+        choose_attention(model, world.device, dtype)
         predictions = predict(
             model, data.val, settings.recipe, settings.image_size, dtype, config.batch_size, data.multi_label, world,
             on_progress=on_progress,

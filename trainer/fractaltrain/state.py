@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fractalshards.errors import UsageError
 from fractaltrain.config import PRECISIONS, Amp, RunConfig
 from fractaltrain.distributed import World
+from fractaltrain.models import choose_attention
 from fractaltrain.optim import Loss, build_optimizer, build_schedule, find_loss
 from fractaltrain.recipes.recipe import TrainRecipe
 
@@ -83,6 +84,7 @@ def build_state(
         if device.type != "cuda":
             raise UsageError("--sync-batchnorm needs GPUs; drop it")
         model = convert_sync_batchnorm(model)  # including timm's batch norms
+    choose_attention(model, device, dtype)
     layout = memory_format(model, device)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # documented, but not in its types
     optimizer = build_optimizer(model, recipe)
