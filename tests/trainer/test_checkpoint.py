@@ -245,6 +245,19 @@ def test_dataset_that_moved_is_the_same_dataset(tmp_path, name):
         open_and_train(tmp_path / "named", {"data": "cifar100", "data_digest": None})
 
 
+def test_run_continues_whether_or_not_it_describes_its_dataset(tmp_path):
+    """Runs of earlier versions do not; the digests say that it is the same one."""
+    digests = {"dataset_digest": "a1", "weights": "b2"}
+    described = digests | {"dataset_recipe": {"kind": "single"}, "pretraining": {"recipe": {"lr": 0.1}}}
+    for number, (before, after) in enumerate([(digests, described), (described, digests)]):
+        open_and_train(tmp_path / str(number), before)
+        with open_run(tmp_path / str(number), after, {}, "must") as messages:
+            assert [*messages] == []
+        for name in digests:
+            with pytest.raises(FractalError, match=name):
+                open_and_train(tmp_path / str(number), after | {name: "c3"})
+
+
 def test_second_run_in_a_folder_is_refused(tmp_path, fractaltrain, dataset, hold):
     command = ("pt", "--shards", dataset, "--model", "test_resnet", "--epochs", 1, "--batch-size", 25, "--out")
     assert fractaltrain(*command, tmp_path / "run").code == 0

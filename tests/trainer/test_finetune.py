@@ -9,7 +9,8 @@ import timm
 import torch
 
 from fractalshards import dataset as stored
-from fractaltrain.checkpoint import load_checkpoint
+from fractalshards.manifest import load_manifest
+from fractaltrain.checkpoint import load_checkpoint, load_run
 from fractaltrain.config import ImagesConfig
 from fractaltrain.data.images import open_data
 from fractaltrain.models import create_model, freeze_backbone, set_training
@@ -93,6 +94,19 @@ def test_frozen_backbone_stays_as_it_was(fractaltrain, dataset):
     after = load_checkpoint(Path("runs/small-from-pt-anderson-backbone-frozen")).state["model"]
     changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert changed == ["fc.weight", "fc.bias"]  # not even the statistics of batch norm
+
+
+def test_exported_finetuning_names_its_pretraining(fractaltrain, dataset):
+    fractaltrain("pt", "--shards", dataset, *SMALL, "--out", "pt")
+    for start, out in (("pt", "once"), ("once", "twice")):
+        done = fractaltrain("ft", "--weights", start, *SMALL[4:], "--data", f"shards:{dataset}", "--out", out)
+        assert (done.code, done.err) == (0, "")
+    assert fractaltrain("export", "twice", "--out", "export").code == 0
+    card = Path("export/README.md").read_text()
+    manifest = load_manifest(dataset)
+    digests = (manifest.recipe_digest, manifest.content_digest(), load_run(Path("pt")).sha256)
+    assert [digest for digest in digests if digest not in card] == []
+    assert card.count("Fine-tuned") == 2
 
 
 @pytest.mark.parametrize(("name", "head"), [("test_resnet", "fc"), ("test_vit", "head")])

@@ -1,21 +1,26 @@
-"""Models by name, pre-trained weights, and ``export``: timm loads the file with the weights of the run."""
+"""Models by name, pre-trained weights, and ``export``: timm loads the weights of the run."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors import safe_open
 
 from fractalshards.errors import FractalError, UsageError
 from fractaltrain.checkpoint import Position, save_checkpoint
 from fractaltrain.config import RunConfig
 from fractaltrain.models import create_model, describe_border, head_names, load_backbone
-from fractaltrain.recipes import FT_RECIPES
+from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.run_folder import open_run
+from fractaltrain.transforms import normalize, val_transform
 from tiny_training import ALONE
 
 
@@ -192,25 +197,32 @@ def test_model_arguments_load_no_weights():
         create_model("resnet50", 1000, 32, arguments={"weights": "DEFAULT"})
 
 
-def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0) -> torch.nn.Module:
-    """Write a run of a random model; return the model."""
+def write_run(folder: Path, name: str, classes: int = 7, seed: int = 0, **more: Any) -> torch.nn.Module:
+    """Write a run of a random model with more settings; return the model."""
     torch.manual_seed(seed)
-    model = create_model(name, classes, 64).eval()
+    model = create_model(name, classes, 64, arguments=more.get("model_args", {})).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
     recipe = FT_RECIPES["anderson"]
     settings = {"task": "ft", "model": name, "classes": classes, "image_size": 64, "recipe": asdict(recipe)}
-    with open_run(folder, settings | {"precision": "torch.float32"}, {}, "auto"):
+    with open_run(folder, settings | {"precision": "torch.float32"} | more, {}, "auto"):
         save_checkpoint(RunConfig(folder), Position(epoch=1), {"model": model}, ALONE)
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "resnet50", "vit_tiny_patch16_224", "deit_small_patch32_224"])
-def test_export_loads_in_timm(fractaltrain, tmp_path, name):
-    """Weights are bit-identical; outputs are close, as timm computes ResNet-50 in another order than torchvision."""
-    model = write_run(tmp_path / "run", name)
-    path = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("out", ["model.safetensors", "some/folder#1"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *((name, {}) for name in ("resnet10t", "resnet50", "vit_tiny_patch16_224", "deit_small_patch32_224")),
+        ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2}),
+        ("deit_small_patch32_224", {"depth": 3}),
+    ],
+)
+def test_export_loads_in_timm(fractaltrain, tmp_path, name, arguments, out):
+    model = write_run(tmp_path / "run", name, model_args=arguments)
+    path = tmp_path / out
     done = fractaltrain("export", tmp_path / "run", "--out", path)
     assert (done.code, done.err) == (0, "")
     names: dict[str, torch.nn.Module] = {}
@@ -221,8 +233,8 @@ def test_export_loads_in_timm(fractaltrain, tmp_path, name):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     images = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        assert torch.allclose(loaded(images), model(images), atol=1e-5)
-    with safe_open(path, framework="pt") as file:
+        assert torch.equal(loaded(images), model(images))
+    with safe_open(path if path.is_file() else path / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["model"] == {"deit_small_patch32_224": "vit_small_patch32_224"}.get(name, name)
     assert (metadata["classes"], metadata["image_size"], metadata["epochs"]) == ("7", "64", "1")
@@ -245,6 +257,70 @@ def test_export_keeps_files_that_are_there(fractaltrain, tmp_path):
     assert path.read_text() == "no tensors"
     outcome = fractaltrain("export", tmp_path / "a", "--out", tmp_path / "model.pt")
     assert (outcome.code, ".safetensors" in outcome.err) == (2, True)
+
+
+_SINGLE = {"kind": "single", "n": 60, "classes": 6, "systems_digest": "0"}
+_PRETRAINING = {"dataset": "mine", "dataset_digest": "0" * 32, "dataset_recipe": _SINGLE}
+
+
+@pytest.mark.parametrize(
+    ("more", "licence", "words"),
+    [
+        (_PRETRAINING, "mit", ("mine", "`single`", "0" * 32, "2110.03091", "changed: epochs=3")),
+        (
+            {
+                "data": "imagefolder:/home/me/photos",
+                "weights": "a1b2",
+                "pretraining": {"recipe": asdict(PT_RECIPES["rcdb"]), **_PRETRAINING},
+            },
+            "unknown",
+            ("`photos`", "a1b2", "mine", "2206.09132", "changed: nothing"),
+        ),
+        ({}, "unknown", ()),
+    ],
+    ids=["pre-trained", "fine-tuned", "of an old version"],
+)
+def test_export_writes_a_model_card(fractaltrain, tmp_path, monkeypatch, more, licence, words):
+    """The code in it loads the model, and the transform that it was evaluated with."""
+    recipe = replace(
+        (FT_RECIPES if "data" in more else PT_RECIPES)["anderson"], **({} if "data" in more else {"epochs": 3})
+    )
+    names = tuple("abcdefg")
+    model = write_run(tmp_path / "run", "resnet10t", recipe=asdict(recipe), class_names=names, **more)
+    (tmp_path / "run" / "result.json").write_text('{"epochs": 1, "top1": 0.5}')
+    assert fractaltrain("export", tmp_path / "run", "--out", tmp_path / "mine").code == 0
+    card = huggingface_hub.ModelCard.load(tmp_path / "mine" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+    assert (card.data.license, card.data.eval_results[0].metric_value) == (licence, 0.5)
+    assert [word for word in (*words, "0.5") if word not in card.text] == []
+    assert "/home" not in card.text
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"], config["num_features"]) == ("resnet10t", 7, 512)
+    assert config["label_names"] == [*names]
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(card.text.split("```python")[1].split("```")[0], found)
+    image = np.random.default_rng(0).integers(0, 256, (80, 50, 3), np.uint8)
+    tensor = found["transform"](Image.fromarray(image))[None]
+    seen = torch.from_numpy(val_transform(recipe, 64)(image, 0).copy()).permute(2, 0, 1)[None]
+    assert torch.allclose(tensor, normalize(seen, recipe), atol=1e-6)
+    with torch.inference_mode():
+        assert torch.equal(found["model"](tensor), model(tensor))
+
+
+def test_export_completes_its_folder_and_leaves_others_alone(fractaltrain, tmp_path):
+    write_run(tmp_path / "a", "resnet10t")
+    write_run(tmp_path / "b", "resnet10t", seed=1)
+    out = tmp_path / "out"
+    assert fractaltrain("export", tmp_path / "a", "--out", out).code == 0
+    config = (out / "config.json").read_bytes()
+    (out / "config.json").unlink()  # as if the export had been killed
+    (out / "README.md").write_text("my own")
+    assert fractaltrain("export", tmp_path / "a", "--out", out).code == 0
+    assert ((out / "config.json").read_bytes(), (out / "README.md").read_text()) == (config, "my own")
+    for folder, run in ((out, "b"), (tmp_path / "a", "a"), (tmp_path / "a" / "run.json", "a")):
+        outcome = fractaltrain("export", tmp_path / run, "--out", folder)
+        assert (outcome.code, outcome.err.count("\n"), str(folder) in outcome.err) == (1, 1, True)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "hf-hub:timm/resnet10t.c3_in1k"])

@@ -386,11 +386,14 @@ def _check_data(name: str) -> str:
 
 @main.command()
 @click.argument("run", type=PATH)
-@click.option("--out", required=True, type=PATH, metavar="FILE", help="A .safetensors file.")
+@click.option("--out", required=True, type=PATH, metavar="FOLDER|FILE",
+              help="A folder to load or to upload, or a .safetensors file.")  # fmt: skip
 def export(run: Path, out: Path) -> None:
-    """Write the weights of a run as a file that timm.create_model loads.
+    """Write the weights of a run in the form that timm.create_model loads.
 
-    Example: fractaltrain export runs/single --out model.safetensors
+    A folder has a model card, too, and can be pushed to Hugging Face as it is: hf upload NAME FOLDER.
+
+    Example: fractaltrain export runs/single --out single-resnet50
     """
     with needs_extra("train", "export"):
         from fractaltrain.export import export_run

@@ -1,8 +1,9 @@
 """``fractaltrain ft``: fine-tune a model on real images, from a pre-training, timm's weights or random ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from fractaltrain.config import DatasetConfig, ModelArgument, ModelConfig, Train
 from fractaltrain.data.images import open_data
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model, freeze_backbone, load_backbone, load_published
+from fractaltrain.run_folder import Training
 from fractaltrain.train import train
 
 
@@ -25,6 +27,7 @@ class Pretrained:
     identity: str  # sha256 of the checkpoint, or the name of timm's weights
     source: str  # the folder of the run, or the name of timm's weights
     origin: str  # a line that says where they come from
+    training: Mapping[str, Any] | None = None  # how the run was trained, as run.json says; None: timm's
 
 
 def finetune(config: TrainConfig) -> None:
@@ -64,6 +67,7 @@ def finetune(config: TrainConfig) -> None:
             "classes": classes,
             "class_names": data.train.class_names,
             "weights": pretrained.identity if pretrained else None,
+            **({"pretraining": pretrained.training} if pretrained and pretrained.training else {}),
             "freeze": config.model.freeze,
         }
         train(config, model, data, image_size, facts, world)
@@ -81,7 +85,8 @@ def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
         run = load_run(model.weights)
         settings, folder = run.settings, str(model.weights)
         architecture = settings.model, settings.model_args, settings.image_size
-        return Pretrained(*architecture, run.checkpoint.weights, run.sha256, folder, run.origin)
+        training = {field.name: asdict(settings)[field.name] for field in fields(Training)}
+        return Pretrained(*architecture, run.checkpoint.weights, run.sha256, folder, run.origin, training)
     image_size = model.image_size or IMAGE_SIZE
     with world.main_first():  # rank 0 may download
         name, weights = load_published(model.name, image_size)

@@ -43,6 +43,7 @@ def pretrain(config: TrainConfig) -> None:
             "task": "pt",
             "dataset": data_config.name,
             "dataset_digest": data.digest,
+            **({"dataset_recipe": data.recipe} if data.recipe else {}),
             "model": config.model.name,
             **({"model_args": arguments} if arguments else {}),
             "classes": data.train.classes,

@@ -27,7 +27,12 @@ from fractaltrain.recipes.recipe import TrainRecipe
 
 RUN, METRICS, RESULT, LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
-_CONTENT = {"dataset": "dataset_digest", "data": "data_digest"}  # names of datasets, and the digests of their content
+_CONTENT = {  # names and descriptions, and the digests that say whether two are of the same content
+    "dataset": "dataset_digest",
+    "dataset_recipe": "dataset_digest",
+    "data": "data_digest",
+    "pretraining": "weights",
+}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _MAX_HOLDER_BYTES = 400
 
@@ -35,8 +40,30 @@ _log = logging.getLogger(__name__)
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
-@dataclass(frozen=True)
-class RunSettings:
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The settings in ``run.json`` that say what a run was trained on, and how.
+
+    Attributes:
+        dataset: name of the dataset of a pre-training, and its digest and recipe, as far as they are known.
+        fresh: whether every epoch showed new images.
+        data: ``--data`` of a fine-tuning; None for a pre-training.
+        weights: sha256 of the checkpoint that a fine-tuning started from, or the name of timm's weights.
+        pretraining: that of the run with this checkpoint.
+    """
+
+    recipe: TrainRecipe
+    dataset: str | None = None
+    dataset_digest: str | None = None
+    dataset_recipe: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+    data: str | None = None
+    weights: str | None = None
+    pretraining: "Training | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Training):
     """The settings in ``run.json`` that are needed to use a trained run.
 
     Attributes:
@@ -46,18 +73,15 @@ class RunSettings:
         image_size: side in pixels of the square images it takes.
         precision: torch's name of the precision of the forward pass.
         class_names: class names by index; empty if unknown.
-        data: ``--data`` of a fine-tuning; None for a pre-training.
         per_class: training images per class that ``subset_seed`` drew; None: all.
     """
 
     model: str
     classes: _Count
     image_size: _Count
-    recipe: TrainRecipe
     precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]
     model_args: dict[str, ModelArgument] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
-    data: str | None = None
     per_class: int | None = None
     subset_seed: int | None = None
 
@@ -177,7 +201,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """
 
     def moved(name: str) -> bool:
-        digest = _CONTENT.get(name, "")
+        digest = _CONTENT.get(name.partition(".")[0], "")
         return wanted.get(digest) is not None and bool(found.get(digest) == wanted[digest])
 
     return [name for name in wanted if found.get(name) != wanted[name] and not moved(name)]

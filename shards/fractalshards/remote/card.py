@@ -21,36 +21,27 @@ PORTABLE = "portable.json"
 
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 _ROWS, _TILE = 8, 96  # of the contact sheet
-_PAPERS = {  # arXiv numbers, and the kinds and training recipes that follow the paper
-    "2101.08515": ("Kataoka et al., Pre-training without Natural Images, ACCV 2020", "fractaldb", "kataoka"),
-    "2110.03091": (
-        *("Anderson and Farrell, Improving Fractal Pre-training, WACV 2022", "single", "multi"),
-        *("anderson", "anderson-scratch"),
+_PAPERS = {  # by the kinds and training recipes that follow them: number at arXiv, and title
+    "fractaldb kataoka": ("2101.08515", "Kataoka et al., Pre-training without Natural Images, ACCV 2020"),
+    "single multi anderson anderson-scratch": (
+        "2110.03091",
+        "Anderson and Farrell, Improving Fractal Pre-training, WACV 2022",
     ),
-    "2206.09132": (
+    "deit": ("2012.12877", "Touvron et al., Training data-efficient image transformers, ICML 2021"),
+    "nakashima": ("2103.13023", "Nakashima et al., Can Vision Transformers Learn without Natural Images?, 2021"),
+    "rcdb fdsl-imagenet": (
+        "2206.09132",
         "Kataoka et al., Replacing Labeled Real-image Datasets with Auto-generated Contours, CVPR 2022",
-        *("rcdb", "fdsl", "fdsl-imagenet"),
     ),
-    "2303.01112": (
-        "Takashima et al., Visual Atoms: Pre-training Vision Transformers with Sinusoidal Waves, CVPR 2023",
-        "visualatom",
-    ),
-    "2408.00677": ("Nakamura et al., Scaling Backwards: Minimal Synthetic Pre-training?, ECCV 2024", "onepfrac"),
-    "2012.12877": (
-        "Touvron et al., Training data-efficient image transformers & distillation through attention, ICML 2021",
-        "deit",
-    ),
-    "2103.13023": ("Nakashima et al., Can Vision Transformers Learn without Natural Images?, 2021", "nakashima"),
+    "visualatom": ("2303.01112", "Takashima et al., Visual Atoms, CVPR 2023"),
+    "onepfrac fdsl": ("2408.00677", "Nakamura et al., Scaling Backwards, ECCV 2024"),
 }
 
 
 def citation(*names: object) -> str:
     """Return a section that cites the papers of kinds and training recipes; empty if there are none."""
-    lines = [
-        f"- [{title}](https://arxiv.org/abs/{number})\n"
-        for number, (title, *followers) in _PAPERS.items()
-        if {*followers} & {*names}
-    ]
+    papers = [paper for followers, paper in _PAPERS.items() if {*followers.split()} & {*names}]
+    lines = [f"- [{title}](https://arxiv.org/abs/{number})\n" for number, title in papers]
     return "\n## Citation\n\n" + "".join(lines) if lines else ""
 
 

@@ -42,4 +42,5 @@ def open_rendered_splits(path: Path, fresh: bool) -> Splits[RenderedSplit]:
         digest=train.digest,
         image_size=train.image_size,
         multi_label=train.label_type == "multi",
+        recipe=train.recipe.to_json(),
     )

@@ -62,6 +62,7 @@ def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]
         digest=manifest.content_digest(),
         image_size=manifest.image_size,
         multi_label=manifest.label_type == "multi",
+        recipe=manifest.recipe,
     )
 
 

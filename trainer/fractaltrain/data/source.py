@@ -1,8 +1,8 @@
 """Sources of samples: any sample can be read at any time by its index."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,7 @@ class Splits(Generic[_Source]):
         digest: identifies the dataset; None if it is known by its name.
         image_size: side of all images in pixels; None if they differ or it is unknown.
         multi_label: whether an image shows several classes.
+        recipe: how the dataset was rendered or packed; empty if unknown.
     """
 
     train: _Source
@@ -73,6 +74,7 @@ class Splits(Generic[_Source]):
     digest: str | None = None
     image_size: int | None = None
     multi_label: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
