@@ -431,4 +431,9 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what runs, and removes the temporary folder
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; results so far are kept", file=sys.stderr)
+        sys.exit(130)

@@ -59,7 +59,7 @@ DEVICE = DEVICE if ON_GPU else torch.device("cpu")
 WORLD = replace(ALONE, device=DEVICE)
 NO_AUGMENTATION = replace(RECIPE, augment="none")
 MIXING = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-OPTIONS = ("--model", "test_resnet", "--epochs", 2, "--batch-size", 10, "--window", 2, "--workers", 2)
+OPTIONS = ("--model", "test_resnet", "--epochs", 2, "--batch-size", 10, "--window", 2, "--workers", 2, "--nproc", 1)
 PRECISIONS = ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.skipif(not ON_GPU, reason="fp16 needs a GPU"))]
 
 
@@ -384,7 +384,7 @@ def test_too_large_a_batch_is_one_line(fractaltrain, data, tmp_path):
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
     try:
-        options = ("--model", "resnet50", "--image-size", 224, "--batch-size", 50, "--epochs", 1)
+        options = ("--model", "resnet50", "--image-size", 224, "--batch-size", 50, "--epochs", 1, "--nproc", 1)
         outcome = fractaltrain("pt", "--shards", data / "single", *options, "--out", tmp_path / "run")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
