@@ -139,6 +139,9 @@ def _card(run: TrainedRun, name: str, title: str) -> bytes:
     result = read_json(run.folder / RESULT, dict[str, Any]) if (run.folder / RESULT).exists() else {}
     figures = {key: value for key, value in result.items() if isinstance(value, int | float)}
     data = _place(settings)
+    scores = (
+        [EvalResult("image-classification", data, data, "accuracy", figures["top1"])] if "top1" in figures else None
+    )
     head = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
@@ -146,9 +149,7 @@ def _card(run: TrainedRun, name: str, title: str) -> bytes:
         tags=["timm", "image-classification", "fractalpretrain"],
         datasets=[digest for stage in stages if (digest := stage.dataset_digest)],
         model_name=title,
-        eval_results=[EvalResult("image-classification", data, data, "accuracy", figures["top1"])]
-        if "top1" in figures
-        else None,
+        eval_results=scores,
     )
     followed = {name for stage in stages for name in (stage.recipe.name, str(stage.dataset_recipe.get("kind")))}
     lines = [
@@ -182,15 +183,15 @@ def _describe(stage: Training) -> Iterator[str]:
     recipe, dataset = stage.recipe, stage.dataset_recipe
     kind = one_line(str(dataset.get("kind", "")))
     if stage.data:
-        yield f"Fine-tuned on the real images `{_place(stage)}`" + f", from `{stage.weights}`" * bool(stage.weights)
+        yield f"Fine-tuned on `{_place(stage)}`" + f", from `{stage.weights}`" * bool(stage.weights)
     else:
         yield f"Pre-trained on `{_place(stage)}`" + ", new images in every epoch" * stage.fresh
     if dataset:
-        yield (
-            f"Dataset: kind `{kind}`, {dataset.get('classes')} classes, {dataset.get('n')} images; recipe digest "
-            f"`{mapping_digest(dataset)}`, content digest `{stage.dataset_digest}`"
-        )
-    published = FT_RECIPES.get(recipe.name) if stage.data else PT_RECIPES.get(recipe.name)
+        digest = mapping_digest(dataset)
+        content = f", content digest `{stage.dataset_digest}`" if stage.dataset_digest != digest else ""  # never built
+        contents = f"kind `{kind}`, {dataset.get('classes')} classes, {dataset.get('n')} images"
+        yield f"Dataset: {contents}; recipe digest `{digest}`{content}"
+    published = (FT_RECIPES if stage.data else PT_RECIPES).get(recipe.name)
     if published and not stage.data:
         published = for_dataset(published, kind)
     changed = [f"{key}={value}" for key, value in asdict(recipe).items() if value != getattr(published, key, value)]
@@ -199,5 +200,4 @@ def _describe(stage: Training) -> Iterator[str]:
 
 def _place(stage: Training) -> str:
     """Return the name of a training's images, without the folder that they were in."""
-    name = stage.data or stage.dataset or ""
-    return one_line(Path(name).name)
+    return one_line(Path(stage.data or stage.dataset or "").name)

@@ -42,24 +42,16 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The settings in ``run.json`` that say what a run was trained on, and how.
-
-    Attributes:
-        dataset: name of the dataset of a pre-training, and its digest and recipe, as far as they are known.
-        fresh: whether every epoch showed new images.
-        data: ``--data`` of a fine-tuning; None for a pre-training.
-        weights: sha256 of the checkpoint that a fine-tuning started from, or the name of timm's weights.
-        pretraining: that of the run with this checkpoint.
-    """
+    """The settings in ``run.json`` that say what a run was trained on, and how."""
 
     recipe: TrainRecipe
-    dataset: str | None = None
+    dataset: str | None = None  # name of the dataset of a pre-training
     dataset_digest: str | None = None
-    dataset_recipe: dict[str, Any] = field(default_factory=dict)
-    fresh: bool = False
-    data: str | None = None
-    weights: str | None = None
-    pretraining: "Training | None" = None
+    dataset_recipe: dict[str, Any] = field(default_factory=dict)  # empty if unknown
+    fresh: bool = False  # whether every epoch showed new images
+    data: str | None = None  # ``--data`` of a fine-tuning; None for a pre-training
+    weights: str | None = None  # that it started from: sha256 of the checkpoint, or the name of timm's
+    pretraining: "Training | None" = None  # that of the run with this checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

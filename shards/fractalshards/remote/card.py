@@ -65,17 +65,13 @@ def dataset_card(manifest: Manifest, location: Location) -> list[Upload]:
     kind = one_line(str(manifest.recipe.get("kind")))
     samples = sum(map(manifest.samples, manifest.splits))
     total = sum(count for name in ("n", "val") if isinstance(count := manifest.recipe.get(name), int))
+    tars = [{"split": split, "path": f"{split}-*.tar"} for split in sorted(manifest.splits)]
     head = DatasetCardData(
         license=licence(manifest.recipe),
         task_categories=["image-classification"],
         size_categories=[_SIZES[max(len(str(samples)) - 3, 0)]],
         tags=["webdataset", "fractalpretrain", kind],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"{split}-*.tar"} for split in sorted(manifest.splits)],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": tars}],
     )
     split = TRAINING if TRAINING in manifest.splits else next(iter(manifest.splits), "")
     rows = sample_rows(manifest, split, _ROWS, _ROWS, _TILE)
@@ -85,9 +81,8 @@ def dataset_card(manifest: Manifest, location: Location) -> list[Upload]:
     if samples >= total:  # not a part, which cannot be built
         with suppress(FractalError):  # packed images have none, and many classes need too large a file
             files[PORTABLE] = export_recipe(manifest)
-    files[README] = (
-        f"---\n{head.to_yaml()}\n---\n\n{_describe(manifest, location, kind, split, PORTABLE in files)}".encode()
-    )
+    text = _describe(manifest, location, kind, split, PORTABLE in files)
+    files[README] = f"---\n{head.to_yaml()}\n---\n\n{text}".encode()
     return [Upload.of_bytes(name, data) for name, data in files.items()]
 
 
@@ -101,9 +96,8 @@ def _describe(manifest: Manifest, location: Location, kind: str, split: str, por
     whole = int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1
     braces = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(numbers)
     url = f"https://huggingface.co/datasets/{name}/resolve/{revision or 'main'}/{split}-{{{braces}}}.tar"
-    recipe = "\n".join(
-        f"{json.dumps(key)[1:-1]}: {json.dumps(value)}" for key, value in flat_recipe(manifest.recipe).items()
-    )
+    fields = flat_recipe(manifest.recipe).items()
+    recipe = "\n".join(f"{json.dumps(key)[1:-1]}: {json.dumps(value)}" for key, value in fields)
     rebuild = f"""
 Or render the same images, from the small file `{PORTABLE}` in this repository:
 
@@ -119,20 +113,17 @@ Or render the same images, from the small file `{PORTABLE}` in this repository:
 
 ```python
 from datasets import load_dataset
-
 dataset = load_dataset({arguments}, streaming=True)
 ```
 
 ```python
 import webdataset
-
 url = "{url}"
 dataset = webdataset.WebDataset(url, shardshuffle=False).decode("rgb8").to_tuple("png;jpg;webp", "{label}")
 ```
 
 ```python
 from fractaltrain import ShardDataset
-
 dataset = ShardDataset("hf://{location.root}", split="{split}")
 ```
 
