@@ -29,45 +29,30 @@ _FILE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT
 
 @dataclass(frozen=True)
 class Position:
-    """Progress of a run.
+    """Progress of a run."""
 
-    Attributes:
-        epoch: number of finished epochs.
-        step: number of optimiser steps done in the current epoch.
-        loss_sum: sum of the losses of those steps.
-        logged_sum: ``loss_sum`` when metrics were last logged.
-        bad_samples: number of samples in this epoch that could not be read and were replaced.
-        history: ``train_loss`` of every finished epoch, and its scores if it was evaluated.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    logged_sum: float = 0.0
-    bad_samples: int = 0
-    history: tuple[dict[str, float], ...] = ()
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimiser steps done in the current epoch
+    loss_sum: float = 0.0  # of the losses of those steps
+    logged_sum: float = 0.0  # ``loss_sum`` when metrics were last logged
+    bad_samples: int = 0  # samples of this epoch that could not be read and were replaced
+    history: tuple[dict[str, float], ...] = ()  # ``train_loss`` of every finished epoch, and scores if it was evaluated
 
     def __str__(self) -> str:
         return f"epoch {self.epoch + 1}, step {self.step}"
 
 
 class Checkpoint(NamedTuple):
-    """The contents of a checkpoint.
-
-    Attributes:
-        state: state dicts by name, on the CPU: ``model``, ``optimizer``, ``schedule``, ``scaler``, and
-            ``ema`` if the recipe averages weights.
-        skipped: one message for every newer checkpoint, all of which are damaged.
-    """
+    """The contents of a checkpoint."""
 
     path: Path
     position: Position
-    state: dict[str, Any]
-    skipped: tuple[str, ...]
+    state: dict[str, Any]  # state dicts on the CPU: model, optimizer, schedule, scaler, and ema if weights are averaged
+    skipped: tuple[str, ...]  # a message for every newer checkpoint, all of which are damaged
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """State dict to evaluate and fine-tune: the averaged weights if there are any, else those of the model."""
+        """The weights to evaluate and fine-tune: averaged ones if there are any, else those of the model."""
         weights: dict[str, torch.Tensor] = self.state.get("ema", self.state["model"])
         return weights
 
@@ -78,13 +63,9 @@ def checkpoint_path(folder: Path, position: Position) -> Path:
 
 
 def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any], world: World) -> None:
-    """Write a checkpoint on rank 0. Keep the newest ``run.keep``; remove older ones, and damaged later ones.
+    """Write a checkpoint of everything with a ``state_dict``, by name, on rank 0.
 
-    Args:
-        parts: everything with a ``state_dict``, by name.
-
-    Raises:
-        OSError: if it cannot be written; existing checkpoints are kept.
+    Keep the newest ``run.keep``; remove older ones, and damaged later ones. Existing ones stay if it cannot be written.
     """
     if not world.main:
         return
@@ -107,12 +88,8 @@ def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any]
 def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | None:
     """Load the newest checkpoint that is not damaged; None if there are no checkpoints.
 
-    Args:
-        to_continue: refuse checkpoints of other versions, of which only the weights can be used.
-
-    Raises:
-        FractalError: if all checkpoints are damaged, or the newest one is of another version.
-        OSError: if one cannot be read.
+    Raises FractalError if all are damaged, or the newest one is of another version; with ``to_continue`` also if it is
+    of version 0.1, of which only the weights can be used.
     """
     skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
@@ -142,16 +119,12 @@ def resume(
 ) -> Iterator[tuple[Position, Sequence[str]]]:
     """Hold the folder of a run, and load its newest checkpoint, if it has one, into ``parts``. Collective.
 
+    Yields the position to continue from, and messages for the user. Raises FractalError as ``run_folder.open_run`` and
+    ``load_checkpoint`` do, or if the checkpoint does not fit.
+
     Args:
         settings: everything that determines the result of the run, see ``run_folder.open_run``.
         parts: everything with a ``state_dict``, by its name in checkpoints.
-
-    Yields:
-        The position to continue from, and messages for the user.
-
-    Raises:
-        FractalError: if another process holds the folder, or it holds another run or no checkpoint that can be
-            continued.
     """
     with open_run(run.out, settings, _environment(run, world), run.resume) if world.main else nullcontext(()) as moved:
         checkpoint = world.share(load_checkpoint(run.out, to_continue=True) if world.main else None)
@@ -180,11 +153,7 @@ def _environment(run: RunConfig, world: World) -> dict[str, Any]:
 
 
 def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
-    """Load the state dicts into the parts with the same names.
-
-    Raises:
-        FractalError: if they do not fit.
-    """
+    """Load the state dicts into the parts with the same names; raises FractalError if they do not fit."""
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint.state[name])
@@ -237,11 +206,7 @@ class TrainedRun:
         return f"{skipped}weights of {self.folder} after {human_count(position.epoch, 'epoch')}{steps}"
 
     def build_model(self) -> nn.Module:
-        """Return the model with its weights.
-
-        Raises:
-            FractalError: if the weights do not fit the model that ``run.json`` names.
-        """
+        """Return the model with its weights; raises FractalError if they do not fit the one that ``run.json`` names."""
         name, classes = self.settings.model, self.settings.classes
         model = create_model(name, classes, self.settings.image_size, arguments=self.settings.model_args)
         try:
@@ -254,11 +219,7 @@ class TrainedRun:
 
 
 def load_run(folder: Path) -> TrainedRun:
-    """Load the newest weights of a run.
-
-    Raises:
-        FractalError: if the folder holds no run or no checkpoint that can be read, or ``run.json`` is damaged.
-    """
+    """Load the newest weights of a run; raises FractalError if there are none, or ``run.json`` is damaged."""
     settings = load_settings(folder)
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:

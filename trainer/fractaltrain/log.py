@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fractalshards.errors import FractalError
@@ -33,11 +32,7 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return all complete lines of ``metrics.jsonl``; a kill may have cut off the last one.
-
-    Raises:
-        FractalError: if another line is damaged.
-    """
+    """Return the lines of ``metrics.jsonl``, without one that a kill cut off; raises FractalError if one is damaged."""
     path = folder / METRICS
     try:
         text = path.read_text() if path.exists() else ""
@@ -54,14 +49,12 @@ def rewind_metrics(folder: Path, global_step: int) -> None:
 
 
 class Timer:
-    """Measures images per second and the share of time that training waits for data.
+    """Measures images per second, of all ranks, and the share of time that the loop waits for its next batch.
 
-    Waiting is the time the loop spends on getting its next batch. A GPU may still be computing meanwhile, so the share
-    is an upper bound on its idle time.
+    A GPU may still be computing meanwhile, so the share is an upper bound on its idle time.
     """
 
     def __init__(self, batch_size: int) -> None:
-        """Create a timer for steps of ``batch_size`` images, over all ranks."""
         self._batch_size = batch_size
         self._total_steps = self._steps = 0
         self._total_seconds = self._seconds = self._waited = 0.0
@@ -105,22 +98,12 @@ class Timer:
 
 
 class RunLog:
-    """Logs a run on rank 0; on the other ranks it only keeps time. Use it as a context manager.
-
-    Attributes:
-        timer: measures the training loop, which calls it for every batch and step.
-    """
+    """Logs a run on rank 0; on the other ranks it only keeps time. The loop calls its timer at every batch and step."""
 
     def __init__(
         self, folder: Path, epochs: int, steps: int, batch_size: int, start: Position, main: bool, quiet: bool
     ) -> None:
-        """Continue the log after ``start``; remove what was logged about later steps.
-
-        Args:
-            steps: optimiser steps of an epoch.
-            main: whether this is rank 0.
-            quiet: print only the result.
-        """
+        """Continue the log after ``start``, of epochs of ``steps`` steps; remove what was logged about later ones."""
         self.timer = Timer(batch_size)
         self._folder, self._epochs, self._steps, self._main = folder, epochs, steps, main
         self._print = main and not quiet
@@ -139,9 +122,7 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end_line()
         if self._main:
             self._tensorboard.close()

@@ -56,25 +56,15 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Training):
-    """The settings in ``run.json`` that are needed to use a trained run.
-
-    Attributes:
-        model: name of the model.
-        model_args: further arguments of ``timm.create_model``.
-        classes: outputs of its classifier.
-        image_size: side in pixels of the square images it takes.
-        precision: torch's name of the precision of the forward pass.
-        class_names: class names by index; empty if unknown.
-        per_class: training images per class that ``subset_seed`` drew; None: all.
-    """
+    """The settings in ``run.json`` that are needed to use a trained run."""
 
     model: str
     classes: _Count
-    image_size: _Count
-    precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]
+    image_size: _Count  # side in pixels of the square images it takes
+    precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]  # of the forward pass
     model_args: dict[str, ModelArgument] = field(default_factory=dict)
-    class_names: tuple[str, ...] = ()
-    per_class: int | None = None
+    class_names: tuple[str, ...] = ()  # by index; empty if unknown
+    per_class: int | None = None  # training images per class that ``subset_seed`` drew; None: all
     subset_seed: int | None = None
 
 
@@ -83,24 +73,15 @@ class _RunFile:
     settings: RunSettings
 
 
-@dataclass(frozen=True)
-class _RunFileAsIs:
-    settings: dict[str, Any]
-
-
 @contextmanager
 def hold_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Create a folder and keep other processes from working in it while the block runs.
 
-    The kernel ends the lock with this process, however the process ends; the file stays, and names the last holder. On
-    a file system without locks, warn and go on.
+    Raises FractalError with the host and process of another holder. The kernel ends the lock with this process, however
+    the process ends; the file stays, and names the last holder. On a file system without locks, warn and go on.
 
     Args:
         name: the file to lock; holders of different files do not exclude each other.
-
-    Raises:
-        FractalError: if another process holds the folder, saying which one.
-        OSError: if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+b", buffering=0) as file:
@@ -133,28 +114,20 @@ def open_run(
 ) -> Iterator[Sequence[str]]:
     """Hold the folder of a run while the block runs; write its ``run.json``, or check that it holds the same run.
 
-    A run that ended before anything was trained is replaced by this one.
+    A run that ended before anything was trained is replaced by this one. Yields a line for every dataset that has
+    another name now, and the same digest. Raises FractalError if the folder is in use or holds a run with other
+    settings, or if ``resume`` forbids what is there.
 
     Args:
         settings: everything that determines the result of the run, and nothing else (JSON-like).
         environment: recorded, but not compared (JSON-like).
-
-    Yields:
-        A line for every dataset that has another name now, and the same digest.
-
-    Raises:
-        FractalError: if another process holds the folder, the folder holds a run with other settings, or ``resume``
-            forbids what is there.
-        OSError: if it cannot be written.
     """
     if resume == "must" and not (folder / RUN).exists():
         raise FractalError(f"{folder}: no run to continue; check --out, or drop --resume must")
     with hold_folder(folder):
         begun = is_begun(folder)
         if begun and resume == "never":
-            raise FractalError(
-                f"{folder}: already holds a run; choose another folder with --out, or drop --resume never"
-            )
+            raise FractalError(f"{folder}: already holds a run; choose another --out, or drop --resume never")
         remove_leftovers(folder)
         if not begun:
             write_json(folder / RUN, {"settings": settings, "environment": environment}, indent=1)
@@ -200,20 +173,12 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return all settings of a run, nested names joined by dots.
-
-    Raises:
-        FractalError: if the folder holds no run, or its ``run.json`` is damaged.
-    """
-    return flatten(read_json(_run_file(folder), _RunFileAsIs).settings)
+    """Return all settings of a run, nested names joined by dots; raises FractalError as ``load_settings`` does."""
+    return flatten(read_json(_run_file(folder), dict[str, dict[str, Any]]).get("settings", {}))
 
 
 def load_settings(folder: Path) -> RunSettings:
-    """Return the settings that are needed to use a trained run.
-
-    Raises:
-        FractalError: if the folder holds no run, or its ``run.json`` is damaged.
-    """
+    """Return the settings of a trained run; raises FractalError if the folder holds none, or a damaged ``run.json``."""
     try:
         settings = read_json(_run_file(folder), _RunFile).settings
     except UsageError as error:  # a value that no recipe can have
