@@ -165,6 +165,6 @@ def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes):
 
 
 def test_best_and_worst_of_many_classes_are_printed(capsys):
-    _print_classes([{"samples": 120, "top1": label / 120, "top5": 1.0} for label in range(120)], ())
+    _print_classes([{"class": label, "samples": 120, "top1": label / 120, "top5": 1.0} for label in range(120)])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [int(row.split()[0]) for row in rows] == [*range(10), *range(110, 120)]

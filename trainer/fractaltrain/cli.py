@@ -50,7 +50,10 @@ from fractaltrain.study import plan_study, read_study, write_plan
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _ALL_CLASSES = 99  # with more classes, eval prints only the best and the worst
-_HEADINGS = {"top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
+_HEADINGS = {
+    "class": "class", "name": "name", "samples": "images",
+    "top1": "top-1", "top5": "top-5", "average_precision": "average precision",
+}  # fmt: skip
 
 _Config = TypeVar("_Config")
 
@@ -269,26 +272,24 @@ def _evaluate(config: EvalConfig) -> None:
     if report is None:  # this is not rank 0
         return
     click.echo(report.origin)
-    _print_classes(report.class_scores, report.class_names)
-    click.echo(describe_scores(report.scores))
-    pictures = f", {PICTURE}" if "top1" in report.scores else ""
-    click.echo(f"{report.folder}: {REPORT}{pictures}")
+    _print_classes(report.contents["classes"])
+    click.echo(describe_scores(report.contents))
+    click.echo(f"{report.folder}: {REPORT}" + (f", {PICTURE}" if "top1" in report.contents else ""))
 
 
-def _print_classes(scores: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+def _print_classes(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of all classes; if there are many, of the ten worst and the ten best."""
-    columns = [name for name in scores[0] if name != "samples"]
-    rows, title = list(enumerate(scores)), "all classes"
+    columns = [column for column in _HEADINGS if column in rows[0]]
+    title, leading = "all classes", "top1" if "top1" in columns else "average_precision"
     if len(rows) > _ALL_CLASSES:
-        ranked = sorted((row for row in rows if row[1]["samples"]), key=lambda row: float(row[1][columns[0]]))
+        ranked = sorted((row for row in rows if row["samples"]), key=lambda row: float(row[leading]))
         rows, title = [*ranked[:10], *ranked[10:][-10:]], f"the ten worst and the ten best of {len(rows):,} classes"
     table = Table(box=None, pad_edge=False)
-    for heading in ("class", *(["name"] if names else []), "images", *(_HEADINGS[column] for column in columns)):
-        table.add_column(heading, justify="left" if heading == "name" else "right")
-    for label, row in rows:
-        name = [Text(one_line(names[label]))] if names else []
-        shares = ["-" if row[column] is None else f"{row[column]:.1%}" for column in columns]
-        table.add_row(str(label), *name, f"{row['samples']:,}", *shares)
+    for column in columns:
+        table.add_column(_HEADINGS[column], justify="left" if column == "name" else "right")
+    for row in rows:
+        cells = (f"{row[column]:.1%}" if isinstance(row[column], float) else row[column] for column in columns)
+        table.add_row(*(Text("-" if cell is None else one_line(str(cell))) for cell in cells))
     click.echo(title)
     Console().print(table)
 

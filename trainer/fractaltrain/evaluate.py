@@ -1,11 +1,11 @@
 """Evaluation: predict, gather the predictions of all ranks, compute metrics; during training and for ``eval``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -238,22 +238,16 @@ def evaluate(
     return scores
 
 
-@dataclass(frozen=True)
-class EvalReport:
-    """An evaluation: ``scores`` over all images, ``class_scores`` by class, and the folder that holds both as JSON.
+class EvalReport(NamedTuple):
+    """An evaluation."""
 
-    ``origin`` says where the weights come from; ``class_names`` is empty if the classes have no names.
-    """
-
-    folder: Path
-    origin: str
-    scores: Mapping[str, float]
-    class_scores: Sequence[Mapping[str, Any]]
-    class_names: Sequence[str]
+    folder: Path  # holds ``eval.json``, and with one class per image ``confusion.png``
+    origin: str  # a line that says where the weights come from
+    contents: Mapping[str, Any]  # of ``eval.json``
 
 
 def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> EvalReport | None:
-    """Evaluate a run on a val split; write ``eval.json`` and, with one class per image, ``confusion.png``.
+    """Evaluate a run on a val split; write the report on rank 0 and return it there, None on the other ranks.
 
     Geometry, normalisation and precision are those of the run. If the run was fine-tuned on a subset of the same data,
     the subset is drawn again, so that no image it was trained on is evaluated.
@@ -261,22 +255,19 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
     Args:
         on_progress: called on rank 0 with its images (done, total).
 
-    Returns:
-        The report on rank 0, None on the other ranks.
-
     Raises:
         FractalError: if run or images are missing or damaged, their classes differ, or the loss is not finite.
     """
     with join_world() as world:
         run = load_run(config.run)
-        subset = replace(config.data, per_class=run.settings.per_class, subset_seed=run.settings.subset_seed or 0)
-        data = open_data(subset if run.settings.data == config.data.shown else config.data, world, for_training=False)
+        settings = run.settings
+        subset = replace(config.data, per_class=settings.per_class, subset_seed=settings.subset_seed or 0)
+        data = open_data(subset if settings.data == config.data.shown else config.data, world, for_training=False)
         assert data.val is not None  # open_data gives both splits
         check_classes(run, data.val, config.data)
         folder = config.out or config.run / f"eval-{config.data.identity}"
         if world.main:
             check_writable(folder)
-        settings = run.settings
         dtype = torch.float32 if world.device.type == "cpu" and run.precision == torch.float16 else run.precision
         model = run.build_model().to(world.device)
         choose_attention(model, world.device, dtype)
@@ -284,19 +275,30 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
             model, data.val, settings.recipe, settings.image_size, dtype, config.batch_size, data.multi_label, world,
             on_progress=on_progress,
         )  # fmt: skip
-        if predictions is None:
-            return None
-        if not isfinite(predictions.loss):
-            raise FractalError(f"{config.run}: its loss on these images is {predictions.loss}; train with a lower --lr")
-        report = EvalReport(
-            folder,
-            run.origin,
-            predictions.scores(),
-            predictions.class_scores(),
-            data.val.class_names or run.settings.class_names,
-        )
-        _write_report(report, config.data, run, predictions)
-        return report
+    if predictions is None:
+        return None
+    if not isfinite(predictions.loss):
+        raise FractalError(f"{config.run}: its loss on these images is {predictions.loss}; train with a lower --lr")
+    names = data.val.class_names or settings.class_names
+    contents = {
+        "data": config.data.shown,
+        "model": settings.model,
+        "epochs": run.checkpoint.position.epoch,
+        "checkpoint_sha256": run.sha256,
+        **predictions.scores(),
+        "classes": [
+            {"class": label, **({"name": names[label]} if names else {}), **scores}
+            for label, scores in enumerate(predictions.class_scores())
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if not predictions.multi_label:
+        counts = predictions.confusion()
+        contents["confusion"] = counts.tolist()
+        title = f"{run.folder.resolve().name} on {config.data.label}: top-1 {contents['top1']:.1%}"
+        draw_confusion(folder / PICTURE, counts, predictions.classes, names, title)
+    write_json(folder / REPORT, contents, indent=1)
+    return EvalReport(folder, run.origin, contents)
 
 
 def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) -> None:
@@ -313,25 +315,3 @@ def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) ->
     for label, (ours, theirs) in enumerate(zip(settings.class_names, val.class_names, strict=False)):
         if ours != theirs:
             raise FractalError(f"{run.folder}: class {label} is {ours}, but {theirs} in {choice.name}; {advice}")
-
-
-def _write_report(report: EvalReport, data: ImagesConfig, run: TrainedRun, predictions: Predictions) -> None:
-    report.folder.mkdir(parents=True, exist_ok=True)
-    names = report.class_names
-    contents = {
-        "data": data.shown,
-        "model": run.settings.model,
-        "epochs": run.checkpoint.position.epoch,
-        "checkpoint_sha256": run.sha256,
-        **report.scores,
-        "classes": [
-            {"class": label, **({"name": names[label]} if names else {}), **scores}
-            for label, scores in enumerate(report.class_scores)
-        ],
-    }
-    if not predictions.multi_label:
-        counts = predictions.confusion()
-        contents["confusion"] = counts.tolist()
-        title = f"{run.folder.resolve().name} on {data.label}: top-1 {report.scores['top1']:.1%}"
-        draw_confusion(report.folder / PICTURE, counts, predictions.classes, names, title)
-    write_json(report.folder / REPORT, contents, indent=1)
