@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -324,12 +325,11 @@ def _model_arguments(texts: Sequence[str]) -> tuple[tuple[str, ModelArgument], .
     """Parse ``--model-arg``: numbers, ``true``, ``false`` and ``none`` are what they say, others are text."""
 
     def parse(text: str) -> ModelArgument:
-        words = {"true": True, "false": False, "none": None}
-        if text.lower() in words:
-            return words[text.lower()]
-        for number in (int, float):
-            with suppress(ValueError):
-                return number(text)
+        with suppress(msgspec.ValidationError):
+            number: bool | float | None = msgspec.convert(
+                "null" if text.lower() == "none" else text, bool | int | float | None, strict=False
+            )
+            return number
         return text
 
     pairs = parse_settings(texts, "--model-arg")

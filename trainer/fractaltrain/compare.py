@@ -82,11 +82,8 @@ class Comparison:
 def collect_runs(paths: Collection[Path]) -> Comparison:
     """Find all finished fine-tunings below ``paths``; in the folder of a study only those that it plans count.
 
-    Without a study every cell of the grid counts as planned.
-
-    Raises:
-        FractalError: if two runs have the same cell and seeds, or a file is damaged.
-        OSError: if a file cannot be read.
+    Without a study every cell of the grid counts as planned. Raises FractalError if two runs have the same cell and
+    seeds, or a file is damaged.
     """
     studies, folders = (
         sorted({file.parent.resolve() for path in paths for file in path.rglob(name)}) for name in (PLAN, RESULT)

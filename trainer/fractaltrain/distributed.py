@@ -61,11 +61,7 @@ class World:
         return self.rank == 0
 
     def nodes(self) -> int:
-        """Number of machines. Collective.
-
-        Raises:
-            UsageError: if they do not run the same number of processes.
-        """
+        """Number of machines; raises UsageError if they run different numbers of processes. Collective."""
         sizes = {*self.gather(self.local_size)}
         if len(sizes) > 1 or self.size % self.local_size:
             raise UsageError("--nodes-split needs the same number of processes on every machine")
@@ -147,11 +143,9 @@ def join_world() -> Iterator[World]:
     """Join the process group that ``launch`` or torchrun describes in environment variables; else be its only rank.
 
     Uses NCCL where there are GPUs, and gloo for tensors on CPUs. A process on a CPU takes its share of the cores,
-    unless OMP_NUM_THREADS is set. After an error the process is expected to end.
-
-    Raises:
-        UsageError: if the environment variables are no numbers, or do not fit.
-        FractalError: if there are fewer GPUs than processes, or the device runs out of memory.
+    unless OMP_NUM_THREADS is set. After an error the process is expected to end. Raises UsageError if the environment
+    variables are no numbers, or do not fit; FractalError if there are fewer GPUs than processes, or the device runs out
+    of memory.
     """
     rank, size, local_rank, local_size = _read_place()
     device = torch.device("cuda", local_rank) if count_gpus(local_size) else torch.device("cpu")
@@ -197,8 +191,7 @@ def _read_place() -> tuple[int, int, int, int]:
 def _meeting(rank: int, size: int) -> Iterator[None]:
     """Warn of missing processes if the block, which waits for all of them, takes long.
 
-    Raises:
-        FractalError: if they do not find each other in time.
+    Raises FractalError if they do not find each other in time.
     """
     where = f" at {os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""
     text = "rank %d of %d waits for the other processes%s; check that all have started and can reach each other"
@@ -221,8 +214,7 @@ def _meeting(rank: int, size: int) -> Iterator[None]:
 def count_gpus(processes: int) -> int:
     """Return the number of GPUs of this machine, or 0 if it has none.
 
-    Raises:
-        FractalError: if there are fewer GPUs than ``processes``.
+    Raises FractalError if there are fewer GPUs than ``processes``.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
@@ -257,14 +249,12 @@ def stop_on_signal() -> Iterator[StopFlag]:
 def launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None) -> None:
     """Run ``entry(config)`` in ``nproc`` processes of this machine, or in this one if torchrun started it.
 
+    Raises the error of the rank that failed first, when all have ended.
+
     Args:
         entry: an importable function.
         config: picklable.
         nproc: None: one process per GPU, or one on a machine without GPUs. A single one runs in this process.
-
-    Raises:
-        FractalError: the error of the rank that failed first; all ranks have ended by then.
-        StoppedError: if a signal stopped them.
     """
     if "RANK" in os.environ:
         record(entry)(config)

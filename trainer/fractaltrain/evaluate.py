@@ -138,7 +138,8 @@ def predict(
     """Predict all samples of a source, each on one rank, and gather the predictions. Collective.
 
     Ranks may have different numbers of batches, so ``model`` must not be wrapped by DDP. Its buffers (batch norm
-    statistics) are first set to those of rank 0, which checkpoints hold. It is left in evaluation mode.
+    statistics) are first set to those of rank 0, which checkpoints hold. It is left in evaluation mode. Raises
+    FractalError if a sample cannot be read, or none can.
 
     Args:
         dtype: precision of autocast; float32: no autocast.
@@ -151,9 +152,6 @@ def predict(
 
     Returns:
         The predictions on rank 0, None on the other ranks, or if a signal came before the first batch.
-
-    Raises:
-        FractalError: if a sample cannot be read, or none can.
     """
     for buffer in model.buffers():
         world.broadcast(buffer)
@@ -220,8 +218,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the val split during training; return the scores on all ranks, or nothing if a signal came. Collective.
 
-    Raises:
-        FractalError: as ``predict`` does, or if the loss is not finite.
+    Raises FractalError as ``predict`` does, or if the loss is not finite.
     """
     recipe, run = config.recipe, config.run
     batch_size = max(recipe.batch_size, _LEAST_BATCH * world.size)
@@ -250,13 +247,11 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
     """Evaluate a run on a val split; write the report on rank 0 and return it there, None on the other ranks.
 
     Geometry, normalisation and precision are those of the run. If the run was fine-tuned on a subset of the same data,
-    the subset is drawn again, so that no image it was trained on is evaluated.
+    the subset is drawn again, so that no image it was trained on is evaluated. Raises FractalError if run or images are
+    missing or damaged, their classes differ, or the loss is not finite.
 
     Args:
         on_progress: called on rank 0 with its images (done, total).
-
-    Raises:
-        FractalError: if run or images are missing or damaged, their classes differ, or the loss is not finite.
     """
     with join_world() as world:
         run = load_run(config.run)
@@ -304,8 +299,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
 def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) -> None:
     """Check that the run's classifier was trained on the classes of the data.
 
-    Raises:
-        FractalError: if their number or names differ.
+    Raises FractalError if their number or names differ.
     """
     settings, advice = run.settings, "evaluate on the data it was trained on, or fine-tune first (fractaltrain ft)"
     if settings.classes != val.classes:

@@ -33,8 +33,7 @@ class Pretrained:
 def finetune(config: TrainConfig) -> None:
     """Fine-tune with a new classifier; evaluate on the val split. Runs in every rank.
 
-    Raises:
-        FractalError: as ``train`` does, or if weights or images are missing or damaged, or do not fit.
+    Raises FractalError as ``train`` does, or if weights or images are missing or damaged, or do not fit.
     """
     images, recipe = config.data, config.recipe
     assert not isinstance(images, DatasetConfig)
@@ -76,8 +75,7 @@ def finetune(config: TrainConfig) -> None:
 def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
     """Load the weights to start from, if any: the newest ones of a run, or timm's published ones.
 
-    Raises:
-        FractalError: if the folder holds no run or no checkpoint that can be read, or timm's cannot be fetched.
+    Raises FractalError if the folder holds no run or no checkpoint that can be read, or timm's cannot be fetched.
     """
     if model.weights is None:
         return None

@@ -168,15 +168,13 @@ def choose_attention(model: nn.Module, device: torch.device, dtype: torch.dtype)
 def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> str:
     """Load all weights but the classifier's into ``model``, which keeps its own; return a line about what was loaded.
 
-    Position embeddings for images of another size are resampled, as timm does.
+    Position embeddings for images of another size are resampled, as timm does. Raises FractalError if tensors are
+    missing, unexpected or of another shape: the weights of another model, or position embeddings that cannot be
+    resampled.
 
     Args:
         weights: state dict of the same model with any number of classes.
         where: source of the weights, for error messages.
-
-    Raises:
-        FractalError: if tensors are missing, unexpected or of another shape: the weights of another model, or position
-            embeddings that cannot be resampled.
     """
     heads = head_names(model)
     own = model.state_dict()
@@ -212,14 +210,11 @@ def _resample(model: nn.Module, weights: Mapping[str, torch.Tensor], names: Sequ
 def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch.Tensor]]:
     """Fetch timm's default weights of a model, or those of a tag (``resnet50.a1_in1k``), for an image size.
 
-    timm's weights also fit torchvision's ``resnet50``: its tensors have the same names and shapes.
+    timm's weights also fit torchvision's ``resnet50``: its tensors have the same names and shapes. Raises UsageError if
+    timm publishes none, FractalError if they cannot be fetched.
 
     Returns:
         Name with tag, and the state dict with the original classifier.
-
-    Raises:
-        UsageError: if timm publishes none.
-        FractalError: if they cannot be fetched.
     """
     config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     if config is None or not config.has_weights:

@@ -94,8 +94,7 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_steps: int) -> LRScheduler:
     """Build the schedule for ``recipe.epochs`` epochs of ``epoch_steps`` optimiser steps each.
 
-    Raises:
-        UsageError: if the warm-up would not end before the training does.
+    Raises UsageError if the warm-up would not end before the training does.
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
     if recipe.schedule == "step":

@@ -37,11 +37,7 @@ def style(panel: "Axes", title: str, unit: str, weight: str = "normal", pad: flo
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write a figure as PNG."""
     with atomic_file(path) as file, warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
         figure.savefig(file, dpi=_DOTS_PER_INCH, format="png")
 
@@ -64,11 +60,7 @@ _LEGEND_PAD = 22
 
 
 def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the metrics of a run, given the ``lines`` of its ``metrics.jsonl``.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Draw the metrics of a run, given the ``lines`` of its ``metrics.jsonl``."""
     from matplotlib.figure import Figure
 
     epochs = [line for line in lines if line["split"] == "epoch"]
@@ -138,9 +130,6 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
     Args:
         counts: (k, k) images of class i predicted as class j; with k < ``classes`` neighbours share a cell.
         names: class names by index; empty: indices are shown.
-
-    Raises:
-        OSError: if it cannot be written.
     """
     from matplotlib.figure import Figure
 

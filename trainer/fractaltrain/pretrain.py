@@ -22,8 +22,7 @@ from fractaltrain.train import train
 def pretrain(config: TrainConfig) -> None:
     """Pre-train on the ``train`` split; evaluate on ``val``, if the dataset has it. Runs in every rank.
 
-    Raises:
-        FractalError: as ``train`` does, or if the dataset is missing or damaged, or the model is unknown.
+    Raises FractalError as ``train`` does, or if the dataset is missing or damaged, or the model is unknown.
     """
     data_config, recipe = config.data, config.recipe
     assert isinstance(data_config, DatasetConfig)

@@ -69,8 +69,7 @@ def find_datasets(study: Study) -> tuple[dict[str, str], list[str]]:
 def check_models(plan: StudyPlan, image_size: int) -> None:
     """Build every model with every drop path of its recipes, on the meta device, which needs no memory.
 
-    Raises:
-        UsageError: if a model does not exist, or does not fit a recipe or the image size.
+    Raises UsageError if a model does not exist, or does not fit a recipe or the image size.
     """
     with needs_extra("train", "a study"):
         import torch
@@ -90,10 +89,7 @@ def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
     """Return ``DONE``, ``TO_DO``, or ``UNUSABLE`` with the reason, if the folder holds another run.
 
     The settings, the content digests of datasets and the sha256 of the weights that a fine-tuning started from must
-    match the study.
-
-    Raises:
-        FractalError: if its ``run.json`` is damaged.
+    match the study. Raises FractalError if its ``run.json`` is damaged.
     """
     path = folder / run.run
     if not is_begun(path):
@@ -140,6 +136,7 @@ def run_study(
     """Run all ``runs`` that are not done.
 
     A failure stops only the runs that need its result. SIGTERM and SIGUSR1 are passed on to the processes, which save.
+    Raises StoppedError if the study or a run was stopped.
 
     Args:
         runs: the plan or a part of it; a pre-training comes before its fine-tunings.
@@ -148,9 +145,6 @@ def run_study(
 
     Returns:
         The runs without a result: they failed, are not usable, or start from such a run.
-
-    Raises:
-        StoppedError: if the study or a run was stopped.
     """
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None

@@ -144,9 +144,7 @@ class Study(_Table, frozen=True):
 def read_study(path: Path) -> Study:
     """Read a study file, and check it by planning it once.
 
-    Raises:
-        UsageError: naming file and field, if a field is unknown, missing or wrong.
-        OSError: if it cannot be read.
+    Raises UsageError naming file and field, if a field is unknown, missing or wrong.
     """
     try:
         study = msgspec.toml.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), type=Study)
@@ -233,11 +231,10 @@ class StudyPlan:
 def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) -> StudyPlan:
     """List all runs of a study.
 
+    Raises UsageError naming run and field, if a recipe is not known or a value does not fit it.
+
     Args:
         digests: known content digests, by location of shards or by ``--data``.
-
-    Raises:
-        UsageError: naming run and field, if a recipe is not known or a value does not fit it.
     """
     rows = (*([] if study.scratch is None else [SCRATCH]), *study.pretraining)
     pretrainings, finetunings = [], []
@@ -337,12 +334,7 @@ def write_plan(plan: StudyPlan, folder: Path) -> None:
 
 
 def read_plan(folder: Path) -> StudyPlan:
-    """Read the plan in a study's folder.
-
-    Raises:
-        FractalError: if it is damaged, or names a run outside of the folder.
-        OSError: if it cannot be read.
-    """
+    """Read the plan in a study's folder; raises FractalError if it is damaged, or names a run outside of the folder."""
     plan = read_json(folder / PLAN, StudyPlan)
     for run in (*plan.pretrainings, *plan.finetunings):
         if not all(map(is_plain, run.run.split("/"))) or run.start not in (None, *plan.starts):

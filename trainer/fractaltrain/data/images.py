@@ -41,9 +41,8 @@ _MAX_NAMED = 3  # classes without images that an error lists at most
 def find_data(name: str, tars: WebDatasetOptions) -> None:
     """Check quickly that the folders of ``shards:PATH`` or ``imagefolder:PATH`` exist; other names always pass.
 
-    Raises:
-        FractalError: if one does not.
-        UsageError: if ``tars`` has options for tars of other programs, and there are none.
+    Raises FractalError if one does not; UsageError if ``tars`` has options for tars of other programs, and there are
+    none.
     """
     place = parse_place(name, DATA_KINDS)
     if place and place[0] == "shards":
@@ -59,14 +58,12 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
     """Open images to train on and to evaluate on, on every rank. Collective.
 
     The split to evaluate on is used whole. Datasets without one are divided: ``per_class`` images, or four fifths of
-    every class, are for training, all others for evaluation.
+    every class, are for training, all others for evaluation. Raises FractalError if the images are missing, damaged,
+    without a split to evaluate on, or too few for ``per_class``.
 
     Args:
         for_training: check that both splits have images of every class and that images have a single label; compute
             the digest of image folders (rank 0), which stats every file.
-
-    Raises:
-        FractalError: if the images are missing, damaged, without a split to evaluate on, or too few for ``per_class``.
     """
     if choice.name == "digits":
         return Splits(*divide(load_digits(), choice.per_class, choice.subset_seed))
@@ -160,8 +157,7 @@ class FolderSource:
     def read(self, index: int) -> Example:
         """Read and decode an image; its key is its path below the folder.
 
-        Raises:
-            BadSampleError: if it cannot be read or decoded, naming the file.
+        Raises BadSampleError if it cannot be read or decoded, naming the file.
         """
         try:
             image = decode_image(self._images.read(index))

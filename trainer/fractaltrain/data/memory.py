@@ -37,17 +37,15 @@ class MappedSource:
     def __init__(self, source: SampleSource, folder: Path, name: str, limit: int, image_size: int | None) -> None:
         """Fill the file, or open the one that another process of this machine has filled.
 
+        Raises UsageError if the images are larger than ``limit``; FractalError if the disk has no room for them, or a
+        sample cannot be fetched.
+
         Args:
             source: where the samples come from.
             folder: folder of the user's caches, ours alone.
             name: identifies dataset and split; a plain file name.
             limit: most bytes of images.
             image_size: side of all images in pixels; None: they differ.
-
-        Raises:
-            UsageError: if the images are larger than ``limit``.
-            FractalError: if the disk has no room for them, or a sample cannot be fetched.
-            OSError: if the folder cannot be written.
         """
         self.lengths = source.lengths
         self.classes = source.classes
@@ -73,9 +71,8 @@ class MappedSource:
     def read(self, index: int) -> Example:
         """Return a sample.
 
-        Raises:
-            IndexError: if there is no such sample.
-            BadSampleError: if it could not be read from the source, and still cannot.
+        Raises IndexError if there is no such sample; BadSampleError if it could not be read from the source, and still
+        cannot.
         """
         if not 0 <= index < len(self._places):
             raise IndexError(f"sample index is {index}: expected 0 to {len(self._places) - 1}")
@@ -143,9 +140,6 @@ def keep_in_memory(splits: Splits[SampleSource], folder: Path, limit: int, name:
 
     Args:
         name: identifies the dataset.
-
-    Raises:
-        See ``MappedSource``.
     """
     with ExitStack() as stack:
         train = MappedSource(splits.train, folder, f"{name}-train", limit, splits.image_size)

@@ -72,8 +72,7 @@ class PublishedSource:
     def __init__(self, name: str, dataset: Any, classes: int) -> None:
         """Take over a dataset of torchvision that has been opened.
 
-        Raises:
-            FractalError: if it has labels outside of its classes.
+        Raises FractalError if it has labels outside of its classes.
         """
         self._name, self._dataset = name, dataset
         self.labels = _labels(dataset)
@@ -90,11 +89,7 @@ class PublishedSource:
         return np.bincount(self.labels, minlength=self.classes)
 
     def read(self, index: int) -> Example:
-        """Read and decode an image.
-
-        Raises:
-            BadSampleError: if it cannot be read or decoded.
-        """
+        """Read and decode an image; raises BadSampleError if it cannot be read or decoded."""
         key = f"{self._name}/{index:06d}"
         try:
             image = self._dataset[index][0].convert("RGB")
@@ -106,14 +101,12 @@ class PublishedSource:
 def load_published(name: str, folder: Path) -> tuple[LabelledSource, LabelledSource | None]:
     """Open a dataset of ``PUBLISHED``: the split to train on, and the one to evaluate on, if it has one.
 
-    torchvision unpickles CIFAR's files only if their MD5 sums are the published ones.
+    torchvision unpickles CIFAR's files only if their MD5 sums are the published ones. Raises FractalError if files are
+    damaged, or are missing and cannot be downloaded.
 
     Args:
         folder: holds what torchvision downloads; what is missing is downloaded to it. For ``mnist``, ``fashion-mnist``
             and ``kmnist`` it may instead hold the four original files, ``train-images-idx3-ubyte.gz`` and so on.
-
-    Raises:
-        FractalError: if files are damaged, or are missing and cannot be downloaded.
     """
     entry = PUBLISHED[name]
     train = _open(name, entry, entry.train, folder)

@@ -19,8 +19,7 @@ RenderedSplit: TypeAlias = "source.RenderedSplit"
 def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = False) -> RenderedSplit:
     """Open a split of the dataset that a recipe or the file of a portable recipe describes.
 
-    Raises:
-        FractalError: see ``fractalgen.source.open_recipe``.
+    Raises FractalError as ``fractalgen.source.open_recipe`` does.
     """
     from fractalgen.source import open_recipe  # loads numba
 
@@ -32,8 +31,7 @@ def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = Fal
 def open_rendered_splits(path: Path, fresh: bool) -> Splits[RenderedSplit]:
     """Open the splits of a portable recipe: ``train``, and ``val`` if it has one, which is never fresh.
 
-    Raises:
-        FractalError: see ``fractalgen.source.open_recipe``.
+    Raises FractalError as ``fractalgen.source.open_recipe`` does.
     """
     train = open_rendered(path, TRAINING, fresh)
     return Splits(

@@ -28,12 +28,11 @@ def open_shards(
 ) -> Splits[LabelledSource]:
     """Open a folder of shards, ours or anyone's in WebDataset format, on every rank. Collective.
 
+    Raises FractalError if the dataset is missing or damaged, or has no split ``train``.
+
     Args:
         tars: how to read a folder of another program. Rank 0 reads the headers of its tars for all ranks.
         for_training: whether ``Splits.train`` is used. If not, it may be the val split of a folder of another program.
-
-    Raises:
-        FractalError: if the dataset is missing or damaged, or has no split ``train``.
     """
     if is_webdataset(folder):
         return world.from_main(lambda: _open_webdataset(folder, tars, for_training))
@@ -42,13 +41,10 @@ def open_shards(
 
 
 def open_cached(cache: ShardCache, window: int) -> Splits[LabelledSource]:
-    """Open a remote dataset behind a prepared cache.
+    """Open a remote dataset behind a prepared cache; raises FractalError as ``open_shards`` does.
 
     Args:
         window: shards that are shuffled together; training keeps this many open, evaluation one.
-
-    Raises:
-        FractalError: as ``open_shards`` does.
     """
     manifest = cache.manifest
     return _open_splits(manifest, lambda split: StoredSplit(manifest, split, cache, window if split == TRAINING else 1))
@@ -88,11 +84,7 @@ class WebDatasetSource:
         return np.bincount(self.labels, minlength=self.classes)
 
     def read(self, index: int) -> Example:
-        """Read and decode a sample.
-
-        Raises:
-            BadSampleError: if it is damaged or its tar cannot be read, naming the tar.
-        """
+        """Read and decode a sample; raises BadSampleError, naming the tar, if it is damaged or cannot be read."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         place = index - int(self._starts[number])
         path, tar = self._paths[number], self._indices[number]

@@ -32,9 +32,8 @@ class SampleSource(Protocol):
     def read(self, index: int) -> Example:
         """Read and decode a sample.
 
-        Raises:
-            BadSampleError: if it is damaged or its file cannot be read, naming the file.
-            FractalError: if its file cannot be fetched.
+        Raises BadSampleError if it is damaged or its file cannot be read, naming the file; FractalError if its file
+        cannot be fetched.
         """
 
 
@@ -128,11 +127,10 @@ def divide(
 ) -> tuple[Subset, Subset]:
     """Divide into random samples of every class, ``per_class`` or four fifths (None), and all others.
 
+    Raises FractalError if a class has fewer samples than ``per_class``.
+
     Args:
         labels: those of the source, if the caller has them: some sources take long to find them.
-
-    Raises:
-        FractalError: if a class has fewer samples than ``per_class``.
     """
     labels = source.labels if labels is None else labels
     chosen = np.zeros(len(labels), np.bool_)

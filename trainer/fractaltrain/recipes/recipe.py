@@ -107,11 +107,7 @@ class TrainRecipe:
     std: Channels = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            UsageError: naming the field and its range.
-        """
+        """Check every value; raises UsageError naming the field and its range."""
         for name in ("epochs", "batch_size", "repeats", "passes"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "head_lr_factor", "div_factor", "final_div_factor"):
@@ -155,8 +151,7 @@ _RATES = ("lr", "warmup_lr", "min_lr")
 def change(recipe: TrainRecipe, changes: Mapping[str, str]) -> TrainRecipe:
     """Return the recipe with other values, given as text: ``{"lr": "0.05", "mean": "0.5"}``.
 
-    Raises:
-        UsageError: if a field does not exist, or its text does not fit its type or range.
+    Raises UsageError if a field does not exist, or its text does not fit its type or range.
     """
     return override(recipe, changes, fixed=("name",))
 

@@ -69,7 +69,7 @@ def epoch_loader(
     """Yield one rank's batches ``start``, ``start + 1``, ... of an epoch, the same ones for any number of workers.
 
     To leave the loop early, close the iterator (``contextlib.closing``): this ends the workers, which ignore the
-    signals of batch systems.
+    signals of batch systems. Raises FractalError if a sample cannot be read, or a loader worker is killed.
 
     Args:
         positions: positions in the order, one array per step, see ``order.training_positions``. A position past the
@@ -80,9 +80,6 @@ def epoch_loader(
         pin_memory: copy batches to page-locked memory, from which a GPU can fetch them.
         on_bad: treatment of a sample that cannot be read. ``stop``: raise the error; ``replace``: use the next readable
             sample of the order, with the augmentation of the bad one; ``drop``: yield a smaller batch.
-
-    Raises:
-        FractalError: if a sample cannot be read, or a loader worker is killed.
     """
     channels = [socket.socketpair() for _ in range(workers)]
     ends = tuple((here.fileno(), there) for here, there in channels)

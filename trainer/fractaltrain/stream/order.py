@@ -93,13 +93,12 @@ def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:
 def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: int | None = None) -> None:
     """Check that the batch splits equally among processes and their parts, and into pairs if images are mixed.
 
+    Raises UsageError, with a batch size that works, if it does not, or if it is larger than the epoch.
+
     Args:
         processes: number of training processes.
         accumulate: number of equal parts in which each process computes its share.
         samples: number of samples in an epoch; None: not known yet.
-
-    Raises:
-        UsageError: if it does not, or is larger than the epoch, with a batch size that works.
     """
     unit = processes * math.lcm(accumulate, 2 if recipe.mixes else 1)
     if recipe.batch_size % unit:
