@@ -281,17 +281,6 @@ def test_lock_ends_with_its_holder_though_its_children_live(tmp_path, hold):
             assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
-def test_full_disk_is_named(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        with pytest.raises(OSError, match="large") as caught, hold_folder(tmp_path):
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.filename == str(tmp_path / ".lock")
-
-
 def test_run_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
     def lockf(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -38,20 +38,12 @@ _LEAST_BATCH = 64  # images per rank when evaluating during training: smaller ba
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for images with known labels.
-
-    Attributes:
-        classes: number of classes.
-        labels: (n,) int64; if images show several classes each: (n, classes) bool.
-        predicted: the most likely classes, best first, (n, min(5, classes)) int64; if images show several classes
-            each: logits (n, classes) float32.
-        loss: mean loss in nats.
-    """
+    """Predictions for images with known labels."""
 
     classes: int
-    labels: npt.NDArray[Any]
-    predicted: npt.NDArray[Any]
-    loss: float
+    labels: npt.NDArray[Any]  # (n,) int64; if images show several classes each: (n, classes) bool
+    predicted: npt.NDArray[Any]  # most likely classes, best first, (n, min(5, classes)) int64; or logits (n, classes)
+    loss: float  # mean, in nats
 
     @property
     def multi_label(self) -> bool:
@@ -61,10 +53,9 @@ class Predictions:
     def scores(self) -> dict[str, float]:
         """Return ``samples``, ``loss`` and ``top1``, ``top5`` or ``map``, ``f1``: shares in [0, 1].
 
-        ``map`` is the mean of the average precisions of the classes that some image shows. ``f1`` is the harmonic mean
-        of precision and recall over all (image, class) pairs, where a class is predicted if its probability is at least
-        one half. The loss weighs the classes shown ``classes / number shown`` times, which adds the logarithm of that
-        to the logits: it is taken out first.
+        ``map`` is the mean of the average precisions of the classes that some image shows. ``f1`` is over all pairs of
+        image and class, where a class is predicted if its probability is at least one half. The loss weighs the classes
+        shown ``classes / number shown`` times, which adds the logarithm of that to the logits: it is taken out first.
         """
         if not self.multi_label:
             hits = self.predicted == self.labels[:, None]

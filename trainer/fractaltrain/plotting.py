@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e8ed"
-BLUE, PALE_BLUE, RED, YELLOW, OCHRE = "#2b5c9e", "#9db8d9", "#d1495b", "#edae49", "#b07a1e"
-SERIES = (BLUE, RED, YELLOW, "#3a8f7b", PALE_BLUE, "#7b5ea7", "#e59aa4", OCHRE, "#9ccbbd", "#4a5a6a")
+SERIES = (
+    *("#2b5c9e", "#d1495b", "#edae49", "#3a8f7b", "#9db8d9"),
+    *("#7b5ea7", "#e59aa4", "#b07a1e", "#9ccbbd", "#4a5a6a"),
+)
 """Colours of series in one figure, in this order."""
 NEUTRAL = "#b4bdc7"  # colour of the baseline
 _DOTS_PER_INCH = 130
 
 
-def style(panel: "Axes", title: str, unit: str, weight: str = "normal", pad: float = 6) -> None:
-    """Set the title, ``pad`` points above a panel, and its unit; draw a faint grid behind it and no frame."""
-    panel.set_title(plain(title), loc="left", color=INK, fontsize=11, fontweight=weight, pad=pad)
+def style(panel: "Axes", title: str, unit: str, weight: str = "normal") -> None:
+    """Set the title of a panel and its unit; draw a faint grid behind it and no frame."""
+    panel.set_title(plain(title), loc="left", color=INK, fontsize=11, fontweight=weight)
     panel.set_ylabel(unit, color=MUTED, fontsize=9)
     panel.grid(color=GRID, linewidth=0.8)
     panel.set_axisbelow(True)
@@ -47,76 +49,48 @@ def plain(text: str) -> str:
     return one_line(text).replace("$", r"\$")
 
 
-_TRAIN, _MEAN, _VAL, _SECOND, _SECOND_TEXT = PALE_BLUE, BLUE, RED, YELLOW, OCHRE
-_ACCURACIES = ({"top1": "top-1", "top5": "top-5"}, {"map": "mAP", "f1": "F1"})
-# Margins of the panels; a layout engine would draw everything twice.
-_MARGINS = {"left": 0.075, "right": 0.925, "bottom": 0.085, "top": 0.86, "wspace": 0.22, "hspace": 0.26}
-# Between title and panel, where they cover no curve.
-_LEGEND: dict[str, Any] = {
-    "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.4, "borderpad": 0, "ncols": 3,
-    "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5, "fontsize": 9, "labelcolor": INK, "frameon": False,
-}  # fmt: skip
-_LEGEND_PAD = 22
+_HISTORY = (  # title, unit, and for every curve the lines and the figure that it shows, and its label
+    (
+        "Loss", "nats",
+        (("train", "loss", "training steps"), ("epoch", "loss", "val"), ("epoch", "train_loss", "training epochs")),
+    ),
+    (
+        "Accuracy on the val split", "%",
+        (("epoch", "top1", "top-1"), ("epoch", "top5", "top-5"), ("epoch", "map", "mAP"), ("epoch", "f1", "F1")),
+    ),
+    ("Learning rate", "", (("train", "lr", ""),)),
+    ("Throughput", "images/s", (("train", "images_per_s", ""),)),
+    ("Waiting for data", "% of the time", (("train", "waiting", ""),)),
+)  # fmt: skip
 
 
 def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Draw the metrics of a run, given the ``lines`` of its ``metrics.jsonl``."""
     from matplotlib.figure import Figure
 
-    epochs = [line for line in lines if line["split"] == "epoch"]
-    steps = [line for line in lines if line["split"] == "train"]
     per_epoch = max((line["step"] for line in lines), default=1)
-    x = [line["epoch"] + line["step"] / per_epoch for line in steps]
-    ends = [line["epoch"] + 1 for line in epochs]
-    evaluated = [line for line in epochs if "loss" in line]
-    evaluated_at = [line["epoch"] + 1 for line in evaluated]
-
-    figure = Figure(figsize=(10, 6.6), facecolor="white")
-    (loss, accuracy), (lr, throughput) = figure.subplots(2, 2, sharex=True, gridspec_kw=_MARGINS)
+    figure = Figure(figsize=(8, 12), facecolor="white")
     figure.suptitle(plain(path.parent.resolve().name), color=INK, fontsize=13, fontweight="bold")
-
-    style(loss, "Loss", "cross-entropy, nats", pad=_LEGEND_PAD)
-    loss.plot(x, [line["loss"] for line in steps], color=_TRAIN, linewidth=1, label="training steps")
-    _curve(loss, ends, [line["train_loss"] for line in epochs], _MEAN, "training, whole epoch")
-    if evaluated:
-        _curve(loss, evaluated_at, [line["loss"] for line in evaluated], _VAL, "val")
-    loss.legend(**_LEGEND)
-
-    style(accuracy, "Accuracy on the val split", "%", pad=_LEGEND_PAD)
-    shown = next((names for names in _ACCURACIES if evaluated and all(name in evaluated[-1] for name in names)), None)
-    if shown:
-        (first, leading), (second, other) = shown.items()
-        leading_curve, other_curve = ([100 * line[name] for line in evaluated] for name in (first, second))
-        _curve(accuracy, evaluated_at, other_curve, _SECOND, f"{other}: {other_curve[-1]:.1f} %")
-        label = f"{leading}: {leading_curve[-1]:.1f} %, best {max(leading_curve):.1f} %"
-        _curve(accuracy, evaluated_at, leading_curve, _VAL, label)
-        accuracy.set_ylim(0, 102)
-        accuracy.legend(**_LEGEND)
-
-    style(lr, "Learning rate", "")
-    lr.plot(x, [line["lr"] for line in steps], color=_MEAN, linewidth=1.6)
-    lr.set_ylim(bottom=0)
-    lr.set_xlabel("epoch", color=MUTED)
-
-    style(throughput, "Throughput", "images/s")
-    throughput.plot(x, [line["images_per_s"] for line in steps], color=_MEAN, linewidth=1.2, label="images/s")
-    throughput.set_ylim(bottom=0)
-    throughput.set_xlabel("epoch", color=MUTED)
-    waiting = throughput.twinx()
-    waiting.plot(x, [100 * line["waiting"] for line in steps], color=_SECOND, linewidth=1)
-    waiting.set_ylim(0, 100)
-    waiting.set_ylabel("waiting for data, % of the time", color=_SECOND_TEXT, fontsize=9)
-    waiting.tick_params(colors=_SECOND_TEXT, labelsize=9, length=0)
-    waiting.spines[:].set_visible(False)
-
-    for panel in (loss, accuracy, lr, throughput):
-        panel.set_xlim(left=0)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels = figure.subplots(
+        len(_HISTORY), sharex=True, gridspec_kw={"top": 0.93, "bottom": 0.05, "right": 0.97, "hspace": 0.35}
+    )
+    for panel, (title, unit, curves) in zip(panels, _HISTORY, strict=True):
+        style(panel, title, unit)
+        for (split, name, label), color in zip(curves, SERIES, strict=False):
+            shown = [line for line in lines if line["split"] == split and name in line]
+            x = [line["epoch"] + line["step"] / per_epoch for line in shown]
+            y = [line[name] * (100 if "%" in unit else 1) for line in shown]
+            if shown:
+                panel.plot(x, y, color=color, marker="o" if split == "epoch" else None, markersize=3, label=label)
+        if panel.get_legend_handles_labels()[0]:  # above the panel, where it covers no curve
+            panel.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3, frameon=False, fontsize=9
+            )
+        if title != "Loss":
+            panel.set_ylim(bottom=0)
+    panels[-1].set_xlabel("epoch", color=MUTED)
+    panels[-1].set_xlim(left=0)
     save(figure, path)
-
-
-def _curve(panel: "Axes", x: Sequence[float], y: Sequence[Any], color: str, label: str) -> None:
-    panel.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
 
 
 _NUMBERED = 25  # with more classes, numbers in cells cannot be read

@@ -58,36 +58,23 @@ _Source = TypeVar("_Source", bound=SampleSource, covariant=True)
 
 @dataclass(frozen=True)
 class Splits(Generic[_Source]):
-    """Samples to train on and to evaluate on.
-
-    Attributes:
-        val: None if the dataset has no such split.
-        digest: identifies the dataset; None if it is known by its name.
-        image_size: side of all images in pixels; None if they differ or it is unknown.
-        multi_label: whether an image shows several classes.
-        recipe: how the dataset was rendered or packed; empty if unknown.
-    """
+    """Samples to train on and to evaluate on."""
 
     train: _Source
     val: _Source | None
-    digest: str | None = None
-    image_size: int | None = None
-    multi_label: bool = False
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    digest: str | None = None  # identifies the dataset; None if it is known by its name
+    image_size: int | None = None  # side of all images in pixels; None if they differ or it is unknown
+    multi_label: bool = False  # whether an image shows several classes
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # how it was rendered or packed; empty if unknown
 
 
 @dataclass(frozen=True)
 class InMemorySource:
-    """Samples in memory, with keys ``name/index``.
-
-    Attributes:
-        images: (n, H, W, 3) uint8.
-        labels: (n,) int64.
-    """
+    """Samples in memory, with keys ``name/index``."""
 
     name: str
-    images: Images
-    labels: Indices
+    images: Images  # (n, H, W, 3)
+    labels: Indices  # (n,)
     classes: int
     class_names: tuple[str, ...] = ()
 

@@ -36,21 +36,13 @@ _MAX_BAD = 10_000  # bad samples in a row, after which the dataset is considered
 
 
 class Batch(NamedTuple):
-    """Samples of one rank and step.
+    """Samples of one rank and step."""
 
-    Attributes:
-        images: (b, 3, S, S) uint8, channels last in memory.
-        labels: class indices (b,) int64; for multi-label images (b, classes) float32, 1 for classes shown, else 0.
-        keys: names of the samples in their dataset.
-        sample_keys: (b,) uint64, keys of the samples' random numbers, from (seed, epoch, position).
-        bad: one message per sample that could not be read.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    keys: tuple[str, ...]
-    sample_keys: npt.NDArray[np.uint64]
-    bad: tuple[str, ...]
+    images: torch.Tensor  # (b, 3, S, S) uint8, channels last in memory
+    labels: torch.Tensor  # class indices (b,) int64; of multi-label images (b, classes) float32, 1 for those shown
+    keys: tuple[str, ...]  # names of the samples in their dataset
+    sample_keys: npt.NDArray[np.uint64]  # (b,), keys of the samples' random numbers, from (seed, epoch, position)
+    bad: tuple[str, ...]  # a message per sample that could not be read
 
 
 def epoch_loader(
@@ -262,15 +254,9 @@ class PrefetchSchedule:
         positions: range | None = None,
         passes: int = 1,
     ) -> None:
-        """Create the schedule of a run.
+        """Create the schedule of a run, for the ``positions`` of every epoch that this machine trains on (None: all).
 
-        Args:
-            lengths: samples per shard.
-            seed: seed of the run.
-            window: shards that are shuffled together.
-            repeats: how often each sample is repeated, see ``order.repeated``.
-            positions: positions of every epoch that this machine trains on; None: all.
-            passes: passes over the samples in an epoch, see ``order.epoch_order``.
+        See ``order.epoch_order`` and ``order.repeated`` for the other arguments.
         """
         self._lengths = lengths
         self._seed = seed
