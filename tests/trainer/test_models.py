@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from safetensors import safe_open
 
+from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError, UsageError
 from fractaltrain.checkpoint import Position, save_checkpoint
 from fractaltrain.config import RunConfig
@@ -260,6 +261,7 @@ def test_export_keeps_files_that_are_there(fractaltrain, tmp_path):
 
 
 _SINGLE = {"kind": "single", "n": 60, "classes": 6, "systems_digest": "0"}
+_RECIPE_DIGEST = mapping_digest(_SINGLE)
 _PRETRAINING = {"dataset": "mine", "dataset_digest": "0" * 32, "dataset_recipe": _SINGLE}
 
 
@@ -277,8 +279,9 @@ _PRETRAINING = {"dataset": "mine", "dataset_digest": "0" * 32, "dataset_recipe":
             ("`photos`", "a1b2", "mine", "2206.09132", "changed: nothing"),
         ),
         ({}, "unknown", ()),
+        (_PRETRAINING | {"dataset_digest": _RECIPE_DIGEST}, "mit", (f"recipe digest `{_RECIPE_DIGEST}`.",)),
     ],
-    ids=["pre-trained", "fine-tuned", "of an old version"],
+    ids=["pre-trained", "fine-tuned", "of an old version", "on what was never built"],
 )
 def test_export_writes_a_model_card(fractaltrain, tmp_path, monkeypatch, more, licence, words):
     """The code in it loads the model, and the transform that it was evaluated with."""

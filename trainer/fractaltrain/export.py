@@ -126,8 +126,9 @@ def _config(run: TrainedRun, model: Any, options: Mapping[str, Any]) -> bytes:
     names = {"label_names": settings.class_names} if 0 < len(settings.class_names) <= _MAX_LABELS else {}
     arguments = {key: value for key, value in options.items() if key != "num_classes"}
     with TemporaryDirectory() as scratch:
-        save_config_for_hf(model, f"{scratch}/{_CONFIG}", names, arguments)
-        return Path(scratch, _CONFIG).read_bytes()
+        file: Any = Path(scratch, _CONFIG)  # typed as text, which old versions of timm do not take
+        save_config_for_hf(model, file, names, arguments)
+        return bytes(file.read_bytes())
 
 
 def _card(run: TrainedRun, name: str, title: str) -> bytes:
