@@ -10,10 +10,9 @@ from typing import NamedTuple
 import xxhash
 
 from fractalshards.digest import hashed_image
-from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.manifest import Manifest, Shard
-from fractalshards.reader import ShardIndex, decode_sample, index_split, iterate_shard
+from fractalshards.reader import ShardIndex, decode_shard, index_split
 from fractalshards.recipe_file import recipe_differences
 from fractalshards.sample import label_extension
 from fractalshards.workers import OnProgress, no_progress, worker_pool
@@ -80,11 +79,7 @@ def differing_shards(rows: Pair) -> tuple[Pair, Pair]:
 def digest_shard(index: ShardIndex, classes: int) -> list[SampleDigest]:
     """Digest the samples of a shard; raises a FractalError that names the first damaged one."""
     digests = []
-    for sample in iterate_shard(index):
-        try:
-            pixels, _ = decode_sample(sample, classes)
-        except FractalError as error:
-            raise FractalError(f"{index.path}: {sample.key}: {error}; fetch or build it again") from error
+    for sample, pixels, _ in decode_shard(index, classes):
         image = xxhash.xxh3_128()
         for part in hashed_image(sample, pixels):
             image.update(part)

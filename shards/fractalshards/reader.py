@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,25 @@ def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[Sha
     missing or wrong.
     """
     return tuple(_index_shard(manifest, shard, whole) for shard in split_shards(manifest, split))
+
+
+def decode_shard(
+    index: ShardIndex, classes: int, positions: Iterable[int] | None = None
+) -> Iterator[tuple[Sample, Pixels, Label]]:
+    """Yield samples of a shard with image, (H, W, 3) uint8, and label: those at ``positions``, by default all.
+
+    A FractalError names the shard and the damaged sample.
+    """
+    with index.path.open("rb") as file:
+        for position in range(len(index.offsets) - 1) if positions is None else positions:
+            key = f"sample {position}"
+            try:
+                sample = read_sample(file.fileno(), *index.offsets[position : position + 2].tolist())
+                key = sample.key
+                image, label = decode_sample(sample, classes)
+            except FractalError as error:
+                raise FractalError(f"{index.path}: {key}: {error}; fetch or build it again") from error
+            yield sample, image, label
 
 
 def read_label_counts(manifest: Manifest, shard: Shard) -> npt.NDArray[np.int64]:

@@ -91,11 +91,7 @@ def tally(title: str, values: Sequence[int]) -> Chart:
 
 
 def load_template() -> "jinja2.Template":
-    """Load the template of the page.
-
-    Raises:
-        FractalError: if jinja2 is not installed.
-    """
+    """Load the template of the page; raises FractalError if jinja2 is not installed."""
     with needs_extra("report", "a report"):
         import jinja2
     environment = jinja2.Environment(

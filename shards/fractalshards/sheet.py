@@ -8,9 +8,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import Manifest
 from fractalshards.png import Pixels
+from fractalshards.reader import decode_shard, index_split
 from fractalshards.sample import Label, classes_of
 from fractalshards.storage import atomic_file
-from fractalshards.survey import choose_samples, read_image, select_samples, shrink, spread
+from fractalshards.survey import choose_samples, select_samples, shrink, spread
 
 _GAP = 4
 _LABEL_WIDTH = 44
@@ -69,9 +70,11 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
     """Read the rows of some classes of a dataset, evenly spread; an image of several classes may be in several rows."""
     rows: dict[int, list[Image.Image]] = {label: [] for label in spread(manifest.classes, classes)}
     wanted, _ = select_samples(manifest, split, list(rows), per_class)
-    for shard in wanted:
-        for label, location in choose_samples(shard):
-            _, image, _ = read_image(location, manifest.classes)
+    indices = index_split(manifest, split)
+    for number, counts in wanted.items():
+        chosen = choose_samples(indices[number], counts)
+        decoded = decode_shard(indices[number], manifest.classes, [position for _, position in chosen])
+        for (label, _), (_, image, _) in zip(chosen, decoded, strict=True):
             rows[label].append(shrink(image, tile))
     if not any(rows.values()):
         raise FractalError(f"{manifest.folder}: split {split!r} contains no images")

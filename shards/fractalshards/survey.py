@@ -3,10 +3,9 @@
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +15,17 @@ from PIL import Image
 from fractalshards.errors import FractalError
 from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, split_shards
 from fractalshards.png import Pixels
-from fractalshards.reader import ShardIndex, decode_sample, index_split, read_label_counts, read_sample
-from fractalshards.sample import BLOCK, Label, MultiLabel, Object, classes_of, decode_label, first_member_end
+from fractalshards.reader import ShardIndex, decode_shard, index_split, read_label_counts, read_sample
+from fractalshards.sample import (
+    BLOCK,
+    Label,
+    MultiLabel,
+    Object,
+    classes_of,
+    decode_label,
+    first_member_end,
+    packed_size,
+)
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 
 MAX_MEASURED = 2000  # images
@@ -30,15 +38,6 @@ _MAX_OBJECTS = 8  # boxes per thumbnail
 _GOLDEN = 0.6180339887498949
 
 Counts = npt.NDArray[np.int64]  # images that show each class, (classes,)
-
-
-class Location(NamedTuple):
-    """Where a sample is: its position in the shard ``path``, and its bytes."""
-
-    path: Path
-    position: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,24 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
     per_class = min(_PER_CLASS, MAX_THUMBNAILS // len(shown))
     tile = _LARGE if len(shown) * per_class <= _MAX_LARGE else _SMALL
     wanted, counts = select_samples(manifest, split, shown, per_class)
-    measured = list(_spread_over_shards(manifest, split))
+    measured = np.array(spread(manifest.samples(split), MAX_MEASURED))
+    tasks = []
+    first = 0
+    for number, index in enumerate(index_split(manifest, split)):
+        end = first + len(index.offsets) - 1
+        positions = (measured[(measured >= first) & (measured < end)] - first).tolist()
+        if number in wanted or positions:
+            tasks.append((index, wanted.get(number, {}), positions))
+        first = end
+    done, total = 0, len(measured) + sum(sum(classes.values()) for classes in wanted.values())
     thumbnails: dict[int, list[Thumbnail]] = {label: [] for label in shown}
-    stats = []
+    stats: list[ImageStats] = []
     with worker_pool(workers) as pool:
-        chosen = [place for places in pool.map(choose_samples, wanted) for place in places]
-        total = len(chosen) + len(measured)
-        for done, (label, thumbnail) in enumerate(pool.map(partial(_thumbnail, manifest.classes, tile), chosen), 1):
-            thumbnails[label].append(thumbnail)
-            on_progress(done, total)
-        for done, one in enumerate(pool.map(partial(_measure, manifest.classes), measured), len(chosen) + 1):
-            stats.append(one)
+        for pictures, measurements in pool.map(partial(_survey_shard, manifest.classes, tile), tasks):
+            for label, picture in pictures:
+                thumbnails[label].append(picture)
+            stats += measurements
+            done += len(pictures) + len(measurements)
             on_progress(done, total)
     others = {
         name: sum((read_label_counts(manifest, shard) for shard in shards), start=np.zeros_like(counts))
@@ -143,13 +149,13 @@ def fit_thumbnails(thumbnails: Mapping[int, list[Thumbnail]], most_bytes: int) -
 
 def select_samples(
     manifest: Manifest, split: str, shown: Sequence[int], per_class: int
-) -> tuple[list[tuple[ShardIndex, dict[int, int]]], Counts]:
+) -> tuple[dict[int, dict[int, int]], Counts]:
     """Choose how many images of each class to take from which shards, by the label counts in the sidecars.
 
     The images of a class come from as many shards as possible, because one shard may hold one render in four flips.
 
     Returns:
-        Shards and the number of images to take from each by class, and the label counts of the split.
+        The number of images to take by shard and class, and the label counts of the split.
     """
     shards = split_shards(manifest, split)
     classes = np.array(shown)
@@ -168,30 +174,21 @@ def select_samples(
         missing -= take
         if not missing.any():
             break
-    indices = index_split(manifest, split)
-    wanted = [
-        (indices[number], {int(classes[at]): int(taken[number, at]) for at in np.flatnonzero(taken[number])})
+    wanted = {
+        int(number): {int(classes[at]): int(taken[number, at]) for at in np.flatnonzero(taken[number])}
         for number in np.flatnonzero(taken.sum(axis=1))
-    ]
+    }
     return wanted, totals
 
 
-def choose_samples(wanted: tuple[ShardIndex, Mapping[int, int]]) -> list[tuple[int, Location]]:
-    """Choose the given number of samples of each class from a shard, evenly spread; returns them with their classes."""
-    index, counts = wanted
-    locations: dict[int, list[Location]] = {label: [] for label in counts}
-    for location, label in _read_labels(index):
+def choose_samples(index: ShardIndex, counts: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Choose a number of samples of each class from a shard, evenly spread; return (class, position) of each."""
+    positions: dict[int, list[int]] = {label: [] for label in counts}
+    for position, label in enumerate(_read_labels(index) if counts else ()):
         for one in classes_of(label):
-            if one in locations:
-                locations[one].append(location)
-    return [(label, found[at]) for label, found in locations.items() for at in spread(len(found), counts[label])]
-
-
-def read_image(location: Location, classes: int) -> tuple[str, Pixels, Label]:
-    """Read key, image (H, W, 3) uint8 and label of a sample; an error names the sample."""
-    with location.path.open("rb") as file, _naming(location):
-        sample = read_sample(file.fileno(), location.start, location.end)
-        return sample.key, *decode_sample(sample, classes)
+            if one in positions:
+                positions[one].append(position)
+    return [(label, found[at]) for label, found in positions.items() for at in spread(len(found), counts[label])]
 
 
 def shrink(image: Pixels, tile: int) -> Image.Image:
@@ -201,51 +198,34 @@ def shrink(image: Pixels, tile: int) -> Image.Image:
     return picture
 
 
-def _thumbnail(classes: int, tile: int, chosen: tuple[int, Location]) -> tuple[int, Thumbnail]:
-    label, location = chosen
-    key, image, content = read_image(location, classes)
-    height, width, _ = image.shape
-    stream = io.BytesIO()
-    shrink(image, tile).save(stream, "WEBP", quality=75)
-    objects = content.objects[:_MAX_OBJECTS] if isinstance(content, MultiLabel) else ()
-    return label, Thumbnail(key, width, height, stream.getvalue(), objects)
+def _survey_shard(
+    classes: int, tile: int, task: tuple[ShardIndex, Mapping[int, int], Sequence[int]]
+) -> tuple[list[tuple[int, Thumbnail]], list[ImageStats]]:
+    """Return thumbnails of a number of images of each class, with the class, and statistics of images by position."""
+    index, counts, measured = task
+    chosen = choose_samples(index, counts)
+    shown = {position for _, position in chosen}
+    positions = sorted({*measured, *shown})
+    thumbnails: dict[int, Thumbnail] = {}
+    stats: dict[int, ImageStats] = {}
+    for position, (sample, image, label) in zip(positions, decode_shard(index, classes, positions), strict=True):
+        height, width, _ = image.shape
+        objects = label.objects if isinstance(label, MultiLabel) else ()
+        stats[position] = ImageStats(width, height, packed_size(sample), float(image.any(axis=2).mean()), len(objects))
+        if position in shown:
+            stream = io.BytesIO()
+            shrink(image, tile).save(stream, "WEBP", quality=75)
+            thumbnails[position] = Thumbnail(sample.key, width, height, stream.getvalue(), objects[:_MAX_OBJECTS])
+    return [(label, thumbnails[position]) for label, position in chosen], [stats[position] for position in measured]
 
 
-def _measure(classes: int, location: Location) -> ImageStats:
-    _, image, label = read_image(location, classes)
-    height, width, _ = image.shape
-    objects = len(label.objects) if isinstance(label, MultiLabel) else 0
-    return ImageStats(width, height, location.end - location.start, float(image.any(axis=2).mean()), objects)
-
-
-def _spread_over_shards(manifest: Manifest, split: str) -> Iterator[Location]:
-    """Locate up to ``MAX_MEASURED`` samples, evenly spread over a split."""
-    indices = index_split(manifest, split)
-    ends = np.cumsum([len(index.offsets) - 1 for index in indices])
-    samples = np.array(spread(int(ends[-1]), MAX_MEASURED))
-    for number, sample in zip(np.searchsorted(ends, samples, side="right").tolist(), samples.tolist(), strict=True):
-        yield _locate(indices[number], sample - int(ends[number]) + len(indices[number].offsets) - 1)
-
-
-def _locate(index: ShardIndex, position: int) -> Location:
-    return Location(index.path, position, *index.offsets[position : position + 2].tolist())
-
-
-@contextmanager
-def _naming(location: Location) -> Iterator[None]:
-    """Add shard and position to errors about a sample."""
-    try:
-        yield
-    except FractalError as error:
-        raise FractalError(f"{location.path}: sample {location.position}: {error}; fetch or build it again") from error
-
-
-def _read_labels(index: ShardIndex) -> Iterator[tuple[Location, Label]]:
+def _read_labels(index: ShardIndex) -> Iterator[Label]:
     """Read the labels of a shard without the images, which come first."""
     with index.path.open("rb") as file:
-        for position in range(len(index.offsets) - 1):
-            location = _locate(index, position)
-            with _naming(location):
-                image_end = location.start + first_member_end(os.pread(file.fileno(), BLOCK, location.start))
-                label = decode_label(read_sample(file.fileno(), min(image_end, location.end), location.end).files)
-            yield location, label
+        for position, (start, end) in enumerate(pairwise(index.offsets.tolist())):
+            try:
+                image_end = start + first_member_end(os.pread(file.fileno(), BLOCK, start))
+                yield decode_label(read_sample(file.fileno(), min(image_end, end), end).files)
+            except FractalError as error:
+                text = f"{index.path}: sample {position}: {error}; fetch or build it again"
+                raise FractalError(text) from error
