@@ -11,16 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.console import (
-    PATH,
-    Commands,
-    continuable,
-    next_step,
-    note,
-    progress,
-    quiet_option,
-    workers_option,
-)
+from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
 from fractalshards.diff import compare_datasets
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line

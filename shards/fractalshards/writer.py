@@ -20,16 +20,7 @@ from fractalshards.manifest import (
     write_record,
 )
 from fractalshards.png import Indexed, Pixels, encode_png, pixels_of
-from fractalshards.sample import (
-    END_OF_TAR,
-    PNG,
-    Label,
-    Sample,
-    classes_of,
-    encode_label,
-    pack_sample,
-    packed_size,
-)
+from fractalshards.sample import END_OF_TAR, PNG, Label, Sample, classes_of, encode_label, pack_sample, packed_size
 from fractalshards.storage import atomic_file, remove_leftovers
 from fractalshards.workers import OnProgress, is_lost, no_progress
 

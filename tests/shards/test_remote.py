@@ -29,16 +29,7 @@ from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_mani
 from fractalshards.portable import read_portable
 from fractalshards.remote import transfer
 from fractalshards.remote.card import PORTABLE, PREVIEW, README
-from fractalshards.remote.stores import (
-    FileInfo,
-    HubStore,
-    Store,
-    Upload,
-    WebStore,
-    open_store,
-    parse_location,
-    redact,
-)
+from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact
 from fractalshards.storage import write_json
 from fractalshards.writer import write_shard
 
