@@ -248,6 +248,8 @@ def _headers(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
                 if header.size < 0:  # some versions of Python would read such a tar forever
                     raise FractalError(f"{path}: {header.name} has a negative size; do not use this dataset")
                 yield header
+            if os.pread(descriptor, tarfile.BLOCKSIZE, tar.offset).strip(b"\0"):  # tarfile takes damage for the end
+                raise tarfile.ReadError(f"a damaged header at byte {tar.offset:,}")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise FractalError(f"{path}: not a plain tar ({error}); fetch it again, or decompress it") from error
 
