@@ -79,17 +79,6 @@ def test_content_digest_is_independent_of_png_encoding(tmp_path: Path) -> None:
         assert digest("d.tar", *other)[0] != content
 
 
-def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def samples():
-        yield "000000000", (np.zeros((4, 4, 3), np.uint8), 0)
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_shard(tmp_path, "train-000000.tar", 1, samples())
-    assert list(tmp_path.iterdir()) == []
-    assert caught.value.filename == str(tmp_path / "train-000000.tar")
-
-
 def test_publish_refuses_vanished_shards(tmp_path: Path) -> None:
     task = ShardTask("train", "train-000000.tar", 0, 2)
     with pytest.raises(FractalError, match="train-000000"):

@@ -67,6 +67,22 @@ def test_private_cache_is_in_the_first_place_that_can_be_written(
     assert expected is None or stat.S_IMODE(expected.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("prepared", ["open to all", "a link", "of somebody else"])
+def test_private_cache_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: str) -> None:
+    """Where others can write, shards could be swapped after they were hashed."""
+    uid = os.getuid() + (prepared == "of somebody else")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    folder = tmp_path / f"fractalpretrain-{uid}"
+    if prepared == "a link":
+        folder.symlink_to("/tmp")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if prepared == "open to all" else 0o700)
+    with pytest.raises(FractalError, match="--cache-dir"):
+        private_cache(scratch=True)
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "日" * 85])
 def test_atomic_file_has_a_name_of_any_length(tmp_path: Path, name: str) -> None:
     with atomic_file(tmp_path / name) as file:
