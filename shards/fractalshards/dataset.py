@@ -7,9 +7,9 @@ image, label = data[7]
 
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.manifest import TRAINING, Manifest, load_manifest
 from fractalshards.png import Pixels
 from fractalshards.reader import Example, OpenFiles, decode_sample, index_split, read_label_counts, read_sample
-from fractalshards.sample import LabelType, classes_of
+from fractalshards.sample import classes_of
 from fractalshards.tars import Tar, index_tars
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ class StoredSplit:
     Attributes:
         manifest: the whole dataset, as ``_info.json`` describes it.
         split: name of this split.
+        classes: number of classes; labels are in [0, classes).
+        class_names: by class index; empty if the classes have none.
+        label_type: ``single`` or ``multi``: one class per image, or several.
+        image_size: side of the square images in pixels; None if they differ.
+        recipe: the recipe that the images were made by.
+        digest: content digest of the dataset, all splits included: 32 hexadecimal digits.
         lengths: samples per shard, in order of index.
         files: the shards that are open.
     """
@@ -48,16 +54,16 @@ class StoredSplit:
         cache: "ShardCache | None" = None,
         max_open_files: int = MAX_OPEN_FILES,
     ) -> None:
-        """Read the sidecars.
+        """Read the sidecars; raises FractalError if the split or a shard is missing, or they contradict each other.
 
         Args:
             cache: fetches the shards; None: they are in the manifest's folder.
             max_open_files: shards that stay open; the cache cannot remove these to make room.
-
-        Raises:
-            FractalError: if the split, a shard or a sidecar is missing, or they contradict each other.
         """
         self.manifest, self.split = manifest, split
+        self.classes, self.class_names = manifest.classes, manifest.class_names
+        self.label_type, self.image_size = manifest.label_type, manifest.image_size
+        self.recipe, self.digest = manifest.recipe, manifest.content_digest()
         self._shards = index_split(manifest, split, whole=cache is None)
         self.lengths = tuple(len(shard.offsets) - 1 for shard in self._shards)
         self._starts = np.cumsum([0, *self.lengths])
@@ -69,36 +75,6 @@ class StoredSplit:
         )
 
     @property
-    def classes(self) -> int:
-        """Number of classes; labels are in [0, classes)."""
-        return self.manifest.classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Class names by index; empty if the classes have none."""
-        return self.manifest.class_names
-
-    @property
-    def label_type(self) -> LabelType:
-        """``single`` or ``multi``: one class per image, or several."""
-        return self.manifest.label_type
-
-    @property
-    def image_size(self) -> int | None:
-        """Side of the square images in pixels; None if they differ."""
-        return self.manifest.image_size
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """The recipe that the images were made by."""
-        return self.manifest.recipe
-
-    @property
-    def digest(self) -> str:
-        """Content digest of the dataset, all splits included: 32 hexadecimal digits."""
-        return self.manifest.content_digest()
-
-    @property
     def label_counts(self) -> _Indices:
         """Number of samples that show each class, (classes,) int64, from the sidecars."""
         none = np.zeros(self.classes, np.int64)
@@ -106,12 +82,7 @@ class StoredSplit:
 
     @property
     def labels(self) -> _Indices:
-        """Class index of every sample, (n,) int64, from the headers of all tars.
-
-        Raises:
-            FractalError: if images have several labels, a tar is damaged, or its labels are not those that its sidecar
-                counts.
-        """
+        """Class index of every sample, (n,) int64, from the headers of all tars; must fit the sidecars' counts."""
         manifest = self.manifest
         if self.label_type != "single":
             raise FractalError(f"{manifest.folder}: images show several classes each; read the labels of its samples")

@@ -46,11 +46,7 @@ def compare_datasets(
 ) -> DatasetDiff:
     """Compare the samples of two datasets; images are only read where content digests differ.
 
-    Args:
-        on_progress: called with samples read and samples to read, split by split.
-
-    Raises:
-        FractalError: if a sample that must be read is damaged or missing.
+    ``on_progress`` is called with samples read and samples to read, split by split.
     """
     splits = dict.fromkeys((*first.splits, *second.splits))
     diffs = [_compare_split((first, second), split, workers, on_progress) for split in splits]

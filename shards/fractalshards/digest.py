@@ -11,8 +11,6 @@ import xxhash
 
 from fractalshards.sample import PNG, Sample, image_extension, label_extension
 
-_CHUNK = 1 << 20
-
 
 class ContentDigest:
     """Running xxh3-128 over (key, image, label) of samples, in order.
@@ -54,11 +52,8 @@ def hashed_image(sample: Sample, pixels: npt.NDArray[np.uint8]) -> Iterator[byte
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file, 64 hexadecimal digits, in constant memory."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def systems_digest(systems: Sequence[npt.NDArray[np.float64]]) -> str:

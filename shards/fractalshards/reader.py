@@ -98,11 +98,7 @@ def read_blocks(descriptor: int, start: int, end: int) -> bytes:
 
 
 def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
-    """Decode a sample to its image, (H, W, 3) uint8, and label.
-
-    Raises:
-        FractalError: if there is not one image and one label, the image is damaged or a class out of range.
-    """
+    """Decode a sample to its image, (H, W, 3) uint8, and label, which must be in [0, classes)."""
     label = decode_label(sample.files)
     if (largest := max(classes_of(label), default=0)) >= classes:
         raise FractalError(f"label {largest}, but there are {classes} classes")
@@ -154,10 +150,9 @@ class OpenFiles:
     """
 
     def __init__(self, limit: int, fetch: Callable[[str], int] | None = None) -> None:
-        """Create an empty set of files.
+        """Keep at most ``limit`` files open.
 
         Args:
-            limit: the most files that stay open.
             fetch: returns the descriptor of a file that is opened for reading, given its name; None: open it locally.
         """
         self.limit = limit
@@ -167,12 +162,7 @@ class OpenFiles:
     def open(self, path: Path, stamp: FileStamp | None = None) -> OpenFile:
         """Open a file, or return it if it is open.
 
-        Args:
-            stamp: the one that the file must have.
-
-        Raises:
-            BadSampleError: if the file cannot be opened.
-            FractalError: if it cannot be fetched, or was changed.
+        Raises BadSampleError if it cannot be opened; FractalError, if it cannot be fetched or has another ``stamp``.
         """
         file = self._files.pop(path, None)
         if file is None:

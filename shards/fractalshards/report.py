@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,12 @@ _BLACK_GROUND = 0.98  # images with a background have at least this share of pix
 
 @dataclass(frozen=True)
 class Chart:
-    """A bar chart with a tooltip for each bar; ``ticks`` are spread over its width, or below ``each`` bar."""
+    """A bar chart with names for tooltips; ``ticks`` are spread over its width, or below ``each`` bar."""
 
     title: str
     note: str
     values: Sequence[float]
-    tips: Sequence[str]
+    names: Sequence[str]
     ticks: Sequence[str]
     each: bool = False
 
@@ -53,7 +54,6 @@ def class_chart(title: str, counts: Counts) -> Chart:
         f"class {start:,}" if group == 1 else f"classes {start:,} to {start + len(part) - 1:,}"
         for start, part in parts.items()
     ]
-    tips = [f"{name}: {mean:,.4g} images" for name, mean in zip(names, means, strict=True)]
     low, high = int(counts.min()), int(counts.max())
     note = f"{low:,} to {human_count(high, 'image')} per class, median {np.median(counts):,.4g}."
     if low == high:
@@ -63,7 +63,7 @@ def class_chart(title: str, counts: Counts) -> Chart:
     if group > 1:
         note += f" Each bar is the mean of {group} neighbouring classes."
     ticks = ("class 0", f"class {len(counts) - 1:,}") if len(counts) > 1 else ("class 0",)
-    return Chart(title, note, means, tips, ticks)
+    return Chart(title, note, means, names, ticks)
 
 
 def histogram(
@@ -71,23 +71,19 @@ def histogram(
 ) -> Chart:
     """Chart how many images have a value in each of 25 bins from 0 to ``highest``; ``show`` formats a value."""
     counts, edges = np.histogram(values, _BINS, (0, highest))
-    tips = [
-        f"{show(low)} to {show(high)}: {human_count(count, 'image')}"
-        for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
-    ]
+    names = [f"{show(low)} to {show(high)}" for low, high in pairwise(edges.tolist())]
     low, median, high = map(show, np.percentile(values, [5, 50, 95]))
     ticks = tuple(show(value) for value in (0, highest / 2, highest))
     note = f"Median {median}; 90 % of the images are between {low} and {high}. {note}".strip()
-    return Chart(title, note, counts.tolist(), tips, ticks)
+    return Chart(title, note, counts.tolist(), names, ticks)
 
 
 def tally(title: str, values: Sequence[int]) -> Chart:
     """Chart how often each small number occurs; large ones share a bar."""
     counts = np.bincount(np.minimum(values, _MAX_TALLY), minlength=2).tolist()
     names = [f"{number} or more" if number == _MAX_TALLY else str(number) for number in range(len(counts))]
-    tips = [f"{name}: {human_count(count, 'image')}" for name, count in zip(names, counts, strict=True)]
     note = f"{min(values)} to {max(values)}, mean {np.mean(values):.3g}."
-    return Chart(title, note, counts, tips, names, each=True)
+    return Chart(title, note, counts, names, names, each=True)
 
 
 def load_template() -> "jinja2.Template":

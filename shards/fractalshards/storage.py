@@ -144,11 +144,8 @@ def private_cache(scratch: bool = False) -> Path | None:
     It is ``fractalpretrain`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; in a container whose user has no home, or none to
     write to, ``$TMPDIR/fractalpretrain-UID``. It is created, and belongs to the user alone: caches hold code.
 
-    Args:
-        scratch: prefer ``$TMPDIR`` where it is set, as batch systems do: for large files.
-
-    Raises:
-        FractalError: if the folder exists, and other users can write there.
+    With ``scratch``, for large files, ``$TMPDIR`` comes first where it is set, as batch systems do. Raises FractalError
+    if the folder exists, and other users can write there.
     """
     kept = _home_caches() / "fractalpretrain"
     temporary = Path(os.environ.get("TMPDIR") or "/tmp") / f"fractalpretrain-{os.getuid()}"

@@ -93,11 +93,8 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
     Reads all sidecars, the labels of as many shards as it takes to find images of every class, and the images that it
     shows or measures.
 
-    Args:
-        on_progress: called with images read and images to read.
-
-    Raises:
-        FractalError: if there is no image, or a sidecar or sample is damaged.
+    ``on_progress`` is called with images read and images to read. Raises FractalError if there is no image, or a
+    sidecar or sample is damaged.
     """
     split = TRAINING if TRAINING in manifest.splits else next(iter(manifest.splits), "")
     if not split or not 0 < manifest.samples(split) <= MAX_SAMPLES:

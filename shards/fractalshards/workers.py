@@ -146,11 +146,9 @@ def worker_pool(workers: int) -> Iterator[Executor]:
             os.environ.pop(name, None)
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> AbstractContextManager[None]:
     """Raise ``Terminated``, a KeyboardInterrupt, inside the block when SIGTERM arrives."""
-    with handling(_terminate, signal.SIGTERM):
-        yield
+    return handling(_terminate, signal.SIGTERM)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -125,9 +125,9 @@ def test_charts() -> None:
     assert chart.note == "0 to 4 images per class, median 2. 1 without images."
     many = class_chart("", np.arange(1500))
     assert len(many.values) == 250
-    assert many.tips[1] == "classes 6 to 11: 8.5 images"
+    assert (many.names[1], many.values[1]) == ("classes 6 to 11", 8.5)
     assert sorted(histogram("", "", [0.1, 0.1, 0.9], str).values)[-3:] == [0, 1, 2]
-    assert tally("", [1, 1, 99]).tips[:2] == ["0: 0 images", "1: 2 images"]
+    assert tally("", [1, 1, 99]).values[:2] == [0, 2]
     assert tally("", [1, 1, 99]).ticks[-1] == "15 or more"
 
 
@@ -217,5 +217,5 @@ def test_report_refuses_damaged_datasets(tmp_path: Path, dataset: Path) -> None:
     write_json(sidecar, record)
     with (dataset / "train-000001.tar").open("r+b") as file:
         os.pwrite(file.fileno(), bytes(400), record["offsets"][1] + 512 + 20)
-    assert_refused(report(dataset, out), 1, "train-000001.tar: sample 1: ")
+    assert_refused(report(dataset, out), 1, "train-000001.tar: 000000006: ")
     assert not out.exists()
