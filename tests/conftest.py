@@ -18,15 +18,17 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from PIL import Image
 
 from fractalshards.remote import stores
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make processes in the background ignore it
 os.environ["OMP_NUM_THREADS"] = "1"  # also in subprocesses: images this small are slower with more
-settings.register_profile("any-machine", deadline=None)
-settings.load_profile("any-machine")
+with suppress(ImportError):  # tests of GPUs do without
+    from hypothesis import settings
+
+    settings.register_profile("any-machine", deadline=None)
+    settings.load_profile("any-machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
