@@ -24,14 +24,7 @@ from fractalshards.slices import Slice
 from fractalshards.storage import check_space, remove_leftovers
 from fractalshards.systems import MAP_SHAPES, Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress
-from fractalshards.writer import (
-    ShardTask,
-    encode_rendered,
-    finished_shards,
-    publish,
-    run_jobs,
-    write_shard,
-)
+from fractalshards.writer import ShardTask, encode_rendered, finished_shards, publish, run_jobs, write_shard
 
 _PROBES, _FEW_PROBES = 32, 8  # units; few where each takes as long as many images
 _PROBE_SECONDS = 3.0

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def read_categories(path: Path) -> tuple[Category, ...]:
         OSError: if it cannot be read.
     """
     categories = read_systems(path)
-    faults = (
-        f"category {index:05d}: {fault}" for index, category in enumerate(categories) if (fault := _fault(category))
-    )
-    if fault := next(faults, "" if categories else "no categories"):
-        raise FractalError(f"{path}: {fault}; fetch it again, or write it with 'fractalgen search'")
+    for index, category in enumerate(categories):
+        if fault := _fault(category):
+            raise FractalError(f"{path}: category {index:05d}: {fault}; write it with 'fractalgen search'")
+    if not categories:
+        raise FractalError(f"{path}: no categories; write it with 'fractalgen search'")
     return categories
 
 
@@ -64,7 +65,7 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
         FractalError: if there are none, a number is missing or occurs twice, or a file is not a category.
         OSError: if a file cannot be read.
     """
-    found = (path for pattern in ("*.csv", "*/*.csv") for path in folder.glob(pattern))
+    found = [*folder.glob("*.csv"), *folder.glob("*/*.csv")]
     paths = sorted((path for path in found if _CSV_NAME.fullmatch(path.name)), key=lambda path: (path.name, path))
     if not paths:
         raise FractalError(f"{folder}: no files 00000.csv, 00001.csv, ...; give the folder of FractalDB's CSV files")
@@ -100,12 +101,8 @@ def warn_of_black(categories: Sequence[Category], where: Path) -> None:
     numbers = np.random.RandomState(0).random_sample(_CHECK_POINTS)
     rates = [measure(category, numbers, _CHECK_SIZE) for category in categories]
     if black := [f"{index:05d}" for index, rate in enumerate(rates) if rate < _BLACK]:
-        _log.warning(
-            "%s: images of %s %s are nearly black: the maps diverge, or shrink to a point or a line",
-            where,
-            "class" if len(black) == 1 else "classes",
-            human_list(black),
-        )
+        text = "%s: images of these classes are nearly black, as maps diverge, or shrink to a point or a line: %s"
+        _log.warning(text, where, human_list(black))
 
 
 def _fault(category: Category) -> str:
@@ -151,11 +148,11 @@ def search_categories(
 
     Args:
         classes: number of categories to find.
-        seed: seed of numpy's ``RandomState``; the published one is 1.
+        seed: seed of numpy's ``RandomState``, 0 to 2**32 - 1; the published one is 1.
         fill_rate: minimum share of pixels hit by 100,000 points, above 0. Few candidates hit more than 0.3, so a search
             for more may not end.
         workers: number of processes.
-        on_progress: called after every batch of candidates with the number of categories found, and ``classes``.
+        on_progress: called with the number of categories found, and ``classes``.
 
     Raises:
         UsageError: if an argument is out of its range.
@@ -186,16 +183,13 @@ def search_categories(
 def _batches(seed: int) -> Iterator[tuple[_State, int]]:
     """Yield the generator state at the start of each batch of candidates, and the number of its first candidate.
 
-    The state can only be reached by drawing all numbers before it. Drawing is a third of the work; the workers repeat
-    it, because a state is smaller to send than the numbers.
+    Drawing is a third of the work; the workers repeat it, because a state is smaller to send than the numbers.
     """
     rng = np.random.RandomState(seed)
-    first = 1
-    while True:
+    for first in count(1, _BATCH):
         yield rng.get_state(), first
         for _ in range(_BATCH):
             _draw_candidate(rng)
-        first += _BATCH
 
 
 def _try_batch(state: _State, first: int, fill_rate: float) -> list[Found]:

@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -19,29 +19,20 @@ from fractalgen.categories import read_categories, read_csv, read_csv_folder, se
 from fractalgen.executors import open_executor
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
-from fractalgen.kinds import KINDS, Kind, find_kind
+from fractalgen.kinds import KINDS, Kind
 from fractalgen.kinds.contours import STREAMS, parameter_table, render_instance
 from fractalgen.kinds.kind import show_range
 from fractalgen.recipe import Recipe, make_recipe, parse_recipe
 from fractalgen.render import check_systems, draw_systems
 from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset
-from fractalshards.console import (
-    PATH,
-    Commands,
-    continuable,
-    next_step,
-    note,
-    progress,
-    quiet_option,
-    workers_option,
-)
+from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, human_list, human_seconds, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
 from fractalshards.portable import plan_portable, read_portable
-from fractalshards.settings import nearest, override, parse_settings, show_value
+from fractalshards.settings import override, parse_settings, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
 from fractalshards.slices import Slice, parse_slice
 from fractalshards.storage import check_writable, write_bytes
@@ -51,16 +42,7 @@ from fractalshards.workers import OnProgress
 _ALL = "all"
 
 
-def _kind_option(names: Collection[str], required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(
-        "--kind",
-        required=required,
-        metavar="|".join(names),
-        shell_complete=lambda context, option, typed: [name for name in names if name.startswith(typed)],
-        help="Kind of images, see 'fractalgen kinds'.",
-    )
-
-
+_KIND_HELP = "Kind of images, see 'fractalgen kinds'."
 _SIZE = click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
 _POINTS = click.option("--points", type=int, help="Points of each chaos game.  [default: by kind]")
 _SEED = click.option("--seed", default=0, help="Random seed.")
@@ -76,7 +58,7 @@ _STREAM = "--kind --category --instance --classes --set"
 def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a dataset, the arguments of ``_make_recipe``."""
     options = (
-        _kind_option(KINDS, required=False),
+        click.option("--kind", type=click.Choice([*KINDS]), help=_KIND_HELP),
         click.option("--n", type=int, help="Training images.  [default: those of the published set, if it is one]"),
         click.option("--val", default=0, help="Validation images, of the same classes."),
         click.option("--classes", type=int, help="Number of classes.  [default: 1000]"),
@@ -141,12 +123,8 @@ def main() -> None:
 @click.option("--recipe", "recipe_file", type=PATH, metavar="FILE",
               help="Portable recipe, from 'fractalgen recipe' or 'fractalshards recipe'.")  # fmt: skip
 @click.option("--out", type=PATH, help="Dataset folder.  [default: shards/KIND]")
-@click.option(
-    "--executor",
-    type=click.Choice(["local", "dask"]),
-    default="local",
-    help="Where to render: local processes or a Dask cluster.",
-)
+@click.option("--executor", type=click.Choice(["local", "dask"]), default="local",
+              help="Where to render: local processes or a Dask cluster.")  # fmt: skip
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="Address of the Dask scheduler.")
 @click.option("--slice", "slice_", metavar="I/K|auto", help="Build every K-th shard, from the I-th; for job arrays.")
 @workers_option
@@ -268,7 +246,7 @@ def kinds(as_json: bool) -> None:
 
 
 @main.command(groups={"Images": "--kind --size --points --seed --set", "Sheet": "--classes --per-class --tile --out"})
-@_kind_option([*KINDS, _ALL], required=True)
+@click.option("--kind", required=True, type=click.Choice([*KINDS, _ALL]), help=_KIND_HELP)
 @_SIZE
 @_POINTS
 @_SEED
@@ -289,7 +267,7 @@ def preview(
     if kind == _ALL and overrides:
         raise UsageError("--set changes one kind, but --kind is 'all'")
     recipes = []
-    for one in KINDS.values() if kind == _ALL else (find_kind(kind),):
+    for one in KINDS.values() if kind == _ALL else (KINDS[kind],):
         changed = {**parse_settings(one.preview), **overrides}
         points = others["points"] if one.points or kind != _ALL else None
         recipes.append(
@@ -307,7 +285,7 @@ def preview(
 @click.option("--points", default=200_000, type=click.IntRange(1, MAX_POINTS), help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="0 none, 1 top-bottom, 2 left-right, 3 both.")
 @click.option("--mask-seed", default=0, type=int, help="Seed of the patch masks (Python's random).")
-@_kind_option(STREAMS, required=False)
+@click.option("--kind", type=click.Choice([*STREAMS]), help=_KIND_HELP)
 @click.option("--category", type=int, metavar="C", help="Class of the image, from 0.")
 @click.option("--instance", type=int, metavar="I", help="Image of the class, from 0.")
 @click.option("--classes", default=1000, type=click.IntRange(1), help="Classes of the stream.")
@@ -349,7 +327,7 @@ def render(
         _refuse_beside(context, "--kind", _FRACTALDB)
         if kind is None or category is None or instance is None:
             raise UsageError("--params is missing, or --kind with --category and --instance")
-        side = size or _find_stream(kind).size
+        side = size or KINDS[kind].size
         stream = override(STREAMS[kind](), parse_settings(settings))
         with _preparing() as on_progress:
             image = render_instance(stream, side, classes, category, instance, on_progress)
@@ -358,21 +336,17 @@ def render(
 
 
 @main.command(groups={"Stream": "--kind --classes --seed --set", "File": "--out"})
-@_kind_option(STREAMS, required=True)
-@click.option("--classes", type=click.IntRange(1), help="Number of classes.  [default: 1000]")
+@click.option("--kind", required=True, type=click.Choice([*STREAMS]), help=_KIND_HELP)
+@click.option("--classes", default=1000, type=click.IntRange(1), help="Number of classes.")
 @_SEED
 @_SET
 @click.option("--out", required=True, type=PATH, metavar="FILE.csv", help="Output file.")
 @quiet_option
-def parameters(kind: str, classes: int | None, seed: int, settings: tuple[str, ...], out: Path) -> None:
+def parameters(kind: str, classes: int, seed: int, settings: tuple[str, ...], out: Path) -> None:
     """Write the parameters of all classes of VisualAtom or RCDB, a row each, on all cores.
 
     Example: fractalgen parameters --kind visualatom --out parameters.csv
     """
-    family = _find_stream(kind)
-    if out.is_dir():
-        raise UsageError(f"--out is {out}: expected the name of a file")
-    classes = family.classes if classes is None else classes
     recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=parse_settings(settings))
     with _preparing() as on_progress:
         systems = draw_systems(recipe, on_progress)
@@ -407,13 +381,6 @@ def search(classes: int, seed: int, fill_rate: float, out: Path, workers: int) -
 def _preparing() -> AbstractContextManager[OnProgress]:
     """Show the progress of what a kind prepares before it can render."""
     return progress("following the published stream", "classes")
-
-
-def _find_stream(name: str) -> Kind:
-    """Return the kind of a published stream."""
-    if name not in STREAMS:
-        raise UsageError(f"kind {name!r} is not a published stream{nearest(name, STREAMS)}")
-    return KINDS[name]
 
 
 def _refuse_beside(context: click.Context, option: str, others: str) -> None:

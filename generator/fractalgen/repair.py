@@ -26,13 +26,7 @@ from fractalshards.writer import publish
 
 @dataclass(frozen=True)
 class Repaired:
-    """The result of a repair.
-
-    Attributes:
-        problems: the problems that were found.
-        rendered: names of the shards that were rendered again.
-        extra: names of tars in the folder that are not shards of the dataset.
-    """
+    """The problems that were found, and names: of shards rendered again, and of tars that are not of the dataset."""
 
     problems: tuple[Problem, ...]
     rendered: tuple[str, ...]
@@ -42,15 +36,10 @@ class Repaired:
 def repair_dataset(
     folder: Path, executor: Executor, on_progress: OnProgress = no_progress, on_prepare: OnProgress = no_progress
 ) -> Repaired:
-    """Verify a dataset, render damaged and missing shards again, and update the manifest.
+    """Verify a dataset, finished or not, render damaged and missing shards again, and update the manifest.
 
-    The result has the content digests of an uninterrupted build.
-
-    Args:
-        folder: the dataset's folder, finished or not.
-        executor: see ``executors.open_executor``.
-        on_progress: called with the number of images verified and rendered, and the total.
-        on_prepare: see ``draw_systems``.
+    The result has the content digests of an uninterrupted build. ``on_progress`` is called with the number of images
+    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``.
 
     Raises:
         FractalError: as ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs
@@ -91,25 +80,23 @@ def repair_dataset(
 
 def _recover(folder: Path, manifest: Manifest | None, on_prepare: OnProgress) -> BuildFolder:
     """Read a folder; restore a damaged recipe from the manifest, and damaged systems by drawing them."""
-    path = folder / RECIPE
     stale = []
     try:
-        stored = read_json(path, RecipeFile)
-        recipe = parse_recipe(stored.recipe, stored.recipe_digest, str(path))
+        stored = read_json(folder / RECIPE, RecipeFile)
+        recipe = parse_recipe(stored.recipe, stored.recipe_digest, str(folder / RECIPE))
     except (FractalError, FileNotFoundError):
         if manifest is None:
             raise
         recipe = parse_recipe(manifest.recipe, manifest.recipe_digest, str(folder / INFO))
-        stale.append(path)
-    path = folder / SYSTEMS
-    systems: Systems | None = None
+        stale.append(RECIPE)
+    systems: Systems = ()
     with suppress(FractalError, FileNotFoundError):
-        systems = read_systems(path)
-    if systems is None or systems_digest(systems) != recipe.systems_digest:
+        systems = read_systems(folder / SYSTEMS)
+    if systems_digest(systems) != recipe.systems_digest:
         systems = draw_systems(recipe, on_prepare)
-        stale.append(path)
+        stale.append(SYSTEMS)
     found = BuildFolder.read(folder, recipe, systems)
-    for path in stale:
-        path.unlink(missing_ok=True)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
     claim(found)
     return found

@@ -34,11 +34,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_dataset_is_sound(workspace: Path) -> None:
-    result = run("fractalshards verify shards/single", workspace)
-    assert "sound: shards/single: 60 train, 20 val images in 4 shards" in result.stdout
-
-
 @pytest.mark.slow
 def test_pretraining_and_finetuning(workspace: Path) -> None:
     pretraining = "fractaltrain pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20"

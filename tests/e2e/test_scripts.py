@@ -66,15 +66,10 @@ def test_progress_bar_on_a_terminal(folder: Path) -> None:
     assert on_a_terminal([*command, "--quiet"], folder) == ""
 
 
-def test_json_of_info_and_kinds(folder: Path) -> None:
+def test_json_of_info(folder: Path) -> None:
     facts = json.loads(run("fractalshards info --json shards/single", folder)[0])
     assert facts["splits"] == {"train": {"samples": 60, "shards": 3}, "val": {"samples": 10, "shards": 1}}
     assert (facts["recipe"]["kind"], facts["classes"], len(facts["content_digest"])) == ("single", 5, 32)
-    kinds = {kind["name"]: kind for kind in json.loads(run("fractalgen kinds --json", folder)[0])}
-    assert {"fractaldb", "single", "multi"} <= set(kinds)
-    parameters = {one["name"]: one for one in kinds["multi"]["parameters"]}
-    assert (parameters["objects"]["default"], parameters["objects"]["range"]) == ([1, 5], "1 to 255")
-    assert parameters["flips"]["range"] == "true, false"
 
 
 def test_json_of_verify(folder: Path) -> None:

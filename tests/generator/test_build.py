@@ -177,35 +177,6 @@ def test_signal_ends_a_build_after_the_running_shards(tmp_path: Path, number: si
     assert len(list(out.glob("*.tar"))) == len(sidecars(out))
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "noun"),
-    [
-        (["--recipe", "recipe.json"], 2, "--recipe"),
-        (["--kind", "fractl"], 2, "'fractl'"),
-        (["--workers", "0"], 2, "--workers"),
-        (["--set", "mops=2,3"], 2, "'maps'"),
-        (["--slice", ""], 2, "I/K"),
-        (["--categories", "x.npz"], 2, "--kind is 'single'"),
-        (["--kind", "fractaldb", "--categories", "x.npz", "--from-csv", "y"], 2, "--from-csv"),
-        (["--kind", "fractaldb", "--categories", "nowhere.npz"], 1, "nowhere.npz"),
-        (["--kind", "fractaldb", "--from-csv", "."], 1, "00000.csv"),
-        (["--kind", "fractaldb", "--n", "5000", "--classes", "1001"], 2, "fractalgen search --classes 1001"),
-        (["--out", "/proc/nowhere"], 1, "/proc/nowhere"),
-        (["--out", __file__], 1, "test_build.py"),
-        (["--size", "2048", "--n", "99999999", "--shard-size", "99999"], 1, "disk"),
-    ],
-    ids=str,
-)
-def test_build_refuses_in_one_line(
-    options: list[str], code: int, noun: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = run(*SMALL, "--workers", 1, "--out", tmp_path / "out", *options)
-    assert result.exit_code == code, result.stderr
-    assert noun in error_line(result)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_full_disk_leaves_only_finished_shards(built: Path, small_disk: Path) -> None:
     out = small_disk / "out"
     plan = plan_build(open_folder(out, RECIPE))

@@ -1,13 +1,14 @@
-"""``fractalgen render``, ``search``, ``preview`` and ``kinds``: their output, and errors in one line."""
+"""``fractalgen render``, ``search``, ``preview`` and ``kinds``: their output; what all commands refuse, in one line."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from building import run
+from building import error_line, run
 from fractalgen.categories import read_categories, search_categories, shipped_categories
 from fractalgen.kinds import KINDS
 
@@ -44,12 +45,50 @@ def test_search_writes_categories(tmp_path: Path) -> None:
     assert not any(np.array_equal(found[0].category, category) for category in shipped_categories())
 
 
+BUILD = "build --kind single --n 110 --classes 20 --size 32 --shard-size 25"
+VISUALATOM = "build --kind visualatom --n 12 --classes 6 --set processes=2 --set instances=30"
+RENDER = "render --kind visualatom --category 1 --instance 1"
+
+
 @pytest.mark.parametrize(
     ("command", "code", "noun"),
     [
+        (f"{BUILD} --recipe recipe.json", 2, "--recipe"),
+        (f"{BUILD} --kind fractl", 2, "'fractl'"),
+        (f"{BUILD} --workers 0", 2, "--workers"),
+        (f"{BUILD} --set mops=2,3", 2, "'maps'"),
+        (f"{BUILD} --slice ''", 2, "I/K"),
+        (f"{BUILD} --categories x.npz", 2, "--kind is 'single'"),
+        (f"{BUILD} --kind fractaldb --categories x.npz --from-csv y", 2, "--from-csv"),
+        (f"{BUILD} --kind fractaldb --categories nowhere.npz", 1, "nowhere.npz"),
+        (f"{BUILD} --kind fractaldb --from-csv .", 1, "00000.csv"),
+        (f"{BUILD} --kind fractaldb --n 5000 --classes 1001", 2, "fractalgen search --classes 1001"),
+        (f"{BUILD} --out /proc/nowhere", 1, "/proc/nowhere"),
+        (f"{BUILD} --out {__file__}", 1, "test_cli.py"),
+        (f"{BUILD} --size 2048 --n 99999999 --shard-size 99999", 1, "disk"),
+        (f"{BUILD} --executor dask", 2, "--scheduler"),
+        (f"{BUILD} --scheduler tcp://localhost:1", 2, "--executor dask"),
+        (f"{BUILD} --executor dask --scheduler tcp://localhost:1 --workers 2", 2, "--workers"),
+        (f"{VISUALATOM} --classes 7", 2, "processes"),
+        (f"{VISUALATOM} --n 181", 2, "instances"),
+        (f"{VISUALATOM} --points 5", 2, "points"),
+        (f"{VISUALATOM} --set vertices=2", 2, "vertices"),
+        ("recipe --n 8", 2, "--kind"),
+        ("recipe --kind fractaldb --n 5000 --classes 1001", 2, "categories"),
+        ("recipe --kind onepfrac --classes 5 --set sigma=6", 2, "sigma"),
+        ("recipe --kind onepfrac --classes 5 --set threshold=0.9", 2, "threshold"),
+        ("recipe --kind onepfrac --classes 5 --set maps=9", 2, "maps"),
         ("render --params csv --weight-row 25", 2, "--weight-row"),
         ("render --params csv --out image.jpg", 2, "image.jpg"),
         ("render --params nowhere.csv", 1, "nowhere.csv"),
+        ("render --kind visualatom --category 1", 2, "--instance"),
+        (f"{RENDER} --instance 1000", 2, "instance"),
+        (f"{RENDER} --category 60 --classes 60 --set instances=2", 2, "category"),
+        (f"{RENDER} --classes 61", 2, "classes"),
+        (f"{RENDER} --classes 0", 2, "--classes"),
+        (f"{RENDER} --params x.csv", 2, "--params"),
+        (f"{RENDER} --draw point-gray", 2, "--draw"),
+        (f"{RENDER} --kind single", 2, "'single'"),
         ("search --classes 0", 2, "classes is 0"),
         ("search --workers none", 2, "--workers"),
         ("preview --kind fractl", 2, "'fractl'"),
@@ -58,15 +97,14 @@ def test_search_writes_categories(tmp_path: Path) -> None:
         ("preview --kind single --out x.tiff", 2, "x.tiff"),
     ],
 )
-def test_command_reports_errors_in_one_line(
+def test_refusal_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, code: int, noun: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name, *options = command.split()
+    name, *options = shlex.split(command)
     result = run(name, "--out", "out.png", *options)
     assert result.exit_code == code, result.output
-    (line,) = result.stderr.splitlines()
-    assert noun in line
+    assert noun in error_line(result)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,8 +137,8 @@ def test_kinds_lists_every_parameter_with_default_and_range() -> None:
     rows = [line.split() for line in result.stdout.splitlines()]
     for row in (["jitter", "0.8,1.1", "0.0", "to", "10.0"], ["objects", "1,5", "1", "to", "255"]):
         assert row in [found[:5] for found in rows]
-    listed = json.loads(run("kinds", "--json").stdout)
-    assert [kind["name"] for kind in listed] == list(KINDS)
-    for kind in listed:
-        for parameter in kind["parameters"]:
-            assert parameter["name"] in [row[0] for row in rows if row]
+    listed = {kind["name"]: kind["parameters"] for kind in json.loads(run("kinds", "--json").stdout)}
+    assert list(listed) == list(KINDS)
+    assert {one["name"] for parameters in listed.values() for one in parameters} <= {row[0] for row in rows if row}
+    ranges = {one["name"]: (one["default"], one["range"]) for one in listed["multi"]}
+    assert (ranges["objects"], ranges["flips"]) == (([1, 5], "1 to 255"), (True, "true, false"))

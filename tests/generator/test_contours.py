@@ -14,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from building import error_line, run
+from building import run
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.build import open_folder, plan_build
 from fractalgen.kernels.exact import MAX_ANGLE, log, sine_and_cosine
 from fractalgen.kernels.lines import _draw_polygon
 from fractalgen.kernels.mt19937 import Mersenne, fill, seed_state, skip
-from fractalgen.kinds.contours import STREAMS, follow, parameter_table, render_instance
+from fractalgen.kinds.contours import STREAMS, follow, parameter_table, render_instance, unpack
 from fractalgen.plan import locate
-from fractalgen.render import render_unit
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
@@ -108,7 +107,7 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind
 @pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
 def test_systems_are_the_published_parameters(reference: Path, kind: str) -> None:
     _, *expected = next((reference / kind).glob("*some_classes.csv")).read_text().splitlines()
-    systems = [system for system, _ in islice(follow(STREAMS[kind](), 1000, 0), 5)]
+    systems = [unpack(row)[0] for row in islice(follow(STREAMS[kind](), 1000, 0), 5)]
     _, *rows = parameter_table(systems).decode().splitlines()
     assert rows == expected[:5]
     assert [system[0, 11] for system in systems] == sorted({system[0, 11] for system in systems})
@@ -208,13 +207,6 @@ def test_own_stream_has_any_number_of_images() -> None:
     assert not any(np.array_equal(*pair) for pair in zip(systems, others, strict=True))
 
 
-def test_images_of_a_unit_are_a_sequence() -> None:
-    recipe = make_recipe("rcdb", 7, classes=7, size=64, overrides={"stream": "own"})
-    images = render_unit(recipe, draw_systems(recipe), locate(recipe, 0).unit)
-    pixels = [image.indices.tobytes() for image, _ in images]
-    assert (len(pixels), images[-1][0].indices.tobytes()) == (25, pixels[24])
-
-
 @pytest.mark.parametrize(
     ("kind", "stream", "recipe_digest", "pixels"),
     [
@@ -233,42 +225,6 @@ def test_pixels_are_pinned(kind: str, stream: str, recipe_digest: str, pixels: s
     for index in (*range(0, 120, 9), *range(120, 124)):
         state.update(render_sample(recipe, systems, index)[0].tobytes())
     assert (recipe.with_systems(systems).digest(), state.hexdigest()) == (recipe_digest, pixels)
-
-
-@pytest.mark.parametrize(
-    ("options", "noun"),
-    [
-        (["--classes", 30], "processes"),
-        (["--n", 181, *STREAM], "instances"),
-        (["--n", 12, *STREAM, "--points", 5], "points"),
-        (["--n", 12, *STREAM, "--set", "vertices=2"], "vertices"),
-    ],
-)
-def test_build_refuses_what_no_published_program_makes(tmp_path: Path, options: list[object], noun: str) -> None:
-    result = run("build", "--kind", "visualatom", "--out", tmp_path / "out", *options)
-    assert result.exit_code == 2, result.output
-    assert noun in error_line(result)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "noun"),
-    [
-        ("--category 1", "--instance"),
-        ("--category 1 --instance 1000", "instance"),
-        ("--category 60 --instance 1 --classes 60 --set instances=2", "category"),
-        ("--category 1 --instance 1 --classes 61", "classes"),
-        ("--category 1 --instance 1 --classes 0", "--classes"),
-        ("--category 1 --instance 1 --params x.csv", "--params"),
-        ("--category 1 --instance 1 --draw point-gray", "--draw"),
-        ("--category 1 --instance 1 --kind single", "'single'"),
-    ],
-)
-def test_render_refuses_images_that_are_not_there(tmp_path: Path, options: str, noun: str) -> None:
-    result = run("render", "--kind", "visualatom", "--out", tmp_path / "image.png", *options.split())
-    assert result.exit_code == 2, result.output
-    assert noun in error_line(result)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stream", ["published", "own"])

@@ -96,21 +96,15 @@ def test_worker_that_cannot_build_is_named(tmp_path: Path, change: Callable[...,
         run_build(plan_build(open_folder(tmp_path / "out", RECIPE)), InThisThread(change=change))
 
 
-def test_dask_options_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No client is made for a malformed address: Dask would leave it open, and the next client would wait for it."""
+@pytest.mark.parametrize("address", ["nonsense://x", "localhost"])
+def test_malformed_dask_address_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """No client is made for it: Dask would leave it open, and the next client would wait for it."""
     monkeypatch.setattr("distributed.Client", lambda *arguments, **named: pytest.fail("made a client"))
-    for options, code, noun in (
-        (["--executor", "dask"], 2, "--scheduler"),
-        (["--scheduler", "tcp://localhost:1"], 2, "--executor dask"),
-        (["--executor", "dask", "--scheduler", "tcp://localhost:1", "--workers", "2"], 2, "--workers"),
-        (["--executor", "dask", "--scheduler", "nonsense://x"], 1, "nonsense://x"),
-        (["--executor", "dask", "--scheduler", "localhost"], 1, "localhost"),
-    ):
-        result = run(*SMALL, "--out", tmp_path / "out", *options)
-        assert result.exit_code == code, result.output
-        (line,) = result.stderr.splitlines()
-        assert noun in line
-        assert not (tmp_path / "out").exists()
+    result = run(*SMALL, "--out", tmp_path / "out", "--executor", "dask", "--scheduler", address)
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    assert address in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

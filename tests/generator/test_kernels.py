@@ -291,21 +291,10 @@ def test_hsv_equals_the_published_conversion(reference: Path) -> None:
         assert np.array_equal(hsv_to_rgb(arrays["hsv"]), arrays["rgb"])
 
 
-def test_hsv_equals_opencv_within_one_step() -> None:
-    hues, saturations, values = np.meshgrid(np.arange(256), np.arange(0, 256, 5), np.arange(0, 256, 3), indexing="ij")
-    hsv = np.stack([hues, saturations, values], -1).astype(np.uint8).reshape(-1, 1, 3)
-    theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
-    assert np.abs(hsv_to_rgb(hsv).astype(int) - theirs).max() <= 1
-
-
-def heights_of(size: int, seed: int) -> np.ndarray:
-    return diamond_square(size, 0.6, Stream.of("heights", seed).key())
-
-
 def test_paint_follows_its_definition() -> None:
     rng = np.random.default_rng(0)
     counts = (rng.integers(0, 50, (224, 224)) * rng.integers(0, 2, (224, 224))).astype(np.uint32)
-    heights = heights_of(224, 0) * 3 - 1
+    heights = diamond_square(224, 0.6, Stream.of("heights", 0).key()) * 3 - 1
     fractal = FractalColors(200.7, 180, 220)
     background = HeightColors((240.5, 100.1), (70.2, 120.4), (150.3, 130.6))
     hit = counts > 0
@@ -367,19 +356,6 @@ def test_diamond_square_is_the_published_algorithm(size: int) -> None:
     key = Stream.of("ds", size).key()
     heights = diamond_square(size, 0.6, key)
     assert heights.shape == (size, size)
-    noise = cell_noise(levels, key)
-    np.testing.assert_allclose(heights, plain_diamond_square(levels, 0.6, noise)[:size, :size], atol=1e-6)
-
-
-def cell_noise(levels: int, key: tuple[np.uint32, np.uint32]) -> np.ndarray:
-    """Compute the noise of every cell by its definition: hash32 of the cell's number in the grid."""
     side = 2**levels + 1
-    words = np.empty(side * side, np.uint32)
-
-    @njit
-    def fill(words, key0, key1):
-        for i in range(len(words)):
-            words[i] = hash32(np.uint32(i), key0, key1)
-
-    fill(words, *key)
-    return ((words >> 8) * 2.0**-23 - 1).reshape(side, side)
+    noise = ((words(side * side, *key) >> 8) * 2.0**-23 - 1).reshape(side, side)
+    np.testing.assert_allclose(heights, plain_diamond_square(levels, 0.6, noise)[:size, :size], atol=1e-6)

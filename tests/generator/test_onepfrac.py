@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import xxhash
 
-from building import error_line, run
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kernels.random import Stream
@@ -13,11 +12,6 @@ from fractalgen.plan import locate
 
 RECIPE = make_recipe("onepfrac", 40, classes=20)
 SYSTEMS = draw_systems(RECIPE)
-
-
-def test_default_is_the_published_set() -> None:
-    recipe = make_recipe("onepfrac")
-    assert (recipe.n, recipe.classes, recipe.size, recipe.points) == (1000, 1000, 512, 100_000)
 
 
 def test_classes_perturb_one_fractal() -> None:
@@ -62,11 +56,3 @@ def test_pixels_are_pinned() -> None:
 def test_number_of_classes_changes_no_class() -> None:
     fewer = draw_systems(make_recipe("onepfrac", 3, classes=3))
     assert [system.tobytes() for system in fewer] == [system.tobytes() for system in SYSTEMS[:3]]
-
-
-@pytest.mark.parametrize(
-    ("options", "noun"),
-    [(("--set", "sigma=6"), "sigma"), (("--set", "threshold=0.9"), "threshold"), (("--set", "maps=9"), "maps")],
-)
-def test_settings_without_images_are_refused(options: tuple[str, ...], noun: str) -> None:
-    assert noun in error_line(run("recipe", "--kind", "onepfrac", "--classes", 5, *options))

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -43,27 +43,6 @@ from kind_variants import overrides_of
 def test_make_recipe_refuses_invalid_values(changes: dict[str, Any], noun: str) -> None:
     with pytest.raises(UsageError, match=noun):
         make_recipe(**{"kind": "single", "n": 1000, **changes})
-
-
-def test_make_recipe_has_the_published_defaults() -> None:
-    recipe = make_recipe("single", 1_000_000)
-    assert (recipe.classes, recipe.size, recipe.points, recipe.shard_size) == (1000, 224, 100_000, 1000)
-    assert asdict(recipe.params) == {
-        "maps": (2, 4),
-        "sigma_factor": (5.0, 6.0),
-        "jitter": (0.8, 1.1),
-        "window_shift": 0.2,
-        "window_scale": (0.5, 2.0),
-        "patch": True,
-        "flips": True,
-        "color": True,
-        "saturation": (0.3, 1.0),
-        "value": (0.5, 1.0),
-        "background": True,
-        "decay": (0.4, 0.8),
-        "blur_probability": 0.5,
-        "blur_sigma": (0.5, 1.0),
-    }
 
 
 def test_recipe_digest_covers_every_field() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from building import error_line, run
+from building import run
 from fractalgen import draw_systems, make_recipe
 from fractalgen.source import RenderedSplit, open_recipe
 from fractalshards.errors import FractalError, UsageError
@@ -76,5 +76,3 @@ def test_recipes_that_cannot_be_rendered_are_refused(tmp_path: Path) -> None:
         RenderedSplit(recipe.with_systems(draw_systems(recipe)), others, "train")
     with pytest.raises(FractalError, match="systems"):
         RenderedSplit(recipe.with_systems(others[:3]), others[:3], "train")
-    assert "--kind" in error_line(run("recipe", "--n", 8))
-    assert "categories" in error_line(run("recipe", "--kind", "fractaldb", "--n", 5000, "--classes", 1001))

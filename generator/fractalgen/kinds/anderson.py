@@ -83,7 +83,13 @@ def _sample_singular_values(n: int, alpha: float, rng: np.random.Generator) -> F
     return values
 
 
-_GRID = 2.0**24  # systems are rounded to multiples of 1 / _GRID, so that all machines store the same
+_GRID = 2.0**24
+
+
+def rounded(values: Float64s) -> Float64s:
+    """Round to multiples of 2**-24, so that all machines store the same systems."""
+    multiples: Float64s = np.round(values * _GRID) / _GRID
+    return multiples
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,9 @@ class AndersonParams:
 
 def draw_systems(params: AndersonParams, seed: int, classes: int) -> Systems:
     """Draw a system per class, (maps, 2, 3) float64 in multiples of 2**-24, whatever the number of classes."""
-    return tuple(_draw_system(params, np.random.default_rng([seed, label])) for label in range(classes))
+    low, high = params.maps
+    rngs = (np.random.default_rng([seed, label]) for label in range(classes))
+    return tuple(rounded(sample_system((low, high + 1), rng, params.sigma_factor)) for rng in rngs)
 
 
 def draw_patch(params: AndersonParams, rng: Stream) -> npt.NDArray[np.int64]:
@@ -146,9 +154,3 @@ def blur_at_random(image: Pixels, params: AndersonParams, rng: Stream) -> Pixels
     if rng.chance(params.blur_probability):
         return gaussian_blur(image, rng.uniform(*params.blur_sigma))
     return image
-
-
-def _draw_system(params: AndersonParams, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    low, high = params.maps
-    system = sample_system((low, high + 1), rng, params.sigma_factor)
-    return np.round(system * _GRID) / _GRID

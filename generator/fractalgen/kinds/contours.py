@@ -34,7 +34,7 @@ Generator = Mersenne | Stream
 
 _CANVAS = 512  # side of the canvas that centres are drawn for; others move them by half the difference
 _PER_UNIT = 25  # instances that share a way through the generator
-_STATES = 4, 20  # of the generator per class, at least and at most: more are sooner reached in random order
+_FEWEST_STATES, _MOST_STATES = 4, 20  # of the generator per class: with more, any instance is reached sooner
 _TABLE_STATES = 20_000  # of all classes, 50 MB, if that leaves a class no fewer
 _VERSION = 1  # of the table
 _SYSTEM_WORDS = 24  # of 12 float64
@@ -162,11 +162,11 @@ def _integer(rng: Generator, bounds: tuple[int, int]) -> int:
     return rng.integer(bounds[0], bounds[1] + 1)
 
 
-def follow(params: ContourParams, classes: int, process: int) -> Iterator[tuple[npt.NDArray[np.float64], list[Words]]]:
+def follow(params: ContourParams, classes: int, process: int) -> Iterator[Words]:
     """Follow one of the published processes: yield the system of each of its classes, and states of the generator.
 
-    The system, (1, 12) float64, is that of ``draw_systems``. State k, (624,) uint32, comes before everything that
-    instance k S draws, for S = ``_stride(params, classes)``.
+    They are in one row of words, see ``unpack``. State k comes before everything that instance k S draws, for
+    S = ``_stride(params, classes)``.
     """
     rng = Mersenne.of(seed_state(process + 1))
     stride = _stride(params, classes)
@@ -178,12 +178,18 @@ def follow(params: ContourParams, classes: int, process: int) -> Iterator[tuple[
             states.append(rng.state())
             _skip(params, contour, rng, first, min(first + stride, params.instances))
         params.draw_next(rng, contour)
-        yield np.array([[*contour, position]]), states
+        yield np.concatenate([np.array([*contour, position]).view(np.uint32), *states])
+
+
+def unpack(row: Words) -> tuple[npt.NDArray[np.float64], Words]:
+    """Return the system in a row, (1, 12) float64 as in ``draw_systems``, and the states, (k, 624) uint32."""
+    system: npt.NDArray[np.float64] = np.array(row[:_SYSTEM_WORDS]).view(np.float64)
+    return system.reshape(1, -1), row[_SYSTEM_WORDS:].reshape(-1, STATE_WORDS)
 
 
 def _stride(params: ContourParams, classes: int) -> int:
-    fewest, most = _STATES
-    return -(-params.instances // min(max(_TABLE_STATES // classes, fewest), most))
+    states = min(max(_TABLE_STATES // classes, _FEWEST_STATES), _MOST_STATES)
+    return -(-params.instances // states)
 
 
 def _skip(params: ContourParams, contour: Contour, rng: Mersenne, first: int, stop: int) -> None:
@@ -199,19 +205,15 @@ def _skip(params: ContourParams, contour: Contour, rng: Mersenne, first: int, st
 
 @lru_cache(maxsize=4)
 def _table(params: ContourParams, classes: int) -> Words:
-    """Return a row for every class: its system as 12 float64, then its states."""
+    """Return a row for every class, see ``unpack``."""
     return _prepare(params, classes, no_progress)
 
 
 def _prepare(params: ContourParams, classes: int, on_progress: OnProgress) -> Words:
-    def rows(process: int) -> Iterator[Words]:
-        for system, states in follow(params, classes, process):
-            yield np.concatenate([system.view(np.uint32).reshape(-1), *states])
-
     states = len(range(0, params.instances, _stride(params, classes)))
     shape = classes, _SYSTEM_WORDS + STATE_WORDS * states
-    identity = "contours", _VERSION, params
-    return shared_table(identity, shape, lambda: [rows(process) for process in range(params.processes)], on_progress)
+    rows = [follow(params, classes, process) for process in range(params.processes)]
+    return shared_table(("contours", _VERSION, params), shape, rows, on_progress)
 
 
 def prepare(params: ContourParams, classes: int, on_progress: OnProgress) -> None:
@@ -231,8 +233,7 @@ def draw_systems(params: ContourParams, seed: int, classes: int) -> Systems:
 
 def _draw_system(params: ContourParams, seed: int, classes: int, label: int) -> npt.NDArray[np.float64]:
     if params.stream == "published":
-        row: npt.NDArray[np.float64] = np.array(_table(params, classes)[label, :_SYSTEM_WORDS]).view(np.float64)
-        return row.reshape(1, -1)
+        return unpack(_table(params, classes)[label])[0]
     return np.array([[*params.draw_class(Stream.of(params.name, seed, "class", label)), 0.0]])
 
 
@@ -278,7 +279,7 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
         )
     contour, first, count = _contour(system), unit.number * _PER_UNIT, _PER_UNIT
     if params.stream == "published" and unit.split == "train":
-        states = np.asarray(_table(params, len(systems)))[unit.label, _SYSTEM_WORDS:].reshape(-1, STATE_WORDS)
+        _, states = unpack(_table(params, len(systems))[unit.label])
         count = min(count, params.instances - first)
         images = partial(_published_images, params, size, contour, states)
     else:
@@ -305,7 +306,7 @@ def render_instance(
     for number in range(last):
         next(followed)
         on_progress(number + 1, last + 1)
-    system, states = next(followed)
+    system, states = unpack(next(followed))
     return next(_published_images(params, size, _contour(system), states, instance, instance + 1))
 
 
@@ -315,7 +316,7 @@ def _contour(system: npt.NDArray[np.float64]) -> Contour:
 
 
 def _published_images(
-    params: ContourParams, size: int, contour: Contour, states: Words | Sequence[Words], first: int, stop: int
+    params: ContourParams, size: int, contour: Contour, states: Words, first: int, stop: int
 ) -> Iterator[Indexed]:
     """Draw instances ``first`` to ``stop - 1`` of a class, from the nearest state before them."""
     stride = -(-params.instances // len(states))

@@ -65,9 +65,7 @@ def check(params: FractaldbParams, n: int, val: int, classes: int) -> None:
         )
 
 
-def render(
-    params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems
-) -> tuple[Rendered, Rendered, Rendered, Rendered]:
+def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered, ...]:
     """Render a category and its three flips, each (size, size) indexed.
 
     All weight rows are used before patches are drawn again. The validation split continues after the training split:
@@ -79,15 +77,12 @@ def render(
         number += _first_number(params, unit.after[1])
     draw, row = divmod(number, params.rows)
     weights = kernel.weight_rows(params.weight_step)[params.weight_rows[0] + row]
-    category = systems[unit.label]
     masks = None
     if kernel.is_patch(params.draw):
         masks = kernel.masks(Stream.of("fractaldb", unit.seed, unit.label, row, draw).key(), points)
-    indices = kernel.render(category, weights, size, points, params.draw, masks)
+    indices = kernel.render(systems[unit.label], weights, size, points, params.draw, masks)
     palette = kernel.palette(params.draw)
-    images = (Indexed(kernel.flip(indices, flip), palette) for flip in range(FLIPS))
-    none, top_bottom, left_right, both = ((image, unit.label) for image in images)
-    return none, top_bottom, left_right, both
+    return tuple((Indexed(kernel.flip(indices, flip), palette), unit.label) for flip in range(FLIPS))
 
 
 def _first_number(params: FractaldbParams, before: int) -> int:

@@ -6,11 +6,10 @@ fractalgen build --kind onepfrac
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kernels.random import Stream
-from fractalgen.kinds.anderson import sample_system
+from fractalgen.kinds.anderson import Float64s, rounded, sample_system
 from fractalgen.kinds.kind import Kind, Unit, check_parameters, parameter
 from fractalshards.errors import UsageError
 from fractalshards.png import Indexed
@@ -19,11 +18,8 @@ from fractalshards.writer import Rendered
 
 _SIZE, _POINTS = 512, 100_000
 _SIGMA_SPREAD = 0.1
-_GRID = 2.0**24  # coefficients are rounded to multiples of 1 / _GRID, so that all machines store the same
 _TRIES = 1000
 _DRAW: kernel.Draw = "patch-gray"
-
-Float64s = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def draw_systems(params: OnepfracParams, seed: int, classes: int) -> Systems:
 def _draw_fractal(params: OnepfracParams, seed: int) -> Float64s:
     """Draw the unperturbed system; the probability of a map is proportional to |det A|."""
     low, high = (2 * (params.sigma + spread) - params.maps for spread in (-_SIGMA_SPREAD, _SIGMA_SPREAD))
-    affine = _rounded(sample_system(params.maps, np.random.default_rng([seed]), (low, high)))  # it adds maps and halves
+    affine = rounded(sample_system(params.maps, np.random.default_rng([seed]), (low, high)))  # it adds maps and halves
     a, b, e, c, d, f = affine.reshape(-1, 6).T
     area = np.abs(a * d - b * c)
     return np.stack([a, b, c, d, e, f, area / area.sum()], axis=1)
@@ -68,7 +64,7 @@ def _perturb(fractal: Float64s, params: OnepfracParams, seed: int, label: int) -
     for attempt in range(_TRIES):
         rng = np.random.default_rng([seed, label, attempt])
         system = fractal.copy()
-        system[:, :6] = _rounded(fractal[:, :6] * rng.uniform(1 - params.delta, 1 + params.delta, (len(fractal), 6)))
+        system[:, :6] = rounded(fractal[:, :6] * rng.uniform(1 - params.delta, 1 + params.delta, (len(fractal), 6)))
         image = kernel.render(system, np.ones(6), _SIZE, _POINTS, _DRAW, masks)
         if np.count_nonzero(image) > params.threshold * image.size:
             return system
@@ -86,11 +82,6 @@ def render(params: OnepfracParams, size: int, points: int, unit: Unit, systems: 
 
 def _masks(unit: Unit, points: int) -> kernel.Masks:
     return kernel.masks(Stream.of("onepfrac", *unit.identity()).key(), points)
-
-
-def _rounded(values: Float64s) -> Float64s:
-    rounded: Float64s = np.round(values * _GRID) / _GRID
-    return rounded
 
 
 KIND = Kind(

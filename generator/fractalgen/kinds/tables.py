@@ -3,7 +3,7 @@
 FOLDER/tables/DIGEST.npy, see ``storage.private_cache``
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -25,7 +25,7 @@ _ROWS = 5  # that a chain computes before it waits for the others
 def shared_table(
     identity: tuple[object, ...],
     shape: tuple[int, int],
-    chains: Callable[[], Sequence[Iterator[Table]]],
+    chains: Sequence[Iterator[Table]],
     on_progress: OnProgress,
 ) -> Table:
     """Return a table from the cache, read-only; the first process that needs it computes it while others wait.
@@ -33,8 +33,8 @@ def shared_table(
     Args:
         identity: what determines the table, the version of the code that computes it included.
         shape: of the table.
-        chains: returns iterators over the rows of equal, consecutive parts of the table. They advance side by side on
-            all cores, so they should release the GIL.
+        chains: iterators over the rows of equal, consecutive parts of the table. They advance side by side on all
+            cores, so they should release the GIL.
         on_progress: called with the number of rows computed, and of all rows.
 
     Raises:
@@ -43,7 +43,7 @@ def shared_table(
     """
     root = private_cache(scratch=True)
     if root is None:
-        return _compute(shape, chains(), on_progress)
+        return _compute(shape, chains, on_progress)
     path = root / "tables" / f"{xxhash.xxh3_128_hexdigest(repr((identity, shape)).encode())}.npy"
     if (table := _read(path, shape)) is not None:
         return table
@@ -51,7 +51,7 @@ def shared_table(
     with FileLock(path.with_suffix(".lock")):
         if (table := _read(path, shape)) is None:
             remove_leftovers(path.parent)
-            table = _compute(shape, chains(), on_progress)
+            table = _compute(shape, chains, on_progress)
             with atomic_file(path) as file:
                 np.save(file, table)
     return table
@@ -60,7 +60,7 @@ def shared_table(
 def _read(path: Path, shape: tuple[int, int]) -> Table | None:
     """Map a table into memory; None if it is missing or damaged."""
     with suppress(FileNotFoundError, ValueError, EOFError):
-        table: Table = np.load(path, mmap_mode="r")
+        table: Table = np.asarray(np.load(path, mmap_mode="r"))
         if table.shape == shape and table.dtype == np.uint32:
             return table
     return None
