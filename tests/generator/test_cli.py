@@ -88,6 +88,7 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         (f"{RENDER} --classes 0", 2, "--classes"),
         (f"{RENDER} --params x.csv", 2, "--params"),
         (f"{RENDER} --draw point-gray", 2, "--draw"),
+        (f"{RENDER} --set stream=own", 2, "stream"),
         (f"{RENDER} --kind single", 2, "'single'"),
         ("search --classes 0", 2, "classes is 0"),
         ("search --workers none", 2, "--workers"),

@@ -297,6 +297,8 @@ def render_instance(
     Raises:
         UsageError: if the stream does not have this image.
     """
+    if params.stream == "own":
+        raise UsageError("stream is own: one image is drawn of published streams only; leave it out")
     check(params, 0, 0, classes)
     for name, value, count in (("category", category, classes), ("instance", instance, params.instances)):
         if not 0 <= value < count:
