@@ -51,9 +51,8 @@ class BuildFolder:
     def read(cls, path: Path, recipe: Recipe, systems: Systems) -> "BuildFolder":
         """Find the finished shards of a recipe, and remove leftovers of killed builds.
 
-        Raises:
-            FractalError: if the systems, which may come from elsewhere, do not match the recipe's digest, or its kind
-                cannot render them.
+        Raises FractalError if the systems, which may come from elsewhere, do not match the recipe's digest, or its kind
+        cannot render them.
         """
         if systems_digest(systems) != recipe.systems_digest:
             raise FractalError(
@@ -79,14 +78,12 @@ def open_folder(
 ) -> BuildFolder:
     """Read the folder in which to build a recipe. Removes leftovers of killed builds, and writes nothing.
 
+    Raises FractalError if the folder holds another recipe, damaged systems, or something that is not a dataset.
+
     Args:
         path: a folder that holds this dataset, is empty, or does not exist yet.
         recipe: what to build; the digest of its systems is filled in.
         given: the systems to render. By default those that the folder stores, or newly drawn ones.
-
-    Raises:
-        FractalError: if the folder holds another recipe, damaged systems, or something that is not a dataset.
-        OSError: if it cannot be read.
     """
     stored = stored_recipe(path)
     if stored is None:
@@ -122,8 +119,7 @@ class Plan:
 def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: OnProgress = no_progress) -> Plan:
     """Decide which shards to render, all or those of a slice, and check that the disk can hold them.
 
-    Raises:
-        FractalError: if the disk cannot hold the missing shards, plus 5 %.
+    Raises FractalError if the disk cannot hold the missing shards, plus 5 %.
     """
     own = slice_.of(folder.tasks) if slice_ else folder.tasks
     missing = tuple(task for task in own if task.name not in folder.finished)
@@ -162,15 +158,12 @@ def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
 def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:
     """Write recipe and systems, render the missing shards, and write the manifest if all shards are there.
 
-    ``on_progress`` is called with the number of images rendered, and the total.
+    ``on_progress`` is called with the number of images rendered, and the total. Raises FractalError if a build of
+    another recipe has claimed the folder in the meantime, some shards repeatedly killed their workers (the others are
+    rendered), or finished shards have disappeared; OSError if the file system fails, and finished shards stay.
 
     Returns:
         The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
-
-    Raises:
-        FractalError: if a build of another recipe has claimed the folder in the meantime, some shards repeatedly
-            killed their workers (the others are rendered), or finished shards have disappeared.
-        OSError: if the file system fails; finished shards stay.
     """
     claim(plan.folder)
     render_missing(plan, executor, on_progress)

@@ -45,9 +45,7 @@ def shipped_categories() -> tuple[Category, ...]:
 def read_categories(path: Path) -> tuple[Category, ...]:
     """Read a file written by 'fractalgen search', in order of class.
 
-    Raises:
-        FractalError: if the file is damaged or holds something else.
-        OSError: if it cannot be read.
+    Raises FractalError if the file is damaged or holds something else.
     """
     categories = read_systems(path)
     for index, category in enumerate(categories):
@@ -61,9 +59,7 @@ def read_categories(path: Path) -> tuple[Category, ...]:
 def read_csv_folder(folder: Path) -> tuple[Category, ...]:
     """Read a folder of CSV files as FractalDB publishes them: 00000.csv, 00001.csv, ... in it or its subfolders.
 
-    Raises:
-        FractalError: if there are none, a number is missing or occurs twice, or a file is not a category.
-        OSError: if a file cannot be read.
+    Raises FractalError if there are none, a number is missing or occurs twice, or a file is not a category.
     """
     found = [*folder.glob("*.csv"), *folder.glob("*/*.csv")]
     paths = sorted((path for path in found if _CSV_NAME.fullmatch(path.name)), key=lambda path: (path.name, path))
@@ -80,9 +76,7 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
 def read_csv(path: Path) -> Category:
     """Read a category as FractalDB publishes it: a line per map with a, b, c, d, e, f and the probability p.
 
-    Raises:
-        FractalError: if a line is anything else.
-        OSError: if the file cannot be read.
+    Raises FractalError if a line is anything else.
     """
     text = read_bounded(path, _MAX_CSV_BYTES).decode("utf-8-sig", errors="replace")
     rows = [line for line in text.splitlines() if line.strip()]
@@ -144,7 +138,8 @@ def search_categories(
     """Try random candidates until enough of them hit the wanted share of 512 x 512 pixels.
 
     For the same seed, the result equals that of the published code, for any number of workers; 1000 categories of seed
-    1 take 42,655 candidates.
+    1 take 42,655 candidates. Raises UsageError if an argument is out of its range; FractalError if workers are killed
+    repeatedly.
 
     Args:
         classes: number of categories to find.
@@ -153,10 +148,6 @@ def search_categories(
             for more may not end.
         workers: number of processes.
         on_progress: called with the number of categories found, and ``classes``.
-
-    Raises:
-        UsageError: if an argument is out of its range.
-        FractalError: if workers are killed repeatedly.
     """
     if not 1 <= classes <= MAX_CLASSES:
         raise UsageError(f"classes is {classes}: a search finds 1 to {MAX_CLASSES:,} categories")

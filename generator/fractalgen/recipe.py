@@ -102,13 +102,12 @@ class Recipe:
 def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     """Make the recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
 
+    Raises FractalError if this version of the software does not write such a recipe, or the digest differs.
+
     Args:
         data: the recipe, as in ``recipe.json`` and the manifest.
         digest: the recipe digest stored beside it.
         where: the file that the data comes from, for errors.
-
-    Raises:
-        FractalError: if this version of the software does not write such a recipe, or the digest differs.
     """
     if (version := data.get("version")) != RECIPE_VERSION:
         raise FractalError(
@@ -138,6 +137,8 @@ def make_recipe(
 ) -> Recipe:
     """Make a recipe, with the kind's defaults for arguments that are None.
 
+    Raises UsageError if a value is unknown, malformed or out of range.
+
     Args:
         kind: name of a kind, see ``fractalgen.kinds.KINDS``.
         n: training samples, at least 1. Kinds that are published as a dataset have a default.
@@ -148,9 +149,6 @@ def make_recipe(
         seed: seed of all random numbers, 0 to 2**63 - 1.
         shard_size: samples per shard.
         overrides: parameters of the kind by name, as values or as text: ``{"blur_probability": 0, "maps": "2,4"}``.
-
-    Raises:
-        UsageError: if a value is unknown, malformed or out of range.
     """
     chosen = find_kind(kind)
     n = chosen.n if n is None else n

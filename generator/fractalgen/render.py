@@ -24,10 +24,8 @@ def draw_systems(recipe: Recipe, on_progress: OnProgress = no_progress) -> Syste
     """Draw the system of every class of a recipe, to be stored, as numpy may change its distributions.
 
     They are float64, (maps, 2, 3), (maps, 7) for FractalDB categories, or (1, 12) for contours. ``on_progress`` is
-    called with the number of classes done, and of all, by kinds that take long.
-
-    Raises:
-        UsageError: if the kind has fewer systems than classes.
+    called with the number of classes done, and of all, by kinds that take long. Raises UsageError if the kind has fewer
+    systems than classes.
     """
     recipe.family.prepare(recipe.params, recipe.classes, on_progress)
     return recipe.family.draw_systems(recipe.params, recipe.seed, recipe.classes)
@@ -47,6 +45,8 @@ def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
 def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) -> tuple[Pixels, Label]:
     """Render sample ``index`` of a dataset.
 
+    Raises IndexError if the index is out of range.
+
     Args:
         recipe: the dataset's recipe.
         systems: one float64 array per class, see ``draw_systems``.
@@ -56,9 +56,6 @@ def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) 
     Returns:
         The image, (size, size, 3) uint8 RGB, and its label: a class index, or for kind ``multi`` a
         ``fractalshards.sample.MultiLabel`` of the classes and objects that are visible.
-
-    Raises:
-        IndexError: if the index is out of range.
     """
     place = locate(recipe, operator.index(index), epoch)  # accepts numpy's integers, too
     image, label = render_unit(recipe, systems, place.unit)[place.part]

@@ -39,11 +39,9 @@ def repair_dataset(
     """Verify a dataset, finished or not, render damaged and missing shards again, and update the manifest.
 
     The result has the content digests of an uninterrupted build. ``on_progress`` is called with the number of images
-    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``.
-
-    Raises:
-        FractalError: as ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs
-            from the manifest, which then stays as it is.
+    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``. Raises FractalError as ``run_build``;
+    also if neither recipe nor manifest can be read, or a rendered shard differs from the manifest, which then stays as
+    it is.
     """
     manifest = None
     with suppress(FractalError):

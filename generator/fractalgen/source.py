@@ -62,8 +62,7 @@ class RenderedSplit:
         If images are fresh, indices from n on are those of later epochs: sample i of epoch e has the index e n + i, and
         no image is ever drawn twice.
 
-        Raises:
-            IndexError: if the index is negative, or there are no later epochs.
+        Raises IndexError if the index is negative, or there are no later epochs.
         """
         epoch, place = divmod(operator.index(index), self._samples)
         if epoch < 0 or (epoch and not self.fresh):
@@ -75,10 +74,8 @@ class RenderedSplit:
 def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False) -> RenderedSplit:
     """Open a split of the dataset that a recipe describes: a portable one, or one whose systems are drawn.
 
-    Raises:
-        FractalError: if the file is damaged or of another version, or the split is empty.
-        UsageError: if images should be fresh and the kind has a limited number of them.
-        OSError: if the file cannot be read.
+    Raises FractalError if the file is damaged or of another version, or the split is empty; UsageError if images should
+    be fresh and the kind has a limited number of them.
     """
     if isinstance(source, Recipe):
         systems = draw_systems(source)

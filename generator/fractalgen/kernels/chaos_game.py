@@ -23,7 +23,7 @@ def chaos_game(
     Starts at the fixed point of map 0, which lies on the attractor, and keeps all points from there, as the published
     code does: where map 0 is rarely drawn, its first points are far out and widen the bounding box. After 256 points
     the orbit splits into sixteen. Every step draws a map with probability proportional to |det A|; if all determinants
-    are zero, all maps are equally likely.
+    are zero, all maps are equally likely. Raises UsageError if there are no maps, or more than 255.
 
     Args:
         system: (n, 2, 3) float64, n in 1..255; row i of map k is (a, b, e) with x_i' = a x + b y + e.
@@ -32,9 +32,6 @@ def chaos_game(
 
     Returns:
         x and y, each (points,) float32. Systems that are not contractive may reach infinity or NaN.
-
-    Raises:
-        UsageError: if there are no maps, or more than 255.
     """
     if not 1 <= len(system) <= MAX_MAPS:
         raise UsageError(f"{len(system)} maps: a system has 1 to {MAX_MAPS}")

@@ -62,8 +62,7 @@ def palette(draw: Draw) -> Indices:
 def random_numbers(points: int) -> Float64s:
     """Return the random numbers that choose the maps, the same for every image: (points,) float64 in [0, 1), read-only.
 
-    Raises:
-        UsageError: if there are no points, or too many.
+    Raises UsageError if there are no points, or too many.
     """
     if not 1 <= points <= MAX_POINTS:
         raise UsageError(f"points is {points}: an orbit has 1 to {MAX_POINTS:,} points")
@@ -91,6 +90,7 @@ def render(
     """Draw a category; equal to the published image with flip 0.
 
     If the orbit diverges, the points up to 100 before the first NaN are drawn; if none are left, the image is black.
+    Raises UsageError if an argument is out of its range, or patches have no masks.
 
     Args:
         category: (maps, 7) float64, any values.
@@ -103,9 +103,6 @@ def render(
 
     Returns:
         (size, size) uint8: 0 where nothing was drawn, else an index into ``palette(draw)``.
-
-    Raises:
-        UsageError: if an argument is out of its range, or patches have no masks.
     """
     if draw not in DRAWS:
         raise UsageError(f"draw is {draw!r}: expected {' or '.join(DRAWS)}")
@@ -143,6 +140,7 @@ def orbit(category: Float64s, numbers: Float64s) -> tuple[Float64s, Float64s]:
 
     Step i applies the first map whose cumulative probability is at least number i, or none if there is no such map.
     Points with a NaN coordinate are dropped, with the 100 points before the first of them, first for x, then for y.
+    Raises UsageError if there are no maps, too many, or no points.
 
     Args:
         category: (maps, 7) float64, any values.
@@ -150,9 +148,6 @@ def orbit(category: Float64s, numbers: Float64s) -> tuple[Float64s, Float64s]:
 
     Returns:
         x and y, each (at most points,) float64 without NaN, possibly infinite.
-
-    Raises:
-        UsageError: if there are no maps, too many, or no points.
     """
     points = len(numbers)
     if not (1 <= len(category) <= MAX_MAPS and points):

@@ -36,7 +36,7 @@ def sample_system(
 
     Every map is A = U diag(s) V, where U and V are random rotations times random signs on the axes; the singular values
     sum to the sigma factor alpha = sum(s1 + 2 s2). Draws are in the published order, so that the same generator gives
-    the same system.
+    the same system. Raises UsageError if n is less than 2, for which the sigma factor cannot be reached.
 
     Args:
         n: number of maps, or a half-open range (low, high) from which it is drawn first.
@@ -46,9 +46,6 @@ def sample_system(
     Returns:
         (n, 2, 3) float64: the linear part in [..., :2], with singular values in [0, 1], and the translation, uniform
         in [-1, 1), in [..., 2].
-
-    Raises:
-        UsageError: if n is less than 2, for which the sigma factor cannot be reached.
     """
     maps = int(n) if isinstance(n, int | np.integer) else int(rng.integers(*n))
     if maps < 2:

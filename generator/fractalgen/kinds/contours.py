@@ -268,8 +268,7 @@ def units_per_class(params: ContourParams) -> int | None:
 def render(params: ContourParams, size: int, points: int, unit: Unit, systems: Systems) -> Sequence[Rendered]:
     """Return the instances of a unit, each (size, size) indexed in grey; they are drawn when they are asked for.
 
-    Raises:
-        FractalError: if the system of the class is not the one that the recipe draws.
+    Raises FractalError if the system of the class is not the one that the recipe draws.
     """
     system = _draw_system(params, unit.seed, len(systems), unit.label)
     if not np.array_equal(system, systems[unit.label]):
@@ -293,9 +292,7 @@ def render_instance(
     """Draw one image of a published stream, (size, size) in grey, following only its process, without the cache.
 
     ``category`` and ``instance`` count from 0; ``on_progress`` is called with the classes followed, and to follow.
-
-    Raises:
-        UsageError: if the stream does not have this image.
+    Raises UsageError if the stream does not have this image.
     """
     if params.stream == "own":
         raise UsageError("stream is own: one image is drawn of published streams only; leave it out")

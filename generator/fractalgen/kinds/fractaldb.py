@@ -37,8 +37,7 @@ class FractaldbParams:
 def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
     """Return the first categories of the published search, each (maps, 7) float64: a b c d e f p.
 
-    Raises:
-        UsageError: if there are fewer than ``classes``.
+    Raises UsageError if there are fewer than ``classes``.
     """
     categories = shipped_categories()
     if classes > len(categories):

@@ -29,8 +29,7 @@ def parameter(default: Any, help: str, low: float | None = None, high: float | N
 def check_parameters(params: "DataclassInstance") -> None:
     """Check that numbers are in the range of their field, and that pairs are (low, high); for ``__post_init__``.
 
-    Raises:
-        UsageError: if a field is out of range; names the first one.
+    Raises UsageError if a field is out of range; names the first one.
     """
     for one in fields(params):
         low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)

@@ -34,10 +34,8 @@ class MultiParams(anderson.AndersonParams):
 def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:
     """Render one image, (size, size, 3) uint8, labelled with its visible objects.
 
-    An image without visible objects is drawn again from another stream.
-
-    Raises:
-        FractalError: if a hundred images in a row have none.
+    An image without visible objects is drawn again from another stream. Raises FractalError if a hundred images in a
+    row have none.
     """
     for attempt in range(_TRIES):
         rng = Stream.of("multi", *unit.identity(), attempt)

@@ -41,10 +41,8 @@ def draw_systems(params: OnepfracParams, seed: int, classes: int) -> Systems:
     """Draw the fractal, and the perturbation of every class: (maps, 7) float64, a b c d e f p.
 
     Coefficients are multiples of 2**-24. A perturbation is drawn again until its image of 512 x 512 pixels, with the
-    masks of its first training image, fills more than the threshold.
-
-    Raises:
-        UsageError: if a class finds none in a thousand tries.
+    masks of its first training image, fills more than the threshold. Raises UsageError if a class finds none in a
+    thousand tries.
     """
     fractal = _draw_fractal(params, seed)
     return tuple(_perturb(fractal, params, seed, label) for label in range(classes))

@@ -30,16 +30,14 @@ def shared_table(
 ) -> Table:
     """Return a table from the cache, read-only; the first process that needs it computes it while others wait.
 
+    Raises FractalError if other users can write to the cache.
+
     Args:
         identity: what determines the table, the version of the code that computes it included.
         shape: of the table.
         chains: iterators over the rows of equal, consecutive parts of the table. They advance side by side on all
             cores, so they should release the GIL.
         on_progress: called with the number of rows computed, and of all rows.
-
-    Raises:
-        FractalError: if other users can write to the cache.
-        OSError: if the cache cannot be written.
     """
     root = private_cache(scratch=True)
     if root is None:
