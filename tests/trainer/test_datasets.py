@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -150,22 +150,15 @@ def test_loader_workers_read_what_one_process_reads(start, memory, built, tmp_pa
         assert torch.equal(labels, torch.stack([label for _, label in batch]))
 
 
-@pytest.mark.parametrize(
-    "data", [lambda built: ShardDataset(built / "single"), lambda built: RenderedDataset(RECIPES["single"])]
-)
-@pytest.mark.parametrize("index", [30, -1, 10**9])
-def test_index_out_of_range(data, index, built):
-    with pytest.raises(IndexError):
-        data(built)[index]
-
-
-def test_index_out_of_range_in_memory(built, tmp_path):
+def test_index_out_of_range(built, tmp_path):
+    stored, rendered = ShardDataset(built / "single"), RenderedDataset(RECIPES["single"])
     kept = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
-    for index in (30, -1):
+    for data, index in (
+        *product((stored, rendered, kept), (30, -1, 10**9)),
+        (RenderedDataset(RECIPES["single"], fresh=True), -1),
+    ):
         with pytest.raises(IndexError):
-            kept[index]
-    with pytest.raises(IndexError):
-        RenderedDataset(RECIPES["single"], fresh=True)[-1]
+            data[index]
 
 
 def test_wrong_arguments_are_refused(built, tmp_path):

@@ -10,8 +10,10 @@ import torch
 
 from building import run as fractalgen
 from fractalgen import executors
-from fractaltrain.checkpoint import load_checkpoint
+from fractalshards.manifest import load_manifest
+from fractalshards.portable import export_recipe
 from fractaltrain.log import read_metrics
+from tiny_training import assert_same_run, weights
 
 OPTIONS = ("--model", "test_resnet", "--epochs", 2, "--batch-size", 10, "--window", 2)
 
@@ -36,15 +38,6 @@ def curve(run: Path) -> list[tuple[object, ...]]:
     return [(line["global_step"], line.get("loss"), line.get("train_loss")) for line in read_metrics(run)]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run).state["model"]
-
-
-def same(one: Path, other: Path) -> bool:
-    first, second = weights(one), weights(other)
-    return curve(one) == curve(other) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
 @pytest.mark.parametrize("kind", ["single", "multi", "fractaldb"])
 def test_losses_are_those_of_the_shards_bit_for_bit(kind, fractaltrain, data, tmp_path):
     memory = ("--memory", "--cache-dir", tmp_path / "cache")
@@ -57,15 +50,12 @@ def test_losses_are_those_of_the_shards_bit_for_bit(kind, fractaltrain, data, tm
     for name, options in islice(ways.items(), 4 if kind == "multi" else 2):
         outcome = fractaltrain("pt", *options, *OPTIONS, "--out", tmp_path / name)
         assert outcome.code == 0, outcome.err
-        assert same(tmp_path / name, tmp_path / "shards")
+        assert_same_run(tmp_path / name, tmp_path / "shards")
     assert not list((tmp_path / "cache").rglob("*.pixels"))
 
 
 def test_built_recipe_continues_a_run_of_its_shards(fractaltrain, data, tmp_path):
     """The digest of a dataset that was built is in its recipe, so it is the same dataset."""
-    from fractalshards.manifest import load_manifest
-    from fractalshards.portable import export_recipe
-
     (tmp_path / "single.json").write_bytes(export_recipe(load_manifest(data / "single")))
     options = (*OPTIONS, "--set", "passes=2")
     assert fractaltrain("pt", "--shards", data / "single", *options, "--out", tmp_path / "run").code == 0
@@ -109,7 +99,7 @@ def test_ranks_render_what_the_shards_hold(memory, ranks, data, tmp_path):
     rendered = ranks(2, "pt", "--render", data / "multi.json", *OPTIONS, *kept, "--out", tmp_path / "rendered")
     assert (shards.codes, rendered.codes) == ([0, 0], [0, 0]), shards.stderr + rendered.stderr
     assert rendered.keys == shards.keys
-    assert same(tmp_path / "shards", tmp_path / "rendered")
+    assert_same_run(tmp_path / "shards", tmp_path / "rendered")
 
 
 @pytest.mark.parametrize(

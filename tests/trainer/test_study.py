@@ -13,7 +13,7 @@ import pytest
 from fractalshards.errors import FractalError, StoppedError, UsageError
 from fractaltrain import run_study as module
 from fractaltrain.run_study import DONE, TO_DO, check_models, describe_study, find_datasets, find_state, run_study
-from fractaltrain.study import StudyPlan, StudyRun, plan_study, read_plan, read_study, write_plan
+from fractaltrain.study import SCRATCH, StudyPlan, StudyRun, plan_study, read_plan, read_study, write_plan
 
 STUDY = """
 [study]
@@ -120,21 +120,17 @@ def test_plan_shares_a_pretraining_among_its_finetunings(study):
 
 
 def test_plan_applies_later_tables_last(study):
-    own = "[models.test_resnet]\nfinetuning = { lr = 0.1 }\nscratch = { lr = 0.3 }"
-    plan = study.plan(
-        STUDY.replace("[models.test_resnet]", own).replace("seeds", "finetuning = { lr = 0.2, epochs = 4 }\nseeds", 1)
-    )
-    rates = {(run.row, run.settings["recipe"]["lr"], run.settings["recipe"]["epochs"]) for run in plan.finetunings}
-    assert rates == {("scratch", 0.3, 4), ("small", 0.1, 4)}
-
-
-def test_plan_takes_rates_of_one_model_on_one_target(study):
-    own = "[models.test_resnet.targets.digits]\nfinetuning = { lr = 0.1 }\nscratch = { lr = 0.3 }"
-    changed = STUDY.replace("[scratch]", f"{own}\n[scratch]\nlr = 0.5")
-    plan = study.plan(f"{changed}lr = 0.2\n[finetuning.others]\ndata = 'digits'\nlr = 0.4\n")
+    """Study, model, set, and then what is for one model on one set."""
+    text = STUDY.replace("seeds", "finetuning = { lr = 0.5, epochs = 4 }\nseeds", 1)
+    own = "finetuning = { lr = 0.6 }\nscratch = { lr = 0.7 }"
+    text = text.replace("[models.test_resnet]", f"[models.test_resnet]\n{own}")
+    text += "[finetuning.one]\ndata = 'digits'\nlr = 0.8\n[finetuning.other]\ndata = 'digits'\n"
+    text += "[models.test_resnet.targets.other]\nfinetuning = { lr = 0.1 }\nscratch = { lr = 0.3 }\n"
+    plan = study.plan(text)
     rates = {(run.row, run.target, run.settings["recipe"]["lr"]) for run in plan.finetunings}
-    expected = {("scratch", "digits", 0.3), ("small", "digits", 0.1), ("scratch", "others", 0.5)}
-    assert rates == expected | {("small", "others", 0.4)}
+    expected = {("small", "digits", 0.6), ("small", "one", 0.8), ("small", "other", 0.1)}
+    assert rates == expected | {(SCRATCH, "digits", 0.7), (SCRATCH, "one", 0.7), (SCRATCH, "other", 0.3)}
+    assert {run.settings["recipe"]["epochs"] for run in plan.finetunings} == {4}
 
 
 def test_plan_hands_on_the_precision(study):
@@ -343,24 +339,18 @@ def test_retrained_weights_are_noticed(study):
     assert find_state(second, plan, study.folder) == DONE
 
 
-@pytest.mark.parametrize(("behaviour", "jobs"), [("stop", 1), ("SIGTERM", 1), ("SIGUSR1", 2)])
-def test_stop_ends_the_study_with_75(study, behaviour, jobs):
+@pytest.mark.parametrize(
+    ("behaviour", "jobs", "code"), [("stop", 1, 75), ("SIGTERM", 1, 75), ("SIGUSR1", 2, 75), ("SIGINT", 1, 130)]
+)
+def test_stopped_study_ends_with_its_code_and_continues(study, behaviour, jobs, code):
     plan = study.plan(ONE_SEED)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedError) as caught:
         study.run(plan, {plan.finetunings[0].run: behaviour}, jobs=jobs)
-    assert caught.value.code == 75
+    assert caught.value.code == code
     assert signal.getsignal(signal.SIGTERM) == before
     assert len(study.started()) < 9
     assert study.run(plan) == []
-
-
-def test_ctrl_c_ends_the_study_with_130(study):
-    plan = study.plan(ONE_SEED)
-    with pytest.raises(StoppedError) as caught:
-        study.run(plan, {plan.finetunings[0].run: "SIGINT"})
-    assert caught.value.code == 130
-    assert len(study.started()) == 1
 
 
 def test_run_ends_when_its_study_is_killed():

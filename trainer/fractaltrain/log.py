@@ -20,8 +20,7 @@ TENSORBOARD = "tb"
 HISTORY = "history.png"
 
 _LOG_SECONDS = 10.0  # between lines where stdout is not a terminal
-_FIRST_DRAWING = 10.0  # seconds after the start
-_DRAWING_SHARE = 1 / 20  # drawing takes at most this share of a run's time
+_DRAWING_SECONDS = 60.0  # between drawings of the history
 _CLEAR = "\r\033[K"
 
 
@@ -109,7 +108,7 @@ class RunLog:
         self._print = main and not quiet
         self._printed = time.monotonic()
         self._unfinished = False  # whether the cursor stands behind a progress line
-        self._next_drawing = time.monotonic() + _FIRST_DRAWING
+        self._drawn = time.monotonic()
         if main:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -168,16 +167,14 @@ class RunLog:
             print(*(f"{self._folder}: {line}" for line in describe_result(result)), sep="\n", flush=True)
 
     def _draw(self, last: bool) -> None:
-        """Draw ``history.png`` after the last epoch, and after others if it takes only a small share of the time."""
-        began = time.monotonic()
-        if began < self._next_drawing and not last:
+        """Draw ``history.png`` after the last epoch, and after others now and then."""
+        if not last and time.monotonic() - self._drawn < _DRAWING_SECONDS:
             return
         try:
             draw_history(self._folder / HISTORY, read_metrics(self._folder))
         except Exception as error:  # a failed picture must not end a run
             self.message(f"{self._folder / HISTORY}: not drawn ({one_line(str(error))})")
-        done = time.monotonic()
-        self._next_drawing = done + (done - began) / _DRAWING_SHARE
+        self._drawn = time.monotonic()
 
     def _write(self, split: str, epoch: int, step: int, figures: Mapping[str, Any]) -> None:
         if not self._main:

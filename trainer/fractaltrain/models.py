@@ -66,21 +66,16 @@ def create_model(
             model = VisionTransformer(img_size=image_size, num_classes=classes, **options)
         else:
             model = timm.create_model(name, **timm_options(name, classes, image_size), **options)
+        tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        with torch.no_grad():  # on shapes only: this takes milliseconds and no random numbers, and changes no weights
+            scores = functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
     except Exception as error:  # models raise errors of many types
         if "drop_path_rate" in str(error):
             raise UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0") from error
         given = ", ".join(f"{argument}={value}" for argument, value in arguments.items())
         raise FractalError(
-            f"{name} cannot be built for {image_size} x {image_size} images{given and f' and {given}'} "
-            f"({_reason(error)}); try another --image-size{given and ' or --model-arg'}"
-        ) from error
-    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    try:
-        with torch.no_grad():  # on shapes only: this takes milliseconds and no random numbers, and changes no weights
-            scores = functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
-    except Exception as error:  # models raise errors of many types
-        raise FractalError(
-            f"{name} cannot take {image_size} x {image_size} images ({_reason(error)}); try another --image-size"
+            f"{name}{given and f' with {given}'} cannot take {image_size} x {image_size} images ({_reason(error)}); "
+            f"try another --image-size{given and ' or --model-arg'}"
         ) from error
     if getattr(scores, "shape", None) != (2, classes):
         raise FractalError(f"{name} gives no score per class; choose another --model")

@@ -17,11 +17,6 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps logits (b, classes) and targets to the mean loss in nats, a scalar."""
 
 
-def find_loss(multi_label: bool) -> Loss:
-    """Return binary cross-entropy for images that show several classes each, else cross-entropy."""
-    return multi_label_loss if multi_label else functional.cross_entropy
-
-
 def multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Compute the binary cross-entropy, mean over classes and images, with balanced positives.
 

@@ -9,6 +9,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -16,7 +17,7 @@ from fractalshards.errors import UsageError
 from fractaltrain.config import PRECISIONS, Amp, RunConfig
 from fractaltrain.distributed import World
 from fractaltrain.models import choose_attention
-from fractaltrain.optim import Loss, build_optimizer, build_schedule, find_loss
+from fractaltrain.optim import Loss, build_optimizer, build_schedule, multi_label_loss
 from fractaltrain.recipes.recipe import TrainRecipe
 
 
@@ -93,7 +94,7 @@ def build_state(
         model=model,
         network=torch.compile(network) if run.compile else network,  # type: ignore[arg-type]  # it returns a module
         ema=ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
-        loss=find_loss(multi_label),
+        loss=multi_label_loss if multi_label else functional.cross_entropy,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, recipe, epoch_steps),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
