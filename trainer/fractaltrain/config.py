@@ -14,37 +14,25 @@ from fractalshards.remote.stores import parse_location
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions
 from fractaltrain.recipes.recipe import TrainRecipe
 
-EXIT_STOPPED = 75
-"""Exit code of a run that saved a checkpoint and stopped on a signal (EX_TEMPFAIL): the same command continues it."""
+EXIT_STOPPED = 75  # of a run that saved a checkpoint and stopped on a signal (EX_TEMPFAIL): run the command again
+WINDOW = 16  # shards that are shuffled together
+CACHE_SIZE = 20_000_000_000  # bytes, of the cache of a URL's shards
+MEMORY_SIZE = 8_000_000_000  # bytes, limit of the images kept in memory
 
-WINDOW = 16
-"""Default number of shards that are shuffled together."""
-
-CACHE_SIZE = 20_000_000_000
-"""Default size of the cache of a URL's shards in bytes."""
-
-MEMORY_SIZE = 8_000_000_000
-"""Default limit of the images kept in memory, in bytes."""
-
-IMAGE_NAMES = (
+IMAGE_NAMES = (  # ``digits``, and the datasets of ``data.published``
     *("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "kmnist", "svhn", "stl10", "flowers102", "food101"),
     *("oxford-pets", "dtd", "eurosat", "gtsrb", "caltech101", "country211", "fgvc-aircraft", "stanford-cars"),
 )
-"""``digits``, and the datasets of ``data.published``."""
-
 DATA_KINDS = ("imagefolder", "shards")
-DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))
-"""What ``--data`` takes."""
+DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))  # what ``--data`` takes
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
-PRECISIONS = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
-"""Torch's names of the values of ``Amp``."""
+PRECISIONS = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}  # torch's names
 Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
 ModelArgument = bool | int | float | str | None
-Weights = Path | Literal["timm"] | None
-"""Starting weights: the newest ones in the folder of a run, timm's published ones, or random ones (None)."""
+Weights = Path | Literal["timm"] | None  # the newest ones in the folder of a run, timm's published ones, or random ones
 
 
 def is_data(name: str) -> bool:
@@ -174,10 +162,7 @@ class TrainConfig:
     def settings(self, precision: str, image_size: int, **facts: Any) -> dict[str, Any]:
         """Return everything that determines the result, for ``run.json``; a run continues only with equal settings.
 
-        Args:
-            precision: torch's name of the precision of the forward pass.
-            image_size: side in pixels of the square images the model takes.
-            facts: settings that depend on the opened dataset and weights.
+        ``facts`` are those that depend on the opened dataset and weights; ``precision`` is torch's name of it.
         """
         return {
             **facts,

@@ -23,30 +23,19 @@ from fractaltrain.recipes.recipe import TrainRecipe
 
 @dataclass(frozen=True)
 class TrainState:
-    """A model in training.
+    """A model in training."""
 
-    Attributes:
-        model: the bare module, neither wrapped nor compiled.
-        network: the module to call: the model, wrapped by DDP and compiled if needed.
-        ema: exponential moving average of the weights, if the recipe asks for one.
-        loss: function of logits (b, classes) and labels.
-        dtype: precision of autocast; float32: no autocast.
-        layout: memory format of model and images.
-        accumulate: number of parts in which a rank's batch is computed; their gradients are added up.
-        clip_grad: maximum norm of the gradient over all parameters; None: no clipping.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    ema: ModelEmaV3 | None
+    model: nn.Module  # neither wrapped nor compiled
+    network: nn.Module  # the module to call: the model, wrapped by DDP and compiled if needed
+    ema: ModelEmaV3 | None  # exponential moving average of the weights, if the recipe asks for one
     loss: Loss
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
-    dtype: torch.dtype
-    layout: torch.memory_format
-    accumulate: int
-    clip_grad: float | None
+    dtype: torch.dtype  # precision of autocast; float32: no autocast
+    layout: torch.memory_format  # of model and images
+    accumulate: int  # parts in which a rank's batch is computed; their gradients are added up
+    clip_grad: float | None  # maximum norm of the gradient over all parameters
 
     @property
     def lr(self) -> float:
@@ -70,13 +59,11 @@ def build_state(
 ) -> TrainState:
     """Move a model to this rank's device and create optimiser, schedule and loss.
 
+    Raises UsageError if precision or batch norm do not fit the device.
+
     Args:
         model: with its starting weights, the same on every rank.
-        multi_label: whether images show several classes.
         epoch_steps: optimiser steps of an epoch.
-
-    Raises:
-        UsageError: if precision or batch norm do not fit the device.
     """
     device = world.device
     dtype = autocast_dtype(run.amp, device)
@@ -136,11 +123,7 @@ def train_step(state: TrainState, images: torch.Tensor, labels: torch.Tensor) ->
 
 
 def autocast_dtype(amp: Amp, device: torch.device) -> torch.dtype:
-    """Return the precision of the forward pass; float32 means no autocast.
-
-    Raises:
-        UsageError: for float16 on a CPU.
-    """
+    """Return the precision of the forward pass, float32 for none; raises UsageError for float16 on a CPU."""
     if amp == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if amp == "fp16" and device.type == "cpu":
