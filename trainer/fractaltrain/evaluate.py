@@ -135,7 +135,6 @@ def predict(
     Args:
         dtype: precision of autocast; float32: no autocast.
         batch_size: images at a time, of all ranks together.
-        multi_label: labels are (b, classes) instead of (b,).
         workers: loader processes of each rank; None: chosen from the number of cores.
         skip_bad: leave out samples that cannot be read.
         stop: end early when its signal comes.

@@ -28,7 +28,13 @@ def pretrain(config: TrainConfig) -> None:
     assert isinstance(data_config, DatasetConfig)
     with join_world() as world, ExitStack() as stack:
         cache = _open_cache(data_config, world) if data_config.is_remote else None
-        data = _open_data(data_config, cache, world)
+        data: Splits[SampleSource]
+        if data_config.rendered:
+            data = open_rendered_splits(data_config.path, data_config.fresh)
+        elif cache is not None:
+            data = open_cached(cache, data_config.window)
+        else:
+            data = open_shards(data_config.path, world, data_config.tars)
         if data_config.memory_size is not None:
             root = cache_root(data_config.cache_dir)
             data = stack.enter_context(keep_in_memory(data, root, data_config.memory_size, str(data.digest)))
@@ -52,15 +58,6 @@ def pretrain(config: TrainConfig) -> None:
         streamed = cache if data_config.memory_size is None else None
         with _prefetching(streamed, config, data, nodes, world) as on_step:
             train(config, model, data, image_size, facts, world, nodes, on_step)
-
-
-def _open_data(config: DatasetConfig, cache: ShardCache | None, world: World) -> Splits[SampleSource]:
-    """Open the dataset on every rank. Collective."""
-    if config.rendered:
-        return open_rendered_splits(config.path, config.fresh)
-    if cache is not None:
-        return open_cached(cache, config.window)
-    return open_shards(config.path, world, config.tars)
 
 
 def _open_cache(config: DatasetConfig, world: World) -> ShardCache:

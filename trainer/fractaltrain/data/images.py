@@ -68,7 +68,14 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
     if choice.name == "digits":
         return Splits(*divide(load_digits(), choice.per_class, choice.subset_seed))
     if choice.path and choice.name.startswith("shards:"):
-        splits = _open_shards(choice.path, choice.tars, world, for_training)
+        from fractaltrain.data.shards import VAL_SPLITS, open_shards
+
+        splits = open_shards(choice.path, world, choice.tars, for_training)
+        if splits.val is None:
+            raise FractalError(
+                f"{choice.path}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one, or "
+                "say with --split which tars of another program belong to it"
+            )
     elif choice.path:
         with world.main_first():
             splits = _open_folders(choice.path, world, for_training)
@@ -84,18 +91,6 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         return splits
     labels = world.from_main(lambda: splits.train.labels)  # of shards, from the headers of all tars
     return replace(splits, train=divide(splits.train, choice.per_class, choice.subset_seed, labels)[0])
-
-
-def _open_shards(folder: Path, tars: WebDatasetOptions, world: "World", for_training: bool) -> Splits[LabelledSource]:
-    from fractaltrain.data.shards import VAL_SPLITS, open_shards
-
-    splits = open_shards(folder, world, tars, for_training)
-    if splits.val is None:
-        raise FractalError(
-            f"{folder}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one, or say with "
-            "--split which tars of another program belong to it"
-        )
-    return splits
 
 
 def _open_folders(path: Path, world: "World", for_training: bool) -> Splits[LabelledSource]:

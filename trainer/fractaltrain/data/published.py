@@ -70,10 +70,7 @@ class PublishedSource:
     """A split of a dataset of torchvision; grey images become RGB."""
 
     def __init__(self, name: str, dataset: Any, classes: int) -> None:
-        """Take over a dataset of torchvision that has been opened.
-
-        Raises FractalError if it has labels outside of its classes.
-        """
+        """Take over an opened dataset of torchvision; raises FractalError if it has labels outside of its classes."""
         self._name, self._dataset = name, dataset
         self.labels = _labels(dataset)
         self.lengths = (len(self.labels),)
