@@ -36,6 +36,7 @@ def test_remote_run_with_a_small_cache_equals_a_local_run(fractaltrain, dataset,
     kept = fractaltrain("pt", "--shards", url, "--out", tmp_path / "kept", "--window", 1, "--memory", *OPTIONS, *cache)
     assert kept.code == 0, kept.err
     assert_same_run(tmp_path / "kept", tmp_path / "local")
+    assert (tmp_path / "kept" / "run.json").read_text() == (tmp_path / "local" / "run.json").read_text()
 
 
 @pytest.mark.slow
