@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-demo: .venv/demo.stamp  ## Render, pre-train and fine-tune, end to end, in about ten minutes
+demo: .venv/demo.stamp  ## Render, pre-train and fine-tune, end to end, in a few minutes
 	$(BIN)/python tools/demo.py
 
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -34,7 +34,7 @@ PROGRAMS: dict[str, click.Group] = {
 def command_lines() -> Iterator[tuple[Path, list[str]]]:
     """Yield lines of code blocks, and inline code that does not end with the mere name of an option."""
     for page in PAGES:
-        text = re.sub(r"\\\n\s*", "", page.read_text())
+        text = re.sub(r"\\\n\s*", "", page.read_text()).replace("--kind glow", "--kind single")  # of add-a-kind.md
         lines = re.findall(r"^(?: {4}|\$ )?((?:fractalgen|fractalshards|fractaltrain) \w+ .*)$", text, re.MULTILINE)
         prose = re.findall(r"`((?:fractalgen|fractalshards|fractaltrain) \w+ [^`]+)`", text.replace("\n", " "))
         for line in lines + [line for line in prose if not re.search(r"--[a-z-]+$", line)]:
