@@ -287,7 +287,7 @@ def pack(
         with progress("checking", "images") as on_progress:
             listing = leave_out_bad(listing, workers, on_progress)
     plan = plan_pack(out, images, listing, seed, shard_size)
-    for text in plan.notes:
+    for text in listing.notes:
         note(f"note: {text}")
     count = sum(task.stop - task.first for task in plan.missing)
     finished = len(plan.shards) - len(plan.missing)

@@ -130,13 +130,12 @@ class PackRecipe:
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The shards to write into a folder, the images of those that are missing, and notes for the user."""
+    """The shards to write into a folder, and the images of those that are missing."""
 
     folder: Path
     info: DatasetInfo
     shards: tuple[ShardTask, ...]
     missing: Mapping[ShardTask, ImageFiles]
-    notes: tuple[str, ...]
 
 
 def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress = no_progress) -> ImageListing:
@@ -192,7 +191,7 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
     shards = _cut_shards(splits, recipe)
     finished = finished_shards(folder, tuple(shards), info)
     missing = {task: images for task, images in shards.items() if task.name not in finished}
-    return PackPlan(folder, info, tuple(shards), missing, listing.notes)
+    return PackPlan(folder, info, tuple(shards), missing)
 
 
 def hold_out(images: ImageFiles, share: Fraction, seed: int) -> Mapping[str, ImageFiles]:
