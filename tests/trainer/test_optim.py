@@ -170,3 +170,24 @@ def test_one_cycle_schedule_of_very_short_runs(steps):
     assert all(0.85 <= momentum <= 0.95 for momentum in momenta)
     if steps > 1:
         assert rates[-1] == pytest.approx(0.15 / 25e4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_step_that_the_loss_scaler_skips_changes_nothing(name):
+    """Fused SGD leaves uninitialised momenta, which the next step would apply."""
+
+    def train(gradients: list[float]) -> torch.Tensor:
+        model = nn.ModuleDict({"fc": nn.Linear(1, 1, bias=False)})
+        nn.init.ones_(model.fc.weight)
+        optimizer = build_optimizer(model, replace(FT_RECIPES["anderson"], optimizer=name, lr=0.1), scaled=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for gradient in gradients:
+            optimizer.zero_grad()
+            scaler.scale(gradient * model.fc.weight.sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return model.fc.weight.detach()
+
+    expected = train([1.0, 0.5])
+    assert expected < 0.9
+    torch.testing.assert_close(train([float("inf"), 1.0, float("inf"), 0.5]), expected)

@@ -69,10 +69,14 @@ def parameter_rates(model: nn.Module, recipe: TrainRecipe) -> dict[str, Rates]:
     return rates
 
 
-def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: TrainRecipe, scaled: bool = False) -> torch.optim.Optimizer:
     """Build the optimiser, with one parameter group per distinct ``Rates``, in the order of the model's parameters.
 
-    Frozen parameters are left out. A one-cycle schedule sets the momentum itself. All updates are fused.
+    Frozen parameters are left out. A one-cycle schedule sets the momentum itself. Updates are fused, but not those of
+    SGD under loss scaling: a step that is skipped would leave infinite momenta behind, or uninitialised ones.
+
+    Args:
+        scaled: whether the loss is scaled, as for float16.
     """
     parameters = dict(model.named_parameters())
     by_rates: dict[Rates, list[nn.Parameter]] = {}
@@ -83,7 +87,7 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     momentum = recipe.max_momentum if recipe.schedule == "onecycle" else recipe.momentum
-    return torch.optim.SGD(groups, momentum=momentum, fused=True)
+    return torch.optim.SGD(groups, momentum=momentum, fused=not scaled)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_steps: int) -> LRScheduler:

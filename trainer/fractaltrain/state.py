@@ -1,6 +1,7 @@
 """The state of a training: model, optimiser, schedule and averaged weights; and one optimiser step."""
 
 import os
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,10 @@ def build_state(
     choose_attention(model, device, dtype)
     layout = memory_format(model, device)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # documented, but not in its types
-    optimizer = build_optimizer(model, recipe)
+    scaled = dtype == torch.float16
+    if scaled:  # the first steps may well be skipped, until the scale fits
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
+    optimizer = build_optimizer(model, recipe, scaled)
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     return TrainState(
         model=model,
@@ -84,7 +88,7 @@ def build_state(
         loss=multi_label_loss if multi_label else functional.cross_entropy,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, recipe, epoch_steps),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        scaler=torch.amp.GradScaler(device.type, enabled=scaled),
         dtype=dtype,
         layout=layout,
         accumulate=run.accumulate,
