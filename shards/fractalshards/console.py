@@ -130,7 +130,7 @@ class Commands(click.Group):
 
 
 def _open_streams() -> None:
-    """Open /dev/null for closed standard streams, or the next file would get their number; print names of any bytes."""
+    """Open /dev/null for closed standard streams, or the next file would get their number; print any name."""
     for number in range(3):
         try:
             os.fstat(number)
