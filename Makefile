@@ -31,8 +31,10 @@ docs: .venv/test.stamp  ## The documentation as a site, in site/
 	@! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="?([a-z]+:)?//' site  # pages load nothing from elsewhere
 	@echo "site/index.html; with search: $(BIN)/mkdocs serve"
 
-bench: .venv/demo.stamp  ## Speed of the generator, stage by stage
+bench: .venv/test.stamp  ## Speed of generator, shards and streams
 	$(BIN)/python tools/bench_generator.py
+	$(BIN)/python tools/bench_shards.py
+	$(BIN)/python tools/bench_stream.py
 
 clean:  ## Remove the environment and caches; datasets and runs stay
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
 """The command ``fractalgen``: parses options, calls one function per subcommand, and prints the result."""
 
 import json
+import logging
 import os
 import shlex
 from collections.abc import Callable
@@ -39,9 +40,9 @@ from fractalshards.storage import check_writable, write_bytes
 from fractalshards.systems import Systems, write_systems
 from fractalshards.workers import OnProgress
 
+_log = logging.getLogger(__name__)
+
 _ALL = "all"
-
-
 _KIND_HELP = "Kind of images, see 'fractalgen kinds'."
 _SIZE = click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
 _POINTS = click.option("--points", type=int, help="Points of each chaos game.  [default: by kind]")
@@ -103,7 +104,10 @@ def _make_recipe(
             )
         given = found[:classes]
         warn_of_black(given, path)
-    return make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others), given
+    made = make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others)
+    if kind in STREAMS and made.size < KINDS[kind].size:
+        _log.warning("curves are as large at any --size, and miss many smaller images; resize them in training instead")
+    return made, given
 
 
 @click.group(cls=Commands)

@@ -132,6 +132,14 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
     assert len({sheet.tobytes() for sheet in sheets}) == 5
 
 
+@pytest.mark.parametrize(("size", "warned"), [(64, True), (512, False), (600, False)])
+def test_small_contours_are_warned_of(size: int, warned: bool) -> None:
+    options = ["--kind", "rcdb", "--n", 2, "--classes", 2, "--set", "processes=2", "--set", "stream=own"]
+    result = run("recipe", *options, "--size", size)
+    assert result.exit_code == 0, result.output
+    assert ("warning:" in result.stderr) == warned
+
+
 def test_kinds_lists_every_parameter_with_default_and_range() -> None:
     result = run("kinds")
     assert result.exit_code == 0, result.output

@@ -33,7 +33,7 @@ REPORT, PICTURE = "eval.json", "confusion.png"
 
 _MAX_CELLS = 1000  # side of the confusion matrix; with more classes, neighbours share a cell
 _TOP = 5
-_LEAST_BATCH = 64  # images per rank when evaluating during training: smaller batches would only be slower
+_LEAST_BATCH = 256  # images per rank when evaluating during training: smaller batches would only be slower
 
 
 @dataclass(frozen=True)
