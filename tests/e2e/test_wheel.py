@@ -103,7 +103,6 @@ def test_dataset_is_built_verified_and_pushed(empty: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("program", "arguments", "extra"),
     [
-        ("fractaltrain", "pt --shards shards/single", "train"),
         ("fractaltrain", "ft --weights none --data digits", "train"),
         ("fractalshards", "report shards/single --out page.html", "report"),
         ("fractalgen", "build --kind single --n 9 --classes 3 --executor dask --scheduler tcp://localhost:1", "dask"),
