@@ -261,7 +261,8 @@ def test_failure_stops_only_what_needs_it(study, errors):
 
 def test_jobs_run_at_the_same_time_but_after_their_pretraining(study):
     plan = study.plan()
-    assert study.run(plan, {plan.finetunings[0].run: "meet"}, jobs=3) == []
+    assert study.run(plan, {plan.pretrainings[0].run: "meet"}, jobs=3) == []
+    assert {*study.started()[:2]} == {*names(plan.pretrainings)}  # first, so that runs from scratch fill the other jobs
     starts = {run.run: run.start for run in plan.finetunings}
     running, ended, most = set(), set(), 0
     for event, name, *_ in study.events():

@@ -148,7 +148,7 @@ def run_study(
     """
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
-    waiting = list(runs)
+    waiting = sorted(runs, key=lambda run: run.target is not None)  # others run beside pre-trainings
     usable: dict[str, bool] = {}  # by run: whether it ended with a result
     running: dict[str, subprocess.Popen[bytes]] = {}
     received: list[int] = []  # signals; nothing starts after the first
