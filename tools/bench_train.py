@@ -32,8 +32,8 @@ from fractaltrain.data.rendered import open_rendered
 from fractaltrain.data.source import SampleSource
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
+from fractaltrain.optim import TrainState, build_state, train_step
 from fractaltrain.recipes import PT_RECIPES
-from fractaltrain.state import TrainState, build_state, train_step
 from fractaltrain.stream.loader import Batch, epoch_loader
 from fractaltrain.stream.order import epoch_order, training_positions
 from fractaltrain.transforms import train_batch, train_transform

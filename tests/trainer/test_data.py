@@ -20,8 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from fractalshards.errors import FractalError
 from fractalshards.pack import parse_source, plan_pack, run_pack
 from fractaltrain.config import ImagesConfig
-from fractaltrain.data.images import FolderSource, load_digits, open_data
-from fractaltrain.data.published import load_published
+from fractaltrain.data.images import FolderSource, load_digits, load_published, open_data
 from fractaltrain.data.shards import open_shards
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits, divide
 from fractaltrain.log import read_metrics

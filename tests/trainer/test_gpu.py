@@ -33,8 +33,8 @@ from fractaltrain.config import RunConfig
 from fractaltrain.data.source import InMemorySource
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
+from fractaltrain.optim import build_state, train_step
 from fractaltrain.recipes import PT_RECIPES
-from fractaltrain.state import build_state, train_step
 from fractaltrain.stream.loader import Batch, epoch_loader
 from fractaltrain.stream.order import training_positions
 from fractaltrain.transforms import train_batch, val_transform

@@ -14,8 +14,7 @@ from scipy.io import savemat
 
 from fractalshards.errors import BadSampleError, FractalError
 from fractaltrain.config import IMAGE_NAMES, ImagesConfig
-from fractaltrain.data.images import open_data
-from fractaltrain.data.published import PUBLISHED, load_published
+from fractaltrain.data.images import PUBLISHED, load_published, open_data
 from tiny_training import ALONE
 
 FLAT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist

@@ -25,9 +25,9 @@ from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.config import RunConfig
 from fractaltrain.data.source import InMemorySource
 from fractaltrain.log import append_metrics, read_metrics
+from fractaltrain.optim import build_state
 from fractaltrain.plotting import draw_history
 from fractaltrain.run_folder import list_checkpoints
-from fractaltrain.state import build_state
 from fractaltrain.stream.order import epoch_order
 from tiny_training import (
     ALONE,

@@ -19,7 +19,7 @@ WINDOW = 16  # shards that are shuffled together
 CACHE_SIZE = 20_000_000_000  # bytes, of the cache of a URL's shards
 MEMORY_SIZE = 8_000_000_000  # bytes, limit of the images kept in memory
 
-IMAGE_NAMES = (  # ``digits``, and the datasets of ``data.published``
+IMAGE_NAMES = (  # ``digits``, and the datasets of ``data.images``
     *("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "kmnist", "svhn", "stl10", "flowers102", "food101"),
     *("oxford-pets", "dtd", "eurosat", "gtsrb", "caltech101", "country211", "fgvc-aircraft", "stanford-cars"),
 )

@@ -1,20 +1,26 @@
-"""Losses, parameter groups and learning rate schedules."""
+"""The state of a training: model, loss, optimiser, learning rate schedule and averaged weights; and one step."""
 
+import os
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from math import cos, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from fractalshards.errors import UsageError
-from fractaltrain.models import head_names, is_head
+from fractaltrain.config import PRECISIONS, Amp, RunConfig
+from fractaltrain.distributed import World
+from fractaltrain.models import choose_attention, head_names, is_head
 from fractaltrain.recipes.recipe import TrainRecipe
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Maps logits (b, classes) and targets to the mean loss in nats, a scalar."""
 
 
 def multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -103,16 +109,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, epoch_
     steps = recipe.epochs * epoch_steps
     # A rise of exactly one step makes torch divide 0 by 0; one shorter by a billionth gives the same learning rates.
     pct_start = recipe.pct_start * (1 - 1e-9) if recipe.pct_start * steps == 1 else recipe.pct_start
-    return OneCycleLR(
-        optimizer,
-        max_lr=peaks,
-        total_steps=steps,
-        pct_start=pct_start,
-        div_factor=recipe.div_factor,
-        final_div_factor=recipe.final_div_factor,
-        base_momentum=recipe.base_momentum,
-        max_momentum=recipe.max_momentum,
-    )
+    fields = ("div_factor", "final_div_factor", "base_momentum", "max_momentum")
+    figures = {field: getattr(recipe, field) for field in fields}
+    return OneCycleLR(optimizer, max_lr=peaks, total_steps=steps, pct_start=pct_start, **figures)
 
 
 def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int], float]:
@@ -130,3 +129,122 @@ def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int
         return (recipe.min_lr + (peak - recipe.min_lr) * (1 + cos(pi * min(step / total, 1))) / 2) / peak
 
     return share
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """A model in training."""
+
+    model: nn.Module  # neither wrapped nor compiled
+    network: nn.Module  # the module to call: the model, wrapped by DDP and compiled if needed
+    ema: ModelEmaV3 | None  # exponential moving average of the weights, if the recipe asks for one
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and targets, in nats
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # precision of autocast; float32: no autocast
+    layout: torch.memory_format  # of model and images: channels last for convolutional networks on GPUs
+    accumulate: int  # parts in which a rank's batch is computed; their gradients are added up
+    clip_grad: float | None  # maximum norm of the gradient over all parameters
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step; where the classifier has another one, that of the backbone."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate: the averaged one, if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def parts(self) -> dict[str, Any]:
+        """Return everything that has a ``state_dict``, by its name in checkpoints."""
+        parts = {name: getattr(self, name) for name in ("model", "optimizer", "schedule", "scaler")}
+        return {**parts, **({"ema": self.ema.module} if self.ema else {})}
+
+
+def build_state(
+    model: nn.Module, recipe: TrainRecipe, run: RunConfig, multi_label: bool, epoch_steps: int, world: World
+) -> TrainState:
+    """Move a model to this rank's device and create optimiser, schedule and loss.
+
+    Raises UsageError if precision or batch norm do not fit the device.
+
+    Args:
+        model: with its starting weights, the same on every rank.
+        epoch_steps: optimiser steps of an epoch.
+    """
+    device = world.device
+    dtype = autocast_dtype(run.amp, device)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on a GPU
+    torch.use_deterministic_algorithms(run.deterministic)
+    torch.backends.cudnn.deterministic = run.deterministic
+    torch.backends.cudnn.benchmark = not run.deterministic
+    if run.sync_batchnorm:
+        if device.type != "cuda":
+            raise UsageError("--sync-batchnorm needs GPUs; drop it")
+        model = convert_sync_batchnorm(model)  # including timm's batch norms
+    choose_attention(model, device, dtype)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())  # a ViT has one, for its patches
+    layout = torch.channels_last if device.type == "cuda" and convolutions > 1 else torch.contiguous_format
+    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]  # documented, but not in its types
+    scaled = dtype == torch.float16
+    if scaled:  # the first steps may be skipped, until the scale fits
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
+    optimizer = build_optimizer(model, recipe, scaled)
+    network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
+    return TrainState(
+        model=model,
+        network=torch.compile(network) if run.compile else network,  # type: ignore[arg-type]  # it returns a module
+        ema=ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
+        loss=multi_label_loss if multi_label else functional.cross_entropy,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, recipe, epoch_steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=scaled),
+        dtype=dtype,
+        layout=layout,
+        accumulate=run.accumulate,
+        clip_grad=recipe.clip_grad,
+    )
+
+
+def train_step(state: TrainState, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Take one optimiser step; return the mean loss of this rank's batch, a float32 scalar on its device.
+
+    Args:
+        images: (b, 3, S, S) float32 on the model's device.
+        labels: (b,) int64, or (b, classes) float32 shares of classes, on the same device.
+    """
+    images = images.contiguous(memory_format=state.layout)
+    parts = list(zip(images.chunk(state.accumulate), labels.chunk(state.accumulate), strict=True))
+    losses = []
+    state.optimizer.zero_grad()
+    for number, (part_images, part_labels) in enumerate(parts, start=1):
+        no_sync = getattr(state.network, "no_sync", nullcontext)  # DDP exchanges gradients with the last part only
+        with no_sync() if number < len(parts) else nullcontext():
+            with torch.autocast(images.device.type, state.dtype, enabled=state.dtype != torch.float32):
+                loss = state.loss(state.network(part_images), part_labels) / len(parts)
+            state.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    if state.clip_grad is not None:
+        state.scaler.unscale_(state.optimizer)
+        parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, state.clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.schedule.step()
+    if state.ema:
+        state.ema.update(state.model, step=state.schedule.last_epoch)  # the number of steps taken
+    return torch.stack(losses).sum()
+
+
+def autocast_dtype(amp: Amp, device: torch.device) -> torch.dtype:
+    """Return the precision of the forward pass, float32 for none; raises UsageError for float16 on a CPU."""
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; choose bf16 or fp32")
+    dtype: torch.dtype = getattr(torch, PRECISIONS[amp].removeprefix("torch."))
+    return dtype

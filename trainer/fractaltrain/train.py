@@ -20,8 +20,8 @@ from fractaltrain.distributed import World, stop_on_signal, stopped_by
 from fractaltrain.evaluate import describe_scores, evaluate
 from fractaltrain.log import RunLog
 from fractaltrain.models import describe_border, set_training
+from fractaltrain.optim import TrainState, build_state, train_step
 from fractaltrain.seeding import Purpose, mix
-from fractaltrain.state import TrainState, build_state, train_step
 from fractaltrain.stream.loader import epoch_loader
 from fractaltrain.stream.order import (
     check_batch,

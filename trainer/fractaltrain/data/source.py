@@ -68,44 +68,45 @@ class Splits(Generic[_Source]):
     recipe: Mapping[str, Any] = field(default_factory=dict)  # how it was rendered or packed; empty if unknown
 
 
-@dataclass(frozen=True)
-class InMemorySource:
-    """Samples in memory, with keys ``name/index``."""
+class OneShard:
+    """Base class of sources without shards that know their labels.
 
-    name: str
-    images: Images  # (n, H, W, 3)
-    labels: Indices  # (n,)
-    classes: int
-    class_names: tuple[str, ...] = ()
+    Attributes:
+        labels: class index of every sample, (n,) int64.
+        classes: number of classes.
+        class_names: class names by index; empty if the classes have none.
+    """
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return (len(self.images),)
+    def __init__(self, labels: Indices, classes: int, class_names: tuple[str, ...] = ()) -> None:
+        self.labels, self.classes, self.class_names = labels, classes, class_names
+        self.lengths = (len(labels),)
 
     @property
     def label_counts(self) -> Indices:
         return np.bincount(self.labels, minlength=self.classes)
 
+
+class InMemorySource(OneShard):
+    """Images in memory, (n, H, W, 3), with keys ``name/index``."""
+
+    def __init__(
+        self, name: str, images: Images, labels: Indices, classes: int, class_names: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(labels, classes, class_names)
+        self.name, self.images = name, images
+
     def read(self, index: int) -> Example:
-        """Return a sample; its image is a view."""
         return Example(f"{self.name}/{index:06d}", self.images[index], int(self.labels[index]))
 
 
-class Subset:
-    """Some samples of a source, with their keys."""
+class Subset(OneShard):
+    """The samples ``indices`` (m,) of a source, with their keys and ``labels`` (m,)."""
 
     def __init__(self, source: LabelledSource, indices: Indices, labels: Indices) -> None:
-        """Create the subset of ``indices`` (m,) int64, given their ``labels`` (m,) int64."""
-        self.lengths = (len(indices),)
-        self.classes = source.classes
-        self.class_names = source.class_names
-        self.labels = labels
-        self.label_counts: Indices = np.bincount(labels, minlength=source.classes)
-        self._source = source
-        self._indices = indices
+        super().__init__(labels, source.classes, source.class_names)
+        self._source, self._indices = source, indices
 
     def read(self, index: int) -> Example:
-        """Read and decode a sample."""
         return self._source.read(int(self._indices[index]))
 
 
