@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -27,29 +27,28 @@ from fractaltrain.run_folder import RESULT, RUN, Training
 _EXTENSION, _OTHERS = ".safetensors", (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"  # as timm names them
 _TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}
-_KEPT = ("architecture", "first_conv", "classifier", "fixed_input_size")  # what is not about timm's own weights
+_KEPT = ("architecture", "first_conv", "classifier", "fixed_input_size")  # fields that describe the architecture
 _MAX_LABELS = 1000  # names of classes in config.json
 _VIEWS = {  # how ``val_transform`` shows an image, in timm's words
     "none": {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
-    "random": {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},  # of images of that size
+    "random": {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},  # the same for images of this size
     "resized": {"interpolation": "bicubic", "crop_pct": 224 / 256, "crop_mode": "center"},
 }
 
 
 def export_run(folder: Path, path: Path) -> tuple[str, str]:
-    """Write the newest undamaged weights of a run, with what timm needs to load them.
+    """Write the newest undamaged weights of a run, and what timm needs to load them.
 
-    A path that ends in ``.safetensors`` becomes one file. Any other becomes a folder to upload as it is:
-    ``model.safetensors``, a model card ``README.md``, and ``config.json`` last. Files of an equal export that are
-    already there are left alone.
+    A path that ends in ``.safetensors`` becomes one file, any other a folder to upload as it is: ``model.safetensors``,
+    a model card ``README.md``, and ``config.json`` last. Files from an earlier export of the same weights are kept.
 
     Returns:
         A line that says where the weights come from, and Python code that loads them as ``model``.
 
     Raises:
         UsageError: if ``path`` has the extension of another format.
-        FractalError: if there is no such run, timm cannot load its model, or something else is there.
-        OSError: if it cannot be written.
+        FractalError: if there is no such run, timm cannot load its model, or ``path`` holds something else.
+        OSError: if a file cannot be written.
     """
     if path.suffix in _OTHERS:
         raise UsageError(f"--out {path}: give a folder, or a file with the extension {_EXTENSION}")
@@ -70,7 +69,7 @@ def export_run(folder: Path, path: Path) -> tuple[str, str]:
         ) from error
     single = path.suffix == _EXTENSION
     if not single and path.is_dir() and any(path.iterdir()) and not (path / _WEIGHTS).exists():
-        raise FractalError(f"{path}: holds something else than an export; choose another --out, or empty it")
+        raise FractalError(f"{path}: not empty, and not an export; choose another --out, or empty it")
     _write_weights(path if single else path / _WEIGHTS, run, name)
     if single:
         arguments = ", ".join(f"{key}={value!r}" for key, value in (options | {"checkpoint_path": str(path)}).items())
@@ -82,9 +81,8 @@ def export_run(folder: Path, path: Path) -> tuple[str, str]:
 
 
 def _write_weights(path: Path, run: TrainedRun, name: str) -> None:
-    """Write a safetensors file, unless an equal one is there; mean and std in its metadata are of pixels in [0, 1]."""
+    """Write a safetensors file, unless the same export is there; its mean and std apply to pixels in [0, 1]."""
     settings = run.settings
-    tensors = {key: tensor.contiguous().clone() for key, tensor in run.checkpoint.weights.items()}
     metadata = {
         "format": "pt",
         "model": name,
@@ -99,21 +97,16 @@ def _write_weights(path: Path, run: TrainedRun, name: str) -> None:
         **({"class_names": json.dumps(settings.class_names)} if settings.class_names else {}),
     }
     if not path.exists():
+        tensors = {key: tensor.contiguous().clone() for key, tensor in run.checkpoint.weights.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, exclusive=True) as file:
             file.write(save(tensors, metadata))
-    elif not _is_equal(path, metadata, tensors):
+        return
+    found = None
+    with suppress(SafetensorError), safe_open(path, framework="pt") as present:
+        found = present.metadata()  # includes the hash of the checkpoint
+    if found != metadata:
         raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
-
-
-def _is_equal(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether a file is a complete export with this metadata and these tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            same = file.metadata() == metadata and set(file.keys()) == set(tensors)
-            return same and all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
-    except SafetensorError:
-        return False
 
 
 def _config(run: TrainedRun, model: Any, options: Mapping[str, Any]) -> bytes:
@@ -132,17 +125,13 @@ def _config(run: TrainedRun, model: Any, options: Mapping[str, Any]) -> bytes:
 
 
 def _card(run: TrainedRun, name: str, title: str) -> bytes:
-    """Return the model card: a head for the hub, how to load the model, and how it was trained."""
+    """Return the model card: metadata for the hub, how to load the model, and how it was trained."""
     settings = run.settings
     stages: list[Training] = [settings]
     while before := stages[0].pretraining:
         stages.insert(0, before)
-    result = read_json(run.folder / RESULT, dict[str, Any]) if (run.folder / RESULT).exists() else {}
-    figures = {key: value for key, value in result.items() if isinstance(value, int | float)}
-    data = _place(settings)
-    scores = (
-        [EvalResult("image-classification", data, data, "accuracy", figures["top1"])] if "top1" in figures else None
-    )
+    figures = read_json(run.folder / RESULT, dict[str, float]) if (run.folder / RESULT).exists() else {}
+    data, top1 = _place(settings), figures.get("top1")
     head = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
@@ -150,9 +139,9 @@ def _card(run: TrainedRun, name: str, title: str) -> bytes:
         tags=["timm", "image-classification", "fractalpretrain"],
         datasets=[digest for stage in stages if (digest := stage.dataset_digest)],
         model_name=title,
-        eval_results=scores,
+        eval_results=None if top1 is None else [EvalResult("image-classification", data, data, "accuracy", top1)],
     )
-    followed = {name for stage in stages for name in (stage.recipe.name, str(stage.dataset_recipe.get("kind")))}
+    cited = {name for stage in stages for name in (stage.recipe.name, str(stage.dataset_recipe.get("kind")))}
     lines = [
         *(line for stage in stages for line in _describe(stage)),
         f"Weights after {human_count(run.checkpoint.position.epoch, 'epoch')}, checkpoint with sha256 `{run.sha256}`",
@@ -176,17 +165,17 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 ## Training
 
-{"".join(f"- {one_line(line)}.{chr(10)}" for line in lines)}{citation(*followed)}""".encode()
+{"".join(f"- {one_line(line)}.{chr(10)}" for line in lines)}{citation(*cited)}""".encode()
 
 
 def _describe(stage: Training) -> Iterator[str]:
-    """Describe the images of a training and how its recipe was changed, a line each."""
+    """Describe the images and the recipe of a training, one line each."""
     recipe, dataset = stage.recipe, stage.dataset_recipe
     kind = one_line(str(dataset.get("kind", "")))
     if stage.data:
-        yield f"Fine-tuned on `{_place(stage)}`" + f", from `{stage.weights}`" * bool(stage.weights)
+        yield f"Fine-tuned on `{_place(stage)}`" + (f", starting from `{stage.weights}`" if stage.weights else "")
     else:
-        yield f"Pre-trained on `{_place(stage)}`" + ", new images in every epoch" * stage.fresh
+        yield f"Pre-trained on `{_place(stage)}`" + (", new images in every epoch" if stage.fresh else "")
     if dataset:
         digest = mapping_digest(dataset)
         content = f", content digest `{stage.dataset_digest}`" if stage.dataset_digest != digest else ""  # never built
