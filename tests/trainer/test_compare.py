@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from fractalshards.errors import FractalError
 from fractaltrain.compare import collect_runs, write_comparison
+from fractaltrain.recipes import FT_RECIPES
 from fractaltrain.study import StudyPlan, plan_study, read_study, write_plan
 
 STUDY = """
@@ -29,9 +31,12 @@ per_class = [10, 5]
 """
 
 
+ANY = {"recipe": asdict(FT_RECIPES["anderson"]), "classes": 10, "image_size": 16, "precision": "torch.float32"}
+
+
 def finish(folder: Path, settings, share: float) -> None:
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    (folder / "run.json").write_text(json.dumps({"settings": ANY | settings}))
     (folder / "result.json").write_text(json.dumps({"top1": share, "best_top1": min(share + 0.01, 1.0)}))
 
 

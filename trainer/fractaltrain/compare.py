@@ -1,8 +1,4 @@
-"""Compare fine-tuning runs: mean and standard deviation over seeds of top-1 after the last epoch.
-
-``collect_runs`` gathers finished runs into cells, ``write_comparison`` writes ``table.csv``, ``table.md`` and
-``figure.png``.
-"""
+"""Compare fine-tuning runs: mean and standard deviation over seeds of top-1 after the last epoch."""
 
 import csv
 import io
@@ -20,9 +16,8 @@ import msgspec
 from fractalshards.errors import FractalError, needs_extra
 from fractalshards.human import escape_bytes
 from fractalshards.storage import read_json, write_bytes
-from fractaltrain.config import ModelArgument
 from fractaltrain.plotting import INK, MUTED, NEUTRAL, SERIES, plain, save, style
-from fractaltrain.run_folder import RESULT, RUN
+from fractaltrain.run_folder import RESULT, RUN, RunSettings, load_settings
 from fractaltrain.run_study import DONE, find_state
 from fractaltrain.study import PLAN, SCRATCH, read_plan
 
@@ -80,9 +75,9 @@ class Comparison:
 
 
 def collect_runs(paths: Collection[Path]) -> Comparison:
-    """Find all finished fine-tunings below ``paths``; in the folder of a study only those that it plans count.
+    """Find all finished fine-tunings below ``paths``; in the folder of a study, only those in its plan.
 
-    Without a study every cell of the grid counts as planned. Raises FractalError if two runs have the same cell and
+    Without a study, every cell of the grid counts as planned. Raises FractalError if two runs have the same cell and
     seeds, or a file is damaged.
     """
     studies, folders = (
@@ -124,41 +119,23 @@ def _label(target: str, per_class: int | None) -> str:
     return target if per_class is None else f"{target}, {per_class} per class"
 
 
-class _Settings(msgspec.Struct):
-    """The settings in ``run.json`` that give a run its place in the grid."""
-
-    task: str = ""
-    data: str = ""
-    data_digest: str | None = None
-    per_class: int | None = None
-    model: str = ""
-    model_args: dict[str, ModelArgument] = {}
-    weights: str | None = None
-    seed: int = 0
-    subset_seed: int = 0
-
-
-class _RunFile(msgspec.Struct):
-    settings: _Settings
-
-
 def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
-    """Return the run in a folder outside of any study if it is a fine-tuning, as a list.
+    """Return the run in a folder outside of any study as a list, which is empty if it is no fine-tuning.
 
     Args:
         names: the first name of every dataset by its digest; a dataset may have moved between runs.
     """
-    settings = read_json(folder / RUN, _RunFile).settings if (folder / RUN).is_file() else _Settings()
-    if settings.task != "ft":
+    settings = load_settings(folder) if (folder / RUN).is_file() else None
+    if settings is None or settings.data is None:
         return []
     data = names.setdefault(settings.data_digest or settings.data, settings.data)
     model = " ".join((settings.model, *(f"{name}={value}" for name, value in settings.model_args.items())))
     cell = Cell(_label(data, settings.per_class), model, _name_row(escape_bytes(folder.name), settings))
-    return _read_scores(folder, cell, (settings.seed, settings.subset_seed))
+    return _read_scores(folder, cell, (settings.seed, settings.subset_seed or 0))
 
 
-def _name_row(name: str, settings: _Settings) -> str:
-    """Return the start of a run, by the name of its folder: the end of our own names, else all of it."""
+def _name_row(name: str, settings: RunSettings) -> str:
+    """Name what a run started from, by its folder: the end of a default name, or the whole name."""
     if named := _RUN_NAME.search(name):
         return named["row"]
     if settings.weights is None:
@@ -197,7 +174,7 @@ _COLUMNS = ("data", "model", "pretraining", "planned", "n", "top1", "top1_std", 
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Format one line per planned cell, in per cent; a cell without runs has n 0 and no values."""
+    """Format one line per planned cell, in per cent; a cell without finished runs has n = 0 and no values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -212,9 +189,8 @@ def to_csv(comparison: Comparison) -> str:
 def to_markdown(comparison: Comparison) -> str:
     """Format a table of mean ± standard deviation (runs) of top-1: a line per data and model, a column per row."""
     lines = [("data", "model", *comparison.rows)]
-    lines += [
-        (target, model, *(_format(comparison, cell) for cell in cells)) for target, model, cells in comparison.groups()
-    ]
+    for target, model, cells in comparison.groups():
+        lines.append((target, model, *(_format(comparison, cell) for cell in cells)))
     table = ["| " + " | ".join(name.replace("|", r"\|") for name in line) + " |" for line in lines]
     table.insert(1, "|---|---|" + "---:|" * len(comparison.rows))
     notes = "Top-1 in % after the last epoch: mean ± standard deviation (number of runs)."
@@ -231,11 +207,6 @@ def _format(comparison: Comparison, cell: Cell) -> str:
     return f"{average:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}") + f" ({number})"
 
 
-_PANELS = 3  # side by side
-_INCHES_PER_BAR = 0.5
-_LEAST_BARS = 3  # leave room for the model's name below
-
-
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw a panel per target, a group of bars per model and a bar per row."""
     with needs_extra("train", "the figure"):
@@ -245,10 +216,10 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     groups: dict[str, dict[str, tuple[Cell, ...]]] = {}
     for target, model, cells in comparison.groups():
         groups.setdefault(target, {})[model] = cells
-    bars = max(len(comparison.rows), _LEAST_BARS) + 1  # and a gap
-    columns = min(len(groups), _PANELS)
+    bars = max(len(comparison.rows), 3) + 1  # and a gap; fewer would leave no room for the model's name below
+    columns = min(len(groups), 3)
     lines = -(-len(groups) // columns)
-    size = max(columns * len(comparison.models) * bars * _INCHES_PER_BAR, 7), 4 * lines + 1
+    size = max(columns * len(comparison.models) * bars / 2, 7), 4 * lines + 1  # inches
     figure = Figure(figsize=size, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     series = cycle(SERIES)
@@ -262,10 +233,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         for number, cells in enumerate(models.values()):
             for place, cell in enumerate(cells):
                 _draw_bar(panel, comparison, cell, number * bars + place, colors[cell.row])
-        middle = (len(comparison.rows) - 1) / 2
-        panel.set_xticks(
-            [number * bars + middle for number in range(len(models))], [plain(model) for model in models], color=INK
-        )
+        ticks = [number * bars + (len(comparison.rows) - 1) / 2 for number in range(len(models))]
+        panel.set_xticks(ticks, list(map(plain, models)), color=INK)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     caption = "Top-1 on the val images after the last epoch: mean, standard deviation (whiskers), single runs (dots)."

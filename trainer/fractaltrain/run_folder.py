@@ -66,6 +66,8 @@ class RunSettings(Training):
     class_names: tuple[str, ...] = ()  # by index; empty if unknown
     per_class: int | None = None  # training images per class that ``subset_seed`` drew; None: all
     subset_seed: int | None = None
+    data_digest: str | None = None  # of ``data``
+    seed: int = 0
 
 
 @dataclass(frozen=True)
