@@ -84,6 +84,6 @@ def record_steps(path: Path, signals: dict[int, int]) -> None:
 
 if __name__ == "__main__":
     distributed.available_cores = lambda: 1
-    distributed._FIRST_WARNING = _LIMIT  # no warning on a busy machine
+    distributed._WARNING_SECONDS = _LIMIT  # no warning on a busy machine
     for line in sys.stdin:
         print(json.dumps(run_ranks(json.loads(line))), flush=True)

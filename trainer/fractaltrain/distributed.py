@@ -33,10 +33,10 @@ from fractalshards.storage import write_json
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 
-_GRACE_SECONDS = 12.0  # after a rank fails, the others get this long to end, and again after SIGTERM
+_GRACE_SECONDS = 12.0  # after a rank fails, the others have this long to end, and again after SIGTERM
 _MOST_LOADERS = 8  # per rank, unless --workers asks for more
 _PATIENCE = timedelta(days=1)  # timeout while one rank prepares something for the others
-_WARNING_SECONDS = 10.0  # that a process waits for the others before it says so
+_WARNING_SECONDS = 10.0  # of waiting for the other processes
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class World:
         return values
 
     def loader_workers(self, wanted: int | None) -> int:
-        """Return ``wanted``, or by default as many loader processes as this rank has idle cores: 0 on CPUs."""
+        """Return ``wanted``, or by default one loader process per idle core of this rank: 0 on CPUs."""
         if wanted is not None:
             return wanted
         if self.device.type == "cpu":
@@ -115,7 +115,7 @@ class World:
         self.max(0)
 
     def main_first(self) -> AbstractContextManager[None]:
-        """Run the block on rank 0, then on the others: for work that one shared file system needs once."""
+        """Run the block on rank 0, then on the others: for work that a shared file system needs once."""
         return self._first(self.main)
 
     def from_main(self, compute: Callable[[], _T]) -> _T:
@@ -142,10 +142,9 @@ class World:
 def join_world() -> Iterator[World]:
     """Join the process group that ``launch`` or torchrun describes in environment variables; else be its only rank.
 
-    Uses NCCL where there are GPUs, and gloo for tensors on CPUs. A process on a CPU takes its share of the cores,
-    unless OMP_NUM_THREADS is set. After an error the process is expected to end. Raises UsageError if the environment
-    variables are no numbers, or do not fit; FractalError if there are fewer GPUs than processes, or the device runs out
-    of memory.
+    Uses NCCL on GPUs, and gloo for tensors on CPUs. A process on a CPU uses its share of the cores, unless
+    OMP_NUM_THREADS is set. After an error the process must end. Raises UsageError if the environment variables are
+    invalid; FractalError if there are fewer GPUs than processes, or the device runs out of memory.
     """
     rank, size, local_rank, local_size = _read_place()
     device = torch.device("cuda", local_rank) if count_gpus(local_size) else torch.device("cpu")
@@ -153,10 +152,7 @@ def join_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     elif not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(available_cores() // local_size, 1))
-    patient_group = None
-    if size > 1:
-        with _meeting(rank, size):
-            patient_group = _connect(rank, size, device)
+    patient_group = _connect(rank, size, device) if size > 1 else None
     try:
         yield World(rank, size, local_rank, local_size, device, patient_group)
     except torch.OutOfMemoryError as error:
@@ -165,15 +161,6 @@ def join_world() -> Iterator[World]:
         ) from error
     if dist.is_initialized():  # not after an error: NCCL would wait for ranks that wait for this one
         dist.destroy_process_group()
-
-
-def _connect(rank: int, size: int, device: torch.device) -> Any:
-    """Create the process group, and return another one whose barrier waits for a day."""
-    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(
-        backend, init_method=os.environ.get(_STORE), rank=rank, world_size=size, device_id=device_id
-    )
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _read_place() -> tuple[int, int, int, int]:
@@ -187,28 +174,31 @@ def _read_place() -> tuple[int, int, int, int]:
     return rank, size, local_rank, local_size
 
 
-@contextmanager
-def _meeting(rank: int, size: int) -> Iterator[None]:
-    """Warn of missing processes if the block, which waits for all of them, takes long.
+def _connect(rank: int, size: int, device: torch.device) -> Any:
+    """Create the process group, and return another one whose barrier waits for a day.
 
-    Raises FractalError if they do not find each other in time.
+    Warns if other processes take long to join; raises FractalError if they do not join in time.
     """
     where = f" at {os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""
-    text = "rank %d of %d waits for the other processes%s; check that all have started and can reach each other"
+    text = "rank %d of %d is waiting for the others%s; check that all have started and can reach each other"
     warning = threading.Timer(_WARNING_SECONDS, _log.warning, (text, rank, size, where))
     warning.daemon = True
     warning.start()
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
-        yield
+        dist.init_process_group(
+            backend, init_method=os.environ.get(_STORE), rank=rank, world_size=size, device_id=device_id
+        )
+        return dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = one_line(str(error).partition("\n")[0]).rstrip(".")
         raise FractalError(
-            f"rank {rank} of {size} did not find the other processes{where} ({reason}); check MASTER_ADDR and "
-            "MASTER_PORT, and start all of them"
+            f"rank {rank} of {size} could not reach the other processes{where} ({reason}); check MASTER_ADDR and "
+            "MASTER_PORT, and that all have started"
         ) from error
     finally:
         warning.cancel()
-        warning.join()  # forks of this process, the loader workers, must not inherit it
+        warning.join()  # loader workers are forks of this process, and must not inherit it
 
 
 def count_gpus(processes: int) -> int:
@@ -224,7 +214,7 @@ def count_gpus(processes: int) -> int:
 
 @dataclass
 class StopFlag:
-    """The last stop signal that this process received; 0: none. Ranks decide together to stop, see ``World.max``."""
+    """The last stop signal that this process received; 0: none. The ranks agree to stop, see ``World.max``."""
 
     signal: int = 0
 
@@ -247,9 +237,9 @@ def stop_on_signal() -> Iterator[StopFlag]:
 
 
 def launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None) -> None:
-    """Run ``entry(config)`` in ``nproc`` processes of this machine, or in this one if torchrun started it.
+    """Run ``entry(config)`` in ``nproc`` processes on this machine, or in this process if torchrun started it.
 
-    Raises the error of the rank that failed first, when all have ended.
+    Once all have ended, raises the error of the rank that failed first.
 
     Args:
         entry: an importable function.
@@ -285,7 +275,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Ctrl-C reaches the ranks as well; they ignore it until they run, or each would print a traceback of imports.
+        # Ctrl-C reaches the ranks, too; they ignore it until they run, or each would print a traceback of imports.
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             ranks = start_processes(_run_rank, (entry, config, nproc, folder), nproc, join=False)
@@ -331,7 +321,7 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
 
 
 def _first_error(folder: Path) -> Exception | None:
-    """Return the first error that a rank wrote, if any; that a signal stopped a rank comes last."""
+    """Return the first error that a rank wrote, if any; an error counts before a stop by a signal."""
     found = []
     for path in folder.glob("error-*.json"):
         error = json.loads(path.read_text())
