@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fractalshards.random import permutation
 from fractaltrain.seeding import mix
 from fractaltrain.stream import order as module
-from fractaltrain.stream.loader import PrefetchSchedule
 from fractaltrain.stream.order import (
+    PrefetchSchedule,
     epoch_order,
     epoch_samples,
     evaluation_positions,
@@ -165,7 +165,7 @@ def test_evaluation_takes_every_sample_once(samples, batch, world):
 
 def test_prefetch_schedule_names_this_window_and_the_next():
     lengths, seed = [4, 2, 3, 5, 1], 3
-    schedule = PrefetchSchedule(lengths, seed, window=2)
+    schedule = PrefetchSchedule(lengths, seed, 2, repeats=1, passes=1)
     windows = [shards.tolist() for epoch in range(3) for shards in shard_windows(5, seed, epoch, 2)]  # three per epoch
     for epoch in range(2):
         positions = iter(range(sum(lengths)))
@@ -189,7 +189,7 @@ def test_prefetch_schedule_has_what_a_machine_reads_next(lengths):
         shards = [shard_of[repeated(order, repeats)] for order in orders]
         for node in range(nodes):
             mine = node_positions(samples, batch, node, nodes, pad)
-            schedule = PrefetchSchedule(lengths, 1, window, repeats, mine, passes)
+            schedule = PrefetchSchedule(lengths, 1, window, repeats, passes, mine)
             for epoch, step in product(range(2), range(steps + 1)):
                 position = mine.start + step * batch // nodes
                 found = schedule.shards(epoch, position)

@@ -14,8 +14,7 @@ from fractaltrain.data.shards import open_cached, open_shards
 from fractaltrain.data.source import SampleSource, Splits
 from fractaltrain.distributed import World, join_world
 from fractaltrain.models import IMAGE_SIZE, create_model
-from fractaltrain.stream.loader import PrefetchSchedule
-from fractaltrain.stream.order import epoch_samples, node_positions
+from fractaltrain.stream.order import PrefetchSchedule, epoch_samples, node_positions
 from fractaltrain.train import train
 
 
@@ -82,7 +81,7 @@ def _prefetching(
     samples = epoch_samples(sum(lengths), recipe.repeats, recipe.passes)
     part = node_positions(samples, batch, node, nodes, config.run.pad)
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
-    schedule = PrefetchSchedule(lengths, config.run.seed, config.window, recipe.repeats, part, recipe.passes)
+    schedule = PrefetchSchedule(lengths, config.run.seed, config.window, recipe.repeats, recipe.passes, part)
     requested: tuple[int, ...] = ()
     with prefetching(cache) as request:
 

@@ -6,12 +6,10 @@ import multiprocessing
 import os
 import pickle
 import socket
-from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +22,6 @@ from fractalshards.reader import Example
 from fractalshards.workers import check_semaphores, init_loader_worker, keep_child_handler, watching
 from fractaltrain.data.source import Images, Indices, SampleSource
 from fractaltrain.seeding import Purpose, mix
-from fractaltrain.stream.order import shard_windows
 
 Transform = Callable[[Images, int], Images]
 """Turns an image (H, W, 3) uint8 into (S, S, 3) uint8; its random numbers depend on the key alone."""
@@ -32,7 +29,7 @@ Transform = Callable[[Images, int], Images]
 OnBad = Literal["stop", "replace", "drop"]
 
 _PREFETCH = 4  # batches per worker
-_MAX_BAD = 10_000  # bad samples in a row, after which the dataset is considered gone
+_MAX_BAD = 10_000  # bad samples in a row that are replaced
 
 
 class Batch(NamedTuple):
@@ -64,14 +61,14 @@ def epoch_loader(
     signals of batch systems. Raises FractalError if a sample cannot be read, or a loader worker is killed.
 
     Args:
-        positions: positions in the order, one array per step, see ``order.training_positions``. A position past the
-            end counts from the start again.
+        positions: positions in the order, one array per step, see ``order.training_positions``. Positions past the end
+            wrap around.
         order: sample indices, see ``order.epoch_order``.
         start: first step.
         workers: loader processes; 0: load in this process.
         pin_memory: copy batches to page-locked memory, from which a GPU can fetch them.
-        on_bad: treatment of a sample that cannot be read. ``stop``: raise the error; ``replace``: use the next readable
-            sample of the order, with the augmentation of the bad one; ``drop``: yield a smaller batch.
+        on_bad: what to do with a sample that cannot be read. ``stop``: raise the error; ``replace``: use the next
+            readable sample of the order, augmented like the bad one; ``drop``: yield a smaller batch.
     """
     channels = [socket.socketpair() for _ in range(workers)]
     ends = tuple((here.fileno(), there) for here, there in channels)
@@ -95,7 +92,7 @@ def epoch_loader(
         try:
             with keep_child_handler():
                 items = iter(loader)
-        finally:  # those that have started before one cannot, too
+        finally:  # also if some have started, and the next one cannot
             processes = [process for process in multiprocessing.active_children() if process not in before]
         while True:
             with watching(processes):
@@ -130,7 +127,7 @@ class _EpochBatches(Dataset["Batch | _Sent | FractalError"]):
         return len(self.positions)
 
     def __getitem__(self, step: int) -> "Batch | _Sent | FractalError":
-        """Return the batch, or the error: one that a worker raises would arrive as a text of many lines."""
+        """Return the batch, or the error: if a worker raised it, it would arrive as many lines of text."""
         worker = get_worker_info()
         try:
             batch = self._load(step)
@@ -170,23 +167,20 @@ class _EpochBatches(Dataset["Batch | _Sent | FractalError"]):
 
     def _read(self, position: int, bad: list[str]) -> Example | None:
         """Read the sample at a position, or its replacement if ``on_bad`` asks for one; append problems to ``bad``."""
+        samples = len(self.order)
         try:
-            return self._read_at(position)
+            return self.source.read(int(self.order[position % samples]))
         except BadSampleError as error:
             if self.on_bad == "stop":
                 raise
             bad.append(str(error))
-            return self._read_after(position) if self.on_bad == "replace" else None
-
-    def _read_after(self, position: int) -> Example:
-        tries = min(_MAX_BAD, len(self.order) - 1)
+        if self.on_bad == "drop":
+            return None
+        tries = min(_MAX_BAD, samples - 1)
         for later in range(position + 1, position + 1 + tries):
             with suppress(BadSampleError):
-                return self._read_at(later)
+                return self.source.read(int(self.order[later % samples]))
         raise FractalError(f"none of the {tries:,} samples after a bad one can be read; is the dataset still there?")
-
-    def _read_at(self, position: int) -> Example:
-        return self.source.read(int(self.order[position % len(self.order)]))
 
 
 class _Sent(NamedTuple):
@@ -202,8 +196,8 @@ class _Sent(NamedTuple):
 def _send(batch: Batch, channel: int, end: socket.socket) -> _Sent:
     """Send a batch from a loader worker as an anonymous file in memory.
 
-    Torch would use /dev/shm, which has 64 MB in a container unless its user asked for more. What is pickled is so short
-    that a pipe takes it whole: a worker that is killed leaves no half of it, for which the reader would wait forever.
+    torch would use /dev/shm, which by default has 64 MB in a container. Only a short ``_Sent`` goes through the queue:
+    a pipe takes it whole, so a worker that is killed never leaves half of one, for which the reader would wait forever.
 
     Args:
         channel: file descriptor of the receiver's end.
@@ -240,52 +234,3 @@ def _label_tensor(labels: Sequence[int | tuple[int, ...]], classes: int) -> torc
 
 def _identity(item: Any) -> Any:
     return item
-
-
-class PrefetchSchedule:
-    """The shards that training reads next, so that remote ones can be fetched ahead of time."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        seed: int,
-        window: int,
-        repeats: int = 1,
-        positions: range | None = None,
-        passes: int = 1,
-    ) -> None:
-        """Create the schedule of a run, for the ``positions`` of every epoch that this machine trains on (None: all).
-
-        See ``order.epoch_order`` and ``order.repeated`` for the other arguments.
-        """
-        self._lengths = lengths
-        self._seed = seed
-        self._window = window
-        self._repeats = repeats
-        self._passes = passes
-        samples = sum(lengths) * passes // repeats
-        positions = positions or range(samples * repeats)
-        self._first = min(positions.start // repeats, samples - 1)
-        self._last = min((positions.stop - 1) // repeats, samples - 1)
-        self._windows = lru_cache(maxsize=2)(self._find_windows)
-
-    def shards(self, epoch: int, position: int) -> tuple[int, ...]:
-        """Return the shards of the window at a position of an epoch, then those of the next window, without duplicates.
-
-        The last window that this machine reads in an epoch is followed by the first one that it reads in the next.
-        """
-        windows, ends = self._windows(epoch)
-        number = bisect_right(ends, min(position // self._repeats, self._last))
-        if number < bisect_right(ends, self._last):
-            following = windows[number + 1]
-        else:
-            next_windows, next_ends = self._windows(epoch + 1)
-            following = next_windows[bisect_right(next_ends, self._first)]
-        return tuple(dict.fromkeys([*windows[number], *following]))
-
-    def _find_windows(self, epoch: int) -> tuple[list[list[int]], list[int]]:
-        """Return the windows of an epoch, and the number of samples up to the end of each."""
-        passes = range(epoch * self._passes, (epoch + 1) * self._passes)
-        shards = [shard_windows(len(self._lengths), self._seed, number, self._window) for number in passes]
-        windows = [window.tolist() for windows in shards for window in windows]
-        return windows, list(accumulate(sum(self._lengths[shard] for shard in shards) for shards in windows))

@@ -24,7 +24,10 @@ the same arrays and leaving out the first ``step`` rows, with any number of work
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -38,14 +41,15 @@ from fractaltrain.seeding import Purpose, mix
 def epoch_order(
     lengths: Sequence[int], seed: int, epoch: int, window: int, passes: int = 1, fresh: bool = False
 ) -> Indices:
-    """The global order of an epoch: ``passes`` permutations of all sample indices, one after the other, int64.
+    """Return the global order of an epoch: ``passes`` permutations of all sample indices, one after the other, int64.
 
     Args:
         lengths: samples per shard; the samples of shard k have the indices after those of shards 0..k-1.
         seed: of the run, in [0, 2^64).
         epoch: counted from 0.
         window: shards that are shuffled together, at least 1.
-        passes: passes over the samples in an epoch. Pass p of epoch e is the one epoch of number ``e * passes + p``.
+        passes: passes over the samples in an epoch. Pass p of epoch e has the order of epoch ``e * passes + p`` with
+            one pass.
         fresh: every pass shows new images: in pass k of all epochs, sample i has the index ``k * n + i``.
     """
     samples = sum(lengths)
@@ -64,29 +68,28 @@ def _pass_order(lengths: Sequence[int], seed: int, number: int, window: int) -> 
 
 
 def shard_windows(shards: int, seed: int, number: int, window: int) -> list[Indices]:
-    """The shards that pass ``number`` of all epochs reads together, in its order: arrays of ``window`` shard numbers,
-    the last may be shorter."""
+    """Return the shards that are shuffled together, in the order of pass ``number`` over the data: arrays of ``window``
+    shard numbers, of which the last may be shorter."""
     order = permutation(shards, mix(seed, Purpose.SHARDS, number))
     return [order[first : first + window] for first in range(0, shards, window)]
 
 
 def epoch_samples(samples: int, repeats: int, passes: int = 1) -> int:
-    """Number of positions in the order of an epoch, see ``epoch_order``, that repeats its samples, see ``repeated``."""
+    """Return the number of positions in the order of an epoch, see ``epoch_order`` and ``repeated``."""
     return samples * passes // repeats * repeats
 
 
 def repeated(order: Indices, repeats: int) -> Indices:
-    """The order of an epoch of repeated augmentation: its first floor(n / repeats) samples, each ``repeats`` times.
+    """Return an order with repeated augmentation: its first floor(n / repeats) samples, each ``repeats`` times.
 
-    The repeats of a sample are neighbours, so they are in one global batch except at its ends. Each is augmented
-    differently, because augmentation depends on the position. (Hoffer et al., Augment your batch, CVPR 2020; DeiT
-    repeats three times.)
+    The repeats of a sample are neighbours, so they share a global batch except at its ends; each is augmented by its
+    position. (Hoffer et al., Augment your batch, CVPR 2020; DeiT repeats three times.)
     """
     return np.repeat(order[: len(order) // repeats], repeats)
 
 
 def steps_per_epoch(samples: int, batch: int, pad: bool) -> int:
-    """Optimiser steps of an epoch: floor(samples / batch), or the ceiling where ``pad`` fills the last batch."""
+    """Return the steps of an epoch: floor(samples / batch), or the ceiling if ``pad`` fills the last batch."""
     return -(-samples // batch) if pad else samples // batch
 
 
@@ -114,15 +117,15 @@ def check_batch(recipe: TrainRecipe, processes: int, accumulate: int, samples: i
 
 
 def training_positions(samples: int, batch: int, rank: int, world: int, pad: bool, nodes: int = 1) -> Indices:
-    """Positions in the epoch's order that a rank trains on: (steps, batch / world) int64, the same shape on all ranks.
+    """Return the positions that a rank trains on: (steps, batch / world) int64, the same shape on all ranks.
 
-    With ``pad`` the last positions run past the end of the order and mean its beginning (take them modulo
-    ``samples``): every sample at least once, at most ``batch - 1`` of them twice.
+    With ``pad`` the last positions run past the end of the order and wrap around (take them modulo ``samples``): every
+    sample occurs at least once, at most ``batch - 1`` of them twice.
 
     Args:
         batch: global, at most ``samples`` and a multiple of ``world``, see ``check_batch``.
-        nodes: machines, each with the same number of consecutive ranks. If there are several, each trains on its own
-            part of the order, see ``node_positions``, so it only reads its share of the shards.
+        nodes: machines, each with the same number of consecutive ranks. Each trains on its own part of the order, see
+            ``node_positions``, so it only reads its share of the shards.
     """
     steps, local = steps_per_epoch(samples, batch, pad), world // nodes
     positions = np.arange(steps * batch, dtype=np.int64).reshape(nodes, steps, local, batch // world)
@@ -130,16 +133,55 @@ def training_positions(samples: int, batch: int, rank: int, world: int, pad: boo
 
 
 def node_positions(samples: int, batch: int, node: int, nodes: int, pad: bool) -> range:
-    """Positions of an epoch that one of several machines trains on; the machines have equal, consecutive parts."""
+    """Return the positions that one of several machines trains on; the machines have equal, consecutive parts."""
     size = steps_per_epoch(samples, batch, pad) * batch // nodes
     return range(node * size, (node + 1) * size)
 
 
 def evaluation_positions(samples: int, batch: int, rank: int, world: int) -> list[Indices]:
-    """Sample indices that a rank evaluates, in batches of at most ceil(batch / world); every sample on one rank once.
+    """Return the samples that a rank evaluates, in batches of at most ceil(batch / world); each sample on one rank.
 
-    Ranks may differ by one sample and so by one batch: there is nothing collective inside an evaluation.
+    Ranks may differ by one sample, and so by one batch: nothing inside an evaluation is collective.
     """
     mine = np.arange(rank, samples, world, dtype=np.int64)
     size = -(-batch // world)
     return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+class PrefetchSchedule:
+    """The shards that training reads next, so that remote ones can be fetched ahead of time."""
+
+    def __init__(
+        self, lengths: Sequence[int], seed: int, window: int, repeats: int, passes: int, positions: range | None = None
+    ) -> None:
+        """Create the schedule of a run, for the ``positions`` of every epoch that this machine trains on (None: all).
+
+        See ``epoch_order`` and ``repeated`` for the other arguments.
+        """
+        self._lengths, self._seed, self._window = lengths, seed, window
+        self._repeats, self._passes = repeats, passes
+        samples = sum(lengths) * passes // repeats
+        positions = positions or range(samples * repeats)
+        self._first, self._last = (min(end // repeats, samples - 1) for end in (positions.start, positions.stop - 1))
+        self._windows = lru_cache(maxsize=2)(self._find_windows)
+
+    def shards(self, epoch: int, position: int) -> tuple[int, ...]:
+        """Return the shards of the window at a position of an epoch, then those of the next window, without duplicates.
+
+        The last window that this machine reads in an epoch is followed by the first one that it reads in the next.
+        """
+        windows, ends = self._windows(epoch)
+        number = bisect_right(ends, min(position // self._repeats, self._last))
+        if number < bisect_right(ends, self._last):
+            following = windows[number + 1]
+        else:
+            next_windows, next_ends = self._windows(epoch + 1)
+            following = next_windows[bisect_right(next_ends, self._first)]
+        return tuple(dict.fromkeys([*windows[number], *following]))
+
+    def _find_windows(self, epoch: int) -> tuple[list[list[int]], list[int]]:
+        """Return the windows of an epoch, and the number of samples up to the end of each."""
+        passes = range(epoch * self._passes, (epoch + 1) * self._passes)
+        shards = [shard_windows(len(self._lengths), self._seed, number, self._window) for number in passes]
+        windows = [window.tolist() for windows in shards for window in windows]
+        return windows, list(accumulate(sum(self._lengths[shard] for shard in shards) for shards in windows))

@@ -9,10 +9,14 @@ from torch.utils.data import Sampler
 
 from fractalshards.errors import UsageError
 from fractaltrain.config import WINDOW
-from fractaltrain.stream.loader import PrefetchSchedule
-from fractaltrain.stream.order import epoch_order, epoch_samples, repeated, steps_per_epoch, training_positions
-
-_PROGRESS = ("epoch", "step")
+from fractaltrain.stream.order import (
+    PrefetchSchedule,
+    epoch_order,
+    epoch_samples,
+    repeated,
+    steps_per_epoch,
+    training_positions,
+)
 
 
 class EpochSampler(Sampler[list[int]]):
@@ -116,14 +120,10 @@ class EpochSampler(Sampler[list[int]]):
         self.step = 0 if self._began else self.step
         self._began = True
         order, epoch = self._order, self.epoch
-        indices = repeated(
-            epoch_order(self._lengths, order["seed"], epoch, order["window"], order["passes"], order["fresh"]),
-            order["repeats"],
-        )
+        passes = epoch_order(self._lengths, order["seed"], epoch, order["window"], order["passes"], order["fresh"])
+        indices = repeated(passes, order["repeats"])
         prefetch = getattr(self._dataset, "prefetch", None)
-        schedule = PrefetchSchedule(
-            self._lengths, order["seed"], order["window"], order["repeats"], passes=order["passes"]
-        )
+        schedule = PrefetchSchedule(self._lengths, *(order[name] for name in ("seed", "window", "repeats", "passes")))
         for step in range(self.step, self._steps):
             if prefetch is not None:
                 prefetch(schedule.shards(epoch, step * order["batch_size"]))
@@ -160,7 +160,7 @@ class EpochSampler(Sampler[list[int]]):
         for name, value in self._order.items():
             if state.get(name) != value:
                 raise UsageError(f"the state has {name} {state.get(name)}, this sampler {value}; use the same one")
-        epoch, step = (state.get(name) for name in _PROGRESS)
+        epoch, step = state.get("epoch"), state.get("step")
         if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0 or not 0 <= step < self._steps:
             raise UsageError(f"the state has epoch {epoch} and step {step}; an epoch has {self._steps} steps")
         self.epoch, self.step, self._handed_out, self._began = epoch, step, step, False
