@@ -39,7 +39,6 @@ from fractaltrain.config import (
     Weights,
     finetuning_folder,
     is_data,
-    pretraining_folder,
 )
 from fractaltrain.data.images import find_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
@@ -177,7 +176,7 @@ def pt(nproc: int | None, **options: Any) -> None:
     _with_overrides(published, nproc, options)  # reports errors in the options before errors in the data
     recipe = _with_overrides(for_dataset(published, _dataset_kind(data)), nproc, options)
     model = ModelConfig(options["model"], _model_arguments(options["model_args"]), options["image_size"])
-    out = options["out"] or pretraining_folder(data, model.name, recipe.name)
+    out = options["out"] or Path("runs") / f"{data.name}-{model.name}-{recipe.name}"
     _launch(_train, TrainConfig(data, model, recipe, _run_config(out, options)), nproc)
 
 
@@ -470,7 +469,3 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 def _show_comparison(comparison: Comparison, out: Path) -> None:
     click.echo(write_comparison(comparison, out))
     note(f"{out}: {', '.join(FILES)}")
-
-
-if __name__ == "__main__":
-    main()

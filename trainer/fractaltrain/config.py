@@ -6,7 +6,7 @@ A training is one ``TrainConfig``; an evaluation is one ``EvalConfig``.
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fractalshards.human import escape_bytes
 from fractalshards.imagefolder import parse_place
@@ -14,12 +14,12 @@ from fractalshards.remote.stores import parse_location
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions
 from fractaltrain.recipes.recipe import TrainRecipe
 
-EXIT_STOPPED = 75  # of a run that saved a checkpoint and stopped on a signal (EX_TEMPFAIL): run the command again
+EXIT_STOPPED = 75  # exit code of a run that a signal stopped, after it saved a checkpoint (EX_TEMPFAIL)
 WINDOW = 16  # shards that are shuffled together
-CACHE_SIZE = 20_000_000_000  # bytes, of the cache of a URL's shards
-MEMORY_SIZE = 8_000_000_000  # bytes, limit of the images kept in memory
+CACHE_SIZE = 20_000_000_000  # bytes of a URL's shards in the cache
+MEMORY_SIZE = 8_000_000_000  # most bytes of images kept in memory
 
-IMAGE_NAMES = (  # ``digits``, and the datasets of ``data.images``
+IMAGE_NAMES = (  # ``digits``, and the published datasets of ``data.images``
     *("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "kmnist", "svhn", "stl10", "flowers102", "food101"),
     *("oxford-pets", "dtd", "eurosat", "gtsrb", "caltech101", "country211", "fgvc-aircraft", "stanford-cars"),
 )
@@ -32,7 +32,7 @@ Resume = Literal["auto", "never", "must"]
 OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
 ModelArgument = bool | int | float | str | None
-Weights = Path | Literal["timm"] | None  # the newest ones in the folder of a run, timm's published ones, or random ones
+Weights = Path | Literal["timm"] | None  # the newest in the folder of a run, timm's published ones, or random ones
 
 
 def is_data(name: str) -> bool:
@@ -45,13 +45,13 @@ class DatasetConfig:
     """``pt --shards`` or ``pt --render``: the dataset to pre-train on."""
 
     location: str  # folder or URL of the shards, or the file of a recipe to render
-    rendered: bool = False  # whether it is a recipe, whose samples are rendered when they are needed
+    rendered: bool = False  # whether it is a recipe to render
     fresh: bool = False  # render new images in every epoch
     window: int = WINDOW  # shards that are shuffled together
     nodes_split: bool = False  # give each machine its own share of an epoch's shards
-    cache_dir: Path | None = None  # where shards of a URL, and images in memory, are kept; None: the default folder
-    cache_size: int = CACHE_SIZE  # bytes of shards there
-    memory_size: int | None = None  # bytes that decoded images may take, to be kept in memory; None: they are not kept
+    cache_dir: Path | None = None  # for the shards of a URL, and images in memory; None: the default folder
+    cache_size: int = CACHE_SIZE  # most bytes of shards there
+    memory_size: int | None = None  # most bytes of decoded images, which are kept in memory; None: they are not kept
     tars: WebDatasetOptions = DEFAULT_OPTIONS  # how to read a folder of another program
 
     @property
@@ -81,6 +81,8 @@ class ImagesConfig:
     subset_seed: int  # seed for choosing these images
     folder: Path  # of published datasets; missing ones are downloaded
     tars: WebDatasetOptions = DEFAULT_OPTIONS  # how to read shards of another program
+    window: ClassVar[int] = WINDOW
+    fresh: ClassVar[bool] = False
 
     @property
     def path(self) -> Path | None:
@@ -114,7 +116,7 @@ class ModelConfig:
 
     name: str  # ``resnet50``, or any name timm knows
     arguments: tuple[tuple[str, ModelArgument], ...] = ()  # further ones of ``timm.create_model``
-    image_size: int | None = None  # side in pixels of the square images it takes; None: chosen from data or weights
+    image_size: int | None = None  # side in pixels of the square images it takes; None: that of the data or weights
     weights: Weights = None
     freeze: Freeze | None = None  # the part that is not trained
 
@@ -149,26 +151,18 @@ class TrainConfig:
     recipe: TrainRecipe
     run: RunConfig
 
-    @property
-    def window(self) -> int:
-        """Number of shards that are shuffled together."""
-        return self.data.window if isinstance(self.data, DatasetConfig) else WINDOW
-
-    @property
-    def fresh(self) -> bool:
-        """Whether every epoch shows new images."""
-        return isinstance(self.data, DatasetConfig) and self.data.fresh
-
     def settings(self, precision: str, image_size: int, **facts: Any) -> dict[str, Any]:
         """Return everything that determines the result, for ``run.json``; a run continues only with equal settings.
 
-        ``facts`` are those that depend on the opened dataset and weights; ``precision`` is torch's name of it.
+        Args:
+            precision: of the forward pass, as torch names it.
+            facts: settings that depend on the opened dataset and weights.
         """
         return {
             **facts,
             "recipe": asdict(self.recipe),
             "image_size": image_size,
-            "window": self.window,
+            "window": self.data.window,
             "seed": self.run.seed,
             "pad": self.run.pad,
             "precision": precision,
@@ -184,11 +178,6 @@ class EvalConfig:
     data: ImagesConfig
     out: Path | None  # folder of the report; None: one inside the run's folder
     batch_size: int  # images at a time
-
-
-def pretraining_folder(data: DatasetConfig, model: str, recipe: str) -> Path:
-    """Return ``runs/DATASET-MODEL-RECIPE``, the default folder of a pre-training."""
-    return Path("runs") / f"{data.name}-{model}-{recipe}"
 
 
 def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: str) -> Path:

@@ -1,4 +1,4 @@
-"""``fractaltrain pt``: pre-train a model on a dataset of shards."""
+"""``fractaltrain pt``: pre-train a model on shards or on rendered images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,7 +72,7 @@ def _open_cache(config: DatasetConfig, world: World) -> ShardCache:
 def _prefetching(
     cache: ShardCache | None, config: TrainConfig, data: Splits[SampleSource], nodes: int, world: World
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function for ``train`` to call on every step: one process of a machine prefetches its next shards."""
+    """Yield a function for ``train`` to call on every step: one process of each machine prefetches its next shards."""
     if cache is None or world.local_rank:
         yield lambda epoch, step: None
         return
@@ -81,7 +81,7 @@ def _prefetching(
     samples = epoch_samples(sum(lengths), recipe.repeats, recipe.passes)
     part = node_positions(samples, batch, node, nodes, config.run.pad)
     names = [shard.name for shard in cache.manifest.splits[TRAINING]]
-    schedule = PrefetchSchedule(lengths, config.run.seed, config.window, recipe.repeats, recipe.passes, part)
+    schedule = PrefetchSchedule(lengths, config.run.seed, config.data.window, recipe.repeats, recipe.passes, part)
     requested: tuple[int, ...] = ()
     with prefetching(cache) as request:
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -47,22 +47,22 @@ def train(
     nodes: int = 1,
     on_step: Callable[[int, int], None] = lambda epoch, step: None,
 ) -> None:
-    """Train to the end, from the start or from where the run's folder left off.
+    """Train to the end, from the start or from the newest checkpoint in the run's folder.
 
-    Writes the run's folder: ``run.json``, checkpoints, metrics, ``history.png`` and at the end ``result.json``. Only
-    rank 0 reads and writes it.
+    Rank 0 reads and writes the folder: ``run.json``, checkpoints, metrics, ``history.png``, and ``result.json`` at the
+    end.
 
     Args:
         model: with its starting weights, the same on every rank.
         image_size: side in pixels of the square images the model sees.
         facts: settings for ``run.json`` that are not in ``config``, see ``TrainConfig.settings``.
-        nodes: machines that share out an epoch's shards among them; 1: they do not.
+        nodes: number of machines that divide an epoch's shards among themselves; 1: they do not.
         on_step: called with the epoch and the number of its steps that are done, before the first and after every step.
 
     Raises:
         FractalError: if batch, samples and processes do not fit, the folder holds another run, a sample is damaged, or
             the loss is not finite.
-        StoppedError: if a signal asked for it; the checkpoint is written.
+        StoppedError: if a signal stopped the run; the checkpoint is written.
     """
     recipe, run = config.recipe, config.run
     samples = epoch_samples(sum(data.train.lengths), recipe.repeats, recipe.passes)
@@ -82,7 +82,9 @@ def train(
             log.message(message)
         saved_at = time.monotonic()
         for epoch in range(position.epoch, recipe.epochs):
-            passes = epoch_order(data.train.lengths, run.seed, epoch, config.window, recipe.passes, config.fresh)
+            passes = epoch_order(
+                data.train.lengths, run.seed, epoch, config.data.window, recipe.passes, config.data.fresh
+            )
             order = repeated(passes, recipe.repeats)
             loader = epoch_loader(
                 data.train, transform, positions, order, run.seed, epoch, start=position.step,
@@ -91,7 +93,7 @@ def train(
             )  # fmt: skip
             loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=world.device)
             bad_samples = 0
-            recent: list[StepRecord] = []
+            recent: list[tuple[int, float, torch.Tensor, tuple[str, ...]]] = []
             set_training(state.model)
             on_step(epoch, position.step)
             log.timer.start()
@@ -101,7 +103,7 @@ def train(
                     torch.manual_seed(mix(run.seed, Purpose.STEP, epoch, step, world.rank))  # dropout
                     lr = state.lr
                     loss = train_step(state, *train_batch(batch, recipe, data.train.classes, world.device))
-                    recent.append(StepRecord(step, lr, loss, batch.keys))
+                    recent.append((step, lr, loss, batch.keys))
                     loss_sum += world.sum(loss.double()) / world.size
                     if batch.bad and not bad_samples and not position.bad_samples:
                         _logger.warning("bad sample, going on without it: %s", batch.bad[0])
@@ -162,18 +164,15 @@ def save_and_stop(
     raise stopped_by(signal)
 
 
-class StepRecord(NamedTuple):
-    """A step: this rank's own loss, still on the device, and the samples it was computed on."""
+def divergence(
+    recent: Sequence[tuple[int, float, torch.Tensor, tuple[str, ...]]], epoch: int, world: World
+) -> FractalError:
+    """Return the error of a loss that is not finite: the first such step, and the samples of all ranks. Collective.
 
-    step: int
-    lr: float
-    loss: torch.Tensor
-    keys: tuple[str, ...]
-
-
-def divergence(recent: Sequence[StepRecord], epoch: int, world: World) -> FractalError:
-    """Return the error of a loss that is not finite: the first such step, and the samples of all ranks. Collective."""
-    mine = [(record.step, record.lr, float(record.loss), record.keys) for record in recent]
+    Args:
+        recent: step, learning rate, this rank's loss and the keys of its samples, for each step since the last check.
+    """
+    mine = [(step, lr, float(loss), keys) for step, lr, loss, keys in recent]
     first = next((record for record in mine if not math.isfinite(record[2])), None)
     found = [record for record in world.gather(first) if record]
     step, lr, loss, _ = min(found)

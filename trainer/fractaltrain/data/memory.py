@@ -1,11 +1,11 @@
 """Decoded samples of a small dataset, in a memory-mapped file that all processes of a machine share.
 
     FOLDER/HOST/NAME.pixels   all images, one after the other
-    FOLDER/HOST/NAME.npz      where they begin, their sizes, labels and keys
+    FOLDER/HOST/NAME.npz      their offsets, sizes, labels and keys
     FOLDER/HOST/lock          held while files are filled, opened and removed
 
-The first process fills the file. Every process that reads it holds a shared lock on it, which ends with the process,
-however that ends. A file that nobody holds is removed at the end of a run, or at the start of the next one.
+The first process fills the file. Each process that reads it holds a shared lock on it, which the kernel releases when
+the process ends. A file without readers is removed at the end of a run, or at the start of the next one.
 """
 
 import fcntl
@@ -28,11 +28,9 @@ from fractalshards.reader import Example
 from fractalshards.storage import atomic_file, check_space, remove_leftovers
 from fractaltrain.data.source import Images, SampleSource, Splits
 
-_ADVICE = "raise --memory-size (memory_size), or train without --memory"
-
 
 class MappedSource:
-    """All samples of a source, decoded once; images are read-only views. Samples that are bad stay with the source."""
+    """All samples of a source, decoded once; images are read-only views. Bad samples are read from the source again."""
 
     def __init__(self, source: SampleSource, folder: Path, name: str, limit: int, image_size: int | None) -> None:
         """Fill the file, or open the one that another process of this machine has filled.
@@ -121,7 +119,7 @@ class MappedSource:
             self._keys, self._is_single = index["keys"], bool(index["is_single"])
 
     def _remove_unused(self) -> None:
-        """Remove files that no process reads, one of this dataset too: its digest may not cover every pixel."""
+        """Remove files without readers, even one of this dataset: its digest may not cover every pixel."""
         for path in self._pixels_path.parent.glob("*.pixels"):
             _remove_if_unused(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
 
@@ -141,20 +139,22 @@ def keep_in_memory(splits: Splits[SampleSource], folder: Path, limit: int, name:
     Args:
         name: identifies the dataset.
     """
+    kept: dict[str, Any] = {}
     with ExitStack() as stack:
-        train = MappedSource(splits.train, folder, f"{name}-train", limit, splits.image_size)
-        stack.callback(train.close)
-        if splits.val is None:
-            yield replace(splits, train=train)
-            return
-        val = MappedSource(splits.val, folder, f"{name}-val", limit - train.bytes, splits.image_size)
-        stack.callback(val.close)
-        yield replace(splits, train=train, val=val)
+        for split, source in (("train", splits.train), ("val", splits.val)):
+            if source is not None:
+                kept[split] = MappedSource(source, folder, f"{name}-{split}", limit, splits.image_size)
+                stack.callback(kept[split].close)
+                limit -= kept[split].bytes
+        yield replace(splits, **kept)
 
 
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise UsageError(f"the decoded images take more than {human_bytes(limit)} of memory; {_ADVICE}")
+        raise UsageError(
+            f"the decoded images take more than {human_bytes(limit)} of memory; raise --memory-size (memory_size), or "
+            "train without --memory"
+        )
 
 
 def _lock(path: Path) -> FileLock:
@@ -165,7 +165,7 @@ def _release(descriptor: int, path: Path, process: int) -> None:
     """Stop reading the file, and remove it if this was its last reader; a forked worker leaves that to its parent."""
     if os.getpid() != process:
         return
-    if _lock(path).is_locked:  # garbage of this thread, collected while it opens another dataset, or this one again
+    if _lock(path).is_locked:  # garbage that is collected while this thread opens a dataset
         os.close(descriptor)
         return
     with suppress(OSError), _lock(path):
@@ -173,7 +173,7 @@ def _release(descriptor: int, path: Path, process: int) -> None:
 
 
 def _remove_if_unused(descriptor: int, path: Path) -> None:
-    """Remove a file and its index unless other processes hold it, and close the descriptor."""
+    """Remove a file and its index unless other processes read it, and close the descriptor."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.with_suffix(".npz").unlink(missing_ok=True)  # first: without an index the file counts as missing
