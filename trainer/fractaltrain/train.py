@@ -64,7 +64,7 @@ def train(
             the loss is not finite.
         StoppedError: if a signal stopped the run; the checkpoint is written.
     """
-    recipe, run = config.recipe, config.run
+    recipe, run, window, fresh = config.recipe, config.run, config.data.window, config.data.fresh
     samples = epoch_samples(sum(data.train.lengths), recipe.repeats, recipe.passes)
     check_batch(recipe, world.size, run.accumulate, samples)
     steps = steps_per_epoch(samples, recipe.batch_size, run.pad)
@@ -82,9 +82,7 @@ def train(
             log.message(message)
         saved_at = time.monotonic()
         for epoch in range(position.epoch, recipe.epochs):
-            passes = epoch_order(
-                data.train.lengths, run.seed, epoch, config.data.window, recipe.passes, config.data.fresh
-            )
+            passes = epoch_order(data.train.lengths, run.seed, epoch, window, recipe.passes, fresh)
             order = repeated(passes, recipe.repeats)
             loader = epoch_loader(
                 data.train, transform, positions, order, run.seed, epoch, start=position.step,
