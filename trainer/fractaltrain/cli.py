@@ -50,10 +50,7 @@ from fractaltrain.study import plan_study, read_study, write_plan
 
 _DEFAULT_MODEL = "deit_small_patch16_224"
 _ALL_CLASSES = 99  # with more classes, eval prints only the best and the worst
-_HEADINGS = {
-    "class": "class", "name": "name", "samples": "images",
-    "top1": "top-1", "top5": "top-5", "average_precision": "average precision",
-}  # fmt: skip
+_HEADINGS = {"samples": "images", "top1": "top-1", "top5": "top-5", "average_precision": "average precision"}
 
 _Config = TypeVar("_Config")
 
@@ -68,9 +65,9 @@ _MODEL_ARG = _option("--model-arg", "model_args", multiple=True, metavar="NAME=V
                      help="Argument of timm's model, such as patch_size=4; repeatable.")  # fmt: skip
 _TAR_OPTIONS = [
     _option("--label-key", metavar="FIELD",
-            help="Tars of other programs: the field of KEY.json with the class index.  [default: KEY.cls has it]"),
+            help="For tars of other programs: the field of KEY.json with the class index.  [default: read KEY.cls]"),
     _option("--split", metavar="train=PATTERN,val=PATTERN",
-            help="Tars of other programs: the names of those in each split.  [default: by info file or names]"),
+            help="For tars of other programs: file names of each split.  [default: by info file or names]"),
 ]  # fmt: skip
 _IMAGE_OPTIONS = [
     _option("--data", required=True, metavar="DATA", callback=lambda _context, _option, name: _check_data(name),
@@ -84,7 +81,7 @@ _RUN_OPTIONS: _Options = {
     "Recipe": [
         _option("--epochs", metavar="E", help="Number of epochs.  [default: the recipe's]"),
         _option("--batch-size", metavar="B", help="Global batch size, over all processes.  [default: the recipe's]"),
-        _option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, for any batch size]"),
+        _option("--lr", metavar="LR", help="Peak learning rate.  [default: the recipe's, whatever the batch size]"),
         _option("--scale-lr", is_flag=True, help="Scale the learning rate from the recipe's batch size to B."),
         _option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change any value of the recipe."),
     ],
@@ -120,7 +117,7 @@ _RUN_OPTIONS: _Options = {
 
 
 def _grouped(options: _Options) -> dict[str, Any]:
-    """Return the arguments that give a command these options, each under its heading in the help."""
+    """Return the arguments of ``main.command`` for these options, each under its heading in the help."""
     return {
         "params": [option for group in options.values() for option in group],
         "groups": {heading: " ".join(option.opts[0] for option in group) for heading, group in options.items()},
@@ -131,7 +128,7 @@ def _grouped(options: _Options) -> dict[str, Any]:
 @click.version_option(package_name="fractalpretrain", prog_name="fractaltrain")
 def main() -> None:
     """Pre-train vision models on fractals, fine-tune them on real images."""
-    os.environ["MPLBACKEND"] = "agg"  # figures are only saved; notebooks name a package that may not be installed here
+    os.environ["MPLBACKEND"] = "agg"  # figures are only saved; in notebooks it names a package that may be missing here
 
 
 _PT_OPTIONS: _Options = {
@@ -139,18 +136,18 @@ _PT_OPTIONS: _Options = {
         _option("--shards", metavar="DIR|URL", help="Folder or URL (s3://, ...) of a dataset."),
         _option("--render", metavar="FILE.json",
                 help="Instead of --shards: render the samples of a recipe, from 'fractalgen recipe', while training."),
-        _option("--fresh", is_flag=True, help="With --render: show new images in every epoch."),
+        _option("--fresh", is_flag=True, help="With --render: new images in every epoch."),
         _option("--model", default=_DEFAULT_MODEL, help="resnet50, or the name of any timm model."),
         _MODEL_ARG,
         _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
                 help="Size of the images that the model sees.  [default: as stored; 224 where the recipe crops]"),
-        _option("--window", type=click.IntRange(1), default=WINDOW, help="Shards that are shuffled together."),
+        _option("--window", type=click.IntRange(1), default=WINDOW, help="Number of shards to shuffle together."),
         _option("--cache-dir", type=PATH, metavar="DIR",
                 help="Folder for the shards of a URL, and for --memory.  [default: $TMPDIR or ~/.cache]"),
-        _option("--cache-size", default="20GB", metavar="SIZE", help="Space for the shards of a URL."),
+        _option("--cache-size", default="20GB", metavar="SIZE", help="Disk space for the shards of a URL."),
         _option("--memory", is_flag=True,
-                help="Decode or render all images once, into memory that the processes of a machine share."),
-        _option("--memory-size", default="8GB", metavar="SIZE", help="Limit of that memory."),
+                help="Decode or render all images once, into memory shared by all processes of a machine."),
+        _option("--memory-size", default="8GB", metavar="SIZE", help="Most memory to use for them."),
         _option("--nodes-split", is_flag=True, help="Give each machine its own part of an epoch's shards."),
         *_TAR_OPTIONS,
     ],
@@ -167,7 +164,7 @@ _PT_OPTIONS: _Options = {
 def pt(nproc: int | None, **options: Any) -> None:
     """Pre-train on a dataset. The same command continues a run that was stopped.
 
-    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75: run the same command again.
+    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75; run the same command to continue.
 
     Example: fractaltrain pt --shards shards/single --model resnet50
     """
@@ -201,7 +198,7 @@ _FT_OPTIONS: _Options = {
         _MODEL_ARG,
         _option("--freeze", type=click.Choice(get_args(Freeze)), help="Train only the classifier: a linear probe."),
         *_IMAGE_OPTIONS,
-        _option("--per-class", type=click.IntRange(1), metavar="N", help="Train on only N images of every class."),
+        _option("--per-class", type=click.IntRange(1), metavar="N", help="Train on only N images per class."),
         _option("--subset-seed", type=click.IntRange(0), default=0, help="Seed for choosing those images."),
         _option("--image-size", type=click.IntRange(8, 4096), metavar="PX",
                 help="Size of the images that the model sees.  [default: the pre-training's; 224 from scratch]"),
@@ -220,21 +217,20 @@ _FT_OPTIONS: _Options = {
 def ft(weights: str, model: str | None, nproc: int | None, **options: Any) -> None:
     """Fine-tune a pre-trained model on real images, or train one from scratch to compare with.
 
-    The accuracy on the val split after the last epoch is the result; result.json in the run's folder has it.
+    The result is the accuracy on the val split after the last epoch; result.json in the run's folder contains it.
 
-    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75: run the same command again.
+    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75; run the same command to continue.
 
     Example: fractaltrain ft --weights runs/single-resnet50-anderson --data cifar100
     """
     start: Weights = None if weights == "none" else "timm" if weights == "timm" else Path(weights)
     arguments = _model_arguments(options["model_args"])
     if isinstance(start, Path) and (model is not None or arguments):
-        raise UsageError("--model and --model-arg go with --weights none or timm only; a run has a model")
+        raise UsageError("--model and --model-arg need --weights none or timm; a run has its own model")
     if start is None and options["freeze"] is not None:
         raise UsageError("--freeze needs trained weights, not --weights none")
     published = FT_RECIPES[options["recipe"] or ("anderson" if start else "anderson-scratch")]
-    recipe = _with_overrides(published, nproc, options)
-    tars = _tar_options(options)
+    recipe, tars = _with_overrides(published, nproc, options), _tar_options(options)
     find_data(options["data"], tars)
     if isinstance(start, Path):
         load_settings(start)
@@ -279,14 +275,14 @@ def _evaluate(config: EvalConfig) -> None:
 
 def _print_classes(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of all classes; if there are many, of the ten worst and the ten best."""
-    columns = [column for column in _HEADINGS if column in rows[0]]
+    columns = [column for column in ("class", "name", *_HEADINGS) if column in rows[0]]
     title, leading = "all classes", "top1" if "top1" in columns else "average_precision"
     if len(rows) > _ALL_CLASSES:
         ranked = sorted((row for row in rows if row["samples"]), key=lambda row: float(row[leading]))
         rows, title = [*ranked[:10], *ranked[10:][-10:]], f"the ten worst and the ten best of {len(rows):,} classes"
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(_HEADINGS[column], justify="left" if column == "name" else "right")
+        table.add_column(_HEADINGS.get(column, column), justify="left" if column == "name" else "right")
     for row in rows:
         cells = (f"{row[column]:.1%}" if isinstance(row[column], float) else row[column] for column in columns)
         table.add_row(*(Text("-" if cell is None else one_line(str(cell))) for cell in cells))
@@ -321,7 +317,7 @@ def _run_config(out: Path, options: Mapping[str, Any]) -> RunConfig:
 
 
 def _model_arguments(texts: Sequence[str]) -> tuple[tuple[str, ModelArgument], ...]:
-    """Parse ``--model-arg``: numbers, ``true``, ``false`` and ``none`` are what they say, others are text."""
+    """Parse ``--model-arg``: numbers, ``true``, ``false`` and ``none`` become values, anything else is text."""
 
     def parse(text: str) -> ModelArgument:
         with suppress(msgspec.ValidationError):
@@ -339,7 +335,7 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
     """Return the dataset that the options of ``pt`` describe, after checking that they go together."""
     rendered = options["render"] is not None
     if rendered == (options["shards"] is not None):
-        raise UsageError("give the dataset with --shards or with --render, one of the two")
+        raise UsageError("give the dataset with either --shards or --render")
     location = options["render"] if rendered else options["shards"]
     if not location:
         raise UsageError("--shards or --render is empty; give a path")
@@ -357,14 +353,14 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
     if data.fresh and not rendered:
         raise UsageError("--fresh needs --render: stored images are the same in every epoch")
     if data.fresh and options["memory"]:
-        raise UsageError("--fresh and --memory exclude each other: fresh images are never shown again")
+        raise UsageError("--fresh and --memory cannot be combined: fresh images are never shown again")
     if rendered or data.is_remote:
         data.tars.check_unused(location)
     return data
 
 
 def _dataset_kind(data: DatasetConfig) -> str:
-    """Return the kind of a dataset, on which some recipes depend; empty for WebDataset folders of other projects."""
+    """Return the kind of a dataset, on which some recipes depend; empty for tars of other programs."""
     if data.rendered:
         return str(read_portable(data.path).recipe.get("kind", ""))
     if data.is_remote:
@@ -391,7 +387,7 @@ def _check_data(name: str) -> str:
 def export(run: Path, out: Path) -> None:
     """Write the weights of a run in the form that timm.create_model loads.
 
-    A folder has a model card, too, and can be pushed to Hugging Face as it is: hf upload NAME FOLDER.
+    A folder also gets a model card, and can be uploaded to Hugging Face as it is: hf upload NAME FOLDER.
 
     Example: fractaltrain export runs/single --out single-resnet50
     """
@@ -406,14 +402,12 @@ def export(run: Path, out: Path) -> None:
 @click.argument("file", type=PATH, metavar="STUDY.toml")
 @click.option("--out", type=PATH, help="The study's folder.  [default: runs/NAME]")
 @click.option("--dry-run", is_flag=True, help="List all runs with their state and command line; start none.")
-@click.option(
-    "--slice", "slice_", metavar="I/K|auto", help="Every K-th pre-training with its fine-tunings: for job arrays."
-)
+@click.option("--slice", "slice_", metavar="I/K|auto",
+              help="Run only every K-th pre-training and its fine-tunings, for job arrays.")  # fmt: skip
 @click.option("--data-dir", type=PATH, default=Path("data"),
               help="Folder of published datasets; missing ones are downloaded.")  # fmt: skip
-@click.option(
-    "--nproc", type=click.IntRange(1), metavar="N", help="Processes of each run.  [default: one per GPU, or 1]"
-)
+@click.option("--nproc", type=click.IntRange(1), metavar="N",
+              help="Processes of each run.  [default: one per GPU, or 1]")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, metavar="N",
               help="Runs at the same time; on CPUs they share the cores.")  # fmt: skip
 @quiet_option
@@ -425,13 +419,13 @@ def study(
     Example: fractaltrain study studies/mini.toml --dry-run
     """
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
-    asked = read_study(file)
-    folder = out or Path("runs") / (asked.study.name or file.stem)
-    digests, problems = find_datasets(asked)
-    plan = plan_study(asked, digests)
+    grid = read_study(file)
+    folder = out or Path("runs") / (grid.study.name or file.stem)
+    digests, problems = find_datasets(grid)
+    plan = plan_study(grid, digests)
     runs = [run for group in (part.of(plan.groups()) if part else plan.groups()) for run in group]
     try:
-        check_models(plan, asked.study.image_size)
+        check_models(plan, grid.study.image_size)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
     if dry_run:
@@ -456,7 +450,7 @@ def study(
 @click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="Folder of the tables.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
-    """Compare fine-tuning runs, or folders of them: table.csv, table.md and figure.png, mean and spread over seeds.
+    """Compare fine-tuning runs, or folders of them, by mean and spread over seeds: table.csv, table.md, figure.png.
 
     Example: fractaltrain compare runs/mini --out runs/mini
     """

@@ -53,8 +53,8 @@ def create_model(
         raise UsageError(f"no model {name!r}; {hint}")
     for argument in arguments:
         if argument in _OWN_OPTIONS:
-            raise UsageError(f"--model-arg {argument}: comes from {_OWN_OPTIONS[argument]}")
-        if argument.startswith(_REFUSED) or not argument.isidentifier():  # run.json of others may ask for it
+            raise UsageError(f"--model-arg {argument}: is set by {_OWN_OPTIONS[argument]}")
+        if argument.startswith(_REFUSED) or not argument.isidentifier():  # a run.json from elsewhere may contain it
             raise UsageError(f"--model-arg {argument}: does not describe the architecture, so it cannot be set")
     options: dict[str, Any] = {**arguments, **({"drop_path_rate": drop_path} if drop_path else {})}
     model: nn.Module
@@ -71,41 +71,34 @@ def create_model(
             scores = functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
     except Exception as error:  # models raise errors of many types
         if "drop_path_rate" in str(error):
-            raise UsageError(f"{name} has no drop path, which the recipe asks for; add --set drop_path=0") from error
+            raise UsageError(f"{name} has no drop path, which the recipe needs; add --set drop_path=0") from error
         given = ", ".join(f"{argument}={value}" for argument, value in arguments.items())
         raise FractalError(
             f"{name}{given and f' with {given}'} cannot take {image_size} x {image_size} images ({_reason(error)}); "
             f"try another --image-size{given and ' or --model-arg'}"
         ) from error
     if getattr(scores, "shape", None) != (2, classes):
-        raise FractalError(f"{name} gives no score per class; choose another --model")
+        raise FractalError(f"{name} does not return one score per class; choose another --model")
     return model
 
 
 def describe_border(model: nn.Module, image_size: int) -> list[str]:
-    """Return a line if the patches of a vision transformer do not cover the images: it does not see their last pixels.
-
-    Args:
-        image_size: side in pixels of the square images the model takes.
-    """
+    """Return a line if the patches of a vision transformer do not cover square images of this side in pixels."""
     patches: Any = getattr(model, "patch_embed", None)
     patch, *_ = getattr(patches, "patch_size", (1,))
     lost = image_size % patch
     if not lost or getattr(patches, "dynamic_img_pad", False):
         return []
     return [
-        f"the model's patches of {patch} pixels cover {image_size - lost} of the {image_size} pixels on a side; choose "
-        f"a multiple of {patch} as --image-size"
+        f"the model's patches of {patch} pixels cover only {image_size - lost} of the {image_size} pixels on each "
+        f"side; choose a multiple of {patch} as --image-size"
     ]
 
 
 def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
-    """Return the arguments of ``timm.create_model`` that set the number of classes and the image size.
+    """Return the arguments of ``timm.create_model`` for classes (None: those of the published weights) and image size.
 
-    The image size is among them only for models whose weights depend on it, such as position embeddings.
-
-    Args:
-        classes: number of classes; None: as many as the published weights have.
+    The image size is one only for models with weights that depend on it, such as position embeddings.
     """
     config = timm.get_pretrained_cfg(name)
     return {
@@ -149,10 +142,9 @@ def set_training(model: nn.Module) -> None:
 
 
 def choose_attention(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace torch's fused attention in timm's models by products of matrices, for bfloat16 on a CPU.
+    """Turn off torch's fused attention in timm's models for bfloat16 on a CPU, where its backward pass is slow.
 
-    The backward pass of the fused one takes half of a step there: a small ViT trains 1.9 times faster without it, see
-    docs/performance.md.
+    A small ViT trains 1.9 times faster without it, see docs/performance.md.
     """
     if device.type == "cpu" and dtype == torch.bfloat16:
         for module in model.modules():
@@ -163,9 +155,8 @@ def choose_attention(model: nn.Module, device: torch.device, dtype: torch.dtype)
 def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> str:
     """Load all weights but the classifier's into ``model``, which keeps its own; return a line about what was loaded.
 
-    Position embeddings for images of another size are resampled, as timm does. Raises FractalError if tensors are
-    missing, unexpected or of another shape: the weights of another model, or position embeddings that cannot be
-    resampled.
+    Position embeddings for another image size are resampled, as timm does. Raises FractalError if tensors are missing,
+    unexpected or of another shape.
 
     Args:
         weights: state dict of the same model with any number of classes.
@@ -197,7 +188,7 @@ def _resample(model: nn.Module, weights: Mapping[str, torch.Tensor], names: Sequ
         return {}
     try:
         converted = convert(dict(weights), model)
-    except Exception:  # of many types; what keeps another shape is reported
+    except Exception:  # of many types; tensors that keep another shape are reported
         return {}
     return {name: converted[name] for name in names if name in converted}
 
@@ -216,7 +207,7 @@ def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch
         raise UsageError(f"timm publishes no weights for {model}; choose another --model, or --weights none")
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     options = timm_options(model, None, image_size)
-    timm.create_model(model, **options)  # so an error below comes from fetching
+    timm.create_model(model, **options)  # so that an error below comes from fetching
     try:
         return name, timm.create_model(model, pretrained=True, **options).state_dict()
     except Exception as error:  # hub clients raise errors of many types

@@ -121,7 +121,7 @@ def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int
     """
     warmup, total = recipe.warmup_steps or recipe.warmup_epochs * epoch_steps, recipe.epochs * epoch_steps
     if warmup >= total:
-        raise UsageError(f"{warmup:,} warm-up steps, but {total:,} steps in all; lower them with --set warmup_steps=N")
+        raise UsageError(f"{warmup:,} warm-up steps of {total:,} steps in total; lower them with --set warmup_steps=N")
 
     def share(step: int) -> float:
         if step < warmup:

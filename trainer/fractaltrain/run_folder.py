@@ -140,7 +140,7 @@ def open_run(
                 "choose another folder with --out, or remove this one"
             )
         moved = [name for name in _CONTENT if found.get(name) != wanted.get(name)]
-        yield [f"{folder}: began with {found[name]}; {wanted[name]} has the same digest" for name in moved]
+        yield [f"{folder}: started with {found[name]}; {wanted[name]} has the same digest" for name in moved]
 
 
 def is_begun(folder: Path) -> bool:

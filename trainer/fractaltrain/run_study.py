@@ -100,10 +100,10 @@ def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
         return f"{UNUSABLE}: has {name} {found.get(name)}, not {wanted[name]}; remove this run, or change --out"
     if run.start:
         if find_state(plan.starts[run.start], plan, folder).startswith(UNUSABLE):
-            return f"{UNUSABLE}: starts from {run.start}, which is not usable; remove this run, too"
+            return f"{UNUSABLE}: starts from {run.start}, which is not usable; remove this run as well"
         checkpoints = list_checkpoints(folder / run.start)[::-1]
         if checkpoints and all(_sha256(file, file.stat().st_mtime_ns) != found.get("weights") for file in checkpoints):
-            return f"{UNUSABLE}: started from other weights than {run.start} has now; remove this run"
+            return f"{UNUSABLE}: started from weights that {run.start} no longer has; remove this run"
     return DONE if (path / RESULT).exists() else TO_DO
 
 

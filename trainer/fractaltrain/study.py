@@ -166,7 +166,7 @@ def _problems(study: Study) -> Iterator[str]:
     if not study.pretraining and study.scratch is None:
         yield "no table [pretraining.NAME] or [scratch]; add one"
     if SCRATCH in study.pretraining:
-        yield f"[pretraining.{SCRATCH}] is no pre-training; write [{SCRATCH}]"
+        yield f"[pretraining.{SCRATCH}] is not a pre-training; write [{SCRATCH}]"
     for row, dataset in study.pretraining.items():
         for model in set(dataset.models) - set(study.models):
             yield f"[pretraining.{row}] models: {model!r}{nearest(model, study.models)}"

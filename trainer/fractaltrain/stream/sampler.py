@@ -71,7 +71,7 @@ class EpochSampler(Sampler[list[int]]):
         """
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         if (rank is None) != (world_size is None):
-            raise UsageError("rank and world_size belong together; give both or none")
+            raise UsageError("give both rank and world_size, or neither")
         if not joined and world_size is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UsageError(
                 "this process is one of several, and torch.distributed is not initialised; call init_process_group "
@@ -159,7 +159,7 @@ class EpochSampler(Sampler[list[int]]):
         """
         for name, value in self._order.items():
             if state.get(name) != value:
-                raise UsageError(f"the state has {name} {state.get(name)}, this sampler {value}; use the same one")
+                raise UsageError(f"the state has {name} {state.get(name)}, not {value}; use the same value")
         epoch, step = state.get("epoch"), state.get("step")
         if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0 or not 0 <= step < self._steps:
             raise UsageError(f"the state has epoch {epoch} and step {step}; an epoch has {self._steps} steps")
