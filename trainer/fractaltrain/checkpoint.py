@@ -48,13 +48,12 @@ class Checkpoint(NamedTuple):
     path: Path
     position: Position
     state: dict[str, Any]  # state dicts on the CPU: model, optimizer, schedule, scaler, and ema if weights are averaged
-    skipped: tuple[str, ...]  # a message for every newer checkpoint, all of which are damaged
+    skipped: tuple[str, ...]  # a message for every newer checkpoint; they are damaged
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights to evaluate and fine-tune: averaged ones if there are any, else those of the model."""
-        weights: dict[str, torch.Tensor] = self.state.get("ema", self.state["model"])
-        return weights
+        return self.state.get("ema", self.state["model"])  # type: ignore[no-any-return]
 
 
 def checkpoint_path(folder: Path, position: Position) -> Path:
@@ -63,14 +62,13 @@ def checkpoint_path(folder: Path, position: Position) -> Path:
 
 
 def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any], world: World) -> None:
-    """Write a checkpoint of everything with a ``state_dict``, by name, on rank 0.
+    """Write a checkpoint of ``parts``, everything with a ``state_dict``, on rank 0; then keep the newest ``run.keep``.
 
-    Keep the newest ``run.keep``; remove older ones, and damaged later ones. Existing ones stay if it cannot be written.
+    Older checkpoints are removed, and damaged later ones; none if the new one cannot be written.
     """
     if not world.main:
         return
-    folder, keep = run.out, run.keep
-    path = checkpoint_path(folder, position)
+    path = checkpoint_path(run.out, position)
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic_file(path) as file:
         try:
@@ -79,17 +77,17 @@ def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any]
             if isinstance(error.__context__, OSError | KeyboardInterrupt):  # torch hides a full disk and Ctrl-C
                 raise error.__context__ from error
             raise
-    paths = list_checkpoints(folder)
+    paths = list_checkpoints(run.out)
     end = paths.index(path) + 1
-    for old in {*paths} - {*paths[max(end - keep, 0) : end]}:
+    for old in {*paths} - {*paths[max(end - run.keep, 0) : end]}:
         old.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | None:
-    """Load the newest checkpoint that is not damaged; None if there are no checkpoints.
+    """Load the newest checkpoint that is not damaged; return None if there are no checkpoints.
 
-    Raises FractalError if all are damaged, or the newest one is of another version; with ``to_continue`` also if it is
-    of version 0.1, of which only the weights can be used.
+    Raises FractalError if all are damaged, or the newest one was written by another version; with ``to_continue``, also
+    by version 0.1, whose weights alone can be used.
     """
     skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
@@ -98,7 +96,7 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
                 state = torch.load(path, map_location="cpu", weights_only=True)
             file_format, position = state.pop("format"), Position(**state.pop("position"))
         except Exception as error:  # a damaged file makes torch raise errors of any type
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # it may be whole
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # it may be undamaged
                 raise FractalError(f"{path}: not enough memory to load it") from error
             if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
                 raise
@@ -121,10 +119,6 @@ def resume(
 
     Yields the position to continue from, and messages for the user. Raises FractalError as ``run_folder.open_run`` and
     ``load_checkpoint`` do, or if the checkpoint does not fit.
-
-    Args:
-        settings: everything that determines the result of the run, see ``run_folder.open_run``.
-        parts: everything with a ``state_dict``, by its name in checkpoints.
     """
     with open_run(run.out, settings, _environment(run, world), run.resume) if world.main else nullcontext(()) as moved:
         checkpoint = world.share(load_checkpoint(run.out, to_continue=True) if world.main else None)
@@ -140,7 +134,7 @@ def resume(
 
 
 def _environment(run: RunConfig, world: World) -> dict[str, Any]:
-    """Return options, device and library versions to record in ``run.json``; a run may continue with others."""
+    """Return options, device and versions to record in ``run.json``; they may change when a run continues."""
     return {
         "processes": world.size,
         "accumulate": run.accumulate,
@@ -167,7 +161,7 @@ def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Order the optimiser's tensors in memory as their parameters are: its fused updates go by memory, not by index.
+    """Give the optimiser's tensors the memory layout of their parameters, which its fused updates rely on.
 
     Those of a convolutional network are channels last if a GPU saved them, and contiguous if a CPU did.
     """
@@ -184,12 +178,12 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run with its newest usable checkpoint; ``sha256`` is the digest of the checkpoint file."""
+    """A run with its newest undamaged checkpoint."""
 
     folder: Path
     settings: RunSettings
     checkpoint: Checkpoint
-    sha256: str
+    sha256: str  # of the checkpoint file
 
     @property
     def precision(self) -> torch.dtype:
@@ -199,14 +193,14 @@ class TrainedRun:
 
     @property
     def origin(self) -> str:
-        """A line that says where the weights come from, after one line for every checkpoint that was skipped."""
+        """A line that says where the weights come from, after a line for each checkpoint that was skipped."""
         skipped = "".join(f"{problem}; using the one before\n" for problem in self.checkpoint.skipped)
         position = self.checkpoint.position
         steps = f" and {human_count(position.step, 'step')} of the next" if position.step else ""
         return f"{skipped}weights of {self.folder} after {human_count(position.epoch, 'epoch')}{steps}"
 
     def build_model(self) -> nn.Module:
-        """Return the model with its weights; raises FractalError if they do not fit the one that ``run.json`` names."""
+        """Return the model with its weights; raises FractalError if they do not fit ``run.json``."""
         name, classes = self.settings.model, self.settings.classes
         model = create_model(name, classes, self.settings.image_size, arguments=self.settings.model_args)
         try:

@@ -1,4 +1,4 @@
-"""Evaluation: predict, gather the predictions of all ranks, compute metrics; during training and for ``eval``."""
+"""Evaluation, during training and for ``eval``: predict, gather the predictions of all ranks, compute metrics."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -51,11 +51,11 @@ class Predictions:
         return self.labels.ndim == 2
 
     def scores(self) -> dict[str, float]:
-        """Return ``samples``, ``loss`` and ``top1``, ``top5`` or ``map``, ``f1``: shares in [0, 1].
+        """Return ``samples``, ``loss`` and ``top1``, ``top5`` or ``map``, ``f1``, in [0, 1].
 
-        ``map`` is the mean of the average precisions of the classes that some image shows. ``f1`` is over all pairs of
-        image and class, where a class is predicted if its probability is at least one half. The loss weighs the classes
-        shown ``classes / number shown`` times, which adds the logarithm of that to the logits: it is taken out first.
+        ``map`` is the mean average precision of the classes that some image shows. ``f1`` is over all pairs of image
+        and class, where a class is predicted if its probability is at least one half. The loss weights the classes
+        shown by ``classes / number shown``, which adds its logarithm to the logits; it is subtracted first.
         """
         if not self.multi_label:
             hits = self.predicted == self.labels[:, None]
@@ -80,7 +80,7 @@ class Predictions:
         return precisions
 
     def class_scores(self) -> list[dict[str, Any]]:
-        """Return the scores of every class by index, ``samples`` first; None where there is no image of it."""
+        """Return the scores of every class by index, ``samples`` first; None for classes without images."""
         if self.multi_label:
             counts, columns = self.labels.sum(0), {"average_precision": self.average_precisions()}
         else:
@@ -126,22 +126,19 @@ def predict(
     stop: StopFlag | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Predictions | None:
-    """Predict all samples of a source, each on one rank, and gather the predictions. Collective.
+    """Predict all samples of a source, each on one rank, and gather the predictions on rank 0. Collective.
 
     Ranks may have different numbers of batches, so ``model`` must not be wrapped by DDP. Its buffers (batch norm
-    statistics) are first set to those of rank 0, which checkpoints hold. It is left in evaluation mode. Raises
-    FractalError if a sample cannot be read, or none can.
+    statistics) are set to those of rank 0, as in checkpoints. It is left in evaluation mode. Raises FractalError if a
+    sample cannot be read; with ``skip_bad``, if none can. Returns None if a signal came before the first batch.
 
     Args:
         dtype: precision of autocast; float32: no autocast.
         batch_size: images at a time, of all ranks together.
         workers: loader processes of each rank; None: chosen from the number of cores.
         skip_bad: leave out samples that cannot be read.
-        stop: end early when its signal comes.
+        stop: end early when it has a signal.
         on_progress: called on rank 0 with its images (done, total).
-
-    Returns:
-        The predictions on rank 0, None on the other ranks, or if a signal came before the first batch.
     """
     for buffer in model.buffers():
         world.broadcast(buffer)
@@ -206,7 +203,7 @@ def evaluate(
     world: World,
     stop: StopFlag,
 ) -> dict[str, float]:
-    """Evaluate the val split during training; return the scores on all ranks, or nothing if a signal came. Collective.
+    """Evaluate the val split during training; return the scores on all ranks, empty if a signal came. Collective.
 
     Raises FractalError as ``predict`` does, or if the loss is not finite.
     """
@@ -234,14 +231,11 @@ class EvalReport(NamedTuple):
 
 
 def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> EvalReport | None:
-    """Evaluate a run on a val split; write the report on rank 0 and return it there, None on the other ranks.
+    """Evaluate a run on a val split; write the report on rank 0 and return it there, None on other ranks.
 
-    Geometry, normalisation and precision are those of the run. If the run was fine-tuned on a subset of the same data,
-    the subset is drawn again, so that no image it was trained on is evaluated. Raises FractalError if run or images are
-    missing or damaged, their classes differ, or the loss is not finite.
-
-    Args:
-        on_progress: called on rank 0 with its images (done, total).
+    Geometry, normalisation and precision are those of the run. If it was fine-tuned on a subset of the same data, the
+    subset is drawn again, so that no training image is evaluated. Raises FractalError if run or images are missing or
+    damaged, their classes differ, or the loss is not finite. ``on_progress`` is called with rank 0's (done, total).
     """
     with join_world() as world:
         run = load_run(config.run)
@@ -287,10 +281,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
 
 
 def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) -> None:
-    """Check that the run's classifier was trained on the classes of the data.
-
-    Raises FractalError if their number or names differ.
-    """
+    """Raise FractalError if number or names of the classes differ from those that the run was trained on."""
     settings, advice = run.settings, "evaluate on the data it was trained on, or fine-tune first (fractaltrain ft)"
     if settings.classes != val.classes:
         raise FractalError(

@@ -1,9 +1,9 @@
 """``fractaltrain ft``: fine-tune a model on real images, from a pre-training, timm's weights or random ones."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ from fractaltrain.run_folder import Training
 from fractaltrain.train import train
 
 
-@dataclass(frozen=True)
-class Pretrained:
+class Pretrained(NamedTuple):
     """Weights to start from."""
 
     model: str
@@ -27,7 +26,7 @@ class Pretrained:
     identity: str  # sha256 of the checkpoint, or the name of timm's weights
     source: str  # the folder of the run, or the name of timm's weights
     origin: str  # a line that says where they come from
-    training: Mapping[str, Any] | None = None  # how the run was trained, as run.json says; None: timm's
+    training: Mapping[str, Any]  # how the run was trained, as run.json says; empty for timm's
 
 
 def finetune(config: TrainConfig) -> None:
@@ -75,7 +74,7 @@ def finetune(config: TrainConfig) -> None:
 def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
     """Load the weights to start from, if any: the newest ones of a run, or timm's published ones.
 
-    Raises FractalError if the folder holds no run or no checkpoint that can be read, or timm's cannot be fetched.
+    Raises FractalError if the folder holds no run or no readable checkpoint, or timm's weights cannot be fetched.
     """
     if model.weights is None:
         return None
@@ -85,10 +84,9 @@ def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
         architecture = settings.model, settings.model_args, settings.image_size
         training = {field.name: asdict(settings)[field.name] for field in fields(Training)}
         return Pretrained(*architecture, run.checkpoint.weights, run.sha256, folder, run.origin, training)
-    image_size = model.image_size or IMAGE_SIZE
+    architecture = model.name, dict(model.arguments), model.image_size or IMAGE_SIZE
     with world.main_first():  # rank 0 may download
-        name, weights = load_published(model.name, image_size)
-    source = f"timm's {name}"
+        name, weights = load_published(model.name, architecture[2])
     return Pretrained(
-        model.name, dict(model.arguments), image_size, weights, f"timm:{name}", source, f"published weights of {source}"
+        *architecture, weights, f"timm:{name}", f"timm's {name}", f"published weights of timm's {name}", {}
     )

@@ -48,7 +48,7 @@ def rewind_metrics(folder: Path, global_step: int) -> None:
 
 
 class Timer:
-    """Measures images per second, of all ranks, and the share of time that the loop waits for its next batch.
+    """Measures images per second of all ranks, and the share of time in which the loop waits for its next batch.
 
     A GPU may still be computing meanwhile, so the share is an upper bound on its idle time.
     """
@@ -97,17 +97,17 @@ class Timer:
 
 
 class RunLog:
-    """Logs a run on rank 0; on the other ranks it only keeps time. The loop calls its timer at every batch and step."""
+    """Logs a run on rank 0; on other ranks it only keeps time. The loop calls ``timer`` at every batch and step."""
 
     def __init__(
         self, folder: Path, epochs: int, steps: int, batch_size: int, start: Position, main: bool, quiet: bool
     ) -> None:
-        """Continue the log after ``start``, of epochs of ``steps`` steps; remove what was logged about later ones."""
+        """Continue the log after ``start``, and remove later entries; ``steps`` is the length of an epoch."""
         self.timer = Timer(batch_size)
         self._folder, self._epochs, self._steps, self._main = folder, epochs, steps, main
         self._print = main and not quiet
         self._printed = time.monotonic()
-        self._unfinished = False  # whether the cursor stands behind a progress line
+        self._unfinished = False  # whether the cursor is behind a progress line
         self._drawn = time.monotonic()
         if main:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -115,7 +115,7 @@ class RunLog:
             done = start.epoch * steps + start.step
             rewind_metrics(folder, done)
             (folder / TENSORBOARD).mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(folder / TENSORBOARD, os.O_RDONLY)  # TensorBoard takes no name that is not UTF-8
+            self._descriptor = os.open(folder / TENSORBOARD, os.O_RDONLY)  # TensorBoard needs names in UTF-8
             self._tensorboard: Any = SummaryWriter(f"/proc/self/fd/{self._descriptor}", purge_step=done + 1)
 
     def __enter__(self) -> Self:
@@ -137,10 +137,10 @@ class RunLog:
         """Log the mean loss since the last call, after ``step`` steps of ``epoch`` (from 0)."""
         rates = self.timer.lap()
         self._write("train", epoch, step, {"loss": loss, "lr": lr, **rates})
-        last, now, terminal = step == self._steps, time.monotonic(), sys.stdout.isatty()
-        if not self._print or not (terminal or last or now - self._printed >= _LOG_SECONDS):
+        last, terminal = step == self._steps, sys.stdout.isatty()
+        if not self._print or not (terminal or last or time.monotonic() - self._printed >= _LOG_SECONDS):
             return
-        self._printed = now
+        self._printed = time.monotonic()
         left = ((self._epochs - epoch) * self._steps - step) * self.timer.seconds_per_step()
         line = (
             f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.3g}  "
@@ -152,11 +152,18 @@ class RunLog:
         sys.stdout.flush()
 
     def epoch(self, epoch: int, summary: Mapping[str, Any]) -> None:
-        """Log the figures of an epoch (from 0) and update ``history.png``."""
+        """Log the figures of an epoch (from 0); now and then, and after the last, update ``history.png``."""
         self._write("epoch", epoch, self._steps, summary)
-        if self._main:
-            self._tensorboard.flush()
-            self._draw(last=epoch + 1 == self._epochs)
+        if not self._main:
+            return
+        self._tensorboard.flush()
+        if epoch + 1 < self._epochs and time.monotonic() - self._drawn < _DRAWING_SECONDS:
+            return
+        try:
+            draw_history(self._folder / HISTORY, read_metrics(self._folder))
+        except Exception as error:  # a failed picture must not end a run
+            self.message(f"{self._folder / HISTORY}: not drawn ({one_line(str(error))})")
+        self._drawn = time.monotonic()
 
     def result(self, position: Position) -> None:
         """Write ``result.json`` and print it, even with ``quiet``."""
@@ -165,16 +172,6 @@ class RunLog:
             result = final_result(position)
             write_json(self._folder / RESULT, result, indent=1)
             print(*(f"{self._folder}: {line}" for line in describe_result(result)), sep="\n", flush=True)
-
-    def _draw(self, last: bool) -> None:
-        """Draw ``history.png`` after the last epoch, and after others now and then."""
-        if not last and time.monotonic() - self._drawn < _DRAWING_SECONDS:
-            return
-        try:
-            draw_history(self._folder / HISTORY, read_metrics(self._folder))
-        except Exception as error:  # a failed picture must not end a run
-            self.message(f"{self._folder / HISTORY}: not drawn ({one_line(str(error))})")
-        self._drawn = time.monotonic()
 
     def _write(self, split: str, epoch: int, step: int, figures: Mapping[str, Any]) -> None:
         if not self._main:
@@ -193,7 +190,7 @@ class RunLog:
 
 
 def final_result(position: Position) -> dict[str, Any]:
-    """Return ``result.json``: the last epoch's figures, and the best top-1 or mAP with its epoch, counted from 1."""
+    """Return ``result.json``: the figures of the last epoch, and the best top-1 or mAP with its epoch, from 1."""
     last = position.history[-1]
     result: dict[str, Any] = {"epochs": position.epoch, **last}
     leading = next((name for name in ("top1", "map") if name in last), None)

@@ -1,4 +1,4 @@
-"""Figures: ``history.png`` of a run, ``confusion.png`` of an evaluation, and the style that all figures share.
+"""Figures: ``history.png`` of a run, ``confusion.png`` of an evaluation, and the style of all figures.
 
 matplotlib is imported when something is drawn.
 """
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e8ed"
-SERIES = (
+SERIES = (  # colours of the series in a figure, in this order
     *("#2b5c9e", "#d1495b", "#edae49", "#3a8f7b", "#9db8d9"),
     *("#7b5ea7", "#e59aa4", "#b07a1e", "#9ccbbd", "#4a5a6a"),
 )
-"""Colours of series in one figure, in this order."""
 NEUTRAL = "#b4bdc7"  # colour of the baseline
-_DOTS_PER_INCH = 130
 
 
 def style(panel: "Axes", title: str, unit: str, weight: str = "normal") -> None:
@@ -41,7 +39,7 @@ def style(panel: "Axes", title: str, unit: str, weight: str = "normal") -> None:
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG."""
     with atomic_file(path) as file, warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
-        figure.savefig(file, dpi=_DOTS_PER_INCH, format="png")
+        figure.savefig(file, dpi=130, format="png")
 
 
 def plain(text: str) -> str:
@@ -49,7 +47,7 @@ def plain(text: str) -> str:
     return one_line(text).replace("$", r"\$")
 
 
-_HISTORY = (  # title, unit, and for every curve the lines and the figure that it shows, and its label
+_HISTORY = (  # title, unit, and for each curve the split and figure that it shows, and its label
     (
         "Loss", "nats",
         (("train", "loss", "training steps"), ("epoch", "loss", "val"), ("epoch", "train_loss", "training epochs")),
@@ -93,17 +91,12 @@ def draw_history(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
-_NUMBERED = 25  # with more classes, numbers in cells cannot be read
-_MOST_TICKS = 100
-_LONGEST_NAME = 24
-
-
 def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, names: Sequence[str], title: str) -> None:
     """Draw a confusion matrix.
 
     Args:
-        counts: (k, k) images of class i predicted as class j; with k < ``classes`` neighbours share a cell.
-        names: class names by index; empty: indices are shown.
+        counts: (k, k) images of class i predicted as class j; if k < ``classes``, neighbours share a cell.
+        names: class names by index; without any, indices are shown.
     """
     from matplotlib.figure import Figure
 
@@ -117,13 +110,13 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
     style(panel, title, "class")
     panel.grid(visible=False)
     panel.set_xlabel("predicted", color=MUTED)
-    ticks = range(0, size, -(-size // _MOST_TICKS))
+    ticks = range(0, size, -(-size // 100))
     labels = [names[tick] if size == len(names) else str(tick * classes // size) for tick in ticks]
-    labels = [plain(label[:_LONGEST_NAME]) for label in labels]
+    labels = [plain(label[:24]) for label in labels]
     panel.set_xticks(ticks, labels, rotation=90)
     panel.set_yticks(ticks, labels)
     figure.colorbar(image, ax=panel, fraction=0.035, label="share of the class").outline.set_visible(False)
-    if size <= _NUMBERED:
+    if size <= 25:  # more could not be read
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.55 else INK
             panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=9)

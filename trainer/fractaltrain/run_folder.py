@@ -1,6 +1,6 @@
 """The folder of a run: ``run.json`` holds its settings; ``result.json`` exists once it has finished.
 
-One process at a time works in the folder of a run or of a study: it holds the lock on the file ``.lock``.
+One process at a time works in the folder of a run or study: the one that holds the lock on the file ``.lock``.
 """
 
 import errno
@@ -27,7 +27,7 @@ from fractaltrain.recipes.recipe import TrainRecipe
 
 RUN, METRICS, RESULT, LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
-_CONTENT = {  # names and descriptions, and the digests that say whether two are of the same content
+_CONTENT = {  # settings that may differ if the digest of the content is the same
     "dataset": "dataset_digest",
     "dataset_recipe": "dataset_digest",
     "data": "data_digest",
@@ -50,8 +50,8 @@ class Training:
     dataset_recipe: dict[str, Any] = field(default_factory=dict)  # empty if unknown
     fresh: bool = False  # whether every epoch showed new images
     data: str | None = None  # ``--data`` of a fine-tuning; None for a pre-training
-    weights: str | None = None  # that it started from: sha256 of the checkpoint, or the name of timm's
-    pretraining: "Training | None" = None  # that of the run with this checkpoint
+    weights: str | None = None  # at the start: sha256 of the checkpoint, or the name of timm's weights
+    pretraining: "Training | None" = None  # of the run with this checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,10 @@ class _RunFile:
 
 @contextmanager
 def hold_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Create a folder and keep other processes from working in it while the block runs.
+    """Create a folder and keep other processes from working in it while the block runs, by a lock on its file ``name``.
 
-    Raises FractalError with the host and process of another holder. The kernel ends the lock with this process, however
-    the process ends; the file stays, and names the last holder. On a file system without locks, warn and go on.
-
-    Args:
-        name: the file to lock; holders of different files do not exclude each other.
+    Raises FractalError with host and process of another holder. The kernel releases the lock when this process ends;
+    the file stays, and names the last holder. On a file system without locks, warns and continues.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+b", buffering=0) as file:
@@ -112,9 +109,9 @@ def open_run(
 ) -> Iterator[Sequence[str]]:
     """Hold the folder of a run while the block runs; write its ``run.json``, or check that it holds the same run.
 
-    A run that ended before anything was trained is replaced by this one. Yields a line for every dataset that has
-    another name now, and the same digest. Raises FractalError if the folder is in use or holds a run with other
-    settings, or if ``resume`` forbids what is there.
+    A run that ended before anything was trained is replaced. Yields a line for every dataset with a new name and the
+    same digest. Raises FractalError if the folder is in use or holds a run with other settings, or if ``resume``
+    forbids what it holds.
 
     Args:
         settings: everything that determines the result of the run, and nothing else (JSON-like).
@@ -144,7 +141,7 @@ def open_run(
 
 
 def is_begun(folder: Path) -> bool:
-    """Return whether a folder holds a run of which something was trained: a checkpoint, metrics or a result."""
+    """Return whether a folder holds a run that has trained: it has a checkpoint, metrics or a result."""
     if not (folder / RUN).exists():
         return False
     metrics = folder / METRICS  # written empty before the first step
@@ -160,7 +157,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Return the names of the wanted settings that were found with another value, or not at all.
 
-    A dataset with the same digest is the same dataset, whatever its name or path.
+    A dataset with the same digest is the same, whatever its name or path.
     """
 
     def moved(name: str) -> bool:

@@ -36,10 +36,10 @@ _log = logging.getLogger(__name__)
 
 
 def find_datasets(study: Study) -> tuple[dict[str, str], list[str]]:
-    """Find the datasets, recipes and image folders of a study that should be on this machine.
+    """Find the local datasets, recipes and image folders of a study.
 
     Returns:
-        Their digests, as ``plan_study`` takes them, and an error for each that is missing or damaged.
+        Their digests for ``plan_study``, and an error for each that is missing or damaged.
     """
     digests, problems = {}, []
     for row, pretraining in study.pretraining.items():
@@ -67,7 +67,7 @@ def find_datasets(study: Study) -> tuple[dict[str, str], list[str]]:
 
 
 def check_models(plan: StudyPlan, image_size: int) -> None:
-    """Build every model with every drop path of its recipes, on the meta device, which needs no memory.
+    """Build every model with every drop path of its recipes, on the meta device, which takes no memory.
 
     Raises UsageError if a model does not exist, or does not fit a recipe or the image size.
     """
@@ -86,10 +86,10 @@ def check_models(plan: StudyPlan, image_size: int) -> None:
 
 
 def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
-    """Return ``DONE``, ``TO_DO``, or ``UNUSABLE`` with the reason, if the folder holds another run.
+    """Return ``DONE``, ``TO_DO``, or ``UNUSABLE`` with the reason.
 
-    The settings, the content digests of datasets and the sha256 of the weights that a fine-tuning started from must
-    match the study. Raises FractalError if its ``run.json`` is damaged.
+    Settings, content digests of datasets, and the sha256 of the weights that a fine-tuning started from must match the
+    study. Raises FractalError if ``run.json`` is damaged.
     """
     path = folder / run.run
     if not is_begun(path):
@@ -109,7 +109,7 @@ def find_state(run: StudyRun, plan: StudyPlan, folder: Path) -> str:
 
 @cache
 def _sha256(path: Path, mtime_ns: int) -> str:
-    """Return the sha256 of a file; cached, since many fine-tunings start from one pre-training."""
+    """Return the sha256 of a file, cached: many fine-tunings start from one pre-training."""
     return sha256_file(path)
 
 
@@ -125,26 +125,21 @@ def describe_study(runs: Iterable[StudyRun], plan: StudyPlan, folder: Path, data
 
 
 def run_study(
-    runs: Sequence[StudyRun],
-    plan: StudyPlan,
-    folder: Path,
-    data_dir: Path,
-    nproc: int | None = None,
-    jobs: int = 1,
+    runs: Sequence[StudyRun], plan: StudyPlan, folder: Path, data_dir: Path, nproc: int | None = None, jobs: int = 1,
     quiet: bool = False,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Run all ``runs`` that are not done.
 
-    A failure stops only the runs that need its result. SIGTERM and SIGUSR1 are passed on to the processes, which save.
-    Raises StoppedError if the study or a run was stopped.
+    A failure stops only the runs that need its result. SIGTERM and SIGUSR1 are forwarded to the runs, which save a
+    checkpoint. Raises StoppedError if the study or a run was stopped.
 
     Args:
         runs: the plan or a part of it; a pre-training comes before its fine-tunings.
         nproc: training processes of each run; None: one per GPU.
-        jobs: number of runs at the same time; with more than one, their output goes to files in the study's folder.
+        jobs: runs at the same time; if there are several, their output goes to files in the study's folder.
 
     Returns:
-        The runs without a result: they failed, are not usable, or start from such a run.
+        Names of the runs without a result: they failed, are not usable, or start from such a run.
     """
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
@@ -195,7 +190,7 @@ def run_study(
 
 
 def _start(arguments: Sequence[str], log: Path | None, threads: int | None) -> "subprocess.Popen[bytes]":
-    """Start a command that writes to ``log`` and gets SIGTERM if this process is killed."""
+    """Start a command that writes to ``log`` and receives SIGTERM if this process is killed."""
     _log.info("fractaltrain %s", shlex.join(arguments))
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     end_with_parent = partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, STOP_SIGNALS[0])

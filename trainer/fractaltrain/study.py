@@ -1,7 +1,6 @@
 """Studies: a grid of pre-training sets, models and fine-tuning sets from one TOML file, as a list of runs.
 
-``read_study`` reads the file, ``plan_study`` lists the runs. The folder of the study keeps the plan, from which
-``fractaltrain compare`` learns which runs belong to the study and which are missing. ``run_study.py`` runs them.
+The folder of a study keeps the plan, from which ``fractaltrain compare`` learns which runs belong to the study.
 """
 
 import codecs
@@ -52,7 +51,7 @@ class RecipeChanges(_Table, frozen=True, kw_only=True):
 
 
 class TargetChanges(_Table, frozen=True):
-    """``[models.NAME.targets.TARGET]``: changes for one model on one fine-tuning set; they override all others."""
+    """``[models.NAME.targets.TARGET]``: changes for one model on one fine-tuning set, which override all others."""
 
     finetuning: RecipeChanges = RecipeChanges()
     scratch: RecipeChanges = RecipeChanges()
@@ -75,11 +74,11 @@ class PretrainingSet(RecipeChanges, frozen=True, kw_only=True):
     shards: _Text  # folder or URL; or a portable recipe, FILE.json, to render
     build: str | None = None  # command that makes the dataset
     models: tuple[str, ...] = ()  # empty: all
-    finetuning: RecipeChanges = RecipeChanges()  # for the fine-tunings that start from it
+    finetuning: RecipeChanges = RecipeChanges()  # for fine-tunings that start from it
 
     @property
     def dataset(self) -> DatasetConfig:
-        """The dataset, as ``pt`` takes it."""
+        """Configuration of the dataset, as for ``pt``."""
         return DatasetConfig(self.shards, rendered=self.shards.endswith(".json"))
 
 
@@ -104,7 +103,7 @@ class StudyHead(_Table, frozen=True):
 
 
 class Study(_Table, frozen=True):
-    """A study file; without ``scratch`` nothing is trained from random weights."""
+    """A study file; without ``scratch``, nothing is trained from random weights."""
 
     study: StudyHead
     models: Annotated[dict[str, StudyModel], msgspec.Meta(min_length=1)]
@@ -113,7 +112,7 @@ class Study(_Table, frozen=True):
     scratch: RecipeChanges | None = None
 
     def model_options(self, name: str) -> tuple[str, ...]:
-        """Return the options of ``fractaltrain`` that name a model."""
+        """Return the options of ``fractaltrain`` that choose a model."""
         model = self.models[name]
         arguments = (("--model-arg", f"{argument}={value}") for argument, value in model.args.items())
         return ("--model", model.model or name, *chain.from_iterable(arguments))
@@ -159,7 +158,7 @@ def read_study(path: Path) -> Study:
 
 
 def _problems(study: Study) -> Iterator[str]:
-    """Yield the errors in a study other than those of types and recipes."""
+    """Yield the errors in a study, except those in types and recipes."""
     for name in (*study.models, *study.pretraining, *study.finetuning):
         if not is_plain(name):
             yield f"{name!r} cannot be part of a file name; use letters, digits, -, _ and ."
@@ -192,14 +191,14 @@ class StudyRun:
     per_class: int | None
     seed: int
     subset_seed: int
-    start: str | None  # the run that a fine-tuning starts from; None: random weights
+    start: str | None  # the pre-training that a fine-tuning starts from; None: random weights
     arguments: tuple[str, ...]  # of fractaltrain, without paths of the study
 
     def command(self, folder: Path, data_dir: Path) -> tuple[str, ...]:
-        """Return the arguments of ``fractaltrain`` for a study in ``folder``, with CIFAR's archives in ``data_dir``."""
+        """Return the arguments of ``fractaltrain`` for a study in ``folder``; ``data_dir`` is ``--data-dir``."""
         weights = ("--weights", str(folder / self.start)) if self.start else ()
-        archives = ("--data-dir", str(data_dir)) if self.target else ()
-        return (*self.arguments, *weights, *archives, "--out", str(folder / self.run))
+        images = ("--data-dir", str(data_dir)) if self.target else ()
+        return (*self.arguments, *weights, *images, "--out", str(folder / self.run))
 
 
 @dataclass(frozen=True)
@@ -214,13 +213,13 @@ class StudyPlan:
 
     @cached_property
     def starts(self) -> dict[str, StudyRun]:
-        """Return the pre-trainings by ``run``."""
+        """The pre-trainings by name."""
         return {run.run: run for run in self.pretrainings}
 
     def groups(self) -> tuple[tuple[StudyRun, ...], ...]:
         """Return each pre-training followed by its fine-tunings; runs from scratch are grouped by model and seed.
 
-        Groups do not depend on each other. Training from scratch comes first: it fails early where images are missing.
+        Groups are independent. Training from scratch comes first: it fails early if images are missing.
         """
         groups: dict[tuple[str, str, int], list[StudyRun]] = {}
         for run in sorted((*self.pretrainings, *self.finetunings), key=lambda run: self.rows.index(run.row)):
@@ -231,7 +230,7 @@ class StudyPlan:
 def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) -> StudyPlan:
     """List all runs of a study.
 
-    Raises UsageError naming run and field, if a recipe is not known or a value does not fit it.
+    Raises UsageError naming run and field, if a recipe is unknown or a value does not fit it.
 
     Args:
         digests: known content digests, by location of shards or by ``--data``.
@@ -263,25 +262,17 @@ def _plan_pretraining(study: Study, row: str, model: str, seed: int, digests: Ma
         **study.shared_settings(model, seed),
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
         "dataset": dataset.dataset.name,
+        **({"dataset_digest": digests[dataset.shards]} if dataset.shards in digests else {}),
     }
-    if digest := digests.get(dataset.shards):
-        settings["dataset_digest"] = digest
     source = ("--render" if dataset.dataset.rendered else "--shards", dataset.shards)
     arguments = ("pt", *source, *study.model_options(model), *options, *study.shared_options(seed))
     return StudyRun(name, settings, row, model, None, None, seed, 0, start=None, arguments=arguments)
 
 
 def _plan_finetuning(
-    study: Study,
-    row: str,
-    model: str,
-    seed: int,
-    target: str,
-    per_class: int | None,
-    subset_seed: int,
-    start: str | None,
-    digests: Mapping[str, str],
-) -> StudyRun:
+    study: Study, row: str, model: str, seed: int, target: str, per_class: int | None, subset_seed: int,
+    start: str | None, digests: Mapping[str, str],
+) -> StudyRun:  # fmt: skip
     subset = "" if per_class is None else f"-{per_class}-per-class-{subset_seed}"
     name = f"ft/{target}{subset}--{row}--{model}--seed{seed}"
     changes = study.models[model]
@@ -300,9 +291,8 @@ def _plan_finetuning(
         "data": data,
         "per_class": per_class,
         "subset_seed": subset_seed,
+        **({"data_digest": digests[data]} if data in digests else {}),
     }
-    if digest := digests.get(data):
-        settings["data_digest"] = digest
     weights = () if start else ("--weights", "none", *study.model_options(model))
     few = ("--per-class", str(per_class), "--subset-seed", str(subset_seed)) if per_class else ()
     arguments = ("ft", *weights, "--data", data, *few, *options, *study.shared_options(seed))
@@ -312,7 +302,7 @@ def _plan_finetuning(
 def _resolve(
     run: str, name: str, tables: Iterable[RecipeChanges], recipes: Mapping[str, TrainRecipe]
 ) -> tuple[TrainRecipe, list[str]]:
-    """Apply the tables to the recipe ``name``, later ones last; return it with the options of the command line."""
+    """Apply the tables to the recipe ``name``, later ones override; return it with the options of the command line."""
     changes: dict[str, str] = {}
     for table in tables:
         name = table.recipe or name
@@ -327,14 +317,14 @@ def _resolve(
 
 
 def write_plan(plan: StudyPlan, folder: Path) -> None:
-    """Write the plan of a whole study, not that of a slice, into the study's folder."""
+    """Write the plan of the whole study into its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     write_json(folder / PLAN, asdict(plan), indent=1)
 
 
 def read_plan(folder: Path) -> StudyPlan:
-    """Read the plan in a study's folder; raises FractalError if it is damaged, or names a run outside of the folder."""
+    """Read the plan in a study's folder; raises FractalError if it is damaged or names a run outside the folder."""
     plan = read_json(folder / PLAN, StudyPlan)
     for run in (*plan.pretrainings, *plan.finetunings):
         if not all(map(is_plain, run.run.split("/"))) or run.start not in (None, *plan.starts):

@@ -66,8 +66,7 @@ def train_transform(recipe: TrainRecipe, image_size: int) -> Transform:
 def val_transform(recipe: TrainRecipe, image_size: int) -> Transform:
     """Build the transform of images to evaluate on: the whole image, or its centre if training crops.
 
-    After training on random crops the centre keeps its scale. After training on resized crops the shorter side is first
-    resized to 8/7 of the crop (256 for 224).
+    After training on resized crops, the shorter side is first resized to 8/7 of the crop (256 for 224).
     """
     return partial(_transform_val, size=image_size, crop=recipe.crop)
 

@@ -58,7 +58,7 @@ class _SampleDataset(Dataset[tuple[Any, Any]]):
         memory: Path | None,
         memory_size: int,
     ) -> None:
-        """``memory`` is the folder of caches if all images are to be kept in memory."""
+        """Check arguments; ``memory`` is the folder of caches if all images are to be kept in memory."""
         if output not in _OUTPUTS:
             raise UsageError(f"output is {output!r}: expected one of {', '.join(_OUTPUTS)}")
         self.classes, self.class_names = split.classes, split.class_names
@@ -124,10 +124,10 @@ class ShardDataset(_SampleDataset):
             split: ``train`` or ``val``.
             transform: applied to every image, in the form that ``output`` says.
             output: ``pil``: an image of Pillow; ``array``: uint8 (H, W, 3); ``tensor``: uint8 (3, H, W).
-            cache_dir: folder that keeps shards of a URL, and images in memory; None: that of ``fractaltrain pt``.
-            cache_size: bytes of shards of a URL that are kept at a time.
-            memory: decode all images once, into memory that all processes of the machine share.
-            memory_size: the most bytes that they may take.
+            cache_dir: folder for the shards of a URL, and for images in memory; None: that of ``fractaltrain pt``.
+            cache_size: most bytes of a URL's shards to keep at a time.
+            memory: decode all images once, into memory shared by all processes of the machine.
+            memory_size: most bytes of these images.
 
         Raises:
             UsageError: if an argument is wrong, or the images or shards do not fit.
@@ -157,7 +157,7 @@ class ShardDataset(_SampleDataset):
             self._split.files.limit = window
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
-        """Fetch shards of a URL ahead, the most urgent first, in the first process of a machine."""
+        """Fetch shards of a URL ahead, the most urgent first, in the first process of each machine."""
         if self._cache is None or self._source is not self._split:  # kept in memory
             return
         if shards == self._requested or os.environ.get("LOCAL_RANK", "0") != "0":
@@ -171,7 +171,7 @@ class ShardDataset(_SampleDataset):
         self._request([names[shard] for shard in shards])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the process that fetches ahead: spawned loader workers have no use for it."""
+        """Leave out the process that fetches ahead, which spawned loader workers do not need."""
         return {**self.__dict__, "_request": None}
 
 
@@ -203,8 +203,8 @@ class RenderedDataset(_SampleDataset):
         Args:
             recipe: a recipe of ``fractalgen.make_recipe``; or a file that ``fractalgen recipe`` or ``fractalshards
                 recipe`` wrote.
-            fresh: show new images in every epoch, for kinds that have no end of them. Indices from n = ``len`` on are
-                those of later epochs: ``EpochSampler`` hands out ``e n + i`` for sample i of epoch e.
+            fresh: new images in every epoch, for kinds without a limited number of images. Indices from n = ``len`` on
+                belong to later epochs: ``EpochSampler`` yields ``e n + i`` for sample i of epoch e.
             split, transform, output, cache_dir, memory, memory_size: see ``ShardDataset``.
 
         Raises:
@@ -213,7 +213,7 @@ class RenderedDataset(_SampleDataset):
             OSError: if the file cannot be read.
         """
         if fresh and memory:
-            raise UsageError("fresh images are never shown again, so memory has no use; choose one of the two")
+            raise UsageError("fresh and memory cannot be combined: fresh images are never shown again")
         self.fresh = fresh
         opened = open_rendered(recipe, split, fresh)
         super().__init__(opened, transform, output, cache_root(cache_dir) if memory else None, memory_size)

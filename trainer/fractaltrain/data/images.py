@@ -41,10 +41,9 @@ _MAX_NAMED = 3  # classes without images that an error lists at most
 
 
 def find_data(name: str, tars: WebDatasetOptions) -> None:
-    """Check quickly that the folders of ``shards:PATH`` or ``imagefolder:PATH`` exist; other names always pass.
+    """Check quickly that the folders of ``shards:PATH`` or ``imagefolder:PATH`` exist.
 
-    Raises FractalError if one does not; UsageError if ``tars`` has options for tars of other programs, and there are
-    none.
+    Raises FractalError if one does not; UsageError if ``tars`` has options, and there are no tars of other programs.
     """
     place = parse_place(name, DATA_KINDS)
     if place and place[0] == "shards":
@@ -57,15 +56,15 @@ def find_data(name: str, tars: WebDatasetOptions) -> None:
 
 
 def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -> Splits[LabelledSource]:
-    """Open images to train on and to evaluate on, on every rank. Collective.
+    """Open images to train and evaluate on, on every rank. Collective.
 
-    The split to evaluate on is used whole. Datasets without one are divided: ``per_class`` images, or four fifths of
+    The split to evaluate on is used whole. A dataset without one is divided: ``per_class`` images, or four fifths of
     every class, are for training, all others for evaluation. Raises FractalError if the images are missing, damaged,
     without a split to evaluate on, or too few for ``per_class``.
 
     Args:
-        for_training: check that both splits have images of every class and that images have a single label; compute
-            the digest of image folders (rank 0), which stats every file.
+        for_training: check that both splits have images of every class and that each image has one label; compute the
+            digest of image folders (on rank 0), which looks at every file.
     """
     if choice.name == "digits":
         return Splits(*divide(load_digits(), choice.per_class, choice.subset_seed))
@@ -75,8 +74,8 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         splits = open_shards(choice.path, world, choice.tars, for_training)
         if splits.val is None:
             raise FractalError(
-                f"{choice.path}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack it with one, or "
-                "say with --split which tars of another program belong to it"
+                f"{choice.path}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack the dataset with "
+                "one, or name its tars with --split"
             )
     elif choice.path:
         with world.main_first():
@@ -224,11 +223,11 @@ def load_published(name: str, folder: Path) -> tuple[LabelledSource, LabelledSou
     """Open a dataset of ``PUBLISHED``: the split to train on, and the one to evaluate on, if it has one.
 
     torchvision unpickles CIFAR's files only if their MD5 sums are the published ones. Raises FractalError if files are
-    damaged, or are missing and cannot be downloaded.
+    damaged, or missing and cannot be downloaded.
 
     Args:
-        folder: holds what torchvision downloads; what is missing is downloaded to it. For ``mnist``, ``fashion-mnist``
-            and ``kmnist`` it may instead hold the four original files, ``train-images-idx3-ubyte.gz`` and so on.
+        folder: contains what torchvision downloads; missing files are downloaded. For ``mnist``, ``fashion-mnist`` and
+            ``kmnist`` it may instead contain the four original files, ``train-images-idx3-ubyte.gz`` and so on.
     """
     entry = PUBLISHED[name]
     train = _open(name, entry, entry.train, folder)
@@ -248,7 +247,7 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
         return PublishedSource(key, dataset_class(folder, **arguments), entry.classes)
     except _BROKEN as error:
         file, url = (getattr(dataset_class, attribute, "") for attribute in ("filename", "url"))
-        fetch = f"fetch it from {url}" if url else f"put there what torchvision.datasets.{entry.torchvision} downloads"
+        fetch = f"fetch it from {url}" if url else f"put the files of torchvision.datasets.{entry.torchvision} there"
         raise FractalError(
             f"{folder / file}: {name} is missing or damaged, and cannot be downloaded ({one_line(str(error))}); "
             f"{fetch} (another folder: --data-dir)"

@@ -31,8 +31,8 @@ def open_shards(
     Raises FractalError if the dataset is missing or damaged, or has no split ``train``.
 
     Args:
-        tars: how to read a folder of another program. Rank 0 reads the headers of its tars for all ranks.
-        for_training: whether ``Splits.train`` is used. If not, it may be the val split of a folder of another program.
+        tars: how to read tars of another program; rank 0 reads their headers for all ranks.
+        for_training: whether ``Splits.train`` is used; if not, it may be the val split.
     """
     if is_webdataset(folder):
         return world.from_main(lambda: _open_webdataset(folder, tars, for_training))
@@ -104,9 +104,7 @@ def _open_webdataset(folder: Path, options: WebDatasetOptions, for_training: boo
     train, val = ([name for name in names if name in info.splits][:1] for names in ((TRAINING,), VAL_SPLITS))
     if not train and (for_training or not val):
         found = ", ".join(info.splits) or "none"
-        raise FractalError(
-            f"{folder}: no split {TRAINING!r} to train on, only {found}; say which tars belong to it with --split"
-        )
+        raise FractalError(f"{folder}: no split {TRAINING!r} to train on, only {found}; name its tars with --split")
     if val and not for_training and info.classes is not None:
         train = []  # it would only be read to count the classes
     names = train + val

@@ -62,7 +62,7 @@ class Splits(Generic[_Source]):
 
     train: _Source
     val: _Source | None
-    digest: str | None = None  # identifies the dataset; None if it is known by its name
+    digest: str | None = None  # identifies the dataset; None if its name does
     image_size: int | None = None  # side of all images in pixels; None if they differ or it is unknown
     multi_label: bool = False  # whether an image shows several classes
     recipe: Mapping[str, Any] = field(default_factory=dict)  # how it was rendered or packed; empty if unknown
@@ -118,7 +118,7 @@ def divide(
     Raises FractalError if a class has fewer samples than ``per_class``.
 
     Args:
-        labels: those of the source, if the caller has them: some sources take long to find them.
+        labels: those of the source, if the caller has them: some sources take long to read them.
     """
     labels = source.labels if labels is None else labels
     chosen = np.zeros(len(labels), np.bool_)
