@@ -33,9 +33,9 @@ class Position:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # optimiser steps done in the current epoch
-    loss_sum: float = 0.0  # of the losses of those steps
-    logged_sum: float = 0.0  # ``loss_sum`` when metrics were last logged
-    bad_samples: int = 0  # samples of this epoch that could not be read and were replaced
+    loss_sum: float = 0.0  # sum of the losses of these steps
+    logged_sum: float = 0.0  # ``loss_sum`` at the last log entry
+    bad_samples: int = 0  # unreadable samples of this epoch, which were replaced
     history: tuple[dict[str, float], ...] = ()  # ``train_loss`` of every finished epoch, and scores if it was evaluated
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ def save_checkpoint(run: RunConfig, position: Position, parts: Mapping[str, Any]
         try:
             torch.save({"format": _FORMAT, "position": asdict(position), **state}, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError | KeyboardInterrupt):  # torch hides a full disk and Ctrl-C
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):  # a full disk or Ctrl-C, which torch hides
                 raise error.__context__ from error
             raise
     paths = list_checkpoints(run.out)
@@ -183,7 +183,7 @@ class TrainedRun:
     folder: Path
     settings: RunSettings
     checkpoint: Checkpoint
-    sha256: str  # of the checkpoint file
+    sha256: str  # hash of the checkpoint file
 
     @property
     def precision(self) -> torch.dtype:

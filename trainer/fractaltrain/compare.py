@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILES = ("table.csv", "table.md", "figure.png")
-_RUN_NAME = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # of runs of a study
+_RUN_NAME = re.compile(r"--(?P<row>.+?)--.+--seed\d+")  # folders of a study's runs
 
 
 class Cell(NamedTuple):
-    """The place of runs that differ only in their seeds; ``row`` is the pre-training set, or ``SCRATCH``."""
+    """A cell of the table: its runs differ only in seeds; ``row`` is the pre-training set, or ``SCRATCH``."""
 
     target: str
     model: str
@@ -47,7 +47,7 @@ class FinishedRun(NamedTuple):
 
 
 def score(shares: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation (None for a single run) in per cent of accuracies in [0, 1]."""
+    """Return mean and sample standard deviation (None for a single run) of accuracies in [0, 1], in per cent."""
     values = [100 * share for share in shares]
     return mean(values), stdev(values) if len(values) > 1 else None
 
@@ -120,7 +120,7 @@ def _label(target: str, per_class: int | None) -> str:
 
 
 def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
-    """Return the run in a folder outside of any study as a list, which is empty if it is no fine-tuning.
+    """Return the run in a folder outside any study as a list, which is empty if it is not a fine-tuning.
 
     Args:
         names: the first name of every dataset by its digest; a dataset may have moved between runs.
@@ -161,7 +161,7 @@ def _read_scores(folder: Path, cell: Cell, seeds: tuple[int, int]) -> list[Finis
 
 
 def write_comparison(comparison: Comparison, out: Path) -> str:
-    """Write tables and figure of a comparison of at least one run; return the table as Markdown."""
+    """Write the tables and the figure of a comparison with at least one run; return the table as Markdown."""
     table = to_markdown(comparison)
     csv_file, markdown_file, figure = (out / name for name in FILES)
     write_bytes(csv_file, to_csv(comparison).encode())

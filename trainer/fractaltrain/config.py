@@ -24,7 +24,7 @@ IMAGE_NAMES = (  # ``digits``, and the published datasets of ``data.images``
     *("oxford-pets", "dtd", "eurosat", "gtsrb", "caltech101", "country211", "fgvc-aircraft", "stanford-cars"),
 )
 DATA_KINDS = ("imagefolder", "shards")
-DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))  # what ``--data`` takes
+DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))  # values of ``--data``
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}  # torch's names
@@ -36,7 +36,7 @@ Weights = Path | Literal["timm"] | None  # the newest in the folder of a run, ti
 
 
 def is_data(name: str) -> bool:
-    """Whether ``--data`` takes a name: one of ``DATA_NAMES``."""
+    """Return whether ``--data`` accepts a name: one of ``DATA_NAMES``."""
     return name in IMAGE_NAMES or parse_place(name, DATA_KINDS) is not None
 
 
@@ -79,7 +79,7 @@ class ImagesConfig:
     name: str  # one that ``is_data`` accepts
     per_class: int | None  # training images per class; None: all
     subset_seed: int  # seed for choosing these images
-    folder: Path  # of published datasets; missing ones are downloaded
+    folder: Path  # holds published datasets; missing ones are downloaded
     tars: WebDatasetOptions = DEFAULT_OPTIONS  # how to read shards of another program
     window: ClassVar[int] = WINDOW
     fresh: ClassVar[bool] = False
@@ -112,10 +112,10 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to train. With weights of a run, ``name`` and ``arguments`` are not used: it has its own."""
+    """The model to train. The weights of a run bring their own ``name`` and ``arguments``."""
 
-    name: str  # ``resnet50``, or any name timm knows
-    arguments: tuple[tuple[str, ModelArgument], ...] = ()  # further ones of ``timm.create_model``
+    name: str  # ``resnet50``, or any timm name
+    arguments: tuple[tuple[str, ModelArgument], ...] = ()  # further arguments of ``timm.create_model``
     image_size: int | None = None  # side in pixels of the square images it takes; None: that of the data or weights
     weights: Weights = None
     freeze: Freeze | None = None  # the part that is not trained
@@ -129,7 +129,7 @@ class RunConfig:
     seed: int = 0
     pad: bool = False
     amp: Amp = "auto"
-    workers: int | None = None  # of each training process; None: chosen from the number of cores
+    workers: int | None = None  # loader workers per training process; None: chosen from the number of cores
     on_bad_sample: OnBadSample = "stop"
     save_every_minutes: float = 10.0
     keep: int = 3
@@ -181,7 +181,7 @@ class EvalConfig:
 
 
 def finetuning_folder(data: ImagesConfig, model: ModelConfig, recipe: str) -> Path:
-    """Return the default folder of a fine-tuning, named by data, subset, starting point, recipe and frozen part."""
+    """Return the default folder of a fine-tuning, named after data, subset, weights, recipe and frozen part."""
     subset = "" if data.per_class is None else f"-{data.per_class}-per-class-{data.subset_seed}"
     if isinstance(model.weights, Path):
         start = f"from-{escape_bytes(model.weights.resolve().name)}"

@@ -34,9 +34,9 @@ from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED
 
 _GRACE_SECONDS = 12.0  # after a rank fails, the others have this long to end, and again after SIGTERM
-_MOST_LOADERS = 8  # per rank, unless --workers asks for more
+_MOST_LOADERS = 8  # loader workers per rank, unless --workers asks for more
 _PATIENCE = timedelta(days=1)  # timeout while one rank prepares something for the others
-_WARNING_SECONDS = 10.0  # of waiting for the other processes
+_WARNING_SECONDS = 10.0  # time to wait for other processes before a warning
 
 _log = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
 
 def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size: int, folder: Path) -> None:
     """Run ``entry`` as one of ``size`` ranks on this machine; write its error into ``folder``."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a traceback; torch sends it when the launcher dies
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; torch sends SIGINT when the launcher dies
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()}, **{_STORE: (folder / "store").as_uri()})
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve
@@ -311,7 +311,7 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
         entry(config)
     except Exception as error:
         code = error.code if isinstance(error, StoppedError) else 2 if isinstance(error, UsageError) else 1
-        atexit.register(os._exit, code)  # gloo may abort a process that Python ends while it is connected
+        atexit.register(os._exit, code)  # gloo may abort a connected process while Python shuts down
         if not isinstance(error, FractalError | OSError):
             raise
         message = describe_os_error(error) if isinstance(error, OSError) else str(error)

@@ -43,7 +43,7 @@ class Predictions:
     classes: int
     labels: npt.NDArray[Any]  # (n,) int64; if images show several classes each: (n, classes) bool
     predicted: npt.NDArray[Any]  # most likely classes, best first, (n, min(5, classes)) int64; or logits (n, classes)
-    loss: float  # mean, in nats
+    loss: float  # mean over the images, in nats
 
     @property
     def multi_label(self) -> bool:
@@ -148,7 +148,7 @@ def predict(
     total = sum(map(len, positions))
     labels: list[npt.NDArray[Any]] = []
     predicted: list[torch.Tensor] = []
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)  # a copy to the host would wait for every batch
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)  # a copy to the host would wait for the GPU
     loader = epoch_loader(
         source,
         val_transform(recipe, image_size),
@@ -164,7 +164,7 @@ def predict(
         for batch in loader:
             if stop and stop.signal:
                 break
-            if not batch.keys:  # none of its samples could be read
+            if not batch.keys:  # no sample could be read
                 continue
             images = normalize(batch.images.to(world.device, non_blocking=True), recipe)
             truth = batch.labels.to(world.device, non_blocking=True)
@@ -227,7 +227,7 @@ class EvalReport(NamedTuple):
 
     folder: Path  # holds ``eval.json``, and with one class per image ``confusion.png``
     origin: str  # a line that says where the weights come from
-    contents: Mapping[str, Any]  # of ``eval.json``
+    contents: Mapping[str, Any]  # contents of ``eval.json``
 
 
 def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> EvalReport | None:

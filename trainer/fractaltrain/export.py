@@ -28,7 +28,7 @@ _EXTENSION, _OTHERS = ".safetensors", (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"  # as timm names them
 _TIMM_NAMES = {"deit_small_patch32_224": "vit_small_patch32_224"}
 _KEPT = ("architecture", "first_conv", "classifier", "fixed_input_size")  # fields that describe the architecture
-_MAX_LABELS = 1000  # names of classes in config.json
+_MAX_LABELS = 1000  # most class names in config.json
 _VIEWS = {  # how ``val_transform`` shows an image, in timm's words
     "none": {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
     "random": {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},  # the same for images of this size
@@ -119,7 +119,7 @@ def _config(run: TrainedRun, model: Any, options: Mapping[str, Any]) -> bytes:
     names = {"label_names": settings.class_names} if 0 < len(settings.class_names) <= _MAX_LABELS else {}
     arguments = {key: value for key, value in options.items() if key != "num_classes"}
     with TemporaryDirectory() as scratch:
-        file: Any = Path(scratch, _CONFIG)  # typed as text, which old versions of timm do not take
+        file: Any = Path(scratch, _CONFIG)  # typed as str, which old versions of timm do not take
         save_config_for_hf(model, file, names, arguments)
         return bytes(file.read_bytes())
 

@@ -20,7 +20,7 @@ class Pretrained(NamedTuple):
     """Weights to start from."""
 
     model: str
-    arguments: Mapping[str, ModelArgument]  # further ones of ``timm.create_model``
+    arguments: Mapping[str, ModelArgument]  # further arguments of ``timm.create_model``
     image_size: int  # side in pixels of the images they were trained on
     weights: Mapping[str, torch.Tensor]  # with any classifier
     identity: str  # sha256 of the checkpoint, or the name of timm's weights

@@ -19,7 +19,7 @@ from fractaltrain.run_folder import METRICS, RESULT
 TENSORBOARD = "tb"
 HISTORY = "history.png"
 
-_LOG_SECONDS = 10.0  # between lines where stdout is not a terminal
+_LOG_SECONDS = 10.0  # between lines if stdout is not a terminal
 _DRAWING_SECONDS = 60.0  # between drawings of the history
 _CLEAR = "\r\033[K"
 

@@ -67,7 +67,7 @@ def create_model(
         else:
             model = timm.create_model(name, **timm_options(name, classes, image_size), **options)
         tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        with torch.no_grad():  # on shapes only: this takes milliseconds and no random numbers, and changes no weights
+        with torch.no_grad():  # shapes only: takes milliseconds, draws no random numbers, changes no weights
             scores = functional_call(model, tensors, (torch.empty(2, 3, image_size, image_size, device="meta"),))
     except Exception as error:  # models raise errors of many types
         if "drop_path_rate" in str(error):
@@ -188,7 +188,7 @@ def _resample(model: nn.Module, weights: Mapping[str, torch.Tensor], names: Sequ
         return {}
     try:
         converted = convert(dict(weights), model)
-    except Exception:  # of many types; tensors that keep another shape are reported
+    except Exception:  # models raise errors of many types; wrong shapes are reported later
         return {}
     return {name: converted[name] for name in names if name in converted}
 

@@ -133,18 +133,18 @@ def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int
 
 @dataclass(frozen=True)
 class TrainState:
-    """A model in training."""
+    """A model in training, and everything that changes with it."""
 
     model: nn.Module  # neither wrapped nor compiled
     network: nn.Module  # the module to call: the model, wrapped by DDP and compiled if needed
     ema: ModelEmaV3 | None  # exponential moving average of the weights, if the recipe asks for one
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and targets, in nats
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # mean over logits and targets, in nats
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
     dtype: torch.dtype  # precision of autocast; float32: no autocast
-    layout: torch.memory_format  # of model and images: channels last for convolutional networks on GPUs
-    accumulate: int  # parts in which a rank's batch is computed; their gradients are added up
+    layout: torch.memory_format  # memory format of model and images: channels last for CNNs on GPUs
+    accumulate: int  # parts in which a rank's batch is computed; their gradients add up
     clip_grad: float | None  # maximum norm of the gradient over all parameters
 
     @property

@@ -51,7 +51,7 @@ class Training:
     fresh: bool = False  # whether every epoch showed new images
     data: str | None = None  # ``--data`` of a fine-tuning; None for a pre-training
     weights: str | None = None  # at the start: sha256 of the checkpoint, or the name of timm's weights
-    pretraining: "Training | None" = None  # of the run with this checkpoint
+    pretraining: "Training | None" = None  # how the run with this checkpoint was trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,12 @@ class RunSettings(Training):
     model: str
     classes: _Count
     image_size: _Count  # side in pixels of the square images it takes
-    precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]  # of the forward pass
+    precision: Literal["torch.float32", "torch.bfloat16", "torch.float16"]  # precision of the forward pass
     model_args: dict[str, ModelArgument] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()  # by index; empty if unknown
-    per_class: int | None = None  # training images per class that ``subset_seed`` drew; None: all
+    per_class: int | None = None  # training images per class, drawn by ``subset_seed``; None: all
     subset_seed: int | None = None
-    data_digest: str | None = None  # of ``data``
+    data_digest: str | None = None  # identifies ``data``
     seed: int = 0
 
 
@@ -144,7 +144,7 @@ def is_begun(folder: Path) -> bool:
     """Return whether a folder holds a run that has trained: it has a checkpoint, metrics or a result."""
     if not (folder / RUN).exists():
         return False
-    metrics = folder / METRICS  # written empty before the first step
+    metrics = folder / METRICS  # created empty before the first step
     return bool((folder / RESULT).exists() or list_checkpoints(folder) or (metrics.exists() and metrics.stat().st_size))
 
 
@@ -176,7 +176,7 @@ def load_settings(folder: Path) -> RunSettings:
     """Return the settings of a trained run; raises FractalError if the folder holds none, or a damaged ``run.json``."""
     try:
         settings = read_json(_run_file(folder), _RunFile).settings
-    except UsageError as error:  # a value that no recipe can have
+    except UsageError as error:  # a value that recipes do not allow
         raise FractalError(f"{folder / RUN}: {error}") from error
     if len(settings.class_names) not in (0, settings.classes):
         raise FractalError(f"{folder / RUN}: {len(settings.class_names)} class_names for {settings.classes} classes")

@@ -94,7 +94,7 @@ class StudyHead(_Table, frozen=True):
     """``[study]``: settings that all runs share."""
 
     image_size: Annotated[int, msgspec.Meta(ge=8)]
-    name: _Text | None = None  # None: that of the file
+    name: _Text | None = None  # None: the name of the file
     seeds: _Seeds = (0,)
     eval_every: _Count = 1  # epochs
     amp: Amp = "auto"
@@ -183,8 +183,8 @@ def _problems(study: Study) -> Iterator[str]:
 class StudyRun:
     """One run of a study, and its place in the grid."""
 
-    run: str  # name of the run: its folder inside that of the study
-    settings: dict[str, Any]  # those in its run.json that the study determines
+    run: str  # name of the run: its folder within that of the study
+    settings: dict[str, Any]  # the part of its run.json that the study determines
     row: str  # the pre-training set, or SCRATCH
     model: str
     target: str | None  # the fine-tuning set; None: a pre-training
@@ -192,7 +192,7 @@ class StudyRun:
     seed: int
     subset_seed: int
     start: str | None  # the pre-training that a fine-tuning starts from; None: random weights
-    arguments: tuple[str, ...]  # of fractaltrain, without paths of the study
+    arguments: tuple[str, ...]  # command line of fractaltrain, without paths of the study
 
     def command(self, folder: Path, data_dir: Path) -> tuple[str, ...]:
         """Return the arguments of ``fractaltrain`` for a study in ``folder``; ``data_dir`` is ``--data-dir``."""

@@ -35,7 +35,7 @@ _AFFINE_PADDING = 8  # the reflected border is 1/8 of the image on each side
 _AFFINE_DEGREES = 10.0
 _AFFINE_SHIFT = (0.0, 1 / 8)  # largest shifts along x and y, as shares of the padded image
 _AFFINE_ZOOM = (1.0, 1.2)
-_MAX_MAGNITUDE = 9.999  # for RandAugment; at 10 Posterize would keep 0 bits, which Pillow refuses
+_MAX_MAGNITUDE = 9.999  # of RandAugment; at 10 Posterize would keep 0 bits, which Pillow refuses
 
 Augmentation = Callable[[Image.Image], Image.Image]
 
@@ -132,7 +132,7 @@ def _mix(images: Tensor, labels: Tensor, recipe: TrainRecipe, classes: int) -> t
     """Apply mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) to pairs from both ends of the batch.
 
     Labels of single-label images are mixed after smoothing, as timm does. Those of multi-label images are not smoothed:
-    a class may well be absent.
+    a class may be absent.
     """
     if labels.ndim == 1:
         labels = functional.one_hot(labels, classes).float()
@@ -193,7 +193,7 @@ def _transform_val(image: Images, key: int, size: int, crop: str) -> Images:
     if crop == "none":
         return _resize(image, size)
     if crop == "resized":
-        square = _crop(image, min(image.shape[:2]))  # cropped first: its sides end up outside the centre
+        square = _crop(image, min(image.shape[:2]))  # cropped first: its margins would not be seen
         image = _stretch(square, round(size * _VAL_SCALE))
     return _crop(image, size)
 

@@ -31,13 +31,13 @@ from fractaltrain.config import DATA_KINDS, ImagesConfig
 from fractaltrain.data.source import Indices, InMemorySource, LabelledSource, OneShard, Splits, divide
 
 if TYPE_CHECKING:
-    from fractaltrain.distributed import World  # which imports torch
+    from fractaltrain.distributed import World  # imports torch
 
 _log = logging.getLogger(__name__)
 
 _FOLDERS = {"train": "train", "val": "val"}
 _DIGITS_LEVELS = 16
-_MAX_NAMED = 3  # classes without images that an error lists at most
+_MAX_NAMED = 3  # most classes without images in an error
 
 
 def find_data(name: str, tars: WebDatasetOptions) -> None:
@@ -101,7 +101,7 @@ def _open_folders(path: Path, world: "World", for_training: bool) -> Splits[Labe
     train, val = (FolderSource(listing.splits[split], listing.class_names or listing.class_ids) for split in _FOLDERS)
     if not (for_training and world.main):
         return Splits(train, val)
-    # a digest of file names and sizes: reading all files would take too long
+    # file names and sizes identify the images: reading all files would take too long
     return Splits(train, val, hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32])
 
 
@@ -159,9 +159,9 @@ class Published:
     """A dataset of torchvision."""
 
     torchvision: str  # name of its class in ``torchvision.datasets``
-    classes: int  # unless torchvision names them
+    classes: int  # number of classes, unless torchvision names them
     train: Mapping[str, Any]  # arguments that select the split to train on
-    val: Mapping[str, Any] | None  # those of the split to evaluate on; None: it has none, so its images are divided
+    val: Mapping[str, Any] | None  # the same for evaluation; None: there is no such split, so the images are divided
     downloads: bool = True  # whether torchvision can download it
 
 
@@ -194,7 +194,7 @@ _LABELS = ("targets", "labels", "_labels", "y")  # attributes of torchvision's d
 _NAMES = ("classes", "categories")
 _BROKEN = (
     *(OSError, HTTPException, EOFError, TarError, BadZipFile, zlib.error),
-    *(RuntimeError, ValueError, LookupError, AssertionError),  # of torchvision's readers
+    *(RuntimeError, ValueError, LookupError, AssertionError),  # raised by torchvision's readers
 )
 
 
@@ -202,7 +202,7 @@ class PublishedSource(OneShard):
     """A split of a dataset of torchvision; grey images become RGB."""
 
     def __init__(self, name: str, dataset: Any, classes: int) -> None:
-        """Take over an opened dataset of torchvision; raises FractalError if it has labels outside of its classes."""
+        """Wrap an opened dataset of torchvision; raises FractalError if a label is not one of its classes."""
         names = next((getattr(dataset, attribute) for attribute in _NAMES if hasattr(dataset, attribute)), ())
         super().__init__(_labels(dataset), len(names) or classes, tuple(map(str, names)))
         self._name, self._dataset = name, dataset
@@ -214,7 +214,7 @@ class PublishedSource(OneShard):
         key = f"{self._name}/{index:06d}"
         try:
             image = self._dataset[index][0].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # those that Pillow raises
+        except (OSError, SyntaxError, ValueError) as error:  # raised by Pillow
             raise BadSampleError(f"{key}: {one_line(str(error))}; fetch the dataset again") from error
         return Example(key, np.asarray(image), int(self.labels[index]))
 
@@ -241,7 +241,7 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
     key = f"{name}/{split.get('split') or ('train' if split.get('train', True) else 'test')}"
     arguments = {**split, **({"download": True} if entry.downloads else {})}
     try:
-        files = [file for file, _ in getattr(dataset_class, "resources", ())]  # of the datasets in MNIST's format
+        files = [file for file, _ in getattr(dataset_class, "resources", ())]  # datasets in MNIST's format have them
         if files and all((folder / file).is_file() for file in files):
             return PublishedSource(key, _open_flat(dataset_class, folder, split), entry.classes)
         return PublishedSource(key, dataset_class(folder, **arguments), entry.classes)
@@ -255,11 +255,11 @@ def _open(name: str, entry: Published, split: Mapping[str, Any], folder: Path) -
 
 
 def _open_flat(dataset_class: Any, folder: Path, split: Mapping[str, Any]) -> Any:
-    """Open a dataset of MNIST's format whose compressed files lie in one folder."""
+    """Open a dataset in MNIST's format from the compressed files in one folder."""
     with TemporaryDirectory() as root:
         raw = Path(root, dataset_class.__name__, "raw")
         raw.mkdir(parents=True)
-        for file, _ in dataset_class.resources:  # their MD5 sums are those of one compressor; gzip checks the bytes
+        for file, _ in dataset_class.resources:  # their MD5 sums depend on the compressor; gzip checks the bytes
             with gzip.open(folder / file) as packed, (raw / file.removesuffix(".gz")).open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
         return dataset_class(root, **split)  # reads all of it into memory

@@ -39,8 +39,7 @@ class MappedSource:
         sample cannot be fetched.
 
         Args:
-            source: where the samples come from.
-            folder: folder of the user's caches, ours alone.
+            folder: private folder of the user's caches.
             name: identifies dataset and split; a plain file name.
             limit: most bytes of images.
             image_size: side of all images in pixels; None: they differ.
@@ -112,7 +111,7 @@ class MappedSource:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         self.close = weakref.finalize(self, _release, descriptor, self._pixels_path, os.getpid())
         self._pixels: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-        if os.fstat(descriptor).st_size:  # some sample is not bad
+        if os.fstat(descriptor).st_size:  # at least one sample is readable
             self._pixels = np.memmap(self._pixels_path, np.uint8, mode="r").view(np.ndarray)
         with np.load(self._index_path, allow_pickle=False) as index:
             self._places, self._labels, self._label_ends = index["places"], index["labels"], index["label_ends"]

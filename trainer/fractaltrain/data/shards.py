@@ -18,7 +18,7 @@ from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions, is_webd
 from fractaltrain.data.source import Indices, LabelledSource, Splits
 
 if TYPE_CHECKING:
-    from fractaltrain.distributed import World  # which imports torch
+    from fractaltrain.distributed import World  # imports torch
 
 VAL_SPLITS = ("val", "validation")  # names of the split to evaluate on; the first that exists is used
 
@@ -106,7 +106,7 @@ def _open_webdataset(folder: Path, options: WebDatasetOptions, for_training: boo
         found = ", ".join(info.splits) or "none"
         raise FractalError(f"{folder}: no split {TRAINING!r} to train on, only {found}; name its tars with --split")
     if val and not for_training and info.classes is not None:
-        train = []  # it would only be read to count the classes
+        train = []  # it would only serve to count the classes
     names = train + val
     indices = {name: index_tars(info.splits[name], options.skip_bad) for name in names}
     for name in names:

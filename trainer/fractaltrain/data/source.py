@@ -15,7 +15,7 @@ from fractaltrain.seeding import Purpose, mix
 Images = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
-_TRAIN_SHARE = 0.8  # of datasets without splits
+_TRAIN_SHARE = 0.8  # share of a dataset without splits that is for training
 
 
 class SampleSource(Protocol):

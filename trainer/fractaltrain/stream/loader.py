@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # class indices (b,) int64; of multi-label images (b, classes) float32, 1 for those shown
     keys: tuple[str, ...]  # names of the samples in their dataset
     sample_keys: npt.NDArray[np.uint64]  # (b,), keys of the samples' random numbers, from (seed, epoch, position)
-    bad: tuple[str, ...]  # a message per sample that could not be read
+    bad: tuple[str, ...]  # a message for each sample that could not be read
 
 
 def epoch_loader(
@@ -82,7 +82,7 @@ def epoch_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # leaves the global generator alone
         worker_init_fn=init_loader_worker if workers else None,
-        multiprocessing_context="fork" if workers else None,  # ranks are spawned, and would spawn: that takes seconds
+        multiprocessing_context="fork" if workers else None,  # spawning, the default of spawned ranks, takes seconds
     )
     if workers:
         check_semaphores()
@@ -103,7 +103,7 @@ def epoch_loader(
                 raise item
             yield item
     finally:
-        del items  # ends the workers; the traceback of an error would keep them alive
+        del items  # ends the workers, which the traceback of an error would keep alive
         for process in processes:
             process.kill()  # if it hangs: workers ignore torch's SIGTERM, and Python would wait for them
         for end in chain(*channels):
@@ -121,7 +121,7 @@ class _EpochBatches(Dataset["Batch | _Sent | FractalError"]):
     seed: int
     epoch: int
     on_bad: OnBad
-    channels: Sequence[tuple[int, socket.socket]]  # of every loader worker: see ``_send``
+    channels: Sequence[tuple[int, socket.socket]]  # one per loader worker, see ``_send``
 
     def __len__(self) -> int:
         return len(self.positions)
