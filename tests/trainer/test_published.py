@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from fractalshards.errors import BadSampleError, FractalError
-from fractaltrain.config import IMAGE_NAMES, ImagesConfig
+from fractaltrain.config import ImagesConfig
 from fractaltrain.data.images import PUBLISHED, load_published, open_data
 from tiny_training import ALONE
 
@@ -28,10 +28,6 @@ def offline(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse)
-
-
-def test_names_are_those_of_the_table():
-    assert {*IMAGE_NAMES} == {"digits", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

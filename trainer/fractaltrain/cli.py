@@ -23,7 +23,6 @@ from fractalshards.slices import parse_slice
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (
-    DATA_NAMES,
     WINDOW,
     Amp,
     DatasetConfig,
@@ -38,9 +37,8 @@ from fractaltrain.config import (
     TrainConfig,
     Weights,
     finetuning_folder,
-    is_data,
 )
-from fractaltrain.data.images import find_data
+from fractaltrain.data.images import DATA_NAMES, find_data, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
 from fractaltrain.recipes.recipe import TrainRecipe, change, scale_lr
 from fractaltrain.run_folder import LOCK, hold_folder, load_settings

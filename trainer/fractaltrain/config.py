@@ -19,12 +19,7 @@ WINDOW = 16  # shards that are shuffled together
 CACHE_SIZE = 20_000_000_000  # bytes of a URL's shards in the cache
 MEMORY_SIZE = 8_000_000_000  # most bytes of images kept in memory
 
-IMAGE_NAMES = (  # ``digits``, and the published datasets of ``data.images``
-    *("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "kmnist", "svhn", "stl10", "flowers102", "food101"),
-    *("oxford-pets", "dtd", "eurosat", "gtsrb", "caltech101", "country211", "fgvc-aircraft", "stanford-cars"),
-)
-DATA_KINDS = ("imagefolder", "shards")
-DATA_NAMES = (*IMAGE_NAMES, *(f"{kind}:PATH" for kind in DATA_KINDS))  # values of ``--data``
+DATA_KINDS = ("imagefolder", "shards")  # of paths in ``--data``
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}  # torch's names
@@ -33,11 +28,6 @@ OnBadSample = Literal["stop", "skip"]
 Freeze = Literal["backbone"]
 ModelArgument = bool | int | float | str | None
 Weights = Path | Literal["timm"] | None  # the newest in the folder of a run, timm's published ones, or random ones
-
-
-def is_data(name: str) -> bool:
-    """Return whether ``--data`` accepts a name: one of ``DATA_NAMES``."""
-    return name in IMAGE_NAMES or parse_place(name, DATA_KINDS) is not None
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class DatasetConfig:
 class ImagesConfig:
     """``--data``: the real images to train or evaluate on."""
 
-    name: str  # one that ``is_data`` accepts
+    name: str  # see ``data.images.is_data``
     per_class: int | None  # training images per class; None: all
     subset_seed: int  # seed for choosing these images
     folder: Path  # holds published datasets; missing ones are downloaded

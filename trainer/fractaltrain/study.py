@@ -18,7 +18,8 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import is_plain
 from fractalshards.settings import nearest, show_value
 from fractalshards.storage import read_json, remove_leftovers, write_json
-from fractaltrain.config import DATA_NAMES, PRECISIONS, Amp, DatasetConfig, ModelArgument, is_data
+from fractaltrain.config import PRECISIONS, Amp, DatasetConfig, ModelArgument
+from fractaltrain.data.images import DATA_NAMES, is_data
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, dataset_fields
 from fractaltrain.recipes.recipe import TrainRecipe, change
 

@@ -31,10 +31,6 @@ from fractaltrain.stream.loader import Batch, Transform
 _VAL_SCALE = 256 / 224  # shorter side over the side of the crop, as in DeiT and torchvision's reference scripts
 _CROP_TRIES = 10  # before falling back to the largest crop of the nearest aspect ratio
 _CROP_RATIO = (3 / 4, 4 / 3)
-_AFFINE_PADDING = 8  # the reflected border is 1/8 of the image on each side
-_AFFINE_DEGREES = 10.0
-_AFFINE_SHIFT = (0.0, 1 / 8)  # largest shifts along x and y, as shares of the padded image
-_AFFINE_ZOOM = (1.0, 1.2)
 _MAX_MAGNITUDE = 9.999  # of RandAugment; at 10 Posterize would keep 0 bits, which Pillow refuses
 
 Augmentation = Callable[[Image.Image], Image.Image]
@@ -48,8 +44,8 @@ def train_transform(recipe: TrainRecipe, image_size: int) -> Transform:
     augmentations: list[Augmentation] = []
     if recipe.augment == "affine":
         augmentations += [
-            v2.Pad(image_size // _AFFINE_PADDING, padding_mode="reflect"),
-            v2.RandomAffine(_AFFINE_DEGREES, translate=_AFFINE_SHIFT, scale=_AFFINE_ZOOM),
+            v2.Pad(image_size // 8, padding_mode="reflect"),
+            v2.RandomAffine(10.0, translate=(0.0, 1 / 8), scale=(1.0, 1.2)),  # degrees; shares of the padded image
             v2.CenterCrop(image_size),
         ]
         if recipe.hflip:

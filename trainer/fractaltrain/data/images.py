@@ -40,6 +40,11 @@ _DIGITS_LEVELS = 16
 _MAX_NAMED = 3  # most classes without images in an error
 
 
+def is_data(name: str) -> bool:
+    """Return whether ``--data`` accepts a name: one of ``DATA_NAMES``."""
+    return name == "digits" or name in PUBLISHED or parse_place(name, DATA_KINDS) is not None
+
+
 def find_data(name: str, tars: WebDatasetOptions) -> None:
     """Check quickly that the folders of ``shards:PATH`` or ``imagefolder:PATH`` exist.
 
@@ -189,6 +194,7 @@ PUBLISHED: Mapping[str, Published] = {
     "stanford-cars": Published("StanfordCars", 196, _TRAIN_SPLIT, _TEST_SPLIT, downloads=False),
 }
 
+DATA_NAMES = ("digits", *PUBLISHED, *(f"{kind}:PATH" for kind in DATA_KINDS))
 
 _LABELS = ("targets", "labels", "_labels", "y")  # attributes of torchvision's datasets; the first that exists
 _NAMES = ("classes", "categories")
