@@ -75,7 +75,7 @@ Part = Callable[[], int]  # returns the number of images that it has made
 
 
 class Bench(NamedTuple):
-    """What the tables are measured with.
+    """Settings of the measurements.
 
     Attributes:
         folder: for files that measurements write.
@@ -193,7 +193,7 @@ def measure_start(bench: Bench) -> Results:
 
 
 def measure_work(bench: Bench) -> Results:
-    """What is done to one image: decoding, and the augmentations of loader workers and of batches."""
+    """The work on one image: decoding, and the augmentations of loader workers and of batches."""
     shard = index_split(load_manifest(bench.shards), "train")[0]
     files = [sample.files["png"] for sample in islice(iterate_shard(shard), _SOME)]
     batch = next(_stream(open_dataset(bench.shards), bench, 1))
@@ -297,7 +297,7 @@ def _loader(dataset: ShardDataset, bench: Bench, steps: int | None = None, worke
 
 
 def _passes(lengths: Sequence[int], bench: Bench, steps: int | None) -> int:
-    """Return the number of passes over the samples that give so many steps."""
+    """Return the number of passes over the samples that take this many steps."""
     return max(-(-(steps or 0) * bench.batch_size // sum(lengths)), 1)
 
 
@@ -319,7 +319,7 @@ def _build_shard(folder: Path, recipe: Recipe, systems: Systems) -> int:
 
 
 def _first_batch(open_it: Callable[[], ShardDataset | RenderedDataset], batch_size: int) -> tuple[float, float]:
-    """Return the seconds of CPU time, and of the clock, from nothing but imports to the first batch."""
+    """Return the seconds of CPU time and of the clock from opening the dataset to the first batch."""
     torch.set_num_threads(1)
     begun = time.process_time(), time.perf_counter()
     dataset = open_it()
@@ -361,7 +361,7 @@ def _cpu_seconds() -> float:
 
 
 def _worker_memory(batches: Iterable[Any], steps: int) -> tuple[float, float]:
-    """Return the MB of the largest loader worker after some steps: its peak, with shared pages, and its own pages."""
+    """Return the MB of the largest loader worker after some steps: its peak with shared pages, and private pages."""
     with closing(batch for batch in batches) as open_batches:
         for _ in islice(open_batches, steps):
             pass

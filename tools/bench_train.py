@@ -3,8 +3,8 @@
     python tools/bench_train.py --shards shards/single --render single.json --workers 12 --out bench.json
 
 All run in turn in the same process, with the training step of ``fractaltrain pt``, so the ratio to the batch that stays
-on the device is the cost of the stream. What the loader workers have prepared is taken out before a measurement, so
-that it shows what they sustain. Peak memory is that of the device on a GPU, and of this process on a CPU. Prints a line
+on the device shows the cost of the stream. Batches that loader workers have prepared are consumed before a measurement,
+so that it shows the rate that they sustain. Peak memory is that of the GPU, or of this process on a CPU. Prints a line
 per model, batch size and compilation mode; a case that fails is reported, and the others run.
 """
 
@@ -27,7 +27,7 @@ from fractalshards.dataset import StoredSplit
 from fractalshards.human import human_bytes, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.storage import write_json
-from fractaltrain.config import Amp, RunConfig
+from fractaltrain.config import WINDOW, Amp, RunConfig
 from fractaltrain.data.rendered import open_rendered
 from fractaltrain.data.source import SampleSource
 from fractaltrain.distributed import World
@@ -38,7 +38,6 @@ from fractaltrain.stream.loader import Batch, epoch_loader
 from fractaltrain.stream.order import epoch_order, training_positions
 from fractaltrain.transforms import train_batch, train_transform
 
-_WINDOW = 16  # shards, as pt shuffles them
 _PREPARED = 4  # batches that a loader worker prepares ahead
 _EPOCH_STEPS = 2000
 _RECIPE = PT_RECIPES["anderson"]
@@ -128,7 +127,7 @@ def _endless(source: SampleSource, case: Case, workers: int, device: torch.devic
     transform = train_transform(_RECIPE, case.image_size)
     pin_memory = device.type == "cuda"
     for epoch in count():
-        order = epoch_order(source.lengths, 0, epoch, _WINDOW, passes)
+        order = epoch_order(source.lengths, 0, epoch, WINDOW, passes)
         yield from epoch_loader(source, transform, positions, order, 0, epoch, workers=workers, pin_memory=pin_memory)
 
 

@@ -1,12 +1,12 @@
-"""Check the project on one GPU in ten minutes: run its tests for GPUs, measure speeds, and run a small study.
+"""Check the project on a GPU in ten minutes: run its tests for GPUs, measure speeds, and run a small study.
 
     python tools/gpu_check.py                            # on a machine with a GPU
     python tools/gpu_check.py --device cpu               # rehearses everything with tiny sizes in two or three minutes
 
-Writes ``gpu_check.json`` and ``gpu_check.md`` into ``--out``, again after every part, with a log of each. A part that
-fails or runs out of time leaves what it has; what did not fit is reported as not run. Datasets are made in a temporary
-folder. Needs no network, and no installation: the packages of this checkout are found, their requirements must be
-there. Exits with 1 if a test, a measurement or a run failed.
+Writes ``gpu_check.json`` and ``gpu_check.md`` into ``--out`` after every part, with a log of each. A part that fails or
+runs out of time keeps its results so far; parts without time are reported as not run. Datasets are made in a temporary
+folder. Needs no network and no installation: it uses the packages of this checkout, whose requirements must be
+installed. Exits with 1 if a test, a measurement or a run failed.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class Sizes:
 
 
 def sizes(small: bool, cores: int) -> Sizes:
-    """Return the sizes for a machine with a number of cores."""
+    """Return the sizes for a machine with this many cores."""
     if small:
         images = "--n 200 --classes 5 --size 32 --points 500"
         return Sizes(images, ("test_resnet",), 8, 32, ("off",), rounds=1, steps=2, warmup=1, workers=1, jobs=1)
@@ -254,7 +254,7 @@ PARTS: dict[str, Callable[[Check], str | None]] = {
 
 
 def facts(small: bool) -> dict[str, Any]:
-    """Return what identifies machine and software."""
+    """Return a description of machine and software."""
     import torch
 
     cuda = torch.cuda.is_available()
