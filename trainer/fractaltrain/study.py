@@ -218,10 +218,7 @@ class StudyPlan:
         return {run.run: run for run in self.pretrainings}
 
     def groups(self) -> tuple[tuple[StudyRun, ...], ...]:
-        """Return each pre-training followed by its fine-tunings; runs from scratch are grouped by model and seed.
-
-        Groups are independent. Training from scratch comes first: it fails early if images are missing.
-        """
+        """Return independent groups: a pre-training with its fine-tunings, or runs from scratch of a model and seed."""
         groups: dict[tuple[str, str, int], list[StudyRun]] = {}
         for run in sorted((*self.pretrainings, *self.finetunings), key=lambda run: self.rows.index(run.row)):
             groups.setdefault((run.row, run.model, run.seed), []).append(run)
