@@ -19,7 +19,7 @@ WINDOW = 16  # shards that are shuffled together
 CACHE_SIZE = 20_000_000_000  # bytes of a URL's shards in the cache
 MEMORY_SIZE = 8_000_000_000  # most bytes of images kept in memory
 
-DATA_KINDS = ("imagefolder", "shards")  # of paths in ``--data``
+DATA_KINDS = ("imagefolder", "shards")  # kinds of paths in ``--data``
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}  # torch's names

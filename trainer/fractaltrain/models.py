@@ -98,7 +98,7 @@ def describe_border(model: nn.Module, image_size: int) -> list[str]:
 def timm_options(name: str, classes: int | None, image_size: int) -> dict[str, Any]:
     """Return the arguments of ``timm.create_model`` for classes (None: those of the published weights) and image size.
 
-    The image size is one only for models with weights that depend on it, such as position embeddings.
+    The image size is included only for models with weights that depend on it, such as position embeddings.
     """
     config = timm.get_pretrained_cfg(name)
     return {

@@ -121,7 +121,7 @@ def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int
     """
     warmup, total = recipe.warmup_steps or recipe.warmup_epochs * epoch_steps, recipe.epochs * epoch_steps
     if warmup >= total:
-        raise UsageError(f"{warmup:,} warm-up steps of {total:,} steps in total; lower them with --set warmup_steps=N")
+        raise UsageError(f"{warmup:,} warm-up steps, but only {total:,} steps; lower them with --set warmup_steps=N")
 
     def share(step: int) -> float:
         if step < warmup:
@@ -133,7 +133,7 @@ def _cosine(recipe: TrainRecipe, peak: float, epoch_steps: int) -> Callable[[int
 
 @dataclass(frozen=True)
 class TrainState:
-    """A model in training, and everything that changes with it."""
+    """A model in training, with everything that a step needs."""
 
     model: nn.Module  # neither wrapped nor compiled
     network: nn.Module  # the module to call: the model, wrapped by DDP and compiled if needed

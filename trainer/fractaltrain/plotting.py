@@ -116,7 +116,7 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
     panel.set_xticks(ticks, labels, rotation=90)
     panel.set_yticks(ticks, labels)
     figure.colorbar(image, ax=panel, fraction=0.035, label="share of the class").outline.set_visible(False)
-    if size <= 25:  # numbers would be too small
+    if size <= 25:  # with more classes, numbers would be too small
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.55 else INK
             panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=9)
