@@ -39,10 +39,9 @@ from fractalgen.kinds import KINDS
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
 from fractalgen.source import RenderedSplit, open_recipe
-from fractalshards.dataset import StoredSplit, open_dataset
 from fractalshards.manifest import DatasetInfo, load_manifest, read_record, shard_name, write_manifest, write_record
 from fractalshards.png import decode_image
-from fractalshards.reader import index_split, iterate_shard
+from fractalshards.reader import StoredSplit, index_split, iterate_shard, open_dataset
 from fractalshards.storage import write_json
 from fractalshards.systems import Systems
 from fractaltrain import EpochSampler, RenderedDataset, ShardDataset

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from fractalgen.source import RenderedSplit
-from fractalshards.dataset import StoredSplit
 from fractalshards.human import human_bytes, one_line
 from fractalshards.manifest import load_manifest
+from fractalshards.reader import StoredSplit
 from fractalshards.storage import write_json
 from fractaltrain.config import WINDOW, Amp, RunConfig
 from fractaltrain.data.rendered import open_rendered

@@ -20,7 +20,7 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, ShardRecord, sample_key
 from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import packed_size
-from fractalshards.slices import Slice
+from fractalshards.settings import Slice
 from fractalshards.storage import check_space, remove_leftovers
 from fractalshards.systems import MAP_SHAPES, Systems, read_systems, write_systems
 from fractalshards.workers import OnProgress, no_progress

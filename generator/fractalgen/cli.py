@@ -32,10 +32,9 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, human_list, human_seconds, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
-from fractalshards.portable import plan_portable, read_portable
-from fractalshards.settings import override, parse_settings, show_value
+from fractalshards.recipe_file import plan_portable, read_portable
+from fractalshards.settings import Slice, override, parse_settings, parse_slice, show_value
 from fractalshards.sheet import picture_format, save_picture, side_by_side
-from fractalshards.slices import Slice, parse_slice
 from fractalshards.storage import check_writable, write_bytes
 from fractalshards.systems import Systems, write_systems
 from fractalshards.workers import OnProgress

@@ -8,8 +8,8 @@ from fractalgen.recipe import Recipe, parse_recipe
 from fractalgen.render import check_systems, draw_systems, render_sample
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import sample_key
-from fractalshards.portable import read_portable
 from fractalshards.reader import Example
+from fractalshards.recipe_file import read_portable
 from fractalshards.sample import classes_of
 from fractalshards.systems import Systems
 from fractalshards.workers import no_progress

@@ -17,8 +17,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.pack import leave_out_bad, parse_source, plan_pack, run_pack
-from fractalshards.portable import export_recipe
-from fractalshards.recipe_file import flat_recipe
+from fractalshards.recipe_file import export_recipe, flat_recipe
 from fractalshards.report import check_page_name, load_template, render_page
 from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
 from fractalshards.storage import check_writable, write_bytes

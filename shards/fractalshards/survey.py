@@ -15,7 +15,7 @@ from PIL import Image
 from fractalshards.errors import FractalError
 from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, split_shards
 from fractalshards.png import Pixels
-from fractalshards.reader import ShardIndex, decode_shard, index_split, read_label_counts, read_sample
+from fractalshards.reader import ShardIndex, count_labels, decode_shard, index_split, read_sample
 from fractalshards.sample import (
     BLOCK,
     Label,
@@ -90,11 +90,8 @@ class Survey:
 def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = no_progress) -> Survey:
     """Survey a dataset with ``workers`` processes.
 
-    Reads all sidecars, the labels of as many shards as it takes to find images of every class, and the images that it
-    shows or measures.
-
-    ``on_progress`` is called with images read and images to read. Raises FractalError if there is no image, or a
-    sidecar or sample is damaged.
+    Reads all sidecars, and of the tars only what it shows or measures. ``on_progress`` is called with images read and
+    images to read. Raises FractalError if there is no image, or a sidecar or sample is damaged.
     """
     split = TRAINING if TRAINING in manifest.splits else next(iter(manifest.splits), "")
     if not split or not 0 < manifest.samples(split) <= MAX_SAMPLES:
@@ -122,11 +119,8 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
             stats += measurements
             done += len(pictures) + len(measurements)
             on_progress(done, total)
-    others = {
-        name: sum((read_label_counts(manifest, shard) for shard in shards), start=np.zeros_like(counts))
-        for name, shards in manifest.splits.items()
-        if name != split
-    }
+    none = np.zeros_like(counts)
+    others = {name: sum(count_labels(manifest, name), start=none) for name in manifest.splits if name != split}
     fitting = fit_thumbnails(thumbnails, MAX_THUMBNAIL_BYTES)
     return Survey(manifest, split, {split: counts, **others}, fitting, tile, stats)
 
@@ -154,17 +148,15 @@ def select_samples(
     Returns:
         The number of images to take by shard and class, and the label counts of the split.
     """
-    shards = split_shards(manifest, split)
     classes = np.array(shown)
     totals = np.zeros(manifest.classes, np.int64)
-    available = np.zeros((len(shards), len(classes)), np.min_scalar_type(per_class))
-    for number, shard in enumerate(shards):
-        counts = read_label_counts(manifest, shard)
+    available = np.zeros((len(split_shards(manifest, split)), len(classes)), np.min_scalar_type(per_class))
+    for number, counts in enumerate(count_labels(manifest, split)):
         totals += counts
         available[number] = np.minimum(counts[classes], per_class)
     missing = np.minimum(totals[classes], per_class)
     taken = np.zeros_like(available)
-    order = sorted(range(len(shards)), key=lambda number: number * _GOLDEN % 1)  # every prefix is evenly spread
+    order = sorted(range(len(available)), key=lambda number: number * _GOLDEN % 1)  # every prefix is evenly spread
     for number in order * per_class:  # one image per class at a time
         take = (available[number] > taken[number]) & (missing > 0)
         taken[number] += take

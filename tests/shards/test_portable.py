@@ -16,7 +16,7 @@ from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
-from fractalshards.portable import PortableRecipe, export_recipe, parse_portable, read_portable
+from fractalshards.recipe_file import PortableRecipe, export_recipe, parse_portable, read_portable
 from fractalshards.storage import write_json
 from fractalshards.systems import read_systems, write_systems
 from packing import assert_refused
@@ -86,7 +86,7 @@ def test_export_holds_what_the_folder_holds(dataset: Path, tmp_path: Path) -> No
     assert recipe(dataset).stdout_bytes == out.read_bytes()
     manifest, portable = load_manifest(dataset), read_portable(out)
     assert (portable.recipe, portable.recipe_digest) == (manifest.recipe, manifest.recipe_digest)
-    assert (portable.label_type, portable.content_digest()) == ("single", manifest.content_digest())
+    assert portable.digest == manifest.content_digest()
     stored = read_systems(dataset / SYSTEMS)
     assert [system.tobytes() for system in portable.systems] == [system.tobytes() for system in stored]
     assert portable.differing_shards(manifest.splits) == []

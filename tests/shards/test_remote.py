@@ -26,7 +26,7 @@ from PIL import Image
 from fractalshards.cli import main
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
-from fractalshards.portable import read_portable
+from fractalshards.recipe_file import read_portable
 from fractalshards.remote import transfer
 from fractalshards.remote.card import PORTABLE, PREVIEW, README
 from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact

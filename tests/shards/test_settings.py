@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from fractalshards.errors import UsageError
-from fractalshards.settings import nearest, override, parse_settings
-from fractalshards.slices import Slice, parse_slice
+from fractalshards.settings import Slice, nearest, override, parse_settings, parse_slice
 
 
 @dataclass(frozen=True)

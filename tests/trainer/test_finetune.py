@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from fractalshards import dataset as stored
+from fractalshards import reader as stored
 from fractalshards.manifest import load_manifest
 from fractaltrain.checkpoint import load_checkpoint, load_run
 from fractaltrain.config import ImagesConfig

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from fractalshards.dataset import StoredSplit
 from fractalshards.errors import BadSampleError, FractalError
 from fractalshards.manifest import load_manifest, read_record
-from fractalshards.reader import Example
+from fractalshards.reader import Example, StoredSplit
 from fractaltrain.data.source import InMemorySource
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.stream.loader import Batch, OnBad, epoch_loader

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from fractalshards.dataset import StoredSplit
 from fractalshards.manifest import load_manifest
+from fractalshards.reader import StoredSplit
 from fractalshards.remote.cache import open_cache
 from fractaltrain.stream.order import epoch_order, shard_windows
 from tiny_training import assert_same_run
@@ -90,7 +90,7 @@ def test_spawned_loader_workers_have_separate_connections_and_files(dataset, tmp
     server = web(dataset)
     cache = open_cache(server.url, tmp_path, 10**9, 1, "train")
     cache.prepare()
-    source = StoredSplit(cache.manifest, "train", cache)
+    source = StoredSplit(cache.manifest, "train", cache.open)
     local = StoredSplit(load_manifest(dataset), "train")
     examples = [source.read(0), local.read(0)]
     before = set(os.listdir("/proc/self/fd"))

@@ -11,7 +11,7 @@ import torch
 from building import run as fractalgen
 from fractalgen import executors
 from fractalshards.manifest import load_manifest
-from fractalshards.portable import export_recipe
+from fractalshards.recipe_file import export_recipe
 from fractaltrain.log import read_metrics
 from tiny_training import assert_same_run, weights
 

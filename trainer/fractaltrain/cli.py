@@ -17,9 +17,8 @@ from fractalshards.console import PATH, Commands, is_quiet, note, progress, quie
 from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.human import human_count, human_list, one_line, parse_bytes
 from fractalshards.manifest import TRAINING, load_manifest
-from fractalshards.portable import read_portable
-from fractalshards.settings import nearest, parse_settings
-from fractalshards.slices import parse_slice
+from fractalshards.recipe_file import read_portable
+from fractalshards.settings import nearest, parse_settings, parse_slice
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.compare import FILES, Comparison, collect_runs, write_comparison
 from fractaltrain.config import (

@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, StoppedError, UsageError, describ
 from fractalshards.human import human_count
 from fractalshards.imagefolder import parse_place
 from fractalshards.manifest import load_manifest
-from fractalshards.portable import read_portable
+from fractalshards.recipe_file import read_portable
 from fractalshards.webdataset import DEFAULT_OPTIONS, find_dataset, is_webdataset
 from fractalshards.workers import STOP_SIGNALS, available_cores, handling
 from fractaltrain.config import EXIT_STOPPED

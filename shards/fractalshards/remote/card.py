@@ -10,8 +10,7 @@ from urllib.parse import unquote
 from fractalshards.errors import FractalError
 from fractalshards.human import human_list, one_line
 from fractalshards.manifest import TRAINING, Manifest
-from fractalshards.portable import export_recipe
-from fractalshards.recipe_file import flat_recipe
+from fractalshards.recipe_file import export_recipe, flat_recipe
 from fractalshards.remote.stores import Location, Upload
 from fractalshards.sheet import contact_sheet, sample_rows
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fractalshards.dataset import StoredSplit, open_dataset
 from fractalshards.errors import UsageError
 from fractalshards.manifest import TRAINING
+from fractalshards.reader import StoredSplit, open_dataset
 from fractalshards.remote.cache import ShardCache, cache_root, open_cache, prefetching
 from fractalshards.remote.stores import parse_location
 from fractaltrain.config import CACHE_SIZE, MEMORY_SIZE, WINDOW
@@ -140,7 +140,7 @@ class ShardDataset(_SampleDataset):
         else:
             self._cache = open_cache(os.fspath(location), Path(cache_dir) if cache_dir else None, cache_size, 1, split)
             self._cache.prepare()
-            opened = StoredSplit(self._cache.manifest, split, self._cache, WINDOW)
+            opened = StoredSplit(self._cache.manifest, split, self._cache.open, WINDOW)
         self._split = opened
         self._request: Callable[[Sequence[str]], None] | None = None
         self._requested: tuple[int, ...] = ()

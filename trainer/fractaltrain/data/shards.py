@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fractalshards.dataset import MAX_OPEN_FILES, StoredSplit
 from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.manifest import MAX_CLASSES, TRAINING, Manifest, load_manifest
 from fractalshards.png import decode_image
-from fractalshards.reader import Example, OpenFiles, read_blocks
+from fractalshards.reader import Example, OpenFiles, StoredSplit, read_blocks
 from fractalshards.remote.cache import ShardCache
 from fractalshards.tars import TarIndex, index_digest, index_tars
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions, is_webdataset, load_webdataset
@@ -47,7 +46,8 @@ def open_cached(cache: ShardCache, window: int) -> Splits[LabelledSource]:
         window: shards that are shuffled together; training keeps this many open, evaluation one.
     """
     manifest = cache.manifest
-    return _open_splits(manifest, lambda split: StoredSplit(manifest, split, cache, window if split == TRAINING else 1))
+    limits = {TRAINING: window}
+    return _open_splits(manifest, lambda split: StoredSplit(manifest, split, cache.open, limits.get(split, 1)))
 
 
 def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Splits[LabelledSource]:
@@ -73,7 +73,7 @@ class WebDatasetSource:
         self._paths = paths
         self._indices = indices
         self._starts = np.cumsum([0, *self.lengths])
-        self._files = OpenFiles(MAX_OPEN_FILES)
+        self._files = OpenFiles()
 
     @property
     def labels(self) -> Indices:
