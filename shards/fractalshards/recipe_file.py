@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -238,9 +239,8 @@ def parse_portable(text: bytes, where: str) -> PortableRecipe:
         raise FractalError(f"{where}: the lists of a split differ in length; {_ADVICE}")
     if mapping_digest({name: split.content_digests for name, split in splits.items()}) != file.content_digest:
         raise FractalError(f"{where}: content digest differs: the digests of shards were changed; {_ADVICE}")
-    shards = dict(
-        pair for split in splits.values() for pair in zip(split.filenames, split.content_digests, strict=True)
-    )
+    pairs = (zip(one.filenames, one.content_digests, strict=True) for one in splits.values())
+    shards = dict(chain.from_iterable(pairs))
     return PortableRecipe(file.recipe, file.recipe_digest, systems, shards, file.content_digest)
 
 
