@@ -17,7 +17,7 @@ from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import check_systems, draw_systems, render_range, render_unit
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, ShardRecord, sample_key
+from fractalshards.manifest import SYSTEMS, DatasetInfo, ShardRecord, sample_key
 from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import packed_size
 from fractalshards.settings import Slice
@@ -51,17 +51,15 @@ class BuildFolder:
     def read(cls, path: Path, recipe: Recipe, systems: Systems) -> "BuildFolder":
         """Find the finished shards of a recipe, and remove leftovers of killed builds.
 
-        Raises FractalError if the systems, which may come from elsewhere, do not match the recipe's digest, or its kind
-        cannot render them.
+        Raises FractalError if the systems do not match the recipe's digest, or its kind cannot render them.
         """
         if systems_digest(systems) != recipe.systems_digest:
             raise FractalError(
-                f"{path / SYSTEMS}: missing or damaged, and this software draws other systems for {RECIPE}; fetch it "
-                "again, or build with the same --categories or --from-csv as before"
+                f"{path / SYSTEMS}: missing or damaged, and this software draws other systems; fetch the file again, "
+                "or build with the same --categories or --from-csv as before"
             )
         check_systems(recipe, systems, path)
-        info = dataset_info(recipe)
-        tasks = shard_tasks(recipe)
+        info, tasks = dataset_info(recipe), shard_tasks(recipe)
         finished = finished_shards(path, tasks, info)
         remove_leftovers(path)
         return BuildFolder(path, recipe, systems, info, tasks, finished)
@@ -136,7 +134,7 @@ def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: On
 def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
     """Render and encode a few units spread over the dataset; return bytes, and seconds on one core, per image.
 
-    The bytes are the mean, the seconds the median of all but the first unit, which may include compilation.
+    The bytes are a mean; the seconds are a median, without the first unit, which may include compilation.
     """
     sizes: list[int] = []
     seconds: list[float] = []
@@ -158,12 +156,10 @@ def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
 def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progress) -> tuple[str, ...]:
     """Write recipe and systems, render the missing shards, and write the manifest if all shards are there.
 
-    ``on_progress`` is called with the number of images rendered, and the total. Raises FractalError if a build of
-    another recipe has claimed the folder in the meantime, some shards repeatedly killed their workers (the others are
-    rendered), or finished shards have disappeared; OSError if the file system fails, and finished shards stay.
-
-    Returns:
-        The names of missing shards, which other slices have yet to build; if empty, the dataset is finished.
+    Returns the names of missing shards, which other slices have yet to build. ``on_progress`` is called with the number
+    of images rendered, and the total. Raises FractalError if a build of another recipe has claimed the folder in the
+    meantime, some shards repeatedly killed their workers (the others are rendered), or finished shards have
+    disappeared; OSError if the file system fails. Finished shards stay.
     """
     claim(plan.folder)
     render_missing(plan, executor, on_progress)

@@ -121,7 +121,7 @@ _State = Any  # of a numpy RandomState
 
 @dataclass(frozen=True)
 class Found:
-    """A category, the number of its candidate (counted from 1), and the share of pixels that it hits."""
+    """A category, the number of its candidate, counted from 1, and the share of pixels that it hits."""
 
     category: Category
     candidate: int

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -27,7 +26,17 @@ from fractalgen.recipe import Recipe, make_recipe, parse_recipe
 from fractalgen.render import check_systems, draw_systems
 from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset
-from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
+from fractalshards.console import (
+    PATH,
+    Commands,
+    continuable,
+    next_step,
+    note,
+    progress,
+    quiet_option,
+    workers_option,
+    write_recipe,
+)
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, human_list, human_seconds, one_line
 from fractalshards.manifest import load_manifest
@@ -83,12 +92,11 @@ def _make_recipe(
     categories: Path | None,
     from_csv: Path | None,
     settings: tuple[str, ...],
-    otherwise: str = "",
     **others: Any,
 ) -> tuple[Recipe, Systems | None]:
     """Make a recipe from the options that describe a dataset; return it with the systems that they name, if any."""
     if kind is None:
-        raise UsageError(f"--kind is missing; give --kind and --n{otherwise}")
+        raise UsageError("--kind is missing; 'fractalgen kinds' lists all kinds")
     given = None
     if path := categories or from_csv:
         if categories and from_csv:
@@ -98,14 +106,12 @@ def _make_recipe(
         found = read_categories(path) if categories else read_csv_folder(path)
         classes = len(found) if classes is None else classes
         if classes > len(found):
-            raise UsageError(
-                f"--classes is {classes}, but {path} holds {len(found)} categories: ask for at most as many"
-            )
+            raise UsageError(f"--classes is {classes}, but {path} holds only {len(found)} categories: lower it")
         given = found[:classes]
         warn_of_black(given, path)
     made = make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others)
     if kind in STREAMS and made.size < KINDS[kind].size:
-        _log.warning("curves are as large at any --size, and miss many smaller images; resize them in training instead")
+        _log.warning("curves do not shrink with --size, and leave many small images empty; resize in training instead")
     return made, given
 
 
@@ -148,14 +154,13 @@ def build(
 
     Example: fractalgen build --kind single --n 1000000
     """
-    portable = None
+    portable = read_portable(recipe_file) if recipe_file is not None else None
     given: Systems | None
-    if recipe_file is not None:
+    if portable:
         _refuse_beside(context, "--recipe", f"{_DATASET} {_GIVEN}")
-        portable = read_portable(recipe_file)
         recipe, given = parse_recipe(portable.recipe, portable.recipe_digest, str(recipe_file)), portable.systems
     else:
-        recipe, given = _make_recipe(**dataset, otherwise=", or --recipe")
+        recipe, given = _make_recipe(**dataset)
     folder = out if out is not None else Path("shards") / recipe.kind
     chosen = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = _scheduler(executor, scheduler, _is_given(context, "workers"))
@@ -166,19 +171,19 @@ def build(
         with progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
     if missing:
-        left = f"{human_count(len(missing), 'shard')} of other slices"
-        click.echo(f"{folder}: {chosen} is done; the manifest waits for {left}")
+        left = human_count(len(missing), "shard")
+        click.echo(f"{folder}: {chosen} is done; {left} of other slices are missing, then the manifest is written")
         return
     manifest = load_manifest(folder)
     if portable and (differing := portable.differing_shards(manifest.splits)):
         raise FractalError(
-            f"{folder}: {human_list(differing)} differ from {recipe_file}: this version renders other pixels; install "
-            "the version of fractalpretrain that made the recipe, and report this to its authors"
+            f"{folder}: {human_list(differing)} differ from {recipe_file}: this version renders other pixels; please "
+            "report this, and install the version of fractalpretrain that made the recipe"
         )
     if portable and portable.shards is None:
-        note(f"note: {recipe_file} was made without a build, so there was nothing to compare the images with")
+        note(f"note: {recipe_file} was made without a build, so it has no digests to compare the images with")
     click.echo(manifest.summary())
-    next_step(f"fractaltrain pt --shards {shlex.quote(str(folder))}")
+    next_step("fractaltrain pt --shards", folder)
 
 
 @main.command(groups={"Dataset": _DATASET, "Dataset, from files": _GIVEN})
@@ -194,12 +199,7 @@ def recipe(out: Path | None, **dataset: Any) -> None:
         systems = draw_systems(made, on_progress) if given is None else given
     check_systems(made, systems, f"recipe of kind {made.kind}")
     text = plan_portable(made.with_systems(systems).to_json(), made.family.label_type, systems)
-    if out is None:
-        click.echo(text, nl=False)
-        return
-    write_bytes(out, text)
-    click.echo(f"{out}: {human_bytes(len(text))}")
-    next_step(f"fractaltrain pt --render {shlex.quote(str(out))}")
+    write_recipe(text, out, "fractaltrain pt --render")
 
 
 @main.command()
@@ -220,7 +220,7 @@ def repair(folder: Path, workers: int) -> None:
         click.echo(f"rendered again: {human_list(repaired.rendered)}")
     if repaired.extra:
         names = human_list(repaired.extra)
-        raise FractalError(f"{folder}: the dataset is sound, but the folder also holds {names}; remove what is extra")
+        raise FractalError(f"{folder}: the dataset is sound, but {names} do not belong to it; remove them")
     click.echo(f"sound: {load_manifest(folder).summary()}")
 
 
@@ -272,10 +272,8 @@ def preview(
     recipes = []
     for one in KINDS.values() if kind == _ALL else (KINDS[kind],):
         changed = {**parse_settings(one.preview), **overrides}
-        points = others["points"] if one.points or kind != _ALL else None
-        recipes.append(
-            make_recipe(one.name, classes, classes=classes, overrides=changed, **{**others, "points": points})
-        )
+        points = {} if one.points or kind != _ALL else {"points": None}
+        recipes.append(make_recipe(one.name, classes, classes=classes, overrides=changed, **{**others, **points}))
     picture = side_by_side([draw_preview(recipe, per_class, tile) for recipe in recipes])
     save_picture(picture, out)
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
@@ -314,7 +312,7 @@ def render(
     size: int | None,
     out: Path,
 ) -> None:
-    """Render one published image, pixel for pixel: a category of FractalDB, or an image of VisualAtom or RCDB.
+    """Render one published image, pixel for pixel: of a FractalDB category, or of VisualAtom or RCDB.
 
     Example: fractalgen render --kind visualatom --category 7 --instance 0 --out image.png
     """
@@ -378,11 +376,11 @@ def search(classes: int, seed: int, fill_rate: float, out: Path, workers: int) -
     note(f"tried {found[-1].candidate:,} candidates")
     write_systems(out, [one.category for one in found])
     click.echo(f"{out}: {len(found):,} categories")
-    next_step(f"fractalgen build --kind fractaldb --n N --categories {shlex.quote(str(out))}")
+    next_step("fractalgen build --kind fractaldb --n N --categories", out)
 
 
 def _preparing() -> AbstractContextManager[OnProgress]:
-    """Show the progress of what a kind prepares before it can render."""
+    """Show the progress of what a kind computes before it can render."""
     return progress("following the published stream", "classes")
 
 
@@ -408,8 +406,7 @@ def _parameters(kind: Kind) -> list[dict[str, Any]]:
 
 def _describe(plan: Plan, slice_: Slice | None, workers: int, scheduler: str | None) -> str:
     """Describe the planned work in one line."""
-    recipe = plan.folder.recipe
-    of_slice = f" of {slice_}" if slice_ else ""
+    recipe, of_slice = plan.folder.recipe, f" of {slice_}" if slice_ else ""
     if not plan.missing:
         return f"nothing to render: {human_count(len(plan.own), 'shard')}{of_slice} already finished"
     done = len(plan.own) - len(plan.missing)
@@ -418,7 +415,7 @@ def _describe(plan: Plan, slice_: Slice | None, workers: int, scheduler: str | N
         f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in "
         f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_slice}: {plan.samples:,} images in "
         f"{human_count(len(plan.missing), 'shard')}{f' ({done:,} done)' if done else ''}, about "
-        f"{human_bytes(plan.bytes)}, about {human_seconds(plan.seconds / workers)} with "
+        f"{human_bytes(plan.bytes)} and {human_seconds(plan.seconds / workers)} with "
         f"{human_count(workers, 'worker')}{f' of {scheduler}' if scheduler else ''}"
     )
 

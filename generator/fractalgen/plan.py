@@ -15,7 +15,7 @@ _BLOCK_PIXELS = 1 << 25  # images are shuffled in blocks of this size, because a
 
 @dataclass(frozen=True)
 class Place:
-    """The content of a sample: image ``part`` of a unit, of which the dataset uses the first ``parts`` images."""
+    """What a sample shows: image ``part`` of a unit, of which the dataset uses the first ``parts`` images."""
 
     unit: Unit
     part: int

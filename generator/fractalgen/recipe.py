@@ -100,19 +100,15 @@ class Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
-    """Make the recipe that JSON-like data describes: the inverse of ``Recipe.to_json``.
+    """Make the recipe that JSON-like data from ``where`` describes: the inverse of ``Recipe.to_json``.
 
-    Raises FractalError if this version of the software does not write such a recipe, or the digest differs.
-
-    Args:
-        data: the recipe, as in ``recipe.json`` and the manifest.
-        digest: the recipe digest stored beside it.
-        where: the file that the data comes from, for errors.
+    Raises FractalError if this version of the software does not render such a recipe, or ``digest``, which was stored
+    beside it, differs.
     """
     if (version := data.get("version")) != RECIPE_VERSION:
         raise FractalError(
-            f"{where}: recipe version {str(version)[:20]}, this software renders {RECIPE_VERSION}; install the version "
-            "of fractalpretrain that made it"
+            f"{where}: recipe version {str(version)[:20]}, but this software renders {RECIPE_VERSION}; install the "
+            "version of fractalpretrain that made it"
         )
     try:
         recipe = msgspec.convert(data, Recipe)

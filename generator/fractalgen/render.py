@@ -21,11 +21,10 @@ from fractalshards.writer import Rendered
 
 
 def draw_systems(recipe: Recipe, on_progress: OnProgress = no_progress) -> Systems:
-    """Draw the system of every class of a recipe, to be stored, as numpy may change its distributions.
+    """Draw the system of every class of a recipe. Store them: another version of numpy may draw others.
 
-    They are float64, (maps, 2, 3), (maps, 7) for FractalDB categories, or (1, 12) for contours. ``on_progress`` is
-    called with the number of classes done, and of all, by kinds that take long. Raises UsageError if the kind has fewer
-    systems than classes.
+    They are float64, (maps, 2, 3), (maps, 7) for FractalDB categories, or (1, 12) for contours. Kinds that take long
+    call ``on_progress`` with the classes done and all classes. Raises UsageError if the kind has fewer systems.
     """
     recipe.family.prepare(recipe.params, recipe.classes, on_progress)
     return recipe.family.draw_systems(recipe.params, recipe.seed, recipe.classes)
@@ -63,7 +62,7 @@ def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) 
 
 
 def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Rendered]:
-    """Return all images of a unit, with their labels; some kinds render them when they are asked for."""
+    """Return all images of a unit, with their labels; some kinds render an image only when it is read."""
     return recipe.family.render(recipe.params, recipe.size, recipe.points, unit, systems)
 
 
@@ -89,17 +88,15 @@ _PATIENCE = 8  # renders per image shown, after which rows of a multi-label kind
 def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
     """Draw a contact sheet: a row of ``per_class`` images per class, each ``tile`` pixels wide and high.
 
-    An image of several classes appears in the row of one of them.
+    Every image is from another unit. One of several classes appears in the row of one of them.
     """
     rows = class_rows(_samples(recipe, per_class), range(recipe.classes), per_class, tile)
     return contact_sheet(rows, tile, title=recipe.kind)
 
 
 def _samples(recipe: Recipe, per_class: int) -> Iterator[tuple[Pixels, Label]]:
-    """Yield an image of every class in turn, each from another unit."""
     systems = draw_systems(recipe)
-    end = recipe.family.units_per_class(recipe.params) or per_class * _PATIENCE
-    for number in range(end):
+    for number in range(recipe.family.units_per_class(recipe.params) or per_class * _PATIENCE):
         for label in range(recipe.classes):
             images = render_unit(recipe, systems, Unit(recipe.seed, "train", label, number))
             image, shown = images[number % len(images)]

@@ -1,7 +1,7 @@
 """Repairs a dataset: verifies every shard, then renders damaged and missing ones again.
 
-A damaged shard loses its sidecar, which makes it unfinished; the rest is an ordinary build. The same command, or
-``fractalgen build``, therefore continues a repair that was killed.
+A damaged shard loses its sidecar, which makes it unfinished; the rest is an ordinary build. So the same command, or
+``fractalgen build``, continues a repair that was killed.
 """
 
 from concurrent.futures import Executor
@@ -51,8 +51,8 @@ def repair_dataset(
     names = {task.name for task in found.tasks}
     if listed and not names <= listed.keys():
         raise FractalError(
-            f"{folder}: holds a part of a dataset; fetch damaged shards again with 'fractalshards pull', or render the "
-            "rest with 'fractalgen build'"
+            f"{folder}: holds a part of a dataset; fetch damaged shards again with 'fractalshards pull', or render all "
+            "shards with 'fractalgen build'"
         )
     promise = Promise(found.recipe.classes, found.recipe.size, found.info.label_type)
     finished = [(found.finished[task.name], task.first) for task in found.tasks if task.name in found.finished]
@@ -68,8 +68,8 @@ def repair_dataset(
     both = rendered.keys() & listed.keys()
     if other := sorted(name for name in both if rendered[name].content_digest != listed[name].content_digest):
         raise FractalError(
-            f"{folder}: rendered again, {human_list(other)} differ from what {INFO} promises: it is damaged, or this "
-            f"software renders other pixels; compare with another copy, or remove {INFO} to accept the new renders"
+            f"{folder}: {human_list(other)}, rendered again, differ from {INFO}: it is damaged, or this software "
+            f"renders other pixels; compare with another copy, or remove {INFO} to accept the new shards"
         )
     publish(folder, found.tasks, found.tasks, found.info)
     extra = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)

@@ -32,7 +32,7 @@ class RenderedSplit:
     ) -> None:
         """Create the split; see ``open_recipe``. ``digest`` is that of the dataset if it was built."""
         if recipe.with_systems(systems) != recipe:
-            raise FractalError(f"kind {recipe.kind}: these are not the systems of the recipe; make it again")
+            raise FractalError(f"kind {recipe.kind}: the systems are not those of the recipe; make the recipe again")
         check_systems(recipe, systems, f"kind {recipe.kind}")
         recipe.family.prepare(recipe.params, recipe.classes, no_progress)
         self.recipe, self.split, self.fresh = recipe, split, fresh

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fractalshards.console import PATH, Commands, continuable, next_step, note, progress, quiet_option, workers_option
+from fractalshards.console import (
+    PATH,
+    Commands,
+    continuable,
+    next_step,
+    note,
+    progress,
+    quiet_option,
+    workers_option,
+    write_recipe,
+)
 from fractalshards.diff import compare_datasets
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
@@ -125,12 +134,7 @@ def recipe(folder: Path, out: Path | None) -> None:
 
     Example: fractalshards recipe shards/single > recipe.json
     """
-    text = export_recipe(load_manifest(folder))
-    if out is None:
-        click.echo(text, nl=False)
-        return
-    write_bytes(out, text)
-    click.echo(f"{out}: {human_bytes(len(text))}; next: fractalgen build --recipe {shlex.quote(str(out))}")
+    write_recipe(export_recipe(load_manifest(folder)), out, "fractalgen build --recipe")
 
 
 @main.command()
@@ -298,8 +302,4 @@ def pack(
     with continuable(out), progress("packing", "images") as on_progress:
         run_pack(plan, workers, on_progress)
     click.echo(one_line(load_manifest(out).summary()))
-    next_step(f"fractaltrain pt --shards {shlex.quote(str(out))}")
-
-
-if __name__ == "__main__":
-    main()
+    next_step("fractaltrain pt --shards", out)

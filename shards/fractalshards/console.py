@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,24 +19,18 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from fractalshards.errors import FractalError, StoppedError, Terminated, UsageError, describe_os_error
 from fractalshards.human import human_bytes, human_count, human_seconds, one_line
-from fractalshards.storage import provide_home
+from fractalshards.storage import provide_home, write_bytes
 from fractalshards.workers import OnProgress, available_cores, leave_out_current_folder, no_progress
 
 _LOGGERS = ("fractalgen", "fractalshards", "fractaltrain")
-_SHORT = {
-    "INTEGER RANGE": "N",
-    "INTEGER": "N",
-    "FLOAT RANGE": "X",
-    "FLOAT": "X",
-    f"0<=x<={2**63 - 1}": "x>=0",
-}
+_SHORT = {"INTEGER RANGE": "N", "INTEGER": "N", "FLOAT RANGE": "X", "FLOAT": "X", f"0<=x<={2**63 - 1}": "x>=0"}
 _ALL = "all"
 _LOG_SECONDS = 10.0
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Command(click.Command):
-    """A command whose help shows options under headings, and the example at its end, ``Example: COMMAND``, verbatim."""
+    """A command whose help groups its options under headings and ends with its example, ``Example: COMMAND``."""
 
     def __init__(self, *args: Any, groups: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         """``groups`` maps headings to options, ``{"Dataset": "--kind --n"}``; the others come last."""
@@ -59,19 +54,13 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                name, text = map(_shorten, record)
-                sections[headings.get(parameter.opts[0], "Options")].append((name, text))
+                for long, short in _SHORT.items():
+                    record = record[0].replace(long, short), record[1].replace(long, short)
+                sections[headings.get(parameter.opts[0], "Options")].append(record)
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
-
-
-def _shorten(text: str) -> str:
-    """Replace click's long names of types."""
-    for long, short in _SHORT.items():
-        text = text.replace(long, short)
-    return text
 
 
 class Commands(click.Group):
@@ -175,11 +164,7 @@ def _parse_workers(context: click.Context, parameter: click.Parameter, text: str
     cores = available_cores()
     if text == _ALL:
         return cores
-    try:
-        workers = int(text)
-    except ValueError:
-        workers = 0
-    if workers < 1:
+    if not text.isdecimal() or (workers := int(text)) < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     if workers > cores:
         note(f"note: using {human_count(cores, 'worker')} instead of {workers:,}, one per core")
@@ -209,10 +194,20 @@ def note(text: str) -> None:
         click.echo(one_line(text), err=True)
 
 
-def next_step(command: str) -> None:
-    """Print the command that usually comes next, unless ``--quiet``."""
+def next_step(command: str, path: Path) -> None:
+    """Print the command that usually comes next, with a path as its last argument, unless ``--quiet``."""
     if not is_quiet():
-        click.echo(f"next: {command}")
+        click.echo(f"next: {command} {shlex.quote(str(path))}")
+
+
+def write_recipe(text: bytes, out: Path | None, command: str) -> None:
+    """Write a portable recipe to a file, and print the command that takes it; without a file, to standard output."""
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    write_bytes(out, text)
+    click.echo(f"{out}: {human_bytes(len(text))}")
+    next_step(command, out)
 
 
 def is_quiet() -> bool:

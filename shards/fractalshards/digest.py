@@ -13,10 +13,7 @@ from fractalshards.sample import PNG, Sample, image_extension, label_extension
 
 
 class ContentDigest:
-    """Running xxh3-128 over (key, image, label) of samples, in order.
-
-    The bytes of a sample are ``KEY NUL``, those of ``hashed_image``, and ``NUL LABEL NUL`` with the label's file.
-    """
+    """Running xxh3-128 over samples, in order: ``KEY NUL``, the bytes of ``hashed_image``, ``NUL LABEL NUL``."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()

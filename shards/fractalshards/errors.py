@@ -52,18 +52,15 @@ def describe_os_error(error: OSError) -> str:
 
 
 def needs_extra(extra: str, what: str) -> AbstractContextManager[None]:
-    """Like ``needs_package``, for packages of an extra in pyproject.toml."""
+    """Do as ``needs_package`` does, for the packages of an extra in pyproject.toml."""
     return needs_package(what, "", f"pip install '.[{extra}]' in a clone of the project")
 
 
 @contextmanager
 def needs_package(what: str, package: str, command: str) -> Iterator[None]:
-    """Turn a failed import inside the block, perhaps deep in a library, into a ``FractalError`` that names the package.
+    """Turn a failed import inside the block, perhaps deep in a library, into a ``FractalError``.
 
-    Args:
-        what: the feature that needs it, as the subject of the message.
-        package: name of the package; if empty, the name of the module that was not found.
-        command: the command that installs the package.
+    It says that ``what`` needs ``package``, by default the module that was not found, and to run ``command``.
     """
     try:
         yield

@@ -29,7 +29,7 @@ _ADVICE = "download the file again"
 
 
 def list_ilsvrc(folder: Path, with_val: bool) -> ImageListing:
-    """List the images from the tar headers alone, those of validation if ``with_val`` and their archive exists.
+    """List the images by the headers of the tars, those of validation if ``with_val`` and their archive exists.
 
     Raises FractalError if an archive is missing, damaged, contains unexpected files, or contradicts the devkit.
     """
@@ -110,16 +110,6 @@ def _match(pattern: re.Pattern[str], name: str, where: str) -> str:
 
 def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Read class names by synset id, and the synset id of every validation image."""
-    files = _unpack_devkit(path)
-    names, ids = _read_synsets(files[_SYNSETS], f"{path}: {_SYNSETS}")
-    try:
-        return names, [ids[int(number)] for number in files[_VAL_LABELS].decode("ascii").split()]
-    except (ValueError, KeyError) as error:
-        raise FractalError(f"{path}: {_VAL_LABELS}: not a class number ({str(error)[:80]!r}); {_ADVICE}") from error
-
-
-def _unpack_devkit(path: Path) -> dict[str, bytes]:
-    """Read the two files that matter, keyed by the end of their names."""
     found: dict[str, bytes] = {}
     try:
         with gzip.open(path) as packed:
@@ -137,7 +127,11 @@ def _unpack_devkit(path: Path) -> dict[str, bytes]:
         raise FractalError(f"{path}: damaged ({error}); {_ADVICE}") from error
     if missing := {_SYNSETS, _VAL_LABELS} - found.keys():
         raise FractalError(f"{path}: contains no {min(missing)}; {_ADVICE}")
-    return found
+    names, ids = _read_synsets(found[_SYNSETS], f"{path}: {_SYNSETS}")
+    try:
+        return names, [ids[int(number)] for number in found[_VAL_LABELS].decode("ascii").split()]
+    except (ValueError, KeyError) as error:
+        raise FractalError(f"{path}: {_VAL_LABELS}: not a class number ({str(error)[:80]!r}); {_ADVICE}") from error
 
 
 def _read_synsets(data: bytes, where: str) -> tuple[dict[str, str], dict[int, str]]:

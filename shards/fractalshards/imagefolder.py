@@ -33,19 +33,12 @@ def parse_place(text: str, kinds: Collection[str]) -> tuple[str, Path] | None:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images of a split: files below a folder, or members of a tar.
+    """Images of a split: files below a folder, or members of a tar."""
 
-    Attributes:
-        root: the folder or the tar.
-        names: paths below ``root``, or names in the tar.
-        labels: class indices, (n,) int64.
-        ranges: start and size of each member of the tar in bytes, (n, 2) int64.
-    """
-
-    root: Path
-    names: tuple[str, ...]
-    labels: Indices
-    ranges: Indices | None = None
+    root: Path  # the folder or the tar
+    names: tuple[str, ...]  # paths below ``root``, or names in the tar
+    labels: Indices  # (n,) class indices
+    ranges: Indices | None = None  # (n, 2), start and size of each member of the tar in bytes
 
     def take(self, positions: Indices) -> "ImageFiles":
         """Select images by position, in the order given."""
@@ -75,22 +68,16 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageListing:
-    """The images of a source, before shares are held out.
-
-    Attributes:
-        class_names, class_ids: by class index, or empty.
-        splits: images of ``train`` and perhaps ``val``.
-        notes: what was left out, for the user.
-    """
+    """The images of a source, before a share is held out; names and ids of classes are by index, or empty."""
 
     classes: int
     class_names: tuple[str, ...]
     class_ids: tuple[str, ...]
-    splits: Mapping[str, ImageFiles]
-    notes: tuple[str, ...] = ()
+    splits: Mapping[str, ImageFiles]  # ``train`` and perhaps ``val``
+    notes: tuple[str, ...] = ()  # for the user: what was left out
 
     def digest(self) -> str:
-        """Return 32 hexadecimal digits that identify splits, classes and file names, but not where the files are."""
+        """Return 32 hexadecimal digits that identify splits, classes and file names, wherever the files are."""
         state = xxhash.xxh3_128()
         for split, images in self.splits.items():
             for name, label in zip(images.names, images.labels.tolist(), strict=True):
@@ -121,14 +108,11 @@ def has_splits(path: Path) -> bool:
 
 
 def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageListing:
-    """List the images of each split of an image folder; classes must have images, the same ones in every split.
+    """List the images of each split of an image folder; every split must have images of the same classes.
 
     Symbolic links are followed. Hidden files and folders, folders of file systems such as ``@eaDir``, and files without
-    an image extension are left out.
-
-    Args:
-        folders: the folder below ``path`` for each split; by default ``train`` and ``val`` if they exist, else all
-            images are in split ``train``.
+    an image extension are left out. ``folders`` names the folder below ``path`` for each split; by default ``train``
+    and ``val`` if they exist, else all images are in split ``train``.
     """
     are_named = folders is not None
     if folders is None:

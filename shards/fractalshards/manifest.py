@@ -74,17 +74,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardRecord(Shard):
-    """A shard's sidecar.
+    """A shard's sidecar."""
 
-    Attributes:
-        label_counts: the number of samples that show each class.
-        offsets: samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``.
-        image_size: the side of its images in pixels if all are squares of one size, else None.
-    """
-
-    label_counts: tuple[Count, ...]
-    offsets: tuple[Count, ...]
-    image_size: _ImageSize | None = None
+    label_counts: tuple[Count, ...]  # the number of samples that show each class
+    offsets: tuple[Count, ...]  # samples + 1 byte positions: sample i is ``offsets[i]:offsets[i + 1]``
+    image_size: _ImageSize | None = None  # side of its images in pixels if all are squares of one size
 
     def shard(self) -> Shard:
         """Return the part that the manifest lists."""
@@ -184,16 +178,12 @@ class Manifest:
         digests = {name: [shard.content_digest for shard in shards] for name, shards in self.splits.items()}
         return mapping_digest(digests)
 
-    def summary(self) -> str:
-        """Return folder and contents in one line."""
-        return f"{self.folder}: {self.contents()}"
-
-    def contents(self) -> str:
-        """Return the numbers of images and shards, size and content digest in one line."""
+    def summary(self, where: str = "") -> str:
+        """Return the folder, or ``where``, the numbers of images and shards, size and content digest in one line."""
         counts = ", ".join(f"{self.samples(name):,} {name}" for name in self.splits)
         shards = human_count(sum(map(len, self.splits.values())), "shard")
         size = human_bytes(self.bytes())
-        return f"{counts} images in {shards}, {size}, content {self.content_digest()}"
+        return f"{where or self.folder}: {counts} images in {shards}, {size}, content {self.content_digest()}"
 
 
 def write_record(folder: Path, record: ShardRecord) -> None:
@@ -210,13 +200,23 @@ def read_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord:
 def parse_record(data: bytes, shard: str, label_type: LabelType, where: str) -> ShardRecord:
     """Parse and check a shard's sidecar that came from ``where``; see ``read_record``."""
     record = parse_json(data, ShardRecord, where)
-    if record.name != shard or not (_offsets_fit(record) and _counts_fit(record, label_type)):
+    offsets, total = record.offsets, sum(record.label_counts)
+    fitting = (
+        record.name == shard
+        and len(offsets) == record.samples + 1
+        and offsets[0] == 0
+        and offsets[-1] <= record.bytes
+        and all(0 < end - start <= MAX_SAMPLE_BYTES for start, end in pairwise(offsets))
+        and (total == record.samples if label_type == "single" else total >= record.samples)
+        and max(record.label_counts, default=0) <= record.samples
+    )
+    if not fitting:
         raise FractalError(f"{where}: does not describe {shard}; fetch or build both again")
     return record
 
 
 def finished_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord | None:
-    """Return the record of a shard that is whole, with a valid sidecar and a tar of the right size, else None."""
+    """Return the record of a finished shard, with a valid sidecar and a tar of the right size, else None."""
     try:
         record = read_record(folder, shard, label_type)
         return record if regular_size(folder / shard) == record.bytes else None
@@ -228,7 +228,6 @@ def write_manifest(
     folder: Path, splits: Mapping[str, Sequence[Shard]], info: DatasetInfo, image_size: int | None
 ) -> None:
     """Write ``_info.json``, with timm's keys and our own; see ``Manifest``."""
-    names = {"class_names": info.class_names, "class_ids": info.class_ids}
     alt_label = {"alt_label": "labels"} if info.label_type == "multi" else {}  # the field of KEY.json for timm to read
     fields = {
         "format_version": info.format_version,
@@ -237,7 +236,8 @@ def write_manifest(
         "label_type": info.label_type,
         "classes": info.classes,
         "image_size": image_size,
-        **{name: values for name, values in names.items() if values},
+        **({"class_names": info.class_names} if info.class_names else {}),
+        **({"class_ids": info.class_ids} if info.class_ids else {}),
         "software": {"python": platform.python_version(), **{name: version(name) for name in _SOFTWARE}},
         "splits": {
             name: {
@@ -266,10 +266,8 @@ def find_manifest(folder: Path) -> Path:
     """Return the path of a finished dataset's ``_info.json``; raise FractalError if it is missing."""
     path = folder / INFO
     if not folder.is_dir():
-        raise FractalError(
-            f"{folder}: no such folder; fix the path, or build a dataset there with "
-            f"'fractalgen build --kind KIND --n N --out {folder}'"
-        )
+        command = f"'fractalgen build --kind KIND --n N --out {folder}'"
+        raise FractalError(f"{folder}: no such folder; check the path, or build a dataset there with {command}")
     if not path.is_file():
         advice = "let the command that builds it finish" if (folder / RECIPE).exists() else "check the path"
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; {advice}")
@@ -281,8 +279,8 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
     found = parse_json(data, _Version, where).format_version
     if found is None:
         raise FractalError(
-            f"{where}: has no format_version, so other software wrote it; "
-            "only fractaltrain pt, ft and eval read such a dataset, from a local folder"
+            f"{where}: has no format_version, so other software wrote it; only fractaltrain can read such a dataset, "
+            "from a local folder"
         )
     if found not in FORMAT_VERSIONS:
         raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSIONS[-1]}; upgrade fractalpretrain")
@@ -314,24 +312,6 @@ def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
     if split not in manifest.splits:
         raise FractalError(f"{manifest.folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
     return manifest.splits[split]
-
-
-def _offsets_fit(record: ShardRecord) -> bool:
-    """Whether the offsets begin at 0, stay within the shard and give every sample an acceptable size."""
-    return (
-        len(record.offsets) == record.samples + 1
-        and record.offsets[0] == 0
-        and record.offsets[-1] <= record.bytes
-        and all(0 < end - start <= MAX_SAMPLE_BYTES for start, end in pairwise(record.offsets))
-    )
-
-
-def _counts_fit(record: ShardRecord, label_type: LabelType) -> bool:
-    """Whether the label counts fit the number of samples: one class per sample, or at least one."""
-    total = sum(record.label_counts)
-    if label_type == "single":
-        return total == record.samples
-    return total >= record.samples and all(count <= record.samples for count in record.label_counts)
 
 
 def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.human import human_count
+from fractalshards.human import human_count, human_list
 from fractalshards.ilsvrc import list_ilsvrc
 from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder, parse_place
 from fractalshards.manifest import MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS, DatasetInfo, sample_key, shard_name
@@ -37,23 +37,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where the images to pack come from.
+    """Where the images to pack come from; at most one of ``val_share`` and ``folders`` is given."""
 
-    Attributes:
-        kind: ``imagefolder`` or ``imagenet``.
-        val_share: share of each class to hold out as split ``val``.
-        folders: folder below ``path`` for each split. At most one of ``val_share`` and ``folders`` is given.
-    """
-
-    kind: str
+    kind: str  # ``imagefolder`` or ``imagenet``
     path: Path
-    val_share: Fraction | None = None
-    folders: Mapping[str, str] | None = None
+    val_share: Fraction | None = None  # share of each class to hold out as split ``val``
+    folders: Mapping[str, str] | None = None  # folder below ``path`` for each split
 
     def list_images(self, out: Path) -> ImageListing:
         """List all images, before a share is held out; raises FractalError if the source is incomplete or malformed.
 
-        ``out``, where the shards will go, must not be in an image folder, where they would look like a class.
+        ``out``, the folder of the shards, must not be inside the image folder, where it would look like a class.
         """
         stored_recipe(out)
         if not self.path.is_dir():
@@ -96,25 +90,16 @@ def parse_source(text: str, split: str | None) -> ImageSource:
 
 @dataclass(frozen=True)
 class PackRecipe:
-    """Description of a packed dataset: equal recipes of files with equal bytes give equal samples.
+    """Description of a packed dataset: equal recipes of files with equal bytes give equal samples."""
 
-    Attributes:
-        kind: ``imagefolder`` or ``imagenet``.
-        n, val: samples in the splits ``train`` and ``val``.
-        seed: seed of the image order and of the choice of val images.
-        shard_size: samples per shard.
-        val_share: share of each class that is held out, or None if the source has its own splits.
-        files: digest of the list of files.
-    """
-
-    kind: str
-    n: int
+    kind: str  # ``imagefolder`` or ``imagenet``
+    n: int  # samples in the split ``train``
     val: int
     classes: int
-    seed: int
-    shard_size: int
-    val_share: float | None
-    files: str
+    seed: int  # of the image order and the choice of val images
+    shard_size: int  # in samples
+    val_share: float | None  # share of each class that is held out; None if the source has its own splits
+    files: str  # digest of the list of files
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
@@ -141,8 +126,7 @@ class PackPlan:
 def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress = no_progress) -> ImageListing:
     """Decode all images with ``workers`` processes, leave out the bad ones, and log them.
 
-    Packing the rest gives the same dataset as a source without the bad images. ``on_progress`` is called with images
-    checked and images to check.
+    Packing the rest gives the same dataset as a source without the bad images.
     """
     chunks = [
         (split, first, images.take(np.arange(first, min(first + _CHECKED, len(images.names)))))
@@ -171,7 +155,7 @@ def _find_bad(images: ImageFiles) -> list[tuple[int, str]]:
 
 
 def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: int, shard_size: int) -> PackPlan:
-    """Plan the shards of a dataset and check which are finished; removes leftovers of killed builds, writes nothing."""
+    """Cut a dataset into shards, and check which are finished; removes leftovers of killed builds, writes nothing."""
     found = stored_recipe(folder)
     splits = listing.splits if source.val_share is None else hold_out(listing.splits["train"], source.val_share, seed)
     recipe = PackRecipe(
@@ -188,7 +172,15 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
     if found is not None:
         refuse_other(folder, found, info.recipe)
         remove_leftovers(folder)
-    shards = _cut_shards(splits, recipe)
+    shards = {}
+    first = 0
+    for split, images in splits.items():
+        shuffled = images.take(_shuffle(len(images.labels), seed, split))  # which mixes the classes
+        for shard, begin in enumerate(range(0, len(images.labels), shard_size)):
+            positions = np.arange(begin, min(begin + shard_size, len(images.labels)))
+            task = ShardTask(split, shard_name(split, shard), first + begin, first + begin + len(positions))
+            shards[task] = shuffled.take(positions)
+        first += len(images.labels)
     finished = finished_shards(folder, tuple(shards), info)
     missing = {task: images for task, images in shards.items() if task.name not in finished}
     return PackPlan(folder, info, tuple(shards), missing)
@@ -207,21 +199,6 @@ def hold_out(images: ImageFiles, share: Fraction, seed: int) -> Mapping[str, Ima
     return {"train": images.take(np.sort(order[~is_val])), "val": images.take(np.sort(order[is_val]))}
 
 
-def _cut_shards(splits: Mapping[str, ImageFiles], recipe: PackRecipe) -> dict[ShardTask, ImageFiles]:
-    """Shuffle each split, which mixes its classes, and cut it into shards."""
-    shards = {}
-    first = 0
-    for split, images in splits.items():
-        count = len(images.labels)
-        shuffled = images.take(_shuffle(count, recipe.seed, split))
-        for shard, begin in enumerate(range(0, count, recipe.shard_size)):
-            end = min(begin + recipe.shard_size, count)
-            task = ShardTask(split, shard_name(split, shard), first + begin, first + end)
-            shards[task] = shuffled.take(np.arange(begin, end))
-        first += count
-    return shards
-
-
 def _shuffle(count: int, seed: int, purpose: str) -> Indices:
     return permutation(count, xxhash.xxh3_64_intdigest(f"{purpose} {seed}".encode()))
 
@@ -229,8 +206,7 @@ def _shuffle(count: int, seed: int, purpose: str) -> Indices:
 def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress) -> None:
     """Write the missing shards with ``workers`` processes, then the manifest; every image is decoded once.
 
-    If some images are bad, the shards without any are still written, so that the FractalError names all bad images.
-    ``on_progress`` is called with images packed and images to pack.
+    If some images are bad, the shards without any are still written, and a FractalError names all bad images.
     """
     claim_folder(plan.folder, plan.info.recipe)
     pack = partial(pack_shard, plan.folder, plan.info.classes)
@@ -238,9 +214,8 @@ def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress
     with worker_pool(workers) as pool:
         complaints = sorted(chain.from_iterable(run_jobs(jobs, pool, plan.folder, on_progress)))
     if complaints:
-        more = f"; and {len(complaints) - _MAX_NAMED:,} more" if len(complaints) > _MAX_NAMED else ""
         raise FractalError(
-            f"{human_count(len(complaints), 'bad image')}: {'; '.join(complaints[:_MAX_NAMED])}{more}; "
+            f"{human_count(len(complaints), 'bad image')}: {human_list(complaints, _MAX_NAMED)}; "
             "replace them and run the same command again, or pack into a new folder with --on-bad-image skip"
         )
     publish(plan.folder, plan.shards, plan.shards, plan.info)

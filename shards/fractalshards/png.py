@@ -89,13 +89,19 @@ def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = is
     """Encode an image as PNG, without loss.
 
     (H, W, 3) uint8 becomes 8-bit RGB, all rows filtered with Up. An indexed image becomes a palette image without
-    filter, with 1 bit per pixel for up to two colours, else 8.
-
-    Args:
-        compress: turns filtered rows, (H, 1 + bytes of a row) uint8, into a zlib stream.
+    filter, with 1 bit per pixel for up to two colours, else 8. ``compress`` turns filtered rows, (H, 1 + bytes of a
+    row) uint8, into a zlib stream.
     """
     if isinstance(image, Indexed):
-        return _encode_indexed(image, compress)
+        height, width = image.indices.shape
+        depth = 1 if len(image.palette) <= 2 else 8
+        indices = np.ascontiguousarray(image.indices)
+        body = np.packbits(indices, axis=1) if depth == 1 else indices
+        rows = np.empty((height, 1 + body.shape[1]), np.uint8)
+        rows[:, 0] = _NONE
+        rows[:, 1:] = body
+        palette = _chunk(b"PLTE", image.palette.tobytes())
+        return _assemble((width, height, depth, _PALETTE, 0, 0, 0), palette, compress(rows))
     height, width, _ = image.shape
     flat = image.reshape(height, width * 3)
     rows = np.empty((height, 1 + width * 3), np.uint8)
@@ -114,19 +120,6 @@ def decode_image(data: bytes) -> Pixels:
         return _decode_any(data)
     pixels = _decode_own(_png_chunks(data))
     return _decode_any(data) if pixels is None else pixels
-
-
-def _encode_indexed(image: Indexed, compress: Callable[[Pixels], bytes]) -> bytes:
-    height, width = image.indices.shape
-    depth = 1 if len(image.palette) <= 2 else 8
-    indices = np.ascontiguousarray(image.indices)
-    body = np.packbits(indices, axis=1) if depth == 1 else indices
-    rows = np.empty((height, 1 + body.shape[1]), np.uint8)
-    rows[:, 0] = _NONE
-    rows[:, 1:] = body
-    return _assemble(
-        (width, height, depth, _PALETTE, 0, 0, 0), _chunk(b"PLTE", image.palette.tobytes()), compress(rows)
-    )
 
 
 def _assemble(header: tuple[int, ...], extra: bytes, data: bytes) -> bytes:
@@ -197,8 +190,8 @@ def _inflate_rows(body: memoryview, height: int, width: int, row_filter: int) ->
 def _sum_down(rows: Pixels) -> Pixels:
     """Return the cumulative sums of rows, modulo 256, as a new contiguous array.
 
-    Adds up 2, 4, 8, ... rows at a time, because numpy's cumsum goes down one column after another; from one array to
-    another and back, because in place numpy would first copy the rows that overlap.
+    Adds up 2, 4, 8, ... rows at a time, because numpy's cumsum goes down one column after another, and alternates
+    between two arrays, because in place numpy would first copy the rows that overlap.
     """
     sums, spare = rows.copy(), np.empty(rows.shape, np.uint8)
     known = 1

@@ -32,16 +32,11 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of a shard are.
-
-    Attributes:
-        offsets: (samples + 1,) int64: sample i is the bytes ``offsets[i]:offsets[i + 1]``.
-        stamp: that of the file when it was indexed; None if it is still to be fetched.
-    """
+    """Where the samples of a shard are: sample i is the bytes ``offsets[i]:offsets[i + 1]``."""
 
     path: Path
-    offsets: Integers
-    stamp: FileStamp | None = None
+    offsets: Integers  # (samples + 1,)
+    stamp: FileStamp | None = None  # of the file when it was indexed; None if it is still to be fetched
 
 
 def index_split(manifest: Manifest, split: str, whole: bool = True) -> tuple[ShardIndex, ...]:
@@ -178,17 +173,11 @@ class OpenFiles:
 
 
 class Example(NamedTuple):
-    """A decoded sample.
-
-    Attributes:
-        key: name of the sample in its dataset.
-        image: (H, W, 3) uint8 RGB.
-        label: class index, or the indices of all classes that a multi-label image shows.
-    """
+    """A decoded sample, and the name that it has in its dataset."""
 
     key: str
-    image: Pixels
-    label: int | tuple[int, ...]
+    image: Pixels  # (H, W, 3) uint8 RGB
+    label: int | tuple[int, ...]  # class index, or the indices of all classes that a multi-label image shows
 
 
 class StoredSplit:

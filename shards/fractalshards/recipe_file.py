@@ -128,20 +128,13 @@ class _Built(_Planned):
 
 @dataclass(frozen=True)
 class PortableRecipe:
-    """A checked portable recipe.
+    """A portable recipe whose digests have been checked, but not its kind, sizes and parameters."""
 
-    Attributes:
-        recipe: as in ``recipe.json`` and the manifest; kind, sizes and parameters are not checked.
-        systems: one finite float64 array per class, see ``systems.npz``; they match the recipe's digest.
-        shards: content digest of each shard by file name; None if the dataset has not been built.
-        digest: identifies the dataset: its content digest if it has been built, else the digest of its recipe.
-    """
-
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, Any]  # as in ``recipe.json`` and the manifest
     recipe_digest: str
-    systems: tuple[npt.NDArray[np.float64], ...]
-    shards: Mapping[str, str] | None
-    digest: str
+    systems: tuple[npt.NDArray[np.float64], ...]  # one finite array per class, see ``systems.npz``
+    shards: Mapping[str, str] | None  # content digest of each shard by file name; None if there was no build
+    digest: str  # identifies the dataset: its content digest if it has been built, else that of its recipe
 
     def differing_shards(self, splits: Mapping[str, tuple[Shard, ...]]) -> list[str]:
         """Name the shards whose content differs in a built dataset, or that only one of the two has.

@@ -111,8 +111,8 @@ class Slice:
 def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
     """Parse ``I/K``, ``auto`` (this task of a job array) or ``auto/K`` (this task of K).
 
-    SLURM and SGE set the number of the task and the range of its array. PBS sets the number only. With PBS, and for an
-    array that runs in part, K must be given and tasks must be numbered from 1.
+    SLURM and SGE set the number of the task and the range of its array, PBS the number only. With PBS, and for a part
+    of an array, K must be given and tasks must be numbered from 1.
     """
     if match := re.fullmatch(r"(\d+)/(\d+)", text):
         return _checked(int(match[1]), int(match[2]), "--slice")

@@ -1,7 +1,7 @@
 """Bounded reading of untrusted files, typed JSON, atomic writing, and the folder of caches.
 
-Only regular files are opened: reading a pipe may block, and a device may never end. Functions that read raise a
-``FractalError`` that names the file if it is not what it should be, and ``OSError`` if it cannot be read.
+Only regular files are opened: reading a pipe may block, and a device may never end. Functions raise a ``FractalError``
+that names the file if it is not what it should be, and ``OSError`` if it cannot be read.
 """
 
 import errno
@@ -141,11 +141,10 @@ _LIBRARIES = {"MPLCONFIGDIR": "matplotlib", "HF_HOME": "huggingface", "TORCH_HOM
 def private_cache(scratch: bool = False) -> Path | None:
     """Return the folder of all caches of this project, or None where there is no place for one.
 
-    It is ``fractalpretrain`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; in a container whose user has no home, or none to
-    write to, ``$TMPDIR/fractalpretrain-UID``. It is created, and belongs to the user alone: caches hold code.
-
-    With ``scratch``, for large files, ``$TMPDIR`` comes first where it is set, as batch systems do. Raises FractalError
-    if the folder exists, and other users can write there.
+    It is ``fractalpretrain`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; in a container whose user has no writable home,
+    ``$TMPDIR/fractalpretrain-UID``. With ``scratch``, for large files, ``$TMPDIR`` comes first if it is set, as batch
+    systems do. It is created, and must belong to the user alone, since caches hold code: raises FractalError if others
+    can write there.
     """
     kept = _home_caches() / "fractalpretrain"
     temporary = Path(os.environ.get("TMPDIR") or "/tmp") / f"fractalpretrain-{os.getuid()}"
@@ -157,9 +156,9 @@ def private_cache(scratch: bool = False) -> Path | None:
 
 
 def provide_home() -> None:
-    """Point libraries that keep files in the home folder to ``private_cache`` if there is no home, or none to write to.
+    """Point libraries that keep files in the home folder to ``private_cache`` if there is no writable home.
 
-    For commands, at their start; it holds for all processes that they start. Users without an account get a name.
+    Also gives users without an account a name. Commands call it first; it holds for all processes that they start.
     """
     home = _home_caches()
     existing = next((path for path in (home, *home.parents) if os.path.exists(path)), home)
@@ -179,7 +178,7 @@ def _home_caches() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Create a folder that only this user may enter; return whether it can be written. It must be no link."""
+    """Create a folder, not a link, that only this user may enter; return whether it can be written."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -202,7 +201,7 @@ def check_space(folder: Path, wanted: float, advice: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError if no file can be created in a folder, which may not exist yet: before work that takes long."""
+    """Raise OSError if no file can be created in a folder, which may not exist yet: before long work."""
     try:
         tempfile.TemporaryFile(dir=_existing(folder)).close()
     except OSError as error:
@@ -215,7 +214,7 @@ def _existing(folder: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files whose writer is gone: one on this host if its process is, others after an hour."""
+    """Remove temporary files whose writer is gone: on this host if its process has ended, else after an hour."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if _abandoned(path):
             path.unlink(missing_ok=True)
@@ -246,7 +245,7 @@ def _is_running(process: str) -> bool:
 
 
 def _pid_namespace() -> str:
-    """Return what tells this container's processes from others with the same host name; empty if unknown."""
+    """Return an id that tells apart containers with the same host name; empty if unknown."""
     try:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:

@@ -52,39 +52,25 @@ class Thumbnail:
 
 
 class ImageStats(NamedTuple):
-    """Statistics of one image.
-
-    Attributes:
-        bytes: size of the sample in its tar, with headers.
-        fill: share of pixels that are not black; FractalDB's fill rate.
-        objects: number of objects in the label; 0 for label type ``single``.
-    """
+    """Statistics of one image."""
 
     width: int
     height: int
-    bytes: int
-    fill: float
-    objects: int
+    bytes: int  # of the sample in its tar, with headers
+    fill: float  # share of pixels that are not black; FractalDB's fill rate
+    objects: int  # in the label; 0 for label type ``single``
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The survey of a dataset.
-
-    Attributes:
-        split: the split of thumbnails and statistics: ``train``, or the first one.
-        counts: images that show each class, (classes,) int64, by split; exact.
-        thumbnails: by class: of all classes, or ``MAX_THUMBNAILS`` evenly spread ones.
-        tile: pixels that a thumbnail fits into.
-        stats: statistics of up to ``MAX_MEASURED`` images, evenly spread.
-    """
+    """The survey of a dataset."""
 
     manifest: Manifest
-    split: str
-    counts: Mapping[str, Counts]
-    thumbnails: Mapping[int, Sequence[Thumbnail]]
-    tile: int
-    stats: Sequence[ImageStats]
+    split: str  # that of thumbnails and statistics: ``train``, or the first one
+    counts: Mapping[str, Counts]  # by split; exact
+    thumbnails: Mapping[int, Sequence[Thumbnail]]  # by class: of all classes, or evenly spread ones
+    tile: int  # pixels that a thumbnail fits into
+    stats: Sequence[ImageStats]  # of evenly spread images
 
 
 def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = no_progress) -> Survey:

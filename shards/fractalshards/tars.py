@@ -1,6 +1,6 @@
 """The samples of tars that other programs wrote, found by reading the headers of all members.
 
-Nothing is kept from one time to the next: only the same reading could tell that a tar is still the same.
+The result is not cached: nothing less than reading them again could tell whether a tar has changed.
 """
 
 import logging
@@ -43,35 +43,22 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar to read.
-
-    Attributes:
-        samples: how many it must have; None: unknown.
-        label_key: field of ``KEY.json`` that holds the class index; None: it is in ``KEY.cls``.
-    """
+    """A tar to read."""
 
     path: Path
-    samples: int | None = None
-    label_key: str | None = None
+    samples: int | None = None  # how many it must have; None: unknown
+    label_key: str | None = None  # field of ``KEY.json`` that holds the class index; None: it is in ``KEY.cls``
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The samples of a tar, as arrays with an entry per sample except for ``keys``.
+    """The samples of a tar, as arrays with an entry per sample except for ``keys``."""
 
-    Attributes:
-        starts: first byte of the image, int64.
-        sizes: size of the image in bytes, int64.
-        labels: class indices, int64.
-        keys: the concatenated keys in UTF-8, (bytes,) uint8.
-        key_ends: end of each key in ``keys``, int64.
-    """
-
-    starts: Positions
-    sizes: Positions
-    labels: Positions
-    keys: npt.NDArray[np.uint8]
-    key_ends: Positions
+    starts: Positions  # first byte of the image
+    sizes: Positions  # of the image in bytes
+    labels: Positions  # class indices
+    keys: npt.NDArray[np.uint8]  # the concatenated keys in UTF-8
+    key_ends: Positions  # end of each key in ``keys``
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -109,7 +96,7 @@ def index_tars(tars: Sequence[Tar], skip_bad: bool = False) -> tuple[TarIndex, .
 
 
 class ScannedTar(NamedTuple):
-    """The samples of a tar, the number of bad ones that are left out, and the first of these with its fault."""
+    """The samples of a tar, the number of bad ones that were left out, and what is wrong with the first of these."""
 
     found: TarIndex
     bad: int
@@ -122,7 +109,7 @@ def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
     The members of a sample are neighbours and share their name up to the first dot of the base name. A hard link
     stands for the member that it names. Hidden files, ``__MACOSX`` and files other than image and label are ignored.
 
-    Raises FractalError if it is not a plain tar or ends early; unless ``skip_bad``, if a sample lacks image or label.
+    Raises FractalError if it is not a plain tar or ends early; unless ``skip_bad``, also if a sample is not usable.
     """
     keys: list[bytes] = []
     places: list[_Place] = []
@@ -160,7 +147,7 @@ def index_digest(indices: Iterable[TarIndex]) -> str:
 
 
 class _BadSampleError(Exception):
-    """A sample cannot be used; says what it lacks and what to do, without its name."""
+    """A sample cannot be used; the message is a sentence that begins with its name."""
 
 
 class _Member(NamedTuple):
@@ -248,14 +235,14 @@ def _headers(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
                 if header.size < 0:  # some versions of Python would read such a tar forever
                     raise FractalError(f"{path}: {header.name} has a negative size; do not use this dataset")
                 yield header
-            if os.pread(descriptor, tarfile.BLOCKSIZE, tar.offset).strip(b"\0"):  # tarfile takes damage for the end
+            if os.pread(descriptor, tarfile.BLOCKSIZE, tar.offset).strip(b"\0"):  # tarfile takes it for the end
                 raise tarfile.ReadError(f"a damaged header at byte {tar.offset:,}")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise FractalError(f"{path}: not a plain tar ({error}); fetch it again, or decompress it") from error
 
 
 class _HeaderFile(FileIO):
-    """A tar whose headers alone are read; ``tarfile`` would read long names of any size into memory."""
+    """A tar of which only headers are read, bounded: ``tarfile`` would read names of any size into memory."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:

@@ -35,17 +35,11 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """A defect of a dataset.
+    """A defect of a dataset."""
 
-    Attributes:
-        file: name of the file at fault.
-        key: key of the sample at fault; empty if it is the file as a whole.
-        what: the defect, in words.
-    """
-
-    file: str
-    key: str
-    what: str
+    file: str  # its name
+    key: str  # of the damaged sample; empty if the defect is not in one sample
+    what: str  # the defect, in words
 
     def __str__(self) -> str:
         return f"{self.file}: {self.key + ': ' if self.key else ''}{self.what}"
@@ -65,7 +59,10 @@ def verify_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
 
     ``on_progress`` is called with (done, total) samples.
     """
-    problems = [*_verify_recipe(manifest), *_verify_folder(manifest)]
+    problems = [*_verify_recipe(manifest)]
+    listed = {shard.name for split in manifest.splits.values() for shard in split}
+    others = {path.name for path in manifest.folder.glob("[!.]*.tar")} - listed  # but not temporary files
+    problems += [Problem(name, "", "not in the manifest; remove it") for name in others]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
     shards = [
         (shard, first)
@@ -204,10 +201,3 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, SYSTEMS, error)
-
-
-def _verify_folder(manifest: Manifest) -> Iterator[Problem]:
-    listed = {shard.name for split in manifest.splits.values() for shard in split}
-    for path in sorted(manifest.folder.glob("*.tar")):
-        if path.name not in listed and not path.name.startswith("."):  # temporary files of writers
-            yield Problem(path.name, "", "not in the manifest; remove it")

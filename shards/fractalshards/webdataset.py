@@ -1,7 +1,6 @@
 """WebDataset folders of other programs: which tars they have, and in which splits, with or without an info file."""
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,16 +42,13 @@ class _Info(msgspec.Struct, frozen=True):
 class WebDatasetOptions:
     """How to read a WebDataset folder.
 
-    Attributes:
-        label_key: field of ``KEY.json`` that holds the class index; None: the one that the info file names, if any,
-            else the class index is in ``KEY.cls``.
-        patterns: names of splits, each with a pattern such as ``0009*.tar`` of the tars that belong to it.
-        skip_bad: leave out samples without an image or a label, instead of raising an error.
+    ``label_key`` is the field of ``KEY.json`` that holds the class index; None: the one that the info file names, if
+    any, else the class index is in ``KEY.cls``.
     """
 
     label_key: str | None = None
-    patterns: tuple[tuple[str, str], ...] = ()
-    skip_bad: bool = False
+    patterns: tuple[tuple[str, str], ...] = ()  # splits, each with a pattern such as ``0009*.tar`` of its tars
+    skip_bad: bool = False  # leave out samples without an image or a label, instead of raising an error
 
     @classmethod
     def parse(cls, label_key: str | None, split: str | None, skip_bad: bool = False) -> Self:
@@ -84,6 +80,10 @@ class WebDatasetInfo:
     classes: int | None
 
 
+def _find_info(folder: Path) -> Path | None:
+    return next((folder / name for name in _INFO_FILES if (folder / name).is_file()), None)
+
+
 def is_webdataset(folder: Path) -> bool:
     """Return whether another program wrote a folder: its ``_info.json`` is not ours, or it has tars and no recipe."""
     if (folder / INFO).is_file():
@@ -105,11 +105,11 @@ def find_dataset(folder: Path, options: WebDatasetOptions) -> bool:
 def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
     """Find the tars of a folder: those that its ``_info.json`` or ``info.json`` lists as timm does, else all.
 
-    A split with patterns in ``options`` consists of the tars that match. The split of the others is the one in the info
-    file, else the one that their name contains as a word. Without such words all tars are for training.
+    A split with a pattern in ``options`` consists of the tars that match. The others belong to the split in the info
+    file, else to the one that their name contains as a word; without such words, all are for training.
 
     Raises FractalError if there is no tar, a field of the info file is wrong, a name could lead out of the folder, or
-    it is not clear to which split a tar belongs; UsageError, if no tar matches a pattern.
+    it is not clear to which split a tar belongs; UsageError if no tar matches a pattern.
     """
     path = _find_info(folder)
     try:
@@ -143,20 +143,12 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
     return WebDatasetInfo(folder, {split: tuple(tars) for split, tars in splits.items()}, info.num_classes)
 
 
-def _find_info(folder: Path) -> Path | None:
-    return next((folder / name for name in _INFO_FILES if (folder / name).is_file()), None)
-
-
 def _find_tars(folder: Path) -> list[str]:
     """Return the sorted names of the tars in a folder, or if there are none, in its folders named like splits."""
-    if here := _tar_names(folder):
+    if here := sorted(path.name for path in folder.glob("[!.]*.tar")):
         return here
-    below = [name for name in sorted(os.listdir(folder)) if name.lower() in _SPLIT_WORDS and (folder / name).is_dir()]
-    return [f"{name}/{tar}" for name in below for tar in _tar_names(folder / name)]
-
-
-def _tar_names(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+    below = [path for path in folder.iterdir() if path.name.lower() in _SPLIT_WORDS and path.is_dir()]
+    return sorted(f"{path.name}/{tar.name}" for path in below for tar in path.glob("[!.]*.tar"))
 
 
 def _listed_tars(

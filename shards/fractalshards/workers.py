@@ -79,10 +79,10 @@ def _cpu_quotas(membership: Path, mount: Path) -> Iterator[int]:
 
 
 def leave_out_current_folder() -> None:
-    """Keep the current folder off the module path of all processes that this one starts, and off its own from now on.
+    """Take the current folder off the module path of this process, and of all that it starts.
 
-    For commands, at their start. ``python -m`` puts the folder on the path before it runs any code of this project.
-    Folders that PYTHONPATH or an installation names stay.
+    Commands call it first. ``python -m`` puts the folder on the path before it runs any code of this project. Folders
+    that PYTHONPATH or an installation names stay.
     """
     try:
         here = os.getcwd()
@@ -122,13 +122,12 @@ def check_semaphores() -> None:
 def worker_pool(workers: int) -> Iterator[Executor]:
     """Yield an executor of up to ``workers`` spawned processes, started as tasks are submitted.
 
-    Workers do not run the main module, so scripts need no main guard, and tasks must be functions of other modules.
+    Workers do not run the main module, so scripts need no main guard, and tasks must be functions of other modules. A
+    task whose worker is killed runs again in a new one; after three such deaths its future raises ``WorkerLostError``.
+    Other tasks are not affected.
 
     When the block ends, pending tasks are cancelled and running ones finish. SIGTERM ends the block as Ctrl-C does, by
     an exception; a second signal ends the process at once, and the workers with it.
-
-    A task whose worker is killed runs again in a new worker; after three such deaths its future raises
-    ``WorkerLostError``. Other tasks are not affected.
     """
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
@@ -216,11 +215,7 @@ class _Worker:
         other.close()  # so that the pipe ends with the process
 
     def run(self, task: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """Return what a task returns, or raise what it raises.
-
-        Raises:
-            _WorkerDiedError: if the process ends.
-        """
+        """Return what a task returns, or raise what it raises; ``_WorkerDiedError`` if the process ends."""
         try:
             self._pipe.send((task, args, named))
             result, error = self._pipe.recv()
@@ -290,7 +285,7 @@ def _block_signals() -> None:
 def handling(
     handler: Callable[[int, FrameType | None], object] | signal.Handlers, *signals: signal.Signals
 ) -> Iterator[None]:
-    """Set the handler of signals inside the block. Outside the main thread, where Python forbids it, do nothing."""
+    """Set the handler of signals inside the block; do nothing outside the main thread, where Python forbids it."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in signals if main}
     try:

@@ -31,11 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as a shard stores it, with its decoded pixels, (H, W, 3) uint8, and label.
-
-    Raises:
-        FractalError: if it is larger than readers accept.
-    """
+    """A sample as a shard stores it, not too large for readers, with its pixels, (H, W, 3) uint8, and label."""
 
     sample: Sample
     pixels: Pixels
@@ -62,8 +58,7 @@ def write_shard(
 ) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from (key, (image, label)) samples; see ``write_samples``.
 
-    Args:
-        encode: turns an image into a PNG that decodes to the same pixels.
+    ``encode`` turns an image into a PNG that decodes to the same pixels.
     """
     return write_samples(folder, name, classes, (encode_rendered(key, image, encode) for key, image in samples))
 
@@ -132,15 +127,11 @@ def finished_shards(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo)
 def run_jobs(
     jobs: Mapping[ShardTask, Callable[[], _T]], executor: Executor, folder: Path, on_progress: OnProgress = no_progress
 ) -> list[_T]:
-    """Run the jobs that write shards and return their results, in the order in which they finish.
+    """Run picklable jobs, by the shard that each writes; return their results in the order in which they finish.
 
     An error in one job stops the others; finished shards stay. A shard whose worker is killed three times is left out,
-    all others are still written, and a FractalError names it at the end.
-
-    Args:
-        jobs: picklable calls, by the shard that each writes.
-        folder: folder of the dataset, for errors.
-        on_progress: called with the samples of finished jobs and of all jobs.
+    all others are still written, and a FractalError names it, and the ``folder``, at the end. ``on_progress`` is called
+    with the samples of finished jobs and of all jobs.
     """
     lost: dict[str, str] = {}
     results = []
@@ -169,12 +160,8 @@ def run_jobs(
 def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], info: DatasetInfo) -> tuple[str, ...]:
     """Write the manifest from the sidecars once all shards are finished, and remove leftovers of killed builds.
 
-    Args:
-        tasks: all shards of the dataset.
-        own: shards that the caller has written or found finished; a FractalError is raised if one has vanished.
-
-    Returns:
-        The names of missing shards; if there are none, the manifest has been written.
+    Returns the names of the shards in ``tasks`` that are missing. Raises FractalError if one in ``own``, which the
+    caller has written or found finished, has vanished.
     """
     records = finished_shards(folder, tasks, info)
     if vanished := sorted(task.name for task in own if task.name not in records):

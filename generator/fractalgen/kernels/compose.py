@@ -59,10 +59,7 @@ Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 
 @dataclass
 class Canvas:
-    """An image (size, size, 3) uint8, and for every pixel the number of the object it shows, 0 for none.
-
-    Holds at most 255 objects.
-    """
+    """An image (size, size, 3) uint8, and for every pixel the number, up to 255, of its object; 0 for none."""
 
     image: Pixels
     owner: npt.NDArray[np.uint8]
@@ -74,10 +71,7 @@ class Canvas:
         return cls(background, np.zeros(background.shape[:2], np.uint8))
 
     def paste(self, pixels: Pixels, x: int, y: int) -> None:
-        """Paste an object (s, s, 3) uint8 with its top left corner at column x, row y; black pixels are transparent.
-
-        Parts outside the canvas are cut off.
-        """
+        """Paste an object (s, s, 3) uint8, clipped, with its top left at column x, row y; black is transparent."""
         self.pasted += 1
         _paste(self.image, self.owner, pixels, x, y, np.uint8(self.pasted))
 

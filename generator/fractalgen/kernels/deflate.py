@@ -42,11 +42,7 @@ def encode_image(image: Pixels | Indexed) -> bytes:
 
 
 def zlib_compress(rows: npt.NDArray[np.uint8]) -> bytes:
-    """Compress an array of bytes to a zlib stream (RFC 1950); long runs are left to ISA-L.
-
-    Args:
-        rows: uint8 of any shape, contiguous, not empty.
-    """
+    """Compress uint8 of any shape, contiguous and not empty, to a zlib stream (RFC 1950); ISA-L takes long runs."""
     data = rows.reshape(-1)
     counts = np.append(_histogram(data), uint32(1))
     if counts.max() > _MOSTLY * len(data):

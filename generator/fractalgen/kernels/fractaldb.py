@@ -60,7 +60,7 @@ def palette(draw: Draw) -> Indices:
 
 @lru_cache(maxsize=1)
 def random_numbers(points: int) -> Float64s:
-    """Return the random numbers that choose the maps, the same for every image: (points,) float64 in [0, 1), read-only.
+    """Return the numbers that choose the maps of every image, (points,) float64 in [0, 1), read-only.
 
     Raises UsageError if there are no points, or too many.
     """
@@ -98,8 +98,8 @@ def render(
         size: side length in pixels, in ``SIZES``.
         points: 1..``MAX_POINTS``.
         draw: one of ``DRAWS``. A point sets a pixel; a patch sets 3 x 3 pixels, black where its mask has no bit.
-        patch_masks: (points,) uint16 in 1..511, one mask per point, for patches. Bit 8 is the top left and bit 0 the
-            bottom right pixel, before the image is turned upside down.
+        patch_masks: (points,) uint16 in 1..511, for patches: bit 8 is the top left and bit 0 the bottom right pixel,
+            before the image is turned upside down.
 
     Returns:
         (size, size) uint8: 0 where nothing was drawn, else an index into ``palette(draw)``.

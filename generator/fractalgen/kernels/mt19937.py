@@ -31,15 +31,10 @@ def seed_state(seed: int) -> Words:
 
 @dataclass
 class Mersenne:
-    """A generator that draws as ``random.Random`` does.
+    """A generator that draws as ``random.Random`` does."""
 
-    Attributes:
-        buffers: (2, 624) uint32, see the module.
-        at: number of words drawn.
-    """
-
-    buffers: Words
-    at: int = 0
+    buffers: Words  # (2, 624), see the module
+    at: int = 0  # number of words drawn
 
     @classmethod
     def of(cls, state: Words) -> "Mersenne":
@@ -121,12 +116,9 @@ def spare_bits(count: int) -> np.uint32:
 
 @njit(cache=CACHE, nogil=True)
 def below(buffers: Words, at: int, count: int, spare: np.uint32) -> tuple[np.uint32, int]:
-    """Draw an integer in [0, count); return it and the new ``at``.
+    """Draw an integer in [0, count), given ``spare_bits(count)``; return it and the new ``at``.
 
     Takes as many high bits of a word as ``count`` has, again until they are below ``count``.
-
-    Args:
-        spare: ``spare_bits(count)``.
     """
     while True:
         word, at = next_word(buffers, at)

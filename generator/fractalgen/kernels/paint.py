@@ -153,11 +153,7 @@ class FractalColors:
 def paint(counts: Counts, fractal: FractalColors, heights: Heights, background: HeightColors) -> Pixels:
     """Colour an image, (size, size, 3) uint8 RGB: pixels with hits by their count, all others by their height.
 
-    Args:
-        counts: hits per pixel, (size, size) uint32.
-        fractal: colours of the counts.
-        heights: heights of the background, (size, size) float32.
-        background: colours of the heights.
+    ``counts`` are (size, size) uint32, ``heights``, of the background, (size, size) float32.
     """
     image = np.empty((*counts.shape, 3), np.uint8)
     maps = np.array([*background.hue, *background.saturation, *background.value], np.float32)

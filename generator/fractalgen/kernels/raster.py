@@ -46,8 +46,7 @@ def splat(
     applied once to the counts, which gives the same sums.
 
     Args:
-        xs: (n,) float32 or float64, the type of the arithmetic. Non-finite points are dropped.
-        ys: as xs.
+        xs, ys: (n,) float32 or float64, the type of the arithmetic. Non-finite points are dropped.
         size: side length in pixels, at least 1.
         window: (xmin, ymin, xmax, ymax).
         patch: (k, 2) cells, each in 0..2.

@@ -12,10 +12,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 
 
 def find_kind(name: str) -> Kind:
-    """Return the kind of a name.
-
-    Raises UsageError if there is none; suggests the nearest name.
-    """
+    """Return the kind of a name; raises UsageError, with the nearest names, if there is none."""
     if name not in KINDS:
         raise UsageError(f"unknown kind {name!r}{nearest(name, KINDS)}")
     return KINDS[name]

@@ -27,10 +27,7 @@ def parameter(default: Any, help: str, low: float | None = None, high: float | N
 
 
 def check_parameters(params: "DataclassInstance") -> None:
-    """Check that numbers are in the range of their field, and that pairs are (low, high); for ``__post_init__``.
-
-    Raises UsageError if a field is out of range; names the first one.
-    """
+    """Raise UsageError if a number is out of the range of its field, or a pair is not (low, high)."""
     for one in fields(params):
         low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)
         if low is None:
@@ -75,7 +72,7 @@ class Unit:
     after: tuple[int, int] = (0, 0)
 
     def identity(self) -> tuple[str | int, ...]:
-        """Return the arguments of ``Stream.of`` after the name of the kind."""
+        """Return the arguments of ``Stream.of`` that follow the name of the kind."""
         return self.seed, self.split, self.label, self.number
 
 

@@ -1,7 +1,4 @@
-"""Tables that all processes of a machine share: computed once, then mapped from a file in the user's cache.
-
-FOLDER/tables/DIGEST.npy, see ``storage.private_cache``
-"""
+"""Tables that all processes of a machine share: computed once, then mapped from ``tables/`` in the user's cache."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -46,7 +46,7 @@ _POLL_SECONDS = 0.1
 
 
 class ShardCache:
-    """The shards of a dataset, of which at most ``size`` bytes are cached at a time; usable in forks and pickles."""
+    """The shards of a dataset, of which at most ``size`` bytes are cached at a time; it can be forked and pickled."""
 
     def __init__(self, url: str, folder: Path, size: int, manifest: Manifest) -> None:
         self.url = url
@@ -66,7 +66,7 @@ class ShardCache:
             )
 
     def prepare(self, on_progress: OnProgress = no_progress) -> None:
-        """Fetch missing sidecars, and remove shards that were damaged here; check the disk. Progress is in shards."""
+        """Check the disk, fetch missing sidecars, and remove damaged shards; ``on_progress`` counts shards."""
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         folder = LocalStore(self.folder)
 
@@ -173,11 +173,8 @@ def _mark_used(descriptor: int) -> None:
 def open_cache(url: str, root: Path | None, size: int, window: int, split: str) -> ShardCache:
     """Return the cache of a remote dataset, in a folder of ``root`` named by its content digest; fetch no shards.
 
-    Args:
-        root: None for ``private_cache``, on scratch space where there is some. It must be the user's own: shards are
-            hashed when they arrive and not at every use.
-        size: bytes of shards that may be cached at a time.
-        window: shards of ``split`` that are needed together.
+    ``root`` must be the user's own, because shards are hashed when they arrive and not at every use; for the default
+    see ``cache_root``. ``window`` shards of ``split`` are needed together.
     """
     manifest = read_manifest(open_store(url)).manifest
     cache = ShardCache(url, cache_root(root) / manifest.content_digest(), size, manifest)
@@ -186,7 +183,7 @@ def open_cache(url: str, root: Path | None, size: int, window: int, split: str) 
 
 
 def cache_root(folder: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of all caches: the given one, or the default, see ``open_cache``."""
+    """Return the folder of all caches: the given one, or ``private_cache``, on scratch space where there is some."""
     root = private_cache(scratch=True) if folder is None else Path(folder)
     if root is None:
         raise FractalError("neither the home folder nor $TMPDIR can be written; choose a --cache-dir")
@@ -197,9 +194,8 @@ def cache_root(folder: str | os.PathLike[str] | None) -> Path:
 def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
     """Run a process that fetches shards ahead; yield the function to call with the names needed next, soonest first.
 
-    As many of them are fetched as the cache holds together. A call replaces what was asked for before, except for
-    shards that are being fetched. It is a separate process, so that a training that forks loader workers has no
-    threads that hold locks.
+    As many of them are fetched as the cache holds together. A call replaces the request before it, except for shards
+    that are being fetched. A thread could hold locks while a training forks its loader workers; a process cannot.
     """
     # -P: without the current folder on its path. In its own session, so that Ctrl-C does not reach it; it ends with its
     # input, when this process ends.
@@ -222,7 +218,7 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
 
 
 def run_prefetcher() -> None:
-    """Main function of the prefetching process: read the cache, then lists of names, from standard input."""
+    """Read the cache, then lists of names, from standard input: the main function of the prefetching process."""
     cache: ShardCache = pickle.load(sys.stdin.buffer)
     pool, pending = ThreadPoolExecutor(_PREFETCH_JOBS), list[Future[None]]()
     with suppress(EOFError, pickle.UnpicklingError):  # the other process ended, perhaps while it was writing

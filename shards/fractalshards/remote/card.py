@@ -52,12 +52,9 @@ def licence(recipe: Mapping[str, Any]) -> str:
 def dataset_card(manifest: Manifest, location: Location) -> list[Upload]:
     """Make the card of a dataset in a local folder, for its place on the hub.
 
-    By its head, ``load_dataset`` and the hub's viewer read the tars, and not the sidecars. A whole rendered dataset
-    also gets its portable recipe, unless it is too large for one.
-
-    Raises:
-        FractalError: if a sidecar or an image is damaged.
-        OSError: if a file cannot be read.
+    Its metadata make ``load_dataset`` and the hub's viewer read the tars, and not the sidecars. A whole rendered
+    dataset also gets its portable recipe, unless that is too large. Raises FractalError if a sidecar or an image is
+    damaged.
     """
     from huggingface_hub import DatasetCardData
 

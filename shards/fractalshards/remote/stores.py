@@ -1,8 +1,8 @@
 """The folder of a dataset: a local path, or on a web server, S3, Google Cloud Storage or Hugging Face.
 
 ``open_store`` returns a ``Store`` with four operations: ``read`` a small file, ``fetch`` one of known size and sha256,
-ask whether it ``holds`` such a file, and ``put`` files. fsspec moves the bytes; stores differ in how they write and
-in how they check what arrived.
+ask whether it ``holds`` such a file, and ``put`` files. fsspec moves the bytes; stores differ in how they write files
+and check what arrived.
 """
 
 import base64
@@ -43,17 +43,11 @@ _SECRETS = ((re.compile(r"//[^/@\s]*@"), "//***@"), (re.compile(r"(://[^\s'\"<>)
 
 @dataclass(frozen=True)
 class Location:
-    """A folder at a path or URL.
+    """A folder at a path or URL."""
 
-    Attributes:
-        scheme: file, http, s3, gs or hf.
-        root: a path, ``bucket/key``, ``datasets/USER/NAME[@REVISION][/FOLDER]``, or an http URL without its query.
-        query: query of an http URL (a signature or token), appended to the URL of every file.
-    """
-
-    scheme: str
-    root: str
-    query: str = ""
+    scheme: str  # file, http, s3, gs or hf
+    root: str  # a path, ``bucket/key``, ``datasets/USER/NAME[@REVISION][/FOLDER]``, or an http URL without its query
+    query: str = ""  # of an http URL (a signature or token), appended to the URL of every file
 
     @property
     def shown(self) -> str:
@@ -67,13 +61,10 @@ class Location:
 
 
 def parse_location(text: str) -> Location:
-    """Parse a local path, in which ``~`` is expanded, or the URL of a folder; a ``file`` URL is decoded.
+    """Parse a local path, in which ``~`` is expanded, or the URL of a folder; raises UsageError for anything else.
 
     Only schemes that fetch plain bytes are accepted: fsspec would also chain URLs (``simplecache::``) and open
     archives and references that name further files.
-
-    Raises:
-        UsageError: for any other scheme, or a URL that names no folder.
     """
     if text and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
         return Location("file", str(Path(os.path.expanduser(text))))
@@ -149,20 +140,13 @@ class Store:
 
     Temporary failures are retried for about a minute. Methods raise FractalError, without the secrets of a URL, if
     a store fails, and FileNotFoundError if a file does not exist.
-
-    Attributes:
-        attempts: how often an operation is tried in total, unless its call says.
-        has_checksums: ``holds`` compares sha256, not sizes alone.
-        batch_size: how many shards one ``put`` should take.
-        chunk: bytes that are read at a time.
-        needs_card: a ``README.md`` tells people and ``load_dataset`` what the folder holds.
     """
 
-    attempts = 7
-    has_checksums = False
-    batch_size = 1
-    needs_card = False
-    chunk = _BLOCK
+    attempts = 7  # of an operation in total, unless its call says
+    has_checksums = False  # ``holds`` compares sha256, not sizes alone
+    batch_size = 1  # shards that one ``put`` should take
+    needs_card = False  # a ``README.md`` tells people and ``load_dataset`` what the folder holds
+    chunk = _BLOCK  # bytes that are read at a time
 
     def __init__(self, location: Location, **options: Any) -> None:
         """``options`` are those of the filesystem."""
@@ -200,9 +184,7 @@ class Store:
     def put(self, uploads: Sequence[Upload]) -> None:
         """Store files in this order, each visible only when it is whole, and check what arrived.
 
-        Raises:
-            FractalError: also if a local file has another size or sha256 than it must have.
-            OSError: if a local file cannot be read.
+        Raises FractalError also if a local file has another size or sha256 than it must have.
         """
 
         def send() -> None:
@@ -362,8 +344,8 @@ class S3Store(Store):
             return
         bucket, key, _ = self._files.split_path(self.location.file(upload.name))
         sha256 = base64.b64encode(bytes.fromhex(upload.info.sha256)).decode()
-        checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
         with upload.open() as body:  # streamed; put_file would hold all of it in memory
+            checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
             self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum)
 
 
@@ -377,8 +359,7 @@ class HubStore(Store):
         super().__init__(location)
         _, user, repository, *folders = location.root.split("/")
         name, _, revision = repository.partition("@")
-        repository_id = {"repo_id": f"{user}/{name}", "repo_type": "dataset", "revision": unquote(revision) or None}
-        self._repository: dict[str, Any] = repository_id
+        self._repository: dict[str, Any] = {"repo_id": f"{user}/{name}", "revision": unquote(revision) or None}
         self._folders = folders
         self._turn = threading.Lock()
         self.needs_card = not folders  # the hub does not look for it elsewhere
@@ -389,15 +370,15 @@ class HubStore(Store):
         message = f"Add {uploads[0].name}" + (f" and {len(uploads) - 1} more files" if uploads[1:] else "")
         with self._turn:
             operations = [CommitOperationAdd("/".join([*self._folders, one.name]), one.content) for one in uploads]
-            HfApi().create_commit(operations=operations, commit_message=message, **self._repository)
+            HfApi().create_commit(
+                repo_type="dataset", operations=operations, commit_message=message, **self._repository
+            )
 
 
 def open_store(url: str) -> Store:
-    """Return the folder at a local path or a URL; nothing is requested yet.
+    """Return the folder at a local path or a URL, without a request.
 
-    Raises:
-        UsageError: for URLs that are not supported.
-        FractalError: if a package is missing.
+    Raises UsageError for URLs that are not supported; FractalError if a package is missing.
     """
     location = parse_location(url)
     if location.scheme == "file":

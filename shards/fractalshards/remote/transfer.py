@@ -84,7 +84,7 @@ class TransferResult:
         size = human_bytes(sum(shard.bytes for shard in self.copied))
         kept = f", {human_count(self.kept, 'shard')} already there" if self.kept else ""
         copied = f"{human_count(len(self.copied), 'shard')} copied ({size}){kept}"
-        return f"{copied}; {self.where}: {self.manifest.contents()}"
+        return f"{copied}; {self.manifest.summary(self.where)}"
 
 
 def push(
@@ -92,15 +92,13 @@ def push(
 ) -> TransferResult:
     """Copy a local dataset, or some of its shards, to a path or URL. Only missing or different files are sent.
 
+    Raises FractalError if the folder holds no finished dataset or a damaged one, the destination holds another dataset
+    or lists other shards, or something cannot be stored; OSError if a local file cannot be read or written.
+
     Args:
         wanted: shard numbers of each split; None for all.
         jobs: files transferred at a time.
         on_progress: called with bytes done and bytes in all, after each shard.
-
-    Raises:
-        FractalError: if the folder holds no finished dataset or a damaged one, the destination holds another dataset
-            or lists other shards, or something cannot be stored.
-        OSError: if a local file cannot be read or written.
     """
     find_manifest(folder)
     target = open_store(url)
@@ -123,7 +121,9 @@ def _copy_dataset(
     chosen = select_shards(ours.manifest, wanted, source.shown)
     names = _listed_names(ours, {shard.name for shard in chosen}, theirs, target.shown, add)
     recipe = [*_read_recipe(source, ours.manifest)]
-    _check_claim(target, ours.manifest)
+    claim, where = target.read(RECIPE, MAX_JSON_BYTES), f"{target.shown}/{RECIPE}"
+    if claim is not None and parse_json(claim, RecipeFile, where).recipe_digest != ours.manifest.recipe_digest:
+        raise FractalError(f"{where}: recipe of another dataset; choose another folder")
     if isinstance(target, LocalStore):
         _prepare_folder(target.folder, chosen)
     if missing := [file for file in recipe if not target.holds(file.name, file.info)]:
@@ -147,8 +147,12 @@ def _copy_dataset(
 
 
 def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Sequence[Shard]) -> list[Shard]:
-    """Copy those of the shards that the target does not hold yet; return them."""
-    missing = [shard for shard in shards if not _holds_shard(target, manifest, shard)]
+    """Copy the shards that the target does not hold yet; return them."""
+    missing = [
+        shard
+        for shard in shards
+        if find_sidecar(target, manifest, shard) is None or not target.holds(shard.name, shard_info(shard))
+    ]
     uploads = []
     for shard in missing:
         sidecar = read_sidecar(source, manifest, shard)
@@ -161,10 +165,6 @@ def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Seque
     if uploads:
         target.put(uploads)
     return missing
-
-
-def _holds_shard(target: Store, manifest: Manifest, shard: Shard) -> bool:
-    return find_sidecar(target, manifest, shard) is not None and target.holds(shard.name, shard_info(shard))
 
 
 def _prepare_folder(folder: Path, shards: Sequence[Shard]) -> None:
@@ -181,8 +181,8 @@ def run_tasks(
 ) -> list[_R]:
     """Run a task for each item on ``jobs`` threads; return the results in the order in which they arrive.
 
-    Progress counts the weights of items. After a failure no further task starts, and running tasks finish. Ctrl-C waits
-    for no task: the threads are daemons, which end with the process.
+    Progress counts the weights of items. After a failure no further task starts, and running tasks finish. Ctrl-C does
+    not wait for tasks: the threads are daemons, which end with the process.
     """
     done, total, results = 0, sum(map(weigh, items)), []
     with ThreadPool(jobs) as pool:
@@ -191,7 +191,7 @@ def run_tasks(
                 results.append(result)
                 done += weigh(item)
                 on_progress(done, total)
-        except Exception:  # whatever a task raises; it is raised again once the others have ended
+        except Exception:
             pool.terminate()
             pool.join()
             raise
@@ -260,7 +260,7 @@ def shard_info(shard: Shard) -> FileInfo:
 def _listed_names(
     ours: ManifestFile, chosen: Collection[str], theirs: ManifestFile | None, where: str, add: bool
 ) -> Collection[str]:
-    """Return the names of the shards that the target's manifest will list: those of now, and perhaps more.
+    """Return the names of the shards that the target's manifest will list: those it lists now, and the chosen ones.
 
     Raises FractalError if the target holds another dataset or another copy of it, or lists shards that are not chosen,
     or, if ``add``, not ours.
@@ -294,10 +294,3 @@ def _read_recipe(store: Store, manifest: Manifest) -> Iterator[Upload]:
         elif systems_digest(parse_systems(data, where)) != expected:
             raise FractalError(f"{where}: not the systems that the recipe names; build or push it again")
         yield Upload.of_bytes(name, data)
-
-
-def _check_claim(target: Store, manifest: Manifest) -> None:
-    """Raise FractalError if the target has the recipe of another dataset."""
-    text, where = target.read(RECIPE, MAX_JSON_BYTES), f"{target.shown}/{RECIPE}"
-    if text is not None and parse_json(text, RecipeFile, where).recipe_digest != manifest.recipe_digest:
-        raise FractalError(f"{where}: recipe of another dataset; choose another folder")
