@@ -1,4 +1,4 @@
-"""The command ``fractalgen``: parses options, calls one function per subcommand, and prints the result."""
+"""The command ``fractalgen``: parses options, calls one function per command, prints the result."""
 
 import json
 import logging
@@ -28,7 +28,9 @@ from fractalgen.render import preview as draw_preview
 from fractalgen.repair import repair_dataset
 from fractalshards.console import (
     PATH,
+    PICTURE,
     Commands,
+    NamedPath,
     continuable,
     next_step,
     note,
@@ -43,7 +45,7 @@ from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
 from fractalshards.recipe_file import plan_portable, read_portable
 from fractalshards.settings import Slice, override, parse_settings, parse_slice, show_value
-from fractalshards.sheet import picture_format, save_picture, side_by_side
+from fractalshards.sheet import save_picture, side_by_side
 from fractalshards.storage import check_writable, write_bytes
 from fractalshards.systems import Systems, write_systems
 from fractalshards.workers import OnProgress
@@ -257,7 +259,7 @@ def kinds(as_json: bool) -> None:
 @click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Classes to show, a row each.")
 @click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images per row.")
 @click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Side of an image on the sheet in pixels.")
-@click.option("--out", required=True, type=PATH, help="Output image, .png or .jpg.")
+@click.option("--out", required=True, type=PICTURE, help="Image file to write: .png or .jpg.")
 def preview(
     kind: str, settings: tuple[str, ...], classes: int, per_class: int, tile: int, out: Path, **others: Any
 ) -> None:
@@ -265,7 +267,6 @@ def preview(
 
     Example: fractalgen preview --kind single --set blur_probability=0 --out sheet.png
     """
-    picture_format(out)
     overrides = parse_settings(settings)
     if kind == _ALL and overrides:
         raise UsageError("--set changes one kind, but --kind is 'all'")
@@ -292,7 +293,7 @@ def preview(
 @click.option("--classes", default=1000, type=click.IntRange(1), help="Classes of the stream.")
 @_SET
 @click.option("--size", type=click.IntRange(SIZES.start, SIZES.stop - 1), help="Side in pixels.  [default: by kind]")
-@click.option("--out", required=True, type=PATH, metavar="IMG.png", help="Output image.")
+@click.option("--out", required=True, type=NamedPath(".png"), metavar="IMG.png", help="Image file to write.")
 @quiet_option
 @click.pass_context
 def render(
@@ -316,8 +317,6 @@ def render(
 
     Example: fractalgen render --kind visualatom --category 7 --instance 0 --out image.png
     """
-    if picture_format(out) != "PNG":
-        raise UsageError(f"--out is {out}: expected a name that ends in .png")
     if params is not None:
         _refuse_beside(context, "--params", _STREAM)
         masks = kernel.published_masks(mask_seed, points) if kernel.is_patch(draw) else None
@@ -341,7 +340,7 @@ def render(
 @click.option("--classes", default=1000, type=click.IntRange(1), help="Number of classes.")
 @_SEED
 @_SET
-@click.option("--out", required=True, type=PATH, metavar="FILE.csv", help="Output file.")
+@click.option("--out", required=True, type=PATH, metavar="FILE.csv", help="File to write.")
 @quiet_option
 def parameters(kind: str, classes: int, seed: int, settings: tuple[str, ...], out: Path) -> None:
     """Write the parameters of all classes of VisualAtom or RCDB, a row each, on all cores.
@@ -359,7 +358,7 @@ def parameters(kind: str, classes: int, seed: int, settings: tuple[str, ...], ou
 @click.option("--classes", default=1000, help="Categories to find.")
 @click.option("--seed", default=1, help="Random seed; the published one is 1.")
 @click.option("--fill-rate", default=0.2, help="Minimum share of pixels that a category fills.")
-@click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="Output file.")
+@click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="File to write.")
 @workers_option
 @quiet_option
 def search(classes: int, seed: int, fill_rate: float, out: Path, workers: int) -> None:

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from fractalshards.console import (
     PATH,
+    PICTURE,
     Commands,
+    NamedPath,
     continuable,
     next_step,
     note,
@@ -27,8 +29,8 @@ from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest, load_manifest
 from fractalshards.pack import leave_out_bad, parse_source, plan_pack, run_pack
 from fractalshards.recipe_file import export_recipe, flat_recipe
-from fractalshards.report import check_page_name, load_template, render_page
-from fractalshards.sheet import contact_sheet, picture_format, sample_rows, save_picture
+from fractalshards.report import load_template, render_page
+from fractalshards.sheet import contact_sheet, sample_rows, save_picture
 from fractalshards.storage import check_writable, write_bytes
 from fractalshards.survey import survey_dataset
 from fractalshards.verify import repair_advice, verify_dataset
@@ -86,7 +88,7 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=PATH, required=True, help="Image file to write: .png or .jpg.")
+@click.option("--out", type=PICTURE, required=True, help="Image file to write: .png or .jpg.")
 @click.option("--split", default="train", help="Split to show.")
 @click.option("--classes", default=16, type=click.IntRange(1), help="Number of rows.")
 @click.option("--per-class", default=8, type=click.IntRange(1), help="Images per row.")
@@ -96,7 +98,6 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
     Example: fractalshards sheet shards/single --out single.png
     """
-    picture_format(out)
     manifest = load_manifest(folder)
     rows = sample_rows(manifest, split, classes, per_class, tile)
     image = contact_sheet(rows, tile)
@@ -106,7 +107,7 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=PATH, required=True, help="File to write: .html.")
+@click.option("--out", type=NamedPath(".html", ".htm"), required=True, help="File to write: .html.")
 @workers_option
 @quiet_option
 def report(folder: Path, out: Path, workers: int) -> None:
@@ -116,7 +117,6 @@ def report(folder: Path, out: Path, workers: int) -> None:
 
     Example: fractalshards report shards/single --out single.html
     """
-    check_page_name(out)
     check_writable(out.parent)
     template = load_template()
     with progress("surveying", "images") as on_progress:

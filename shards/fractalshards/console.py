@@ -143,8 +143,15 @@ def continuable(folder: Path) -> Iterator[None]:
         raise StoppedError(text, _interrupt_code(error)) from error
 
 
-class _NamedPath(click.Path):
-    """A local path: an unset shell variable would mean the current folder, and ``s3://bucket`` a folder ``s3:``."""
+class NamedPath(click.Path):
+    """A local path: an unset shell variable would mean the current folder, and ``s3://bucket`` a folder ``s3:``.
+
+    If there are ``endings``, such as ``.png``, its name must have one of them.
+    """
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(path_type=Path)
+        self.endings = endings
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
@@ -153,10 +160,13 @@ class _NamedPath(click.Path):
             self.fail("is empty; give a path", param, ctx)
         if _URL.match(os.fsdecode(value)):
             self.fail(f"{value} is a URL; give a local path, and use 'fractalshards push' and 'pull'", param, ctx)
+        if self.endings and not os.fsdecode(value).lower().endswith(self.endings):
+            self.fail(f"{value}: expected a name that ends in {' or '.join(self.endings)}", param, ctx)
         return super().convert(value, param, ctx)
 
 
-PATH = _NamedPath(path_type=Path)  # the type of all options and arguments that are paths
+PATH = NamedPath()
+PICTURE = NamedPath(".png", ".jpg")
 
 
 def _parse_workers(context: click.Context, parameter: click.Parameter, text: str) -> int:

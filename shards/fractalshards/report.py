@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fractalshards.errors import UsageError, needs_extra
+from fractalshards.errors import needs_extra
 from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest
 from fractalshards.recipe_file import flat_recipe
@@ -100,12 +99,6 @@ def load_template() -> "jinja2.Template":
         "text": _clean,
     }
     return environment.from_string(_read_file("report.html.jinja"))
-
-
-def check_page_name(path: Path) -> None:
-    """Raise a UsageError unless the name is that of an HTML page."""
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out is {path}: expected a name that ends in .html")
 
 
 def render_page(template: "jinja2.Template", survey: Survey) -> str:

@@ -71,7 +71,7 @@ def encode_label(label: Label) -> tuple[str, bytes]:
     return (_SINGLE, b"%d" % label) if isinstance(label, int) else (_MULTI, msgspec.json.encode(label))
 
 
-def label_extension(files: Mapping[str, bytes]) -> str:
+def label_extension(files: Mapping[str, object]) -> str:
     """Return the extension of a sample's label; raise FractalError if there is not exactly one."""
     found = [extension for extension in (_SINGLE, _MULTI) if extension in files]
     if len(found) != 1:
@@ -167,12 +167,6 @@ def shown_key(blocks: bytes) -> str:
     name = blocks[: tarfile.LENGTH_NAME].partition(b"\0")[0].decode("latin-1")
     key = ascii(name.partition(".")[0])[1:-1]
     return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
-
-
-def first_member_end(block: bytes) -> int:
-    """Return where the first member of a sample ends, given the sample's first block."""
-    _, size = _parse_header(block)
-    return BLOCK + padded(size)
 
 
 def scan_members(descriptor: int, start: int, stop: int) -> Iterator[Member]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from fractalshards.errors import FractalError, UsageError
+from fractalshards.errors import FractalError
 from fractalshards.manifest import Manifest
 from fractalshards.png import Pixels
 from fractalshards.reader import decode_shard, index_split
@@ -18,7 +18,6 @@ _LABEL_WIDTH = 44
 _TITLE_HEIGHT = 28
 _PAPER = (255, 255, 255)
 _INK = (60, 60, 60)
-_FORMATS = {".png": "PNG", ".jpg": "JPEG"}
 
 Rows = Mapping[str, Sequence[Image.Image]]
 
@@ -81,16 +80,8 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
     return {str(label): images for label, images in rows.items() if images}
 
 
-def picture_format(path: Path) -> str:
-    """Return the format that a file name asks for, ``PNG`` or ``JPEG``; raises a UsageError for others."""
-    if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"--out is {path}: expected a name that ends in {' or '.join(_FORMATS)}")
-    return _FORMATS[path.suffix.lower()]
-
-
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture atomically in the format of its name; creates missing folders."""
-    form = picture_format(path)
+    """Write a picture atomically, as PNG or JPEG by the end of its name; creates missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        picture.save(file, form, optimize=True, quality=85)
+        picture.save(file, "PNG" if path.suffix.lower() == ".png" else "JPEG", optimize=True, quality=85)

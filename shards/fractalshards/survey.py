@@ -1,7 +1,6 @@
 """Survey a dataset: images per class, a few images of every class, statistics of images spread over the dataset."""
 
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +14,16 @@ from PIL import Image
 from fractalshards.errors import FractalError
 from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, split_shards
 from fractalshards.png import Pixels
-from fractalshards.reader import ShardIndex, count_labels, decode_shard, index_split, read_sample
+from fractalshards.reader import ShardIndex, count_labels, decode_shard, index_split, read_blocks
 from fractalshards.sample import (
-    BLOCK,
     Label,
     MultiLabel,
     Object,
     classes_of,
     decode_label,
-    first_member_end,
+    label_extension,
     packed_size,
+    scan_members,
 )
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 
@@ -195,12 +194,13 @@ def _survey_shard(
 
 
 def _read_labels(index: ShardIndex) -> Iterator[Label]:
-    """Read the labels of a shard without the images, which come first."""
+    """Read the labels of a shard without the images."""
     with index.path.open("rb") as file:
         for position, (start, end) in enumerate(pairwise(index.offsets.tolist())):
             try:
-                image_end = start + first_member_end(os.pread(file.fileno(), BLOCK, start))
-                yield decode_label(read_sample(file.fileno(), min(image_end, end), end).files)
+                members = {m.name.partition(".")[2]: m for m in scan_members(file.fileno(), start, end)}
+                label = members[extension := label_extension(members)]
+                yield decode_label({extension: read_blocks(file.fileno(), label.start, label.start + label.size)})
             except FractalError as error:
                 text = f"{index.path}: sample {position}: {error}; fetch or build it again"
                 raise FractalError(text) from error

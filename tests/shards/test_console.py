@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from damages import edit_split
 from fractalshards import workers
 from fractalshards.cli import main
-from fractalshards.console import PATH, Commands, progress, quiet_option, show_logs, workers_option
+from fractalshards.console import Commands, NamedPath, progress, quiet_option, show_logs, workers_option
 from fractalshards.errors import describe_os_error
 
 
@@ -50,7 +50,7 @@ def test_all_paths_reject_empty_text_and_urls() -> None:
     parameters = [parameter for command in main.commands.values() for parameter in command.params]
     paths = [parameter for parameter in parameters if isinstance(parameter.type, click.Path)]
     assert len(paths) > 10
-    assert all(parameter.type is PATH for parameter in paths)
+    assert all(isinstance(parameter.type, NamedPath) for parameter in paths)
     for given in ("", "s3://bucket/folder", "file:///folder"):
         result = CliRunner().invoke(main, ["diff", ".", given])
         assert result.exit_code == 2, result.output
