@@ -129,11 +129,7 @@ class Found:
 
 
 def search_categories(
-    classes: int,
-    seed: int = 1,
-    fill_rate: float = 0.2,
-    workers: int = 1,
-    on_progress: OnProgress = no_progress,
+    classes: int, seed: int = 1, fill_rate: float = 0.2, workers: int = 1, on_progress: OnProgress = no_progress
 ) -> list[Found]:
     """Try random candidates until enough of them hit the wanted share of 512 x 512 pixels.
 

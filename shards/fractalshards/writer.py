@@ -50,11 +50,7 @@ def encode_rendered(key: str, rendered: Rendered, encode: Encode = encode_png) -
 
 
 def write_shard(
-    folder: Path,
-    name: str,
-    classes: int,
-    samples: Iterable[tuple[str, Rendered]],
-    encode: Encode = encode_png,
+    folder: Path, name: str, classes: int, samples: Iterable[tuple[str, Rendered]], encode: Encode = encode_png
 ) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from (key, (image, label)) samples; see ``write_samples``.
 

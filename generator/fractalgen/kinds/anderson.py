@@ -28,9 +28,7 @@ SIGMA_FACTOR = (5.0, 6.0)
 
 
 def sample_system(
-    n: int | tuple[int, int],
-    rng: np.random.Generator,
-    sigma_factor: tuple[float, float] = SIGMA_FACTOR,
+    n: int | tuple[int, int], rng: np.random.Generator, sigma_factor: tuple[float, float] = SIGMA_FACTOR
 ) -> Float64s:
     """Draw a contractive IFS (Anderson & Farrell 2022, section 3.2).
 

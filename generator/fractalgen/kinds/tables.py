@@ -20,10 +20,7 @@ _ROWS = 5  # that a chain computes before it waits for the others
 
 
 def shared_table(
-    identity: tuple[object, ...],
-    shape: tuple[int, int],
-    chains: Sequence[Iterator[Table]],
-    on_progress: OnProgress,
+    identity: tuple[object, ...], shape: tuple[int, int], chains: Sequence[Iterator[Table]], on_progress: OnProgress
 ) -> Table:
     """Return a table from the cache, read-only; the first process that needs it computes it while others wait.
 
