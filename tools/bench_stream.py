@@ -38,7 +38,7 @@ from fractalgen.build import build_shard
 from fractalgen.kinds import KINDS
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
-from fractalgen.source import RenderedSplit, open_recipe
+from fractalgen.render import RenderedSplit, open_recipe
 from fractalshards.manifest import DatasetInfo, load_manifest, read_record, shard_name, write_manifest, write_record
 from fractalshards.png import decode_image
 from fractalshards.reader import StoredSplit, index_split, iterate_shard, open_dataset

@@ -22,7 +22,7 @@ import click
 import numpy as np
 import torch
 
-from fractalgen.source import RenderedSplit
+from fractalgen.render import RenderedSplit
 from fractalshards.human import human_bytes, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import StoredSplit

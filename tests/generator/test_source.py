@@ -7,7 +7,7 @@ import pytest
 
 from building import run
 from fractalgen import draw_systems, make_recipe
-from fractalgen.source import RenderedSplit, open_recipe
+from fractalgen.render import RenderedSplit, open_recipe
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard

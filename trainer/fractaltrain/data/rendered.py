@@ -8,20 +8,19 @@ from fractalshards.manifest import TRAINING
 from fractaltrain.data.source import Splits
 
 if TYPE_CHECKING:
-    from fractalgen import source
     from fractalgen.recipe import Recipe
 
 
 RecipeOrPath: TypeAlias = "str | os.PathLike[str] | Recipe"
-RenderedSplit: TypeAlias = "source.RenderedSplit"
+RenderedSplit: TypeAlias = "render.RenderedSplit"
 
 
 def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = False) -> RenderedSplit:
     """Open a split of the dataset that a recipe or the file of a portable recipe describes.
 
-    Raises FractalError as ``fractalgen.source.open_recipe`` does.
+    Raises FractalError as ``fractalgen.render.open_recipe`` does.
     """
-    from fractalgen.source import open_recipe  # loads numba
+    from fractalgen.render import open_recipe  # loads numba
 
     rendered = open_recipe(Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe, split, fresh)
     rendered.read(0)  # compiles the kernels, if need be, before every loader worker does it for itself
@@ -31,7 +30,7 @@ def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = Fal
 def open_rendered_splits(path: Path, fresh: bool) -> Splits[RenderedSplit]:
     """Open the splits of a portable recipe: ``train``, and ``val`` if it has one, which is never fresh.
 
-    Raises FractalError as ``fractalgen.source.open_recipe`` does.
+    Raises FractalError as ``fractalgen.render.open_recipe`` does.
     """
     train = open_rendered(path, TRAINING, fresh)
     return Splits(
