@@ -26,7 +26,7 @@ from fractalshards.systems import MAP_SHAPES, Systems, read_systems, write_syste
 from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import ShardTask, encode_rendered, finished_shards, publish, run_jobs, write_shard
 
-_PROBES, _FEW_PROBES = 32, 8  # units; few where each takes as long as many images
+_PROBES, _FEW_PROBES = 32, 8  # units to measure; few if rendering one takes as long as many images
 _PROBE_SECONDS = 3.0
 _MARGIN = 1.05
 _log = logging.getLogger(__name__)

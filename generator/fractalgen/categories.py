@@ -91,7 +91,7 @@ def read_csv(path: Path) -> Category:
 
 
 def warn_of_black(categories: Sequence[Category], where: Path) -> None:
-    """Log a warning that names the classes whose images are nearly black, because their points hit few pixels."""
+    """Log a warning that names the classes whose points hit so few pixels that images are nearly black."""
     numbers = np.random.RandomState(0).random_sample(_CHECK_POINTS)
     rates = [measure(category, numbers, _CHECK_SIZE) for category in categories]
     if black := [f"{index:05d}" for index, rate in enumerate(rates) if rate < _BLACK]:
@@ -114,7 +114,7 @@ _POINTS = 100_000
 _SIZE = 512
 _MAX_FILL_RATE = 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
 _BATCH = 64  # candidates per task, some 50 ms of work
-_AHEAD = 3  # tasks submitted per worker, so that none is idle
+_AHEAD = 3  # tasks submitted per worker, so that it is never idle
 
 _State = Any  # of a numpy RandomState
 

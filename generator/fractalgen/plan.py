@@ -25,13 +25,12 @@ class Place:
 def locate(recipe: Recipe, index: int, epoch: int = 0) -> Place:
     """Return the unit and image that sample ``index`` shows.
 
-    In later epochs a training sample shows the same part of units that no earlier epoch and no validation sample shows:
-    if the build has at most U units per class, its unit ``k`` is followed by ``k + U``, ``k + 2 U`` and so on.
-
     Every class has the same number of whole units, in the order of a seeded permutation over all classes; the remaining
     images, less than a unit per class, are divided evenly among the classes. Class counts therefore differ by at most
-    one. Images of one unit are in the same shard, shuffled together with those of its other units. Raises IndexError if
-    the index is not in [0, n + val).
+    one. Images of one unit are in the same shard, shuffled together with those of its other units.
+
+    In later epochs a training sample shows the same image of new units: if the build has at most U units per class, its
+    unit ``k`` is followed by ``k + U``, ``k + 2 U`` and so on. Raises IndexError if the index is not in [0, n + val).
     """
     train, val = _splits(recipe)
     split = next((split for split in (train, val) if 0 <= index - split.offset < split.samples), None)

@@ -17,7 +17,7 @@ from fractalshards.recipe_file import recipe_differences
 from fractalshards.sample import label_extension
 from fractalshards.workers import OnProgress, no_progress, worker_pool
 
-MAX_READ = 20  # differing shards of a split that are read: enough to see what is going on
+MAX_READ = 20  # differing shards of a split whose samples are compared
 _MAX_KEYS = 5  # named per shard
 _FACTS = ("label_type", "classes", "image_size", "class_names", "class_ids")
 
@@ -55,10 +55,9 @@ def compare_datasets(
 
 
 def differing_shards(rows: Pair) -> tuple[Pair, Pair]:
-    """Find the shards of a split that one side has and the other lacks, by content digest, which includes the keys.
+    """Find the shards of a split that only one side has, by content digest, which includes the keys.
 
-    Returns:
-        Those whose samples may be in other shards of the other side, and those that begin after its last sample.
+    Returns those whose samples may be in other shards of the other side, and those that begin after its last sample.
     """
     known = [{shard.content_digest for shard in row} for row in rows]
     shorter = min(sum(shard.samples for shard in row) for row in rows)
@@ -105,7 +104,7 @@ class Matcher:
     def findings(self, absent: tuple[str, str]) -> list[str]:
         """Name the samples that differ or are missing, one line per shard.
 
-        ``absent`` says what to call samples of side 0, and of side 1, that the other side lacks.
+        ``absent`` has the words for samples of side 0, and of side 1, that the other side lacks.
         """
         lines = [_name_samples(shard, keys, "not the same") for shard, keys in sorted(self._different.items())]
         for words, unpaired in zip(absent, self._unpaired, strict=True):
@@ -144,7 +143,7 @@ def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: 
 def _compare_shards(
     manifests: Manifests, split: str, rows: Pair, workers: int, on_progress: OnProgress
 ) -> Iterator[str]:
-    """Read shards that differ, of those that are cut alike the first ones only, and describe the differences."""
+    """Read the shards that differ, only the first ones if the splits are cut alike, and describe the differences."""
     cut_alike = [shard.samples for shard in rows[0]] == [shard.samples for shard in rows[1]]
     unread = max(len(rows[0]) - MAX_READ, 0) if cut_alike else 0
     words = "not in the same shard of" if unread else "not in"
@@ -155,11 +154,11 @@ def _compare_shards(
     if any(read) and cut_alike and not found:
         count = human_count(len(read[0]), "shard")
         yield (
-            f"content digests of {count} differ, but the samples are the same: their order differs, or a manifest is "
+            f"the content digests of {count} differ, but the samples do not: their order differs, or a manifest is "
             "wrong; check both with 'fractalshards verify'"
         )
     if unread:
-        yield f"content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
+        yield f"the content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
 
 
 def _match(

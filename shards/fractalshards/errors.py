@@ -25,7 +25,7 @@ class UsageError(FractalError):
 
 
 class BadSampleError(FractalError):
-    """A sample is damaged or its file cannot be read; others may be readable. A failed fetch is a ``FractalError``."""
+    """A sample is damaged or its file cannot be read, while others may be readable."""
 
 
 class WorkerLostError(FractalError):
@@ -37,7 +37,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class StoppedError(FractalError):
-    """Ctrl-C or SIGTERM ended the work, with a message about what was done; commands exit with ``code``."""
+    """Ctrl-C or SIGTERM ended the work; the message says what was done, and commands exit with ``code``."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

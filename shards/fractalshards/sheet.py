@@ -53,7 +53,7 @@ def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
 def class_rows(samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], per_class: int, tile: int) -> Rows:
     """Collect the first images of each class from a stream, as rows for ``contact_sheet``; empty rows are left out.
 
-    An image goes to one row: of the rows of its classes, the one with the fewest images so far.
+    An image of several classes goes to one of their rows, the one with the fewest images so far.
     """
     rows: dict[int, list[Image.Image]] = {label: [] for label in classes}
     for image, label in samples:
@@ -66,7 +66,7 @@ def class_rows(samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], 
 
 
 def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, tile: int) -> Rows:
-    """Read the rows of some classes of a dataset, evenly spread; an image of several classes may be in several rows."""
+    """Read images of some classes, evenly spread, as rows; an image of several classes may be in several rows."""
     rows: dict[int, list[Image.Image]] = {label: [] for label in spread(manifest.classes, classes)}
     wanted, _ = select_samples(manifest, split, list(rows), per_class)
     indices = index_split(manifest, split)

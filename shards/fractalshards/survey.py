@@ -1,4 +1,4 @@
-"""Survey a dataset: images per class, a few images of every class, statistics of images spread over the dataset."""
+"""Survey a dataset: images per class, some images of every class, and statistics of evenly spread images."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,7 +175,7 @@ def shrink(image: Pixels, tile: int) -> Image.Image:
 def _survey_shard(
     classes: int, tile: int, task: tuple[ShardIndex, Mapping[int, int], Sequence[int]]
 ) -> tuple[list[tuple[int, Thumbnail]], list[ImageStats]]:
-    """Return thumbnails of a number of images of each class, with the class, and statistics of images by position."""
+    """Return (class, thumbnail) of the wanted number of images of each class, and statistics of images by position."""
     index, counts, measured = task
     chosen = choose_samples(index, counts)
     shown = {position for _, position in chosen}

@@ -91,7 +91,7 @@ def verify_shards(
 
 
 def repair_advice(manifest: Manifest) -> str:
-    """Return what to do about problems: fetch the files again, or make them again."""
+    """Say what to do about problems."""
     if "systems_digest" in manifest.recipe:
         return "fetch the named files again, or render them again with 'fractalgen repair'"
     return (
@@ -156,7 +156,7 @@ def _verify_samples(
 
 
 def _check_files(sample: Sample) -> None:
-    """Raise unless the label follows the image, and the image has the format that its name says."""
+    """Raise unless the image comes before the label and has the format that its name says."""
     extension = image_extension(sample.files)
     if next(iter(sample.files)) != extension:
         raise FractalError(f"the label comes before the .{extension}")

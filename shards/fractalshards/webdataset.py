@@ -61,7 +61,7 @@ class WebDatasetOptions:
         return cls(label_key, tuple((name, pattern) for name, _, pattern in pairs), skip_bad)
 
     def check_unused(self, data: str | Path) -> None:
-        """Raise UsageError if there are options that only tars of other programs take, which ``data`` is not."""
+        """Raise UsageError if options are given for tars of other programs, which ``data`` is not."""
         if self.label_key is not None or self.patterns:
             raise UsageError(
                 f"--label-key and --split are for tars of other programs in a local folder, not for {data}"
@@ -163,7 +163,7 @@ def _listed_tars(
 
 
 def _tar_path(folder: Path, name: str, where: Path) -> Path:
-    """Return the path of a tar, given its name, which may have folders, and the place that the name comes from."""
+    """Return the path of a tar whose name, which may have folders, comes from ``where``."""
     for part in name.split("/"):
         if not part.isprintable() or part[:1] in ("", ".") or set(part) & {":", "\\"}:  # webdataset runs "pipe:" names
             raise FractalError(f"{where}: {name!r} is not a plain file name; rename the tar, if it is yours")

@@ -1,4 +1,4 @@
-"""Worker processes: a pool that survives killed workers and stops in order on signals, and how many cores there are.
+"""Worker processes: a pool that survives killed workers and stops cleanly on signals, and the number of cores.
 
 No process that a command starts looks for modules in the current folder: a dataset there may hold a ``signal.py``.
 """
@@ -109,7 +109,7 @@ def _advise(code: int) -> str:
 
 
 def check_semaphores() -> None:
-    """Raise FractalError if worker processes cannot have semaphores, with the folder, which Python's error lacks."""
+    """Raise FractalError if worker processes cannot have semaphores; Python's error would not name the folder."""
     try:
         multiprocessing.Lock()
     except OSError as error:
@@ -139,7 +139,9 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     finally:
         with handling(signal.SIG_DFL, *_SIGNALS):
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                _warn_of_waiting()
+                if sys.stderr.isatty():
+                    sys.stderr.write(_SHOW_CURSOR)
+                _log.warning("stopping when the running tasks are finished; press Ctrl-C again to stop at once")
             pool.shutdown(cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
@@ -151,7 +153,7 @@ def sigterm_interrupts() -> AbstractContextManager[None]:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether dead workers, exhausted memory or the cluster made a task fail, so that others may succeed."""
+    """Return whether a task failed for lack of a worker or memory, so that others may succeed."""
     distributed = sys.modules.get("distributed")
     killed = (distributed.KilledWorker,) if distributed else ()
     return isinstance(error, (WorkerLostError, MemoryError, CancelledError, *killed))
@@ -159,7 +161,13 @@ def is_lost(error: BaseException) -> bool:
 
 def end_with_parent() -> None:
     """Make this child process exit when its parent does, however the parent ends."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Pool(Executor):
@@ -254,7 +262,7 @@ def _run_task(request: bytes) -> tuple[Any, BaseException | None]:
 
 
 class _WithoutMain(SpawnProcess):
-    """A spawned process that does not run the main module: a script without a main guard would start anew."""
+    """A spawned process that does not run the main module: a script without a main guard would start again."""
 
     _lock = threading.Lock()
 
@@ -265,12 +273,6 @@ class _WithoutMain(SpawnProcess):
                 super().start()
             finally:
                 sys.modules["__main__"] = main
-
-
-def _warn_of_waiting() -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(_SHOW_CURSOR)
-    _log.warning("stopping when the running tasks are finished; press Ctrl-C again to stop at once")
 
 
 def _block_signals() -> None:
@@ -299,16 +301,10 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _exit_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
 def init_loader_worker(worker: int) -> None:
     """Make a loader process end with its parent, and ignore the signals that only the parent acts on.
 
-    Batch systems signal all processes of a job; a loader that ended first would turn a stop into a failure.
+    Batch systems signal all processes of a job, and a loader that ended first would make a stop look like a failure.
     """
     end_with_parent()
     for number in STOP_SIGNALS:
@@ -337,5 +333,5 @@ def watching(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def keep_child_handler() -> AbstractContextManager[None]:
-    """Restore the handler of SIGCHLD after the block: torch's raises an error wherever the process happens to be."""
+    """Restore the handler of SIGCHLD after the block: torch sets one that raises errors in any code that runs then."""
     return handling(signal.SIG_DFL, signal.SIGCHLD)

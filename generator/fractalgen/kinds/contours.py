@@ -33,9 +33,9 @@ from fractalshards.writer import Rendered
 Generator = Mersenne | Stream
 
 _CANVAS = 512  # side of the canvas that centres are drawn for; others move them by half the difference
-_PER_UNIT = 25  # instances that share a way through the generator
-_FEWEST_STATES, _MOST_STATES = 4, 20  # of the generator per class: with more, any instance is reached sooner
-_TABLE_STATES = 20_000  # of all classes, 50 MB, if that leaves a class no fewer
+_PER_UNIT = 25  # instances that are drawn in a row
+_FEWEST_STATES, _MOST_STATES = 4, 20  # stored per class; with more, any instance is reached sooner
+_TABLE_STATES = 20_000  # stored in all, 50 MB, unless classes would get fewer than the fewest
 _VERSION = 1  # of the table
 _SYSTEM_WORDS = 24  # of 12 float64
 _PROCESSES = "processes of the published program; each makes an equal share of the classes"

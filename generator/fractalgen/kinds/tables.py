@@ -16,7 +16,7 @@ from fractalshards.workers import OnProgress, available_cores
 
 Table = npt.NDArray[np.uint32]
 
-_ROWS = 5  # that a chain computes before it waits for the others
+_ROWS = 5  # computed by a chain before it waits for the others
 
 
 def shared_table(
@@ -24,14 +24,9 @@ def shared_table(
 ) -> Table:
     """Return a table from the cache, read-only; the first process that needs it computes it while others wait.
 
-    Raises FractalError if other users can write to the cache.
-
-    Args:
-        identity: what determines the table, the version of the code that computes it included.
-        shape: of the table.
-        chains: iterators over the rows of equal, consecutive parts of the table. They advance side by side on all
-            cores, so they should release the GIL.
-        on_progress: called with the number of rows computed, and of all rows.
+    ``identity`` is all that determines the table, including the version of the code. ``chains`` iterate over the rows
+    of equal, consecutive parts of the table; they advance side by side on all cores, so they should release the GIL.
+    ``on_progress`` is called with the rows computed and all rows. Raises FractalError if others can write to the cache.
     """
     root = private_cache(scratch=True)
     if root is None:

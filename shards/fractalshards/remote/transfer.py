@@ -168,7 +168,7 @@ def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Seque
 
 
 def _prepare_folder(folder: Path, shards: Sequence[Shard]) -> None:
-    """Create a folder for shards, or remove what killed writers left in it; check that the disk has room for them."""
+    """Create a folder for shards, remove leftovers of killed writers, and check that the disk has room."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar")}

@@ -8,6 +8,7 @@ from fractalshards.manifest import TRAINING
 from fractaltrain.data.source import Splits
 
 if TYPE_CHECKING:
+    from fractalgen import render
     from fractalgen.recipe import Recipe
 
 
