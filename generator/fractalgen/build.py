@@ -17,6 +17,7 @@ from fractalgen.recipe import RECIPE_VERSION, Recipe
 from fractalgen.render import check_systems, draw_systems, render_range, render_unit
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError
+from fractalshards.human import human_bytes, human_count, human_seconds
 from fractalshards.manifest import SYSTEMS, DatasetInfo, ShardRecord, sample_key
 from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
 from fractalshards.sample import packed_size
@@ -112,6 +113,21 @@ class Plan:
     samples: int
     bytes: float
     seconds: float
+
+    def describe(self, slice_: Slice | None, workers: int, scheduler: str | None) -> str:
+        """Return the planned work in one line, given the number of workers, and the scheduler if they are Dask's."""
+        recipe, of_slice = self.folder.recipe, f" of {slice_}" if slice_ else ""
+        if not self.missing:
+            return f"nothing to render: {human_count(len(self.own), 'shard')}{of_slice} already finished"
+        done = len(self.own) - len(self.missing)
+        workers = min(workers, len(self.missing))
+        return (
+            f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in "
+            f"{human_count(len(self.folder.tasks), 'shard')}; to render{of_slice}: {self.samples:,} images in "
+            f"{human_count(len(self.missing), 'shard')}{f' ({done:,} done)' if done else ''}, about "
+            f"{human_bytes(self.bytes)} and {human_seconds(self.seconds / workers)} with "
+            f"{human_count(workers, 'worker')}{f' of {scheduler}' if scheduler else ''}"
+        )
 
 
 def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: OnProgress = no_progress) -> Plan:

@@ -14,9 +14,9 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
-from fractalgen.build import Plan, open_folder, plan_build, run_build
+from fractalgen.build import open_folder, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, warn_of_black
-from fractalgen.executors import open_executor
+from fractalgen.executors import choose_scheduler, open_executor
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
@@ -40,11 +40,11 @@ from fractalshards.console import (
     write_recipe,
 )
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.human import human_bytes, human_count, human_list, human_seconds, one_line
+from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
 from fractalshards.png import Indexed, encode_png
 from fractalshards.recipe_file import plan_portable, read_portable
-from fractalshards.settings import Slice, override, parse_settings, parse_slice, show_value
+from fractalshards.settings import override, parse_settings, parse_slice, show_value
 from fractalshards.sheet import save_picture, side_by_side
 from fractalshards.storage import check_writable, write_bytes
 from fractalshards.systems import Systems, write_systems
@@ -165,11 +165,11 @@ def build(
         recipe, given = _make_recipe(**dataset)
     folder = out if out is not None else Path("shards") / recipe.kind
     chosen = parse_slice(slice_, os.environ) if slice_ is not None else None
-    address = _scheduler(executor, scheduler, _is_given(context, "workers"))
+    address = choose_scheduler(executor, scheduler, _is_given(context, "workers"))
     with continuable(folder), open_executor(workers, address) as (pool, count):
         with _preparing() as on_progress:
             plan = plan_build(open_folder(folder, recipe, given, on_progress), chosen, on_progress)
-        note(f"{folder}: {_describe(plan, chosen, count, address)}")
+        note(f"{folder}: {plan.describe(chosen, count, address)}")
         with progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
     if missing:
@@ -401,30 +401,3 @@ def _parameters(kind: Kind) -> list[dict[str, Any]]:
         {"name": one.name, "default": one.default, "range": show_range(kind.params, one), "help": one.metadata["help"]}
         for one in fields(kind.params)
     ]
-
-
-def _describe(plan: Plan, slice_: Slice | None, workers: int, scheduler: str | None) -> str:
-    """Describe the planned work in one line."""
-    recipe, of_slice = plan.folder.recipe, f" of {slice_}" if slice_ else ""
-    if not plan.missing:
-        return f"nothing to render: {human_count(len(plan.own), 'shard')}{of_slice} already finished"
-    done = len(plan.own) - len(plan.missing)
-    workers = min(workers, len(plan.missing))
-    return (
-        f"{recipe.n + recipe.val:,} images of {recipe.size} x {recipe.size} in "
-        f"{human_count(len(plan.folder.tasks), 'shard')}; to render{of_slice}: {plan.samples:,} images in "
-        f"{human_count(len(plan.missing), 'shard')}{f' ({done:,} done)' if done else ''}, about "
-        f"{human_bytes(plan.bytes)} and {human_seconds(plan.seconds / workers)} with "
-        f"{human_count(workers, 'worker')}{f' of {scheduler}' if scheduler else ''}"
-    )
-
-
-def _scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str | None:
-    """Check the options of the executor, and return the address of the Dask scheduler, if any."""
-    if executor == "dask" and workers_given:
-        raise UsageError("--workers is given, but a Dask cluster has its own workers: leave it out")
-    if executor == "dask" and not scheduler:
-        raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
-    if executor != "dask" and scheduler:
-        raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
-    return scheduler

@@ -4,16 +4,23 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
-from fractalshards.errors import FractalError, needs_extra
+from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.workers import sigterm_interrupts, worker_pool
 
-if TYPE_CHECKING:
-    from distributed import Client
-
-
 _CONNECT_SECONDS = 30
+
+
+def choose_scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str | None:
+    """Check the options that say where to render, and return the address of the Dask scheduler, if any."""
+    if executor == "dask" and workers_given:
+        raise UsageError("--workers is given, but a Dask cluster has its own workers: leave it out")
+    if executor == "dask" and not scheduler:
+        raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
+    if executor != "dask" and scheduler:
+        raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
+    return scheduler
 
 
 @contextmanager
@@ -40,7 +47,7 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
 
 
 @contextmanager
-def _connect(scheduler: str) -> Iterator["Client"]:
+def _connect(scheduler: str) -> Iterator[Any]:
     """Connect to a Dask scheduler, with Dask's logs silenced: they are tracebacks, and failures raise errors anyway."""
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client

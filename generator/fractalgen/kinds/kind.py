@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
 from fractalshards.sample import LabelType
 from fractalshards.systems import Systems
 from fractalshards.workers import OnProgress
 from fractalshards.writer import Rendered
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 def parameter(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -26,7 +23,7 @@ def parameter(default: Any, help: str, low: float | None = None, high: float | N
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-def check_parameters(params: "DataclassInstance") -> None:
+def check_parameters(params: Any) -> None:
     """Raise UsageError if a number is out of the range of its field, or a pair is not (low, high)."""
     for one in fields(params):
         low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)
@@ -39,7 +36,7 @@ def check_parameters(params: "DataclassInstance") -> None:
             raise UsageError(f"{one.name} is {value}: expected {low} to {high}")
 
 
-def show_range(params: "type[DataclassInstance]", parameter: "Field[Any]") -> str:
+def show_range(params: type[Any], parameter: Field[Any]) -> str:
     """Describe the values that a parameter accepts: ``0.0 to 1.0``, or a list."""
     hint = get_type_hints(params)[parameter.name]
     if get_origin(hint) is Literal:
@@ -125,7 +122,7 @@ class Kind:
 
     name: str
     summary: str
-    params: "type[DataclassInstance]"
+    params: type[Any]
     size: int
     points: int
     draw_systems: Callable[[Any, int, int], Systems]
