@@ -25,15 +25,11 @@ def choose_scheduler(executor: str, scheduler: str | None, workers_given: bool) 
 
 @contextmanager
 def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[Executor, int]]:
-    """Open an executor of ``concurrent.futures``; yields it with the number of tasks that it runs at once.
+    """Open an executor of ``workers`` local processes, or of a Dask scheduler; yields it and how many tasks it runs.
 
-    The executor runs a task again if its worker dies; ``workers.is_lost`` recognises the error of a task that it has
-    given up. Raises FractalError if Dask is not installed, no scheduler answers, or it has no workers.
-
-    Args:
-        workers: processes of this machine; not used with a scheduler.
-        scheduler: address of a Dask scheduler, ``tcp://HOST:PORT``. Its workers need the same version of this software,
-            and the folder of the dataset under the same path.
+    It runs a task again if its worker dies; ``workers.is_lost`` recognises the error of a task that it has given up.
+    The workers of Dask need the same version of this software, and the folder of the dataset under the same path.
+    Raises FractalError if Dask is not installed, no scheduler answers, or it has no workers.
     """
     if scheduler is None:
         with worker_pool(workers) as pool:

@@ -29,10 +29,7 @@ def mix64_array(words: Bits) -> Bits:
 
 
 def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
-    """Return a pseudorandom permutation of range(n), (n,) int64: the order that sorts n outputs of splitmix64.
-
-    Args:
-        key: the 64-bit state that the generator starts from.
+    """Return the order that sorts n outputs of splitmix64 from a 64-bit state: (n,) int64.
 
     >>> permutation(5, 0).tolist()
     [2, 4, 1, 0, 3]

@@ -263,10 +263,8 @@ class StoredSplit:
     def read(self, index: int) -> Example:
         """Read and decode sample ``index`` in [0, n).
 
-        Raises:
-            IndexError: if there is no such sample.
-            BadSampleError: if it is damaged or its shard cannot be read, naming the shard.
-            FractalError: if its shard cannot be fetched, or was changed after the dataset was opened.
+        Raises IndexError if there is no such sample; BadSampleError, which names the shard, if it is damaged or cannot
+        be read; FractalError if its shard cannot be fetched, or was changed after the dataset was opened.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):

@@ -129,9 +129,7 @@ def select_samples(
     """Choose how many images of each class to take from which shards, by the label counts in the sidecars.
 
     The images of a class come from as many shards as possible, because one shard may hold one render in four flips.
-
-    Returns:
-        The number of images to take by shard and class, and the label counts of the split.
+    Returns the number of images to take by shard and class, and the label counts of the split.
     """
     classes = np.array(shown)
     totals = np.zeros(manifest.classes, np.int64)

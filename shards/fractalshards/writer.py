@@ -62,12 +62,8 @@ def write_shard(
 def write_samples(folder: Path, name: str, classes: int, samples: Iterable[Encoded]) -> ShardRecord:
     """Write ``folder/name`` and its sidecar from encoded samples.
 
-    Samples are streamed, so memory does not grow with their number. After an error no sidecar is written, so the shard
-    does not count as finished.
-
-    Args:
-        name: plain file name, see ``shard_name``.
-        classes: number of classes of the dataset; labels are in [0, classes).
+    Samples are streamed, so memory does not grow with their number; their labels are in [0, classes). After an error no
+    sidecar is written, so the shard does not count as finished.
     """
     sha256 = hashlib.sha256()
     content = ContentDigest()

@@ -136,18 +136,11 @@ def fill_rate(category: Float64s, numbers: Float64s, size: int) -> float:
 
 
 def orbit(category: Float64s, numbers: Float64s) -> tuple[Float64s, Float64s]:
-    """Compute the points of a category: the origin, then a step for every random number but the last.
+    """Compute the points of a category: the origin, then a step for every number, in [0, 1), but the last.
 
     Step i applies the first map whose cumulative probability is at least number i, or none if there is no such map.
     Points with a NaN coordinate are dropped, with the 100 points before the first of them, first for x, then for y.
-    Raises UsageError if there are no maps, too many, or no points.
-
-    Args:
-        category: (maps, 7) float64, any values.
-        numbers: (points,) float64 in [0, 1).
-
-    Returns:
-        x and y, each (at most points,) float64 without NaN, possibly infinite.
+    Returns x and y, float64, possibly infinite. Raises UsageError if there are no maps, too many, or no points.
     """
     points = len(numbers)
     if not (1 <= len(category) <= MAX_MAPS and points):

@@ -44,15 +44,9 @@ def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) ->
 
     The grid has side 2**k + 1, k = ceil(log2 size), and corners U(0, 1); the displacement at level j = 1..k is U(-m, m)
     with m = 0.5 exp(decay (1 - j)). In the square step, the neighbour missing at a border is the one that lies a step
-    inside the opposite border.
+    inside the opposite border. The displacement of a cell depends on (key, cell) alone, see ``hash32``.
 
-    Args:
-        size: side length in pixels, at least 2.
-        decay: how fast detail loses amplitude per level.
-        key: key for ``hash32``; the displacement of a cell depends on (key, cell) alone.
-
-    Returns:
-        The top left (size, size) float32 of the grid.
+    Returns the top left (size, size) of the grid, float32; size is at least 2.
     """
     levels = (size - 1).bit_length()
     amplitudes = np.array([0.5 * math.exp(decay * (1 - j)) for j in range(1, levels + 1)], np.float32)

@@ -12,14 +12,7 @@ from fractalshards.writer import Rendered
 
 
 def parameter(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """Declare a parameter of a kind: a dataclass field with a default, a description and a range.
-
-    Args:
-        default: the value unless ``--set`` changes it.
-        help: one line for ``fractalgen kinds``.
-        low: the minimum; None for text and booleans.
-        high: the maximum.
-    """
+    """Declare a parameter of a kind: a dataclass field with a default, a line of help, and bounds if it is a number."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
