@@ -70,8 +70,8 @@ def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a dataset, the arguments of ``_make_recipe``."""
     options = (
         click.option("--kind", type=click.Choice([*KINDS]), help=_KIND_HELP),
-        click.option("--n", type=int, help="Training images.  [default: those of the published set, if it is one]"),
-        click.option("--val", default=0, help="Validation images, of the same classes."),
+        click.option("--n", type=int, help="Number of training images.  [default: that of the published set]"),
+        click.option("--val", default=0, help="Number of validation images, of the same classes."),
         click.option("--classes", type=int, help="Number of classes.  [default: 1000]"),
         _SIZE,
         _POINTS,
@@ -135,9 +135,9 @@ def main() -> None:
               help="Portable recipe, from 'fractalgen recipe' or 'fractalshards recipe'.")  # fmt: skip
 @click.option("--out", type=PATH, help="Dataset folder.  [default: shards/KIND]")
 @click.option("--executor", type=click.Choice(["local", "dask"]), default="local",
-              help="Where to render: local processes or a Dask cluster.")  # fmt: skip
+              help="Where to render: in local processes or on a Dask cluster.")  # fmt: skip
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="Address of the Dask scheduler.")
-@click.option("--slice", "slice_", metavar="I/K|auto", help="Build every K-th shard, from the I-th; for job arrays.")
+@click.option("--slice", "slice_", metavar="I/K|auto", help="Build every K-th shard, from the I-th on; for job arrays.")
 @workers_option
 @quiet_option
 @click.pass_context
@@ -256,7 +256,7 @@ def kinds(as_json: bool) -> None:
 @_POINTS
 @_SEED
 @_SET
-@click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Classes to show, a row each.")
+@click.option("--classes", default=16, type=click.IntRange(1, 1000), help="Classes to show, one row each.")
 @click.option("--per-class", default=8, type=click.IntRange(1, 100), help="Images per row.")
 @click.option("--tile", default=96, type=click.IntRange(8, 1024), help="Side of an image on the sheet in pixels.")
 @click.option("--out", required=True, type=PICTURE, help="Image file to write: .png or .jpg.")
@@ -281,7 +281,7 @@ def preview(
 
 
 @main.command(groups={"FractalDB": _FRACTALDB, "Published streams": _STREAM, "Image": "--size --out"})
-@click.option("--params", type=PATH, metavar="FILE.csv", help="A category: a row a,b,c,d,e,f,p per map.")
+@click.option("--params", type=PATH, metavar="FILE.csv", help="A category: one row a,b,c,d,e,f,p per map.")
 @click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 leaves the category as it is.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="Drawing style.")
 @click.option("--points", default=200_000, type=click.IntRange(1, MAX_POINTS), help="Points to draw.")
@@ -343,7 +343,7 @@ def render(
 @click.option("--out", required=True, type=PATH, metavar="FILE.csv", help="File to write.")
 @quiet_option
 def parameters(kind: str, classes: int, seed: int, settings: tuple[str, ...], out: Path) -> None:
-    """Write the parameters of all classes of VisualAtom or RCDB, a row each, on all cores.
+    """Write the parameters of all classes of VisualAtom or RCDB, one row each.
 
     Example: fractalgen parameters --kind visualatom --out parameters.csv
     """

@@ -94,7 +94,7 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
 @click.option("--per-class", default=8, type=click.IntRange(1), help="Images per row.")
 @click.option("--tile", default=96, type=click.IntRange(8), help="Size of each image in pixels.")
 def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, tile: int) -> None:
-    """Draw a contact sheet of a dataset, a row per class.
+    """Draw a contact sheet of a dataset, one row per class.
 
     Example: fractalshards sheet shards/single --out single.png
     """
@@ -263,8 +263,8 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @click.option("--shard-size", default=1000, help="Images per shard.")
 @click.option("--seed", default=0, help="Seed of the image order and of the choice of val images.")
 @click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), default="stop",
-              help="What to do with images that cannot be read; skip: name and leave them out, after a check of all "
-              "images.")  # fmt: skip
+              help="What to do about images that cannot be read; skip: check all images first, and leave those out.",
+              )  # fmt: skip
 @workers_option
 @quiet_option
 def pack(
@@ -279,7 +279,7 @@ def pack(
     of the splits.
 
     imagenet:PATH contains ILSVRC2012_img_train.tar, ILSVRC2012_devkit_t12.tar.gz and, unless val is a share of train
-    or not needed, ILSVRC2012_img_val.tar. They are not unpacked; this needs pip install '.[imagenet]'.
+    or not needed, ILSVRC2012_img_val.tar. They are read in place; this needs pip install '.[imagenet]'.
 
     Example: fractalshards pack imagenet:/data/archives shards/imagenet
     """

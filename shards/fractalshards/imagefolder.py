@@ -150,7 +150,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
 def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, int]:
     """Return the classes and the images in a folder, and the number of other files."""
     if not folder.is_dir():
-        raise FractalError(f"{folder}: folder does not exist, so there are no images for {split}; {_LAYOUT}")
+        raise FractalError(f"{folder}: no such folder, so there are no images for {split}; {_LAYOUT}")
     classes = _class_folders(folder)
     if not 0 < len(classes) <= MAX_CLASSES:
         raise FractalError(f"{folder}: contains {human_count(len(classes), 'class folder')}; {_LAYOUT}")
@@ -168,7 +168,7 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
     try:
         names = tuple(os.fsencode(name).decode() for name in classes)  # in UTF-8, whatever the locale
     except UnicodeDecodeError as error:
-        raise FractalError(f"{folder}: a class folder, {error.object!r}, is not named in UTF-8; rename it") from error
+        raise FractalError(f"{folder}: the name of a folder, {error.object!r}, is not UTF-8; rename it") from error
     return names, ImageFiles(folder, tuple(paths), np.array(labels, np.int64)), skipped
 
 

@@ -51,7 +51,7 @@ class ImageSource:
         """
         stored_recipe(out)
         if not self.path.is_dir():
-            raise FractalError(f"{self.path}: folder does not exist; give the folder that contains the images")
+            raise FractalError(f"{self.path}: no such folder; give the folder that contains the images")
         if self.kind == "imagenet":
             return list_ilsvrc(self.path, with_val=self.val_share is None)
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(self.path)):

@@ -209,7 +209,7 @@ def _decode_any(data: bytes) -> Pixels:
             warnings.simplefilter("ignore")  # Pillow's, about odd but readable files; sizes are checked here
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
-                    raise FractalError(f"image claims {image.width} x {image.height} pixels")
+                    raise FractalError(f"image claims to have {image.width} x {image.height} pixels")
                 rgb = _rgb(image)
             image.close()  # frees its pixels before there is a third copy of them
             return np.asarray(rgb)

@@ -67,7 +67,7 @@ def count_labels(manifest: Manifest, split: str) -> Iterator[Integers]:
         counts = read_record(manifest.folder, shard.name, manifest.label_type).label_counts
         if len(counts) != manifest.classes:
             path = manifest.folder / shard.name
-            raise FractalError(f"{path}: its sidecar counts other classes; fetch or build it again")
+            raise FractalError(f"{path}: its sidecar counts {len(counts)} classes; fetch or build it again")
         yield np.array(counts, np.int64)
 
 
@@ -236,11 +236,11 @@ class StoredSplit:
         """Class index of every sample, (n,) int64, from the headers of all tars; must fit the sidecars' counts."""
         folder = self.manifest.folder
         if self.label_type != "single":
-            raise FractalError(f"{folder}: images show several classes each; read the labels of its samples")
+            raise FractalError(f"{folder}: images have several labels each; read them sample by sample")
         labels = np.concatenate([index.labels for index in index_tars([Tar(shard.path) for shard in self._shards])])
         highest = int(labels.max(initial=0))
         if highest >= self.classes or np.any(np.bincount(labels, minlength=self.classes) != self.label_counts):
-            raise FractalError(f"{folder}: labels are not those that its sidecars count; {self._advice}")
+            raise FractalError(f"{folder}: the labels do not match the counts in the sidecars; {self._advice}")
         return labels
 
     def __len__(self) -> int:

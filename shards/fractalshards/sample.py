@@ -186,7 +186,7 @@ def _walk(read_block: Callable[[int], bytes], start: int, stop: int) -> Iterator
         name, size = _parse_header(header)
         at += BLOCK
         if at + size > stop:
-            raise FractalError(f"{name}: cut off, {size:,} bytes promised")
+            raise FractalError(f"{name}: cut off before its {size:,} bytes end")
         yield Member(name, at, size)
         at += padded(size)
 

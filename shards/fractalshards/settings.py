@@ -126,7 +126,7 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
         return _checked(number, int(match[1]), task)
     bounds = [_number(environment, name) for name in _ARRAYS[task]]
     if not bounds or None in bounds[:2]:
-        raise UsageError(f"--slice {text}: {task} comes without the number of tasks; give --slice {_AUTO}/K")
+        raise UsageError(f"--slice {text}: {task} is set, but not the number of tasks; give --slice {_AUTO}/K")
     first, last, step = (bound or 0 for bound in bounds)
     return _checked((number - first) // max(step, 1) + 1, (last - first) // max(step, 1) + 1, task)
 

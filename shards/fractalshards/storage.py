@@ -59,7 +59,7 @@ def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
     """Parse JSON that came from ``where``, nested at most 32 deep and with at most four million commas."""
     advice = "the file is damaged or not of this format, fetch or build it again"
     if data.count(b",") > _MAX_COMMAS or _is_deep(data):
-        raise FractalError(f"{where}: too many values, or nested too deep; {advice}")
+        raise FractalError(f"{where}: too many values, or nested too deeply; {advice}")
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
@@ -69,7 +69,7 @@ def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
 
 
 def _is_deep(text: bytes) -> bool:
-    """Whether lists and objects of a JSON text are nested too deep."""
+    """Return whether lists and objects of a JSON text are nested too deeply."""
     steps = (1 if bracket in b"[{" else -1 for bracket in _NOT_BRACKETS.sub(b"", text))
     return any(depth > _MAX_DEPTH for depth in accumulate(steps))
 

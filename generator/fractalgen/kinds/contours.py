@@ -6,7 +6,7 @@
 By default the published datasets, pixel for pixel. Their programs are processes that each make classes one after the
 other, with all instances, from one generator that is seeded once (``random.seed(process + 1)``). An instance therefore
 depends on all those before it in its process. ``follow`` runs through a process without drawing; a table has the state
-of the generator at four places of every class, from which any instance is a few milliseconds away.
+of the generator at several places of every class, from which any instance is a few milliseconds away.
 """
 
 import math
@@ -250,13 +250,13 @@ def check(params: ContourParams, n: int, val: int, classes: int) -> None:
         return
     if classes % params.processes:
         raise UsageError(
-            f"classes is {classes}, which {params.processes} processes cannot share equally: the published program "
-            "leaves some out; choose a multiple, or other 'processes'"
+            f"classes is {classes}, not a multiple of the {params.processes} processes, so that the published program "
+            "would leave some out: choose a multiple, or change 'processes'"
         )
     if n > classes * params.instances:
         raise UsageError(
             f"n is {n}, but {classes} classes of {params.instances} instances are {classes * params.instances} images: "
-            "lower n, raise 'instances', or draw any number of others with '--set stream=own'"
+            "lower n, raise 'instances', or draw any number of other images with '--set stream=own'"
         )
 
 
@@ -273,7 +273,7 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
     system = _draw_system(params, unit.seed, len(systems), unit.label)
     if not np.array_equal(system, systems[unit.label]):
         raise FractalError(
-            f"the system of class {unit.label} is not that of the {params.stream} stream with these parameters: fetch "
+            f"the system of class {unit.label} is not in the {params.stream} stream with these parameters: fetch "
             "systems.npz again, or build into an empty folder"
         )
     contour, first, count = _contour(system), unit.number * _PER_UNIT, _PER_UNIT
@@ -295,7 +295,7 @@ def render_instance(
     Raises UsageError if the stream does not have this image.
     """
     if params.stream == "own":
-        raise UsageError("stream is own: one image is drawn of published streams only; leave it out")
+        raise UsageError("stream is own, but only images of the published stream can be rendered: leave it out")
     check(params, 0, 0, classes)
     for name, value, count in (("category", category, classes), ("instance", instance, params.instances)):
         if not 0 <= value < count:

@@ -186,7 +186,7 @@ def cache_root(folder: str | os.PathLike[str] | None) -> Path:
     """Return the folder of all caches: the given one, or ``private_cache``, on scratch space where there is some."""
     root = private_cache(scratch=True) if folder is None else Path(folder)
     if root is None:
-        raise FractalError("neither the home folder nor $TMPDIR can be written; choose a --cache-dir")
+        raise FractalError("neither the home folder nor $TMPDIR is writable; choose a --cache-dir")
     return root
 
 

@@ -215,7 +215,7 @@ def select_shards(manifest: Manifest, wanted: Sequence[range] | None, where: str
         numbers[shard] = int(match[2])
     for end in (end for part in wanted or () for end in (part[0], part[-1])):
         if end not in numbers.values():
-            raise UsageError(f"{where}: has no shard {end}; the last one is {max(numbers.values(), default=0)}")
+            raise UsageError(f"{where}: no shard {end}; the last one is {max(numbers.values(), default=0)}")
     return [shard for shard, number in numbers.items() if wanted is None or any(number in part for part in wanted)]
 
 
@@ -276,7 +276,7 @@ def _listed_names(
     if other.keys() >= set(chosen):
         return other.keys()
     if not other.keys() <= (one.keys() if add else set(chosen)):
-        raise FractalError(f"{where}: lists other shards of this dataset; include them in --shards, or move all")
+        raise FractalError(f"{where}: lists other shards of this dataset; include them in --shards, or leave it out")
     return {*other, *chosen}
 
 
