@@ -273,8 +273,8 @@ def preview(
     recipes = []
     for one in KINDS.values() if kind == _ALL else (KINDS[kind],):
         changed = {**parse_settings(one.preview), **overrides}
-        points = {} if one.points or kind != _ALL else {"points": None}
-        recipes.append(make_recipe(one.name, classes, classes=classes, overrides=changed, **{**others, **points}))
+        given = {**others, "points": None} if kind == _ALL and not one.points else others
+        recipes.append(make_recipe(one.name, classes, classes=classes, overrides=changed, **given))
     picture = side_by_side([draw_preview(recipe, per_class, tile) for recipe in recipes])
     save_picture(picture, out)
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")

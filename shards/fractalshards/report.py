@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from fractalshards.human import human_bytes, human_count, one_line
 from fractalshards.manifest import Manifest
 from fractalshards.recipe_file import flat_recipe
 from fractalshards.survey import Counts, Survey
+
+if TYPE_CHECKING:
+    import jinja2
 
 _MAX_BARS = 250
 _BINS = 25
@@ -82,7 +85,7 @@ def tally(title: str, values: Sequence[int]) -> Chart:
     return Chart(title, note, counts, names, names, each=True)
 
 
-def load_template() -> Any:
+def load_template() -> "jinja2.Template":
     """Load the template of the page; raises FractalError if jinja2 is not installed."""
     with needs_extra("report", "a report"):
         import jinja2
@@ -98,7 +101,7 @@ def load_template() -> Any:
     return environment.from_string(_read_file("report.html.jinja"))
 
 
-def render_page(template: Any, survey: Survey) -> str:
+def render_page(template: "jinja2.Template", survey: Survey) -> str:
     """Render the page as HTML; the template escapes all text, because text from a dataset is not trusted."""
     from markupsafe import Markup  # installed with jinja2
 

@@ -140,7 +140,7 @@ class Sample:
 
 def pack_sample(sample: Sample) -> bytes:
     """Return the tar blocks of a sample: a header and padded data per file, in the order of ``files``."""
-    parts = []
+    parts: list[bytes] = []
     for extension, data in sample.files.items():
         parts += [_pack_header(f"{sample.key}.{extension}".encode("ascii"), len(data)), data, bytes(-len(data) % BLOCK)]
     return b"".join(parts)
