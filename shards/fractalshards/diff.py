@@ -154,11 +154,11 @@ def _compare_shards(
     if any(read) and cut_alike and not found:
         count = human_count(len(read[0]), "shard")
         yield (
-            f"the content digests of {count} differ, but the samples do not: their order differs, or a manifest is "
+            f"content digests of {count} differ, but the samples are the same: their order differs, or a manifest is "
             "wrong; check both with 'fractalshards verify'"
         )
     if unread:
-        yield f"the content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
+        yield f"content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
 
 
 def _match(
