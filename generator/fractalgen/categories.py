@@ -29,8 +29,8 @@ Category = npt.NDArray[np.float64]  # (maps, 7): a, b, c, d, e, f, p
 _COLUMNS = "a, b, c, d, e, f, p"
 _CSV_NAME = re.compile(r"\d{5}\.csv")
 _MAX_CSV_BYTES = 1 << 20
-_CHECK_POINTS, _CHECK_SIZE = 10_000, 128  # 0.04 ms
-_BLACK = 0.02  # share of pixels; a straight line hits 0.01, the published categories 0.21 and more
+_CHECK_POINTS, _CHECK_SIZE = 10_000, 128  # takes 0.04 ms
+_BLACK = 0.02  # share of pixels; a straight line hits 0.01 of them, the published categories 0.21 and more
 
 _log = logging.getLogger(__name__)
 

@@ -104,7 +104,7 @@ class Commands(click.Group):
         except OSError as error:
             try:
                 sys.stdout.flush()
-            except OSError:  # Python tries again at its end, and would say so in lines of its own
+            except OSError:  # Python would flush again when it exits, and print a message of its own
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             _fail(describe_os_error(error), 1)
         except MemoryError:

@@ -76,8 +76,8 @@ def _is_deep(text: bytes) -> bool:
 
 TEMPORARY = ".tmp~"  # prefix of unfinished files
 _STALE_SECONDS = 3600.0
-_MOST_NAME_BYTES = 100  # of a file's name that its temporary name ends with: names have at most 255
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without hard links
+_MOST_NAME_BYTES = 100  # of the file's name at the end of the temporary one; names have at most 255
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # raised by file systems without hard links
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
-    """Rename a file unless another one has the name; without hard links, as on exFAT or SMB, the check comes first."""
+    """Rename a file unless the name is taken; without hard links, as on exFAT or SMB, this is checked first."""
     try:
         os.link(temporary, path)
     except OSError as error:

@@ -30,11 +30,11 @@ from fractalshards.workers import available_cores, worker_pool
 _log = logging.getLogger(__name__)
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # if a sample has several, the first of these is its image
-_IGNORED = re.compile(r"(^|/)(\.[^/.][^/]*|__MACOSX|@eaDir)(/|$)|^__[^/]*__/")  # hidden, webdataset's metadata
+_IGNORED = re.compile(r"(^|/)(\.[^/.][^/]*|__MACOSX|@eaDir)(/|$)|^__[^/]*__/")  # hidden files, metadata of webdataset
 _MAX_DIGITS = 9  # of a class index
 _MAX_CLS_BYTES, _MAX_JSON_BYTES = 20, 1 << 20
 _MAX_HEADER_BYTES = 1 << 20  # with the long names and other fields of GNU and pax headers
-_FEW_TARS = 4  # are read in less time than worker processes take to start
+_FEW_TARS = 4  # read in less time than worker processes take to start
 _MAX_NAMED = 8  # fields that an error lists
 _ADVICE = "add it, make the tar with --sort=name"
 

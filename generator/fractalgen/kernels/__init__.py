@@ -40,7 +40,7 @@ _caching: Any = caching  # has no types
 
 
 class _CacheFile(_caching.IndexDataCacheFile):  # type: ignore[misc]
-    """Compiles again what a crash has damaged in the cache, where numba would fail at every start (its issue 10434)."""
+    """Compiles again what a crash has damaged; numba itself would fail at every start (numba issue 10434)."""
 
     def _load_index(self) -> Any:
         try:
