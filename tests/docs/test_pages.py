@@ -1,4 +1,4 @@
-"""Pages match the software: command lines parse, studies are valid, and the example of docs/add-a-kind.md works."""
+"""Help and pages match the software: command lines parse, studies are valid, the example of add-a-kind.md works."""
 
 import os
 import re
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from fractalgen.cli import main as fractalgen
 from fractalgen.kinds import KINDS, Kind
 from fractalshards.cli import main as fractalshards
+from fractalshards.console import Command
 from fractalshards.manifest import load_manifest
 from fractalshards.verify import verify_dataset
 from fractaltrain.cli import main as fractaltrain
@@ -23,7 +25,6 @@ from fractaltrain.study import plan_study, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "shards" / "README.md"]
-STUDIES = sorted(ROOT.glob("studies/*.toml"))
 PROGRAMS: dict[str, click.Group] = {
     "fractalgen": fractalgen,
     "fractalshards": fractalshards,
@@ -46,8 +47,22 @@ def command_lines() -> Iterator[tuple[Path, list[str]]]:
 LINES = [pytest.param(line, id=f"{page.name}: {shlex.join(line)}") for page, line in command_lines()]
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_command_line_parses(line: list[str]) -> None:
+def contexts() -> Iterator[click.Context]:
+    """Yield the programs and their commands, with the help of a terminal of 80 columns."""
+    for name, program in PROGRAMS.items():
+        parent = click.Context(program, info_name=name, terminal_width=80, **program.context_settings)
+        yield parent
+        for command_name, command in program.commands.items():
+            yield click.Context(command, parent, info_name=command_name, terminal_width=80)
+
+
+ALL = list(contexts())
+EVERY = pytest.mark.parametrize("context", ALL, ids=lambda context: context.command_path)
+COMMANDS = pytest.mark.parametrize("context", [c for c in ALL if c.parent], ids=lambda context: context.command_path)
+
+
+def parse(line: list[str]) -> dict[str, Any]:
+    """Return the values of the parameters in a command line; files are not looked for."""
     program, name, *arguments = line
     command = PROGRAMS[program].commands[name]
     context = click.Context(command, info_name=name)
@@ -56,29 +71,79 @@ def test_command_line_parses(line: list[str]) -> None:
     chosen = [option for option in command.params if isinstance(option.type, click.Choice) and option.name in given]
     for option in chosen:
         option.type.convert(given[option.name], option, context)
+    return given
 
 
-def test_command_lines_are_found() -> None:
-    assert len(LINES) > 40
+@pytest.mark.parametrize("line", LINES)
+def test_command_line_parses(line: list[str]) -> None:
+    assert parse(line) is not None
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
-def test_study_is_valid_and_its_build_commands_parse(file: Path) -> None:
-    study = read_study(file)
-    for run in plan_study(study).finetunings:
-        test_command_line_parses(["fractaltrain", *run.command(Path("runs"), Path("data"))])
-    commands = {row.shards: shlex.split(row.build) for row in study.pretraining.values() if row.build}
-    assert {*commands} == {row.shards for row in study.pretraining.values()}
-    for shards, words in commands.items():
-        test_command_line_parses(words)
-        default = [f"shards/{words[words.index('--kind') + 1]}"] if "--out" not in words and "--kind" in words else []
-        assert shards in words + default
+@EVERY
+def test_help_fits_80_columns(context: click.Context) -> None:
+    lines = context.command.get_help(context).splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = lines if isinstance(context.command, click.Group) else []
+    assert not [line for line in listed if line.startswith(" ") and line.endswith("...")]
 
 
-def test_example_study_is_valid(tmp_path: Path) -> None:
+@COMMANDS
+def test_help_has_an_example_that_parses(context: click.Context) -> None:
+    _, _, after = context.command.get_help(context).partition("\nExample:\n")
+    line = shlex.split(after.partition("\n\n")[0].replace("\\\n", " ").partition(" > ")[0])
+    assert " ".join(line[:2]) == context.command_path
+    required = {parameter.name for parameter in context.command.params if parameter.required}
+    assert required <= {name for name, value in parse(line).items() if value}
+
+
+@COMMANDS
+def test_help_shows_defaults_and_headings(context: click.Context) -> None:
+    for option in context.command.get_params(context):
+        default = option.get_default(context)
+        if isinstance(option, click.Option) and not option.is_flag and isinstance(default, int | float | str | Path):
+            record = option.get_help_record(context)
+            assert record is not None
+            assert "[default: " in record[1], option.name
+    assert isinstance(context.command, Command)
+    options = {option.opts[0] for option in context.command.params if isinstance(option, click.Option)}
+    grouped = [name for names in context.command.groups.values() for name in names]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) <= options
+    assert len(options) <= 12 or set(grouped) >= options - {"--quiet", "--json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("fractalgen preview --kind a", "all"), ("fractaltrain pt --recipe d", "deit")]
+)
+def test_shell_completes(monkeypatch: pytest.MonkeyPatch, words: str, expected: str) -> None:
+    program, *others = words.split()
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(others)))
+    monkeypatch.setenv(f"_{program.upper()}_COMPLETE", "bash_complete")
+    completed = subprocess.run([Path(sys.executable).with_name(program)], text=True, capture_output=True).stdout
+    assert {line.partition(",")[2] for line in completed.splitlines()} == {expected}
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    assert f'eval "$(_{program.upper()}_COMPLETE=bash_source {program})"' in page
+
+
+def test_studies_are_valid_and_their_build_commands_parse(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
     (tmp_path / "example.toml").write_text(example)
-    test_study_is_valid_and_its_build_commands_parse(tmp_path / "example.toml")
+    for file in (tmp_path / "example.toml", *ROOT.glob("studies/*.toml")):
+        study = read_study(file)
+        for run in plan_study(study).finetunings:
+            parse(["fractaltrain", *run.command(Path("runs"), Path("data"))])
+        commands = {row.shards: shlex.split(row.build) for row in study.pretraining.values() if row.build}
+        assert {*commands} == {row.shards for row in study.pretraining.values()}, file.name
+        for shards, words in commands.items():
+            parse(words)
+            kind = f"shards/{words[words.index('--kind') + 1]}" if "--kind" in words else None
+            assert shards in words or ("--out" not in words and shards == kind), file.name
+
+
+def test_command_lines_and_studies_are_found() -> None:
+    assert len(LINES) > 40
+    assert [*ROOT.glob("studies/*.toml")]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)

@@ -1,73 +1,102 @@
-"""The three commands together: build, verify, pre-train, fine-tune."""
+"""The commands together and in scripts: build, verify, train; both streams, ``--quiet``, ``--json``, whole lines."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-from fractaltrain.cli import main
 
 BIN = Path(sys.executable).parent
+BUILD = "fractalgen build --kind single --n 60 --val 20 --classes 5 --size 32 --shard-size 25 --workers 1"
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str, folder: Path, code: int = 0) -> tuple[str, str]:
     program, *arguments = command.split()
     result = subprocess.run([BIN / program, *arguments], cwd=folder, text=True, capture_output=True, timeout=280)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def fractaltrain(arguments: str) -> Result:
-    """Run in this process: a new one takes seconds to import PyTorch."""
-    return CliRunner().invoke(main, arguments.split())
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dataset in the default place, as the README makes it."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``shards/single``, as the README makes it, and a copy in ``damaged`` of which one byte differs."""
     folder = tmp_path_factory.mktemp("workspace")
-    result = run("fractalgen build --kind single --n 60 --val 20 --classes 5 --size 32 --shard-size 25", folder)
-    assert "next: fractaltrain pt --shards shards/single" in result.stdout
+    out, err = run(BUILD, folder)
+    assert "next: fractaltrain pt --shards shards/single" in out
+    assert "rendering: 80 / 80 images" in err
+    assert "rendering" not in out
+    assert not {"\r", "\x1b"} & set(out + err)  # of a log, whole lines
+    run("fractalshards push shards/single damaged --quiet", folder)
+    shard = folder / "damaged" / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
     return folder
 
 
+def on_a_terminal(command: Sequence[str | Path], folder: Path) -> str:
+    """Return what a command writes to stderr when that is a terminal."""
+    reader, writer = pty.openpty()
+    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=writer, check=True, timeout=100)
+    os.close(writer)
+    shown = b""
+    try:
+        while chunk := os.read(reader, 65536):
+            shown += chunk
+    except OSError:  # the end of a terminal on Linux
+        pass
+    os.close(reader)
+    return shown.decode()
+
+
+def test_progress_bar_on_a_terminal(folder: Path) -> None:
+    command = [BIN / "fractalshards", "verify", "shards/single", "--workers", "1"]
+    assert "\x1b[" in (shown := on_a_terminal(command, folder))
+    assert "80 / 80 images" in shown
+    assert on_a_terminal([*command, "--quiet"], folder) == ""
+
+
+def test_json_of_info(folder: Path) -> None:
+    facts = json.loads(run("fractalshards info --json shards/single", folder)[0])
+    assert facts["splits"] == {"train": {"samples": 60, "shards": 3}, "val": {"samples": 20, "shards": 1}}
+    assert (facts["recipe"]["kind"], facts["classes"], len(facts["content_digest"])) == ("single", 5, 32)
+
+
+def test_json_of_verify(folder: Path) -> None:
+    assert json.loads(run("fractalshards verify --json shards/single", folder)[0]) == {"sound": True, "problems": []}
+    out, err = run("fractalshards verify --json --quiet damaged", folder, code=1)
+    found = json.loads(out)
+    assert not found["sound"]
+    assert {problem["file"] for problem in found["problems"]} == {"train-000001.tar"}
+    assert err.startswith("error: damaged: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_json_of_diff(folder: Path) -> None:
+    assert json.loads(run("fractalshards diff --json --quiet shards/single damaged", folder)[0])["same"]
+    out, err = run(f"{BUILD} --quiet --seed 1 --out other", folder)
+    assert out.startswith("other: 60 train, 20 val images in ")
+    assert (out.count("\n"), err) == (1, "")  # no advice on what comes next
+    found = json.loads(run("fractalshards diff --json --quiet shards/single other", folder, code=1)[0])
+    assert not found["same"]
+    assert found["findings"]
+
+
 @pytest.mark.slow
-def test_pretraining_and_finetuning(workspace: Path) -> None:
+def test_pretraining_and_finetuning(folder: Path) -> None:
     pretraining = "fractaltrain pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20"
-    result = run(f"{pretraining} --nproc 2 --quiet", workspace)
-    done, scores = result.stdout.splitlines()
+    out, err = run(f"{pretraining} --nproc 2 --quiet", folder)
+    done, scores = out.splitlines()
     assert done.startswith("runs/single-test_resnet-anderson: 1 epoch done, training loss ")
     assert "20 val images" in scores
-    assert all(line.startswith("warning: ") for line in result.stderr.splitlines())  # ranks that wait for each other
-    run_folder = workspace / "runs/single-test_resnet-anderson"
-    result = run(
-        "fractaltrain ft --weights runs/single-test_resnet-anderson --data digits --per-class 2 --epochs 1"
-        " --batch-size 10 --out runs/ft",
-        workspace,
-    )
-    assert "top-1" in result.stdout + result.stderr
-    figures = json.loads((workspace / "runs/ft/result.json").read_text())
+    assert all(line.startswith("warning: ") for line in err.splitlines())  # ranks that wait for each other
+    assert (folder / "runs/single-test_resnet-anderson/metrics.jsonl").exists()
+    digits = "--data digits --per-class 2 --epochs 1 --batch-size 10 --out runs/ft"
+    assert "top-1" in "".join(run(f"fractaltrain ft --weights runs/single-test_resnet-anderson {digits}", folder))
+    figures = json.loads((folder / "runs/ft/result.json").read_text())
     assert figures["samples"] == 1797 - 20
     assert 0 <= figures["top1"] <= figures["top5"] <= 1
-    assert (run_folder / "metrics.jsonl").exists()
-
-
-@pytest.mark.slow
-def test_training_on_fractaldb_and_multi(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workspace)
-    run("fractalgen build --kind fractaldb --n 40 --classes 5 --size 32 --points 2000", workspace)
-    result = fractaltrain("pt --shards shards/fractaldb --model test_resnet --epochs 1 --batch-size 20")
-    assert "1 epoch done" in result.stdout
-    recipe = json.loads((workspace / "runs/fractaldb-test_resnet-anderson/run.json").read_text())["settings"]["recipe"]
-    assert (recipe["crop"], recipe["mean"]) == ("random", [0.2] * 3)  # as its authors saw it
-    built = run("fractalgen build --kind multi --n 40 --val 20 --classes 5 --size 32 --points 2000", workspace)
-    assert "next: fractaltrain pt --shards shards/multi" in built.stdout
-    result = fractaltrain("pt --shards shards/multi --model test_resnet --epochs 2 --batch-size 10")
-    assert "20 val images" in result.stdout
-    scores = json.loads((workspace / "runs/multi-test_resnet-anderson/result.json").read_text())
-    assert 0.1 < scores["map"] <= 1
-    assert 0 <= scores["f1"] <= 1
-    assert "top1" not in scores

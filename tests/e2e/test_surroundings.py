@@ -41,14 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, image_folder) -> Path:
     """Thirty images to train on, twenty to validate."""
     folder = tmp_path_factory.mktemp("surroundings")
     images = image_folder(folder / "images", {"a": 25, "b": 25})
-    command = [
-        BIN / "fractalshards",
-        "pack",
-        f"imagefolder:{images}",
-        folder / "shards",
-        "--split",
-        "train=0.6,val=0.4",
-    ]
+    command = [BIN / "fractalshards", "pack", f"imagefolder:{images}", folder / "shards", "--split=train=0.6,val=0.4"]
     subprocess.run(command, check=True, capture_output=True)
     (folder / "study.toml").write_text(STUDY.format(folder / "shards"))
     return folder / "shards"
@@ -88,9 +81,8 @@ def test_nothing_in_the_current_folder_is_run(shards: Path, tmp_path: Path, web,
 
 @pytest.mark.parametrize("command", ["fractalshards verify SHARDS", slow(f"{PRETRAIN} --workers 2")])
 @pytest.mark.parametrize("limit", [3, 6])
-def test_limit_of_processes_is_one_line(nobodys, shards: Path, command: str, limit: int) -> None:
+def test_limit_of_processes_is_one_line(nobodys, command: str, limit: int) -> None:
     folder, before = nobodys
-    shutil.copytree(shards, folder / "shards")
     limited = [*before, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash"]
     done = run(command, folder, "shards", limited, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -104,22 +96,22 @@ def test_current_folder_that_is_gone_is_one_line(shards: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def nobodys() -> Iterator[tuple[Path, list[str]]]:
-    """A folder, and the beginning of a command line that runs as its owner, who has no account and no home."""
+def nobodys(shards: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with ``shards``, and the beginning of commands that run as its owner, without account and home."""
     command = [*AS_NOBODY.split(), "env", *(word for name in HOME for word in ("-u", name))]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to become another user")
     with tempfile.TemporaryDirectory() as name:
         os.chown(name, NOBODY, -1)
+        shutil.copytree(shards, Path(name) / "shards")
         yield Path(name), command
 
 
 @pytest.mark.parametrize(
     "command", ["fractalgen kinds", "fractalshards verify shards", "fractalshards pull shards NEW", slow(PRETRAIN)]
 )
-def test_user_without_account_and_home(nobodys, shards: Path, command: str) -> None:
+def test_user_without_account_and_home(nobodys, command: str) -> None:
     folder, before = nobodys
-    shutil.copytree(shards, folder / "shards")
     done = run(command, folder, "shards", before, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, "Matplotlib" in done.stderr) == (0, False), done.stderr
     assert not (folder / "~").exists()
@@ -127,9 +119,8 @@ def test_user_without_account_and_home(nobodys, shards: Path, command: str) -> N
 
 
 @pytest.mark.parametrize("command", ["fractalgen kinds", "fractalshards verify shards"])
-def test_user_without_any_place_for_a_cache(nobodys, shards: Path, command: str) -> None:
+def test_user_without_any_place_for_a_cache(nobodys, command: str) -> None:
     folder, before = nobodys
-    shutil.copytree(shards, folder / "shards")
     done = run(command, folder, "shards", [*before, "HOME=/"], TMPDIR="/nowhere", PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in folder.iterdir()] == ["shards"]

@@ -44,6 +44,8 @@ def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_dependencies(installed, "", needed)
     for name in {name for name, _ in needed}:
         link(distribution(name), libraries)
+    code = "import importlib.util as u; print([n for n in ('torch', 'timm', 'jinja2', 'pytest') if u.find_spec(n)])"
+    assert run(python, folder, "-c", code).stdout == "[]\n", "the environment has extras"
     return folder / "bin"
 
 
@@ -81,11 +83,6 @@ def test_wheel_holds_the_packages_and_their_data(wheel: Path) -> None:
     assert "fractalgen/data/fractaldb_categories.npz" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if "__pycache__" in name or "test" in name]
-
-
-def test_environment_has_no_extras(empty: Path, tmp_path: Path) -> None:
-    code = "import importlib.util as u; print([n for n in ('torch', 'timm', 'jinja2', 'pytest') if u.find_spec(n)])"
-    assert run(empty / "python", tmp_path, "-c", code).stdout == "[]\n"
 
 
 def test_dataset_is_built_verified_and_pushed(empty: Path, tmp_path: Path) -> None:

@@ -136,16 +136,3 @@ def test_multi_boxes_hold_the_visible_pixels(data: st.DataObject) -> None:
         assert all(inside[edge].any() for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]))
         covered[y : y + height, x : x + width] = True
     assert not image[~covered].any()
-
-
-def test_multi_image_without_objects_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = []
-
-    def seldom_visible(params: MultiParams, size: int, *_: object) -> np.ndarray:
-        tries.append(size)
-        return np.full((size, size, 3), int(len(tries) % 7 == 0), np.uint8)
-
-    monkeypatch.setattr(multi, "_draw_object", seldom_visible)
-    labels = [draw_multi(MultiParams(objects=(1, 1)), 16, 1, number)[1] for number in range(5)]
-    assert len(tries) == 35
-    assert all(len(label.objects) == 1 for label in labels)

@@ -1,28 +1,34 @@
-"""``fractalgen build``: killed or concurrent builds give the same dataset, and unfinished work is never visible."""
+"""``fractalgen build`` and ``repair``: killed, concurrent or repaired, it is the same dataset, visible when whole."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 
 from building import RECIPE, SMALL, error_line, files, names, run, times, wait_until
+from damages import edit
 from fractalgen import make_recipe
 from fractalgen.build import Plan, open_folder, plan_build, run_build
 from fractalgen.categories import read_categories, shipped_categories
+from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import decode_label
 from fractalshards.systems import write_systems
+from packing import is_sound
 
 SLOW = ["--n", "240", "--points", "1000000"]
 
@@ -58,12 +64,13 @@ def test_built_folder_describes_itself(built: Path) -> None:
         assert max(counts.values()) - min(counts[label] for label in range(20)) <= 1
 
 
-def test_second_build_does_nothing(built: Path, tmp_path: Path, threads: None) -> None:
+@pytest.mark.parametrize("command", ["build", "repair"])
+def test_finished_dataset_is_left_alone(built: Path, tmp_path: Path, command: str, threads: None) -> None:
     out = shutil.copytree(built, tmp_path / "again")
     before = times(out)
-    result = run(*SMALL, "--out", out)
+    result = run(*SMALL, "--out", out) if command == "build" else run("repair", out)
     assert result.exit_code == 0, result.output
-    assert "nothing to render" in result.stderr
+    assert "nothing to render" in result.stderr or result.stdout.startswith("sound: ")
     assert times(out) == before
 
 
@@ -232,3 +239,108 @@ def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
     write_systems(stored, shipped_categories()[:3])
     assert "systems_digest" in error_line(run(*options, "--out", tmp_path / "a", "--categories", stored))
     assert "3 categories" in error_line(run(*options, "--classes", 4, "--categories", stored, "--out", tmp_path / "c"))
+
+
+def repair(folder: Path) -> Result:
+    return run("repair", folder, "--workers", 1)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x40
+    path.write_bytes(data)
+
+
+def recipe_with(**changes: object) -> Callable[[Path], object]:
+    return lambda path: edit(path, recipe=json.loads(path.read_text())["recipe"] | changes)
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "copy")
+
+
+DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
+    ("train-000001.tar", lambda path: flip(path, 2000)),
+    ("train-000002.tar", lambda path: flip(path, 3)),
+    ("val-000000.tar", lambda path: os.truncate(path, 5000)),
+    ("train-000003.tar", Path.unlink),
+    ("train-000004.json", Path.unlink),
+    ("train-000001.json", lambda path: shutil.copy(path.with_name("train-000000.json"), path)),
+    ("train-000000.json", lambda path: edit(path, content_digest="0" * 32)),
+    ("_info.json", Path.unlink),
+    ("_info.json", lambda path: os.truncate(path, 99)),
+    ("_info.json", recipe_with(seed=5)),
+    ("recipe.json", Path.unlink),
+    ("recipe.json", recipe_with(seed=5)),
+    ("systems.npz", Path.unlink),
+    ("systems.npz", lambda path: write_systems(path, [np.zeros((2, 2, 3))] * 20)),
+    ("systems.npz", lambda path: os.truncate(path, 1000)),
+]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_repair_renders_only_the_damaged_shard(built: Path, copy: Path, name: str, damage: Callable) -> None:
+    damage(copy / name)
+    kept = {path.name: path.stat().st_mtime_ns for path in copy.glob("*.tar") if path.stem != Path(name).stem}
+    result = repair(copy)
+    assert result.exit_code == 0, result.output
+    rendered = [Path(name).with_suffix(".tar").name] if "-" in name else []
+    assert re.findall("rendered again: (.*)", result.stdout) == rendered
+    assert result.stdout.splitlines()[-1].startswith("sound: ")
+    assert files(copy) == files(built)
+    assert {name: (copy / name).stat().st_mtime_ns for name in kept} == kept
+    assert is_sound(copy)
+
+
+def test_repair_finishes_an_unfinished_build(built: Path, copy: Path, threads: None) -> None:
+    for name in ("_info.json", "train-000000.tar", "train-000000.json", "val-000000.json"):
+        (copy / name).unlink()
+    assert repair(copy).exit_code == 0
+    assert files(copy) == files(built)
+
+
+def test_repair_refuses_shards_that_differ_from_the_manifest(built: Path, copy: Path, threads: None) -> None:
+    splits = json.loads((copy / "_info.json").read_text())["splits"]
+    splits["val"]["content_digests"] = ["0" * 32]
+    edit(copy / "_info.json", splits=splits)
+    for _ in range(2):  # the manifest stays as it is
+        result = repair(copy)
+        assert result.exit_code == 1
+        assert "val-000000.tar" in result.stderr.splitlines()[-1]
+    (copy / "_info.json").unlink()
+    assert repair(copy).exit_code == 0
+    assert files(copy) == files(built)
+
+
+def test_repair_names_what_it_cannot_repair(copy: Path, tmp_path: Path, threads: None) -> None:
+    part = shutil.copytree(copy, tmp_path / "part")
+    splits = json.loads((part / "_info.json").read_text())["splits"]
+    edit(part / "_info.json", splits={"train": splits["train"]})  # as 'fractalshards pull --shards' leaves it
+    extra = shutil.copytree(copy, tmp_path / "extra")
+    shutil.copy(copy / "val-000000.tar", extra / "extra.tar")
+    recipe_with(version=1)(copy / "_info.json")
+    os.truncate(copy / "recipe.json", 10)
+    for folder, noun in (
+        (part, "part"),
+        (extra, "extra.tar"),
+        (copy, "recipe version 1"),
+        (tmp_path / "nowhere", "recipe.json"),
+    ):
+        result = repair(folder)
+        assert result.exit_code == 1
+        assert "sound:" not in result.stdout
+        assert noun in result.stderr.splitlines()[-1]
+
+
+def test_systems_that_the_kind_cannot_render_are_refused(copy: Path, threads: None) -> None:
+    """A folder from elsewhere may be consistent and still hold unusable systems."""
+    systems = [np.zeros((3, 7))] * 20
+    write_systems(copy / "systems.npz", systems)
+    recipe = RECIPE.to_json() | {"systems_digest": systems_digest(systems)}
+    edit(copy / "recipe.json", recipe=recipe, recipe_digest=mapping_digest(recipe))
+    for command in (["repair", copy], [*SMALL, "--out", copy]):
+        result = run(*command)
+        assert result.exit_code == 1, result.output
+        assert "systems.npz" in result.stderr.splitlines()[-1]

@@ -57,6 +57,16 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         (f"{BUILD} --kind fractl", 2, "'fractl'"),
         (f"{BUILD} --workers 0", 2, "--workers"),
         (f"{BUILD} --set mops=2,3", 2, "'maps'"),
+        (f"{BUILD} --set blur=1", 2, "'blur_"),
+        (f"{BUILD} --set blur_probability=1.5", 2, "blur_probability"),
+        (f"{BUILD} --set maps=4,2", 2, "maps"),
+        (f"{BUILD} --kind fractaldb --set draw=patch", 2, "draw"),
+        (f"{BUILD} --n 0", 2, "n is 0"),
+        (f"{BUILD} --n 19", 2, "20 classes"),
+        (f"{BUILD} --n 1000000000 --val 1", 2, "n + val"),
+        (f"{BUILD} --n 1000000 --shard-size 1", 2, "shards"),
+        (f"{BUILD} --size 15", 2, "size is 15"),
+        (f"{BUILD} --size 4097", 2, "size is 4097"),
         (f"{BUILD} --slice ''", 2, "I/K"),
         (f"{BUILD} --categories x.npz", 2, "--kind is 'single'"),
         (f"{BUILD} --kind fractaldb --categories x.npz --from-csv y", 2, "--from-csv"),
@@ -90,7 +100,9 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         (f"{RENDER} --draw point-gray", 2, "--draw"),
         (f"{RENDER} --set stream=own", 2, "stream"),
         (f"{RENDER} --kind single", 2, "'single'"),
-        ("search --classes 0", 2, "classes is 0"),
+        *((f"search --classes {number}", 2, f"classes is {number}") for number in (0, 100_001)),
+        *((f"search --seed={number}", 2, "seed") for number in (-1, 2**32)),
+        *((f"search --fill-rate={number}", 2, "fill rate") for number in (0.0, 0.39, "nan")),
         ("search --workers none", 2, "--workers"),
         ("preview --kind fractl", 2, "'fractl'"),
         ("preview --kind all --set maps=2,3", 2, "--set"),
@@ -132,12 +144,13 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
     assert len({sheet.tobytes() for sheet in sheets}) == 5
 
 
-@pytest.mark.parametrize(("size", "warned"), [(64, True), (512, False), (600, False)])
-def test_small_contours_are_warned_of(size: int, warned: bool) -> None:
-    options = ["--kind", "rcdb", "--n", 2, "--classes", 2, "--set", "processes=2", "--set", "stream=own"]
-    result = run("recipe", *options, "--size", size)
-    assert result.exit_code == 0, result.output
-    assert ("warning:" in result.stderr) == warned
+def test_recipe_is_written_or_printed(tmp_path: Path) -> None:
+    options = ["recipe", "--kind", "rcdb", "--n", 2, "--classes", 2, "--set", "processes=2", "--set", "stream=own"]
+    for size, warned in ((64, True), (512, False), (600, False)):  # contours in small images
+        printed, written = run(*options, "--size", size), run(*options, "--size", size, "--out", tmp_path / "new.json")
+        assert (printed.exit_code, written.exit_code) == (0, 0), printed.output + written.output
+        assert printed.stdout_bytes == (tmp_path / "new.json").read_bytes()
+        assert ("warning:" in printed.stderr) == warned
 
 
 def test_kinds_lists_every_parameter_with_default_and_range() -> None:

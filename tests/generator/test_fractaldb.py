@@ -1,9 +1,9 @@
-"""FractalDB: the published pixels and composition, equality with a slow renderer, unusual input."""
+"""FractalDB and 1p-frac: the published pixels, categories and composition; a slow renderer; unusual input."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fractalgen import draw_systems, make_recipe, render_sample
-from fractalgen.categories import shipped_categories
+from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, shipped_categories
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kernels.fractaldb import (
     DRAWS,
@@ -32,10 +32,12 @@ from fractalgen.kernels.fractaldb import (
 )
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds import fractaldb
+from fractalgen.kinds.anderson import sample_system
 from fractalgen.kinds.fractaldb import FractaldbParams
 from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate
-from fractalshards.errors import UsageError
+from fractalshards.digest import systems_digest
+from fractalshards.errors import FractalError, UsageError
 
 KEY = Stream.of("kataoka").key()
 ONES = np.ones(6)
@@ -110,18 +112,13 @@ def test_render_equals_the_published_images(reference: Path) -> None:
             assert np.array_equal(palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
 
 
-def test_a_thousand_images_are_ofdb(tmp_path: Path) -> None:
+def test_a_thousand_images_are_ofdb() -> None:
     """One-instance FractalDB (Nakamura et al., ICCV 2023): one render per category, with weight row 0 and no flip."""
     recipe = make_recipe("fractaldb", 1000)
     places = [locate(recipe, index) for index in range(1000)]
     assert {(place.unit.number, place.part, place.parts) for place in places} == {(0, 0, 1)}
     assert sorted(place.unit.label for place in places) == list(range(1000))
-    systems = draw_systems(recipe)
-    for index in range(0, 1000, 97):
-        image, label = render_sample(recipe, systems, index)
-        drawn = masks(Stream.of("fractaldb", 0, label, 0, 0).key(), 200_000)
-        indices = render(shipped_categories()[label], weight_rows()[0], 362, 200_000, "patch-gray", drawn)
-        assert np.array_equal(image, palette("patch-gray")[indices])
+    assert (recipe.size, recipe.points, recipe.params.draw) == (362, 200_000, "patch-gray")
 
 
 def test_weight_rows_are_the_published_ones(reference: Path) -> None:
@@ -135,20 +132,11 @@ def test_render_pixels_are_pinned() -> None:
     images = [render(LEAF, row, 64, 5000, draw, drawn) for draw in DRAWS for row in weight_rows()[[2, 7]]]
     images += [render(DIVERGING, ONES, 48, 5000, draw, drawn) for draw in DRAWS]
     assert all(image.any() for image in images)
-    assert [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images] == [
-        "a1624a00d44b7953",
-        "76217e26207fde37",
-        "c7b2a3aaa14a6d92",
-        "92c81a61a454aad3",
-        "c6fdc5e80d813c4f",
-        "ef175cf39113262b",
-        "29bbe5a65c4b3a6a",
-        "b78d0f7a1025c151",
-        "33ff8273f5da7826",
-        "65c2129c7d7911cb",
-        "4028331232ff201d",
-        "939f3904de8280da",
-    ]
+    digests = (
+        "a1624a00d44b7953 76217e26207fde37 c7b2a3aaa14a6d92 92c81a61a454aad3 c6fdc5e80d813c4f ef175cf39113262b "
+        "29bbe5a65c4b3a6a b78d0f7a1025c151 33ff8273f5da7826 65c2129c7d7911cb 4028331232ff201d 939f3904de8280da"
+    )
+    assert [xxhash.xxh3_64_hexdigest(image.tobytes()) for image in images] == digests.split()
 
 
 @settings(max_examples=200)
@@ -167,16 +155,6 @@ def test_render_equals_the_slow_renderer(data: st.DataObject) -> None:
     assert np.array_equal(render(category, weights, size, points, draw, drawn), expected)
 
 
-@pytest.mark.parametrize("label", [0, 6, 42, 123, 500, 999])
-def test_orbit_of_published_categories_equals_the_slow_one(label: int) -> None:
-    """Published categories with every sixth weight row: contracting, slowly contracting and diverging."""
-    for row in weight_rows()[label % 6 :: 6]:
-        category = shipped_categories()[label] * [*row, 1]
-        expected = np.array(list(slow_points(category, random_numbers(12_345))))
-        end = int(np.argmax(np.isnan(expected[:, 0]))) - 100 if np.isnan(expected).any() else None
-        assert np.array_equal(np.stack(orbit(category, random_numbers(12_345)), 1), expected[:end])
-
-
 @pytest.mark.parametrize("points", [1, 2, 7, 8, 9, 2047, 2048, 2055, 2056, 2057, 2063, 2064, 4999])
 @pytest.mark.parametrize("turn", [0.5, 1.0], ids=["contracts", "only turns"])
 def test_orbit_of_any_length_equals_the_slow_one(points: int, turn: float) -> None:
@@ -185,15 +163,6 @@ def test_orbit_of_any_length_equals_the_slow_one(points: int, turn: float) -> No
     category = np.array([[cosine, -sine, sine, cosine, 1, 0, 0.5], [cosine, sine, -sine, cosine, 0, 1, 0.4]])
     expected = np.array(list(slow_points(category, random_numbers(points))))
     assert np.array_equal(np.stack(orbit(category, random_numbers(points)), 1), expected)
-
-
-def test_render_without_points_is_black_or_the_origin() -> None:
-    """If no map is chosen, the origin is drawn; if all points diverge, nothing is."""
-    origin = np.array([[0.5, 0, 0, 0.5, 1, 1, 0.0]])
-    assert np.argwhere(render(origin, ONES, 16, 50, "point-gray")).tolist() == [[15, 0]]
-    for coefficient in (math.nan, math.inf):
-        diverging = np.array([[coefficient] * 6 + [0.5]] * 2)
-        assert not render(diverging, ONES, 32, 5000, "patch-color", masks(KEY, 5000)).any()
 
 
 def test_render_in_chunks_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,3 +229,139 @@ def test_kind_of_points_has_a_hundred_images_per_class() -> None:
             make_recipe("fractaldb", n, val=val, classes=10, overrides=points)
     with pytest.raises(UsageError, match="12"):
         make_recipe("fractaldb", 130, classes=10, overrides={**points, "weight_rows": "2,4"})
+
+
+ROW = "0.5,0,0,0.5,0.25,-1e-3,1"
+
+
+def write_csv(path: Path, category: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    np.savetxt(path, category, delimiter=",")  # as the published code does
+
+
+def test_shipped_categories_are_the_published_ones(reference: Path) -> None:
+    published = read_csv_folder(reference / "fractaldb_csv")
+    assert len(published) == 150
+    assert all(np.array_equal(*pair) for pair in zip(published, shipped_categories(), strict=False))
+
+
+def test_shipped_categories_are_pinned() -> None:
+    assert systems_digest(shipped_categories()) == "201aa5bc24bccf68a212dbe432eb7f53"
+
+
+@pytest.mark.parametrize("folders", [[""], ["csv0", "csv1", "csv2"]])
+def test_csv_folder_may_have_subfolders(tmp_path: Path, folders: list[str]) -> None:
+    for index in range(7):
+        write_csv(tmp_path / folders[index % len(folders)] / f"{index:05d}.csv", shipped_categories()[index])
+    (tmp_path / "weights_0.4.csv").write_text("1,1\n")
+    back = read_csv_folder(tmp_path)
+    assert len(back) == 7
+    assert all(np.array_equal(*pair) for pair in zip(back, shipped_categories(), strict=False))
+
+
+def test_csv_folder_with_gaps_or_duplicates_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FractalError, match="missing"):
+        read_csv_folder(tmp_path / "missing")
+    for name in ("00000.csv", "csv1/00000.csv", "csv1/00002.csv"):
+        write_csv(tmp_path / name, shipped_categories()[0])
+    for folder, wrong in ((tmp_path, "csv1/00000.csv"), (tmp_path / "csv1", "csv1/00002.csv")):
+        with pytest.raises(FractalError, match=wrong):
+            read_csv_folder(folder)
+
+
+def lines(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(text.encode("latin-1"))
+
+
+def arrays(**named: np.ndarray) -> Callable[[Path], object]:
+    return lambda path: np.savez(path, **named)
+
+
+@pytest.mark.parametrize(
+    ("read", "write"),
+    [
+        *(
+            (read_csv, lines(text))
+            for text in ("\n\n", f"{ROW},1\n", f"{ROW}\n1,2,3\n", f"{ROW}\n{ROW.replace('-1e-3', 'abc')}\n",
+                f"{ROW}\n\n{ROW.replace('0.25', 'nan')}\n", ROW[:-1] + "-0.5", ROW[:-1] + "0", (ROW + "\n") * 256,
+                "\x80\xff", "1" * (1 << 21))
+        ),
+        (read_categories, arrays()),
+        (read_categories, arrays(**{"00001": np.ones((2, 7))})),
+        (read_categories, arrays(**{"00000": np.ones((2, 7)), "00001": np.ones((2, 2, 3))})),
+        (read_categories, arrays(**{"00000": np.array([[None] * 7])})),
+    ],
+)  # fmt: skip
+def test_other_files_of_categories_are_refused(tmp_path: Path, read: Callable, write: Callable) -> None:
+    path = tmp_path / "00000.npz"
+    write(path)
+    with pytest.raises(FractalError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_search_finds_the_published_categories(reference: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    found = search_categories(12, workers=2, on_progress=lambda *call: calls.append(call))
+    assert all(np.array_equal(one.category, shipped) for one, shipped in zip(found, shipped_categories(), strict=False))
+    assert calls[-1] == (12, 12)
+    published = json.loads((reference / "fractaldb_search.json").read_text())[:4]
+    expected = [(one["candidate"], one["fill_rate"]) for one in published]
+    assert [(one.candidate, one.fill_rate) for one in found[:4]] == expected
+
+
+def test_search_without_end_can_be_stopped() -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_categories(1, fill_rate=0.38, on_progress=stop)
+
+
+ONEPFRAC = make_recipe("onepfrac", 40, classes=20)
+PERTURBED = draw_systems(ONEPFRAC)
+
+
+def test_onepfrac_perturbs_one_fractal() -> None:
+    """Coefficients differ from those of the sampler of ``single`` by their own factors, probabilities not at all."""
+    fractal = sample_system(2, np.random.default_rng([0]), (4.8, 5.2))
+    assert 3.4 <= sum(np.linalg.svd(affine)[1] @ (1, 2) for affine in fractal[:, :, :2]) <= 3.6
+    area = np.abs(np.linalg.det(fractal[:, :, :2]))
+    coefficients = np.concatenate([fractal[:, :, :2].reshape(2, 4), fractal[:, :, 2]], axis=1)
+    factors = np.stack([system[:, :6] for system in PERTURBED]) / coefficients
+    assert np.all((factors > 0.9 - 1e-5) & (factors < 1.1 + 1e-5))
+    assert 0.03 < factors.std() < 0.08  # that of U(0.9, 1.1) is 0.058, but some are drawn again
+    assert len(np.unique(factors.round(9))) == factors.size
+    for system in PERTURBED:
+        assert system[:, 6] == pytest.approx(area / area.sum(), abs=1e-5)
+        assert np.array_equal(system[:, :6] * 2**24, np.rint(system[:, :6] * 2**24))
+
+
+def test_onepfrac_images_are_those_of_fractaldb_with_patches() -> None:
+    images = {}
+    for index in range(40):
+        image, label = render_sample(ONEPFRAC, PERTURBED, index)
+        unit = locate(ONEPFRAC, index).unit
+        masks = kernel.masks(Stream.of("onepfrac", 0, "train", label, unit.number).key(), 100_000)
+        expected = kernel.render(PERTURBED[label], np.ones(6), 512, 100_000, "patch-gray", masks)
+        assert np.array_equal(image, 127 * np.repeat(expected[..., None], 3, axis=2))
+        if unit.number == 0:
+            assert np.mean(image > 1) > 0.05
+        images[label, unit.number] = image
+    assert all(np.any(images[label, 0] != images[label, 1]) for label in range(20))  # other masks
+    assert all(np.mean(images[label, 0] == images[label, 1]) > 0.5 for label in range(20))  # of the same orbit
+
+
+def test_onepfrac_pixels_are_pinned() -> None:
+    """Changing any system or pixel requires a new recipe version."""
+    state = xxhash.xxh3_64()
+    for index in (0, 7, 39):
+        state.update(render_sample(ONEPFRAC, PERTURBED, index)[0].tobytes())
+    digests = ONEPFRAC.with_systems(PERTURBED).digest(), state.hexdigest()
+    assert digests == ("ff8ba46844cb768c0ef5a15ea4a5c2f7", "b99aa8ff4b6ec8b0")
+
+
+def test_onepfrac_classes_do_not_depend_on_their_number() -> None:
+    fewer = draw_systems(make_recipe("onepfrac", 3, classes=3))
+    assert [system.tobytes() for system in fewer] == [system.tobytes() for system in PERTURBED[:3]]

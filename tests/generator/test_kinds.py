@@ -1,4 +1,4 @@
-"""All kinds: the same pixels on any CPU; extreme sizes and settings; degenerate systems."""
+"""All kinds: the same pixels on any CPU; extremes of size and settings; degenerate systems; fresh images."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kind_variants
+import building
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.categories import shipped_categories
 from fractalgen.kernels import fractaldb as kernel
@@ -21,7 +21,8 @@ from fractalgen.kinds import KINDS, Kind
 from fractalgen.kinds.contours import STREAMS
 from fractalgen.kinds.kind import show_range
 from fractalgen.plan import locate
-from fractalshards.errors import FractalError
+from fractalgen.render import RenderedSplit, open_recipe
+from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
 from fractalshards.sample import MultiLabel, classes_of
@@ -38,7 +39,7 @@ FEWER_INSTRUCTIONS = {
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build all variants with all instructions of this processor."""
     out = tmp_path_factory.mktemp("native")
-    kind_variants.build_variants(out)
+    building.build_variants(out)
     return out
 
 
@@ -48,13 +49,13 @@ def with_fewer_instructions(native: Path, tmp_path_factory: pytest.TempPathFacto
     out, kernels = tmp_path_factory.mktemp("fewer"), tmp_path_factory.mktemp("kernels")
     caches = {"NUMBA_CACHE_DIR": str(kernels), "TMPDIR": str(tmp_path_factory.mktemp("tables"))}
     environment = {**os.environ, **FEWER_INSTRUCTIONS, **caches}
-    subprocess.run([sys.executable, kind_variants.__file__, out, native], env=environment, check=True)
+    subprocess.run([sys.executable, building.__file__, out, native], env=environment, check=True)
     assert list(kernels.rglob("*.nbc")), "the kernels were not compiled anew"
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", kind_variants.VARIANTS)
+@pytest.mark.parametrize("name", building.VARIANTS)
 def test_build_is_the_same_with_fewer_instructions(name: str, native: Path, with_fewer_instructions: Path) -> None:
     """The files of single and multi are byte-identical, because ISA-L does not make their PNGs."""
     ours, theirs = load_manifest(native / name), load_manifest(with_fewer_instructions / name)
@@ -64,8 +65,8 @@ def test_build_is_the_same_with_fewer_instructions(name: str, native: Path, with
 
 
 def test_built_fractaldb_holds_the_pixels_of_its_renderer(tmp_path: Path) -> None:
-    recipe = kind_variants.small_recipe("fractaldb", n=612, classes=6)
-    kind_variants.build(recipe, tmp_path / "built")
+    recipe = building.small_recipe("fractaldb", n=612, classes=6)
+    building.build(recipe, tmp_path / "built")
     manifest = load_manifest(tmp_path / "built")
     seen = set()
     for split in manifest.splits:
@@ -87,7 +88,7 @@ def test_built_fractaldb_holds_the_pixels_of_its_renderer(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("size", "points"), [(16, 1), (16, 3000), (4096, 1), (4096, 3000)])
 def test_extremes_of_size_and_points_render(kind: str, size: int, points: int) -> None:
     points = points if KINDS[kind].points else 0
-    recipe = make_recipe(kind, 5, classes=5, size=size, points=points, overrides=kind_variants.overrides_of(kind))
+    recipe = make_recipe(kind, 5, classes=5, size=size, points=points, overrides=building.overrides_of(kind))
     systems = draw_systems(recipe)
     image, label = next(one for index in (3, 0, 1, 2) if (one := render_sample(recipe, systems, index))[0].any())
     assert image.shape == (size, size, 3)
@@ -153,3 +154,39 @@ def test_degenerate_systems_render_or_are_refused(kind: str, name: str) -> None:
     image, label = render_sample(recipe, [DEGENERATE[name]], 0)
     assert image.any()
     assert label == 0 or (isinstance(label, MultiLabel) and label.labels == (0,))
+
+
+TINY = {"val": 5, "classes": 4, "size": 32, "points": 500, "shard_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
+@pytest.mark.parametrize("val", [0, 5])
+def test_fresh_images_are_never_drawn_twice(kind: str, val: int) -> None:
+    recipe = make_recipe(
+        kind, 19, **{**TINY, "val": val}, overrides={"weight_rows": (0, 2)} if kind == "fractaldb" else {}
+    )
+    fresh, stored = open_recipe(recipe, fresh=True), open_recipe(recipe)
+    held_out = open_recipe(recipe, "val") if val else None
+    epochs = 6
+    images = [fresh.read(index)[1].tobytes() for index in range(19 * epochs)]
+    images += [held_out.read(index)[1].tobytes() for index in range(val)] if held_out else []
+    assert images[:19] == [stored.read(index)[1].tobytes() for index in range(19)]
+    assert len(set(images)) == 19 * epochs + val
+    assert [fresh.read(19 + index)[2] for index in range(19)] == [
+        stored.read(index)[2] for index in range(19)
+    ] or kind == "multi"
+
+
+def test_recipes_that_cannot_be_rendered_are_refused(tmp_path: Path) -> None:
+    recipe = make_recipe("single", 8, classes=4, size=32)
+    with pytest.raises(FractalError, match="'val'"):
+        open_recipe(recipe, "val")
+    with pytest.raises(UsageError, match="'val'"):
+        open_recipe(make_recipe("single", 8, val=8, classes=4, size=32), "val", fresh=True)
+    with pytest.raises(UsageError, match="fractaldb"):
+        open_recipe(make_recipe("fractaldb", 8, classes=4, size=32, overrides={"draw": "point-gray"}), fresh=True)
+    others = draw_systems(make_recipe("single", 8, classes=4, size=32, seed=1))
+    with pytest.raises(FractalError, match="systems"):
+        RenderedSplit(recipe.with_systems(draw_systems(recipe)), others, "train")
+    with pytest.raises(FractalError, match="systems"):
+        RenderedSplit(recipe.with_systems(others[:3]), others[:3], "train")

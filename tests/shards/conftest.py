@@ -1,43 +1,13 @@
 """Small datasets of random images, and packed JPEGs."""
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fractalshards import workers
-from fractalshards.digest import mapping_digest, systems_digest
-from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, sample_key, shard_name, write_manifest
-from fractalshards.sample import Label, LabelType, MultiLabel, Object
-from fractalshards.storage import write_json
-from fractalshards.systems import write_systems
-from fractalshards.writer import write_shard
-from packing import CLASSES as FLOWERS
-from packing import Make, pack
-
-CLASSES = 3
-
-
-def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
-    """Write random images of 16 x 16 pixels with these labels, of three classes, and all that describes them."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    systems = [rng.random((2, 2, 3)) for _ in range(CLASSES)]
-    recipe = {"kind": "random", "n": len(labels), "systems_digest": systems_digest(systems)}
-    write_systems(folder / SYSTEMS, systems)
-    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
-    records = []
-    for first in range(0, len(labels), shard_size):
-        samples = [
-            (sample_key(index), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), label))
-            for index, label in enumerate(labels[first : first + shard_size], first)
-        ]
-        records.append(write_shard(folder, shard_name("train", first // shard_size), CLASSES, samples))
-    label_type: LabelType = "single" if isinstance(labels[0], int) else "multi"
-    write_manifest(folder, {"train": records}, DatasetInfo(recipe, label_type, CLASSES), 16)
-    return folder
+from fractalshards.sample import MultiLabel, Object
+from packing import CLASSES, Make, pack, write_small
 
 
 @pytest.fixture
@@ -62,7 +32,7 @@ def multi(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def flowers(tmp_path_factory: pytest.TempPathFactory, image_folder: Make) -> Path:
     """35 JPEGs of three classes."""
-    return image_folder(tmp_path_factory.mktemp("source") / "flowers", FLOWERS)
+    return image_folder(tmp_path_factory.mktemp("source") / "flowers", CLASSES)
 
 
 @pytest.fixture(scope="session")

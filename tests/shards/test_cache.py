@@ -10,15 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from building import wait_until
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.human import parse_bytes
-from fractalshards.manifest import DatasetInfo, sample_key, shard_name, write_manifest
+from fractalshards.manifest import shard_name
 from fractalshards.remote import cache as cache_module
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
-from fractalshards.writer import write_shard
+from packing import write_small
 
 pytestmark = pytest.mark.usefixtures("impatient")
 SHARDS = 6
@@ -28,16 +27,8 @@ NAMES = [shard_name("train", number) for number in range(SHARDS)]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Six shards of two samples, all of the same size."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    records = []
-    for number, name in enumerate(NAMES):
-        pixels = [rng.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(2)]
-        samples = [(sample_key(2 * number + i), (image, i)) for i, image in enumerate(pixels)]
-        records.append(write_shard(folder, name, 2, samples).shard())
-    write_manifest(folder, {"train": records}, DatasetInfo({}, "single", 2), 16)
-    assert len({record.bytes for record in records}) == 1
+    folder = write_small(tmp_path / "source", [0, 1] * SHARDS, 2)
+    assert len({path.stat().st_size for path in folder.glob("*.tar")}) == 1
     return folder
 
 
@@ -195,7 +186,7 @@ def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, 
     server.faults[NAMES[5]] = ["404", "forever"]
     with prefetching(cache) as want:
         want([NAMES[number] for number in (0, 4, 5, 3)])  # 0 is needed next, though it was used first
-        wait_for(lambda: NAMES[4] in here(cache) and server.count(NAMES[5]) == 1)
+        wait_until(lambda: NAMES[4] in here(cache) and server.count(NAMES[5]) == 1)
         assert NAMES[0] in here(cache)
     assert (server.count(NAMES[0]), server.count(NAMES[3])) == (1, 0)
 
@@ -205,7 +196,7 @@ def test_prefetching_ends_with_its_parent(source: Path, root: Path, size: int) -
     with prefetching(cache) as want:
         want(NAMES[:2])
         (child,) = children() - before
-        wait_for(lambda: here(cache) == set(NAMES[:2]))
+        wait_until(lambda: here(cache) == set(NAMES[:2]))
         os.kill(child, signal.SIGKILL)
         time.sleep(0.1)
         want(NAMES[2:])  # harms nobody
@@ -221,8 +212,8 @@ def test_prefetching_ends_with_its_parent(source: Path, root: Path, size: int) -
         parent.stdin.flush()
         parent.stdout.readline()
         (child,) = children(parent.pid)
-        wait_for(lambda: here(cache) == set(NAMES))
-    wait_for(lambda: not Path(f"/proc/{child}").exists())
+        wait_until(lambda: here(cache) == set(NAMES))
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
 
 
 def children(process: int | str = "self") -> set[int]:
@@ -231,26 +222,7 @@ def children(process: int | str = "self") -> set[int]:
     }
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_default_root_is_scratch_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "job"))
     folder = open_cache(str(source), None, 10**9, 1, "train").folder
     assert folder.parent == tmp_path / "job" / f"fractalpretrain-{os.getuid()}"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1.5 mb", 1_500_000), ("1GiB", 1 << 30), ("700", 700)] + [(text, None) for text in ("", "GB", "-1GB", "1PB")],
-)
-def test_parse_bytes(text: str, size: int | None) -> None:
-    if size is None:
-        with pytest.raises(UsageError, match="--cache-size"):
-            parse_bytes(text, "--cache-size")
-    else:
-        assert parse_bytes(text, "--cache-size") == size

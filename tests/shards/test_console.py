@@ -1,4 +1,4 @@
-"""Options that all commands share: paths, ``--workers``, ``--quiet``; log records and errors on the terminal."""
+"""Options of all commands: paths, ``--workers``, ``--quiet``, ``--set``, ``--slice``; log records and errors."""
 
 import errno
 import logging
@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import click
 import pytest
@@ -17,7 +20,9 @@ from damages import edit_split
 from fractalshards import workers
 from fractalshards.cli import main
 from fractalshards.console import Commands, NamedPath, progress, quiet_option, show_logs, workers_option
-from fractalshards.errors import describe_os_error
+from fractalshards.errors import UsageError
+from fractalshards.human import parse_bytes
+from fractalshards.settings import Slice, override, parse_settings, parse_slice
 
 
 @click.group(cls=Commands)
@@ -116,11 +121,6 @@ def test_names_are_printed_in_any_encoding() -> None:
     assert (result.exit_code, result.stdout_bytes) == (0, b"\xe9 \\u985e \\udcff\n")
 
 
-def test_os_error_names_the_file() -> None:
-    assert describe_os_error(OSError(errno.ENOSPC, "No space left on device", "a.tar")).startswith("a.tar: No space")
-    assert describe_os_error(OSError("text alone")) == "text alone"
-
-
 @pytest.mark.parametrize("command", ["verify", "report", "diff", "push", "pull", "pack"])
 def test_quiet_prints_results_only(
     command: str, dataset: Path, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,3 +164,112 @@ def test_output_that_a_full_disk_cuts_off_is_an_error(dataset: Path, tmp_path: P
         )
     assert ended.returncode == 1, ended.stderr.decode()
     assert len(ended.stderr.splitlines()) == 1, ended.stderr.decode()
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str = "fixed"
+    count: int = 1
+    rate: float = 0.5
+    wanted: bool = True
+    mode: Literal["slow", "fast"] = "slow"
+    decay: float | None = None
+    pair: tuple[int, int] = (2, 4)
+    px: ClassVar[str] = "unit"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("count=7", 7),
+        ("rate=1e-3", 1e-3),
+        ("wanted=no", False),
+        ("wanted=True", True),
+        ("mode=fast", "fast"),
+        ("decay=0.1", 0.1),
+        ("decay=none", None),
+        ("pair=3, 5", (3, 5)),
+        ("pair=3", (3, 3)),
+    ],
+)
+def test_override_of_every_type(text: str, value: object) -> None:
+    changes = parse_settings([text])
+    (name,) = changes
+    assert getattr(override(Record(), changes, fixed=("name",)), name) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("count", "=3", "count=1.5", "rate=x", "rate=inf", "wanted=2", "mode=medium", "pair=1,2,3", "decay=x"),
+        *("conut=3", "xyz=3", "name=x", "px=x"),
+    ],
+)
+def test_override_rejects(text: str) -> None:
+    with pytest.raises(UsageError, match=text.partition("=")[0] or "--set") as caught:
+        override(Record(), parse_settings([text]), fixed=("name",))
+    assert ("'count'" in str(caught.value)) == (text == "conut=3")
+
+
+def test_parse_settings_keeps_the_last() -> None:
+    assert parse_settings(["a=1", "b=2", "a=3=4"]) == {"a": "3=4", "b": "2"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
+def test_slices_hold_every_task_once(count: int) -> None:
+    parts = [Slice(index, count).of(tuple(range(13))) for index in range(1, count + 1)]
+    assert sorted(task for part in parts for task in part) == list(range(13))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def slurm(number: int, first: int, last: int, step: int | None = None) -> dict[str, str]:
+    values = {"ID": number, "MIN": first, "MAX": last, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("3/10", {}, Slice(3, 10)),
+        ("1/1", {"SLURM_ARRAY_TASK_ID": "7"}, Slice(1, 1)),
+        ("auto", slurm(0, 0, 9), Slice(1, 10)),
+        ("auto", slurm(9, 0, 9), Slice(10, 10)),
+        ("auto", slurm(7, 3, 11, 4), Slice(2, 3)),
+        ("auto/9", slurm(2, 2, 2), Slice(2, 9)),
+        (
+            "auto",
+            {"SGE_TASK_ID": "4", "SGE_TASK_FIRST": "2", "SGE_TASK_LAST": "8", "SGE_TASK_STEPSIZE": "2"},
+            Slice(2, 4),
+        ),
+        ("auto/5", {"PBS_ARRAY_INDEX": "5"}, Slice(5, 5)),
+        ("auto/5", {"PBS_ARRAYID": "1"}, Slice(1, 5)),
+    ],
+    ids=str,
+)
+def test_parse_slice(text: str, environment: dict[str, str], expected: Slice) -> None:
+    assert parse_slice(text, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "environment"),
+    [
+        *((text, {}) for text in ("0/3", "4/3", "1/0", "3", "-1/3", "auto/x", "auto")),
+        ("auto", {"SGE_TASK_ID": "undefined"}),
+        ("auto", {"PBS_ARRAY_INDEX": "3"}),
+        ("auto/3", {"PBS_ARRAY_INDEX": "0"}),
+    ],
+    ids=str,
+)
+def test_parse_slice_rejects(text: str, environment: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"--slice|PBS_ARRAY_INDEX") as caught:
+        parse_slice(text, environment)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1.5 mb", 1_500_000), ("1GiB", 1 << 30), ("700", 700)] + [(text, None) for text in ("", "GB", "-1GB", "1PB")],
+)
+def test_parse_bytes(text: str, size: int | None) -> None:
+    with pytest.raises(UsageError, match="--cache-size") if size is None else nullcontext():
+        assert parse_bytes(text, "--cache-size") == size

@@ -11,6 +11,7 @@ import pytest
 import torchvision.datasets.imagenet
 from scipy.io import savemat
 
+from damages import tar_header
 from fractalshards.errors import FractalError
 from fractalshards.ilsvrc import DEVKIT, TRAIN, VAL, list_ilsvrc
 from fractalshards.manifest import load_manifest
@@ -30,14 +31,9 @@ VAL_LABELS = [3, 1, 4, 2, 2, 1, 3]
 Files = dict[str, bytes]
 
 
-def tar_of(files: Files, form: int = tarfile.GNU_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+def tar_of(files: Files) -> bytes:
+    parts = (tar_header(name, len(data)) + data + bytes(-len(data) % 512) for name, data in files.items())
+    return b"".join(parts) + bytes(1024)
 
 
 def devkit(synsets: list[tuple[Any, ...]] = SYNSETS, labels: object = VAL_LABELS) -> bytes:
@@ -54,16 +50,12 @@ def devkit(synsets: list[tuple[Any, ...]] = SYNSETS, labels: object = VAL_LABELS
 
 def nested() -> bytes:
     """A tar of nothing but headers that announce the long name of what follows."""
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
-    return (header.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")) * 5000
+    return (tar_header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(512, b"\0")) * 5000
 
 
 def sparse() -> bytes:
     """A tar of a file that takes no space and unpacks to 8 GiB."""
-    header = tarfile.TarInfo("x/data/meta.mat")
-    header.type = tarfile.GNUTYPE_SPARSE
-    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block = bytearray(tar_header("x/data/meta.mat", kind=tarfile.GNUTYPE_SPARSE))
     block[483:494] = b"7" * 11
     block[148:154] = b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:]))
     return bytes(block)
@@ -122,15 +114,9 @@ def test_val_is_the_archive_a_share_or_nothing(archives: Path, tmp_path: Path) -
     assert list(load_manifest(tmp_path / "none").splits) == ["train"]
 
 
-def member(name: str, size: int = 4, kind: bytes = tarfile.REGTYPE) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = size, kind, "/etc/passwd" if kind != tarfile.REGTYPE else ""
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
 def train_of(name: str = "n01440764_1.JPEG", tar: str = "n01440764.tar", **header: Any) -> bytes:
     """A training archive with one image per class, of which the first class is as given."""
-    first = member(name, **header) + b"data".ljust(512, b"\0") + bytes(1024)
+    first = tar_header(name, **{"size": 4, **header}) + b"data".ljust(512, b"\0") + bytes(1024)
     return tar_of({tar: first, **{f"{wnid}.tar": tar_of({f"{wnid}_1.JPEG": b"x"}) for wnid in IDS[1:]}})
 
 
@@ -183,7 +169,7 @@ def test_listing_does_not_read_images(archives: Path, tmp_path: Path) -> None:
     size = 8**11 - 512
     rest = tar_of({f"{wnid}.tar": tar_of({f"{wnid}_1.JPEG": b"x"}) for wnid in IDS[1:]})
     with (archives / TRAIN).open("wb") as file:
-        file.write(member("n01440764.tar", size + 1024) + member("n01440764_1.JPEG", size))
+        file.write(tar_header("n01440764.tar", size + 1024) + tar_header("n01440764_1.JPEG", size))
         file.seek(1024 + size + 512)
         file.write(rest)
     assert list_ilsvrc(archives, with_val=False).splits["train"].labels.tolist() == [0, 1, 2, 3]

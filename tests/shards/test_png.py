@@ -32,32 +32,29 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+SIDES = st.integers(1, 40)
+
+
 def read_with_torchvision(data: bytes) -> np.ndarray:
     tensor = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     return tensor.permute(1, 2, 0).numpy()
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
-def test_round_trip_in_every_decoder(height: int, width: int, seed: int) -> None:
-    image = picture(height, width, seed)
-    data = encode_png(image)
-    assert np.array_equal(decode_image(data), image)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
-    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], image)
-    assert np.array_equal(read_with_torchvision(data), image)
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 3, 129, 256]), st.integers(0, 9), st.booleans())
-def test_indexed_round_trip_in_every_decoder(height: int, width: int, colors: int, seed: int, grey: bool) -> None:
-    rng = np.random.default_rng(seed)
-    palette = GREYS[:colors] if grey else rng.integers(0, 256, (colors, 3), dtype=np.uint8)
-    image = Indexed(rng.integers(0, colors, (height, width), dtype=np.uint8), palette)
-    pixels = palette[image.indices]
-    assert np.array_equal(image.rgb(), pixels)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from([0, 1, 2, 3, 129, 256]), st.integers(0, 9), st.booleans()
+)
+def test_round_trip_in_every_decoder(height: int, width: int, colors: int, seed: int, grey: bool) -> None:
+    image, pixels = (picture(height, width, seed),) * 2
+    if colors:
+        rng = np.random.default_rng(seed)
+        palette = GREYS[:colors] if grey else rng.integers(0, 256, (colors, 3), dtype=np.uint8)
+        image = Indexed(rng.integers(0, colors, (height, width), dtype=np.uint8), palette)
+        pixels = palette[image.indices]
+        assert np.array_equal(image.rgb(), pixels)
     data = encode_png(image)
     assert np.array_equal(decode_image(data), pixels)
     with Image.open(io.BytesIO(data)) as opened:
-        assert opened.mode == "P"
+        assert opened.mode == ("P" if colors else "RGB")
         assert np.array_equal(np.asarray(opened.convert("RGB")), pixels)
     assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], pixels)
     assert np.array_equal(read_with_torchvision(data), pixels)
@@ -157,37 +154,24 @@ def test_transparent_colours_of_a_palette_keep_their_colour() -> None:
         assert decode_image(saved(image, "PNG", transparency=transparency))[4, 4::8].tolist() == [*map(list, COLOURS)]
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (
-            saved(Image.frombytes("I;16", (4, 1), WORDS.astype("<u2").tobytes()), "TIFF", compression="tiff_lzw"),
-            [0, 1, 128, 255],
-        ),
-        (tiff(WORDS.astype("<u2"), 4, bits=16), [0, 1, 128, 255]),
-        (tiff(WORDS.astype("<u2"), 4, bits=16, photometric=0), [255, 254, 127, 0]),  # 0 is white
-        (tiff(LEVELS, 4, photometric=0), [255, 254, 127, 0]),
-        (tiff(np.array([0x00, 0x00, 0x1F, 0x80, 0x0F, 0xFF], np.uint8), 4, bits=12), [0, 1, 128, 255]),
-        (b"P5 4 1 4095\n" + (WORDS >> 4).astype(">u2").tobytes(), [0, 1, 128, 255]),
-        (b"P5 4 1 15\n" + bytes([0, 1, 8, 15]), [0, 17, 136, 255]),
-        (b"P2 4 1 1000\n0 4 502 1000\n", [0, 1, 128, 255]),
-        (b"P6 4 1 65535\n" + np.repeat(WORDS, 3).astype(">u2").tobytes(), [0, 2, 128, 255]),
-        (b"P6 4 1 1023\n" + np.repeat([0, 4, 512, 1023], 3).astype(">u2").tobytes(), [0, 1, 128, 255]),
-    ],
-    ids=[
-        "lzw",
-        "16-bit",
-        "16-bit inverted",
-        "8-bit inverted",
-        "12-bit",
-        "pgm 12",
-        "pgm 4",
-        "plain pgm",
-        "ppm 16",
-        "ppm 10",
-    ],
-)
-def test_levels_of_any_depth_are_scaled(data: bytes, expected: list[int]) -> None:
+LZW = saved(Image.frombytes("I;16", (4, 1), WORDS.astype("<u2").tobytes()), "TIFF", compression="tiff_lzw")
+DEPTHS = {
+    "lzw": (LZW, [0, 1, 128, 255]),
+    "16-bit": (tiff(WORDS.astype("<u2"), 4, bits=16), [0, 1, 128, 255]),
+    "16-bit inverted": (tiff(WORDS.astype("<u2"), 4, bits=16, photometric=0), [255, 254, 127, 0]),  # 0 is white
+    "8-bit inverted": (tiff(LEVELS, 4, photometric=0), [255, 254, 127, 0]),
+    "12-bit": (tiff(np.array([0x00, 0x00, 0x1F, 0x80, 0x0F, 0xFF], np.uint8), 4, bits=12), [0, 1, 128, 255]),
+    "pgm 12": (b"P5 4 1 4095\n" + (WORDS >> 4).astype(">u2").tobytes(), [0, 1, 128, 255]),
+    "pgm 4": (b"P5 4 1 15\n" + bytes([0, 1, 8, 15]), [0, 17, 136, 255]),
+    "plain pgm": (b"P2 4 1 1000\n0 4 502 1000\n", [0, 1, 128, 255]),
+    "ppm 16": (b"P6 4 1 65535\n" + np.repeat(WORDS, 3).astype(">u2").tobytes(), [0, 2, 128, 255]),
+    "ppm 10": (b"P6 4 1 1023\n" + np.repeat([0, 4, 512, 1023], 3).astype(">u2").tobytes(), [0, 1, 128, 255]),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_levels_of_any_depth_are_scaled(name: str) -> None:
+    data, expected = DEPTHS[name]
     assert decode_image(data)[0].tolist() == [[level] * 3 for level in expected]
 
 

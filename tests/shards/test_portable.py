@@ -8,28 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from fractalgen.cli import main as fractalgen
+from building import run as fractalgen
 from fractalgen.recipe import RECIPE_VERSION
-from fractalshards.cli import main
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.recipe_file import PortableRecipe, export_recipe, parse_portable, read_portable
 from fractalshards.storage import write_json
 from fractalshards.systems import read_systems, write_systems
-from packing import assert_refused
+from packing import assert_refused, is_sound, run
 
 pytestmark = pytest.mark.usefixtures("threads")
 
 
 def recipe(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["recipe", *map(str, arguments)])
+    return run("recipe", *arguments)
 
 
 def build(*arguments: object) -> Result:
-    return CliRunner().invoke(fractalgen, ["build", "--workers", "1", *map(str, arguments)])
+    return fractalgen("build", "--workers", 1, *arguments)
 
 
 def exported(dataset: Path) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def test_every_float_survives(dataset: Path, shape: tuple[int, ...]) -> None:
 def test_portable_recipe_may_replace_the_folders_own(dataset: Path) -> None:
     (dataset / RECIPE).write_bytes(b"")  # as a shell does for 'fractalshards recipe . > recipe.json'
     (dataset / RECIPE).write_bytes(recipe(dataset).stdout_bytes)
-    assert CliRunner().invoke(main, ["verify", str(dataset), "--workers", "1"]).exit_code == 0
+    assert is_sound(dataset)
 
 
 def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:

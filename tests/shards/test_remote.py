@@ -1,7 +1,6 @@
 """``push`` and ``pull``: the target receives the whole, checked dataset, or nothing that looks like one."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,12 +17,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import s3fs
-from click.testing import CliRunner, Result
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from fractalshards.cli import main
+from damages import edit, edit_split, train_split
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
 from fractalshards.recipe_file import read_portable
@@ -32,6 +30,7 @@ from fractalshards.remote.card import PORTABLE, PREVIEW, README
 from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact
 from fractalshards.storage import write_json
 from fractalshards.writer import write_shard
+from packing import assert_refused, run
 
 pytestmark = pytest.mark.usefixtures("impatient")
 FIRST, SECOND = "train-000000.tar", "train-000001.tar"
@@ -55,10 +54,6 @@ def with_val(dataset: Path) -> Path:
     return dataset
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def good(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -67,20 +62,13 @@ def good(*arguments: object) -> str:
 
 def bad(*arguments: object, code: int = 1) -> str:
     result = run(*arguments)
-    assert result.exit_code == code, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert_refused(result, code, "error: ")
     assert "Traceback" not in result.output
-    return line
+    return result.stderr.splitlines()[-1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def change_json(path: Path, change: Callable[[dict], object]) -> None:
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize(
@@ -225,13 +213,6 @@ def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, we
     assert contents(out) == contents(dataset)
 
 
-def test_push_to_a_folder_and_on_to_another(dataset: Path, out: Path, tmp_path: Path) -> None:
-    before = contents(dataset)
-    good("push", dataset, out)
-    good("push", f"{out}/", f"file://{tmp_path}/a%20copy/")
-    assert before == contents(dataset) == contents(tmp_path / "a copy")
-
-
 def test_push_to_s3_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, bucket: str) -> None:
     before, url, files = contents(dataset), f"{bucket}/a/set", s3fs.S3FileSystem()
     good("push", dataset, f"{url}/")
@@ -312,7 +293,7 @@ def test_missing_shard_numbers_are_refused(dataset: Path, out: Path) -> None:
 def test_another_copy_is_not_overwritten(dataset: Path, tmp_path: Path, bucket: str) -> None:
     other = tmp_path / "other"
     shutil.copytree(dataset, other)
-    change_json(other / INFO, lambda info: info["splits"]["train"]["sha256"].__setitem__(0, "0" * 64))
+    edit_split(other, sha256=["0" * 64, *train_split(other)["sha256"][1:]])
     good("push", dataset, bucket)
     assert f"{bucket}: holds another" in bad("push", other, bucket)
     assert f"{other}: holds another" in bad("pull", bucket, other)
@@ -338,15 +319,15 @@ def test_push_refuses_damaged_datasets(dataset: Path, out: Path, bucket: str) ->
 
 @pytest.mark.parametrize("name", ["../evil.tar", "pipe:ls.tar", "recipe.tar", "train-000000.json", ".tmp~x.tar"])
 def test_hostile_names_write_nothing(dataset: Path, out: Path, web: Callable, name: str) -> None:
-    change_json(dataset / INFO, lambda info: info["splits"]["train"]["filenames"].__setitem__(0, name))
+    edit_split(dataset, filenames=[name, SECOND])
     assert "do not use this dataset" in bad("pull", web(dataset).url, out)
     assert not out.exists()
 
 
 def test_hostile_sizes_are_refused(dataset: Path, out: Path, web: Callable) -> None:
     def claim(size: int) -> None:
-        change_json(dataset / INFO, lambda info: info["splits"]["train"]["bytes"].__setitem__(0, size))
-        change_json(dataset / "train-000000.json", lambda sidecar: sidecar.update(bytes=size))
+        edit_split(dataset, bytes=[size, *train_split(dataset)["bytes"][1:]])
+        edit(dataset / "train-000000.json", bytes=size)
 
     server, size = web(dataset), (dataset / FIRST).stat().st_size
     claim(10**18)
@@ -481,16 +462,12 @@ def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
 
 def test_hub_folder_of_a_revision(dataset: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HubStore, "batch_size", 1)
-    good("push", dataset, "hf://datasets/me/set@main/a/folder")
-    assert sorted(hub.commits[1:-1]) == [
-        [f"a/folder/train-00000{number}.tar", f"a/folder/train-00000{number}.json"] for number in (0, 1)
-    ]
-
-
-def test_hub_refuses(dataset: Path, hub: Hub) -> None:
     hub.faults = [403]
-    assert "access denied" in bad("push", dataset, "hf://datasets/me/set")
+    assert "access denied" in bad("push", dataset, "hf://datasets/me/set@main/a/folder")
     assert hub.commits == []
+    good("push", dataset, "hf://datasets/me/set@main/a/folder")
+    shards = [f"a/folder/train-00000{number}" for number in (0, 1)]
+    assert sorted(hub.commits[1:-1]) == [[f"{shard}.tar", f"{shard}.json"] for shard in shards]
 
 
 def test_hub_card_is_how_load_dataset_reads_the_tars(with_val: Path, tmp_path: Path, hub: Hub) -> None:

@@ -10,31 +10,22 @@ import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
-from fractalshards.cli import main
-from fractalshards.manifest import (
-    INFO,
-    DatasetInfo,
-    load_manifest,
-    sample_key,
-    shard_name,
-    sidecar_name,
-    write_manifest,
-)
+from damages import edit
+from fractalshards.manifest import INFO, DatasetInfo, load_manifest, sample_key, sidecar_name
 from fractalshards.png import Pixels
 from fractalshards.report import class_chart, histogram, tally
 from fractalshards.sample import Label, MultiLabel, Object
-from fractalshards.storage import write_json
 from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, survey_dataset
-from fractalshards.writer import write_shard
-from packing import assert_refused
+from packing import assert_refused, run, write_dataset
 
 pytestmark = pytest.mark.usefixtures("threads")
 HOSTILE = "</style></script><script>x=1</script>{{ 7 * 7 }}\"'><img src=x onerror='x=2'>"
@@ -49,18 +40,13 @@ def plain(label: int, side: int = 16) -> Pixels:
     return np.full((side, side, 3), color(label), np.uint8)
 
 
-def write_dataset(folder: Path, shards: Sequence[Sequence[tuple[Pixels, Label]]], classes: int, **more: Any) -> Path:
-    folder.mkdir(parents=True)
-    keys = map(sample_key, range(10**9))
-    records = [
-        write_shard(folder, shard_name("train", number), classes, [(next(keys), sample) for sample in samples]).shard()
-        for number, samples in enumerate(shards)
-    ]
+def write(folder: Path, shards: Sequence[Sequence[tuple[Pixels, Label]]], classes: int, **more: Any) -> Path:
+    keys = map(sample_key, count())
+    train = [[(next(keys), sample) for sample in samples] for samples in shards]
     multi = any(isinstance(label, MultiLabel) for samples in shards for _, label in samples)
     recipe = {"kind": "test", "systems_digest": "0" * 32}
     facts = {"label_type": "multi" if multi else "single", "classes": classes, "recipe": recipe, **more}
-    write_manifest(folder, {"train": records}, DatasetInfo(**facts), None)
-    return folder
+    return write_dataset(folder, {"train": train}, DatasetInfo(**facts))
 
 
 def survey(folder: Path) -> Survey:
@@ -68,7 +54,7 @@ def survey(folder: Path) -> Survey:
 
 
 def report(folder: Path, out: Path) -> Result:
-    return CliRunner().invoke(main, ["report", str(folder), "--out", str(out), "--workers", "1"])
+    return run("report", folder, "--out", out, "--workers", 1)
 
 
 def page(folder: Path) -> str:
@@ -80,7 +66,7 @@ def page(folder: Path) -> str:
 def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path) -> None:
     labels = [0] * 5 + [1] * 20 + [2] * 3
     samples = [(plain(label), label) for label in labels]
-    seen = survey(write_dataset(tmp_path / "data", [samples[:13], samples[13:]], classes=4))
+    seen = survey(write(tmp_path / "data", [samples[:13], samples[13:]], classes=4))
     assert seen.counts["train"].tolist() == [5, 20, 3, 0]
     assert [len({one.key for one in found}) for found in seen.thumbnails.values()] == [5, 8, 3, 0]
     for label, found in seen.thumbnails.items():
@@ -91,22 +77,22 @@ def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path)
 
 
 def test_survey_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
-    mixed = survey(write_dataset(tmp_path / "mixed", [[(plain(0), 0)] * 10 for _ in range(8)], classes=1))
+    mixed = survey(write(tmp_path / "mixed", [[(plain(0), 0)] * 10 for _ in range(8)], classes=1))
     assert {int(one.key) // 10 for one in mixed.thumbnails[0]} == set(range(8))
-    unmixed = write_dataset(tmp_path / "unmixed", [[(plain(label), label)] * 10 for label in range(12)], classes=12)
+    unmixed = write(tmp_path / "unmixed", [[(plain(label), label)] * 10 for label in range(12)], classes=12)
     assert [len(found) for found in survey(unmixed).thumbnails.values()] == [8] * 12
 
 
 def test_survey_statistics_are_bounded_and_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fractalshards.survey.MAX_MEASURED", 10)
     shards = [[(plain(0, 16 + number), 0)] * 20 for number in range(5)]
-    stats = survey(write_dataset(tmp_path / "data", shards, classes=1)).stats
+    stats = survey(write(tmp_path / "data", shards, classes=1)).stats
     assert sorted(one.width for one in stats) == [16, 16, 17, 17, 18, 18, 19, 19, 20, 20]
 
 
 def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path: Path) -> None:
     label = MultiLabel.of((Object(2, (1, 2, 3, 4)), Object(0, (10, 10, 6, 6))))
-    seen = survey(write_dataset(tmp_path / "data", [[(plain(0), label)]], classes=3))
+    seen = survey(write(tmp_path / "data", [[(plain(0), label)]], classes=3))
     assert [len(found) for found in seen.thumbnails.values()] == [1, 0, 1]
     assert seen.thumbnails[2][0].objects == label.objects
     assert seen.stats[0][:2] == (16, 16)
@@ -115,8 +101,8 @@ def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path: Path
 
 def test_thumbnails_fit_a_size() -> None:
     thumbnails = {label: [Thumbnail("0", 1, 1, bytes(100), ())] * 4 for label in range(10)}
-    for most, count in ((4000, 4), (3999, 3), (10, 0)):
-        assert {len(found) for found in fit_thumbnails(thumbnails, most).values()} == {count}
+    for most, most_each in ((4000, 4), (3999, 3), (10, 0)):
+        assert {len(found) for found in fit_thumbnails(thumbnails, most).values()} == {most_each}
 
 
 def test_charts() -> None:
@@ -152,9 +138,8 @@ def test_page_holds_all_classes_and_escapes_hostile_text(tmp_path: Path) -> None
     names = ["goldfish", HOSTILE, *(f"thing {index}" for index in range(2, 30))]
     samples = [(plain(label), label) for label in range(30) for _ in range(3)]
     folder = tmp_path / "<b>report" / "d'<i>ata"
-    write_dataset(folder, [samples], 30, recipe=recipe, class_names=names, class_ids=names)
-    info = json.loads((folder / INFO).read_text())
-    write_json(folder / INFO, {**info, "software": {HOSTILE: HOSTILE}})
+    write(folder, [samples], 30, recipe=recipe, class_names=names, class_ids=names)
+    edit(folder / INFO, software={HOSTILE: HOSTILE})
     html = page(folder)
     parsed = Parser(html)
     assert [one["data-class"] for one in parsed.tags["article"]] == [str(label) for label in range(30)]
@@ -174,15 +159,15 @@ def test_page_holds_all_classes_and_escapes_hostile_text(tmp_path: Path) -> None
 
 def test_page_of_many_classes_is_bounded(tmp_path: Path) -> None:
     names = ["<&\"'>" * 60] * 20_000
-    html = page(write_dataset(tmp_path / "data", [[(plain(0), 0)]], 20_000, class_names=names, class_ids=names))
+    html = page(write(tmp_path / "data", [[(plain(0), 0)]], 20_000, class_names=names, class_ids=names))
     assert len(html) < 6_000_000  # and 6.7 MB of thumbnails at most
     assert "4,000 of 20,000 classes" in html
 
 
 def test_page_offers_a_recipe_for_rendered_datasets_only(tmp_path: Path) -> None:
     samples = [[(plain(0), 0)]]
-    assert "fractalshards recipe" in page(write_dataset(tmp_path / "rendered", samples, 1))
-    assert "fractalshards recipe" not in page(write_dataset(tmp_path / "packed", samples, 1, recipe={"kind": "packed"}))
+    assert "fractalshards recipe" in page(write(tmp_path / "rendered", samples, 1))
+    assert "fractalshards recipe" not in page(write(tmp_path / "packed", samples, 1, recipe={"kind": "packed"}))
 
 
 @pytest.mark.slow
@@ -191,7 +176,7 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
     if program is None:
         pytest.skip("needs chromium, chromium-browser or google-chrome")
     names = ["goldfish", *(f"thing {index}" for index in range(1, 30))]
-    page(write_dataset(tmp_path / "data", [[(plain(label), label) for label in range(30)]], 30, class_names=names))
+    page(write(tmp_path / "data", [[(plain(label), label) for label in range(30)]], 30, class_names=names))
     url = (tmp_path / "page.html").as_uri()
     for query, classes in ("", list(range(30))), ("2 - 4, GOLD", [0, 2, 3, 4]), ("thing 2", [2, *range(20, 30)]):
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -202,19 +187,19 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
 
 
 def test_report_that_cannot_be_written_is_refused_at_once(dataset: Path, read_only_disk: Path) -> None:
-    result = CliRunner().invoke(main, ["report", str(dataset), "--out", str(read_only_disk / "new" / "page.html")])
+    result = report(dataset, read_only_disk / "new" / "page.html")
     assert (result.exit_code, result.stderr.count("\n"), str(read_only_disk) in result.stderr) == (1, 1, True)
 
 
 def test_report_refuses_damaged_datasets(tmp_path: Path, dataset: Path) -> None:
     out = tmp_path / "page.html"
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")
-    assert_refused(report(write_dataset(tmp_path / "empty", [], classes=2), out), 1, "empty")
+    assert_refused(report(write(tmp_path / "empty", [], classes=2), out), 1, "empty")
     sidecar = dataset / sidecar_name("train-000001.tar")
     record = json.loads(sidecar.read_text())
-    write_json(sidecar, {**record, "label_counts": [*record["label_counts"], 0]})
+    edit(sidecar, label_counts=[*record["label_counts"], 0])
     assert_refused(report(dataset, out), 1, "train-000001.tar")
-    write_json(sidecar, record)
+    edit(sidecar, **record)
     with (dataset / "train-000001.tar").open("r+b") as file:
         os.pwrite(file.fileno(), bytes(400), record["offsets"][1] + 512 + 20)
     assert_refused(report(dataset, out), 1, "train-000001.tar: 000000006: ")

@@ -145,13 +145,6 @@ def test_remove_leftovers_spares_processes_of_other_users(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == [kept]
 
 
-def test_atomic_file_on_a_full_disk(small_disk: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, atomic_file(small_disk / "a.tar") as file:
-        file.write(bytes(1 << 20))
-    assert caught.value.filename == str(small_disk / "a.tar")
-    assert list(small_disk.iterdir()) == []
-
-
 @pytest.mark.parametrize("lists", ["[" * 30 + r'"[[\"[["' + "]" * 30, "[],[{}]"])
 def test_parse_json_is_that_of_json(lists: str) -> None:
     data = b'{"a": [%s], "b": -0.1e-7, "c": "\\u00e9"}' % lists.encode()

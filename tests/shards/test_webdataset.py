@@ -5,13 +5,13 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
+from damages import tar_header
 from fractalshards import tars as tars_module
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import RECIPE
@@ -46,11 +46,6 @@ def samples(count: int, folder: str = "") -> Files:
         files[f"{folder}n{number:03d}.cls"] = b"%d" % (number % 7)
         files[f"{folder}n{number:03d}.json"] = b"{}"
     return files
-
-
-def tar_of(files: Files) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return write_tar(Path(folder) / "a.tar", files).read_bytes()
 
 
 def found(path: Path, scanned: ScannedTar) -> list[tuple[str, bytes, int]]:
@@ -163,35 +158,26 @@ def test_unusable_samples_are_named_or_left_out(tmp_path, monkeypatch, caplog, f
     assert "1 bad sample" in caplog.text
 
 
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size, member.type = size, kind
-    return member.tobuf(tarfile.GNU_FORMAT)
-
-
 def huge_header(path: Path) -> None:
-    path.write_bytes(header("././@LongLink", 4 << 30, tarfile.GNUTYPE_LONGNAME))
+    path.write_bytes(tar_header("././@LongLink", 4 << 30, tarfile.GNUTYPE_LONGNAME))
     os.truncate(path, 5 << 30)  # the name is a hole in the file
 
 
-TAR = tar_of(samples(5))
+TAR = b"".join(tar_header(name, len(data)) + data.ljust(512, b"\0") for name, data in samples(5).items()) + bytes(1024)
+UNREADABLE = {
+    "compressed": (gzip.compress(TAR), "decompress"),
+    **{f"{length} bytes": (TAR[:length], "") for length in (100, 2000, 4200)},
+    "damaged": (TAR[:4100] + b"x" + TAR[4101:], "header at byte 4,096"),
+    "negative": (tar_header("a.jpg", 0) + tar_header("b.zip", -512, b"Z"), "size"),  # the next header is that of b.zip
+    "long names": ((tar_header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) + b"name\0" + bytes(507)) * 2000, "tar"),
+    "huge header": (huge_header, "header"),
+    "pipe": (os.mkfifo, "regular"),
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "noun"),
-    [
-        (gzip.compress(TAR), "decompress"),
-        *((TAR[:length], "") for length in (100, 2000, 4200)),
-        (TAR[:4100] + b"x" + TAR[4101:], "header at byte 4,096"),
-        (header("a.jpg", 0) + header("b.zip", -512, b"Z"), "size"),  # the header after b.zip is that of b.zip
-        ((header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) + b"name\0" + bytes(507)) * 2000, "tar"),
-        (huge_header, "header"),
-        (os.mkfifo, "regular"),
-    ],
-    ids=["compressed", "100", "2000", "4200", "damaged", "negative", "long names", "huge header", "pipe"],
-)
-def test_index_refuses(tmp_path, content, noun):
-    path = tmp_path / "a.tar"
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_index_refuses(tmp_path, name):
+    path, (content, noun) = tmp_path / "a.tar", UNREADABLE[name]
     if callable(content):
         content(path)
     else:

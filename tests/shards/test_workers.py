@@ -68,11 +68,7 @@ def test_death_that_is_no_lack_of_memory_is_called_by_its_name(tmp_path: Path) -
     [
         ("0::/", {"cpu.max": "150000 100000"}, [2]),  # version 2, in a container
         ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000", "cpu.max": "50000 100000"}, [4, 1]),
-        (
-            "3:memory:/m\n2:cpu,cpuacct:/d",
-            {"cpu/d/cpu.cfs_quota_us": "30000", "cpu/d/cpu.cfs_period_us": "10000"},
-            [3],
-        ),
+        ("3:memory:/m\n2:cpu,cpuacct:/d", {"cpu/d/cpu.cfs_quota_us": "30000", "cpu/d/cpu.cfs_period_us": "10000"}, [3]),
         ("1:cpu:/d", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
         ("0::/", {"cpu.max": ""}, []),
         (None, {}, []),

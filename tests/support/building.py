@@ -1,14 +1,24 @@
-"""Run ``fractalgen`` in this process, and list the folders that it builds."""
+"""Run ``fractalgen`` in this process, list its folders, and build small datasets of every kind.
 
+``python building.py OUT SYSTEMS`` builds those in another process.
+"""
+
+import shutil
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import Popen
 
 from click.testing import CliRunner, Result
 
 from fractalgen import make_recipe
+from fractalgen.build import open_folder, plan_build, run_build
 from fractalgen.cli import main
+from fractalgen.kinds import KINDS, find_kind
+from fractalgen.recipe import Recipe
+from fractalshards.settings import parse_settings
 
 OPTIONS = "--kind single --n 110 --val 13 --classes 20 --size 32 --points 3000 --shard-size 25"
 SMALL = ["build", *OPTIONS.split()]
@@ -45,3 +55,41 @@ def wait_until(holds: Callable[[], object], process: Popen[str] | None = None) -
         assert process is None or process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+VARIANTS = {
+    **{kind: (kind, ()) for kind in KINDS},
+    "fractaldb in colour": ("fractaldb", ("draw=patch-color",)),
+    "single of more maps": ("single", ("maps=6,9",)),
+    "visualatom of our own": ("visualatom", ("stream=own",)),
+}
+
+
+def small_recipe(kind: str, settings: tuple[str, ...] = (), n: int = 60, classes: int = 12) -> Recipe:
+    points = 20_000 if find_kind(kind).points else None
+    return make_recipe(
+        kind, n, val=8, classes=classes, size=96, points=points, shard_size=40, overrides=overrides_of(kind, settings)
+    )
+
+
+def overrides_of(kind: str, settings: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return what lets any number of classes be rendered, and the settings."""
+    return parse_settings((*find_kind(kind).preview, *settings))
+
+
+def build(recipe: Recipe, out: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert run_build(plan_build(open_folder(out, recipe)), pool) == ()
+
+
+def build_variants(out: Path, systems: Path | None = None) -> None:
+    """Build a folder per variant, from the systems that the same variant stores below ``systems``, if given."""
+    for name, (kind, settings) in VARIANTS.items():
+        (out / name).mkdir(parents=True)
+        for file in ("recipe.json", "systems.npz") if systems else ():
+            shutil.copy(systems / name / file, out / name)
+        build(small_recipe(kind, settings), out / name)
+
+
+if __name__ == "__main__":
+    build_variants(*map(Path, sys.argv[1:]))

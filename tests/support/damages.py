@@ -99,13 +99,16 @@ def third(change: Callable[[bytes], bytes]) -> Damage:
     return forged(lambda blocks: [*blocks[:2], change(blocks[2]), *blocks[3:]])
 
 
+def tar_header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, **fields: Any) -> bytes:
+    header = tarfile.TarInfo(name)
+    for field, value in {"size": size, "type": kind, **fields}.items():
+        setattr(header, field, value)
+    return header.tobuf(tarfile.GNU_FORMAT)
+
+
 def member(kind: bytes, **fields: Any) -> Damage:
     """Change the image of sample 000000007 to another type of tar member."""
-    header = tarfile.TarInfo(f"{KEY}.png")
-    header.type = kind
-    for name, value in fields.items():
-        setattr(header, name, value)
-    return third(lambda blocks: header.tobuf(tarfile.GNU_FORMAT) + blocks[-1024:])
+    return third(lambda blocks: tar_header(**{"name": f"{KEY}.png", "kind": kind, **fields}) + blocks[-1024:])
 
 
 def with_files(**files: bytes) -> Damage:
@@ -261,6 +264,7 @@ SAMPLES: dict[str, Damage] = {
     "negative size": member(tarfile.REGTYPE, size=-1),
     "file too many": with_files(txt=b"x"),
     "two labels": with_files(json=b"{}"),
+    "every file twice": third(lambda blocks: 2 * blocks),
     "no image": third(lambda _: pack_sample(Sample(KEY, {"cls": b"1"}))),
     "label of another type": in_manifest(label_type="multi"),
     "label out of range": with_files(cls=b"3"),

@@ -1,22 +1,78 @@
-"""Run ``fractalshards pack`` in this process, and read the images of a packed dataset back."""
+"""Run ``fractalshards`` in this process, write small datasets, and read the images of packed ones back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner, Result
 
 from fractalshards.cli import main
-from fractalshards.manifest import load_manifest
+from fractalshards.digest import mapping_digest, systems_digest
+from fractalshards.manifest import RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, shard_name, write_manifest
+from fractalshards.png import encode_png
 from fractalshards.reader import index_split, iterate_shard
-from fractalshards.sample import Sample, decode_label
+from fractalshards.sample import Label, Sample, decode_label
+from fractalshards.storage import write_json
+from fractalshards.systems import write_systems
+from fractalshards.writer import Rendered, write_shard
 
 Make = Callable[..., Path]
 Encode = Callable[..., bytes]
+Samples = list[tuple[str, Rendered]]  # keys, images and labels
 CLASSES = {"tulip": 11, "aster": 14, "rose": 10}
 
 
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
 def pack(source: object, out: Path, *options: str) -> Result:
-    return CliRunner().invoke(main, ["pack", str(source), str(out), "--workers", "1", *options])
+    return run("pack", source, out, "--workers", "1", *options)
+
+
+def is_sound(folder: Path) -> bool:
+    return run("verify", folder, "--workers", "1").exit_code == 0
+
+
+def assert_refused(result: Result, code: int, noun: str) -> None:
+    """Assert that a command failed with one line that names the file or the option."""
+    assert result.exit_code == code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert noun in line
+
+
+def write_dataset(
+    folder: Path,
+    splits: dict[str, Sequence[Samples]],
+    info: DatasetInfo,
+    size: int | None = None,
+    encode: Encode = encode_png,
+) -> Path:
+    """Write the shards of splits, and the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {
+        split: [write_shard(folder, shard_name(split, i), info.classes, one, encode) for i, one in enumerate(shards)]
+        for split, shards in splits.items()
+    }
+    write_manifest(folder, records, info, size)
+    return folder
+
+
+def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
+    """Write random images of 16 x 16 pixels with these labels, of three classes, and all that describes them."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    systems = [rng.random((2, 2, 3)) for _ in range(3)]
+    recipe = {"kind": "random", "n": len(labels), "systems_digest": systems_digest(systems)}
+    write_systems(folder / SYSTEMS, systems)
+    write_json(folder / RECIPE, {"recipe": recipe, "recipe_digest": mapping_digest(recipe)})
+    samples: Samples = [
+        (sample_key(index), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), label))
+        for index, label in enumerate(labels)
+    ]
+    shards = [samples[first : first + shard_size] for first in range(0, len(samples), shard_size)]
+    info = DatasetInfo(recipe, "single" if isinstance(labels[0], int) else "multi", 3)
+    return write_dataset(folder, {"train": shards}, info, 16)
 
 
 def samples(dataset: Path, split: str) -> list[Sample]:
@@ -29,10 +85,3 @@ def images(dataset: Path, split: str) -> dict[bytes, int]:
     pairs = [(data, decode_label(one.files)) for one in found for end, data in one.files.items() if end != "cls"]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
-
-
-def assert_refused(result: Result, code: int, noun: str) -> None:
-    """Assert that a command failed with one line that names the file or the option."""
-    assert result.exit_code == code, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert noun in line
