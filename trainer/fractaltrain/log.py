@@ -166,12 +166,21 @@ class RunLog:
         self._drawn = time.monotonic()
 
     def result(self, position: Position) -> None:
-        """Write ``result.json`` and print it, even with ``quiet``."""
-        if self._main:
-            self._end_line()
-            result = final_result(position)
-            write_json(self._folder / RESULT, result, indent=1)
-            print(*(f"{self._folder}: {line}" for line in describe_result(result)), sep="\n", flush=True)
+        """Write ``result.json``, with the best top-1 or mAP and its epoch, and print it, even with ``quiet``."""
+        if not self._main:
+            return
+        last = position.history[-1]
+        result: dict[str, Any] = {"epochs": position.epoch, **last}
+        lines = [f"{human_count(position.epoch, 'epoch')} done, training loss {last['train_loss']:.4f}"]
+        if leading := next((name for name in ("top1", "map") if name in last), None):
+            evaluated = (epoch for epoch in range(position.epoch) if leading in position.history[epoch])
+            best = max(evaluated, key=lambda epoch: position.history[epoch][leading])
+            highest = position.history[best][leading]
+            result |= {f"best_{leading}": highest, "best_epoch": best + 1}
+            lines.append(f"{describe_scores(last)} (best {highest:.2%} after epoch {best + 1})")
+        self._end_line()
+        write_json(self._folder / RESULT, result, indent=1)
+        print(*(f"{self._folder}: {line}" for line in lines), sep="\n", flush=True)
 
     def _write(self, split: str, epoch: int, step: int, figures: Mapping[str, Any]) -> None:
         if not self._main:
@@ -187,24 +196,3 @@ class RunLog:
         if self._unfinished:
             self._unfinished = False
             print(flush=True)
-
-
-def final_result(position: Position) -> dict[str, Any]:
-    """Return ``result.json``: the figures of the last epoch, and the best top-1 or mAP with its epoch, from 1."""
-    last = position.history[-1]
-    result: dict[str, Any] = {"epochs": position.epoch, **last}
-    leading = next((name for name in ("top1", "map") if name in last), None)
-    if leading:
-        evaluated = (epoch for epoch in range(position.epoch) if leading in position.history[epoch])
-        best = max(evaluated, key=lambda epoch: position.history[epoch][leading])
-        result |= {f"best_{leading}": position.history[best][leading], "best_epoch": best + 1}
-    return result
-
-
-def describe_result(result: Mapping[str, Any]) -> list[str]:
-    """Format ``result.json`` as lines: training, then evaluation if there was one."""
-    lines = [f"{human_count(result['epochs'], 'epoch')} done, training loss {result['train_loss']:.4f}"]
-    best = result.get("best_top1", result.get("best_map"))
-    if best is not None:
-        lines.append(f"{describe_scores(result)} (best {best:.2%} after epoch {result['best_epoch']})")
-    return lines

@@ -26,11 +26,16 @@ def pretrain(config: TrainConfig) -> None:
     data_config, recipe = config.data, config.recipe
     assert isinstance(data_config, DatasetConfig)
     with join_world() as world, ExitStack() as stack:
-        cache = _open_cache(data_config, world) if data_config.is_remote else None
+        cache: ShardCache | None = None
         data: Splits[SampleSource]
         if data_config.rendered:
             data = open_rendered_splits(data_config.path, data_config.fresh)
-        elif cache is not None:
+        elif data_config.is_remote:
+            limits = data_config.cache_size, data_config.window
+            cache = open_cache(data_config.location, data_config.cache_dir, *limits, TRAINING)
+            with world.local_main_first():
+                if world.local_rank == 0:
+                    cache.prepare()
             data = open_cached(cache, data_config.window)
         else:
             data = open_shards(data_config.path, world, data_config.tars)
@@ -57,15 +62,6 @@ def pretrain(config: TrainConfig) -> None:
         streamed = cache if data_config.memory_size is None else None
         with _prefetching(streamed, config, data, nodes, world) as on_step:
             train(config, model, data, image_size, facts, world, nodes, on_step)
-
-
-def _open_cache(config: DatasetConfig, world: World) -> ShardCache:
-    """Open this machine's cache of a remote dataset; one process of the machine prepares it."""
-    cache = open_cache(config.location, config.cache_dir, config.cache_size, config.window, TRAINING)
-    with world.local_main_first():
-        if world.local_rank == 0:
-            cache.prepare()
-    return cache
 
 
 @contextmanager

@@ -204,11 +204,10 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All runs of a study; names of rows, models and targets are in the order of the file."""
+    """All runs of a study; names of rows and models are in the order of the file."""
 
     rows: tuple[str, ...]
     models: tuple[str, ...]
-    targets: tuple[str, ...]
     pretrainings: tuple[StudyRun, ...]
     finetunings: tuple[StudyRun, ...]
 
@@ -247,7 +246,7 @@ def plan_study(study: Study, digests: Mapping[str, str] = MappingProxyType({})) 
                 finetunings.append(_plan_finetuning(study, row, model, seed, target, *subset, start, digests))
     if len({run.run for run in finetunings}) < len(finetunings):
         raise UsageError("seeds, per_class or subset_seeds: a number occurs twice; remove one")
-    return StudyPlan(rows, tuple(study.models), tuple(study.finetuning), tuple(pretrainings), tuple(finetunings))
+    return StudyPlan(rows, tuple(study.models), tuple(pretrainings), tuple(finetunings))
 
 
 def _plan_pretraining(study: Study, row: str, model: str, seed: int, digests: Mapping[str, str]) -> StudyRun:

@@ -113,18 +113,12 @@ def _open_webdataset(folder: Path, options: WebDatasetOptions, for_training: boo
         if not sum(map(len, indices[name])):
             raise FractalError(f"{folder}: no samples in {name}; check the path, and that images have labels")
     together = list(chain.from_iterable(indices.values()))
-    classes = _count_classes(folder, info.classes, together)
-    sources = [WebDatasetSource([tar.path for tar in info.splits[name]], indices[name], classes) for name in names]
-    return Splits(sources[0], sources[-1] if val else None, index_digest(together))
-
-
-def _count_classes(folder: Path, listed: int | None, indices: Sequence[TarIndex]) -> int:
-    """Return the number of classes that the info file lists, else the highest label plus one."""
-    highest = max(int(tar.labels.max(initial=-1)) for tar in indices)
-    classes = highest + 1 if listed is None else listed
+    highest = max(int(tar.labels.max(initial=-1)) for tar in together)
+    classes = highest + 1 if info.classes is None else info.classes
     if not highest < classes <= MAX_CLASSES:
         raise FractalError(
             f"{folder}: labels reach {highest}, which does not fit {classes} classes; labels count from 0, to at most "
             f"{MAX_CLASSES - 1}; correct them, or num_classes in the info file"
         )
-    return classes
+    sources = [WebDatasetSource([tar.path for tar in info.splits[name]], indices[name], classes) for name in names]
+    return Splits(sources[0], sources[-1] if val else None, index_digest(together))
