@@ -335,7 +335,7 @@ def test_retrained_weights_are_noticed(study):
     first, second, *_ = plan.groups()[1]
     finish(first, study.folder, b"retrained")
     finish(second, study.folder, b"old")
-    assert "other weights" in find_state(second, plan, study.folder)
+    assert "weights" in find_state(second, plan, study.folder)
     finish(second, study.folder, b"retrained")
     assert find_state(second, plan, study.folder) == DONE
 
