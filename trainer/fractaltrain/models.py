@@ -90,7 +90,7 @@ def describe_border(model: nn.Module, image_size: int) -> list[str]:
     if not lost or getattr(patches, "dynamic_img_pad", False):
         return []
     return [
-        f"the model's patches of {patch} pixels cover only {image_size - lost} of the {image_size} pixels on each "
+        f"the model's patches of {patch} pixels cover {image_size - lost} of the {image_size} pixels on each "
         f"side; choose a multiple of {patch} as --image-size"
     ]
 
