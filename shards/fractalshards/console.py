@@ -174,7 +174,11 @@ def _parse_workers(context: click.Context, parameter: click.Parameter, text: str
     cores = available_cores()
     if text == _ALL:
         return cores
-    if not text.isdecimal() or (workers := int(text)) < 1:
+    try:
+        workers = int(text)
+    except ValueError:
+        workers = 0
+    if workers < 1:
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
     if workers > cores:
         note(f"note: using {human_count(cores, 'worker')} instead of {workers:,}, one per core")
