@@ -126,7 +126,7 @@ def divide(
         members = np.flatnonzero(labels == label)
         count = round(_TRAIN_SHARE * len(members)) if per_class is None else per_class
         if count > len(members):
-            raise FractalError(f"class {label} has only {len(members)} training samples; lower --per-class")
+            raise FractalError(f"class {label} has {len(members)} training samples; lower --per-class")
         chosen[members[permutation(len(members), mix(seed, Purpose.SUBSET, label))[:count]]] = True
     first, others = (Subset(source, np.flatnonzero(mask), labels[mask]) for mask in (chosen, ~chosen))
     return first, others
