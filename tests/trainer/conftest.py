@@ -1,9 +1,12 @@
 """What the trainer's tests share: small datasets made with the real writer, and the command run in this process."""
 
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from fractalshards.manifest import DatasetInfo, sample_key, shard_name, write_ma
 from fractalshards.writer import write_shard
 from fractaltrain import log
 from fractaltrain.cli import main
-from tiny_training import run_tiny
+from tiny_training import interrupt_before_step, run_tiny
 
 CLASSES = 5
 SIZE = 32
@@ -28,6 +31,12 @@ class Outcome:
     code: int
     out: str
     err: str
+
+    def assert_refused(self, code: int, *nouns: str) -> None:
+        """Assert that the command printed nothing but one line, an error with these nouns."""
+        assert (self.code, self.out, self.err.count("\n")) == (code, "", 1), self.err
+        assert self.err.startswith("error: ")
+        assert [noun for noun in nouns if noun not in self.err] == [], self.err
 
 
 def write_dataset(folder: Path, train: Sequence[int], val: int = 0) -> Path:
@@ -61,6 +70,43 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("shards") / "small", train=(20, 13, 17), val=13)
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``KIND.json`` for three kinds and, in ``KIND``, the shards that it describes.
+
+    They have 50 training images in three shards and 10 to validate, 32 x 32, five classes.
+    """
+    from building import run as fractalgen
+    from fractalgen import executors
+
+    folder = tmp_path_factory.mktemp("built")
+    options = ["--n", "50", "--val", "10", "--classes", "5", "--size", "32", "--points", "500", "--shard-size", "20"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executors, "worker_pool", ThreadPoolExecutor)  # processes take a second to start
+        for kind in ("single", "multi", "fractaldb"):
+            file = folder / f"{kind}.json"
+            recipe = ("recipe", "--kind", kind, *options, "--out", file)
+            for command in (recipe, ("build", "--recipe", file, "--out", folder / kind)):
+                result = fractalgen(*command)
+                assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, Mapping[str, bytes]], None]:
+    """Function that writes a tar as other programs do, from the contents of its members."""
+
+    def write(path: Path, files: Mapping[str, bytes]) -> None:
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mtime = len(data), 1.25
+                tar.addfile(member, io.BytesIO(data))
+
+    return write
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from more threads, and lose much to them where other tests are running."""
@@ -82,6 +128,24 @@ def fractaltrain(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(int(end.value.code or 0), out, err)
 
     return run
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def pretrained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pre-training of two epochs on 16 x 16 pixels; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("pretrained") / "pt"
+    options = ("--model", "test_resnet", "--image-size", "16", "--batch-size", "10", "--epochs", "2", "--quiet")
+    with pytest.raises(SystemExit) as end:
+        main(["pt", "--shards", str(dataset), "--out", str(folder), *options])
+    assert not end.value.code
+    return folder
 
 
 @contextmanager
@@ -164,6 +228,19 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     run_tiny(folder)
     return folder
+
+
+@pytest.fixture
+def interrupted() -> Callable[..., None]:
+    """Function like ``run_tiny`` that presses Ctrl-C before a step of the process, counted from 1."""
+
+    def run(step: int, folder: Path, *arguments: object, **options: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_before_step(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                run_tiny(folder, *arguments, **options)
+
+    return run
 
 
 @pytest.fixture

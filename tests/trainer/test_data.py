@@ -1,36 +1,46 @@
-"""Datasets to train and evaluate on: digits, CIFAR, folders of images, packed images, WebDataset folders."""
+"""Datasets to train and evaluate on: digits, published ones, folders of images, packed images, WebDataset folders."""
 
+import gzip
 import hashlib
 import io
 import json
 import pickle
 import shutil
-import subprocess
-import sys
-import tarfile
+import struct
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision.datasets
 from PIL import Image
+from scipy.io import savemat
 from sklearn.datasets import load_digits as sklearn_digits
-from torchvision.datasets import CIFAR10, CIFAR100
 
-from fractalshards.errors import FractalError
-from fractalshards.pack import parse_source, plan_pack, run_pack
+from fractalshards.errors import BadSampleError, FractalError
 from fractaltrain.config import ImagesConfig
-from fractaltrain.data.images import FolderSource, load_digits, load_published, open_data
+from fractaltrain.data.images import PUBLISHED, FolderSource, load_digits, load_published, open_data
 from fractaltrain.data.shards import open_shards
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits, divide
 from fractaltrain.log import read_metrics
 from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
-from fractaltrain.stream.loader import epoch_loader
+from fractaltrain.stream.loader import Transform, epoch_loader
 from fractaltrain.transforms import train_transform
 from tiny_training import ALONE
 
-CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+FLAT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Fail where torchvision would download."""
+
+    def refuse(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse)
 
 
 def open_images(name: str, per_class: int | None = None, seed: int = 0, folder: Path = Path("unused")) -> Splits:
@@ -43,13 +53,6 @@ def keys(source: SampleSource) -> list[str]:
 
 def labels(source: SampleSource) -> list[int]:
     return [source.read(index).label for index in range(sum(source.lengths))]
-
-
-def test_images_import_neither_torch_nor_scikit_learn():
-    """The command line needs the names of data for its help."""
-    names = "('torch', 'torchvision', 'sklearn', 'timm')"
-    code = f"import sys, fractaltrain.data.images; assert not [name for name in {names} if name in sys.modules]"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_digits_are_scikit_learns_images():
@@ -82,51 +85,135 @@ def test_subset_larger_than_a_class_is_refused():
         divide(source, 3, seed=0)
 
 
-def make_archive(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
-    """Write an archive as CIFAR's authors do, and make torchvision expect its checksums and not reach the network."""
-    dataset = CIFAR[name]
-    label_key = "labels" if name == "cifar10" else "fine_labels"
-    contents, sums = {}, {}
-    with tarfile.open(folder / dataset.filename, "w:gz") as archive:
+# Published datasets
 
-        def add(file: str, content: dict) -> None:
-            data = pickle.dumps(content, protocol=2)
-            sums[file] = hashlib.md5(data).hexdigest()
-            member = tarfile.TarInfo(f"{dataset.base_folder}/{file}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
-        for number, (file, _) in enumerate(dataset.train_list + dataset.test_list):
-            images = np.random.default_rng(number).integers(0, 256, (20, 3072), np.uint8)
-            contents[file] = images, [index % 10 for index in range(20)]
-            add(file, {"data": images, label_key: contents[file][1]})
-        add(dataset.meta["filename"], {dataset.meta["key"]: [f"class {index}" for index in range(10)]})
-    monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5((folder / dataset.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(dataset, "train_list", [[file, sums[file]] for file, _ in dataset.train_list])
-    monkeypatch.setattr(dataset, "test_list", [[file, sums[file]] for file, _ in dataset.test_list])
-    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": sums[dataset.meta["filename"]]})
-    monkeypatch.setattr(dataset, "url", f"file://{folder}/nowhere/{dataset.filename}")
-    return contents
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_missing_files_without_internet_are_one_line(name, tmp_path):
+    """Arguments that torchvision does not take are a TypeError or ValueError; missing files are another error."""
+    entry = PUBLISHED[name]
+    for split in (entry.train, entry.val or {}):
+        with pytest.raises((RuntimeError, FileNotFoundError)):
+            getattr(torchvision.datasets, entry.torchvision)(tmp_path, **split)
+    with pytest.raises(FractalError, match=rf"{name}.*--data-dir") as error:
+        load_published(name, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def picture(seed: int, grey: bool = False) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 20) if grey else (24, 20, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_idx(folder: Path, dataset: type) -> np.ndarray:
+    """Write the four original files of a dataset of MNIST's format into one folder; return the training images."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
+    for file, _ in dataset.resources:
+        part = images if file.startswith("train") else images[:20]
+        labels = np.arange(len(part), dtype=np.uint8) % 10
+        data = (struct.pack(">4i", 2051, *part.shape) + part.tobytes()) if "images" in file else (
+            struct.pack(">2i", 2049, len(part)) + labels.tobytes()
+        )  # fmt: skip
+        (folder / file).write_bytes(gzip.compress(data))
+    return images
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
+def test_flat_folder_of_original_files_is_read(name, tmp_path):
+    images = write_idx(tmp_path, getattr(torchvision.datasets, PUBLISHED[name].torchvision))
+    train, val = load_published(name, tmp_path)
+    assert (train.lengths, val.lengths, train.classes, len(train.class_names)) == ((30,), (20,), 10, 10)
+    for index in (0, 29):
+        key, image, label = train.read(index)
+        assert (key, label) == (f"{name}/train/{index:06d}", index % 10)
+        assert np.array_equal(image, np.repeat(images[index][..., None], 3, axis=2))
+    few = open_images(name, 2, folder=tmp_path)
+    assert few.train.label_counts.tolist() == [2] * 10
+    whole = (tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes()
+    for damaged in (whole[:-9], whole[:400] + b"?" + whole[401:], gzip.compress(b"no images"), b""):
+        (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(FractalError, match=f"{name}.*--data-dir"):
+            load_published(name, tmp_path)
+
+
+@pytest.mark.skipif(not FLAT.is_dir(), reason="needs the package dataset-fashion-mnist")
+def test_fashion_mnist_of_debian_is_read():
+    train, val = load_published("fashion-mnist", FLAT)
+    assert (train.label_counts.tolist(), val.label_counts.tolist()) == ([6000] * 10, [1000] * 10)
+    assert train.class_names[9] == "Ankle boot"
+    image, label = train.read(0)[1:]
+    assert (image.shape, label) == ((28, 28, 3), 9)
+
+
+class Touch:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_from_its_archive_or_unpacked_folder(name, tmp_path, monkeypatch):
-    contents = make_archive(tmp_path, name, monkeypatch)
-    files = [file for file, _ in CIFAR[name].train_list]
-    cifar = open_images(name, per_class=1, folder=tmp_path)
-    assert sorted(labels(cifar.train)) == list(range(10))
-    assert cifar.val.lengths == (20,)
-    train, _ = load_published(name, tmp_path)
-    images, targets = contents[files[-1]]
-    last = train.read(20 * len(files) - 1)
-    assert last.label == targets[19]
-    assert np.array_equal(last.image.transpose(2, 0, 1).ravel(), images[19])  # red, green, blue planes
-    (tmp_path / CIFAR[name].filename).unlink()
-    assert keys(load_published(name, tmp_path)[1]) == keys(cifar.val)
-    file = tmp_path / CIFAR[name].base_folder / CIFAR[name].test_list[0][0]
-    file.write_bytes(file.read_bytes()[:-1])
+def test_cifar_of_somebody_else_is_not_unpickled(name, tmp_path):
+    """Its files are pickles, and known by their MD5 sums."""
+    cifar = getattr(torchvision.datasets, PUBLISHED[name].torchvision)
+    (tmp_path / cifar.base_folder).mkdir()
+    for file in (*dict(cifar.train_list), *dict(cifar.test_list), cifar.meta["filename"]):
+        (tmp_path / cifar.base_folder / file).write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
     with pytest.raises(FractalError, match="--data-dir"):
         load_published(name, tmp_path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_dataset_without_splits_is_divided(tmp_path):
+    for label, name in enumerate(("Forest", "River")):
+        folder = tmp_path / "eurosat" / "2750" / name
+        folder.mkdir(parents=True)
+        for number in range(10):
+            picture(10 * label + number, grey=number % 2 == 0).save(folder / f"{name}_{number}.jpg")
+    splits = open_images("eurosat", folder=tmp_path)
+    assert (splits.train.lengths, splits.val.lengths) == ((16,), (4,))
+    assert splits.train.class_names == ("Forest", "River")
+    assert all(splits.train.read(index).image.shape == (24, 20, 3) for index in range(16))
+    few = open_images("eurosat", 3, 1, tmp_path)
+    assert (few.train.lengths, few.val.lengths) == ((6,), (14,))
+
+
+def test_image_lists_are_read_and_damaged_images_named(tmp_path):
+    meta, images = tmp_path / "food-101" / "meta", tmp_path / "food-101" / "images"
+    meta.mkdir(parents=True)
+    for split, numbers in (("train", range(3)), ("test", range(3, 4))):
+        names = {name: [f"{name}/{number}" for number in numbers] for name in ("soup", "cake")}
+        (meta / f"{split}.json").write_text(json.dumps(names))
+        for name, number in product(names, numbers):
+            (images / name).mkdir(parents=True, exist_ok=True)
+            picture(number).save(images / name / f"{number}.jpg")
+    train, val = load_published("food101", tmp_path)
+    assert (train.class_names, train.labels.tolist()) == (("cake", "soup"), [1] * 3 + [0] * 3)
+    assert val.labels.tolist() == [1, 0]
+    (images / "soup" / "0.jpg").write_bytes(b"\xff\xd8 no picture")
+    with pytest.raises(BadSampleError, match="food101/train/000000"):
+        train.read(0)
+    assert train.read(1).label == 1
+
+
+def test_matlab_files_are_read(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 10), np.uint8)
+    split_list = {}
+    for split in ("train", "test"):
+        file = tmp_path / f"{split}_32x32.mat"
+        savemat(file, {"X": images, "y": np.arange(1, 11)[:, None]})  # 10 stands for the digit 0
+        split_list[split] = [f"file://{tmp_path}/nowhere", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
+    train, _ = load_published("svhn", tmp_path)
+    assert train.labels.tolist() == [*range(1, 10), 0]
+    assert (train.classes, train.class_names) == (10, ())
+    assert np.array_equal(train.read(3).image, images[..., 3])
+
+
+# Folders of images
 
 
 def make_folders(path: Path, classes: dict[str, list[str]]) -> str:
@@ -140,25 +227,20 @@ def make_folders(path: Path, classes: dict[str, list[str]]) -> str:
     return f"imagefolder:{path}"
 
 
-def test_image_folders(tmp_path):
+def test_image_folders(tmp_path, monkeypatch):
     """Hidden files and folders are no images and classes."""
-    name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
     for folder in ("train/.ipynb_checkpoints", "train/ant/.thumbnails", "val/.AppleDouble", "val/@eaDir"):
         shutil.copytree(tmp_path / "train" / "bee", tmp_path / folder)
     (tmp_path / "train" / "lost+found").mkdir()
     (tmp_path / "val" / "bee" / "._0.png").write_bytes(b"no image")
-    photos = open_images(name, per_class=2)
+    photos = open_images("imagefolder:~", per_class=2)
     assert sorted(labels(photos.train)) == [0, 0, 1, 1]
     assert photos.train.class_names == photos.val.class_names == ("ant", "bee")
     assert keys(photos.val) == [f"{name}/{index}.png" for name in ("ant", "bee") for index in range(3)]
     assert photos.val.read(4).image.shape == (7, 11, 3)
     assert photos.val.read(4).image[0, 0].tolist() == [1, 1, 0]
-
-
-def test_home_is_expanded_inside_of_a_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    make_folders(tmp_path, {"train": ["ant"], "val": ["ant"]})
-    assert keys(open_images("imagefolder:~").train) == ["ant/0.png", "ant/1.png", "ant/2.png"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +268,7 @@ def test_damaged_or_missing_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_image_folders_that_change_have_another_digest(tmp_path, split):
+def test_image_folders_that_change_have_another_digest(tmp_path, monkeypatch, split):
     name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
     ant, bee = tmp_path / split / "ant", tmp_path / split / "bee"
     digests = [open_images(name).digest, open_images(name).digest]
@@ -198,69 +280,67 @@ def test_image_folders_that_change_have_another_digest(tmp_path, split):
     digests.append(open_images(name).digest)
     assert digests[0] == digests[1] is not None
     assert len(set(digests)) == 4
+    # there may be millions of files, on a file system that many share: eval looks at none
+    monkeypatch.setattr(FolderSource, "describe", lambda self: pytest.fail("all files are looked at"))
+    assert open_data(ImagesConfig(name, None, 0, tmp_path), ALONE, for_training=False).digest is None
 
 
-def test_run_on_image_folders_that_changed_is_not_continued(fractaltrain, tmp_path, monkeypatch):
-    name = make_folders(tmp_path, {"train": ["ant", "bee"], "val": ["ant", "bee"]})
-    command = ("ft", "--weights", "none", "--data", name, "--model", "test_resnet", "--image-size", 16,
-               "--batch-size", 4, "--epochs", 1, "--out", tmp_path / "run")  # fmt: skip
-    assert [fractaltrain(*command).code for _ in range(2)] == [0, 0]
-    with monkeypatch.context() as patch:  # there may be millions of files, on a file system that many share
-        patch.setattr(FolderSource, "describe", lambda self: pytest.fail("eval looks at every file"))
-        assert fractaltrain("eval", "--weights", tmp_path / "run", "--data", name).code == 0
-    (tmp_path / "val" / "ant" / "new.png").write_bytes((tmp_path / "val" / "ant" / "0.png").read_bytes())
-    refused = fractaltrain(*command)
-    assert (refused.code, refused.err.count("\n")) == (1, 1)
-    assert "data_digest" in refused.err
+# Tars of other programs
 
 
-def write_webdataset(folder: Path, image_file: Callable[..., bytes], splits: dict[str, list[int]], **info: int) -> Path:
-    """Tars as others write them: PNG and JPEG of several sizes, json beside the cls, pax headers, long names."""
-    folder.mkdir()
-    described = {}
-    for split, lengths in splits.items():
-        names = [f"in-{split}-{number:03d}.tar" for number in range(len(lengths))]
-        for name, length in zip(names, lengths, strict=True):
-            with tarfile.open(folder / name, "w", format=tarfile.PAX_FORMAT) as tar:
+@pytest.fixture
+def theirs(tmp_path, image_file, write_tar) -> Callable[..., Path]:
+    """Function that writes a folder as others do: PNG and JPEG of several sizes, json beside the cls, long names."""
+
+    def write(splits: dict[str, list[int]], **info: int) -> Path:
+        folder, described = tmp_path / "theirs", {}
+        folder.mkdir()
+        for split, lengths in splits.items():
+            names = [f"in-{split}-{number:03d}.tar" for number in range(len(lengths))]
+            for name, length in zip(names, lengths, strict=True):
+                files = {}
                 for number in range(length):
-                    form = ("PNG", "JPEG")[number % 2]
-                    image = image_file(form, 40 + number, 33, number)
-                    files = {form.lower().replace("jpeg", "jpg"): image, "cls": b"%d" % (number % 4), "json": b"{}"}
-                    for extension, data in files.items():
-                        member = tarfile.TarInfo(f"./{split}/{number:05d}.{extension}")
-                        member.size, member.mtime = len(data), 1.25
-                        tar.addfile(member, io.BytesIO(data))
-        described[split] = {"num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
-    (folder / "_info.json").write_text(json.dumps({"splits": described, **info}))
-    return folder
+                    form, extension = (("PNG", "png"), ("JPEG", "jpg"))[number % 2]
+                    key = f"./{split}/{number:05d}"
+                    files[f"{key}.{extension}"] = image_file(form, 40 + number, 33, number)
+                    files |= {f"{key}.cls": b"%d" % (number % 4), f"{key}.json": b"{}"}
+                write_tar(folder / name, files)
+            described[split] = {"num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+        (folder / "_info.json").write_text(json.dumps({"splits": described, **info}))
+        return folder
+
+    return write
 
 
-def epoch(source: SampleSource, crop: str, workers: int) -> list[tuple[str, int, bytes]]:
-    transform = train_transform(change(PT_RECIPES["anderson"], {"crop": crop}), 24)
+def epoch_of(source: SampleSource, transform: Transform, workers: int) -> list[tuple[str, int, bytes]]:
     order = np.arange(sum(source.lengths))
-    positions = order[: len(order) // 4 * 4].reshape(-1, 4)
+    batches = epoch_loader(source, transform, order.reshape(-1, 4), order, 0, 0, workers=workers)
     return [
         (key, int(label), image.numpy().tobytes())
-        for batch in epoch_loader(source, transform, positions, order, 0, 0, workers=workers)
+        for batch in batches
         for key, label, image in zip(batch.keys, batch.labels, batch.images, strict=True)
     ]
 
 
-@pytest.mark.parametrize("crop", ["none", "resized"])
-def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
-    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [5, 7], "validation": [3]})
+def test_webdataset_folder_is_streamed(theirs, image_file):
+    folder = theirs({"train": [5, 7], "validation": [3]})
     before = sorted(folder.iterdir())
     splits = open_shards(folder, ALONE)
     assert (splits.train.lengths, splits.val.lengths) == ((5, 7), (3,))
     assert (splits.train.classes, splits.image_size) == (4, None)
-    seen = epoch(splits.train, crop, workers=0)
-    assert [key for key, *_ in seen] == [f"train/{number:05d}" for number in (*range(5), *range(7))]
-    assert [label for _, label, _ in seen] == [number % 4 for number in (*range(5), *range(7))]
-    assert epoch(splits.train, crop, workers=2) == seen
+    transform = train_transform(change(PT_RECIPES["anderson"], {"crop": "resized"}), 24)
+    zero, two = (epoch_of(splits.train, transform, workers) for workers in (0, 2))
+    assert [sample[:2] for sample in zero] == [(f"train/{n:05d}", n % 4) for n in (*range(5), *range(7))]
+    assert two == zero
     for number in range(4):
         with Image.open(io.BytesIO(image_file(("PNG", "JPEG")[number % 2], 40 + number, 33, number))) as picture:
             assert np.array_equal(splits.train.read(number).image, np.asarray(picture.convert("RGB")))
     assert sorted(folder.iterdir()) == before  # nothing is written there
+    data = bytearray((folder / "in-train-000.tar").read_bytes())
+    data[data.index(b"IDAT") + 8 : data.index(b"IEND")] = bytes(data.index(b"IEND") - data.index(b"IDAT") - 8)
+    (folder / "in-train-000.tar").write_bytes(data)
+    with pytest.raises(FractalError, match=r"in-train-000\.tar: train/00000: "):
+        open_shards(folder, ALONE).train.read(0)
 
 
 @pytest.mark.parametrize(
@@ -272,77 +352,53 @@ def test_webdataset_folder_is_streamed(tmp_path, image_file, crop):
         ({"train": [4], "val": [0]}, {}, "no samples in val"),
     ],
 )
-def test_webdataset_folder_without_sound_classes_or_splits_is_refused(tmp_path, image_file, splits, info, noun):
+def test_webdataset_folder_without_sound_classes_or_splits_is_refused(theirs, splits, info, noun):
     with pytest.raises(FractalError, match=noun):
-        open_shards(write_webdataset(tmp_path / "theirs", image_file, splits, **info), ALONE)
+        open_shards(theirs(splits, **info), ALONE)
 
 
-def test_damaged_image_of_a_webdataset_folder_is_named(tmp_path, image_file):
-    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [4]}, num_classes=9)
-    source = open_shards(folder, ALONE).train
-    assert source.classes == 9
-    data = bytearray((folder / "in-train-000.tar").read_bytes())
-    data[data.index(b"IDAT") + 8 : data.index(b"IEND")] = bytes(data.index(b"IEND") - data.index(b"IDAT") - 8)
-    (folder / "in-train-000.tar").write_bytes(data)
-    with pytest.raises(FractalError, match=r"in-train-000\.tar: train/00000: "):
-        source.read(0)
-
-
-def test_tars_without_an_info_file_and_with_labels_in_json(tmp_path, image_file, fractaltrain):
+def test_tars_without_an_info_file_and_with_labels_in_json(tmp_path, image_file, write_tar, fractaltrain):
     """As img2dataset writes them; one sample has no label."""
     folder = tmp_path / "theirs"
-    folder.mkdir()
     for shard in range(3):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(8):
-                meta = {"caption": "x"} if (shard, number) == (1, 2) else {"caption": "x", "label": number % 2}
-                files = {"jpg": image_file("JPEG", 20, 20, number), "txt": b"x", "json": json.dumps(meta).encode()}
-                for extension, data in files.items():
-                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        files = {}
+        for number in range(8):
+            meta = {"caption": "x"} | ({} if (shard, number) == (1, 2) else {"label": number % 2})
+            key = f"{shard:05d}{number:04d}"
+            files[f"{key}.jpg"], files[f"{key}.txt"] = image_file("JPEG", 20, 20, number), b"x"
+            files[f"{key}.json"] = json.dumps(meta).encode()
+        write_tar(folder / f"{shard:05d}.tar", files)
         (folder / f"{shard:05d}_stats.json").write_text("{}")
-    command = (
-        "ft", "--weights", "none", "--model", "test_resnet", "--data", f"shards:{folder}", "--out", tmp_path / "run",
-        "--image-size", 32, "--batch-size", 5, "--epochs", 1, "--set", "lr=0.01",
-    )  # fmt: skip
-    for options, noun in (((), "--label-key"), (("--label-key", "label"), "000010002"), (("--split", "val=9*"), "9*")):
+    small = ("--model", "test_resnet", "--image-size", 32, "--batch-size", 5, "--epochs", 1, "--set", "lr=0.01")
+    command = ("ft", "--weights", "none", "--data", f"shards:{folder}", "--out", tmp_path / "run", *small)
+    labels, skip = ("--label-key", "label"), ("--on-bad-sample", "skip")
+    for options, code, noun in (
+        ((), 1, "--label-key"),
+        (labels, 1, "000010002"),
+        (("--split", "val=9*"), 2, "9*"),
+        ((*labels, *skip), 1, "--split"),  # no split to evaluate on
+    ):
         refused = fractaltrain(*command, *options)
-        assert (refused.code, refused.err.splitlines()[-1].count("error: ")) == (2 if noun == "9*" else 1, 1)
-        assert noun in refused.err.splitlines()[-1]
-    options = ("--label-key", "label", "--on-bad-sample", "skip")
-    assert "--split" in fractaltrain(*command, *options).err  # no split to evaluate on
-    done = fractaltrain(*command, *options, "--split", "val=00002.tar")
+        *_, error = refused.err.splitlines()
+        assert (refused.code, error.startswith("error: "), noun in error) == (code, True, True)
+    done = fractaltrain(*command, *labels, *skip, "--split", "val=00002.tar")
     assert (done.code, "1 bad sample" in done.err, "000010002" in done.err) == (0, True, True)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 8
     (tmp_path / "val").mkdir()
     (folder / "00002.tar").rename(tmp_path / "val" / "00002.tar")
-    command = ("eval", "--weights", tmp_path / "run", "--data", f"shards:{tmp_path / 'val'}", "--label-key", "label")
+    command = ("eval", "--weights", tmp_path / "run", "--data", f"shards:{tmp_path / 'val'}", *labels)
     assert "--split" in fractaltrain(*command).err
     assert "8 val images" in fractaltrain(*command, "--split", "val=*").out
 
 
-def test_pretraining_on_a_webdataset_folder(tmp_path, image_file, fractaltrain):
-    folder = write_webdataset(tmp_path / "theirs", image_file, {"train": [9, 8], "validation": [3]})
-    command = (
-        "pt", "--shards", folder, "--out", tmp_path / "run", "--model", "test_resnet", "--batch-size", 4,
-        "--image-size", 32, "--epochs", 1, "--set", "crop=resized", "--set", "repeats=3", "--set", "mixup=0.8",
-    )  # fmt: skip
+def test_pretraining_on_a_webdataset_folder(tmp_path, theirs, fractaltrain):
+    folder = theirs({"train": [9, 8], "validation": [3]})
+    changes = [word for change in ("crop=resized", "repeats=3", "mixup=0.8") for word in ("--set", change)]
+    small = ("--model", "test_resnet", "--batch-size", 4, "--image-size", 32, "--epochs", 1)
+    command = ("pt", "--shards", folder, "--out", tmp_path / "run", *small, *changes)
     assert [fractaltrain(*command).code for _ in range(2)] == [0, 0]
     (last,) = (line for line in read_metrics(tmp_path / "run") if line["split"] == "epoch")
     assert (last["step"], last["samples"]) == (3, 3)  # floor(17 / 3) samples three times, in batches of 4
-
-
-def test_packed_images_of_several_sizes(tmp_path, image_folder):
-    folder = image_folder(tmp_path / "images", {"cat": 6, "dog": 6})
-    source = parse_source(f"imagefolder:{folder}", None)
-    plan = plan_pack(tmp_path / "packed", source, source.list_images(tmp_path / "packed"), seed=0, shard_size=5)
-    run_pack(plan, workers=1)
-    source = open_shards(tmp_path / "packed", ALONE).train
-    assert source.class_names == ("cat", "dog")
-    assert len({source.read(index).image.shape for index in range(12)}) > 3
-    for crop in ("none", "random", "resized"):
-        assert [len(pixels) for _, _, pixels in epoch(source, crop, workers=0)] == [24 * 24 * 3] * 12
 
 
 def test_labels_and_counts_of_shards(dataset, tmp_path):

@@ -1,28 +1,33 @@
-"""``fractaltrain ft`` on shards, from timm's weights, and with a frozen backbone."""
+"""``fractaltrain ft`` and ``eval``: on shards, from timm's weights, with a frozen backbone; metrics by hand."""
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from torch import nn
 
 from fractalshards import reader as stored
 from fractalshards.manifest import load_manifest
 from fractaltrain.checkpoint import load_checkpoint, load_run
 from fractaltrain.config import ImagesConfig
 from fractaltrain.data.images import open_data
-from fractaltrain.models import create_model, freeze_backbone, set_training
+from fractaltrain.data.source import InMemorySource
+from fractaltrain.evaluate import Predictions, predict
+from fractaltrain.optim import multi_label_loss
+from fractaltrain.plotting import draw_confusion
+from fractaltrain.recipes import PT_RECIPES
+from fractaltrain.run_folder import list_checkpoints
 from tiny_training import ALONE
 
-SMALL = ("--model", "test_resnet", "--image-size", 16, "--batch-size", 10, "--epochs", 1)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("elsewhere")
+BRIEF = ("--batch-size", 10, "--epochs", 1)
+SMALL = ("--model", "test_resnet", "--image-size", 16, *BRIEF)
 
 
 def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
@@ -38,10 +43,7 @@ def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
 
 
 def test_per_class_subset_reads_no_images(dataset, monkeypatch):
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("an image was read")
-
-    monkeypatch.setattr(stored, "read_sample", refuse)
+    monkeypatch.setattr(stored, "read_sample", lambda *arguments: pytest.fail("an image was read"))
     data = open_data(ImagesConfig(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
     monkeypatch.undo()
     labels = [data.train.read(index).label for index in range(sum(data.train.lengths))]
@@ -49,87 +51,67 @@ def test_per_class_subset_reads_no_images(dataset, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "noun"),
-    [
-        ((20,), 0, "val"),
-        ((3,), 5, "class 3"),
-        ((20,), 3, "class 3"),
-    ],
+    ("train", "val", "label_type", "noun"),
+    [(20, 0, "single", "val"), (3, 5, "single", "class 3"), (20, 3, "single", "class 3"), (20, 5, "multi", "classes")],
 )
-def test_shards_without_val_split_or_classes_are_refused(fractaltrain, write_dataset, tmp_path, train, val, noun):
-    folder = write_dataset(tmp_path / "shards", train=train, val=val)
-    outcome = fractaltrain("ft", "--weights", "none", *SMALL, "--data", f"shards:{folder}")
-    assert outcome.code == 1
-    assert outcome.err.startswith(f"error: {folder}")
-    assert noun in outcome.err
-    assert outcome.err.count("\n") == 1
+def test_shards_that_cannot_be_finetuned_on_are_refused(fractaltrain, write_dataset, train, val, label_type, noun):
+    info = write_dataset(Path("shards"), train=(train,), val=val) / "_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"label_type": label_type}))
+    fractaltrain("ft", "--weights", "none", *SMALL, "--data", "shards:shards").assert_refused(1, "error: shards", noun)
 
 
-def test_multi_label_shards_are_refused(fractaltrain, write_dataset, tmp_path):
-    folder = write_dataset(tmp_path / "shards", train=(20,), val=5)
-    info = json.loads((folder / "_info.json").read_text())
-    (folder / "_info.json").write_text(json.dumps(info | {"label_type": "multi"}))
-    outcome = fractaltrain("ft", "--weights", "none", *SMALL, "--data", f"shards:{folder}")
-    assert (outcome.code, outcome.err.count("\n"), str(folder) in outcome.err) == (1, 1, True)
-
-
-def test_frozen_backbone_stays_as_it_was(fractaltrain, dataset):
-    fractaltrain("pt", "--shards", dataset, *SMALL, "--out", "pt")
-    probe = (
-        "--weights",
-        "pt",
-        "--data",
-        f"shards:{dataset}",
-        "--batch-size",
-        10,
-        "--epochs",
-        1,
-        "--freeze",
-        "backbone",
-    )
-    done = fractaltrain("ft", *probe)
+def test_frozen_backbone_stays_as_it_was(fractaltrain, dataset, pretrained):
+    data = ("--data", f"shards:{dataset}", "--freeze", "backbone", "--out", "ft")
+    done = fractaltrain("ft", "--weights", pretrained, *BRIEF, *data)
     assert (done.code, done.err) == (0, "")
     assert "fc.weight, fc.bias" in done.out
-    before = load_checkpoint(Path("pt")).state["model"]
-    after = load_checkpoint(Path("runs/small-from-pt-anderson-backbone-frozen")).state["model"]
+    before, after = (load_checkpoint(folder).state["model"] for folder in (pretrained, Path("ft")))
     changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert changed == ["fc.weight", "fc.bias"]  # not even the statistics of batch norm
 
 
-def test_exported_finetuning_names_its_pretraining(fractaltrain, dataset):
-    fractaltrain("pt", "--shards", dataset, *SMALL, "--out", "pt")
-    for start, out in (("pt", "once"), ("once", "twice")):
-        done = fractaltrain("ft", "--weights", start, *SMALL[4:], "--data", f"shards:{dataset}", "--out", out)
-        assert (done.code, done.err) == (0, "")
+def test_exported_finetuning_names_its_pretraining(fractaltrain, dataset, pretrained):
+    for start, out in ((pretrained, "once"), ("once", "twice")):
+        done = fractaltrain("ft", "--weights", start, *BRIEF, "--data", f"shards:{dataset}", "--out", out, "--quiet")
+        assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)  # the results only
     assert fractaltrain("export", "twice", "--out", "export").code == 0
     card = Path("export/README.md").read_text()
     manifest = load_manifest(dataset)
-    digests = (manifest.recipe_digest, manifest.content_digest(), load_run(Path("pt")).sha256)
+    digests = (manifest.recipe_digest, manifest.content_digest(), load_run(pretrained).sha256)
     assert [digest for digest in digests if digest not in card] == []
     assert card.count("Fine-tuned") == 2
 
 
-@pytest.mark.parametrize(("name", "head"), [("test_resnet", "fc"), ("test_vit", "head")])
-def test_set_training_leaves_a_frozen_backbone_in_eval_mode(name, head):
-    model = create_model(name, 5, 32).eval()
-    set_training(model)
-    assert all(module.training for module in model.modules())
-    freeze_backbone(model)
-    set_training(model)
-    assert [name for name, module in model.named_modules() if module.training] == [head]
+def test_finetuning_notices_other_weights_and_skips_damaged_ones(fractaltrain, pretrained):
+    start = shutil.copytree(pretrained, Path("pt"))
+    finetune = ("ft", "--data", "digits", "--per-class", 2, "--batch-size", 20, "--epochs", 1, "--out", "ft")
+    assert fractaltrain(*finetune, "--weights", pretrained).code == 0
+    *_, before, newest = list_checkpoints(start)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    refused = fractaltrain(*finetune, "--weights", start)
+    assert (refused.code, "weights" in refused.err) == (1, True)
+    outcome = fractaltrain(*finetune, "--weights", start, "--out", "other")
+    first, second = outcome.out.splitlines()[:2]
+    assert (outcome.code, newest.name in first, "after 1 epoch" in second) == (0, True, True)
+    before.unlink()
+    newest.unlink()
+    fractaltrain(*finetune, "--weights", start).assert_refused(1, "checkpoint")
+
+
+def replace_download(monkeypatch, download):
+    """Make timm call a function with the model whose published weights it would download."""
+    create = timm.create_model
+
+    def fetch(name: str, pretrained: bool = False, **options: int) -> nn.Module:
+        model = create(name, **options)
+        return download(model) if pretrained else model
+
+    monkeypatch.setattr(timm, "create_model", fetch)
 
 
 def test_timm_weights_are_loaded(fractaltrain, monkeypatch):
-    """The test creates the weights, so that none are downloaded."""
-    create, made = timm.create_model, []
-
-    def fetch(name: str, pretrained: bool = False, **options: int) -> torch.nn.Module:
-        model = create(name, **options)
-        if pretrained:
-            made.append(model)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", fetch)
+    made = []
+    replace_download(monkeypatch, lambda model: made.append(model) or model)
     data = ("--data", "digits", "--per-class", 2, "--lr", 1e-12)
     done = fractaltrain("ft", "--weights", "timm", *SMALL, *data)
     assert (done.code, done.err) == (0, "")
@@ -142,16 +124,133 @@ def test_timm_weights_are_loaded(fractaltrain, monkeypatch):
 
 
 def test_timm_weights_without_internet_are_one_line(fractaltrain, monkeypatch):
-    create = timm.create_model
+    def fail(model: nn.Module) -> nn.Module:
+        raise ConnectionError("name resolution failed\nand much more")
 
-    def fail(name: str, pretrained: bool = False, **options: int) -> torch.nn.Module:
-        if pretrained:
-            raise ConnectionError("name resolution failed\nand much more")
-        return create(name, **options)
-
-    monkeypatch.setattr(timm, "create_model", fail)
+    replace_download(monkeypatch, fail)
     outcome = fractaltrain("ft", "--weights", "timm", *SMALL, "--data", "digits")
-    assert outcome.code == 1
-    assert "test_resnet.r160_in1k" in outcome.err
-    assert "HF_HUB_OFFLINE=1" in outcome.err
-    assert outcome.err.count("\n") == 1
+    outcome.assert_refused(1, "test_resnet.r160_in1k", "HF_HUB_OFFLINE=1")
+
+
+# Evaluation
+
+
+def test_single_label_scores_by_hand():
+    predicted = np.array([[0, 1], [1, 0], [1, 0], [2, 1]])
+    predictions = Predictions(classes=4, labels=np.array([0, 0, 1, 1]), predicted=predicted, loss=0.5)
+    assert predictions.scores() == {"samples": 4, "loss": 0.5, "top1": 0.5, "top5": 1.0}
+    nothing = {"samples": 0, "top1": None, "top5": None}
+    assert predictions.class_scores() == [{"samples": 2, "top1": 0.5, "top5": 1.0}] * 2 + [nothing] * 2
+    assert predictions.confusion().tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0] * 4, [0] * 4]
+
+
+def test_multi_label_scores_by_hand():
+    """Class 0: its two images are ranked first and third: (1 + 2/3) / 2. Class 1: first: 1. Class 2: no image."""
+    logits = np.array([[3, 0, -1], [2, -1, -1], [1, -2, -1], [-1, -3, 1]], np.float32)
+    shown = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], np.bool_)
+    predictions = Predictions(3, shown, logits, loss=2.0)
+    assert predictions.average_precisions() == pytest.approx([(1 + 2 / 3) / 2, 1, np.nan], nan_ok=True)
+    # 3 of 12 pairs are shown: the loss adds log 4 = 1.39 to logits; two of class 0 are above it, one of them shown
+    f1 = 2 * 1 / (2 + 3)
+    scores = predictions.scores()
+    assert scores == {"samples": 4, "loss": 2.0, "map": pytest.approx((5 / 6 + 1) / 2), "f1": pytest.approx(f1)}
+    assert [entry["samples"] for entry in predictions.class_scores()] == [2, 1, 0]
+    nothing = Predictions(2, np.zeros((2, 2), np.bool_), np.zeros((2, 2), np.float32), 0.0)
+    assert (nothing.scores()["map"], nothing.scores()["f1"]) == (0, 0)
+
+
+def test_rare_class_is_predicted_only_above_its_prior():
+    """1000 classes, one shown per image."""
+    shown = np.eye(10, 1000, dtype=np.bool_)
+    prior = np.log(1 / 999) + np.log(1000)  # the logit of a model that knows nothing
+    logits = np.full((10, 1000), prior, np.float32)
+    assert Predictions(1000, shown, logits, 0.0).scores()["f1"] == 0
+    logits[shown] += 10
+    assert Predictions(1000, shown, logits, 0.0).scores()["f1"] == 1
+
+
+def test_multi_label_loss_weighs_shown_classes_per_image():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [0.5, 0.0, 0.0, 0.0]])
+    targets = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
+    weights = torch.tensor([[4 / 2], [4 / 1]])  # classes over those that an image shows
+    terms = weights * targets * (logits.exp().log1p() - logits) + (1 - targets) * logits.exp().log1p()
+    assert float(multi_label_loss(logits, targets)) == pytest.approx(float(terms.mean()))
+
+
+class Table(nn.Module):
+    """Returns the row of a table of logits that the first pixel selects."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+@pytest.mark.parametrize(("classes", "batch"), [(10, 7), (10, 64), (3, 5)])
+def test_predict_counts_every_sample_once(classes, batch):
+    count = 53
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(count, classes)).astype(np.float32)
+    labels = generator.integers(0, classes, count)
+    images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
+    source = InMemorySource("table", images, labels, classes)
+    model = Table(torch.from_numpy(logits))
+    predictions = predict(model, source, PT_RECIPES["anderson"], 8, torch.float32, batch, False, ALONE)
+    assert predictions is not None
+    ranks = (logits > logits[np.arange(count), labels][:, None]).sum(1)
+    loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(count), labels]
+    expected = {"samples": count, "loss": loss.mean(), "top1": (ranks < 1).mean(), "top5": (ranks < 5).mean()}
+    assert predictions.scores() == pytest.approx(expected, rel=1e-6)
+    assert not model.training
+
+
+def test_eval_leaves_out_the_images_a_run_was_finetuned_on(fractaltrain):
+    data = ("--data", "digits", "--per-class", 3, "--subset-seed", 4, "--batch-size", 24)
+    fractaltrain("ft", "--weights", "none", *SMALL, *data, "--out", "run")
+    result = json.loads(Path("run/result.json").read_text())
+    done = fractaltrain("eval", "--weights", "run", "--data", "digits")
+    assert done.code == 0
+    report = json.loads(Path("run/eval-digits/eval.json").read_text())
+    assert [report[name] for name in ("samples", "top1", "top5")] == [1767, result["top1"], result["top5"]]
+    assert report["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    assert [entry["name"] for entry in report["classes"]] == list("0123456789")
+    assert np.trace(report["confusion"]) == round(report["top1"] * 1767)
+    assert f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}" in done.out
+    with Image.open("run/eval-digits/confusion.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_eval_refuses_other_classes(fractaltrain, pretrained, image_folder):
+    fractaltrain("eval", "--weights", pretrained, "--data", "digits").assert_refused(1, "5 classes")
+    assert not (pretrained / "eval-digits").exists()
+    for name, classes in (("animals", ("ant", "bee")), ("plants", ("ant", "oak"))):
+        for part in ("train", "val"):
+            image_folder(Path(name) / part, dict.fromkeys(classes, 2))
+    ants = ("--data", "imagefolder:animals")
+    fractaltrain("ft", "--weights", "none", *SMALL, "--batch-size", 2, *ants, "--out", "ft")
+    assert fractaltrain("eval", "--weights", "ft", *ants).code == 0
+    fractaltrain("eval", "--weights", "ft", "--data", "imagefolder:plants").assert_refused(1, "bee", "oak")
+
+
+def test_eval_of_a_diverged_run_has_no_scores(fractaltrain, dataset, pretrained, read_only_disk):
+    run = shutil.copytree(pretrained, Path("run"))
+    options = ("eval", "--weights", run, "--data", f"shards:{dataset}")
+    refused = fractaltrain(*options, "--out", read_only_disk / "new")  # before anything is evaluated
+    refused.assert_refused(1, str(read_only_disk))
+    newest = list_checkpoints(run)[-1]
+    saved = torch.load(newest, weights_only=True)
+    saved["model"]["fc.bias"][2] = torch.nan
+    torch.save(saved, newest)
+    fractaltrain(*options, "--quiet").assert_refused(1, "nan")
+
+
+@pytest.mark.parametrize("classes", [2, 100, 5000])
+def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes):
+    labels = np.random.default_rng(0).integers(0, classes, 1000)
+    counts = Predictions(classes, labels, labels[:, None], 0.0).confusion()
+    with warnings.catch_warnings(action="error"):
+        draw_confusion(tmp_path / "x.png", counts, classes, ["$a 類_$ " + "long " * 20] * classes, "run $x$")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert 400 < min(picture.size) < 2500

@@ -1,16 +1,12 @@
 """Batches of an epoch: the same for any number of workers and after any stop, bad samples, workers that end."""
 
-import errno
-import multiprocessing
 import os
 import pickle
 import select
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from contextlib import closing, suppress
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -83,27 +79,19 @@ def damage(folder: Path, shard: int, sample: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_sample_is_named_in_one_line(dataset, tmp_path, workers):
-    folder = tmp_path / "bad"
-    shutil.copytree(dataset, folder)
-    damage(folder, shard=1, sample=4)
-    with pytest.raises(FractalError, match=r"train-000001\.tar: 000000024: ") as error:
-        read(folder, workers=workers)
-    assert "\n" not in str(error.value)
-
-
-def test_label_outside_the_classes_is_named(tmp_path, dataset):
-    folder = tmp_path / "bad"
-    shutil.copytree(dataset, folder)
-    info = (folder / "_info.json").read_text()
-    (folder / "_info.json").write_text(info.replace('"classes": 5', '"classes": 3'))
-    with pytest.raises(FractalError, match=r"train-00000\d\.tar: \d+: label [34]"):
-        read(folder)
+def test_bad_sample_is_named_in_one_line(dataset, tmp_path, workers):
+    damaged, labelled = (shutil.copytree(dataset, tmp_path / name) for name in ("damaged", "labelled"))
+    damage(damaged, shard=1, sample=4)
+    info = (labelled / "_info.json").read_text()
+    (labelled / "_info.json").write_text(info.replace('"classes": 5', '"classes": 3'))
+    for folder, noun in ((damaged, "000000024: "), (labelled, r"\d+: label [34]")):
+        with pytest.raises(FractalError, match=rf"train-00000\d\.tar: {noun}") as error:
+            read(folder, workers=workers)
+        assert "\n" not in str(error.value)
 
 
 def test_shard_that_is_lost_or_cut_during_an_epoch(tmp_path, dataset):
-    folder = tmp_path / "cut"
-    shutil.copytree(dataset, folder)
+    folder = shutil.copytree(dataset, tmp_path / "cut")
     source = StoredSplit(load_manifest(folder), "train")
     order = epoch_order(source.lengths, 0, 0, window=2)
     positions = training_positions(50, 10, 0, 1, pad=False)
@@ -138,30 +126,11 @@ class Numbers:
         return Example(str(index), np.full((1, 1, 3), index, np.uint8), 0)
 
 
-def numbers(
-    source: Numbers,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    pad: bool = False,
-    on_bad: OnBad = "stop",
-    start: int = 0,
-    workers: int = 0,
-) -> list[Batch]:
+def numbers(source: Numbers, batch: int, rank: int = 0, world: int = 1, **loading: object) -> list[Batch]:
     order = epoch_order(source.lengths, seed=0, epoch=0, window=2)
-    positions = training_positions(len(order), batch, rank, world, pad)
+    positions = training_positions(len(order), batch, rank, world, pad=False)
     one_pixel = val_transform(PT_RECIPES["anderson"], 1)
-    return list(epoch_loader(source, one_pixel, positions, order, 0, 0, start=start, on_bad=on_bad, workers=workers))
-
-
-def test_epoch_is_exact_for_all_small_shards_batches_and_ranks():
-    for lengths, batch, pad in product([(1, 3), (2, 1, 2), (6,)], range(1, 5), (False, True)):
-        order = epoch_order(lengths, seed=0, epoch=0, window=2)
-        steps = -(-len(order) // batch) if pad else len(order) // batch
-        for world in (world for world in (1, 2, 3, 4) if batch % world == 0):
-            ranks = [numbers(Numbers(lengths), batch, rank, world, pad) for rank in range(world)]
-            seen = [key for step in range(steps) for rank in ranks for key in rank[step].keys]
-            assert seen == [str(order[position % len(order)]) for position in range(steps * batch)]
+    return list(epoch_loader(source, one_pixel, positions, order, 0, 0, **loading))
 
 
 @pytest.mark.parametrize("start", [0, 2])
@@ -171,7 +140,8 @@ def test_bad_sample_is_replaced_by_the_next_good_one(start):
     bad = frozenset([order[2], order[5], order[6], order[11]])
     expected = [*order[:2], order[3], order[3], order[4], order[7], order[7], *order[7:11], order[0]]
     for world in (1, 2, 4):
-        ranks = [numbers(Numbers((6, 6), bad), 4, rank, world, False, "replace", start) for rank in range(world)]
+        options = {"on_bad": "replace", "start": start}
+        ranks = [numbers(Numbers((6, 6), bad), 4, rank, world, **options) for rank in range(world)]
         seen = [int(key) for step in range(3 - start) for rank in ranks for key in rank[step].keys]
         assert seen == expected[4 * start :]
         reasons = sorted(reason for rank in ranks for batch in rank for reason in batch.bad)
@@ -203,6 +173,12 @@ def test_lost_dataset_is_an_error_even_if_bad_samples_are_replaced():
             numbers(Numbers((6,), gone=True), 3, on_bad=on_bad)
 
 
+def zeros(workers: int, kind: type[InMemorySource] = InMemorySource) -> Iterator[Batch]:
+    """20 batches of two samples."""
+    source = kind("zeros", np.zeros((40, 32, 32, 3), np.uint8), np.zeros(40, np.int64), 1)
+    return epoch_loader(source, PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=workers)
+
+
 class Deadly(InMemorySource):
     def read(self, index: int) -> Example:
         if index == 7:
@@ -211,14 +187,13 @@ class Deadly(InMemorySource):
 
 
 def test_killed_worker_is_one_line():
-    source = Deadly("deadly", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, np.int64), 1)
     with pytest.raises(FractalError, match="--workers") as error:
-        list(epoch_loader(source, PLAIN, np.arange(8).reshape(4, 2), np.arange(8), 0, 0, workers=1))
+        list(zeros(workers=1, kind=Deadly))
     assert "\n" not in str(error.value)
 
 
-def zeros(count: int) -> InMemorySource:
-    return InMemorySource("zeros", np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64), 1)
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
 @pytest.fixture
@@ -231,9 +206,7 @@ def no_child_handler():
 
 def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one(no_child_handler):
     before = children()
-    with closing(
-        epoch_loader(zeros(40), PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=1)
-    ) as loader:
+    with closing(zeros(workers=1)) as loader:
         next(loader)
         (worker,) = children() - before
         ended = os.pidfd_open(worker)
@@ -244,48 +217,9 @@ def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one(no_child
             list(loader)
 
 
-def test_batches_of_workers_need_no_space_in_dev_shm():
-    with closing(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=1)) as loader:
-        batch = next(loader)
-        assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text()
-    batch.images.add_(1)  # it outlives its worker
-    assert batch.images.sum() == 2 * 3 * 32 * 32
-
-
-def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
-    def full(name: str) -> int:
-        raise OSError(errno.ENFILE, "Too many open files in system")
-
-    monkeypatch.setattr(os, "memfd_create", full)
-    with pytest.raises(FractalError, match="open files"):
-        list(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=1))
-
-
-def test_workers_end_if_another_one_cannot_start(monkeypatch):
-    def fork() -> int:
-        if started:
-            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        started.append(real())
-        return started[0]
-
-    started: list[int] = []
-    real = os.fork
-    monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(OSError, match="unavailable") as caught:
-        list(epoch_loader(zeros(4), PLAIN, np.arange(4).reshape(2, 2), np.arange(4), 0, 0, workers=2))
-    for process in multiprocessing.active_children():
-        process.join(10)
-    assert not {*started} & children(), caught  # whose traceback refers to the workers
-
-
-def children() -> set[int]:
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-
-
 def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
     before = children()
-    loader = epoch_loader(zeros(40), PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=2)
-    with closing(loader):
+    with closing(zeros(workers=2)) as loader:
         next(loader), next(loader)  # both have started
         workers = children() - before
         for pid in workers:
@@ -294,38 +228,29 @@ def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
     assert not workers & children()
 
 
-ORPHANS = """
-import multiprocessing
-import numpy as np
-from fractaltrain.data.source import InMemorySource
-from fractaltrain.recipes import PT_RECIPES
-from fractaltrain.stream.loader import epoch_loader
-from fractaltrain.transforms import val_transform
-source = InMemorySource("zeros", np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40, np.int64), 1)
-transform = val_transform(PT_RECIPES["anderson"], 8)
-loader = epoch_loader(source, transform, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=2)
-next(loader)
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-input()
-"""
-
-
-@pytest.mark.slow
 def test_workers_end_with_a_killed_parent():
     """Each holds the reading end of the pipe that it writes to."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", ORPHANS], text=True, **pipes) as parent:
-        assert parent.stdout is not None
-        workers = [int(worker) for worker in parent.stdout.readline().split()]
-        ends = [os.pidfd_open(worker) for worker in workers]
-        parent.kill()
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
         try:
-            assert [select.select([end], [], [], 20)[0] for end in ends] == [[end] for end in ends] != []
+            loader = zeros(workers=2)
+            next(loader), next(loader)
+            os.write(writer, " ".join(map(str, children())).encode())
+            signal.pause()
         finally:
-            for end in ends:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(end, signal.SIGKILL)
-                os.close(end)
+            os._exit(1)
+    ends = [os.pidfd_open(int(worker)) for worker in os.read(reader, 100).split()]
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        assert [select.select([end], [], [], 20)[0] for end in ends] == [[end] for end in ends] != []
+    finally:
+        for end in ends:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+            os.close(end)
+        os.close(reader), os.close(writer)
 
 
 def test_open_files_stay_few_and_are_closed(dataset):

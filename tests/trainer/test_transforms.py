@@ -72,15 +72,7 @@ def test_affine_augmentation_never_changes():
     assert xxhash.xxh3_64_hexdigest(seen.tobytes()) == "74ed2d6d7c1c31d5"
 
 
-def test_flip_has_its_probability():
-    transform = train_transform(recipe(hflip=0.5), 24)
-    seen = [transform(SQUARE, key) for key in range(200)]
-    flipped = sum(np.array_equal(image, SQUARE[:, ::-1]) for image in seen)
-    assert flipped + sum(np.array_equal(image, SQUARE) for image in seen) == 200
-    assert 70 < flipped < 130
-
-
-def test_vertical_flip_is_independent_of_the_horizontal_one():
+def test_flips_are_independent_and_have_their_probabilities():
     transform = train_transform(recipe(hflip=0.5, vflip=0.25), 24)
     flips = [SQUARE, SQUARE[:, ::-1], SQUARE[::-1], SQUARE[::-1, ::-1]]
     seen = [transform(SQUARE, key) for key in range(800)]
@@ -136,14 +128,6 @@ def test_randaugment_takes_any_magnitude(monkeypatch, magnitude):
     for key in range(100):
         transform(SQUARE, key)
     assert set(drawn) == {(magnitude, 0.5)}
-
-
-def test_color_jitter_stays_within_its_strength():
-    grey = np.full((4, 4, 3), 100, np.uint8)
-    transform = train_transform(recipe(color_jitter=0.3), 4)
-    seen = np.stack([transform(grey, key) for key in range(64)])
-    assert 69 <= seen.min() < seen.max() <= 130
-    assert len(np.unique(seen[:, 0, 0, 0])) > 30
 
 
 @pytest.mark.parametrize(("height", "width"), [(112, 112), (84, 150), (150, 84)])
