@@ -156,10 +156,11 @@ def build(
 
     Example: fractalgen build --kind single --n 1000000
     """
-    portable = read_portable(recipe_file) if recipe_file is not None else None
+    portable = None
     given: Systems | None
-    if portable:
+    if recipe_file is not None:
         _refuse_beside(context, "--recipe", f"{_DATASET} {_GIVEN}")
+        portable = read_portable(recipe_file)
         recipe, given = parse_recipe(portable.recipe, portable.recipe_digest, str(recipe_file)), portable.systems
     else:
         recipe, given = _make_recipe(**dataset)
