@@ -413,7 +413,7 @@ def study(
 ) -> None:
     """Run a grid of pre-training sets, models and fine-tuning sets. Finished runs are skipped, stopped ones continue.
 
-    Example: fractaltrain study studies/mini.toml --dry-run
+    Example: fractaltrain study studies/demo.toml --dry-run
     """
     part = parse_slice(slice_, os.environ) if slice_ is not None else None
     grid = read_study(file)
@@ -449,7 +449,7 @@ def study(
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Compare fine-tuning runs, or folders of them, by mean and spread over seeds: table.csv, table.md, figure.png.
 
-    Example: fractaltrain compare runs/mini --out runs/mini
+    Example: fractaltrain compare runs/demo --out runs/mini
     """
     comparison = collect_runs(runs)
     if not comparison.runs:
