@@ -15,25 +15,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fractalgen import make_recipe
-from fractalgen.build import open_folder, plan_build, run_build
 from fractalshards import open_dataset
 from fractalshards.errors import BadSampleError, FractalError, UsageError
 from fractaltrain import EpochSampler, RenderedDataset, ShardDataset
 from fractaltrain.data.memory import MappedSource
 
-RECIPES = {
-    kind: make_recipe(kind, 30, val=6, classes=5, size=32, points=500, shard_size=10) for kind in ("single", "multi")
-}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A folder with the dataset of each recipe."""
-    out = tmp_path_factory.mktemp("built")
-    for kind, recipe in RECIPES.items():
-        with ThreadPoolExecutor(1) as pool:
-            run_build(plan_build(open_folder(out / kind, recipe)), pool)
-    return out
+KINDS = ("single", "multi")
 
 
 def identity(item):
@@ -56,7 +43,7 @@ def test_open_dataset_needs_no_torch(built):
         "data.classes, data.image_size, data.label_type, data.recipe['kind'], data.lengths, 'torch' in sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", code, built / "single"], text=True, capture_output=True, check=True)
-    assert printed.stdout.split("\n")[0] == "6 (32, 32, 3) uint8 int 6 5 32 single single (6,) False"
+    assert printed.stdout.split("\n")[0] == "10 (32, 32, 3) uint8 int 10 5 32 single single (10,) False"
 
 
 def test_script_that_keeps_a_dataset_ends_silently(built):
@@ -68,12 +55,12 @@ def test_script_that_keeps_a_dataset_ends_silently(built):
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_outputs_hold_the_pixels_of_the_shards(kind, built):
     stored = open_dataset(built / kind)
     arrays = ShardDataset(built / kind, output="array")
     pictures, tensors = ShardDataset(built / kind), ShardDataset(str(built / kind), output="tensor")
-    assert len(arrays) == len(stored) == 30
+    assert len(arrays) == len(stored) == 50
     assert [sample for number in range(3) for sample in stored.shard(number)][7][0].tobytes() == stored[7][0].tobytes()
     for index, (image, label) in enumerate(stored):
         array, shown = arrays[index]
@@ -108,22 +95,24 @@ def test_threads_share_the_open_files(built):
     assert read == [expected[index][0] for index in indices]
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_rendered_and_kept_samples_are_those_of_the_shards(kind, split, built, tmp_path):
+    recipe, memory = built / f"{kind}.json", {"memory": True, "cache_dir": tmp_path}
     expected = contents(ShardDataset(built / kind, split, output="array"))
-    assert contents(RenderedDataset(RECIPES[kind], split, output="array")) == expected
-    kept = ShardDataset(built / kind, split, output="array", memory=True, cache_dir=tmp_path)
+    assert contents(RenderedDataset(recipe, split, output="array")) == expected
+    kept = ShardDataset(built / kind, split, output="array", **memory)
     assert contents(kept) == expected
     kept[0][0][:] = 0  # users may write into their images
     assert contents(kept) == expected
-    assert contents(RenderedDataset(RECIPES[kind], split, output="array", memory=True, cache_dir=tmp_path)) == expected
+    assert contents(RenderedDataset(recipe, split, output="array", **memory)) == expected
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_workers_serve_fresh_epochs(start, built):
     """The indices carry the epoch, so workers that live on show new images in every epoch."""
-    data = RenderedDataset(RECIPES["single"], fresh=True, output="tensor")
+    recipe = make_recipe("single", 50, val=10, classes=5, size=32, points=500, shard_size=20)
+    data = RenderedDataset(recipe, fresh=True, output="tensor")
     sampler = EpochSampler(data, batch_size=10, window=2)
     options = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": start}
     loader = DataLoader(data, batch_sampler=sampler, **options)
@@ -131,12 +120,12 @@ def test_loader_workers_serve_fresh_epochs(start, built):
     for epoch in range(3):
         sampler.set_epoch(epoch)
         batches = list(loader)
-        assert sum(len(labels) for _, labels in batches) == 30
+        assert sum(len(labels) for _, labels in batches) == 50
         images += [image.permute(1, 2, 0).numpy().tobytes() for batch, _ in batches for image in batch]
     stored = {image for image, _ in contents(ShardDataset(built / "single", output="array"))}
-    assert set(images[:30]) == stored
-    assert len(set(images)) == 90
-    assert len(list(islice(data, 31))) == 30
+    assert set(images[:50]) == stored
+    assert len(set(images)) == 150
+    assert len(list(islice(data, 51))) == 50
 
 
 @pytest.mark.parametrize(("start", "memory"), [("fork", False), ("fork", True), ("spawn", True)])
@@ -151,11 +140,11 @@ def test_loader_workers_read_what_one_process_reads(start, memory, built, tmp_pa
 
 
 def test_index_out_of_range(built, tmp_path):
-    stored, rendered = ShardDataset(built / "single"), RenderedDataset(RECIPES["single"])
+    stored, rendered = ShardDataset(built / "single"), RenderedDataset(built / "single.json")
     kept = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
     for data, index in (
-        *product((stored, rendered, kept), (30, -1, 10**9)),
-        (RenderedDataset(RECIPES["single"], fresh=True), -1),
+        *product((stored, rendered, kept), (50, -1, 10**9)),
+        (RenderedDataset(built / "single.json", fresh=True), -1),
     ):
         with pytest.raises(IndexError):
             data[index]
@@ -167,7 +156,7 @@ def test_wrong_arguments_are_refused(built, tmp_path):
         (lambda: ShardDataset(built / "single", "test"), "test"),
         (lambda: ShardDataset(tmp_path / "nowhere"), "nowhere"),
         (lambda: ShardDataset(built / "single", memory=True, memory_size=1000, cache_dir=tmp_path), "memory"),
-        (lambda: RenderedDataset(RECIPES["single"], fresh=True, memory=True), "fresh"),
+        (lambda: RenderedDataset(built / "single.json", fresh=True, memory=True), "fresh"),
         (lambda: RenderedDataset(built / "single" / "recipe.json"), "recipe.json"),
         (lambda: RenderedDataset(built / "single"), "folder"),
     ):
@@ -219,7 +208,7 @@ def test_url_is_read_through_the_cache_ahead_of_time(built, tmp_path, web, monke
     assert contents(copy) == contents(local)
     monkeypatch.delattr("fractaltrain.data.datasets.prefetching")  # what is in memory needs no shards
     kept = ShardDataset(f"{server.url}/single", cache_dir=tmp_path, memory=True)
-    assert len(list(EpochSampler(kept, batch_size=10))) == 3
+    assert len(list(EpochSampler(kept, batch_size=10))) == 5
 
 
 @pytest.mark.parametrize(("kind", "method"), [("single", "_open"), ("multi", "_fill")])
@@ -245,7 +234,7 @@ def test_memory_is_shared_and_removed(built, tmp_path):
     filled = pixels.stat().st_mtime_ns
     second = ShardDataset(built / "single", memory=True, cache_dir=tmp_path)
     assert pixels.stat().st_mtime_ns == filled
-    assert pixels.stat().st_size == 30 * 32 * 32 * 3
+    assert pixels.stat().st_size == 50 * 32 * 32 * 3
     del first
     assert files() == [".npz", ".pixels"]
     del second

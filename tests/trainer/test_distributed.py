@@ -1,14 +1,12 @@
 """Several ranks: what they train on, how signals stop them, how they fail together, and that they continue exactly."""
 
 import fcntl
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -118,18 +116,11 @@ def test_signal_to_one_rank_saves_and_stops_all(ranks, undisturbed, dataset, tmp
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
-@pytest.mark.parametrize(
-    ("size", "options", "code", "noun"),
-    [
-        (2, ("--batch-size", 52), 2, "50"),
-        (4, ("--batch-size", 6), 2, "--batch-size"),
-        (2, ("--resume", "must"), 1, "--resume"),
-    ],
-)
-def test_wrong_setup_is_one_line(ranks, dataset, tmp_path, size, options, code, noun):
-    ended = ranks(size, *pretraining(dataset, tmp_path / "run", *options))
-    assert ended.codes[0] == code
-    assert (ended.err[0].startswith("error: "), ended.err[0].count("\n"), noun in ended.err[0]) == (True, 1, True)
+def test_wrong_setup_is_one_line(ranks, dataset, tmp_path):
+    ended = ranks(4, *pretraining(dataset, tmp_path / "run", "--batch-size", 6))
+    assert (ended.codes[0], ended.err[0].count("\n")) == (2, 1)
+    assert ended.err[0].startswith("error: ")
+    assert "--batch-size" in ended.err[0]
 
 
 def test_divergence_names_the_samples_of_all_ranks(ranks, dataset, tmp_path):
@@ -146,8 +137,7 @@ def test_fewer_val_images_than_ranks(ranks, tmp_path, write_dataset):
 
 
 def test_damaged_sample_ends_all_ranks(ranks, dataset, tmp_path):
-    folder = tmp_path / "bad"
-    shutil.copytree(dataset, folder)
+    folder = shutil.copytree(dataset, tmp_path / "bad")
     damage(folder, "train-000000.tar", 3)
     ended = ranks(2, *pretraining(folder, tmp_path / "run"))
     assert 0 not in ended.codes
@@ -156,8 +146,7 @@ def test_damaged_sample_ends_all_ranks(ranks, dataset, tmp_path):
 
 
 def test_bad_samples_are_replaced_and_counted(ranks, dataset, tmp_path):
-    folder = tmp_path / "bad"
-    shutil.copytree(dataset, folder)
+    folder = shutil.copytree(dataset, tmp_path / "bad")
     damage(folder, "train-000000.tar", 3, 9)
     damage(folder, "train-000002.tar", 0)
     damage(folder, "val-000000.tar", 5)
@@ -209,11 +198,9 @@ def test_missing_process_is_warned_of_before_it_is_an_error(monkeypatch, caplog)
 # The launcher, --nproc 2: real processes, each of which imports PyTorch.
 
 
-def launched(name: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+def launched(name: str, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(LAUNCHED), name, str(folder)]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, start_new_session=True
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for(*paths: Path) -> None:
@@ -221,6 +208,14 @@ def wait_for(*paths: Path) -> None:
     while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+def save_slowly(folder: Path, seconds: int = 0) -> subprocess.Popen[str]:
+    """Start ranks that wait for a signal, and wait until they do."""
+    (folder / "seconds").write_text(str(seconds))
+    launcher = launched("save_slowly", folder)
+    wait_for(folder / "ready-0", folder / "ready-1")
+    return launcher
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
@@ -247,9 +242,7 @@ def assert_gone(pids: Iterable[int]) -> None:
     ("number", "seconds"), [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 60, marks=pytest.mark.slow)]
 )
 def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, seconds):
-    (tmp_path / "seconds").write_text(str(seconds))
-    launcher = launched("save_slowly", tmp_path)
-    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher = save_slowly(tmp_path, seconds)
     launcher.send_signal(number)
     _, err = launcher.communicate(timeout=seconds + 60)
     assert (launcher.returncode, err.count("\n"), number.name in err) == (75, 1, True)
@@ -258,9 +251,7 @@ def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, second
 
 @pytest.mark.slow
 def test_launcher_ends_when_a_rank_is_killed(tmp_path):
-    (tmp_path / "seconds").write_text("0")
-    launcher = launched("save_slowly", tmp_path)
-    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher = save_slowly(tmp_path)
     os.kill(ranks_of(launcher)[1], signal.SIGKILL)
     _, err = launcher.communicate(timeout=60)
     assert (launcher.returncode, err.count("\n"), "SIGKILL" in err) == (1, 1, True)
@@ -268,9 +259,7 @@ def test_launcher_ends_when_a_rank_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_launcher_killed_takes_its_ranks_down(tmp_path):
-    launcher = launched("save_slowly", tmp_path)
-    (tmp_path / "seconds").write_text("0")
-    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher = save_slowly(tmp_path)
     ranks = ranks_of(launcher)
     launcher.kill()
     launcher.communicate()
@@ -285,14 +274,11 @@ def test_launcher_reports_the_error_of_the_rank_that_has_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_tars_of_other_programs_are_indexed_by_one_rank(tmp_path, image_file):
-    (tmp_path / "theirs").mkdir()
-    with tarfile.open(tmp_path / "theirs" / "0.tar", "w") as tar:
-        for number in range(4):
-            for name, data in ((f"{number}.png", image_file("PNG", 8, 8, number)), (f"{number}.cls", b"%d" % number)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+def test_tars_of_other_programs_are_indexed_by_one_rank(tmp_path, image_file, write_tar):
+    files = {}
+    for number in range(4):
+        files |= {f"{number}.png": image_file("PNG", 8, 8, number), f"{number}.cls": b"%d" % number}
+    write_tar(tmp_path / "theirs" / "0.tar", files)
     launcher = launched("open_tars", tmp_path)
     _, err = launcher.communicate(timeout=120)
     assert (launcher.returncode, err) == (0, "")

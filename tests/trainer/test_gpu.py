@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, get_worker_info
 
-from building import run as fractalgen
-from fractalgen import executors
 from fractalshards.errors import FractalError
 from fractalshards.reader import Example
 from fractaltrain import EpochSampler, ShardDataset, distributed, log
@@ -44,7 +41,6 @@ from tiny_training import (
     SAMPLES,
     Tiny,
     assert_same_run,
-    interrupt_before_step,
     lines,
     run_tiny,
     squares,
@@ -132,15 +128,12 @@ def test_losses_are_those_of_a_cpu(tmp_path, workers):
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-def test_deterministic_resume_is_bit_exact(tmp_path, monkeypatch, amp):
+def test_deterministic_resume_is_bit_exact(tmp_path, interrupted, amp):
     """With random numbers on the device: dropout, erasing."""
     recipe = replace(NO_AUGMENTATION, crop="resized", hflip=0.5, erasing=0.25, ema=0.9, randaugment=9.0, **MIXING)
     options = {"world": WORLD, "amp": amp, "deterministic": True}
     run_tiny(tmp_path / "whole", recipe, **options, workers=1)
-    interrupt_before_step(monkeypatch, 25 + 14)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path / "killed", recipe, **options)
-    monkeypatch.undo()
+    interrupted(25 + 14, tmp_path / "killed", recipe, **options)
     torch.manual_seed(12345)
     run_tiny(tmp_path / "killed", recipe, **options, workers=2)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -161,36 +154,27 @@ def test_published_models_train_deterministically(model):
     assert all(torch.equal(*pair) for pair in zip(train(), train(), strict=True))
 
 
-def test_resume_without_determinism_stays_close(tmp_path, monkeypatch):
+def test_resume_without_determinism_stays_close(tmp_path, interrupted):
     run_tiny(tmp_path / "whole", NO_AUGMENTATION, model=Plain, world=WORLD, workers=1)
-    interrupt_before_step(monkeypatch, 25 + 14)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path / "killed", NO_AUGMENTATION, model=Plain, world=WORLD)
-    monkeypatch.undo()
+    interrupted(25 + 14, tmp_path / "killed", NO_AUGMENTATION, model=Plain, world=WORLD)
     run_tiny(tmp_path / "killed", NO_AUGMENTATION, model=Plain, world=WORLD, workers=1)
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=0.05)
 
 
-def test_run_of_a_gpu_continues_on_a_cpu(tmp_path, monkeypatch):
+def test_run_of_a_gpu_continues_on_a_cpu(tmp_path, interrupted):
     """Its weights and momenta are channels last, those of a CPU contiguous."""
     options = {"model": Plain, "amp": "fp32"}
     run_tiny(tmp_path / "whole", NO_AUGMENTATION, **options)
-    interrupt_before_step(monkeypatch, 22)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path / "moved", NO_AUGMENTATION, **options, world=WORLD)
-    monkeypatch.undo()
+    interrupted(22, tmp_path / "moved", NO_AUGMENTATION, **options, world=WORLD)
     layouts = {tensor.is_contiguous() for tensor in weights(tmp_path / "moved").values() if tensor.ndim == 4}
     assert layouts == {not ON_GPU}
     run_tiny(tmp_path / "moved", NO_AUGMENTATION, **options)
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
 
 
-def test_compiled_training_continues_without_compilation(tmp_path, monkeypatch):
+def test_compiled_training_continues_without_compilation(tmp_path, interrupted):
     run_tiny(tmp_path / "eager", NO_AUGMENTATION, model=Plain, world=WORLD, amp="bf16")
-    interrupt_before_step(monkeypatch, 22)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path / "compiled", NO_AUGMENTATION, model=Plain, world=WORLD, amp="bf16", compile=True)
-    monkeypatch.undo()
+    interrupted(22, tmp_path / "compiled", NO_AUGMENTATION, model=Plain, world=WORLD, amp="bf16", compile=True)
     run_tiny(tmp_path / "compiled", NO_AUGMENTATION, model=Plain, world=WORLD, amp="bf16")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=0.05)
 
@@ -326,27 +310,12 @@ def test_killed_loader_worker_of_a_gpu_is_named():
         list(pinned(Deadly(squares(SAMPLES, 1)), 2))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A folder with ``single.json`` and the shards that it describes."""
-    folder = tmp_path_factory.mktemp("data")
-    options = ["--n", "50", "--val", "10", "--classes", "5", "--size", "32", "--points", "500", "--shard-size", "20"]
-    recipe = ("recipe", "--kind", "single", *options, "--out", folder / "single.json")
-    build = ("build", "--recipe", folder / "single.json", "--out", folder / "single")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executors, "worker_pool", ThreadPoolExecutor)  # processes take a second to start
-        for command in (recipe, build):
-            result = fractalgen(*command)
-            assert result.exit_code == 0, result.output
-    return folder
-
-
-def test_rendered_shards_and_memory_feed_the_same_losses(fractaltrain, data, tmp_path):
+def test_rendered_shards_and_memory_feed_the_same_losses(fractaltrain, built, tmp_path):
     """Bit for bit with ``--deterministic``."""
     ways = {
-        "shards": ("--shards", data / "single"),
-        "rendered": ("--render", data / "single.json"),
-        "memory": ("--render", data / "single.json", "--memory", "--cache-dir", tmp_path / "cache"),
+        "shards": ("--shards", built / "single"),
+        "rendered": ("--render", built / "single.json"),
+        "memory": ("--render", built / "single.json", "--memory", "--cache-dir", tmp_path / "cache"),
     }
     for name, options in ways.items():
         outcome = fractaltrain("pt", *options, *OPTIONS, "--deterministic", "--out", tmp_path / name)
@@ -356,9 +325,9 @@ def test_rendered_shards_and_memory_feed_the_same_losses(fractaltrain, data, tmp
         assert_same_run(tmp_path / name, tmp_path / "shards")
 
 
-def test_run_is_evaluated_and_exported(fractaltrain, data, tmp_path):
-    run, images = tmp_path / "run", f"shards:{data / 'single'}"
-    assert fractaltrain("pt", "--shards", data / "single", *OPTIONS, "--amp", "bf16", "--out", run).code == 0
+def test_run_is_evaluated_and_exported(fractaltrain, built, tmp_path):
+    run, images = tmp_path / "run", f"shards:{built / 'single'}"
+    assert fractaltrain("pt", "--shards", built / "single", *OPTIONS, "--amp", "bf16", "--out", run).code == 0
     result = json.loads((run / "result.json").read_text())
     command = ("eval", "--weights", run, "--data", images, "--out")
     evaluated = fractaltrain(*command, tmp_path / "here")
@@ -377,7 +346,7 @@ def test_run_is_evaluated_and_exported(fractaltrain, data, tmp_path):
     assert all(torch.equal(tensor.cpu(), load_file(file)[name]) for name, tensor in model.state_dict().items())
 
 
-def test_too_large_a_batch_is_one_line(fractaltrain, data, tmp_path):
+def test_too_large_a_batch_is_one_line(fractaltrain, built, tmp_path):
     if not ON_GPU:
         pytest.skip("the memory of CPUs is not limited")
     torch.cuda.empty_cache()
@@ -385,7 +354,7 @@ def test_too_large_a_batch_is_one_line(fractaltrain, data, tmp_path):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
     try:
         options = ("--model", "resnet50", "--image-size", 224, "--batch-size", 50, "--epochs", 1, "--nproc", 1)
-        outcome = fractaltrain("pt", "--shards", data / "single", *options, "--out", tmp_path / "run")
+        outcome = fractaltrain("pt", "--shards", built / "single", *options, "--out", tmp_path / "run")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
@@ -395,18 +364,19 @@ def test_too_large_a_batch_is_one_line(fractaltrain, data, tmp_path):
     assert "--batch-size" in last
 
 
-def test_two_gpus_train_one_model(data, tmp_path):
+def test_two_gpus_train_one_model(built, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    command = ["pt", "--shards", data / "single", *OPTIONS, "--sync-batchnorm", "--nproc", 2, "--out", tmp_path / "run"]
+    options = (*OPTIONS, "--sync-batchnorm", "--nproc", 2, "--out", tmp_path / "run")
+    command = ("pt", "--shards", built / "single", *options)
     arguments = [sys.executable, "-m", "fractaltrain", *map(str, command)]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert all(map(math.isfinite, losses(tmp_path / "run")))
 
 
-def test_plain_loop_sees_every_image_once(data):
-    dataset = ShardDataset(data / "single", output="tensor")
+def test_plain_loop_sees_every_image_once(built):
+    dataset = ShardDataset(built / "single", output="tensor")
     sampler = EpochSampler(dataset, batch_size=10, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, pin_memory=ON_GPU, persistent_workers=True)
     expected = torch.stack([image for image, _ in dataset]).to(torch.int64).sum((1, 2, 3))
