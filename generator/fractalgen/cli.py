@@ -193,7 +193,7 @@ def build(
 @_dataset_options
 @click.option("--out", type=PATH, help="File to write.  [default: standard output]")
 def recipe(out: Path | None, **dataset: Any) -> None:
-    """Write the portable recipe of a dataset without building it: to train on it with 'fractaltrain pt --render'.
+    """Write the portable recipe of a dataset without building it, for 'fractaltrain pt --render'.
 
     Example: fractalgen recipe --kind single --n 1000000 > single.json
     """
@@ -230,7 +230,7 @@ def repair(folder: Path, workers: int) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def kinds(as_json: bool) -> None:
-    """List the kinds of images and the parameters that --set changes.
+    """List the kinds of images and their --set parameters.
 
     Example: fractalgen kinds
     """
@@ -283,7 +283,7 @@ def preview(
 
 @main.command(groups={"FractalDB": _FRACTALDB, "Published streams": _STREAM, "Image": "--size --out"})
 @click.option("--params", type=PATH, metavar="FILE.csv", help="A category: one row a,b,c,d,e,f,p per map.")
-@click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 leaves the category as it is.")
+@click.option("--weight-row", default=2, type=click.IntRange(0, 24), help="Weight row; 2 is the unchanged category.")
 @click.option("--draw", default="patch-gray", type=click.Choice(kernel.DRAWS), help="Drawing style.")
 @click.option("--points", default=200_000, type=click.IntRange(1, MAX_POINTS), help="Points to draw.")
 @click.option("--flip", default=0, type=click.IntRange(0, 3), help="0 none, 1 top-bottom, 2 left-right, 3 both.")
@@ -314,7 +314,7 @@ def render(
     size: int | None,
     out: Path,
 ) -> None:
-    """Render one published image, pixel for pixel: of a FractalDB category, or of VisualAtom or RCDB.
+    """Render one published image of FractalDB, VisualAtom or RCDB, pixel for pixel.
 
     Example: fractalgen render --kind visualatom --category 7 --instance 0 --out image.png
     """
@@ -357,7 +357,7 @@ def parameters(kind: str, classes: int, seed: int, settings: tuple[str, ...], ou
 
 @main.command()
 @click.option("--classes", default=1000, help="Categories to find.")
-@click.option("--seed", default=1, help="Random seed; the published one is 1.")
+@click.option("--seed", default=1, help="Random seed; the published search used 1.")
 @click.option("--fill-rate", default=0.2, help="Minimum share of pixels that a category fills.")
 @click.option("--out", required=True, type=PATH, metavar="FILE.npz", help="File to write.")
 @workers_option

@@ -107,7 +107,7 @@ def sheet(folder: Path, out: Path, split: str, classes: int, per_class: int, til
 
 @main.command()
 @_FOLDER
-@click.option("--out", type=NamedPath(".html", ".htm"), required=True, help="File to write: .html.")
+@click.option("--out", type=NamedPath(".html", ".htm"), required=True, help="HTML file to write.")
 @workers_option
 @quiet_option
 def report(folder: Path, out: Path, workers: int) -> None:
@@ -144,7 +144,7 @@ def recipe(folder: Path, out: Path | None) -> None:
 @_JSON
 @quiet_option
 def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
-    """Compare two datasets; exit with 0 if they hold the same samples, else with 1.
+    """Compare two datasets; exit with 0 if their samples are equal, otherwise with 1.
 
     Content digests come from the manifests; images are read only to name the samples that differ.
 
@@ -263,7 +263,7 @@ def _describe(manifest: Manifest) -> list[tuple[str, str]]:
 @click.option("--shard-size", default=1000, help="Images per shard.")
 @click.option("--seed", default=0, help="Seed of the image order and of the choice of val images.")
 @click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), default="stop",
-              help="What to do about images that cannot be read; skip: check all images first, and leave those out.",
+              help="Unreadable images: stop, or skip them after checking all images first.",
               )  # fmt: skip
 @workers_option
 @quiet_option
