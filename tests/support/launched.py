@@ -9,7 +9,7 @@ from fractaltrain import distributed
 from fractaltrain.data import shards
 from fractaltrain.distributed import join_world, launch, stop_on_signal, stopped_by
 
-distributed._FIRST_WARNING = 600.0  # ranks of a busy machine may wait for each other, without a word
+distributed._WARNING_SECONDS = 600.0  # ranks of a busy machine may wait for each other, without a word
 
 
 def save_slowly(folder: Path) -> None:

@@ -35,6 +35,13 @@ def test_matplotlib_of_a_notebook_is_not_needed(tmp_path, monkeypatch):
     assert python(code, tmp_path).stderr == ""
 
 
+def test_missing_torch_names_the_extra(tmp_path):
+    arguments = ["ft", "--weights", "none", "--data", "digits"]
+    code = f"import sys; sys.modules['torch'] = None; from fractaltrain.cli import main; main({arguments})"
+    done = python(code, tmp_path)
+    assert (done.returncode, done.stderr.count("\n"), ".[train]" in done.stderr) == (1, 1, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "noun"),
     [

@@ -167,6 +167,23 @@ def test_cifar_of_somebody_else_is_not_unpickled(name, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar_is_read(name, key, tmp_path, monkeypatch):
+    cifar = getattr(torchvision.datasets, PUBLISHED[name].torchvision)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    (tmp_path / cifar.base_folder).mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (20, 3072), np.uint8)
+    names = [f"class {index}" for index in range(10)]
+    content = {"data": images, key: [index % 10 for index in range(20)], cifar.meta["key"]: names}
+    for file in (*dict(cifar.train_list), *dict(cifar.test_list), cifar.meta["filename"]):
+        (tmp_path / cifar.base_folder / file).write_bytes(pickle.dumps(content))
+    train, val = load_published(name, tmp_path)
+    assert (train.lengths, val.lengths, val.class_names) == ((20 * len(cifar.train_list),), (20,), (*names,))
+    example = val.read(19)
+    assert (example.key, example.label) == (f"{name}/test/000019", 9)
+    assert np.array_equal(example.image.transpose(2, 0, 1).ravel(), images[19])  # red, green, blue planes
+
+
 def test_dataset_without_splits_is_divided(tmp_path):
     for label, name in enumerate(("Forest", "River")):
         folder = tmp_path / "eurosat" / "2750" / name
@@ -392,11 +409,12 @@ def test_tars_without_an_info_file_and_with_labels_in_json(tmp_path, image_file,
 
 
 def test_pretraining_on_a_webdataset_folder(tmp_path, theirs, fractaltrain):
-    folder = theirs({"train": [9, 8], "validation": [3]})
+    folder = theirs({"train": [9, 8], "validation": [3]}, num_classes=9)  # images of four
     changes = [word for change in ("crop=resized", "repeats=3", "mixup=0.8") for word in ("--set", change)]
     small = ("--model", "test_resnet", "--batch-size", 4, "--image-size", 32, "--epochs", 1)
     command = ("pt", "--shards", folder, "--out", tmp_path / "run", *small, *changes)
     assert [fractaltrain(*command).code for _ in range(2)] == [0, 0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["classes"] == 9
     (last,) = (line for line in read_metrics(tmp_path / "run") if line["split"] == "epoch")
     assert (last["step"], last["samples"]) == (3, 3)  # floor(17 / 3) samples three times, in batches of 4
 

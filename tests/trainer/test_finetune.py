@@ -1,6 +1,7 @@
 """``fractaltrain ft`` and ``eval``: on shards, from timm's weights, with a frozen backbone; metrics by hand."""
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from fractalshards import reader as stored
 from fractalshards.manifest import load_manifest
 from fractaltrain.checkpoint import load_checkpoint, load_run
+from fractaltrain.cli import _print_classes
 from fractaltrain.config import ImagesConfig
 from fractaltrain.data.images import open_data
 from fractaltrain.data.source import InMemorySource
@@ -208,18 +210,21 @@ def test_predict_counts_every_sample_once(classes, batch):
 
 def test_eval_leaves_out_the_images_a_run_was_finetuned_on(fractaltrain):
     data = ("--data", "digits", "--per-class", 3, "--subset-seed", 4, "--batch-size", 24)
-    fractaltrain("ft", "--weights", "none", *SMALL, *data, "--out", "run")
-    result = json.loads(Path("run/result.json").read_text())
-    done = fractaltrain("eval", "--weights", "run", "--data", "digits")
+    run = Path(os.fsdecode(b"run\xff"))  # a name that is not UTF-8
+    fractaltrain("ft", "--weights", "none", *SMALL, *data, "--out", run)
+    result = json.loads((run / "result.json").read_text())
+    done = fractaltrain("eval", "--weights", run, "--data", "digits")
     assert done.code == 0
-    report = json.loads(Path("run/eval-digits/eval.json").read_text())
+    report = json.loads((run / "eval-digits" / "eval.json").read_text())
     assert [report[name] for name in ("samples", "top1", "top5")] == [1767, result["top1"], result["top5"]]
     assert report["loss"] == pytest.approx(result["loss"], rel=1e-5)
     assert [entry["name"] for entry in report["classes"]] == list("0123456789")
     assert np.trace(report["confusion"]) == round(report["top1"] * 1767)
     assert f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}" in done.out
-    with Image.open("run/eval-digits/confusion.png") as picture:
+    with Image.open(run / "eval-digits" / "confusion.png") as picture:
         assert min(picture.size) > 500
+    assert {path.name for path in run.iterdir()} >= {"history.png", "tb"}
+    assert fractaltrain("compare", run, "--out", run / "table").code == 0
 
 
 def test_eval_refuses_other_classes(fractaltrain, pretrained, image_folder):
@@ -254,3 +259,9 @@ def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes):
         draw_confusion(tmp_path / "x.png", counts, classes, ["$a 類_$ " + "long " * 20] * classes, "run $x$")
     with Image.open(tmp_path / "x.png") as picture:
         assert 400 < min(picture.size) < 2500
+
+
+def test_best_and_worst_of_many_classes_are_printed(capsys):
+    _print_classes([{"class": label, "samples": 120, "top1": label / 120, "top5": 1.0} for label in range(120)])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [int(row.split()[0]) for row in rows] == [*range(10), *range(110, 120)]

@@ -1,5 +1,7 @@
 """Batches of an epoch: the same for any number of workers and after any stop, bad samples, workers that end."""
 
+import errno
+import multiprocessing
 import os
 import pickle
 import select
@@ -8,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -215,6 +218,31 @@ def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one(no_child
         os.close(ended)
         with pytest.raises(FractalError, match="SIGKILL"):
             list(loader)
+
+
+def test_batches_of_workers_need_no_space_in_dev_shm():
+    with closing(zeros(workers=1)) as loader:
+        batch = next(loader)
+        assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text()
+    batch.images.add_(1)  # it outlives its worker
+    assert batch.images.sum() == 2 * 3 * 32 * 32
+
+
+def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
+    monkeypatch.setattr(os, "memfd_create", Mock(side_effect=OSError(errno.ENFILE, "Too many open files in system")))
+    with pytest.raises(FractalError, match="open files"):
+        list(zeros(workers=1))
+
+
+def test_workers_end_if_another_one_cannot_start(monkeypatch):
+    before = children()
+    forks = iter((os.fork, Mock(side_effect=BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"))))
+    monkeypatch.setattr(os, "fork", lambda: next(forks)())
+    with pytest.raises(OSError, match="unavailable") as caught:
+        list(zeros(workers=2))
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert not children() - before, caught  # whose traceback refers to the workers
 
 
 def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():

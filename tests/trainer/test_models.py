@@ -18,11 +18,12 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractaltrain.checkpoint import Position, save_checkpoint
 from fractaltrain.config import RunConfig
-from fractaltrain.models import create_model, describe_border, load_backbone
+from fractaltrain.models import create_model, describe_border, freeze_backbone, load_backbone, set_training
+from fractaltrain.optim import build_state
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.run_folder import open_run
 from fractaltrain.transforms import normalize, val_transform
-from tiny_training import ALONE
+from tiny_training import ALONE, RECIPE
 
 PARTS = ("weight", "bias")
 
@@ -97,6 +98,34 @@ def test_model_that_cannot_be_created_is_one_line(name, options, noun):
     with pytest.raises(FractalError, match=noun) as error:
         create_model(name, 1000, 32, **options)
     assert "\n" not in str(error.value)
+
+
+def test_creating_a_model_draws_no_random_numbers_for_the_check():
+    """Runs are bit-equal to those of before there was one."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", 7, 32)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    expected = timm.create_model("resnet18", num_classes=7).state_dict()
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "head"), [("test_resnet", "fc"), ("test_vit", "head")])
+def test_set_training_leaves_a_frozen_backbone_in_eval_mode(name, head):
+    """Its dropout, drop path and batch norm do nothing."""
+    model = create_model(name, 5, 32).eval()
+    set_training(model)
+    assert all(module.training for module in model.modules())
+    freeze_backbone(model)
+    set_training(model)
+    assert [name for name, module in model.named_modules() if module.training] == [head]
+
+
+@pytest.mark.parametrize(("amp", "fused"), [("bf16", False), ("fp32", True)])
+def test_attention_is_fused_unless_in_bf16_on_a_cpu(tmp_path, amp, fused):
+    model = build_state(create_model("test_vit", 3, 32), RECIPE, RunConfig(tmp_path, amp=amp), False, 1, ALONE).model
+    assert {module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")} == {fused}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "deit_small_patch32_224"])

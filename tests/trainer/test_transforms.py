@@ -130,6 +130,14 @@ def test_randaugment_takes_any_magnitude(monkeypatch, magnitude):
     assert set(drawn) == {(magnitude, 0.5)}
 
 
+def test_color_jitter_stays_within_its_strength():
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    transform = train_transform(recipe(color_jitter=0.3), 4)
+    seen = np.stack([transform(grey, key) for key in range(64)])
+    assert 69 <= seen.min() < seen.max() <= 130
+    assert len(np.unique(seen[:, 0, 0, 0])) > 30
+
+
 @pytest.mark.parametrize(("height", "width"), [(112, 112), (84, 150), (150, 84)])
 def test_val_transform_keeps_shapes(height, width):
     """A disc stays a disc in the centre, at 8/7 of the scale of the shorter side."""

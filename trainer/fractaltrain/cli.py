@@ -449,7 +449,7 @@ def study(
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Compare fine-tuning runs, or folders of them, by mean and spread over seeds: table.csv, table.md, figure.png.
 
-    Example: fractaltrain compare runs/demo --out runs/mini
+    Example: fractaltrain compare runs/demo --out runs/demo
     """
     comparison = collect_runs(runs)
     if not comparison.runs:
