@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 
 from fractalshards.errors import BadSampleError, FractalError
 from fractaltrain.config import ImagesConfig
-from fractaltrain.data.images import PUBLISHED, FolderSource, load_digits, load_published, open_data
+from fractaltrain.data.images import PUBLISHED, FolderSource, load_digits, open_data, open_published
 from fractaltrain.data.shards import open_shards
 from fractaltrain.data.source import InMemorySource, SampleSource, Splits, divide
 from fractaltrain.log import read_metrics
@@ -96,7 +96,7 @@ def test_missing_files_without_internet_are_one_line(name, tmp_path):
         with pytest.raises((RuntimeError, FileNotFoundError)):
             getattr(torchvision.datasets, entry.torchvision)(tmp_path, **split)
     with pytest.raises(FractalError, match=rf"{name}.*--data-dir") as error:
-        load_published(name, tmp_path)
+        open_published(name, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -121,7 +121,7 @@ def write_idx(folder: Path, dataset: type) -> np.ndarray:
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
 def test_flat_folder_of_original_files_is_read(name, tmp_path):
     images = write_idx(tmp_path, getattr(torchvision.datasets, PUBLISHED[name].torchvision))
-    train, val = load_published(name, tmp_path)
+    train, val = open_published(name, tmp_path)
     assert (train.lengths, val.lengths, train.classes, len(train.class_names)) == ((30,), (20,), 10, 10)
     for index in (0, 29):
         key, image, label = train.read(index)
@@ -133,12 +133,12 @@ def test_flat_folder_of_original_files_is_read(name, tmp_path):
     for damaged in (whole[:-9], whole[:400] + b"?" + whole[401:], gzip.compress(b"no images"), b""):
         (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damaged)
         with pytest.raises(FractalError, match=f"{name}.*--data-dir"):
-            load_published(name, tmp_path)
+            open_published(name, tmp_path)
 
 
 @pytest.mark.skipif(not FLAT.is_dir(), reason="needs the package dataset-fashion-mnist")
 def test_fashion_mnist_of_debian_is_read():
-    train, val = load_published("fashion-mnist", FLAT)
+    train, val = open_published("fashion-mnist", FLAT)
     assert (train.label_counts.tolist(), val.label_counts.tolist()) == ([6000] * 10, [1000] * 10)
     assert train.class_names[9] == "Ankle boot"
     image, label = train.read(0)[1:]
@@ -163,7 +163,7 @@ def test_cifar_of_somebody_else_is_not_unpickled(name, tmp_path):
     for file in (*dict(cifar.train_list), *dict(cifar.test_list), cifar.meta["filename"]):
         (tmp_path / cifar.base_folder / file).write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
     with pytest.raises(FractalError, match="--data-dir"):
-        load_published(name, tmp_path)
+        open_published(name, tmp_path)
     assert not (tmp_path / "touched").exists()
 
 
@@ -177,7 +177,7 @@ def test_cifar_is_read(name, key, tmp_path, monkeypatch):
     content = {"data": images, key: [index % 10 for index in range(20)], cifar.meta["key"]: names}
     for file in (*dict(cifar.train_list), *dict(cifar.test_list), cifar.meta["filename"]):
         (tmp_path / cifar.base_folder / file).write_bytes(pickle.dumps(content))
-    train, val = load_published(name, tmp_path)
+    train, val = open_published(name, tmp_path)
     assert (train.lengths, val.lengths, val.class_names) == ((20 * len(cifar.train_list),), (20,), (*names,))
     example = val.read(19)
     assert (example.key, example.label) == (f"{name}/test/000019", 9)
@@ -207,7 +207,7 @@ def test_image_lists_are_read_and_damaged_images_named(tmp_path):
         for name, number in product(names, numbers):
             (images / name).mkdir(parents=True, exist_ok=True)
             picture(number).save(images / name / f"{number}.jpg")
-    train, val = load_published("food101", tmp_path)
+    train, val = open_published("food101", tmp_path)
     assert (train.class_names, train.labels.tolist()) == (("cake", "soup"), [1] * 3 + [0] * 3)
     assert val.labels.tolist() == [1, 0]
     (images / "soup" / "0.jpg").write_bytes(b"\xff\xd8 no picture")
@@ -224,7 +224,7 @@ def test_matlab_files_are_read(tmp_path, monkeypatch):
         savemat(file, {"X": images, "y": np.arange(1, 11)[:, None]})  # 10 stands for the digit 0
         split_list[split] = [f"file://{tmp_path}/nowhere", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
-    train, _ = load_published("svhn", tmp_path)
+    train, _ = open_published("svhn", tmp_path)
     assert train.labels.tolist() == [*range(1, 10), 0]
     assert (train.classes, train.class_names) == (10, ())
     assert np.array_equal(train.read(3).image, images[..., 3])

@@ -213,7 +213,7 @@ def test_error_leaves_no_loader_workers(tmp_path, monkeypatch):
     """They ignore SIGTERM: the interpreter would wait for them forever at its end."""
     before = {*multiprocessing.active_children()}
 
-    monkeypatch.setattr(module, "save_checkpoint", Mock(side_effect=FractalError("no room")))  # amid an epoch
+    monkeypatch.setattr(module, "save_checkpoint", Mock(side_effect=FractalError("no room")))  # during an epoch
     with pytest.raises(FractalError, match="no room") as stopped:
         run_tiny(tmp_path / "run", workers=1)
     assert {*multiprocessing.active_children()} <= before

@@ -84,9 +84,10 @@ def load_pretrained(model: ModelConfig, world: World) -> Pretrained | None:
         architecture = settings.model, settings.model_args, settings.image_size
         training = {field.name: asdict(settings)[field.name] for field in fields(Training)}
         return Pretrained(*architecture, run.checkpoint.weights, run.sha256, folder, run.origin, training)
-    architecture = model.name, dict(model.arguments), model.image_size or IMAGE_SIZE
+    image_size = model.image_size or IMAGE_SIZE
     with world.main_first():  # rank 0 may download
-        name, weights = load_published(model.name, architecture[2])
+        name, weights = load_published(model.name, image_size)
+    architecture = model.name, dict(model.arguments), image_size
     return Pretrained(
         *architecture, weights, f"timm:{name}", f"timm's {name}", f"published weights of timm's {name}", {}
     )

@@ -134,7 +134,7 @@ def run_study(
     checkpoint. Raises StoppedError if the study or a run was stopped.
 
     Args:
-        runs: the plan or a part of it; a pre-training comes before its fine-tunings.
+        runs: the plan or a part of it, in which every fine-tuning comes with its pre-training.
         nproc: training processes of each run; None: one per GPU.
         jobs: runs at the same time; if there are several, their output goes to files in the study's folder.
 

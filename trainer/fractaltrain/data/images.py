@@ -87,7 +87,7 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
             splits = _open_folders(choice.path, world, for_training)
     else:
         with world.main_first():  # rank 0 may download
-            train, val = load_published(choice.name, choice.folder)
+            train, val = open_published(choice.name, choice.folder)
         if val is None:
             return Splits(*divide(train, choice.per_class, choice.subset_seed))
         splits = Splits(train, val)
@@ -225,7 +225,7 @@ class PublishedSource(OneShard):
         return Example(key, np.asarray(image), int(self.labels[index]))
 
 
-def load_published(name: str, folder: Path) -> tuple[LabelledSource, LabelledSource | None]:
+def open_published(name: str, folder: Path) -> tuple[LabelledSource, LabelledSource | None]:
     """Open a dataset of ``PUBLISHED``: the split to train on, and the one to evaluate on, if it has one.
 
     torchvision unpickles CIFAR's files only if their MD5 sums are the published ones. Raises FractalError if files are
