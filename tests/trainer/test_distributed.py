@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,9 +199,26 @@ def test_missing_process_is_warned_of_before_it_is_an_error(monkeypatch, caplog)
 # The launcher, --nproc 2: real processes, each of which imports PyTorch.
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def killed_at_the_end() -> Iterator[None]:
+    """Kill the processes that a failed test leaves."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
+def start(*words: object, **options: Any) -> subprocess.Popen[str]:
+    """Start Python in a session of its own."""
+    command = [sys.executable, *map(str, words)]
+    STARTED.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **options))
+    return STARTED[-1]
+
+
 def launched(name: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(LAUNCHED), name, str(folder)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return start(LAUNCHED, name, folder)
 
 
 def wait_for(*paths: Path) -> None:
@@ -289,10 +307,10 @@ def test_tars_of_other_programs_are_indexed_by_one_rank(tmp_path, image_file, wr
 def test_signal_to_the_command_saves_and_resume_is_bit_exact(undisturbed, dataset, tmp_path):
     """The real command with two ranks: exit code 75, then the same command. A full pipe keeps it from ending before."""
     epochs = ("--epochs", EPOCHS, "--nproc", 2, "--workers", 1)
-    words = list(map(str, (sys.executable, "-m", "fractaltrain", *pretraining(dataset, tmp_path / "run", *epochs))))
+    words = ("-m", "fractaltrain", *pretraining(dataset, tmp_path / "run", *epochs))
     reader, writer = os.pipe()
     os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)))
-    training = subprocess.Popen(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    training = start(*words, stdout=writer)
     os.close(writer)
     wait_for(tmp_path / "run" / "metrics.jsonl")
     os.kill(ranks_of(training)[1], signal.SIGTERM)
@@ -300,15 +318,16 @@ def test_signal_to_the_command_saves_and_resume_is_bit_exact(undisturbed, datase
         output.read()
     [error] = errors(training.communicate(timeout=120)[1])
     assert (training.returncode, "SIGTERM" in error) == (75, True)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
-    assert (done.returncode, errors(done.stderr)) == (0, [])
+    done = start(*words, stdout=subprocess.DEVNULL)
+    _, err = done.communicate(timeout=240)
+    assert (done.returncode, errors(err)) == (0, [])
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
 @pytest.mark.slow
 def test_loader_workers_end_with_a_killed_training(dataset, tmp_path):
     arguments = pretraining(dataset, tmp_path / "run", "--epochs", 5000, "--workers", 2)
-    training = subprocess.Popen(list(map(str, (sys.executable, "-m", "fractaltrain", *arguments))))
+    training = start("-m", "fractaltrain", *arguments)
     wait_for(tmp_path / "run" / "metrics.jsonl")
     children = Path(f"/proc/{training.pid}/task/{training.pid}/children")
     while len(workers := children.read_text().split()) < 2:  # new ones start with every epoch
@@ -321,8 +340,7 @@ def test_loader_workers_end_with_a_killed_training(dataset, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [("--nproc", 2), ()])
 def test_ctrl_c_ends_a_training_at_once(dataset, tmp_path, command):
-    words = (sys.executable, "-m", "fractaltrain", *pretraining(dataset, tmp_path / "run", "--epochs", 5000, *command))
-    training = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    training = start("-m", "fractaltrain", *pretraining(dataset, tmp_path / "run", "--epochs", 5000, *command))
     wait_for(tmp_path / "run" / "metrics.jsonl")
     os.killpg(training.pid, signal.SIGINT)
     _, err = training.communicate(timeout=60)

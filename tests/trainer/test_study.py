@@ -381,8 +381,8 @@ def test_stopped_study_continues(fractaltrain, tmp_path, dataset, monkeypatch):
     """A real one: a pre-training and fine-tunings, one epoch each."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     brief = "pretraining = { epochs = 1, batch_size = 10 }\nfinetuning = { epochs = 1, batch_size = 50 }\n"
-    text = ONE_SEED.replace("[scratch]\n", "").replace("epochs = 3", "").replace("subset_seeds = [0, 1]", "")
-    text = text.replace("seeds = ", f"{brief}seeds = ").replace("shards/small", str(dataset))
+    text = ONE_SEED.replace("[scratch]\n", "").replace("epochs = 3", "").replace("subset_seeds = [0]", "")
+    text = text.replace("[study]\n", f"[study]\n{brief}").replace("shards/small", str(dataset))
     (tmp_path / "s.toml").write_text(text)
     out = tmp_path / "real"
     arguments = ("study", str(tmp_path / "s.toml"), "--out", str(out))

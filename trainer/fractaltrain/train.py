@@ -104,7 +104,7 @@ def train(
                     recent.append((step, lr, loss, batch.keys))
                     loss_sum += world.sum(loss.double()) / world.size
                     if batch.bad and not bad_samples and not position.bad_samples:
-                        _logger.warning("bad sample, going on without it: %s", batch.bad[0])
+                        _logger.warning("bad sample, continuing without it: %s", batch.bad[0])
                     bad_samples += len(batch.bad)
                     on_step(epoch, step)
                     stopping = world.max(stop.signal)
