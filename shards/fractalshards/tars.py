@@ -147,7 +147,7 @@ def index_digest(indices: Iterable[TarIndex]) -> str:
 
 
 class _BadSampleError(Exception):
-    """A sample cannot be used; the message is a sentence that begins with its name."""
+    """A sample cannot be used; the message continues its name to a sentence."""
 
 
 class _Member(NamedTuple):

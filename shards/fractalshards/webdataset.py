@@ -145,10 +145,14 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
 
 def _find_tars(folder: Path) -> list[str]:
     """Return the sorted names of the tars in a folder, or if there are none, in its folders named like splits."""
-    if here := sorted(path.name for path in folder.glob("[!.]*.tar")):
+    if here := sorted(_tar_names(folder)):
         return here
     below = [path for path in folder.iterdir() if path.name.lower() in _SPLIT_WORDS and path.is_dir()]
-    return sorted(f"{path.name}/{tar.name}" for path in below for tar in path.glob("[!.]*.tar"))
+    return sorted(f"{path.name}/{name}" for path in below for name in _tar_names(path))
+
+
+def _tar_names(folder: Path) -> Iterator[str]:
+    return (path.name for path in folder.iterdir() if path.match("[!.]*.tar"))  # glob skips a folder it may not read
 
 
 def _listed_tars(

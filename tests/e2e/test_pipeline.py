@@ -100,3 +100,14 @@ def test_pretraining_and_finetuning(folder: Path) -> None:
     figures = json.loads((folder / "runs/ft/result.json").read_text())
     assert figures["samples"] == 1797 - 20
     assert 0 <= figures["top1"] <= figures["top5"] <= 1
+
+
+@pytest.mark.slow
+def test_training_on_images_of_several_classes(folder: Path) -> None:
+    run("fractalgen build --kind multi --n 40 --val 20 --classes 5 --size 32 --points 2000 --quiet", folder)
+    out, _ = run("fractaltrain pt --shards shards/multi --model test_resnet --epochs 2 --batch-size 10", folder)
+    assert "20 val images" in out
+    scores = json.loads((folder / "runs/multi-test_resnet-anderson/result.json").read_text())
+    assert 0.1 < scores["map"] <= 1
+    assert 0 <= scores["f1"] <= 1
+    assert "top1" not in scores

@@ -3,6 +3,7 @@
 import json
 import random
 from decimal import Context, Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fractalgen.build import open_folder, plan_build
 from fractalgen.kernels.exact import MAX_ANGLE, log, sine_and_cosine
 from fractalgen.kernels.lines import _draw_polygon
 from fractalgen.kernels.mt19937 import Mersenne, fill, seed_state, skip
-from fractalgen.kinds.contours import render_instance
+from fractalgen.kinds.contours import STREAMS, follow, parameter_table, render_instance, unpack
 from fractalgen.plan import locate
 from fractalshards.errors import FractalError
 from fractalshards.manifest import load_manifest
@@ -101,6 +102,13 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind
         with Image.open(out) as ours, Image.open(reference / kind / case["file"]) as theirs:
             assert ours.mode == "RGB"
             assert np.array_equal(ours, theirs.convert("RGB")), case["file"]
+
+
+@pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
+def test_first_systems_are_the_published_parameters(reference: Path, kind: str) -> None:
+    _, *expected = next((reference / kind).glob("*some_classes.csv")).read_text().splitlines()
+    systems = [unpack(row)[0] for row in islice(follow(STREAMS[kind](), 1000, 0), 5)]
+    assert parameter_table(systems).decode().splitlines()[1:] == expected[:5]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from fractalgen.kinds.contours import STREAMS
 from fractalgen.kinds.kind import show_range
 from fractalgen.plan import locate
 from fractalgen.render import RenderedSplit, open_recipe
+from fractalshards import open_dataset
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
@@ -157,6 +158,21 @@ def test_degenerate_systems_render_or_are_refused(kind: str, name: str) -> None:
 
 
 TINY = {"val": 5, "classes": 4, "size": 32, "points": 500, "shard_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
+def test_rendered_samples_are_those_of_the_shards(kind: str, tmp_path: Path) -> None:
+    recipe = make_recipe(kind, 19, **TINY)
+    building.build(recipe, tmp_path / "built")
+    for split in ("train", "val"):
+        stored, rendered = open_dataset(tmp_path / "built", split), open_recipe(recipe, split)
+        assert (rendered.lengths, len(rendered)) == (stored.lengths, len(stored))
+        for index in range(len(stored)):
+            (key, image, label), expected = rendered.read(index), stored.read(index)
+            assert (key, image.tobytes(), label) == (expected.key, expected.image.tobytes(), expected.label)
+        for index in (-1, len(stored)):
+            with pytest.raises(IndexError):
+                rendered.read(index)
 
 
 @pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
