@@ -70,7 +70,7 @@ def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a dataset, the arguments of ``_make_recipe``."""
     options = (
         click.option("--kind", type=click.Choice([*KINDS]), help=_KIND_HELP),
-        click.option("--n", type=int, help="Number of training images.  [default: that of the published set]"),
+        click.option("--n", type=int, help="Number of training images.  [default: the published number, if any]"),
         click.option("--val", default=0, help="Number of validation images, of the same classes."),
         click.option("--classes", type=int, help="Number of classes.  [default: 1000]"),
         _SIZE,
@@ -174,8 +174,8 @@ def build(
         with progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
     if missing:
-        left = human_count(len(missing), "shard")
-        click.echo(f"{folder}: {chosen} is done; {left} of other slices are missing, then the manifest is written")
+        left = f"{human_count(len(missing), 'shard')} of other slices"
+        click.echo(f"{folder}: {chosen} is done; still missing before the manifest can be written: {left}")
         return
     manifest = load_manifest(folder)
     if portable and (differing := portable.differing_shards(manifest.splits)):

@@ -25,7 +25,7 @@ def choose_scheduler(executor: str, scheduler: str | None, workers_given: bool) 
 
 @contextmanager
 def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[Executor, int]]:
-    """Open an executor of ``workers`` local processes, or of a Dask scheduler; yields it and how many tasks it runs.
+    """Open an executor of local processes or of a Dask cluster; yield it and the number of tasks it runs at once.
 
     It runs a task again if its worker dies; ``workers.is_lost`` recognises the error of a task that it has given up.
     The workers of Dask need the same version of this software, and the folder of the dataset under the same path.
