@@ -21,9 +21,9 @@ _WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
     """Parse ``["a=1", "b=2,3"]`` to ``{"a": "1", "b": "2,3"}``; the last setting of a name wins."""
     pairs = [setting.partition("=") for setting in settings]
-    for name, equals, _ in pairs:
+    for setting, (name, equals, _) in zip(settings, pairs, strict=True):
         if not (name and equals):
-            raise UsageError(f"{option} {name}: expected NAME=VALUE")
+            raise UsageError(f"{option} {setting}: expected NAME=VALUE")
     return {name: value for name, _, value in pairs}
 
 

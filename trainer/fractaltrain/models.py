@@ -43,8 +43,8 @@ def create_model(
         arguments: further arguments of ``timm.create_model``, such as ``patch_size``.
 
     Raises:
-        UsageError: if there is no such model, it has no stochastic depth, or an argument is one that other options set
-            or that loads weights.
+        UsageError: if there is no such model, it has no stochastic depth, does not take an argument, or an argument is
+            one that other options set or that loads weights.
         FractalError: if it cannot be built for that size, or does not take images of that size.
     """
     if name not in _OURS and not timm.is_model(name):
@@ -73,6 +73,8 @@ def create_model(
         if "drop_path_rate" in str(error):
             raise UsageError(f"{name} has no drop path, which the recipe needs; add --set drop_path=0") from error
         given = ", ".join(f"{argument}={value}" for argument, value in arguments.items())
+        if given and isinstance(error, TypeError):  # not an argument of the model, or a value of another type
+            raise UsageError(f"{name} does not take --model-arg {given} ({_reason(error)})") from error
         raise FractalError(
             f"{name}{given and f' with {given}'} cannot take {image_size} x {image_size} images ({_reason(error)}); "
             f"try another --image-size{given and ' or --model-arg'}"

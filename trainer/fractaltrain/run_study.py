@@ -143,7 +143,7 @@ def run_study(
     """
     options = (*(("--nproc", str(nproc)) if nproc else ()), *(("--quiet",) if quiet else ()))
     threads = max(available_cores() // (jobs * (nproc or 1)), 1) if jobs > 1 else None
-    waiting = sorted(runs, key=lambda run: run.target is not None)  # others run beside pre-trainings
+    waiting = sorted(runs, key=lambda run: jobs > 1 and run.target is not None)  # others run beside pre-trainings
     usable: dict[str, bool] = {}  # by run: whether it ended with a result
     running: dict[str, subprocess.Popen[bytes]] = {}
     received: list[int] = []  # signals; nothing starts after the first

@@ -250,8 +250,8 @@ def check(params: ContourParams, n: int, val: int, classes: int) -> None:
         return
     if classes % params.processes:
         raise UsageError(
-            f"classes is {classes}, not a multiple of the {params.processes} processes, so that the published program "
-            "would leave some out: choose a multiple, or change 'processes'"
+            f"classes is {classes}, but the {params.processes} processes of the published program share them equally: "
+            f"choose a multiple of {params.processes}, or change 'processes'"
         )
     if n > classes * params.instances:
         raise UsageError(

@@ -124,7 +124,8 @@ class TrainRecipe:
             self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._check("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or none")
         if self.schedule == "cosine" and not self.warmup_steps:
-            self._check("warmup_epochs", self.warmup_epochs < self.epochs, f"below the number of epochs, {self.epochs}")
+            fits = self.warmup_epochs < self.epochs
+            self._check("warmup_epochs", fits, f"below epochs, {self.epochs}; set it as well")
         self._check("milestones", 0 < self.milestones[0] <= self.milestones[1], "two epochs, the earlier one first")
         low, high = self.crop_scale
         self._check("crop_scale", 0 < low <= high <= 1, "two shares above 0, the lower one first")
