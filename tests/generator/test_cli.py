@@ -146,7 +146,7 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
 
 def test_recipe_is_written_or_printed(tmp_path: Path) -> None:
     options = ["recipe", "--kind", "rcdb", "--n", 2, "--classes", 2, "--set", "processes=2", "--set", "stream=own"]
-    for size, warned in ((64, True), (512, False), (600, False)):  # contours in small images
+    for size, warned in ((64, True), (512, False), (600, False)):  # curves do not shrink with the image
         printed, written = run(*options, "--size", size), run(*options, "--size", size, "--out", tmp_path / "new.json")
         assert (printed.exit_code, written.exit_code) == (0, 0), printed.output + written.output
         assert printed.stdout_bytes == (tmp_path / "new.json").read_bytes()

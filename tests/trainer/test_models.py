@@ -298,9 +298,10 @@ def test_export_completes_its_own_files_and_leaves_others_alone(fractaltrain, tm
     for run, out in (("b", file), ("b", folder), ("a", tmp_path / "a"), ("a", tmp_path / "a" / "run.json")):
         fractaltrain("export", tmp_path / run, "--out", out).assert_refused(1, str(out))
     assert file.read_bytes() == before
-    file.write_text("no tensors")
-    fractaltrain("export", tmp_path / "a", "--out", file).assert_refused(1, str(file))
-    assert file.read_text() == "no tensors"
+    for damaged in (b"no tensors", before[:-1], before[:-1] + bytes([before[-1] ^ 1])):
+        file.write_bytes(damaged)
+        fractaltrain("export", tmp_path / "a", "--out", file).assert_refused(1, str(file))
+        assert file.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("name", ["resnet18", "hf-hub:timm/resnet10t.c3_in1k"])

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -96,17 +97,21 @@ def _write_weights(path: Path, run: TrainedRun, name: str) -> None:
         "checkpoint_sha256": run.sha256,
         **({"class_names": json.dumps(settings.class_names)} if settings.class_names else {}),
     }
+    tensors = {key: tensor.contiguous().clone() for key, tensor in run.checkpoint.weights.items()}
     if not path.exists():
-        tensors = {key: tensor.contiguous().clone() for key, tensor in run.checkpoint.weights.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, exclusive=True) as file:
             file.write(save(tensors, metadata))
-        return
-    found = None
-    with suppress(SafetensorError), safe_open(path, framework="pt") as present:
-        found = present.metadata()  # includes the hash of the checkpoint
-    if found != metadata:
+    elif not _is_equal(path, metadata, tensors):
         raise FractalError(f"{path}: another file is there already; choose another --out, or remove it")
+
+
+def _is_equal(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a file is an export with this metadata and these tensors; a damaged one is not."""
+    with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+        same = file.metadata() == metadata and set(file.keys()) == set(tensors)
+        return same and all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
+    return False
 
 
 def _config(run: TrainedRun, model: Any, options: Mapping[str, Any]) -> bytes:
