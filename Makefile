@@ -31,7 +31,7 @@ docs: .venv/test.stamp  ## The documentation as a site, in site/
 	@! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="?([a-z]+:)?//' site  # pages load nothing from elsewhere
 	@echo "site/index.html; with search: $(BIN)/mkdocs serve"
 
-bench: .venv/test.stamp  ## Speed of generator, shards and streams
+bench: .venv/bench.stamp  ## Speed of generator, shards and streams, beside other loaders
 	$(BIN)/python tools/bench_generator.py
 	$(BIN)/python tools/bench_shards.py
 	$(BIN)/python tools/bench_stream.py
@@ -54,3 +54,7 @@ clean:  ## Remove the environment and caches; datasets and runs stay
 	@echo "installing into .venv, PyTorch included (about 6 GB, a few minutes)"
 	$(BIN)/python -m pip install --quiet -e '.[train,dask,s3,hub,report,imagenet,docs,dev]'
 	touch $@ .venv/demo.stamp
+
+.venv/bench.stamp: .venv/test.stamp
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	touch $@
