@@ -56,7 +56,7 @@ _STAGES: dict[str, list[Stage]] = {
 @click.command()
 @click.option("--kind", default="all", show_default=True, type=click.Choice([*KINDS, "all"]))
 @click.option("--size", type=int, help="Side length in pixels.  [default: by kind]")
-@click.option("--shard-size", default=400, show_default=True, help="Images per shard, and per worker and round.")
+@click.option("--shard-size", default=1000, show_default=True, help="Images per shard, and per worker and round.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds to take the median of.")
 @click.option("--workers", "counts", multiple=True, default=(1, 2), show_default=True, type=click.IntRange(1),
               help="Worker processes; may be repeated.")  # fmt: skip
