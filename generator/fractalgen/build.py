@@ -148,15 +148,12 @@ def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: On
 
 
 def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
-    """Render and encode a few units spread over the dataset; return bytes, and seconds on one core, per image.
-
-    The bytes are a mean; the seconds are a median, without the first unit, which may include compilation.
-    """
+    """Render and encode a few units spread over the dataset; return an image's mean bytes, and median seconds."""
     sizes: list[int] = []
     seconds: list[float] = []
     total = recipe.n + recipe.val
     probes = min(max(_PROBES // recipe.family.images_in_memory, _FEW_PROBES), total)
-    for number in (0, *range(probes)):
+    for number in (0, *range(probes)):  # the first unit twice: the first time may include compilation
         start = time.perf_counter()
         index = number * total // probes
         place = locate(recipe, index)

@@ -1,8 +1,8 @@
 """The recipe: the frozen, hashable description of a dataset, checked when it is made."""
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import msgspec
@@ -53,16 +53,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         kind = self.family
-        for name, (low, high) in _RANGES.items():
-            if name == "points" and not kind.points:
-                _require(self.points == 0, f"points is {self.points}, but kind {self.kind} draws none: leave it out")
-                low = 0
-            try:
-                value = operator.index(getattr(self, name))  # a plain integer, because a recipe is hashed as JSON
-            except TypeError as error:
-                raise UsageError(f"{name} is {getattr(self, name)!r}: expected an integer") from error
-            _require(low <= value <= high, f"{name} is {value}: expected {low} to {high:,}")
-            object.__setattr__(self, name, value)
+        for name, (low, high) in (_RANGES if kind.points else _RANGES | {"points": (0, 0)}).items():
+            value = getattr(self, name)
+            within = isinstance(value, Integral) and low <= value <= high
+            _require(within, f"{name} is {value}: kind {self.kind} takes an integer from {low} to {high:,}")
+            object.__setattr__(self, name, int(value))  # not numpy's, because a recipe is hashed as JSON
         if isinstance(self.params, Mapping):
             object.__setattr__(self, "params", override(kind.params(), self.params))
         _require(isinstance(self.params, kind.params), f"params: kind {self.kind} takes {kind.params.__name__}")
@@ -87,8 +82,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON-compatible values, with lists for tuples."""
-        fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return fields
+        return msgspec.json.decode(msgspec.json.encode(self), type=dict[str, Any])
 
     def digest(self) -> str:
         """Return 32 hexadecimal digits that identify the recipe, systems included."""
@@ -150,17 +144,10 @@ def make_recipe(
     n = chosen.n if n is None else n
     if n is None:
         raise UsageError(f"kind {kind} has no default number of images; give it with --n")
-    return Recipe(
-        kind=kind,
-        n=n,
-        val=val,
-        classes=chosen.classes if classes is None else classes,
-        size=chosen.size if size is None else size,
-        points=chosen.points if points is None else points,
-        seed=seed,
-        shard_size=shard_size,
-        params=overrides or {},
-    )
+    classes = chosen.classes if classes is None else classes
+    size = chosen.size if size is None else size
+    points = chosen.points if points is None else points
+    return Recipe(kind, n, val, classes, size, points, seed, shard_size, overrides or {})
 
 
 def _require(condition: bool, otherwise: str) -> None:

@@ -6,7 +6,7 @@ A damaged shard loses its sidecar, which makes it unfinished; the rest is an ord
 
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fractalgen.build import BuildFolder, claim, plan_build, render_missing
@@ -24,24 +24,16 @@ from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import publish
 
 
-@dataclass(frozen=True)
-class Repaired:
-    """The problems that were found, and names: of shards rendered again, and of tars that are not of the dataset."""
-
-    problems: tuple[Problem, ...]
-    rendered: tuple[str, ...]
-    extra: tuple[str, ...]
-
-
 def repair_dataset(
     folder: Path, executor: Executor, on_progress: OnProgress = no_progress, on_prepare: OnProgress = no_progress
-) -> Repaired:
+) -> tuple[list[Problem], list[str], list[str]]:
     """Verify a dataset, finished or not, render damaged and missing shards again, and update the manifest.
 
     The result has the content digests of an uninterrupted build. ``on_progress`` is called with the number of images
-    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``. Raises FractalError as ``run_build``;
-    also if neither recipe nor manifest can be read, or a rendered shard differs from the manifest, which then stays as
-    it is.
+    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``. Returns the problems that were found,
+    and names: of shards rendered again, and of tars that do not belong to the dataset. Raises FractalError as
+    ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs from the manifest, which
+    then stays as it is.
     """
     manifest = None
     with suppress(FractalError):
@@ -73,7 +65,7 @@ def repair_dataset(
         )
     publish(folder, found.tasks, found.tasks, found.info)
     extra = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)
-    return Repaired(tuple(problems), tuple(task.name for task in plan.missing), tuple(extra))
+    return problems, [task.name for task in plan.missing], extra
 
 
 def _recover(folder: Path, manifest: Manifest | None, on_prepare: OnProgress) -> BuildFolder:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalgen.kernels.exact import log, sine_and_cosine
-from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, draw_ring, skip_instances
+from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, Key, draw_ring, skip_instances
 from fractalgen.kernels.mt19937 import STATE_WORDS, Mersenne, Words, seed_state
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds.kind import Kind, LazyImages, Unit, check_parameters, parameter
@@ -348,12 +348,7 @@ def _waves(vertices: int, *frequencies: int) -> npt.NDArray[np.float64]:
 
 
 def _draw(
-    params: ContourParams,
-    size: int,
-    contour: Contour,
-    buffers: Words = NO_BUFFERS,
-    at: int = 0,
-    key: tuple[np.uint32, np.uint32] = NO_KEY,
+    params: ContourParams, size: int, contour: Contour, buffers: Words = NO_BUFFERS, at: int = 0, key: Key = NO_KEY
 ) -> tuple[Indexed, int]:
     """Draw an instance; return it and the number of words drawn."""
     vertices, orbits, scale, offset, radius, first, second, oval_x, oval_y, y, x = contour

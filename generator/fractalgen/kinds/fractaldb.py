@@ -70,10 +70,11 @@ def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems:
     All weight rows are used before patches are drawn again. The validation split continues after the training split:
     with new patches, or for points with other weight rows. Fresh training images continue after both.
     """
-    number = unit.number + _first_number(params, unit.before)
-    first_val = _first_number(params, unit.after[0])
-    if unit.split == "train" and number >= first_val:
-        number += _first_number(params, unit.after[1])
+    number, (train, val) = unit.number, (_numbers(params, count) for count in unit.per_class)
+    if unit.split == "val":
+        number += train
+    elif number >= train:
+        number += val
     draw, row = divmod(number, params.rows)
     weights = kernel.weight_rows(params.weight_step)[params.weight_rows[0] + row]
     masks = None
@@ -84,9 +85,9 @@ def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems:
     return tuple((Indexed(kernel.flip(indices, flip), palette), unit.label) for flip in range(FLIPS))
 
 
-def _first_number(params: FractaldbParams, before: int) -> int:
-    """The number of a split's first render after ``before`` renders per class; patches start a new draw of all rows."""
-    return -(-before // params.rows) * params.rows if kernel.is_patch(params.draw) else before
+def _numbers(params: FractaldbParams, count: int) -> int:
+    """How many numbers a split of ``count`` renders per class takes; patches start a new draw of all rows after it."""
+    return -(-count // params.rows) * params.rows if kernel.is_patch(params.draw) else count
 
 
 KIND = Kind(

@@ -53,9 +53,8 @@ def _draw_image(
 ) -> tuple[Pixels, tuple[Object, ...]]:
     """Draw an image before blur, and its visible objects in paint order."""
     nothing = np.zeros((size, size), np.uint32)
-    canvas = Canvas.of(
-        paint(nothing, anderson.draw_fractal_colors(params, rng), *anderson.draw_background(params, size, rng))
-    )
+    colors = anderson.draw_fractal_colors(params, rng)
+    canvas = Canvas(paint(nothing, colors, *anderson.draw_background(params, size, rng)))
     labels = []
     for _ in range(rng.integer(params.objects[0], params.objects[1] + 1)):
         labels.append(rng.integer(0, len(systems)))
