@@ -65,9 +65,7 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
         raise FractalError(f"{folder}: no files 00000.csv, 00001.csv, ...; give the folder of FractalDB's CSV files")
     for index, path in enumerate(paths):
         if path.name != f"{index:05d}.csv":
-            raise FractalError(
-                f"{path}: expected {index:05d}.csv; number the files from 00000, each once, without gaps"
-            )
+            raise FractalError(f"{path}: expected {index:05d}.csv; number the files from 00000, each once")
     return tuple(read_csv(path) for path in paths)
 
 

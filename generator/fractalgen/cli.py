@@ -165,10 +165,8 @@ def build(
         return
     manifest = load_manifest(folder)
     if portable and (differing := portable.differing_shards(manifest.splits)):
-        raise FractalError(
-            f"{folder}: {human_list(differing)} differ from {recipe_file}: this version renders other pixels; please "
-            "report this, and install the version of fractalpretrain that made the recipe"
-        )
+        names = human_list(differing)
+        raise FractalError(f"{folder}: {names} differ from {recipe_file}; install the fractalpretrain that made it")
     if portable and portable.shards is None:
         console.note(f"note: {recipe_file} was made without a build, so it has no digests to compare the images with")
     click.echo(manifest.summary())

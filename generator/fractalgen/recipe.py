@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kinds import Kind, find_kind
@@ -55,22 +55,18 @@ class Recipe:
         kind = self.family
         for name, (low, high) in (_RANGES if kind.points else _RANGES | {"points": (0, 0)}).items():
             value = getattr(self, name)
-            within = isinstance(value, Integral) and low <= value <= high
+            within = isinstance(value, int | np.integer) and low <= int(value) <= high
             _require(within, f"{name} is {value}: kind {self.kind} takes an integer from {low} to {high:,}")
             object.__setattr__(self, name, int(value))  # not numpy's, because a recipe is hashed as JSON
         if isinstance(self.params, Mapping):
             object.__setattr__(self, "params", override(kind.params(), self.params))
         _require(isinstance(self.params, kind.params), f"params: kind {self.kind} takes {kind.params.__name__}")
-        _require(
-            self.n >= self.classes or kind.label_type == "multi",
-            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
-        )
+        enough = self.n >= self.classes or kind.label_type == "multi"
+        _require(enough, f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes")
         kind.check(self.params, self.n, self.val, self.classes)
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
-        _require(
-            self.shard_size >= kind.images_per_unit,
-            f"shard_size is {self.shard_size}: kind {self.kind} needs at least {kind.images_per_unit}",
-        )
+        per_unit = kind.images_per_unit
+        _require(self.shard_size >= per_unit, f"shard_size is {self.shard_size}: {self.kind} takes at least {per_unit}")
         shards = (self.n + self.val) // self.shard_size
         _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
@@ -100,10 +96,8 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     beside it, differs.
     """
     if (version := data.get("version")) != RECIPE_VERSION:
-        raise FractalError(
-            f"{where}: recipe version {str(version)[:20]}, but this software renders {RECIPE_VERSION}; install the "
-            "version of fractalpretrain that made it"
-        )
+        found = f"recipe version {str(version)[:20]}, expected {RECIPE_VERSION}"
+        raise FractalError(f"{where}: {found}; install the fractalpretrain that made it")
     try:
         recipe = msgspec.convert(data, Recipe)
     except (msgspec.ValidationError, UsageError) as error:

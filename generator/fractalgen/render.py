@@ -38,10 +38,8 @@ def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
     shape = recipe.family.map_shape
     fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
     if len(systems) != recipe.classes or not fitting:
-        raise FractalError(
-            f"{where}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} rows of shape {shape}; "
-            f"check {SYSTEMS}, or the file that the systems come from"
-        )
+        wanted = f"{recipe.classes} systems of 1 to {MAX_MAPS} rows of shape {shape}"
+        raise FractalError(f"{where}: kind {recipe.kind} needs {wanted}; fetch {SYSTEMS} again")
 
 
 def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) -> tuple[Pixels, Label]:
@@ -121,10 +119,8 @@ class RenderedSplit:
         if fresh and split != "train":
             raise UsageError(f"only the split 'train' can be rendered afresh, not {split!r}")
         if fresh and recipe.family.units_per_class(recipe.params) is not None:
-            raise UsageError(
-                f"kind {recipe.kind} with these parameters has a limited number of images; drop --fresh"
-                + (", or make the recipe with --set stream=own" if hasattr(recipe.params, "stream") else "")
-            )
+            own = ", or make the recipe with --set stream=own" if hasattr(recipe.params, "stream") else ""
+            raise UsageError(f"kind {recipe.kind} as set has a limited number of images; drop --fresh{own}")
 
     def __len__(self) -> int:
         """Return the number of samples, of one epoch if images are fresh."""

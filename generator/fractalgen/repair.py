@@ -42,10 +42,7 @@ def repair_dataset(
     listed = {shard.name: shard for shards in manifest.splits.values() for shard in shards} if manifest else {}
     names = {task.name for task in found.tasks}
     if listed and not names <= listed.keys():
-        raise FractalError(
-            f"{folder}: holds a part of a dataset; fetch damaged shards again with 'fractalshards pull', or render all "
-            "shards with 'fractalgen build'"
-        )
+        raise FractalError(f"{folder}: part of a dataset; use 'fractalshards pull' again, or 'fractalgen build'")
     promise = Promise(found.recipe.classes, found.recipe.size, found.info.label_type)
     finished = [(found.finished[task.name], task.first) for task in found.tasks if task.name in found.finished]
     shards = [(listed.get(record.name, record.shard()), first) for record, first in finished]
@@ -59,10 +56,8 @@ def repair_dataset(
     rendered = render_missing(plan, executor, lambda done, total: on_progress(verified + done, verified + total))
     both = rendered.keys() & listed.keys()
     if other := sorted(name for name in both if rendered[name].content_digest != listed[name].content_digest):
-        raise FractalError(
-            f"{folder}: {human_list(other)}, rendered again, differ from {INFO}: it is damaged, or this software "
-            f"renders other pixels; compare with another copy, or remove {INFO} to accept the new shards"
-        )
+        advice = f"compare with another copy, or remove {INFO} to accept them"
+        raise FractalError(f"{folder}: rendered again, {human_list(other)} differ from {INFO}; {advice}")
     publish(folder, found.tasks, found.tasks, found.info)
     extra = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)
     return problems, [task.name for task in plan.missing], extra

@@ -249,15 +249,10 @@ def check(params: ContourParams, n: int, val: int, classes: int) -> None:
     if params.stream == "own":
         return
     if classes % params.processes:
-        raise UsageError(
-            f"classes is {classes}, but the {params.processes} processes of the published program share them equally: "
-            f"choose a multiple of {params.processes}, or change 'processes'"
-        )
+        raise UsageError(f"classes is {classes}, which {params.processes} 'processes' cannot share: change one of them")
     if n > classes * params.instances:
-        raise UsageError(
-            f"n is {n}, but {classes} classes of {params.instances} instances are {classes * params.instances} images: "
-            "lower n, raise 'instances', or draw any number of other images with '--set stream=own'"
-        )
+        most = classes * params.instances
+        raise UsageError(f"n is {n}, but the stream has {most} images: lower n, raise 'instances', or --set stream=own")
 
 
 def units_per_class(params: ContourParams) -> int | None:
@@ -272,10 +267,7 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
     """
     system = _draw_system(params, unit.seed, len(systems), unit.label)
     if not np.array_equal(system, systems[unit.label]):
-        raise FractalError(
-            f"the system of class {unit.label} is not in the {params.stream} stream with these parameters: fetch "
-            "systems.npz again, or build into an empty folder"
-        )
+        raise FractalError(f"class {unit.label}: not a system of the {params.stream} stream; fetch systems.npz again")
     contour, first, count = _contour(system), unit.number * _PER_UNIT, _PER_UNIT
     if params.stream == "published" and unit.split == "train":
         _, states = unpack(_table(params, len(systems))[unit.label])

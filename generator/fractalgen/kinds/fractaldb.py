@@ -41,10 +41,8 @@ def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
     """
     categories = shipped_categories()
     if classes > len(categories):
-        raise UsageError(
-            f"classes is {classes}, but {len(categories)} categories come with this software: find more with "
-            f"'fractalgen search --classes {classes} --out categories.npz' and build with '--categories categories.npz'"
-        )
+        search = f"'fractalgen search --classes {classes} --out FILE.npz', and give --categories FILE.npz"
+        raise UsageError(f"classes is {classes}, but {len(categories)} categories are known: run {search}")
     return categories[:classes]
 
 
@@ -58,10 +56,7 @@ def check(params: FractaldbParams, n: int, val: int, classes: int) -> None:
     limit = units_per_class(params)
     units = sum(-(-count // (classes * FLIPS)) for count in (n, val))
     if limit is not None and units > limit:
-        raise UsageError(
-            f"n and val ask for {units * FLIPS} images of a class, but kind fractaldb with these parameters has "
-            f"{limit * FLIPS}: lower them or raise classes"
-        )
+        raise UsageError(f"n and val: a class has {limit * FLIPS} images, not {units * FLIPS}; raise classes")
 
 
 def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered, ...]:

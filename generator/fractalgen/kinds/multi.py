@@ -42,10 +42,7 @@ def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Sys
         image, objects = _draw_image(params, size, points, systems, rng)
         if objects:
             return ((anderson.blur_at_random(image, params, rng), MultiLabel.of(objects)),)
-    raise FractalError(
-        f"no object is visible in any of {_TRIES} images drawn for one sample; raise --size, or 'object_size' and "
-        "'value' of the kind"
-    )
+    raise FractalError(f"no object is visible in {_TRIES} images of one sample; raise --size, 'object_size' or 'value'")
 
 
 def _draw_image(
