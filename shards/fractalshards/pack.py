@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list
 from fractalshards.ilsvrc import list_ilsvrc
 from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder, parse_place
-from fractalshards.manifest import MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS, DatasetInfo, sample_key, shard_name
+from fractalshards.manifest import MAX_SAMPLES, MAX_SHARDS, DatasetInfo, sample_key, shard_name
 from fractalshards.png import decode_image, encode_png
 from fractalshards.random import permutation
 from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
@@ -103,10 +103,6 @@ class PackRecipe:
     version: int = RECIPE_VERSION
 
     def __post_init__(self) -> None:
-        if not 1 <= self.shard_size <= MAX_SHARD_SIZE:
-            raise UsageError(f"shard_size is {self.shard_size}: expected 1 to {MAX_SHARD_SIZE:,}")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed is {self.seed}: expected 0 to 2**63 - 1")
         if self.n + self.val > MAX_SAMPLES:
             raise UsageError(f"{self.n + self.val:,} images are more than {MAX_SAMPLES:,}: pack several datasets")
         if (shards := (self.n + self.val) // self.shard_size) > MAX_SHARDS:
@@ -145,7 +141,7 @@ def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress =
             on_progress(done, total)
     if count := sum(map(len, bad.values())):
         _log.warning("skipped %s of %s", human_count(count, "bad image"), human_count(total, "image"))
-    return listing.without({split: np.array(positions, np.int64) for split, positions in bad.items()})
+    return listing.without(bad)
 
 
 def _find_bad(images: ImageFiles) -> list[tuple[int, str]]:

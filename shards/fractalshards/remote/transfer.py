@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -18,17 +19,7 @@ from typing import TypeVar
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count
-from fractalshards.manifest import (
-    INFO,
-    RECIPE,
-    SYSTEMS,
-    Manifest,
-    Shard,
-    find_manifest,
-    parse_manifest,
-    parse_record,
-    sidecar_name,
-)
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, Manifest, Shard, parse_manifest, parse_record, sidecar_name
 from fractalshards.recipe_file import RecipeFile, recipe_problems
 from fractalshards.remote.card import README, dataset_card
 from fractalshards.remote.stores import FileInfo, LocalStore, Store, Upload, open_store
@@ -100,7 +91,6 @@ def push(
         jobs: files transferred at a time.
         on_progress: called with bytes done and bytes in all, after each shard.
     """
-    find_manifest(folder)
     target = open_store(url)
     if target.location.scheme == "http":
         raise UsageError(f"{target.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
@@ -151,16 +141,16 @@ def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Seque
     missing = [
         shard
         for shard in shards
-        if find_sidecar(target, manifest, shard) is None or not target.holds(shard.name, shard_info(shard))
+        if not has_sidecar(target, manifest, shard) or not target.holds(shard.name, FileInfo(shard.bytes, shard.sha256))
     ]
     uploads = []
     for shard in missing:
         sidecar = read_sidecar(source, manifest, shard)
         if isinstance(target, LocalStore):
             with atomic_file(target.folder / shard.name) as file:
-                source.fetch(shard.name, file, shard_info(shard))
+                source.fetch(shard.name, file, FileInfo(shard.bytes, shard.sha256))
         elif isinstance(source, LocalStore):
-            uploads.append(Upload(shard.name, source.folder / shard.name, shard_info(shard)))
+            uploads.append(Upload(shard.name, source.folder / shard.name, FileInfo(shard.bytes, shard.sha256)))
         uploads.append(sidecar)
     if uploads:
         target.put(uploads)
@@ -234,27 +224,21 @@ def _find_manifest(store: Store) -> ManifestFile | None:
     return ManifestFile(text, parse_manifest(text, Path(store.shown), where))
 
 
-def find_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes | None:
-    """Return a shard's sidecar; None if it is missing, not valid, or contradicts the manifest."""
-    text = store.read(sidecar_name(shard.name), MAX_JSON_BYTES)
-    try:
-        return text if text and parse_record(text, shard.name, manifest.label_type, "").shard() == shard else None
-    except FractalError:
-        return None
-
-
 def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> Upload:
     """Return a shard's sidecar; raise FractalError if it is missing, not valid, or contradicts the manifest."""
     name = sidecar_name(shard.name)
-    text = find_sidecar(store, manifest, shard)
-    if text is None:
-        raise FractalError(f"{store.shown}/{name}: missing or contradicts the manifest; build or push it again")
+    text, where = store.read(name, MAX_JSON_BYTES), f"{store.shown}/{name}"
+    if text is None or parse_record(text, shard.name, manifest.label_type, where).shard() != shard:
+        raise FractalError(f"{where}: missing or contradicts the manifest; build or push it again")
     return Upload.of_bytes(name, text)
 
 
-def shard_info(shard: Shard) -> FileInfo:
-    """Return the size and sha256 that a shard must have."""
-    return FileInfo(shard.bytes, shard.sha256)
+def has_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bool:
+    """Return whether a store holds the sidecar of a shard; see ``read_sidecar``."""
+    with suppress(FractalError):
+        read_sidecar(store, manifest, shard)
+        return True
+    return False
 
 
 def _listed_names(
