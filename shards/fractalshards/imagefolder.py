@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -85,7 +85,7 @@ class ImageListing:
                 state.update(os.fsencode(f"{split}/{folder}{name}") + b"\0")
         return state.hexdigest()
 
-    def without(self, bad: Mapping[str, Indices]) -> "ImageListing":
+    def without(self, bad: Mapping[str, Sequence[int]]) -> "ImageListing":
         """Leave out images by split and position; raises FractalError if a class would lose all images of a split."""
         splits = {}
         for split, images in self.splits.items():

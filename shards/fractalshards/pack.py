@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -89,27 +89,6 @@ def parse_source(text: str, split: str | None) -> ImageSource:
 
 
 @dataclass(frozen=True)
-class PackRecipe:
-    """Description of a packed dataset: equal recipes of files with equal bytes give equal samples."""
-
-    kind: str  # ``imagefolder`` or ``imagenet``
-    n: int  # samples in the split ``train``
-    val: int
-    classes: int
-    seed: int  # of the image order and the choice of val images
-    shard_size: int  # in samples
-    val_share: float | None  # share of each class that is held out; None if the source has its own splits
-    files: str  # digest of the list of files
-    version: int = RECIPE_VERSION
-
-    def __post_init__(self) -> None:
-        if self.n + self.val > MAX_SAMPLES:
-            raise UsageError(f"{self.n + self.val:,} images are more than {MAX_SAMPLES:,}: pack several datasets")
-        if (shards := (self.n + self.val) // self.shard_size) > MAX_SHARDS:
-            raise UsageError(f"{shards:,} shards are more than {MAX_SHARDS:,}: raise shard_size")
-
-
-@dataclass(frozen=True)
 class PackPlan:
     """The shards to write into a folder, and the images of those that are missing."""
 
@@ -154,29 +133,35 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
     """Cut a dataset into shards, and check which are finished; removes leftovers of killed builds, writes nothing."""
     found = stored_recipe(folder)
     splits = listing.splits if source.val_share is None else hold_out(listing.splits["train"], source.val_share, seed)
-    recipe = PackRecipe(
-        kind=source.kind,
-        n=len(splits["train"].labels),
-        val=len(splits["val"].labels) if "val" in splits else 0,
-        classes=listing.classes,
-        seed=seed,
-        shard_size=shard_size,
-        val_share=None if source.val_share is None else float(source.val_share),
-        files=listing.digest(),
-    )
-    info = DatasetInfo(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
+    counts = {split: len(images.labels) for split, images in splits.items()}
+    if (total := sum(counts.values())) > MAX_SAMPLES:
+        raise UsageError(f"{total:,} images are more than {MAX_SAMPLES:,}: pack several datasets")
+    if total // shard_size > MAX_SHARDS:
+        raise UsageError(f"{total // shard_size:,} shards are more than {MAX_SHARDS:,}: raise --shard-size")
+    recipe = {  # equal recipes of files with equal bytes give equal samples
+        "kind": source.kind,
+        "n": counts["train"],
+        "val": counts.get("val", 0),
+        "classes": listing.classes,
+        "seed": seed,
+        "shard_size": shard_size,
+        "val_share": None if source.val_share is None else float(source.val_share),
+        "files": listing.digest(),
+        "version": RECIPE_VERSION,
+    }
+    info = DatasetInfo(recipe, "single", listing.classes, listing.class_names, listing.class_ids)
     if found is not None:
-        refuse_other(folder, found, info.recipe)
+        refuse_other(folder, found, recipe)
         remove_leftovers(folder)
     shards = {}
     first = 0
     for split, images in splits.items():
-        shuffled = images.take(_shuffle(len(images.labels), seed, split))  # which mixes the classes
-        for shard, begin in enumerate(range(0, len(images.labels), shard_size)):
-            positions = np.arange(begin, min(begin + shard_size, len(images.labels)))
+        shuffled = images.take(_shuffle(counts[split], seed, split))  # which mixes the classes
+        for shard, begin in enumerate(range(0, counts[split], shard_size)):
+            positions = np.arange(begin, min(begin + shard_size, counts[split]))
             task = ShardTask(split, shard_name(split, shard), first + begin, first + begin + len(positions))
             shards[task] = shuffled.take(positions)
-        first += len(images.labels)
+        first += counts[split]
     finished = finished_shards(folder, tuple(shards), info)
     missing = {task: images for task, images in shards.items() if task.name not in finished}
     return PackPlan(folder, info, tuple(shards), missing)
