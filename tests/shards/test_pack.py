@@ -167,7 +167,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda source: (source / "a" / "zero.jpg").symlink_to("/dev/zero"), "a/zero.jpg"),
     "empty class": (lambda source: (source / "c").mkdir(), "in/c"),
     "no classes": (lambda source: shutil.rmtree(source / "a"), "0 class folders"),
-    "different splits": (different_splits, "(train, val)"),
+    "different splits": (different_splits, "('train', 'val')"),
     "forms of letters": (different_forms, r"u0301"),
     "bytes in a name": (lambda source: os.rename(source / "a", os.fsencode(source) + b"/\xff"), "UTF-8"),
     "itself for a result": (lambda source: (source.parent / "out").symlink_to("out"), "out"),

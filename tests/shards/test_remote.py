@@ -27,6 +27,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
 from fractalshards.recipe_file import read_portable
 from fractalshards.remote import transfer
+from fractalshards.remote.cache import open_cache
 from fractalshards.remote.card import PORTABLE, PREVIEW, README
 from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact
 from fractalshards.storage import write_json
@@ -274,7 +275,10 @@ def test_push_refuses_damaged_datasets(dataset: Path, out: Path, bucket: str) ->
 @pytest.mark.parametrize("name", ["../evil.tar", "pipe:ls.tar", "recipe.tar", "train-000000.json", ".tmp~x.tar"])
 def test_hostile_names_write_nothing(dataset: Path, out: Path, web: Callable, name: str) -> None:
     edit_split(dataset, filenames=[name, SECOND])
-    assert "do not use this dataset" in bad("pull", web(dataset).url, out)
+    url = web(dataset).url
+    assert "do not use this dataset" in bad("pull", url, out)
+    with pytest.raises(FractalError, match="do not use this dataset"):
+        open_cache(url, out, 10**9, 1, "train")
     assert not out.exists()
 
 

@@ -101,8 +101,7 @@ class ShardCache:
         ends = accumulate(self._shards[name].bytes for name in names)
         fitting = [name for name, end in zip(names, ends, strict=True) if end <= self.size]
         for name in fitting:
-            descriptor = self._open_whole(self._shards[name])
-            if descriptor is not None:
+            if (descriptor := self._open_whole(self._shards[name])) is not None:
                 _mark_used(descriptor)
                 os.close(descriptor)
         return fitting

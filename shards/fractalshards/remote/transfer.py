@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from multiprocessing.pool import ThreadPool
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from fractalshards.workers import OnProgress, no_progress
 
 _SHARD = re.compile(r"(train|val)-(\d{6})\.tar")
 _MANIFEST_ATTEMPTS = 3  # the URL may be mistyped
+_traits = attrgetter("recipe_digest", "label_type", "classes", "image_size", "class_names")  # of a manifest
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -241,9 +243,7 @@ def has_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bool:
     return False
 
 
-def _listed_names(
-    ours: ManifestFile, chosen: Collection[str], theirs: ManifestFile | None, where: str, add: bool
-) -> Collection[str]:
+def _listed_names(ours: ManifestFile, chosen: set[str], theirs: ManifestFile | None, where: str, add: bool) -> set[str]:
     """Return the names of the shards that the target's manifest will list: those it lists now, and the chosen ones.
 
     Raises FractalError if the target holds another dataset or another copy of it, or lists shards that are not chosen,
@@ -252,16 +252,12 @@ def _listed_names(
     if theirs is None:
         return chosen
     one, other = ours.rows(), theirs.rows()
-    manifests = (ours.manifest, theirs.manifest)
-    traits = [(m.recipe_digest, m.label_type, m.classes, m.image_size, m.class_names) for m in manifests]
     differing = [name for name in one.keys() & other.keys() if one[name] != other[name]]
-    if traits[0] != traits[1] or differing:
+    if differing or _traits(ours.manifest) != _traits(theirs.manifest):
         raise FractalError(f"{where}: holds another dataset, or another copy of this one; choose another folder")
-    if other.keys() >= set(chosen):
-        return other.keys()
-    if not other.keys() <= (one.keys() if add else set(chosen)):
+    if not (other.keys() >= chosen or other.keys() <= (one.keys() if add else chosen)):
         raise FractalError(f"{where}: lists other shards of this dataset; include them in --shards, or leave it out")
-    return {*other, *chosen}
+    return other.keys() | chosen
 
 
 def _read_recipe(store: Store, manifest: Manifest) -> Iterator[Upload]:
