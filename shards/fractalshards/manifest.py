@@ -117,6 +117,10 @@ class _Split(msgspec.Struct, frozen=True):
         return tuple(Shard(*row) for row in zip(*lists, strict=True))
 
 
+class _Version(msgspec.Struct, frozen=True):
+    format_version: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Stored(DatasetInfo):
     """``_info.json``."""
