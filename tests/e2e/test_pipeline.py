@@ -1,4 +1,4 @@
-"""The commands together and in scripts: build, verify, train; both streams, ``--quiet``, ``--json``, whole lines."""
+"""The commands in scripts: both streams, ``--quiet``, ``--json``, whole lines."""
 
 import json
 import os
@@ -84,30 +84,3 @@ def test_json_of_diff(folder: Path) -> None:
     found = json.loads(run("fractalshards diff --json --quiet shards/single other", folder, code=1)[0])
     assert not found["same"]
     assert found["findings"]
-
-
-@pytest.mark.slow
-def test_pretraining_and_finetuning(folder: Path) -> None:
-    pretraining = "fractaltrain pt --shards shards/single --model test_resnet --epochs 1 --batch-size 20"
-    out, err = run(f"{pretraining} --nproc 2 --quiet", folder)
-    done, scores = out.splitlines()
-    assert done.startswith("runs/single-test_resnet-anderson: 1 epoch done, training loss ")
-    assert "20 val images" in scores
-    assert all(line.startswith("warning: ") for line in err.splitlines())  # ranks that wait for each other
-    assert (folder / "runs/single-test_resnet-anderson/metrics.jsonl").exists()
-    digits = "--data digits --per-class 2 --epochs 1 --batch-size 10 --out runs/ft"
-    assert "top-1" in "".join(run(f"fractaltrain ft --weights runs/single-test_resnet-anderson {digits}", folder))
-    figures = json.loads((folder / "runs/ft/result.json").read_text())
-    assert figures["samples"] == 1797 - 20
-    assert 0 <= figures["top1"] <= figures["top5"] <= 1
-
-
-@pytest.mark.slow
-def test_training_on_images_of_several_classes(folder: Path) -> None:
-    run("fractalgen build --kind multi --n 40 --val 20 --classes 5 --size 32 --points 2000 --quiet", folder)
-    out, _ = run("fractaltrain pt --shards shards/multi --model test_resnet --epochs 2 --batch-size 10", folder)
-    assert "20 val images" in out
-    scores = json.loads((folder / "runs/multi-test_resnet-anderson/result.json").read_text())
-    assert 0.1 < scores["map"] <= 1
-    assert 0 <= scores["f1"] <= 1
-    assert "top1" not in scores

@@ -26,13 +26,6 @@ def save_slowly(folder: Path) -> None:
         raise stopped_by(world.max(stop.signal))
 
 
-def fail_on_rank_1(folder: Path) -> None:
-    with join_world() as world:
-        if world.rank == 1:
-            raise FractalError(f"{folder}: rank 1 has a reason")
-        world.barrier()
-
-
 def open_tars(folder: Path) -> None:
     """Open tars of another program, whose headers only rank 0 may read."""
     with join_world() as world:

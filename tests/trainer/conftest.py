@@ -148,10 +148,13 @@ def pretrained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def hold(folder: Path, more: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process that holds a folder and then runs ``more``; kill it at the end."""
-    code = f"""
+@pytest.fixture
+def hold() -> Callable[..., AbstractContextManager[subprocess.Popen[bytes]]]:
+    """Function that starts a process that holds a folder and then runs ``more``; it is killed at the end."""
+
+    @contextmanager
+    def start(folder: Path, more: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
+        code = f"""
 import os, sys, time
 from pathlib import Path
 from fractaltrain.run_folder import hold_folder
@@ -160,20 +163,15 @@ with hold_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
-    process = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+        command = [sys.executable, "-c", code, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout.readline() == b"held\n"
+                yield process
+            finally:
+                process.kill()
 
-
-@pytest.fixture(name="hold")
-def holds_folders() -> Callable[..., AbstractContextManager[subprocess.Popen[bytes]]]:
-    """The function above."""
-    return hold
+    return start
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ def test_losses_are_those_of_the_shards_bit_for_bit(kind, fractaltrain, built, t
         outcome = fractaltrain("pt", *options, *OPTIONS, "--out", tmp_path / name)
         assert outcome.code == 0, outcome.err
         assert_same_run(tmp_path / name, tmp_path / "shards")
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert (result["samples"], "map" in result, "top1" in result) == (10, kind == "multi", kind != "multi")
     assert not list((tmp_path / "cache").rglob("*.pixels"))
 
 

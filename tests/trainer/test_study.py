@@ -226,7 +226,8 @@ def test_mistakes_are_found_before_anything_runs(fractaltrain, tmp_path, dataset
     assert not (tmp_path / "new").exists()
 
 
-def test_dry_run_lists_runs_with_state_and_command(study):
+def test_dry_run_lists_runs_with_state_and_command(study, errors):
+    """Those with other settings are neither used nor run again."""
     plan = study.plan()
     study.run(plan, {FIRST: "fail"})
     other = plan.pretrainings[1].run
@@ -239,6 +240,9 @@ def test_dry_run_lists_runs_with_state_and_command(study):
     assert total == "18 runs: 8 done, 5 to do, 5 not usable"
     for line, run in zip(lines[1::2], runs, strict=True):
         assert shlex.split(line) == ["fractaltrain", *run.command(study.folder, Path("data"))]
+    assert study.run(plan) == names(plan.groups()[3])
+    assert study.started() == names(plan.groups()[2])
+    assert "recipe.epochs" in errors()[-1]
 
 
 def test_failure_stops_only_what_needs_it(study, errors):
@@ -267,14 +271,6 @@ def test_jobs_run_at_the_same_time_but_after_their_pretraining(study):
         most = max(most, len(running))
     assert 2 <= most <= 3
     assert (study.folder / "log" / f"{FIRST}.txt").exists()
-
-
-def test_runs_with_other_settings_are_neither_used_nor_run_again(study, errors):
-    study.run(study.plan(ONE_SEED))
-    plan = study.plan(ONE_SEED.replace("epochs = 3", "epochs = 4"))
-    assert study.run(plan) == names(plan.groups()[1])
-    assert study.started() == []
-    assert ["recipe.epochs" in error for error in errors()] == [True]
 
 
 def finish(run: StudyRun, folder: Path, weights: bytes = b"") -> None:

@@ -178,13 +178,10 @@ def _train(config: TrainConfig) -> None:
     """Train, in every process."""
     show_logs(config.run.quiet)
     if isinstance(config.data, DatasetConfig):
-        from fractaltrain.pretrain import pretrain
-
-        pretrain(config)
+        from fractaltrain.pretrain import pretrain as run
     else:
-        from fractaltrain.finetune import finetune
-
-        finetune(config)
+        from fractaltrain.finetune import finetune as run
+    run(config)
 
 
 _FT_OPTIONS: _Options = {

@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
@@ -62,9 +62,9 @@ class Comparison:
     runs: Sequence[FinishedRun]
     planned: Mapping[Cell, int]  # number of runs in each cell of the plan
 
-    def top1(self, cell: Cell) -> list[float]:
-        """Return the accuracies of the finished runs of a cell."""
-        return [run.top1 for run in self.runs if run.cell == cell]
+    def finished(self, cell: Cell) -> list[FinishedRun]:
+        """Return the finished runs of a cell."""
+        return [run for run in self.runs if run.cell == cell]
 
     def groups(self) -> Iterator[tuple[str, str, tuple[Cell, ...]]]:
         """Yield each target and model with a planned cell, and its cells, one per row."""
@@ -98,9 +98,7 @@ def collect_runs(paths: Collection[Path]) -> Comparison:
             planned.add((cell, seeds))
             if find_state(run, plan, folder) == DONE:
                 runs += _read_scores(folder / run.run, cell, seeds)
-    outside = [folder for folder in folders if not any(folder.is_relative_to(study) for study in studies)]
-    names: dict[str, str] = {}
-    others = [run for folder in outside for run in _read_other(folder, names)]
+    others = [*_read_others(folder for folder in folders if not any(map(folder.is_relative_to, studies)))]
     targets += sorted(run.cell.target for run in others)
     models += sorted(run.cell.model for run in others)
     rows += sorted((run.cell.row for run in others), key=lambda row: (row != SCRATCH, row))
@@ -119,19 +117,17 @@ def _label(target: str, per_class: int | None) -> str:
     return target if per_class is None else f"{target}, {per_class} per class"
 
 
-def _read_other(folder: Path, names: dict[str, str]) -> list[FinishedRun]:
-    """Return the run in a folder outside any study as a list, which is empty if it is not a fine-tuning.
-
-    Args:
-        names: the first name of every dataset by its digest; a dataset may have moved between runs.
-    """
-    settings = load_settings(folder) if (folder / RUN).is_file() else None
-    if settings is None or settings.data is None:
-        return []
-    data = names.setdefault(settings.data_digest or settings.data, settings.data)
-    model = " ".join((settings.model, *(f"{name}={value}" for name, value in settings.model_args.items())))
-    cell = Cell(_label(data, settings.per_class), model, _name_row(escape_bytes(folder.name), settings))
-    return _read_scores(folder, cell, (settings.seed, settings.subset_seed or 0))
+def _read_others(folders: Iterable[Path]) -> Iterator[FinishedRun]:
+    """Yield the finished fine-tunings among folders that belong to no study."""
+    names: dict[str, str] = {}  # the first name of every dataset by its digest; it may have moved between runs
+    for folder in folders:
+        settings = load_settings(folder) if (folder / RUN).is_file() else None
+        if settings is None or settings.data is None:
+            continue
+        data = names.setdefault(settings.data_digest or settings.data, settings.data)
+        model = " ".join((settings.model, *(f"{name}={value}" for name, value in settings.model_args.items())))
+        cell = Cell(_label(data, settings.per_class), model, _name_row(escape_bytes(folder.name), settings))
+        yield from _read_scores(folder, cell, (settings.seed, settings.subset_seed or 0))
 
 
 def _name_row(name: str, settings: RunSettings) -> str:
@@ -179,7 +175,7 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for cell in (cell for _, _, cells in comparison.groups() for cell in cells if cell in comparison.planned):
-        runs = [run for run in comparison.runs if run.cell == cell]
+        runs = comparison.finished(cell)
         scores = (*score([run.top1 for run in runs]), *score([run.best_top1 for run in runs])) if runs else [None] * 4
         values = ("" if value is None else f"{value:.4f}" for value in scores)
         writer.writerow((*cell, comparison.planned[cell], len(runs), *values))
@@ -200,10 +196,10 @@ def to_markdown(comparison: Comparison) -> str:
 def _format(comparison: Comparison, cell: Cell) -> str:
     if cell not in comparison.planned:
         return "–"
-    if not (shares := comparison.top1(cell)):
+    if not (runs := comparison.finished(cell)):
         return "missing"
-    (average, deviation), planned = score(shares), comparison.planned[cell]
-    number = f"{len(shares)}" if len(shares) >= planned else f"{len(shares)} of {planned}"
+    (average, deviation), planned = score([run.top1 for run in runs]), comparison.planned[cell]
+    number = f"{len(runs)}" if len(runs) >= planned else f"{len(runs)} of {planned}"
     return f"{average:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}") + f" ({number})"
 
 
@@ -247,7 +243,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 def _draw_bar(panel: "Axes", comparison: Comparison, cell: Cell, x: float, color: str) -> None:
     if cell not in comparison.planned:
         return
-    shares, planned = comparison.top1(cell), comparison.planned[cell]
+    shares, planned = [run.top1 for run in comparison.finished(cell)], comparison.planned[cell]
     if not shares:
         panel.text(x, 2, "missing", rotation=90, ha="center", va="bottom", color=MUTED, fontsize=8)
         return

@@ -322,14 +322,13 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
 
 def _first_error(folder: Path) -> Exception | None:
     """Return the first error that a rank wrote, if any; an error counts before a stop by a signal."""
-    found = []
-    for path in folder.glob("error-*.json"):
-        error = json.loads(path.read_text())
-        order = error["code"] == EXIT_STOPPED, path.stat().st_mtime_ns
-        found.append((*order, error["code"], error["message"], error["pipe"]))
+    paths = sorted(folder.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = sorted((json.loads(path.read_text()) for path in paths), key=lambda error: error["code"] == EXIT_STOPPED)
     if not found:
         return None
-    stopped, _, code, message, pipe = min(found)
-    if pipe:
+    code, message = found[0]["code"], found[0]["message"]
+    if found[0]["pipe"]:
         return BrokenPipeError(errno.EPIPE, message)  # nobody reads the output, as with ``| head``
-    return StoppedError(message, code) if stopped else UsageError(message) if code == 2 else FractalError(message)
+    if code == EXIT_STOPPED:
+        return StoppedError(message, code)
+    return UsageError(message) if code == 2 else FractalError(message)

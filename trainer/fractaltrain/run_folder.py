@@ -159,12 +159,9 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
     A dataset with the same digest is the same, whatever its name or path.
     """
-
-    def moved(name: str) -> bool:
-        digest = _CONTENT.get(name.partition(".")[0], "")
-        return wanted.get(digest) is not None and bool(found.get(digest) == wanted[digest])
-
-    return [name for name in wanted if found.get(name) != wanted[name] and not moved(name)]
+    same = {digest for digest in _CONTENT.values() if found.get(digest) and found[digest] == wanted.get(digest)}
+    changed = (name for name in wanted if found.get(name) != wanted[name])
+    return [name for name in changed if _CONTENT.get(name.partition(".")[0]) not in same]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

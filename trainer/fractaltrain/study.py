@@ -118,23 +118,19 @@ class Study(_Table, frozen=True):
         arguments = (("--model-arg", f"{argument}={value}") for argument, value in model.args.items())
         return ("--model", model.model or name, *chain.from_iterable(arguments))
 
-    def shared_options(self, seed: int) -> list[str]:
-        """Return the options that all runs of a seed share."""
-        head = self.study
-        options = ["--image-size", str(head.image_size), "--seed", str(seed)]
-        options += ["--amp", head.amp] if head.amp != "auto" else []
-        return options + (["--eval-every", str(head.eval_every)] if head.eval_every > 1 else [])
-
-    def shared_settings(self, name: str, seed: int) -> dict[str, Any]:
-        """Return the settings in ``run.json`` that all runs of a model and seed share."""
+    def shared(self, name: str, seed: int) -> tuple[dict[str, Any], list[str]]:
+        """Return what all runs of a model and seed share: settings in their ``run.json``, and options."""
         model, head = self.models[name], self.study
-        return {
-            "model": model.model or name,
-            **({"model_args": model.args} if model.args else {}),
-            "image_size": head.image_size,
-            **({"precision": PRECISIONS[head.amp]} if head.amp != "auto" else {}),
-            "seed": seed,
-        }
+        settings = {"model": model.model or name, "image_size": head.image_size, "seed": seed}
+        options = ["--image-size", str(head.image_size), "--seed", str(seed)]
+        if model.args:
+            settings["model_args"] = model.args
+        if head.amp != "auto":
+            settings["precision"] = PRECISIONS[head.amp]
+            options += ["--amp", head.amp]
+        if head.eval_every > 1:
+            options += ["--eval-every", str(head.eval_every)]
+        return settings, options
 
     def data(self, target: str) -> str:
         """Return the images of a fine-tuning set, as ``--data`` takes them."""
@@ -254,15 +250,16 @@ def _plan_pretraining(study: Study, row: str, model: str, seed: int, digests: Ma
     tables = (study.study.pretraining, study.models[model].pretraining, dataset)
     recipe, options = _resolve(name, "anderson", tables, PT_RECIPES)
     follow_dataset = dataset_fields(recipe.name).difference(*(table.texts() for table in tables))
+    shared, shared_options = study.shared(model, seed)
     settings = {
         "task": "pt",
-        **study.shared_settings(model, seed),
+        **shared,
         "recipe": {field: value for field, value in asdict(recipe).items() if field not in follow_dataset},
         "dataset": dataset.dataset.name,
         **({"dataset_digest": digests[dataset.shards]} if dataset.shards in digests else {}),
     }
     source = ("--render" if dataset.dataset.rendered else "--shards", dataset.shards)
-    arguments = ("pt", *source, *study.model_options(model), *options, *study.shared_options(seed))
+    arguments = ("pt", *source, *study.model_options(model), *options, *shared_options)
     return StudyRun(name, settings, row, model, None, None, seed, 0, start=None, arguments=arguments)
 
 
@@ -280,10 +277,10 @@ def _plan_finetuning(
     else:
         tables += [study.pretraining[row].finetuning, last.finetuning]
     recipe, options = _resolve(name, "anderson" if start else "anderson-scratch", tables, FT_RECIPES)
-    data = study.data(target)
+    data, (shared, shared_options) = study.data(target), study.shared(model, seed)
     settings = {
         "task": "ft",
-        **study.shared_settings(model, seed),
+        **shared,
         "recipe": asdict(recipe),
         "data": data,
         "per_class": per_class,
@@ -292,7 +289,7 @@ def _plan_finetuning(
     }
     weights = () if start else ("--weights", "none", *study.model_options(model))
     few = ("--per-class", str(per_class), "--subset-seed", str(subset_seed)) if per_class else ()
-    arguments = ("ft", *weights, "--data", data, *few, *options, *study.shared_options(seed))
+    arguments = ("ft", *weights, "--data", data, *few, *options, *shared_options)
     return StudyRun(name, settings, row, model, target, per_class, seed, subset_seed, start, arguments)
 
 
