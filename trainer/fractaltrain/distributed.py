@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -111,31 +111,24 @@ class World:
         return max(min(available_cores() // self.local_size - 1, _MOST_LOADERS), 1)
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.max(0)
+        """Wait for all ranks, for up to a day. Does not wait for the devices."""
+        if self.size > 1:
+            dist.barrier(group=self._patient_group)
 
-    def main_first(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
         """Run the block on rank 0, then on the others: for work that a shared file system needs once."""
-        return self._first(self.main)
+        if self.main:
+            yield
+        self.barrier()
+        if not self.main:
+            yield
 
     def from_main(self, compute: Callable[[], _T]) -> _T:
         """Compute a value on rank 0, which may take long, and return it on all ranks (pickled). Collective."""
-        with self.main_first():
-            value = compute() if self.main else None
+        value = compute() if self.main else None
+        self.barrier()
         return self.share(cast(_T, value))
-
-    def local_main_first(self) -> AbstractContextManager[None]:
-        """Run the block on one rank of every machine, then on the others: for work that a machine needs once."""
-        return self._first(self.local_rank == 0)
-
-    @contextmanager
-    def _first(self, mine: bool) -> Iterator[None]:
-        if mine:
-            yield
-        if self.size > 1:
-            dist.barrier(group=self._patient_group)
-        if not mine:
-            yield
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Timer:
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._total_steps = self._steps = 0
-        self._total_seconds = self._seconds = self._waited = 0.0
+        self._total_seconds = self._waited = self._worked = 0.0
         self._mark = time.monotonic()
 
     def start(self) -> None:
@@ -65,35 +65,30 @@ class Timer:
 
     def loaded(self) -> None:
         """Count the time since the last call as waiting for a batch."""
-        self._waited += self._add()
+        self._waited += self._elapsed()
 
     def stepped(self) -> None:
         """Count the time since the last call as a training step."""
-        self._add()
+        self._worked += self._elapsed()
         self._steps += 1
 
     def lap(self) -> dict[str, float]:
         """Return ``images_per_s`` and ``waiting`` (a share in [0, 1]) since the last lap, and begin a new one."""
-        self._add()
-        seconds = max(self._seconds, 1e-9)
-        rates = {
-            "images_per_s": round(self._steps * self._batch_size / seconds, 1),
-            "waiting": round(min(self._waited / seconds, 1.0), 4),
-        }
+        self._worked += self._elapsed()
+        seconds = max(self._waited + self._worked, 1e-9)
+        images_per_s, waiting = self._steps * self._batch_size / seconds, self._waited / seconds
         self._total_steps += self._steps
-        self._total_seconds += self._seconds
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        return rates
+        self._total_seconds += seconds
+        self._steps, self._waited, self._worked = 0, 0.0, 0.0
+        return {"images_per_s": round(images_per_s, 1), "waiting": round(waiting, 4)}
 
     def seconds_per_step(self) -> float:
         """Return the mean over all laps."""
         return self._total_seconds / max(self._total_steps, 1)
 
-    def _add(self) -> float:
-        now = time.monotonic()
-        seconds, self._mark = now - self._mark, now
-        self._seconds += seconds
-        return seconds
+    def _elapsed(self) -> float:
+        before, self._mark = self._mark, time.monotonic()
+        return self._mark - before
 
 
 class RunLog:

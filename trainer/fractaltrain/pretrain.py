@@ -33,9 +33,9 @@ def pretrain(config: TrainConfig) -> None:
         elif data_config.is_remote:
             limits = data_config.cache_size, data_config.window
             cache = open_cache(data_config.location, data_config.cache_dir, *limits, TRAINING)
-            with world.local_main_first():
-                if world.local_rank == 0:
-                    cache.prepare()
+            if world.local_rank == 0:
+                cache.prepare()
+            world.barrier()
             data = open_cached(cache, data_config.window)
         else:
             data = open_shards(data_config.path, world, data_config.tars)
