@@ -45,7 +45,7 @@ def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
 
 
 def test_per_class_subset_reads_no_images(dataset, monkeypatch):
-    monkeypatch.setattr(stored, "parse_sample", lambda *arguments: pytest.fail("an image was read"))
+    monkeypatch.setattr(stored, "read_sample", lambda *arguments: pytest.fail("an image was read"))
     data = open_data(ImagesConfig(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
     monkeypatch.undo()
     labels = [data.train.read(index).label for index in range(sum(data.train.lengths))]
@@ -189,7 +189,7 @@ def test_predict_counts_every_sample_once(classes, batch):
     images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
     source = InMemorySource("table", images, labels, classes)
     model = Table(torch.from_numpy(logits))
-    predictions = predict(model, source, PT_RECIPES["anderson"], 8, torch.float32, batch, False, ALONE)
+    predictions = predict(model, source, PT_RECIPES["anderson"], 8, torch.float32, batch, ALONE)
     assert predictions is not None
     ranks = (logits > logits[np.arange(count), labels][:, None]).sum(1)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(count), labels]

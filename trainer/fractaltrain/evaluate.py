@@ -119,7 +119,6 @@ def predict(
     image_size: int,
     dtype: torch.dtype,
     batch_size: int,
-    multi_label: bool,
     world: World,
     workers: int | None = None,
     skip_bad: bool = False,
@@ -171,7 +170,7 @@ def predict(
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
             logits = logits.float()
-            if multi_label:
+            if truth.ndim == 2:
                 loss += multi_label_loss(logits, truth).double() * len(logits)
                 labels.append((batch.labels > 0).numpy())
                 predicted.append(logits.cpu())  # they may be too large for the memory of a GPU
@@ -199,7 +198,6 @@ def evaluate(
     val: SampleSource,
     image_size: int,
     dtype: torch.dtype,
-    multi_label: bool,
     world: World,
     stop: StopFlag,
 ) -> dict[str, float]:
@@ -208,11 +206,8 @@ def evaluate(
     Raises FractalError as ``predict`` does, or if the loss is not finite.
     """
     recipe, run = config.recipe, config.run
-    batch_size = max(recipe.batch_size, _LEAST_BATCH * world.size)
-    predictions = predict(
-        model, val, recipe, image_size, dtype, batch_size, multi_label, world, run.workers,
-        skip_bad=run.on_bad_sample == "skip", stop=stop,
-    )  # fmt: skip
+    batch_size, skip_bad = max(recipe.batch_size, _LEAST_BATCH * world.size), run.on_bad_sample == "skip"
+    predictions = predict(model, val, recipe, image_size, dtype, batch_size, world, run.workers, skip_bad, stop)
     scores = world.share(predictions.scores() if predictions else {})
     if scores and not isfinite(scores["loss"]):
         raise FractalError(
@@ -250,10 +245,8 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
         dtype = torch.float32 if world.device.type == "cpu" and run.precision == torch.float16 else run.precision
         model = run.build_model().to(world.device)
         choose_attention(model, world.device, dtype)
-        predictions = predict(
-            model, data.val, settings.recipe, settings.image_size, dtype, config.batch_size, data.multi_label, world,
-            on_progress=on_progress,
-        )  # fmt: skip
+        recipe, size = settings.recipe, settings.image_size
+        predictions = predict(model, data.val, recipe, size, dtype, config.batch_size, world, on_progress=on_progress)
     if predictions is None:
         return None
     if not isfinite(predictions.loss):
@@ -284,9 +277,7 @@ def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) ->
     """Raise FractalError if number or names of the classes differ from those that the run was trained on."""
     settings, advice = run.settings, "evaluate on the data it was trained on, or fine-tune first (fractaltrain ft)"
     if settings.classes != val.classes:
-        raise FractalError(
-            f"{run.folder}: has {settings.classes:,} classes, but {choice.name} has {val.classes:,}; {advice}"
-        )
+        raise FractalError(f"{run.folder}: {settings.classes:,} classes, {choice.name} has {val.classes:,}; {advice}")
     for label, (ours, theirs) in enumerate(zip(settings.class_names, val.class_names, strict=False)):
         if ours != theirs:
             raise FractalError(f"{run.folder}: class {label} is {ours}, but {theirs} in {choice.name}; {advice}")

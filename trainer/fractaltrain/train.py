@@ -138,9 +138,7 @@ def train(
                 log.message(f"epoch {epoch + 1}: {human_count(position.bad_samples, 'bad sample')} replaced by others")
             last = epoch + 1 == recipe.epochs
             if data.val is not None and (last or (epoch + 1) % run.eval_every == 0):
-                scores = evaluate(
-                    config, state.evaluated, data.val, image_size, state.dtype, data.multi_label, world, stop
-                )
+                scores = evaluate(config, state.evaluated, data.val, image_size, state.dtype, world, stop)
                 if stopping := world.max(stop.signal):
                     save_and_stop(run, position, state, world, log, stopping)
                 summary |= scores
