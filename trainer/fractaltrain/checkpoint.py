@@ -15,12 +15,12 @@ from torch import nn
 
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError
-from fractalshards.human import human_count, one_line
+from fractalshards.human import human_count
 from fractalshards.storage import atomic_file
 from fractaltrain.config import RunConfig
 from fractaltrain.distributed import World
-from fractaltrain.models import create_model
-from fractaltrain.run_folder import RUN, RunSettings, list_checkpoints, load_settings, open_run
+from fractaltrain.models import create_model, reason
+from fractaltrain.run_folder import RunSettings, list_checkpoints, load_settings, open_run
 
 _FORMAT = 3
 _FORMATS_WITH_WEIGHTS = (2, 3)  # 2: written by version 0.1; such runs cannot be continued
@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
                 raise FractalError(f"{path}: not enough memory to load it") from error
             if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
                 raise
-            skipped.append(f"{path}: damaged ({_first_line(error)})")
+            skipped.append(f"{path}: damaged ({reason(error)})")
             continue
         if file_format not in ((_FORMAT,) if to_continue else _FORMATS_WITH_WEIGHTS):
             raise FractalError(f"{path}: written by another version; choose another folder with --out")
@@ -154,10 +154,7 @@ def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
             if isinstance(part, torch.optim.Optimizer):
                 _lay_out_as_parameters(part)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FractalError(
-            f"{checkpoint.path}: belongs to another run or model ({_first_line(error)}); choose another folder with "
-            "--out"
-        ) from error
+        raise FractalError(f"{checkpoint.path}: of another run ({reason(error)}); choose another --out") from error
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -169,11 +166,6 @@ def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _first_line(error: Exception) -> str:
-    first = str(error).strip().splitlines()[:1]
-    return one_line(first[0]).rstrip(".:") if first and not isinstance(error, KeyError) else repr(error)
 
 
 @dataclass(frozen=True)
@@ -206,9 +198,7 @@ class TrainedRun:
         try:
             model.load_state_dict(self.checkpoint.weights)
         except RuntimeError as error:
-            raise FractalError(
-                f"{self.folder}: its checkpoint does not fit {name} with {classes} classes, as {RUN} says"
-            ) from error
+            raise FractalError(f"{self.folder}: its checkpoint is not of {name} with {classes} classes") from error
         return model
 
 

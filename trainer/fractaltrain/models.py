@@ -74,9 +74,9 @@ def create_model(
             raise UsageError(f"{name} has no drop path, which the recipe needs; add --set drop_path=0") from error
         given = ", ".join(f"{argument}={value}" for argument, value in arguments.items())
         if given and isinstance(error, TypeError):  # not an argument of the model, or a value of another type
-            raise UsageError(f"{name} does not take --model-arg {given} ({_reason(error)})") from error
+            raise UsageError(f"{name} does not take --model-arg {given} ({reason(error)})") from error
         raise FractalError(
-            f"{name}{given and f' with {given}'} cannot take {image_size} x {image_size} images ({_reason(error)}); "
+            f"{name}{given and f' with {given}'} cannot take {image_size} x {image_size} images ({reason(error)}); "
             f"try another --image-size{given and ' or --model-arg'}"
         ) from error
     if getattr(scores, "shape", None) != (2, classes):
@@ -174,9 +174,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: 
     )
     weights = {**weights, **_resample(model, weights, positions)}
     if reshaped := sorted(name for name in expected if weights[name].shape != own[name].shape):
-        raise FractalError(
-            f"{where}: {human_list(reshaped, 3)} have another shape here; fine-tune at the pre-training's --image-size"
-        )
+        raise FractalError(f"{where}: {human_list(reshaped, 3)} have another shape; use the --image-size of the run")
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
     left, new = (", ".join(name for name in names if name not in expected) or "none" for names in (weights, own))
     resampled = f"; resampled to this image size: {human_list(positions, 3)}" if positions else ""
@@ -214,11 +212,12 @@ def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch
         return name, timm.create_model(model, pretrained=True, **options).state_dict()
     except Exception as error:  # hub clients raise errors of many types
         raise FractalError(
-            f"timm's {name}: weights cannot be fetched ({_reason(error)}); where compute nodes have no internet, run "
+            f"timm's {name}: weights cannot be fetched ({reason(error)}); where compute nodes have no internet, run "
             f"python -c \"import timm; timm.create_model('{model}', pretrained=True)\" on one that has, with HF_HOME "
             "set to a folder that both see, then set HF_HOME and HF_HUB_OFFLINE=1 here"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return the message of a library's error on one short line, or its type if it has none."""
     return (one_line(str(error)) or type(error).__name__)[:200]

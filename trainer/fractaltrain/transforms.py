@@ -155,20 +155,17 @@ def _randaugment(recipe: TrainRecipe) -> Augmentation:
 def _transform_train(
     image: Images, key: int, size: int, recipe: TrainRecipe, augmentations: Sequence[Augmentation]
 ) -> Images:
-    flip, upside_down = (recipe.hflip, recipe.vflip) if recipe.augment == "none" else (0.0, 0.0)
+    numbers = _uniforms(key)
     if recipe.crop == "none":
         image = _resize(image, size)
-    if recipe.crop != "none" or flip or upside_down:
-        numbers = _uniforms(key)
-        if recipe.crop == "random":
-            image = _crop(image, size, numbers)
-        elif recipe.crop == "resized":
-            top, left, height, width = _resized_crop_box(image.shape, numbers, recipe.crop_scale)
-            image = _stretch(image[top : top + height, left : left + width], size)
-        if next(numbers) < flip:
-            image = image[:, ::-1]
-        if upside_down and next(numbers) < upside_down:
-            image = image[::-1]
+    elif recipe.crop == "random":
+        image = _crop(image, size, numbers)
+    else:
+        top, left, height, width = _resized_crop_box(image.shape, numbers, recipe.crop_scale)
+        image = _stretch(image[top : top + height, left : left + width], size)
+    if recipe.augment == "none":  # affine augmentation flips at its end
+        image = image[:, ::-1] if next(numbers) < recipe.hflip else image
+        image = image[::-1] if next(numbers) < recipe.vflip else image
     if not augmentations:
         return image
     with seeded(key):

@@ -71,32 +71,28 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
         for_training: check that both splits have images of every class and that each image has one label; compute the
             digest of image folders (on rank 0), which looks at every file.
     """
+    splits: Splits[LabelledSource]
     if choice.name == "digits":
-        return Splits(*divide(load_digits(), choice.per_class, choice.subset_seed))
-    if choice.path and choice.name.startswith("shards:"):
+        splits = Splits(load_digits(), None)
+    elif choice.path and choice.name.startswith("shards:"):
         from fractaltrain.data.shards import VAL_SPLITS, open_shards
 
         splits = open_shards(choice.path, world, choice.tars, for_training)
         if splits.val is None:
-            raise FractalError(
-                f"{choice.path}: no split to evaluate on ({' or '.join(VAL_SPLITS)}); build or pack the dataset with "
-                "one, or name its tars with --split"
-            )
+            raise FractalError(f"{choice.path}: no split {VAL_SPLITS[0]!r} to evaluate on; add or name one (--split)")
     elif choice.path:
         with world.main_first():
             splits = _open_folders(choice.path, world, for_training)
     else:
         with world.main_first():  # rank 0 may download
-            train, val = open_published(choice.name, choice.folder)
-        if val is None:
-            return Splits(*divide(train, choice.per_class, choice.subset_seed))
-        splits = Splits(train, val)
+            splits = Splits(*open_published(choice.name, choice.folder))
     if for_training:
         _check_trainable(choice, splits)
-    if choice.per_class is None or not for_training:
+    if splits.val is not None and (choice.per_class is None or not for_training):
         return splits
     labels = world.from_main(lambda: splits.train.labels)  # of shards, from the headers of all tars
-    return replace(splits, train=divide(splits.train, choice.per_class, choice.subset_seed, labels)[0])
+    train, others = divide(splits.train, labels, choice.per_class, choice.subset_seed)
+    return replace(splits, train=train, val=others if splits.val is None else splits.val)
 
 
 def _open_folders(path: Path, world: "World", for_training: bool) -> Splits[LabelledSource]:
@@ -104,20 +100,17 @@ def _open_folders(path: Path, world: "World", for_training: bool) -> Splits[Labe
     for text in listing.notes if world.main else ():
         _log.info("%s", text)
     train, val = (FolderSource(listing.splits[split], listing.class_names or listing.class_ids) for split in _FOLDERS)
-    if not (for_training and world.main):
-        return Splits(train, val)
-    # file names and sizes identify the images: reading all files would take too long
-    return Splits(train, val, hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32])
+    digest = None
+    if for_training and world.main:  # by names and sizes: reading all files would take too long
+        digest = hashlib.sha256(train.describe() + b"\n" + val.describe()).hexdigest()[:32]
+    return Splits(train, val, digest)
 
 
 def _check_trainable(choice: ImagesConfig, splits: Splits[LabelledSource]) -> None:
     if splits.multi_label:
-        raise FractalError(
-            f"{choice.path}: its images show several classes each; fine-tune on a dataset with one class per image"
-        )
+        raise FractalError(f"{choice.path}: images show several classes each; fine-tune on images of one class each")
     for split, source in (("train", splits.train), ("val", splits.val)):
-        missing = np.flatnonzero(source.label_counts == 0).tolist() if source else []
-        if source and missing:
+        if source and (missing := np.flatnonzero(source.label_counts == 0).tolist()):
             names = source.class_names
             shown = [f"{label} ({names[label]})" if names else f"{label}" for label in missing]
             raise FractalError(

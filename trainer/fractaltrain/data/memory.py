@@ -150,10 +150,7 @@ def keep_in_memory(splits: Splits[SampleSource], folder: Path, limit: int, name:
 
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise UsageError(
-            f"the decoded images take more than {human_bytes(limit)} of memory; raise --memory-size (memory_size), or "
-            "train without --memory"
-        )
+        raise UsageError(f"images take over {human_bytes(limit)}; raise --memory-size (memory_size) or drop --memory")
 
 
 def _lock(path: Path) -> FileLock:

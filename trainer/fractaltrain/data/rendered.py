@@ -19,12 +19,11 @@ RenderedSplit: TypeAlias = "render.RenderedSplit"
 def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = False) -> RenderedSplit:
     """Open a split of the dataset that a recipe or the file of a portable recipe describes.
 
-    Raises FractalError as ``fractalgen.render.RenderedSplit`` does.
+    Raises FractalError as ``fractalgen.render.open_recipe`` does.
     """
-    import fractalgen.render  # loads numba
+    from fractalgen.render import open_recipe  # loads numba
 
-    source = Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe
-    rendered = fractalgen.render.RenderedSplit(source, split, fresh)
+    rendered = open_recipe(Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe, split, fresh)
     rendered.read(0)  # compiles the kernels, if need be, before every loader worker does it for itself
     return rendered
 
@@ -32,14 +31,8 @@ def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = Fal
 def open_rendered_splits(path: Path, fresh: bool) -> Splits[RenderedSplit]:
     """Open the splits of a portable recipe: ``train``, and ``val`` if it has one, which is never fresh.
 
-    Raises FractalError as ``fractalgen.render.RenderedSplit`` does.
+    Raises FractalError as ``fractalgen.render.open_recipe`` does.
     """
     train = open_rendered(path, TRAINING, fresh)
-    return Splits(
-        train=train,
-        val=open_rendered(path, "val") if train.recipe.val else None,
-        digest=train.digest,
-        image_size=train.image_size,
-        multi_label=train.label_type == "multi",
-        recipe=train.recipe.to_json(),
-    )
+    val = open_rendered(path, "val") if train.recipe.val else None
+    return Splits(train, val, train.digest, train.image_size, train.label_type == "multi", train.recipe.to_json())

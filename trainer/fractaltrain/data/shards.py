@@ -50,16 +50,10 @@ def open_cached(cache: ShardCache, window: int) -> Splits[LabelledSource]:
     return _open_splits(manifest, lambda split: StoredSplit(manifest, split, cache.open, limits.get(split, 1)))
 
 
-def _open_splits(manifest: Manifest, open_split: Callable[[str], LabelledSource]) -> Splits[LabelledSource]:
-    val = next((name for name in VAL_SPLITS if name in manifest.splits), None)
-    return Splits(
-        train=open_split(TRAINING),
-        val=open_split(val) if val else None,
-        digest=manifest.content_digest(),
-        image_size=manifest.image_size,
-        multi_label=manifest.label_type == "multi",
-        recipe=manifest.recipe,
-    )
+def _open_splits(manifest: Manifest, open_split: Callable[[str], StoredSplit]) -> Splits[LabelledSource]:
+    train = open_split(TRAINING)
+    val = next((open_split(name) for name in VAL_SPLITS if name in manifest.splits), None)
+    return Splits(train, val, train.digest, train.image_size, train.label_type == "multi", train.recipe)
 
 
 class WebDatasetSource:

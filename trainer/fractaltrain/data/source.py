@@ -69,13 +69,7 @@ class Splits(Generic[_Source]):
 
 
 class OneShard:
-    """Base class of sources without shards that know their labels.
-
-    Attributes:
-        labels: class index of every sample, (n,) int64.
-        classes: number of classes.
-        class_names: class names by index; empty if the classes have none.
-    """
+    """Base class of sources without shards that know their labels, see ``LabelledSource``."""
 
     def __init__(self, labels: Indices, classes: int, class_names: tuple[str, ...] = ()) -> None:
         self.labels, self.classes, self.class_names = labels, classes, class_names
@@ -110,17 +104,11 @@ class Subset(OneShard):
         return self._source.read(int(self._indices[index]))
 
 
-def divide(
-    source: LabelledSource, per_class: int | None, seed: int, labels: Indices | None = None
-) -> tuple[Subset, Subset]:
+def divide(source: LabelledSource, labels: Indices, per_class: int | None, seed: int) -> tuple[Subset, Subset]:
     """Divide into random samples of every class, ``per_class`` or four fifths (None), and all others.
 
-    Raises FractalError if a class has fewer samples than ``per_class``.
-
-    Args:
-        labels: those of the source, if the caller has them: some sources take long to read them.
+    ``labels`` are those of the source. Raises FractalError if a class has fewer samples than ``per_class``.
     """
-    labels = source.labels if labels is None else labels
     chosen = np.zeros(len(labels), np.bool_)
     for label in range(source.classes):
         members = np.flatnonzero(labels == label)

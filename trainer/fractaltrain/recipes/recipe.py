@@ -1,9 +1,9 @@
 """A training recipe: every hyperparameter of a training in one frozen record, each of which can be changed by name."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fractalshards.errors import UsageError
 from fractalshards.settings import override
@@ -12,6 +12,23 @@ Channels = tuple[float, float, float]
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (  # fields, their range, and whether a value is in it
+    ("epochs batch_size repeats passes", "at least 1", lambda value: value >= 1),
+    ("lr head_lr_factor div_factor final_div_factor", "above 0", lambda value: value > 0),
+    ("weight_decay warmup_epochs warmup_steps warmup_lr min_lr mixup cutmix", "at least 0", lambda value: value >= 0),
+    ("pct_start momentum base_momentum max_momentum gamma hflip vflip", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("color_jitter erasing label_smoothing drop_path", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("head_weight_decay", "at least 0, or none", lambda value: value is None or value >= 0),
+    ("clip_grad", "above 0, or none", lambda value: value is None or value > 0),
+    ("randaugment", "from 0 to 10", lambda value: 0 <= value <= 10),
+    ("ema", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    ("milestones", "two epochs, the earlier one first", lambda epochs: 0 < epochs[0] <= epochs[1]),
+    ("crop_scale", "two shares above 0, the lower one first", lambda shares: 0 < shares[0] <= shares[1] <= 1),
+    ("mean", "finite", lambda values: True),
+    ("std", "above 0", lambda values: min(values) > 0),
+)
 
 
 @dataclass(frozen=True)
@@ -108,37 +125,14 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         """Check every value; raises UsageError naming the field and its range."""
-        for name in ("epochs", "batch_size", "repeats", "passes"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "head_lr_factor", "div_factor", "final_div_factor"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in (
-            *("weight_decay", "head_weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "min_lr"),
-            *("mixup", "cutmix"),
-        ):
-            self._check(name, (getattr(self, name) or 0) >= 0, "at least 0")
-        for name in (
-            *("pct_start", "momentum", "base_momentum", "max_momentum", "gamma"),
-            *("hflip", "vflip", "color_jitter", "erasing", "label_smoothing", "drop_path"),
-        ):
-            self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        self._check("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or none")
-        if self.schedule == "cosine" and not self.warmup_steps:
-            fits = self.warmup_epochs < self.epochs
-            self._check("warmup_epochs", fits, f"below epochs, {self.epochs}; set it as well")
-        self._check("milestones", 0 < self.milestones[0] <= self.milestones[1], "two epochs, the earlier one first")
-        low, high = self.crop_scale
-        self._check("crop_scale", 0 < low <= high <= 1, "two shares above 0, the lower one first")
-        self._check("randaugment", 0 <= self.randaugment <= 10, "from 0 to 10")
-        self._check("ema", 0 <= self.ema < 1, "at least 0 and below 1")
-        self._check("mean", True, "finite")
-        self._check("std", min(self.std) > 0, "above 0")
-
-    def _check(self, name: str, fits: bool, range_: str) -> None:
-        value = getattr(self, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not fits or not all(number is None or math.isfinite(number) for number in numbers):
-            raise UsageError(f"{name} is {value}, but must be {range_}")
+        for names, text, fits in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                numbers = value if isinstance(value, tuple) else (value,)
+                if not fits(value) or not all(number is None or math.isfinite(number) for number in numbers):
+                    raise UsageError(f"{name} is {value}, but must be {text}")
+        if self.schedule == "cosine" and not self.warmup_steps and self.warmup_epochs >= self.epochs:
+            raise UsageError(f"warmup_epochs is {self.warmup_epochs}, but must be below epochs; set both")
 
     @property
     def mixes(self) -> bool:

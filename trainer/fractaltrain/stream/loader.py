@@ -123,9 +123,6 @@ class _EpochBatches(Dataset["Batch | _Sent | FractalError"]):
     on_bad: OnBad
     channels: Sequence[tuple[int, socket.socket]]  # one per loader worker, see ``_send``
 
-    def __len__(self) -> int:
-        return len(self.positions)
-
     def __getitem__(self, step: int) -> "Batch | _Sent | FractalError":
         """Return the batch, or the error: if a worker raised it, it would arrive as many lines of text."""
         worker = get_worker_info()

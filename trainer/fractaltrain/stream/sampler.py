@@ -69,17 +69,9 @@ class EpochSampler(Sampler[list[int]]):
                 ``rank`` and ``world_size`` is given, or a launcher started several processes that have not joined
                 torch.distributed yet.
         """
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         if (rank is None) != (world_size is None):
             raise UsageError("give both rank and world_size, or neither")
-        if not joined and world_size is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise UsageError(
-                "this process is one of several, and torch.distributed is not initialised; call init_process_group "
-                "before EpochSampler, or give it rank and world_size"
-            )
-        if rank is None or world_size is None:
-            rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = _place() if rank is None or world_size is None else (rank, world_size)
         self.epoch = self.step = 0
         self._dataset = dataset
         self._lengths = tuple(getattr(dataset, "lengths", (len(dataset),)))
@@ -164,3 +156,12 @@ class EpochSampler(Sampler[list[int]]):
         if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0 or not 0 <= step < self._steps:
             raise UsageError(f"the state has epoch {epoch} and step {step}; an epoch has {self._steps} steps")
         self.epoch, self.step, self._handed_out, self._began = epoch, step, step, False
+
+
+def _place() -> tuple[int, int]:
+    """Return rank and number of processes in torch.distributed, if it is initialised; else 0 and 1."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError("call init_process_group before EpochSampler, or give it rank and world_size")
+    return 0, 1
