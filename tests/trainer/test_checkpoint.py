@@ -18,14 +18,7 @@ import torch
 from torch import nn
 
 from fractalshards.errors import FractalError
-from fractaltrain.checkpoint import (
-    Position,
-    checkpoint_path,
-    load_checkpoint,
-    load_run,
-    restore,
-    save_checkpoint,
-)
+from fractaltrain.checkpoint import Position, checkpoint_path, load_checkpoint, load_run, restore, save_checkpoint
 from fractaltrain.config import RunConfig
 from fractaltrain.log import append_metrics, read_metrics, rewind_metrics
 from fractaltrain.optim import build_optimizer
@@ -111,7 +104,6 @@ def test_checkpoint_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
 def test_checkpoint_too_large_for_memory_is_not_skipped(tmp_path, monkeypatch, error):
     """It may be whole, and the next save would remove it."""
-
     save_checkpoint(RunConfig(tmp_path, keep=2), Position(1), {"model": Part()}, ALONE)
     monkeypatch.setattr(torch, "load", Mock(side_effect=error))
     with pytest.raises(FractalError, match="memory"):

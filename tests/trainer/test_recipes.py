@@ -85,33 +85,24 @@ def test_recipes_have_the_published_values():
 PHOTOGRAPHS = {"crop": "resized", "hflip": 0.5, **IMAGENET}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "kind", "values"),
-    [
-        ("anderson", "fractaldb", {"crop": "random", "mean": (0.2,) * 3, "std": HALF}),
-        ("anderson", "imagenet", PHOTOGRAPHS),
-        ("anderson", "imagefolder", PHOTOGRAPHS),
-        ("anderson", "single", {}),
-        ("anderson", "visualatom", {"crop": "resized"}),
-        ("anderson", "rcdb", {"crop": "resized"}),
-        ("anderson", "onepfrac", {"crop": "resized"}),
-        ("deit", "visualatom", {}),
-        ("deit", "imagenet", IMAGENET),
-        ("deit", "imagefolder", IMAGENET),
-        ("deit", "fractaldb", {}),
-        ("nakashima", "imagenet", {}),
-    ],
-)
-def test_for_dataset(recipe, kind, values):
-    assert for_dataset(PT_RECIPES[recipe], kind) == replace(PT_RECIPES[recipe], **values)
+def test_for_dataset():
+    for recipe, kinds, values in (
+        ("anderson", ["fractaldb"], {"crop": "random", "mean": (0.2,) * 3, "std": HALF}),
+        ("anderson", ["imagenet", "imagefolder"], PHOTOGRAPHS),
+        ("anderson", ["visualatom", "rcdb", "onepfrac"], {"crop": "resized"}),
+        ("anderson", ["single"], {}),
+        ("deit", ["imagenet", "imagefolder"], IMAGENET),
+        ("deit", ["visualatom", "fractaldb"], {}),
+        ("nakashima", ["imagenet"], {}),
+    ):
+        for kind in kinds:
+            assert for_dataset(PT_RECIPES[recipe], kind) == replace(PT_RECIPES[recipe], **values)
 
 
 def test_change():
-    changes = {"epochs": "3", "lr": "1e-2", "mean": "0.2", "std": "0.1,0.2,0.3", "augment": "none"}
-    recipe = change(FT_RECIPES["anderson"], {**changes, "head_weight_decay": "none"})
-    assert (recipe.epochs, recipe.lr, recipe.augment, recipe.head_weight_decay) == (3, 0.01, "none", None)
-    assert (recipe.mean, recipe.std) == ((0.2, 0.2, 0.2), (0.1, 0.2, 0.3))
-    assert recipe.hflip == 0.5
+    texts = {"epochs": "3", "lr": "1e-2", "mean": "0.2", "std": "0.1,0.2,0.3", "head_weight_decay": "none"}
+    values = {"epochs": 3, "lr": 0.01, "mean": (0.2,) * 3, "std": (0.1, 0.2, 0.3), "head_weight_decay": None}
+    assert change(FT_RECIPES["anderson"], texts) == replace(FT_RECIPES["anderson"], **values)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +118,10 @@ def test_change_refuses_what_does_not_fit(change_):
     name, _, text = change_.partition("=")
     with pytest.raises(UsageError, match=name):
         change(FT_RECIPES["anderson"], {name: text})
-    with pytest.raises(UsageError, match="warmup_epochs"):  # longer than the training
+
+
+def test_change_refuses_a_warm_up_longer_than_the_training():
+    with pytest.raises(UsageError, match="warmup_epochs"):
         change(PT_RECIPES["deit"], {"epochs": "4"})
 
 
@@ -310,9 +304,8 @@ def test_one_cycle_schedule_keeps_the_factor_of_the_head():
     for _ in range(20):
         optimizer.step()
         schedule.step()
-    assert [group["lr"] / optimizer.param_groups[0]["lr"] for group in optimizer.param_groups] == pytest.approx(
-        [1, 1, 10, 10]
-    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([rates[0], rates[0], 10 * rates[0], 10 * rates[0]])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
