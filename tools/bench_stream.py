@@ -38,7 +38,7 @@ from fractalgen.build import build_shard
 from fractalgen.kinds import KINDS
 from fractalgen.plan import shard_tasks
 from fractalgen.recipe import Recipe
-from fractalgen.render import RenderedSplit, open_recipe
+from fractalgen.render import RenderedSplit
 from fractalshards.manifest import DatasetInfo, load_manifest, read_record, shard_name, write_manifest, write_record
 from fractalshards.png import decode_image
 from fractalshards.reader import StoredSplit, index_split, iterate_shard, open_dataset
@@ -145,7 +145,7 @@ def measure_rendering(bench: Bench) -> Results:
     """Rendering of every kind: a whole shard as ``build`` makes it, and batches in the random order of training."""
     parts: dict[str, Part] = {}
     for kind in KINDS:
-        rendered = open_recipe(_recipe(bench, kind))
+        rendered = RenderedSplit(_recipe(bench, kind))
         parts[f"build {kind}"] = partial(_build_shard, bench.folder, rendered.recipe, draw_systems(rendered.recipe))
         parts[kind] = partial(_read, rendered, bench, bench.batches)
     rates = _rates(parts, bench.rounds)

@@ -55,10 +55,8 @@ class BuildFolder:
         Raises FractalError if the systems do not match the recipe's digest, or its kind cannot render them.
         """
         if systems_digest(systems) != recipe.systems_digest:
-            raise FractalError(
-                f"{path / SYSTEMS}: missing or damaged, and this software draws other systems; fetch the file again, "
-                "or build with the same --categories or --from-csv as before"
-            )
+            advice = "fetch the file again, or give the same --categories or --from-csv as before"
+            raise FractalError(f"{path / SYSTEMS}: missing or damaged; {advice}")
         check_systems(recipe, systems, path)
         info, tasks = dataset_info(recipe), shard_tasks(recipe)
         finished = finished_shards(path, tasks, info)
@@ -148,15 +146,12 @@ def plan_build(folder: BuildFolder, slice_: Slice | None = None, on_progress: On
 
 
 def measure_images(recipe: Recipe, systems: Systems) -> tuple[float, float]:
-    """Render and encode a few units spread over the dataset; return bytes, and seconds on one core, per image.
-
-    The bytes are a mean; the seconds are a median, without the first unit, which may include compilation.
-    """
+    """Render and encode a few units spread over the dataset; return an image's mean bytes, and median seconds."""
     sizes: list[int] = []
     seconds: list[float] = []
     total = recipe.n + recipe.val
     probes = min(max(_PROBES // recipe.family.images_in_memory, _FEW_PROBES), total)
-    for number in (0, *range(probes)):
+    for number in (0, *range(probes)):  # the first unit twice: the first time may include compilation
         start = time.perf_counter()
         index = number * total // probes
         place = locate(recipe, index)
@@ -206,10 +201,8 @@ def finish_shard(folder: Path, recipe: Recipe, task: ShardTask) -> ShardRecord:
     """Build a shard in a worker, perhaps on another machine, unless another build has just finished it."""
     host = socket.gethostname()
     if recipe.version != RECIPE_VERSION:  # unpickling does not check it
-        raise FractalError(
-            f"{host}: this fractalpretrain renders recipe version {RECIPE_VERSION}, not {recipe.version}; install the "
-            "same version everywhere"
-        )
+        versions = f"renders recipe version {RECIPE_VERSION}, not {recipe.version}"
+        raise FractalError(f"{host}: {versions}; install the same fractalpretrain everywhere")
     if not folder.is_dir():
         raise FractalError(f"{folder}: does not exist on {host}; all workers need it under the same path")
     finished = finished_shards(folder, (task,), dataset_info(recipe))

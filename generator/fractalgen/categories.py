@@ -48,11 +48,9 @@ def read_categories(path: Path) -> tuple[Category, ...]:
     Raises FractalError if the file is damaged or holds something else.
     """
     categories = read_systems(path)
-    for index, category in enumerate(categories):
-        if fault := _fault(category):
-            raise FractalError(f"{path}: category {index:05d}: {fault}; write it with 'fractalgen search'")
-    if not categories:
-        raise FractalError(f"{path}: no categories; write it with 'fractalgen search'")
+    faults = [f"category {index:05d}: {fault}" for index, one in enumerate(categories) if (fault := _fault(one))]
+    if faults or not categories:
+        raise FractalError(f"{path}: {[*faults, 'no categories'][0]}; write it with 'fractalgen search'")
     return categories
 
 
@@ -67,9 +65,7 @@ def read_csv_folder(folder: Path) -> tuple[Category, ...]:
         raise FractalError(f"{folder}: no files 00000.csv, 00001.csv, ...; give the folder of FractalDB's CSV files")
     for index, path in enumerate(paths):
         if path.name != f"{index:05d}.csv":
-            raise FractalError(
-                f"{path}: expected {index:05d}.csv; number the files from 00000, each once, without gaps"
-            )
+            raise FractalError(f"{path}: expected {index:05d}.csv; number the files from 00000, each once")
     return tuple(read_csv(path) for path in paths)
 
 
@@ -112,7 +108,7 @@ def _fault(category: Category) -> str:
 
 _POINTS = 100_000
 _SIZE = 512
-_MAX_FILL_RATE = 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
+_FILL_RATES = 1e-6, 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
 _BATCH = 64  # candidates per task, some 50 ms of work
 _AHEAD = 3  # tasks submitted per worker, so that it is never idle
 
@@ -145,15 +141,11 @@ def search_categories(
         workers: number of processes.
         on_progress: called with the number of categories found, and ``classes``.
     """
-    if not 1 <= classes <= MAX_CLASSES:
-        raise UsageError(f"classes is {classes}: a search finds 1 to {MAX_CLASSES:,} categories")
-    if not 0 <= seed < 1 << 32:
-        raise UsageError(f"seed is {seed}: the random numbers of a search have seeds of 0 to {(1 << 32) - 1}")
-    if not 0 < fill_rate <= _MAX_FILL_RATE:
-        raise UsageError(
-            f"fill rate is {fill_rate:g}: expected above 0 and at most {_MAX_FILL_RATE}, because {_POINTS:,} points "
-            f"cannot hit more of {_SIZE} x {_SIZE} pixels"
-        )
+    for name, value, (low, high) in (
+        ("classes", classes, (1, MAX_CLASSES)), ("seed", seed, (0, 2**32 - 1)), ("fill rate", fill_rate, _FILL_RATES)
+    ):  # fmt: skip
+        if not low <= value <= high:
+            raise UsageError(f"{name} is {value}: a search takes {low} to {high}")
     found: list[Found] = []
     batches = _batches(seed)
     running: deque[Future[list[Found]]] = deque()
@@ -161,20 +153,16 @@ def search_categories(
         while len(found) < classes:
             while len(running) < _AHEAD * workers:
                 running.append(pool.submit(_try_batch, *next(batches), fill_rate))
-            accepted = running.popleft().result()[: classes - len(found)]
-            found += accepted
+            found += running.popleft().result()[: classes - len(found)]
             on_progress(len(found), classes)
     return found
 
 
 def _batches(seed: int) -> Iterator[tuple[_State, int]]:
-    """Yield the generator state at the start of each batch of candidates, and the number of its first candidate.
-
-    Drawing is a third of the work; the workers repeat it, because a state is smaller to send than the numbers.
-    """
+    """Yield the generator state at the start of each batch of candidates, and the number of its first candidate."""
     rng = np.random.RandomState(seed)
     for first in count(1, _BATCH):
-        yield rng.get_state(), first
+        yield rng.get_state(), first  # smaller to send than the numbers, although drawing is a third of the work
         for _ in range(_BATCH):
             _draw_candidate(rng)
 
@@ -183,20 +171,13 @@ def _try_batch(state: _State, first: int, fill_rate: float) -> list[Found]:
     """Return the candidates of a batch that become categories."""
     rng = np.random.RandomState()
     rng.set_state(state)
-    found = []
-    for candidate in range(first, first + _BATCH):
-        category, numbers = _draw_candidate(rng)
-        rate = measure(category, numbers, _SIZE)
-        if rate >= fill_rate:
-            found.append(Found(category, candidate, rate))
-    return found
+    drawn = ((candidate, *_draw_candidate(rng)) for candidate in range(first, first + _BATCH))
+    tried = (Found(category, candidate, measure(category, numbers, _SIZE)) for candidate, category, numbers in drawn)
+    return [one for one in tried if one.fill_rate >= fill_rate]
 
 
 def _draw_candidate(rng: np.random.RandomState) -> tuple[Category, npt.NDArray[np.float64]]:
-    """Draw the next candidate (maps, 7), and the (points,) random numbers that drive its orbit.
-
-    It has 2 to 7 maps, with coefficients uniform in [-1, 1) and probabilities proportional to |ad - bc|.
-    """
+    """Draw the next candidate, (maps, 7) with 2 to 7 maps, and the (points,) random numbers that drive its orbit."""
     category = np.empty((rng.randint(2, 8), 7))
     for row in category:
         row[:6] = rng.uniform(-1, 1, 6)

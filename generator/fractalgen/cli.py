@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,10 @@ from fractalgen.kinds import KINDS, Kind
 from fractalgen.kinds.contours import STREAMS, parameter_table, render_instance
 from fractalgen.kinds.kind import show_range
 from fractalgen.recipe import Recipe, make_recipe, parse_recipe
-from fractalgen.render import check_systems, draw_systems
-from fractalgen.render import preview as draw_preview
+from fractalgen.render import check_systems, draw_sheet, draw_systems
 from fractalgen.repair import repair_dataset
-from fractalshards.console import (
-    PATH,
-    PICTURE,
-    Commands,
-    NamedPath,
-    continuable,
-    next_step,
-    note,
-    progress,
-    quiet_option,
-    workers_option,
-    write_recipe,
-)
+from fractalshards import console
+from fractalshards.console import PATH, PICTURE, Commands, NamedPath, continuable, quiet_option, workers_option
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list, one_line
 from fractalshards.manifest import load_manifest
@@ -48,7 +35,6 @@ from fractalshards.settings import override, parse_settings, parse_slice, show_v
 from fractalshards.sheet import save_picture, side_by_side
 from fractalshards.storage import check_writable, write_bytes
 from fractalshards.systems import Systems, write_systems
-from fractalshards.workers import OnProgress
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +50,7 @@ _DATASET = "--kind --n --val --classes --size --points --seed --shard-size --set
 _GIVEN = "--categories --from-csv"
 _FRACTALDB = "--params --weight-row --draw --points --flip --mask-seed"
 _STREAM = "--kind --category --instance --classes --set"
+_PREPARING = "following the published stream", "classes"  # the progress of what a kind computes before it renders
 
 
 def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -89,7 +76,6 @@ def _dataset_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _make_recipe(
     kind: str | None,
-    n: int | None,
     classes: int | None,
     categories: Path | None,
     from_csv: Path | None,
@@ -111,7 +97,7 @@ def _make_recipe(
             raise UsageError(f"--classes is {classes}, but {path} holds only {len(found)} categories: lower it")
         given = found[:classes]
         warn_of_black(given, path)
-    made = make_recipe(kind, n, classes=classes, overrides=parse_settings(settings), **others)
+    made = make_recipe(kind, classes=classes, overrides=parse_settings(settings), **others)
     if kind in STREAMS and made.size < KINDS[kind].size:
         _log.warning("curves do not shrink with --size, and leave many small images empty; resize in training instead")
     return made, given
@@ -168,10 +154,10 @@ def build(
     chosen = parse_slice(slice_, os.environ) if slice_ is not None else None
     address = choose_scheduler(executor, scheduler, _is_given(context, "workers"))
     with continuable(folder), open_executor(workers, address) as (pool, count):
-        with _preparing() as on_progress:
+        with console.progress(*_PREPARING) as on_progress:
             plan = plan_build(open_folder(folder, recipe, given, on_progress), chosen, on_progress)
-        note(f"{folder}: {plan.describe(chosen, count, address)}")
-        with progress("rendering", "images") as on_progress:
+        console.note(f"{folder}: {plan.describe(chosen, count, address)}")
+        with console.progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
     if missing:
         left = f"{human_count(len(missing), 'shard')} of other slices"
@@ -179,14 +165,12 @@ def build(
         return
     manifest = load_manifest(folder)
     if portable and (differing := portable.differing_shards(manifest.splits)):
-        raise FractalError(
-            f"{folder}: {human_list(differing)} differ from {recipe_file}: this version renders other pixels; please "
-            "report this, and install the version of fractalpretrain that made the recipe"
-        )
+        names = human_list(differing)
+        raise FractalError(f"{folder}: {names} differ from {recipe_file}; install the fractalpretrain that made it")
     if portable and portable.shards is None:
-        note(f"note: {recipe_file} was made without a build, so it has no digests to compare the images with")
+        console.note(f"note: {recipe_file} was made without a build, so it has no digests to compare the images with")
     click.echo(manifest.summary())
-    next_step("fractaltrain pt --shards", folder)
+    console.next_step("fractaltrain pt --shards", folder)
 
 
 @main.command(groups={"Dataset": _DATASET, "Dataset, from files": _GIVEN})
@@ -198,11 +182,11 @@ def recipe(out: Path | None, **dataset: Any) -> None:
     Example: fractalgen recipe --kind single --n 1000000 > single.json
     """
     made, given = _make_recipe(**dataset)
-    with _preparing() as on_progress:
+    with console.progress(*_PREPARING) as on_progress:
         systems = draw_systems(made, on_progress) if given is None else given
     check_systems(made, systems, f"recipe of kind {made.kind}")
     text = plan_portable(made.with_systems(systems).to_json(), made.family.label_type, systems)
-    write_recipe(text, out, "fractaltrain pt --render")
+    console.write_recipe(text, out, "fractaltrain pt --render")
 
 
 @main.command()
@@ -214,16 +198,15 @@ def repair(folder: Path, workers: int) -> None:
 
     Example: fractalgen repair shards/single
     """
-    bars = _preparing(), progress("repairing", "images")
+    bars = console.progress(*_PREPARING), console.progress("repairing", "images")
     with continuable(folder), open_executor(workers) as (executor, _), bars[0] as on_prepare, bars[1] as on_progress:
-        repaired = repair_dataset(folder, executor, on_progress, on_prepare)
-    for problem in repaired.problems:
+        problems, rendered, extra = repair_dataset(folder, executor, on_progress, on_prepare)
+    for problem in problems:
         click.echo(one_line(f"damaged: {folder}/{problem}"))
-    if repaired.rendered:
-        click.echo(f"rendered again: {human_list(repaired.rendered)}")
-    if repaired.extra:
-        names = human_list(repaired.extra)
-        raise FractalError(f"{folder}: the dataset is sound, but {names} do not belong to it; remove them")
+    if rendered:
+        click.echo(f"rendered again: {human_list(rendered)}")
+    if extra:
+        raise FractalError(f"{folder}: the dataset is sound, but {human_list(extra)} do not belong to it; remove them")
     click.echo(f"sound: {load_manifest(folder).summary()}")
 
 
@@ -239,16 +222,15 @@ def kinds(as_json: bool) -> None:
         listed = [{name: getattr(kind, name) for name in about} for kind in KINDS.values()]
         click.echo(json.dumps([one | {"parameters": _parameters(KINDS[one["name"]])} for one in listed], indent=1))
         return
-    console = Console(soft_wrap=True)
+    screen = Console(soft_wrap=True)
     for name, kind in KINDS.items():
-        console.print(f"[bold]{name}[/bold]  {kind.summary}")
         counts = {"images": kind.n, "classes": kind.classes, "points": kind.points}
         shown = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-        console.print(f"  by default {shown}, {kind.size} x {kind.size} px")
+        screen.print(f"[bold]{name}[/bold]  {kind.summary}\n  by default {shown}, {kind.size} x {kind.size} px")
         table = Table("--set", "default", "range", "description", box=None, padding=(0, 2))
         for parameter in _parameters(kind):
             table.add_row(*map(show_value, parameter.values()))
-        console.print(table)
+        screen.print(table)
 
 
 @main.command(groups={"Images": "--kind --size --points --seed --set", "Sheet": "--classes --per-class --tile --out"})
@@ -276,7 +258,7 @@ def preview(
         changed = {**parse_settings(one.preview), **overrides}
         given = {**others, "points": None} if kind == _ALL and not one.points else others
         recipes.append(make_recipe(one.name, classes, classes=classes, overrides=changed, **given))
-    picture = side_by_side([draw_preview(recipe, per_class, tile) for recipe in recipes])
+    picture = side_by_side([draw_sheet(recipe, per_class, tile) for recipe in recipes])
     save_picture(picture, out)
     click.echo(f"{out}: {picture.width} x {picture.height} pixels")
 
@@ -330,7 +312,7 @@ def render(
             raise UsageError("--params is missing, or --kind with --category and --instance")
         side = size or KINDS[kind].size
         stream = override(STREAMS[kind](), parse_settings(settings))
-        with _preparing() as on_progress:
+        with console.progress(*_PREPARING) as on_progress:
             image = render_instance(stream, side, classes, category, instance, on_progress)
     write_bytes(out, encode_png(image.rgb()))
     click.echo(f"{out}: {side} x {side} pixels")
@@ -349,7 +331,7 @@ def parameters(kind: str, classes: int, seed: int, settings: tuple[str, ...], ou
     Example: fractalgen parameters --kind visualatom --out parameters.csv
     """
     recipe = make_recipe(kind, classes, classes=classes, seed=seed, overrides=parse_settings(settings))
-    with _preparing() as on_progress:
+    with console.progress(*_PREPARING) as on_progress:
         systems = draw_systems(recipe, on_progress)
     write_bytes(out, parameter_table(systems))
     click.echo(f"{out}: {len(systems):,} classes")
@@ -371,17 +353,12 @@ def search(classes: int, seed: int, fill_rate: float, out: Path, workers: int) -
         raise UsageError(f"--out is {out}: expected the name of a file")
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with progress("searching", "categories") as on_progress:
+    with console.progress("searching", "categories") as on_progress:
         found = search_categories(classes, seed, fill_rate, workers, on_progress)
-    note(f"tried {found[-1].candidate:,} candidates")
+    console.note(f"tried {found[-1].candidate:,} candidates")
     write_systems(out, [one.category for one in found])
     click.echo(f"{out}: {len(found):,} categories")
-    next_step("fractalgen build --kind fractaldb --n N --categories", out)
-
-
-def _preparing() -> AbstractContextManager[OnProgress]:
-    """Show the progress of what a kind computes before it can render."""
-    return progress("following the published stream", "classes")
+    console.next_step("fractalgen build --kind fractaldb --n N --categories", out)
 
 
 def _refuse_beside(context: click.Context, option: str, others: str) -> None:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from fractalshards.errors import FractalError, UsageError, needs_extra
 from fractalshards.workers import sigterm_interrupts, worker_pool
@@ -35,21 +34,11 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
         with worker_pool(workers) as pool:
             yield pool, workers
         return
-    with _connect(scheduler) as client, sigterm_interrupts():
-        threads = sum(client.nthreads().values())
-        if not threads:
-            raise FractalError(f"{scheduler}: the Dask cluster has no workers yet; start some, then run this again")
-        yield client.get_executor(pure=False), threads
-
-
-@contextmanager
-def _connect(scheduler: str) -> Iterator[Any]:
-    """Connect to a Dask scheduler, with Dask's logs silenced: they are tracebacks, and failures raise errors anyway."""
     with needs_extra("dask", "a Dask cluster"):
         from distributed import Client
         from distributed.comm.addressing import get_address_host_port
     with ExitStack() as stack:
-        for name in ("distributed", "distributed.client"):  # those with levels of their own
+        for name in ("distributed", "distributed.client"):  # their logs are tracebacks of failures that raise anyway
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
@@ -58,4 +47,8 @@ def _connect(scheduler: str) -> Iterator[Any]:
             client = stack.enter_context(Client(scheduler, timeout=_CONNECT_SECONDS))
         except (OSError, TypeError, ValueError) as error:  # TypeError: TLS without certificates
             raise FractalError(f"{scheduler}: no Dask scheduler answers ({error}); check the address") from error
-        yield client
+        stack.enter_context(sigterm_interrupts())
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise FractalError(f"{scheduler}: the Dask cluster has no workers yet; start some, then run this again")
+        yield client.get_executor(pure=False), threads

@@ -32,15 +32,14 @@ def locate(recipe: Recipe, index: int, epoch: int = 0) -> Place:
     In later epochs a training sample shows the same image of new units: if the build has at most U units per class, its
     unit ``k`` is followed by ``k + U``, ``k + 2 U`` and so on. Raises IndexError if the index is not in [0, n + val).
     """
-    train, val = _splits(recipe)
-    split = next((split for split in (train, val) if 0 <= index - split.offset < split.samples), None)
-    if split is None:
+    if not 0 <= index < recipe.n + recipe.val:
         raise IndexError(f"sample index is {index}: expected 0 to {recipe.n + recipe.val - 1}")
+    train, val = _splits(recipe)
+    split = train if index < recipe.n else val
     position = _shuffled(split, index - split.offset)
     start, stop = _unit_bounds(split, position)
     label, number = _unit_at(split, position)
-    after = (train.units, val.units) if split is train else (0, 0)
-    unit = Unit(recipe.seed, split.name, label, number + epoch * train.units, split.before, after)
+    unit = Unit(recipe.seed, split.name, label, number + epoch * train.units, (train.units, val.units))
     return Place(unit, position - start, stop - start)
 
 
@@ -78,46 +77,30 @@ def permute(index: int, count: int, key: int) -> int:
 
 @dataclass(frozen=True)
 class _Split:
-    """The samples of a split by position, unit after unit; position 0 is sample ``offset`` of the dataset.
-
-    The first ``whole`` positions hold ``rounds`` whole units of every class; the remainder is less than a unit per
-    class. Earlier splits have at most ``before`` units per class.
-    """
+    """The samples of a split by position, unit after unit; position 0 is sample ``offset`` of the dataset."""
 
     recipe: Recipe
     name: str
+    classes: int
     samples: int
     offset: int
-    before: int
-
-    @property
-    def classes(self) -> int:
-        return self.recipe.classes
-
-    @property
-    def per_unit(self) -> int:
-        return self.recipe.family.images_per_unit
-
-    @property
-    def rounds(self) -> int:
-        return self.samples // (self.classes * self.per_unit)
-
-    @property
-    def units(self) -> int:
-        """The most units of a class."""
-        return -(-self.samples // (self.classes * self.per_unit))
-
-    @property
-    def whole(self) -> int:
-        return self.rounds * self.classes * self.per_unit
+    per_unit: int
+    rounds: int  # whole units of every class
+    whole: int  # positions in whole units; the remainder is less than a unit per class
+    units: int  # the most units of a class
 
     def key(self, purpose: str | int) -> int:
         return Stream.of("order", self.recipe.seed, self.name, purpose).bits64()
 
 
 def _splits(recipe: Recipe) -> tuple[_Split, _Split]:
-    train = _Split(recipe, "train", recipe.n, 0, 0)
-    return train, _Split(recipe, "val", recipe.val, recipe.n, train.units)
+    return _split(recipe, "train", recipe.n, 0), _split(recipe, "val", recipe.val, recipe.n)
+
+
+def _split(recipe: Recipe, name: str, samples: int, offset: int) -> _Split:
+    per_unit = recipe.family.images_per_unit
+    rounds, rest = divmod(samples, recipe.classes * per_unit)
+    return _Split(recipe, name, recipe.classes, samples, offset, per_unit, rounds, samples - rest, rounds + (rest > 0))
 
 
 def _unit_at(split: _Split, position: int) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """The recipe: the frozen, hashable description of a dataset, checked when it is made."""
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kinds import Kind, find_kind
@@ -53,29 +53,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         kind = self.family
-        for name, (low, high) in _RANGES.items():
-            if name == "points" and not kind.points:
-                _require(self.points == 0, f"points is {self.points}, but kind {self.kind} draws none: leave it out")
-                low = 0
-            try:
-                value = operator.index(getattr(self, name))  # a plain integer, because a recipe is hashed as JSON
-            except TypeError as error:
-                raise UsageError(f"{name} is {getattr(self, name)!r}: expected an integer") from error
-            _require(low <= value <= high, f"{name} is {value}: expected {low} to {high:,}")
-            object.__setattr__(self, name, value)
+        for name, (low, high) in (_RANGES if kind.points else _RANGES | {"points": (0, 0)}).items():
+            value = getattr(self, name)
+            within = isinstance(value, int | np.integer) and low <= int(value) <= high
+            _require(within, f"{name} is {value}: kind {self.kind} takes an integer from {low} to {high:,}")
+            object.__setattr__(self, name, int(value))  # not numpy's, because a recipe is hashed as JSON
         if isinstance(self.params, Mapping):
             object.__setattr__(self, "params", override(kind.params(), self.params))
         _require(isinstance(self.params, kind.params), f"params: kind {self.kind} takes {kind.params.__name__}")
-        _require(
-            self.n >= self.classes or kind.label_type == "multi",
-            f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes",
-        )
+        enough = self.n >= self.classes or kind.label_type == "multi"
+        _require(enough, f"n is {self.n}, fewer images than the {self.classes} classes: raise n or lower classes")
         kind.check(self.params, self.n, self.val, self.classes)
         _require(self.n + self.val <= MAX_SAMPLES, f"n + val is over {MAX_SAMPLES:,}: build several datasets")
-        _require(
-            self.shard_size >= kind.images_per_unit,
-            f"shard_size is {self.shard_size}: kind {self.kind} needs at least {kind.images_per_unit}",
-        )
+        per_unit = kind.images_per_unit
+        _require(self.shard_size >= per_unit, f"shard_size is {self.shard_size}: {self.kind} takes at least {per_unit}")
         shards = (self.n + self.val) // self.shard_size
         _require(shards <= MAX_SHARDS, f"{shards:,} shards are too many for a manifest: raise shard_size")
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version}: this software makes {RECIPE_VERSION}")
@@ -87,8 +78,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON-compatible values, with lists for tuples."""
-        fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return fields
+        return msgspec.json.decode(msgspec.json.encode(self), type=dict[str, Any])
 
     def digest(self) -> str:
         """Return 32 hexadecimal digits that identify the recipe, systems included."""
@@ -106,10 +96,8 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     beside it, differs.
     """
     if (version := data.get("version")) != RECIPE_VERSION:
-        raise FractalError(
-            f"{where}: recipe version {str(version)[:20]}, but this software renders {RECIPE_VERSION}; install the "
-            "version of fractalpretrain that made it"
-        )
+        found = f"recipe version {str(version)[:20]}, expected {RECIPE_VERSION}"
+        raise FractalError(f"{where}: {found}; install the fractalpretrain that made it")
     try:
         recipe = msgspec.convert(data, Recipe)
     except (msgspec.ValidationError, UsageError) as error:
@@ -150,17 +138,10 @@ def make_recipe(
     n = chosen.n if n is None else n
     if n is None:
         raise UsageError(f"kind {kind} has no default number of images; give it with --n")
-    return Recipe(
-        kind=kind,
-        n=n,
-        val=val,
-        classes=chosen.classes if classes is None else classes,
-        size=chosen.size if size is None else size,
-        points=chosen.points if points is None else points,
-        seed=seed,
-        shard_size=shard_size,
-        params=overrides or {},
-    )
+    classes = chosen.classes if classes is None else classes
+    size = chosen.size if size is None else size
+    points = chosen.points if points is None else points
+    return Recipe(kind, n, val, classes, size, points, seed, shard_size, overrides or {})
 
 
 def _require(condition: bool, otherwise: str) -> None:

@@ -38,10 +38,8 @@ def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
     shape = recipe.family.map_shape
     fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
     if len(systems) != recipe.classes or not fitting:
-        raise FractalError(
-            f"{where}: kind {recipe.kind} needs {recipe.classes} systems of 1 to {MAX_MAPS} rows of shape {shape}; "
-            f"check {SYSTEMS}, or the file that the systems come from"
-        )
+        wanted = f"{recipe.classes} systems of 1 to {MAX_MAPS} rows of shape {shape}"
+        raise FractalError(f"{where}: kind {recipe.kind} needs {wanted}; fetch {SYSTEMS} again")
 
 
 def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) -> tuple[Pixels, Label]:
@@ -72,17 +70,17 @@ def render_unit(recipe: Recipe, systems: Systems, unit: Unit) -> Sequence[Render
 def render_range(recipe: Recipe, systems: Systems, first: int, stop: int) -> Iterator[tuple[str, Rendered]]:
     """Yield (key, (image, label)) for samples ``first`` to ``stop - 1``.
 
-    A unit is rendered when its first image is needed, and kept until its last one has been yielded.
+    A unit is rendered when its first image is needed; every image is kept until it is yielded.
     """
-    waiting: dict[Unit, tuple[Sequence[Rendered], int]] = {}
+    waiting: dict[Unit, dict[int, Rendered]] = {}  # images by their number in the unit
     for index in range(first, stop):
         place = locate(recipe, index)
         if place.unit not in waiting:
-            waiting[place.unit] = tuple(islice(render_unit(recipe, systems, place.unit), place.parts)), place.parts
-        images, left = waiting.pop(place.unit)
-        if left > 1:
-            waiting[place.unit] = images, left - 1
-        yield sample_key(index), images[place.part]
+            waiting[place.unit] = dict(enumerate(islice(render_unit(recipe, systems, place.unit), place.parts)))
+        images = waiting[place.unit]
+        yield sample_key(index), images.pop(place.part)
+        if not images:
+            del waiting[place.unit]
 
 
 class RenderedSplit:
@@ -96,34 +94,37 @@ class RenderedSplit:
 
     class_names: tuple[str, ...] = ()  # classes have none
 
-    def __init__(
-        self, recipe: Recipe, systems: Systems, split: str, fresh: bool = False, digest: str | None = None
-    ) -> None:
-        """Create the split; see ``open_recipe``. ``digest`` is that of the dataset if it was built."""
-        if recipe.with_systems(systems) != recipe:
-            raise FractalError(f"kind {recipe.kind}: the systems are not those of the recipe; make the recipe again")
-        check_systems(recipe, systems, f"kind {recipe.kind}")
-        recipe.family.prepare(recipe.params, recipe.classes, no_progress)
-        self.recipe, self.split, self.fresh = recipe, split, fresh
+    def __init__(self, source: Path | Recipe, split: str = "train", fresh: bool = False) -> None:
+        """Open a split of the dataset that a recipe, or the file of a portable one, describes.
+
+        Raises FractalError if the file is damaged or of another version, or the split is empty; UsageError if images
+        should be fresh and the kind has a limited number of them.
+        """
+        if isinstance(source, Recipe):
+            systems = draw_systems(source)
+            recipe = source.with_systems(systems)
+            self.digest = recipe.digest()
+        else:
+            portable = read_portable(source)
+            systems, self.digest = portable.systems, portable.digest
+            recipe = parse_recipe(portable.recipe, portable.recipe_digest, str(source))
+            check_systems(recipe, systems, source)
+            recipe.family.prepare(recipe.params, recipe.classes, no_progress)
+        self.recipe, self.split, self.fresh, self._systems = recipe, split, fresh, systems
         self.classes, self.image_size, self.label_type = recipe.classes, recipe.size, recipe.family.label_type
-        self.digest = digest or recipe.digest()
         self.lengths = tuple(task.stop - task.first for task in shard_tasks(recipe) if task.split == split)
+        self._first = 0 if split == "train" else recipe.n
         if not self.lengths:
             raise FractalError(f"the recipe of kind {recipe.kind} has no split {split!r}; make one with --val")
         if fresh and split != "train":
             raise UsageError(f"only the split 'train' can be rendered afresh, not {split!r}")
         if fresh and recipe.family.units_per_class(recipe.params) is not None:
             own = ", or make the recipe with --set stream=own" if hasattr(recipe.params, "stream") else ""
-            raise UsageError(
-                f"kind {recipe.kind} with these parameters has a limited number of images; drop --fresh{own}"
-            )
-        self._systems = systems
-        self._samples = sum(self.lengths)
-        self._first = 0 if split == "train" else recipe.n
+            raise UsageError(f"kind {recipe.kind} as set has a limited number of images; drop --fresh{own}")
 
     def __len__(self) -> int:
         """Return the number of samples, of one epoch if images are fresh."""
-        return self._samples
+        return sum(self.lengths)
 
     def read(self, index: int) -> Example:
         """Render sample ``index`` modulo the number of samples, n.
@@ -133,31 +134,17 @@ class RenderedSplit:
 
         Raises IndexError if the index is negative, or there are no later epochs.
         """
-        epoch, place = divmod(operator.index(index), self._samples)
+        epoch, place = divmod(operator.index(index), len(self))
         if epoch < 0 or (epoch and not self.fresh):
-            raise IndexError(f"sample index is {index}: expected 0 to {self._samples - 1}")
+            raise IndexError(f"sample index is {index}: expected 0 to {len(self) - 1}")
         image, label = render_sample(self.recipe, self._systems, self._first + place, epoch)
         return Example(sample_key(self._first + place), image, label if isinstance(label, int) else classes_of(label))
-
-
-def open_recipe(source: Path | Recipe, split: str = "train", fresh: bool = False) -> RenderedSplit:
-    """Open a split of the dataset that a recipe describes: a portable one, or one whose systems are drawn.
-
-    Raises FractalError if the file is damaged or of another version, or the split is empty; UsageError if images should
-    be fresh and the kind has a limited number of them.
-    """
-    if isinstance(source, Recipe):
-        systems = draw_systems(source)
-        return RenderedSplit(source.with_systems(systems), systems, split, fresh)
-    portable = read_portable(source)
-    recipe = parse_recipe(portable.recipe, portable.recipe_digest, str(source))
-    return RenderedSplit(recipe, portable.systems, split, fresh, portable.digest)
 
 
 _PATIENCE = 8  # renders per image shown, after which rows of a multi-label kind may stay short
 
 
-def preview(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
+def draw_sheet(recipe: Recipe, per_class: int, tile: int) -> Image.Image:
     """Draw a contact sheet: a row of ``per_class`` images per class, each ``tile`` pixels wide and high.
 
     Every image is from another unit. One of several classes appears in the row of one of them.

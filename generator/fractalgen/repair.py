@@ -6,7 +6,7 @@ A damaged shard loses its sidecar, which makes it unfinished; the rest is an ord
 
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fractalgen.build import BuildFolder, claim, plan_build, render_missing
@@ -24,24 +24,16 @@ from fractalshards.workers import OnProgress, no_progress
 from fractalshards.writer import publish
 
 
-@dataclass(frozen=True)
-class Repaired:
-    """The problems that were found, and names: of shards rendered again, and of tars that are not of the dataset."""
-
-    problems: tuple[Problem, ...]
-    rendered: tuple[str, ...]
-    extra: tuple[str, ...]
-
-
 def repair_dataset(
     folder: Path, executor: Executor, on_progress: OnProgress = no_progress, on_prepare: OnProgress = no_progress
-) -> Repaired:
+) -> tuple[list[Problem], list[str], list[str]]:
     """Verify a dataset, finished or not, render damaged and missing shards again, and update the manifest.
 
     The result has the content digests of an uninterrupted build. ``on_progress`` is called with the number of images
-    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``. Raises FractalError as ``run_build``;
-    also if neither recipe nor manifest can be read, or a rendered shard differs from the manifest, which then stays as
-    it is.
+    verified and rendered, and the total; for ``on_prepare`` see ``draw_systems``. Returns the problems that were found,
+    and names: of shards rendered again, and of tars that do not belong to the dataset. Raises FractalError as
+    ``run_build``; also if neither recipe nor manifest can be read, or a rendered shard differs from the manifest, which
+    then stays as it is.
     """
     manifest = None
     with suppress(FractalError):
@@ -50,10 +42,7 @@ def repair_dataset(
     listed = {shard.name: shard for shards in manifest.splits.values() for shard in shards} if manifest else {}
     names = {task.name for task in found.tasks}
     if listed and not names <= listed.keys():
-        raise FractalError(
-            f"{folder}: holds a part of a dataset; fetch damaged shards again with 'fractalshards pull', or render all "
-            "shards with 'fractalgen build'"
-        )
+        raise FractalError(f"{folder}: part of a dataset; use 'fractalshards pull' again, or 'fractalgen build'")
     promise = Promise(found.recipe.classes, found.recipe.size, found.info.label_type)
     finished = [(found.finished[task.name], task.first) for task in found.tasks if task.name in found.finished]
     shards = [(listed.get(record.name, record.shard()), first) for record, first in finished]
@@ -67,13 +56,11 @@ def repair_dataset(
     rendered = render_missing(plan, executor, lambda done, total: on_progress(verified + done, verified + total))
     both = rendered.keys() & listed.keys()
     if other := sorted(name for name in both if rendered[name].content_digest != listed[name].content_digest):
-        raise FractalError(
-            f"{folder}: {human_list(other)}, rendered again, differ from {INFO}: it is damaged, or this software "
-            f"renders other pixels; compare with another copy, or remove {INFO} to accept the new shards"
-        )
+        advice = f"compare with another copy, or remove {INFO} to accept them"
+        raise FractalError(f"{folder}: rendered again, {human_list(other)} differ from {INFO}; {advice}")
     publish(folder, found.tasks, found.tasks, found.info)
     extra = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)
-    return Repaired(tuple(problems), tuple(task.name for task in plan.missing), tuple(extra))
+    return problems, [task.name for task in plan.missing], extra
 
 
 def _recover(folder: Path, manifest: Manifest | None, on_prepare: OnProgress) -> BuildFolder:

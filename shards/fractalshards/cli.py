@@ -6,9 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fractalshards.console import (
     PATH,
@@ -26,7 +23,7 @@ from fractalshards.console import (
 from fractalshards.diff import compare_datasets
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
-from fractalshards.manifest import Manifest, load_manifest
+from fractalshards.manifest import MAX_SHARD_SIZE, Manifest, load_manifest
 from fractalshards.pack import leave_out_bad, parse_source, plan_pack, run_pack
 from fractalshards.recipe_file import export_recipe, flat_recipe
 from fractalshards.report import load_template, render_page
@@ -53,13 +50,26 @@ def info(folder: Path, as_json: bool) -> None:
 
     Example: fractalshards info shards/single
     """
+    manifest = load_manifest(folder)
     if as_json:
-        click.echo(json.dumps(_facts(load_manifest(folder)), indent=1))
+        click.echo(json.dumps(_facts(manifest), indent=1))
         return
-    table = Table(show_header=False, box=None)
-    for name, value in _describe(load_manifest(folder)):
-        table.add_row(Text(one_line(name)), Text(one_line(value)))
-    Console(soft_wrap=True, markup=False, highlight=False).print(table)
+    rows: list[tuple[str, object]] = [("folder", folder)]
+    for name, shards in manifest.splits.items():
+        rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
+    rows += [
+        ("size", human_bytes(manifest.bytes())),
+        ("image", f"{side} x {side}" if (side := manifest.image_size) else "of several sizes"),
+        ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one or more'} per image"),
+        ("content digest", manifest.content_digest()),
+        ("recipe digest", manifest.recipe_digest),
+        *((f"recipe: {name}", value) for name, value in flat_recipe(manifest.recipe).items()),
+        *((f"made with: {name}", value) for name, value in manifest.software.items()),
+    ]
+    lines = [(one_line(name), one_line(str(value))) for name, value in rows]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        click.echo(f"{name:{width}}  {value}")
 
 
 @main.command()
@@ -154,11 +164,11 @@ def diff(first: Path, second: Path, workers: int, as_json: bool) -> int:
         found = compare_datasets(load_manifest(first), load_manifest(second), workers, on_progress)
     if as_json:
         click.echo(json.dumps({"same": found.same, "findings": list(found.findings)}, indent=1))
-        return 0 if found.same else 1
-    for line in found.findings:
-        click.echo(one_line(line))
-    verdict = "same samples" if found.same else "the samples differ"
-    click.echo(f"{verdict}, according to the manifests; 'fractalshards verify DIR' checks the files")
+    else:
+        for line in found.findings:
+            click.echo(one_line(line))
+        verdict = "same samples" if found.same else "the samples differ"
+        click.echo(f"{verdict}, according to the manifests; 'fractalshards verify DIR' checks the files")
     return 0 if found.same else 1
 
 
@@ -241,27 +251,12 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     }
 
 
-def _describe(manifest: Manifest) -> list[tuple[str, str]]:
-    rows = [("folder", str(manifest.folder))]
-    for name, shards in manifest.splits.items():
-        rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
-    rows += [
-        ("size", human_bytes(manifest.bytes())),
-        ("image", f"{side} x {side}" if (side := manifest.image_size) else "of several sizes"),
-        ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one or more'} per image"),
-        ("content digest", manifest.content_digest()),
-        ("recipe digest", manifest.recipe_digest),
-    ]
-    rows += [(f"recipe: {name}", str(value)) for name, value in flat_recipe(manifest.recipe).items()]
-    return rows + [(f"made with: {name}", str(value)) for name, value in manifest.software.items()]
-
-
 @main.command()
 @click.argument("source", metavar="imagefolder:PATH|imagenet:PATH")
 @click.argument("out", metavar="OUT", type=PATH)
 @click.option("--split", metavar="train=X,val=Y", help="Shares (0.9), or folders below PATH.")
-@click.option("--shard-size", default=1000, help="Images per shard.")
-@click.option("--seed", default=0, help="Seed of the image order and of the choice of val images.")
+@click.option("--shard-size", default=1000, type=click.IntRange(1, MAX_SHARD_SIZE), help="Images per shard.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of the order and of the val images.")
 @click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), default="stop",
               help="Unreadable images: stop, or skip them after checking all images first.",
               )  # fmt: skip

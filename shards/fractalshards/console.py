@@ -72,8 +72,7 @@ class Commands(click.Group):
     command_class = Command
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.context_settings = {"show_default": True, **self.context_settings}
+        super().__init__(*args, context_settings={"show_default": True}, **kwargs)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the first sentence of every command's help, uncut."""
@@ -92,11 +91,10 @@ class Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(2)
-        except click.UsageError as error:
-            hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
-            _fail(error.format_message() + hint, 2)
         except click.ClickException as error:
-            _fail(error.format_message(), 1)
+            context = getattr(error, "ctx", None)
+            hint = f" (see '{context.command_path} --help')" if context else ""
+            _fail(error.format_message() + hint, error.exit_code)
         except StoppedError as error:
             _fail(str(error), error.code)
         except FractalError as error:
@@ -153,15 +151,14 @@ class NamedPath(click.Path):
         super().__init__(path_type=Path)
         self.endings = endings
 
-    def convert(
-        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | bytes | os.PathLike[str]:
-        if not os.fspath(value):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name = os.fsdecode(value)
+        if not name:
             self.fail("is empty; give a path", param, ctx)
-        if _URL.match(os.fsdecode(value)):
-            self.fail(f"{value} is a URL; give a local path, and use 'fractalshards push' and 'pull'", param, ctx)
-        if self.endings and not os.fsdecode(value).lower().endswith(self.endings):
-            self.fail(f"{value}: expected a name that ends in {' or '.join(self.endings)}", param, ctx)
+        if _URL.match(name):
+            self.fail(f"{name} is a URL; give a local path, and use 'fractalshards push' and 'pull'", param, ctx)
+        if self.endings and not name.lower().endswith(self.endings):
+            self.fail(f"{name}: expected a name that ends in {' or '.join(self.endings)}", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -174,13 +171,9 @@ def _parse_workers(context: click.Context, parameter: click.Parameter, text: str
     cores = available_cores()
     if text == _ALL:
         return cores
-    try:
-        workers = int(text)
-    except ValueError:
-        workers = 0
-    if workers < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise UsageError(f"--workers is {text!r}: expected 'all' or a number of at least 1")
-    if workers > cores:
+    if (workers := int(text)) > cores:
         note(f"note: using {human_count(cores, 'worker')} instead of {workers:,}, one per core")
     return min(workers, cores)
 
@@ -258,42 +251,34 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
     if is_quiet():
         yield no_progress
         return
-    start = time.monotonic()
-
-    def describe(done: int, total: int) -> str:
-        rate = done / max(time.monotonic() - start, 1e-9)
-        left = human_seconds((total - done) / rate) if rate else "?"
-        if unit == "B":
-            return f"{human_bytes(done)} / {human_bytes(total)}, {human_bytes(rate)}/s, {left} left"
-        return f"{done:,} / {total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
-
-    if not sys.stderr.isatty():
-        shown = start
-
-        def log(done: int, total: int) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if now - shown >= _LOG_SECONDS or done == total:
-                shown = now
-                click.echo(f"{label}: {describe(done, total)}", err=True)
-
-        yield log
-        return
-
+    on_terminal = sys.stderr.isatty()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
     bar = Progress(*columns, console=Console(stderr=True))
     task = bar.add_task(label, text="")
+    start = shown = time.monotonic()
 
-    def draw(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, text=describe(done, total))
-        bar.start()  # not earlier: there may be nothing to do
-        if done == total:
-            bar.stop()  # other work with a bar of its own may follow
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        rate = done / max(now - start, 1e-9)
+        left = human_seconds((total - done) / rate) if rate else "?"
+        text = f"{done:,} / {total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
+        if unit == "B":
+            text = f"{human_bytes(done)} / {human_bytes(total)}, {human_bytes(rate)}/s, {left} left"
+        if on_terminal:
+            bar.update(task, completed=done, total=total, text=text)
+            bar.start()  # not earlier: there may be nothing to do
+            if done == total:
+                bar.stop()  # other work with a bar of its own may follow
+        elif now - shown >= _LOG_SECONDS or done == total:
+            shown = now
+            click.echo(f"{label}: {text}", err=True)
 
     try:
-        yield draw
+        yield show
     finally:
-        bar.stop()
+        if on_terminal:
+            bar.stop()
 
 
 def _fail(message: str, code: int) -> NoReturn:

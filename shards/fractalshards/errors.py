@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
@@ -51,21 +51,15 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
-def needs_extra(extra: str, what: str) -> AbstractContextManager[None]:
-    """Do as ``needs_package`` does, for the packages of an extra in pyproject.toml."""
-    return needs_package(what, "", f"pip install '.[{extra}]' in a clone of the project")
-
-
 @contextmanager
-def needs_package(what: str, package: str, command: str) -> Iterator[None]:
+def needs_extra(extra: str, what: str) -> Iterator[None]:
     """Turn a failed import inside the block, perhaps deep in a library, into a ``FractalError``.
 
-    It says that ``what`` needs ``package``, by default the module that was not found, and to run ``command``.
+    It says that ``what`` needs the module that was not found, and to install the ``extra`` in pyproject.toml.
     """
     try:
         yield
-    except ImportError as error:
-        if not package and not isinstance(error, ModuleNotFoundError):
-            raise  # installed, but broken
-        missing = package or str(error.name).partition(".")[0]
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        command = f"pip install '.[{extra}]' in a clone of the project"
         raise FractalError(f"{what} needs {missing}, which is not installed; run {command}") from error

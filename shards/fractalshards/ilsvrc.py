@@ -4,7 +4,6 @@ import gzip
 import io
 import re
 import tarfile
-import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,41 +109,26 @@ def _match(pattern: re.Pattern[str], name: str, where: str) -> str:
 
 def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Read class names by synset id, and the synset id of every validation image."""
+    with needs_extra("imagenet", f"reading {DEVKIT}"):
+        from scipy.io import loadmat
     found: dict[str, bytes] = {}
     try:
         with gzip.open(path) as packed:
             data = packed.read(_MAX_DEVKIT + 1)
         if len(data) > _MAX_DEVKIT:
-            raise FractalError(f"{path}: unpacks to more than {_MAX_DEVKIT >> 20} MiB, so it is not the devkit")
+            raise ValueError(f"unpacks to more than {_MAX_DEVKIT >> 20} MiB")
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.size < 0 or member.issparse():  # would be read forever, or unpack to any size
-                    raise tarfile.ReadError(f"{member.name} is not a plain file")
-                for name in (_SYNSETS, _VAL_LABELS):
-                    if member.isreg() and member.name.endswith("/" + name) and (file := tar.extractfile(member)):
-                        found[name] = file.read()
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, RecursionError, gzip.BadGzipFile) as error:
-        raise FractalError(f"{path}: damaged ({error}); {_ADVICE}") from error
-    if missing := {_SYNSETS, _VAL_LABELS} - found.keys():
-        raise FractalError(f"{path}: contains no {min(missing)}; {_ADVICE}")
-    names, ids = _read_synsets(found[_SYNSETS], f"{path}: {_SYNSETS}")
-    try:
-        return names, [ids[int(number)] for number in found[_VAL_LABELS].decode("ascii").split()]
-    except (ValueError, KeyError) as error:
-        raise FractalError(f"{path}: {_VAL_LABELS}: not a class number ({str(error)[:80]!r}); {_ADVICE}") from error
-
-
-def _read_synsets(data: bytes, where: str) -> tuple[dict[str, str], dict[int, str]]:
-    """Read the classes, which are the synsets without children: names by id, ids by class number."""
-    with needs_extra("imagenet", f"reading {DEVKIT}"):
-        from scipy.io import loadmat
-    try:
-        synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-        leaves = [synset for synset in np.atleast_1d(synsets) if int(synset["num_children"]) == 0]
+                    raise ValueError(f"{member.name} is not a plain file")
+                if member.isreg() and (file := tar.extractfile(member)):
+                    found[member.name.partition("/")[2]] = file.read()
+        synsets = loadmat(io.BytesIO(found[_SYNSETS]), squeeze_me=True)["synsets"]
+        leaves = [synset for synset in np.atleast_1d(synsets) if int(synset["num_children"]) == 0]  # the classes
         ids = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         names = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
+        if not names or len(names) != len(leaves) or len(ids) != len(leaves) or not are_synsets(names):
+            raise ValueError("classes are missing, repeated, or not named by synset ids")
+        return names, [ids[int(number)] for number in found[_VAL_LABELS].decode("ascii").split()]
     except Exception as error:  # scipy does not document what it raises for damaged files
-        raise FractalError(f"{where}: damaged ({error}); {_ADVICE}") from error
-    if not names or len(names) != len(leaves) or len(ids) != len(leaves) or not are_synsets(names):
-        raise FractalError(f"{where}: classes are missing, repeated, or not named by synset ids; {_ADVICE}")
-    return names, ids
+        raise FractalError(f"{path}: damaged ({type(error).__name__}: {error}); {_ADVICE}") from error

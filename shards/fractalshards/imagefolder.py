@@ -2,8 +2,7 @@
 
 import os
 import re
-import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -85,7 +84,7 @@ class ImageListing:
                 state.update(os.fsencode(f"{split}/{folder}{name}") + b"\0")
         return state.hexdigest()
 
-    def without(self, bad: Mapping[str, Indices]) -> "ImageListing":
+    def without(self, bad: Mapping[str, Sequence[int]]) -> "ImageListing":
         """Leave out images by split and position; raises FractalError if a class would lose all images of a split."""
         splits = {}
         for split, images in self.splits.items():
@@ -117,20 +116,12 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
     are_named = folders is not None
     if folders is None:
         folders = {name: name for name in SPLITS if (path / name).is_dir()} if has_splits(path) else {"train": ""}
-    classes: tuple[str, ...] = ()
-    splits: dict[str, ImageFiles] = {}
-    skipped = 0
-    for split, name in folders.items():
-        found, splits[split], others = _list_split(path / name, split)
-        if classes and found != classes:
-            different = sorted({*classes} ^ {*found})[:5]
-            if len({unicodedata.normalize("NFC", name) for name in different}) < len(different):
-                different = list(map(ascii, different))  # composed letters and others look the same
-            raise FractalError(
-                f"{path}: train and {split} have different class folders ({', '.join(different)}); make them equal"
-            )
-        classes = found
-        skipped += others
+    listed = {split: _list_split(path / name, split) for split, name in folders.items()}
+    splits = {split: images for split, (_, images, _) in listed.items()}
+    classes, *others = (found for found, _, _ in listed.values())
+    if others and others[0] != classes:
+        different = ", ".join(map(ascii, sorted({*classes} ^ {*others[0]})[:5]))  # some letters look like others
+        raise FractalError(f"{path}: train and val have different class folders ({different}); make them equal")
     notes = []
     if not are_named and folders == {"train": "train"}:
         notes.append(f"no folder val in {path}, so no split val; name the folders with --split train=DIR,val=DIR")
@@ -139,7 +130,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
             f"all images are in subfolders of {classes[0]}, ...; if those folders are splits rather than classes, "
             "name them with --split train=DIR,val=DIR"
         )
-    if skipped:
+    if skipped := sum(count for _, _, count in listed.values()):
         notes.append(
             f"{path}: skipped {skipped:,} files or folders: hidden, outside of class folders, or not named as images"
         )
@@ -154,8 +145,7 @@ def _list_split(folder: Path, split: str) -> tuple[tuple[str, ...], ImageFiles, 
     classes = _class_folders(folder)
     if not 0 < len(classes) <= MAX_CLASSES:
         raise FractalError(f"{folder}: contains {human_count(len(classes), 'class folder')}; {_LAYOUT}")
-    paths: list[str] = []
-    labels: list[int] = []
+    paths, labels = list[str](), list[int]()
     skipped = len(set(os.listdir(folder)) - {*classes})
     for label, name in enumerate(classes):
         files = list(_walk(folder, name, (folder.resolve(),)))

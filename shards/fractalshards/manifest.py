@@ -91,15 +91,10 @@ class DatasetInfo:
 
     recipe: Mapping[str, Any]
     label_type: LabelType
-    classes: int
+    classes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLASSES)]
     class_names: tuple[str, ...] = ()
     class_ids: tuple[str, ...] = ()
     format_version: int = 1
-
-    @property
-    def recipe_digest(self) -> str:
-        """32 hexadecimal digits that identify the recipe."""
-        return mapping_digest(self.recipe)
 
 
 class _Split(msgspec.Struct, frozen=True):
@@ -122,45 +117,35 @@ class _Split(msgspec.Struct, frozen=True):
         return tuple(Shard(*row) for row in zip(*lists, strict=True))
 
 
-class _Info(msgspec.Struct, frozen=True):
-    """``_info.json``."""
-
-    recipe: dict[str, Any]
-    recipe_digest: str
-    label_type: LabelType
-    classes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLASSES)]
-    image_size: _ImageSize | None
-    splits: dict[str, _Split]
-    software: dict[str, Any]
-    class_names: tuple[str, ...] = ()
-    class_ids: tuple[str, ...] = ()
-
-
 class _Version(msgspec.Struct, frozen=True):
     format_version: int | None = None
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class _Stored(DatasetInfo):
+    """``_info.json``."""
+
+    recipe_digest: str
+    image_size: _ImageSize | None
+    splits: dict[str, _Split]
+    software: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(DatasetInfo):
     """``_info.json`` of a finished dataset.
 
     Attributes:
-        image_size: side of the square images in pixels; None if they differ.
         class_names: by class index; empty if classes have no names.
         class_ids: ids from a public vocabulary (WordNet synsets) by class index, or empty.
+        image_size: side of the square images in pixels; None if they differ.
         splits: the shards of ``train`` and perhaps ``val``, in order.
         first_samples: the index of the first sample of each shard.
     """
 
     folder: Path
-    format_version: int
-    recipe: Mapping[str, Any]
     recipe_digest: str
-    label_type: LabelType
-    classes: int
     image_size: int | None
-    class_names: tuple[str, ...]
-    class_ids: tuple[str, ...]
     splits: Mapping[str, tuple[Shard, ...]]
     first_samples: Mapping[str, tuple[int, ...]]
     software: Mapping[str, Any]
@@ -232,7 +217,7 @@ def write_manifest(
     fields = {
         "format_version": info.format_version,
         "recipe": dict(info.recipe),
-        "recipe_digest": info.recipe_digest,
+        "recipe_digest": mapping_digest(info.recipe),
         "label_type": info.label_type,
         "classes": info.classes,
         "image_size": image_size,
@@ -284,17 +269,14 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
         )
     if found not in FORMAT_VERSIONS:
         raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSIONS[-1]}; upgrade fractalpretrain")
-    info = parse_json(data, _Info, where)
+    info = parse_json(data, _Stored, where)
     for name, names in (("class_names", info.class_names), ("class_ids", info.class_ids)):
         if len(names) not in (0, info.classes):
             raise FractalError(f"{where}: {len(names)} {name} for {info.classes} classes; fetch or build it again")
     check_names({name: split.filenames for name, split in info.splits.items()}, where)
-    fields = msgspec.structs.asdict(info) | {
-        "format_version": found,
-        "splits": {name: split.shards(where) for name, split in info.splits.items()},
-        "first_samples": _first_samples(info.splits, where),
-    }
-    return Manifest(folder, **fields)
+    splits = {name: split.shards(where) for name, split in info.splits.items()}
+    first_samples = _first_samples(info.splits, where)
+    return Manifest(**vars(info) | {"folder": folder, "splits": splits, "first_samples": first_samples})
 
 
 def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
@@ -319,14 +301,12 @@ def _first_samples(splits: Mapping[str, _Split], where: str) -> dict[str, tuple[
     firsts = {}
     end = 0
     for name, split in splits.items():
+        lengths = split.shard_lengths
         listed = split.first_samples
         if listed is None:
-            listed = tuple(accumulate(split.shard_lengths, initial=end))[:-1]
-        fitting = len(listed) == len(split.shard_lengths)
-        for first, samples in zip(listed, split.shard_lengths, strict=False):
-            fitting = fitting and first >= end
-            end = first + samples
-        if not fitting:
+            listed = tuple(accumulate(lengths, initial=end))[:-1]
+        ends = [end, *(first + samples for first, samples in zip(listed, lengths, strict=False))]
+        if len(listed) != len(lengths) or any(first < end for first, end in zip(listed, ends, strict=False)):
             raise FractalError(f"{where}: first_samples do not fit shard_lengths; fetch or build it again")
-        firsts[name] = listed
+        firsts[name], end = listed, ends[-1]
     return firsts

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list
 from fractalshards.ilsvrc import list_ilsvrc
 from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder, parse_place
-from fractalshards.manifest import MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS, DatasetInfo, sample_key, shard_name
+from fractalshards.manifest import MAX_SAMPLES, MAX_SHARDS, DatasetInfo, sample_key, shard_name
 from fractalshards.png import decode_image, encode_png
 from fractalshards.random import permutation
 from fractalshards.recipe_file import claim_folder, refuse_other, stored_recipe
@@ -89,31 +89,6 @@ def parse_source(text: str, split: str | None) -> ImageSource:
 
 
 @dataclass(frozen=True)
-class PackRecipe:
-    """Description of a packed dataset: equal recipes of files with equal bytes give equal samples."""
-
-    kind: str  # ``imagefolder`` or ``imagenet``
-    n: int  # samples in the split ``train``
-    val: int
-    classes: int
-    seed: int  # of the image order and the choice of val images
-    shard_size: int  # in samples
-    val_share: float | None  # share of each class that is held out; None if the source has its own splits
-    files: str  # digest of the list of files
-    version: int = RECIPE_VERSION
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.shard_size <= MAX_SHARD_SIZE:
-            raise UsageError(f"shard_size is {self.shard_size}: expected 1 to {MAX_SHARD_SIZE:,}")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed is {self.seed}: expected 0 to 2**63 - 1")
-        if self.n + self.val > MAX_SAMPLES:
-            raise UsageError(f"{self.n + self.val:,} images are more than {MAX_SAMPLES:,}: pack several datasets")
-        if (shards := (self.n + self.val) // self.shard_size) > MAX_SHARDS:
-            raise UsageError(f"{shards:,} shards are more than {MAX_SHARDS:,}: raise shard_size")
-
-
-@dataclass(frozen=True)
 class PackPlan:
     """The shards to write into a folder, and the images of those that are missing."""
 
@@ -145,7 +120,7 @@ def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress =
             on_progress(done, total)
     if count := sum(map(len, bad.values())):
         _log.warning("skipped %s of %s", human_count(count, "bad image"), human_count(total, "image"))
-    return listing.without({split: np.array(positions, np.int64) for split, positions in bad.items()})
+    return listing.without(bad)
 
 
 def _find_bad(images: ImageFiles) -> list[tuple[int, str]]:
@@ -158,29 +133,35 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
     """Cut a dataset into shards, and check which are finished; removes leftovers of killed builds, writes nothing."""
     found = stored_recipe(folder)
     splits = listing.splits if source.val_share is None else hold_out(listing.splits["train"], source.val_share, seed)
-    recipe = PackRecipe(
-        kind=source.kind,
-        n=len(splits["train"].labels),
-        val=len(splits["val"].labels) if "val" in splits else 0,
-        classes=listing.classes,
-        seed=seed,
-        shard_size=shard_size,
-        val_share=None if source.val_share is None else float(source.val_share),
-        files=listing.digest(),
-    )
-    info = DatasetInfo(asdict(recipe), "single", listing.classes, listing.class_names, listing.class_ids)
+    counts = {split: len(images.labels) for split, images in splits.items()}
+    if (total := sum(counts.values())) > MAX_SAMPLES:
+        raise UsageError(f"{total:,} images are more than {MAX_SAMPLES:,}: pack several datasets")
+    if total // shard_size > MAX_SHARDS:
+        raise UsageError(f"{total // shard_size:,} shards are more than {MAX_SHARDS:,}: raise --shard-size")
+    recipe = {  # equal recipes of files with equal bytes give equal samples
+        "kind": source.kind,
+        "n": counts["train"],
+        "val": counts.get("val", 0),
+        "classes": listing.classes,
+        "seed": seed,
+        "shard_size": shard_size,
+        "val_share": None if source.val_share is None else float(source.val_share),
+        "files": listing.digest(),
+        "version": RECIPE_VERSION,
+    }
+    info = DatasetInfo(recipe, "single", listing.classes, listing.class_names, listing.class_ids)
     if found is not None:
-        refuse_other(folder, found, info.recipe)
+        refuse_other(folder, found, recipe)
         remove_leftovers(folder)
     shards = {}
     first = 0
     for split, images in splits.items():
-        shuffled = images.take(_shuffle(len(images.labels), seed, split))  # which mixes the classes
-        for shard, begin in enumerate(range(0, len(images.labels), shard_size)):
-            positions = np.arange(begin, min(begin + shard_size, len(images.labels)))
+        shuffled = images.take(_shuffle(counts[split], seed, split))  # which mixes the classes
+        for shard, begin in enumerate(range(0, counts[split], shard_size)):
+            positions = np.arange(begin, min(begin + shard_size, counts[split]))
             task = ShardTask(split, shard_name(split, shard), first + begin, first + begin + len(positions))
             shards[task] = shuffled.take(positions)
-        first += len(images.labels)
+        first += counts[split]
     finished = finished_shards(folder, tuple(shards), info)
     missing = {task: images for task, images in shards.items() if task.name not in finished}
     return PackPlan(folder, info, tuple(shards), missing)

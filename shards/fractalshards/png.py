@@ -94,21 +94,21 @@ def encode_png(image: Pixels | Indexed, compress: Callable[[Pixels], bytes] = is
     """
     if isinstance(image, Indexed):
         height, width = image.indices.shape
-        depth = 1 if len(image.palette) <= 2 else 8
-        indices = np.ascontiguousarray(image.indices)
-        body = np.packbits(indices, axis=1) if depth == 1 else indices
+        depth, color, palette = 1 if len(image.palette) <= 2 else 8, _PALETTE, _chunk(b"PLTE", image.palette.tobytes())
+        body = np.packbits(image.indices, axis=1) if depth == 1 else image.indices
         rows = np.empty((height, 1 + body.shape[1]), np.uint8)
         rows[:, 0] = _NONE
         rows[:, 1:] = body
-        palette = _chunk(b"PLTE", image.palette.tobytes())
-        return _assemble((width, height, depth, _PALETTE, 0, 0, 0), palette, compress(rows))
-    height, width, _ = image.shape
-    flat = image.reshape(height, width * 3)
-    rows = np.empty((height, 1 + width * 3), np.uint8)
-    rows[:, 0] = _UP
-    rows[0, 1:] = flat[0]
-    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
-    return _assemble((width, height, 8, _RGB, 0, 0, 0), b"", compress(rows))
+    else:
+        height, width, _ = image.shape
+        depth, color, palette = 8, _RGB, b""
+        flat = image.reshape(height, width * 3)
+        rows = np.empty((height, 1 + width * 3), np.uint8)
+        rows[:, 0] = _UP
+        rows[0, 1:] = flat[0]
+        np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
+    header = _chunk(b"IHDR", _HEADER.pack(width, height, depth, color, 0, 0, 0))
+    return b"".join((_SIGNATURE, header, palette, _chunk(b"IDAT", compress(rows)), _chunk(b"IEND", b"")))
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -120,12 +120,6 @@ def decode_image(data: bytes) -> Pixels:
         return _decode_any(data)
     pixels = _decode_own(_png_chunks(data))
     return _decode_any(data) if pixels is None else pixels
-
-
-def _assemble(header: tuple[int, ...], extra: bytes, data: bytes) -> bytes:
-    """A PNG from its header, the chunks between header and data, and its compressed rows."""
-    parts = (_SIGNATURE, _chunk(b"IHDR", _HEADER.pack(*header)), extra, _chunk(b"IDAT", data), _chunk(b"IEND", b""))
-    return b"".join(parts)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

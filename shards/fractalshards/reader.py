@@ -79,7 +79,7 @@ def iterate_shard(index: ShardIndex, positions: Iterable[int] | None = None) -> 
     with index.path.open("rb") as file:
         for position in range(len(index.offsets) - 1) if positions is None else positions:
             try:
-                sample = read_sample(file.fileno(), *index.offsets[position : position + 2].tolist())
+                sample = parse_sample(read_blocks(file.fileno(), *index.offsets[position : position + 2].tolist()))
             except FractalError as error:
                 raise FractalError(f"{index.path}: sample {position}: {error}; fetch or build it again") from error
             yield sample
@@ -97,13 +97,8 @@ def decode_shard(
         yield sample, image, label
 
 
-def read_sample(descriptor: int, start: int, end: int) -> Sample:
-    """Read one sample from an open shard; safe from many processes and threads at once."""
-    return parse_sample(read_blocks(descriptor, start, end))
-
-
 def read_blocks(descriptor: int, start: int, end: int) -> bytes:
-    """Read the bytes ``[start, end)`` of an open file; raise FractalError if it ends early."""
+    """Read the bytes ``[start, end)`` of an open file; raise FractalError if it ends early. Safe in many threads."""
     data = os.pread(descriptor, end - start, start)
     if len(data) != end - start:
         raise FractalError(f"file ends at byte {start + len(data)}, but the sample ends at {end}")
@@ -275,7 +270,7 @@ class StoredSplit:
         key = f"sample {place}"
         file = self.files.open(shard.path, shard.stamp)
         try:
-            sample = read_sample(file.fileno(), start, end)
+            sample = parse_sample(read_blocks(file.fileno(), start, end))
             key = sample.key
             image, label = decode_sample(sample, self.classes)
             if isinstance(label, int) != (self.label_type == "single"):

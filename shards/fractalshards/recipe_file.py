@@ -97,6 +97,7 @@ def _show(recipe: Mapping[str, Any], name: str) -> str:
 _BUILT = 1  # version of the portable recipe of a dataset that was built
 _PLANNED = 2  # of one that was not, without what only a build knows
 _ADVICE = "the file is damaged or was changed; ask for the file again"
+_INSTEAD = "share the files with 'fractalshards push DIR URL' and 'fractalshards pull URL DIR'"
 
 _Row = tuple[float, float, float]
 _Map = Annotated[list[_Row | float], Meta(min_length=2, max_length=12)]  # 2 x 3, 7 or 12 numbers
@@ -150,9 +151,8 @@ class PortableRecipe:
 def export_recipe(manifest: Manifest) -> bytes:
     """Make the portable recipe of a dataset, as JSON text; raises FractalError if its images were not rendered."""
     folder = manifest.folder
-    instead = f"share the files with 'fractalshards push {folder} URL' and 'fractalshards pull URL DIR'"
     if not isinstance(manifest.recipe.get("systems_digest"), str):
-        raise FractalError(f"{folder}: its images were not rendered from systems, so it has no recipe; {instead}")
+        raise FractalError(f"{folder}: its images were not rendered from systems, so it has no recipe; {_INSTEAD}")
     head = {
         "portable_version": _BUILT,
         "recipe": manifest.recipe,
@@ -169,8 +169,6 @@ def export_recipe(manifest: Manifest) -> bytes:
         },
     }
     text = _format(head, read_systems(folder / SYSTEMS))
-    if text is None:
-        raise FractalError(f"{folder}: its recipe would be larger than {MAX_JSON_BYTES >> 20} MiB; {instead}")
     parse_portable(text, str(folder))  # refuse a folder that was tampered with here, not where the file arrives
     return text
 
@@ -183,19 +181,17 @@ def plan_portable(recipe: Mapping[str, Any], label_type: LabelType, systems: Sys
         "recipe_digest": mapping_digest(recipe),
         "label_type": label_type,
     }
-    text = _format(head, systems)
-    if text is None:
-        raise UsageError(f"a recipe of {len(systems):,} classes is larger than {MAX_JSON_BYTES >> 20} MiB; use fewer")
-    return text
+    return _format(head, systems)
 
 
-def _format(head: Mapping[str, Any], systems: Systems) -> bytes | None:
-    """Lay out the file with one line per system; None if it would be larger than 16 MiB, at some 30,000 classes."""
-    if len("0.0,") * sum(system.size for system in systems) > MAX_JSON_BYTES:
-        return None
-    lines = ",\n".join(f"  {json.dumps(system.tolist(), separators=(',', ':'))}" for system in systems)
-    text = f'{json.dumps(head, indent=1)[:-2]},\n "systems": [\n{lines}\n ]\n}}\n'.encode()
-    return text if len(text) <= MAX_JSON_BYTES else None
+def _format(head: Mapping[str, Any], systems: Systems) -> bytes:
+    """Lay out the file with one line per system; raise UsageError if it is larger than 16 MiB, at 30,000 classes."""
+    if len("0.0,") * sum(system.size for system in systems) <= MAX_JSON_BYTES:
+        lines = ",\n".join(f"  {json.dumps(system.tolist(), separators=(',', ':'))}" for system in systems)
+        text = f'{json.dumps(head, indent=1)[:-2]},\n "systems": [\n{lines}\n ]\n}}\n'.encode()
+        if len(text) <= MAX_JSON_BYTES:
+            return text
+    raise UsageError(f"a recipe of {len(systems):,} classes is larger than {MAX_JSON_BYTES >> 20} MiB; {_INSTEAD}")
 
 
 def read_portable(path: Path) -> PortableRecipe:

@@ -5,7 +5,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from inspect import formatannotation
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from fractalshards.errors import UsageError
 
@@ -14,17 +17,17 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 _Task = TypeVar("_Task")
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
     """Parse ``["a=1", "b=2,3"]`` to ``{"a": "1", "b": "2,3"}``; the last setting of a name wins."""
-    pairs = [setting.partition("=") for setting in settings]
-    for setting, (name, equals, _) in zip(settings, pairs, strict=True):
+    parsed = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
         if not (name and equals):
             raise UsageError(f"{option} {setting}: expected NAME=VALUE")
-    return {name: value for name, _, value in pairs}
+        parsed[name] = value
+    return parsed
 
 
 def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] = ()) -> _T:
@@ -41,8 +44,7 @@ def override(record: _T, changes: Mapping[str, object], fixed: Collection[str] =
     for name in changes:
         if name not in types:
             raise UsageError(f"unknown parameter {name!r}{nearest(name, types)}")
-    texts = {name: value if isinstance(value, str) else show_value(value) for name, value in changes.items()}
-    values = {name: _parse(text, types[name], name) for name, text in texts.items()}
+    values = {name: _parse(show_value(value), types[name], name) for name, value in changes.items()}
     return replace(record, **values)
 
 
@@ -59,18 +61,13 @@ def _parse(text: str, kind: Any, name: str) -> Any:
         if len(parts) not in (1, len(inner)):
             raise UsageError(f"{name}={text}: expected one value, or {len(inner)} separated by commas")
         parts = parts * (len(inner) // len(parts))
-        return tuple(_parse(part.strip(), kind, name) for part, kind in zip(parts, inner, strict=True))
-    if get_origin(kind) is Literal:
-        if text not in inner:
-            raise UsageError(f"{name}={text}: expected {' or '.join(inner)}")
-        return text
-    if type(None) in inner:
-        return None if text.lower() == "none" else _parse(text, inner[0], name)
+        return tuple(_parse(part.strip(), one, name) for part, one in zip(parts, inner, strict=True))
+    is_none = text.lower() == "none" and type(None) in inner
     try:
-        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{name}={text}: expected {_WANTED[kind]}") from error
-    if not math.isfinite(value):
+        value = msgspec.convert(None if is_none else text, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{name}={text}: expected {formatannotation(kind)}") from error
+    if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name}={text}: expected a finite number")
     return value
 
@@ -82,7 +79,6 @@ def show_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
-_AUTO = "auto"
 # The variable with the number of a task, and those with the first number, the last number and the step of its array.
 # SGE sets "undefined" outside of arrays. PBS Pro, OpenPBS and Torque set the number only.
 _ARRAYS = {
@@ -100,6 +96,10 @@ class Slice:
     index: int
     count: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise UsageError(f"--slice is {self.index} of {self.count}: expected 1 to {self.count}")
+
     def of(self, tasks: tuple[_Task, ...]) -> tuple[_Task, ...]:
         """Return the tasks of this slice; all slices together hold every task once."""
         return tasks[self.index - 1 :: self.count]
@@ -114,29 +114,19 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
     SLURM and SGE set the number of the task and the range of its array, PBS the number only. With PBS, and for a part
     of an array, K must be given and tasks must be numbered from 1.
     """
-    if match := re.fullmatch(r"(\d+)/(\d+)", text):
-        return _checked(int(match[1]), int(match[2]), "--slice")
-    if not (match := re.fullmatch(rf"{_AUTO}(?:/(\d+))?", text)):
-        raise UsageError(f"--slice is {text!r}: expected I/K, {_AUTO} or {_AUTO}/K, e.g. 3/10 for the third of ten")
-    task = next((name for name in _ARRAYS if _number(environment, name) is not None), None)
+    match = re.fullmatch(r"(\d+)/(\d+)|auto(?:/(\d+))?", text)
+    if match is None:
+        raise UsageError(f"--slice is {text!r}: expected I/K, auto or auto/K, e.g. 3/10 for the third of ten")
+    if match[1]:
+        return Slice(int(match[1]), int(match[2]))
+    numbers = {name: int(value) for name, value in environment.items() if value.isdecimal()}
+    task = next((name for name in _ARRAYS if name in numbers), None)
     if task is None:
         raise UsageError(f"--slice {text}: not a task of a job array (none of {', '.join(_ARRAYS)} is set)")
-    number = _number(environment, task) or 0
-    if match[1]:
-        return _checked(number, int(match[1]), task)
-    bounds = [_number(environment, name) for name in _ARRAYS[task]]
+    if match[3]:
+        return Slice(numbers[task], int(match[3]))
+    bounds = [numbers.get(name) for name in _ARRAYS[task]]
     if not bounds or None in bounds[:2]:
-        raise UsageError(f"--slice {text}: {task} is set, but not the number of tasks; give --slice {_AUTO}/K")
+        raise UsageError(f"--slice {text}: {task} is set, but not the number of tasks; give --slice auto/K")
     first, last, step = (bound or 0 for bound in bounds)
-    return _checked((number - first) // max(step, 1) + 1, (last - first) // max(step, 1) + 1, task)
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    value = environment.get(name, "")
-    return int(value) if value.isdecimal() else None
-
-
-def _checked(index: int, count: int, source: str) -> Slice:
-    if not 1 <= index <= count:
-        raise UsageError(f"{source} is {index} of {count}: expected 1 to {count}")
-    return Slice(index, count)
+    return Slice((numbers[task] - first) // max(step, 1) + 1, (last - first) // max(step, 1) + 1)

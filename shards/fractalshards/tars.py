@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from itertools import groupby
@@ -52,13 +52,15 @@ class Tar:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The samples of a tar, as arrays with an entry per sample except for ``keys``."""
+    """The usable samples of a tar, as arrays with an entry per sample except for ``keys``."""
 
     starts: Positions  # first byte of the image
     sizes: Positions  # of the image in bytes
     labels: Positions  # class indices
     keys: npt.NDArray[np.uint8]  # the concatenated keys in UTF-8
     key_ends: Positions  # end of each key in ``keys``
+    bad: int = 0  # number of samples that are left out
+    first_bad: str = ""  # what is wrong with the first of these
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -76,34 +78,26 @@ def index_tars(tars: Sequence[Tar], skip_bad: bool = False) -> tuple[TarIndex, .
     """
     if tars:
         _log.info("reading the headers of %s in %s", human_count(len(tars), "tar"), tars[0].path.parent)
-    index = partial(index_tar, skip_bad=skip_bad)
+    index_one = partial(index_tar, skip_bad=skip_bad)
     if len(tars) <= _FEW_TARS:
-        results = list(map(index, tars))
+        indices = tuple(map(index_one, tars))
     else:
         with worker_pool(available_cores()) as pool:
-            results = list(pool.map(index, tars))
-    if bad := sum(result.bad for result in results):
-        first = next(result.first_bad for result in results if result.bad)
+            indices = tuple(pool.map(index_one, tars))
+    if bad := sum(index.bad for index in indices):
+        first = next(index.first_bad for index in indices if index.bad)
         _log.warning("%s left out, the first: %s", human_count(bad, "bad sample"), first)
-    for tar, result in zip(tars, results, strict=True):
-        count = len(result.found) + result.bad
+    for tar, index in zip(tars, indices, strict=True):
+        count = len(index) + index.bad
         if tar.samples not in (None, count):
             raise FractalError(
                 f"{tar.path}: holds {count} samples, not {tar.samples} as the info file says; fetch the tar again, or "
                 "remove the info file to train on the tars as they are"
             )
-    return tuple(result.found for result in results)
+    return indices
 
 
-class ScannedTar(NamedTuple):
-    """The samples of a tar, the number of bad ones that were left out, and what is wrong with the first of these."""
-
-    found: TarIndex
-    bad: int
-    first_bad: str
-
-
-def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
+def index_tar(tar: Tar, skip_bad: bool = False) -> TarIndex:
     """Find the samples of a tar by its headers (ustar, GNU or pax).
 
     The members of a sample are neighbours and share their name up to the first dot of the base name. A hard link
@@ -112,7 +106,7 @@ def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
     Raises FractalError if it is not a plain tar or ends early; unless ``skip_bad``, also if a sample is not usable.
     """
     keys: list[bytes] = []
-    places: list[_Place] = []
+    places: list[tuple[int, int, int]] = []  # start and size of an image, and its label
     bad, first_bad = 0, ""
     size = regular_size(tar.path)
     with tar.path.open("rb") as file:
@@ -126,22 +120,16 @@ def index_tar(tar: Tar, skip_bad: bool = False) -> ScannedTar:
                 if not skip_bad:
                     raise FractalError(f"{fault}, or train with --on-bad-sample skip") from error
                 bad, first_bad = bad + 1, first_bad or fault
-    table = np.array(places, np.int64).reshape(-1, 3)
-    index = TarIndex(
-        starts=table[:, 0].copy(),
-        sizes=table[:, 1].copy(),
-        labels=table[:, 2].copy(),
-        keys=np.frombuffer(b"".join(keys), np.uint8),
-        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
-    )
-    return ScannedTar(index, bad, first_bad)
+    starts, sizes, labels = np.array(places, np.int64).reshape(-1, 3).T.copy()
+    key_ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+    return TarIndex(starts, sizes, labels, np.frombuffer(b"".join(keys), np.uint8), key_ends, bad, first_bad)
 
 
 def index_digest(indices: Iterable[TarIndex]) -> str:
     """Return 32 hexadecimal digits over keys, labels, positions and sizes, which identify the dataset."""
     state = xxhash.xxh3_128()
     for index in indices:
-        for array in astuple(index):
+        for array in (index.starts, index.sizes, index.labels, index.keys, index.key_ends):
             state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()
 
@@ -159,10 +147,9 @@ class _Member(NamedTuple):
     size: int
 
 
-_Place = tuple[int, int, int]  # start and size of an image, and its label
-
-
-def _find_sample(members: Iterable[_Member], label_key: str | None, descriptor: int, tar_size: int) -> _Place | None:
+def _find_sample(
+    members: Iterable[_Member], label_key: str | None, descriptor: int, tar_size: int
+) -> tuple[int, int, int] | None:
     """Return where the image of a sample is, and its label; None if the members are not those of a sample."""
     label_extension = "cls" if label_key is None else "json"
     found: dict[str, _Member] = {}
@@ -214,13 +201,13 @@ def _members(path: Path, descriptor: int) -> Iterator[_Member]:
     """Yield the files of a tar that belong to samples, hard links with the place of the member that they name."""
     places: dict[str, tuple[int, int]] = {}
     for header in _headers(path, descriptor):
+        name, target = header.name.removeprefix("./"), header.linkname.removeprefix("./")
         if header.isreg() and not header.issparse():
-            places[_normal(header.name)] = header.offset_data, header.size
-        elif header.islnk() and _normal(header.linkname) in places:
-            places[_normal(header.name)] = places[_normal(header.linkname)]
+            places[name] = header.offset_data, header.size
+        elif header.islnk() and target in places:
+            places[name] = places[target]
         else:
             continue
-        name = _normal(header.name)
         folder, slash, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         if stem and extension and not _IGNORED.search(name):
@@ -248,7 +235,3 @@ class _HeaderFile(FileIO):
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return super().read(size)
-
-
-def _normal(name: str) -> str:
-    return name.removeprefix("./")

@@ -59,16 +59,12 @@ def verify_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
 
     ``on_progress`` is called with (done, total) samples.
     """
-    problems = [*_verify_recipe(manifest)]
-    listed = {shard.name for split in manifest.splits.values() for shard in split}
-    others = {path.name for path in manifest.folder.glob("[!.]*.tar")} - listed  # but not temporary files
-    problems += [Problem(name, "", "not in the manifest; remove it") for name in others]
+    splits, firsts = manifest.splits, manifest.first_samples
+    shards = [pair for name in splits for pair in zip(splits[name], firsts[name], strict=True)]
+    others = {path.name for path in manifest.folder.glob("[!.]*.tar")}  # but not temporary files
+    others -= {shard.name for shard, _ in shards}
+    problems = [*_verify_recipe(manifest), *(Problem(name, "", "not in the manifest; remove it") for name in others)]
     promise = Promise(manifest.classes, manifest.image_size, manifest.label_type)
-    shards = [
-        (shard, first)
-        for split, listed in manifest.splits.items()
-        for shard, first in zip(listed, manifest.first_samples[split], strict=True)
-    ]
     with worker_pool(workers) as pool:
         problems += verify_shards(pool, manifest.folder, shards, promise, on_progress)
     return sorted(problems)
@@ -136,8 +132,7 @@ def _verify_samples(
             image, label = decode_sample(sample, promise.classes)
             if sample.key != sample_key(index):
                 raise FractalError(f"expected sample {sample_key(index)} here")
-            _check_files(sample)
-            _check_promise(image.shape, label, promise)
+            _check_sample(sample, image.shape, label, promise)
             content.add(sample, image)
             counts.update(classes_of(label))
         except FractalError as error:
@@ -155,17 +150,13 @@ def _verify_samples(
         yield Problem(record.name, "", "the labels do not match the counts in the sidecar")
 
 
-def _check_files(sample: Sample) -> None:
-    """Raise unless the image comes before the label and has the format that its name says."""
+def _check_sample(sample: Sample, shape: tuple[int, ...], label: Label, promise: Promise) -> None:
+    """Raise unless a sample, the shape of its image and its label are what format and manifest promise."""
     extension = image_extension(sample.files)
     if next(iter(sample.files)) != extension:
         raise FractalError(f"the label comes before the .{extension}")
     if (found := image_format(sample.files[extension])) != extension:  # the content digest depends on the name
         raise FractalError(f"its image is named .{extension} but is {f'a .{found}' if found else 'of another format'}")
-
-
-def _check_promise(shape: tuple[int, ...], label: Label, promise: Promise) -> None:
-    """Raise unless the shape of an image and its label are what the manifest promises."""
     height, width, _ = shape
     if (side := promise.image_size) and (height, width) != (side, side):
         raise FractalError(f"{width} x {height} pixels, not {side} x {side}")

@@ -63,9 +63,7 @@ class WebDatasetOptions:
     def check_unused(self, data: str | Path) -> None:
         """Raise UsageError if options are given for tars of other programs, which ``data`` is not."""
         if self.label_key is not None or self.patterns:
-            raise UsageError(
-                f"--label-key and --split are for tars of other programs in a local folder, not for {data}"
-            )
+            raise UsageError(f"--label-key and --split are for local tars of other programs, not for {data}")
 
 
 DEFAULT_OPTIONS = WebDatasetOptions()
@@ -75,7 +73,6 @@ DEFAULT_OPTIONS = WebDatasetOptions()
 class WebDatasetInfo:
     """The tars of a folder by split, and the number of classes, or None if no info file says it."""
 
-    folder: Path
     splits: Mapping[str, tuple[Tar, ...]]
     classes: int | None
 
@@ -121,16 +118,14 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
         listed = [("", Tar(_tar_path(folder, name, folder), None, options.label_key)) for name in _find_tars(folder)]
     if not listed:
         raise FractalError(f"{folder}: holds no .tar files; check the path, and decompress .tar.gz files")
+    names = {tar.path: str(tar.path.relative_to(folder)) for _, tar in listed}
+    matched: dict[Path, str] = {}
     for split, pattern in options.patterns:
-        if not any(_matches(folder, tar, pattern) for _, tar in listed):
-            names = human_list([tar.path.name for _, tar in listed], _MAX_NAMED)
-            raise UsageError(f"--split {split}={pattern}: matches none of the tars {names}")
-    matched = {
-        tar.path: name
-        for name, pattern in reversed(options.patterns)
-        for _, tar in listed
-        if _matches(folder, tar, pattern)
-    }
+        paths = [path for path, name in names.items() if fnmatchcase(path.name, pattern) or fnmatchcase(name, pattern)]
+        if not paths:
+            found = human_list(list(names.values()), _MAX_NAMED)
+            raise UsageError(f"--split {split}={pattern}: matches none of the tars {found}")
+        matched = dict.fromkeys(paths, split) | matched
     by_name = _split_by_name(folder, [tar for split, tar in listed if not split and tar.path not in matched])
     splits: dict[str, list[Tar]] = {}
     for split, tar in listed:
@@ -140,7 +135,7 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
     if matched or by_name:
         counts = ", ".join(f"{human_count(len(tars), 'tar')} in {split}" for split, tars in splits.items())
         _log.info("%s: splits by the names of the tars: %s", folder, counts)
-    return WebDatasetInfo(folder, {split: tuple(tars) for split, tars in splits.items()}, info.num_classes)
+    return WebDatasetInfo({split: tuple(tars) for split, tars in splits.items()}, info.num_classes)
 
 
 def _find_tars(folder: Path) -> list[str]:
@@ -172,10 +167,6 @@ def _tar_path(folder: Path, name: str, where: Path) -> Path:
         if not part.isprintable() or part[:1] in ("", ".") or set(part) & {":", "\\"}:  # webdataset runs "pipe:" names
             raise FractalError(f"{where}: {name!r} is not a plain file name; rename the tar, if it is yours")
     return folder / name
-
-
-def _matches(folder: Path, tar: Tar, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (tar.path.name, tar.path.relative_to(folder).as_posix()))
 
 
 def _split_by_name(folder: Path, tars: Sequence[Tar]) -> dict[Path, str]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -45,7 +45,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals by which batch systems ask a training to save and end."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -93,19 +92,12 @@ def leave_out_current_folder() -> None:
     os.environ[_SAFE_PATH] = "1"
 
 
-def describe_exit(code: int) -> str:
-    """Say how a process ended, as the end of a sentence that begins with it."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    with suppress(ValueError):
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"was killed by signal {-code}"
-
-
-def _advise(code: int) -> str:
+def _describe_exit(code: int) -> str:
+    """Say how a process ended and what to do, as the end of a sentence that begins with it."""
     if code == -signal.SIGKILL:
-        return "if memory ran out, lower --workers"
-    return "its own messages, if any, are above"
+        return "was killed by SIGKILL; if memory ran out, lower --workers"
+    how = f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code} ({signal.strsignal(-code)})"
+    return f"{how}; its own messages, if any, are above"
 
 
 def check_semaphores() -> None:
@@ -140,7 +132,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
         with handling(signal.SIG_DFL, *_SIGNALS):
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 if sys.stderr.isatty():
-                    sys.stderr.write(_SHOW_CURSOR)
+                    sys.stderr.write("\x1b[?25h")  # shows the cursor, which progress bars hide
                 _log.warning("stopping when the running tasks are finished; press Ctrl-C again to stop at once")
             pool.shutdown(cancel_futures=True)
         for name in added:
@@ -149,7 +141,11 @@ def worker_pool(workers: int) -> Iterator[Executor]:
 
 def sigterm_interrupts() -> AbstractContextManager[None]:
     """Raise ``Terminated``, a KeyboardInterrupt, inside the block when SIGTERM arrives."""
-    return handling(_terminate, signal.SIGTERM)
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    return handling(terminate, signal.SIGTERM)
 
 
 def is_lost(error: BaseException) -> bool:
@@ -178,7 +174,10 @@ class _Pool(Executor):
     """
 
     def __init__(self, workers: int) -> None:
-        self._threads = ThreadPoolExecutor(workers, initializer=_block_signals)
+        # Ctrl-C at a terminal and SIGTERM from some batch systems reach all processes; only the parent acts on them.
+        # Threads block them, and so do the processes that they start, from their first instruction on.
+        blocked = signal.SIG_BLOCK, _SIGNALS
+        self._threads = ThreadPoolExecutor(workers, initializer=signal.pthread_sigmask, initargs=blocked)
         self._workers: LifoQueue[_Worker | None] = LifoQueue()  # idle, or None if not started yet
         for _ in range(workers):
             self._workers.put(None)
@@ -193,51 +192,52 @@ class _Pool(Executor):
                 worker.stop()
 
     def _run(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> _T:
-        code = 0
-        for _ in range(TRIES):
-            idle = self._workers.get()
-            try:
-                idle = worker = idle or _Worker()
-                return cast(_T, worker.run(task, args, named))
-            except _WorkerDiedError:
-                code = worker.stop()
-                _log.warning("a worker process %s; its task runs again", describe_exit(code))
-                idle = None
-            finally:
-                self._workers.put(idle)
-        raise WorkerLostError(f"the worker process {describe_exit(code)}, {TRIES} times; {_advise(code)}")
+        worker = self._workers.get()
+        try:
+            for _ in range(TRIES):
+                worker = worker or _Worker()
+                try:
+                    worker.pipe.send((task, args, named))
+                    result, error = worker.pipe.recv()
+                except (EOFError, OSError):
+                    died = _describe_exit(worker.stop())
+                    worker = None
+                    _log.warning("a worker process %s; its task runs again", died)
+                    continue
+                if error is not None:
+                    raise error
+                return cast(_T, result)
+        finally:
+            self._workers.put(worker)
+        raise WorkerLostError(f"its worker process died {TRIES} times; the last one {died}")
 
 
-class _WorkerDiedError(Exception):
-    """The process of a worker ended while it ran a task."""
+class _Worker(SpawnProcess):
+    """A process that runs one task at a time.
 
+    It is spawned: a forked one would hold the pipes of its siblings, and not notice the end of its parent. It does not
+    run the main module: a script without a main guard would start again.
+    """
 
-class _Worker:
-    """A process that runs one task at a time."""
+    _starting = threading.Lock()
 
     def __init__(self) -> None:
-        # spawned: a forked worker would hold the pipes of its siblings, and not notice the end of its parent
-        self._pipe, other = multiprocessing.Pipe()
-        self._process = _WithoutMain(target=_serve, args=(other,))
-        self._process.start()
+        pipe, other = multiprocessing.Pipe()
+        super().__init__(target=_serve, args=(other,))
+        with self._starting:
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                self.start()
+            finally:
+                sys.modules["__main__"] = main
         other.close()  # so that the pipe ends with the process
-
-    def run(self, task: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """Return what a task returns, or raise what it raises; ``_WorkerDiedError`` if the process ends."""
-        try:
-            self._pipe.send((task, args, named))
-            result, error = self._pipe.recv()
-        except (EOFError, OSError) as broken:
-            raise _WorkerDiedError from broken
-        if error is not None:
-            raise error
-        return result
+        self.pipe = pipe  # only now: the process gets a copy of what is set before
 
     def stop(self) -> int:
         """Let the process end, and return its exit code."""
-        self._pipe.close()
-        self._process.join()
-        return self._process.exitcode or 0
+        self.pipe.close()
+        self.join()
+        return self.exitcode or 0
 
 
 def _serve(pipe: "Connection[Any, Any]") -> None:
@@ -261,28 +261,6 @@ def _run_task(request: bytes) -> tuple[Any, BaseException | None]:
         return None, error
 
 
-class _WithoutMain(SpawnProcess):
-    """A spawned process that does not run the main module: a script without a main guard would start again."""
-
-    _lock = threading.Lock()
-
-    def start(self) -> None:
-        with self._lock:
-            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-            try:
-                super().start()
-            finally:
-                sys.modules["__main__"] = main
-
-
-def _block_signals() -> None:
-    """Block signals in this thread, and so in the processes it starts, from their first instruction on.
-
-    Ctrl-C at a terminal and SIGTERM from some batch systems reach all processes; only the parent acts on them.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-
 @contextmanager
 def handling(
     handler: Callable[[int, FrameType | None], object] | signal.Handlers, *signals: signal.Signals
@@ -295,10 +273,6 @@ def handling(
     finally:
         for number, previous in before.items():
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not a handler of Python
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
 
 
 def init_loader_worker(worker: int) -> None:
@@ -321,7 +295,7 @@ def watching(processes: Sequence[BaseProcess]) -> Iterator[None]:
     def check(*_: object) -> None:
         for process in processes:
             if code := process.exitcode:
-                raise WorkerLostError(f"a loader worker {describe_exit(code)}; {_advise(code)}")
+                raise WorkerLostError(f"a loader worker {_describe_exit(code)}")
 
     with handling(check, signal.SIGCHLD):
         check()

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fractalshards.digest import ContentDigest
+from fractalshards.digest import ContentDigest, mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_count, human_list
 from fractalshards.manifest import (
@@ -161,22 +162,15 @@ def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], 
             f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
             "system, then run the same command again"
         )
-    missing = tuple(task.name for task in tasks if task.name not in records)
-    if not missing:
-        names = dict.fromkeys(task.split for task in tasks)
-        splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
-        sides = {record.image_size for record in records.values()}
-        if not _is_published(folder, splits, info):
-            write_manifest(folder, splits, info, sides.pop() if len(sides) == 1 else None)
     remove_leftovers(folder)
-    return missing
-
-
-def _is_published(folder: Path, splits: Mapping[str, object], info: DatasetInfo) -> bool:
-    """Whether there is a manifest of this recipe that lists exactly these shards."""
-    try:
-        manifest = load_manifest(folder)
-    except FractalError:
-        return False
-    found = manifest.splits, manifest.recipe, manifest.recipe_digest
-    return found == (splits, info.recipe, info.recipe_digest)
+    if missing := tuple(task.name for task in tasks if task.name not in records):
+        return missing
+    names = dict.fromkeys(task.split for task in tasks)
+    splits = {name: tuple(records[task.name].shard() for task in tasks if task.split == name) for name in names}
+    with suppress(FractalError):
+        found = load_manifest(folder)
+        if (found.splits, found.recipe, found.recipe_digest) == (splits, info.recipe, mapping_digest(info.recipe)):
+            return ()
+    sides = {record.image_size for record in records.values()}
+    write_manifest(folder, splits, info, sides.pop() if len(sides) == 1 else None)
+    return ()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from building import SMALL, run
+from building import SMALL, succeed
 from fractalgen import executors
 
 
@@ -13,8 +13,7 @@ from fractalgen import executors
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset of ``SMALL``, six shards; tests copy the folder before they change it."""
     out = tmp_path_factory.mktemp("built") / "single"
-    result = run(*SMALL, "--workers", 1, "--out", out)
-    assert result.exit_code == 0, result.output
+    succeed(*SMALL, "--workers", 1, "--out", out)
     return out
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
 
-from building import RECIPE, SMALL, error_line, files, names, run, times, wait_until
+from building import RECIPE, SMALL, error_line, files, names, run, succeed, times, wait_until
 from damages import edit
 from fractalgen import make_recipe
 from fractalgen.build import Plan, open_folder, plan_build, run_build
@@ -31,6 +30,7 @@ from fractalshards.systems import write_systems
 from packing import is_sound
 
 SLOW = ["--n", "240", "--points", "1000000"]
+FINISH = {"build": [*SMALL, "--out"], "repair": ["repair"]}
 
 
 def start(arguments: list[str], out: Path, workers: int = 1) -> subprocess.Popen[str]:
@@ -64,12 +64,11 @@ def test_built_folder_describes_itself(built: Path) -> None:
         assert max(counts.values()) - min(counts[label] for label in range(20)) <= 1
 
 
-@pytest.mark.parametrize("command", ["build", "repair"])
+@pytest.mark.parametrize("command", FINISH)
 def test_finished_dataset_is_left_alone(built: Path, tmp_path: Path, command: str, threads: None) -> None:
     out = shutil.copytree(built, tmp_path / "again")
     before = times(out)
-    result = run(*SMALL, "--out", out) if command == "build" else run("repair", out)
-    assert result.exit_code == 0, result.output
+    result = succeed(*FINISH[command], out)
     assert "nothing to render" in result.stderr or result.stdout.startswith("sound: ")
     assert times(out) == before
 
@@ -81,8 +80,7 @@ def test_build_renders_what_is_missing_or_damaged(built: Path, tmp_path: Path, t
     (out / "systems.npz").unlink()
     os.truncate(out / "val-000000.tar", 700)
     kept = (out / "train-000000.tar").stat().st_mtime_ns
-    result = run(*SMALL, "--out", out)
-    assert result.exit_code == 0, result.output
+    result = succeed(*SMALL, "--out", out)
     assert "to render: 63 images in 3 shards (3 done)" in result.stderr
     assert files(out) == files(built)
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
@@ -139,7 +137,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: None) -> None:
     """SIGKILL to the parent ends the workers, and the next build continues."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
-    assert (result := run(*SMALL, *SLOW, "--out", undisturbed)).exit_code == 0, result.output
+    succeed(*SMALL, *SLOW, "--out", undisturbed)
     process = start([*SMALL, *SLOW], out, workers=2)
     wait_until(lambda: sidecars(out), process)
     process.kill()
@@ -148,16 +146,14 @@ def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: Non
     assert not (out / "_info.json").exists()
     assert len(sidecars(out)) < 11
     (out / f".tmp~{os.uname().nodename}~{process.pid}~00000000~train-000004.tar").write_bytes(b"half")
-    result = run(*SMALL, *SLOW, "--out", out)
-    assert result.exit_code == 0, result.stderr
-    assert "done)" in result.stderr
+    assert "done)" in succeed(*SMALL, *SLOW, "--out", out).stderr
     assert files(out) == files(undisturbed)
 
 
 def test_killed_workers_shards_are_rendered_again(tmp_path: Path, threads: None) -> None:
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     options = [*SMALL, "--points", "300000"]
-    assert (result := run(*options, "--out", undisturbed)).exit_code == 0, result.output
+    succeed(*options, "--out", undisturbed)
     process = start(options, out)
     wait_until(lambda: sidecars(out), process)
     for worker in workers_of(process):
@@ -199,13 +195,12 @@ def test_full_disk_leaves_only_finished_shards(built: Path, small_disk: Path) ->
     assert files(out) == files(built)
 
 
-@pytest.mark.parametrize("command", ["build", "repair"])
+@pytest.mark.parametrize("command", FINISH)
 def test_finished_dataset_may_be_read_only(built: Path, small_disk: Path, command: str, threads: None) -> None:
     out = small_disk / "out"
     subprocess.run(["cp", "-r", built, out], check=True)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    result = run(*SMALL, "--out", out) if command == "build" else run("repair", out)
-    assert result.exit_code == 0, result.output
+    succeed(*FINISH[command], out)
     assert error_line(run(*SMALL, "--n", "111", "--out", out))
 
 
@@ -215,8 +210,7 @@ def test_categories_that_stay_black_are_named(tmp_path: Path, threads: None) -> 
     for index, category in enumerate(categories):
         np.savetxt(tmp_path / f"{index:05d}.csv", category, delimiter=",", fmt="%.18e")
     options = ["build", "--kind", "fractaldb", "--n", "16", "--size", "32", "--points", "500"]
-    result = run(*options, "--from-csv", tmp_path, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    result = succeed(*options, "--from-csv", tmp_path, "--out", tmp_path / "out")
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert "00002, 00003" in warning
     assert "00001" not in warning
@@ -231,18 +225,13 @@ def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
     write_systems(stored, shipped_categories()[5:9])
     options = ["build", "--kind", "fractaldb", "--n", 16, "--size", 32, "--points", 500]
     for name, given in (("a", ["--from-csv", tmp_path / "csv"]), ("b", ["--categories", stored, "--classes", 3])):
-        assert (result := run(*options, "--out", tmp_path / name, *given)).exit_code == 0, result.output
+        succeed(*options, "--out", tmp_path / name, *given)
         assert load_manifest(tmp_path / name).classes == 3
-        same = map(np.array_equal, read_categories(tmp_path / name / "systems.npz"), shipped_categories()[5:8])
-        assert all(same)
+        assert all(map(np.array_equal, read_categories(tmp_path / name / "systems.npz"), shipped_categories()[5:8]))
     assert "nothing to render" in run(*options, "--out", tmp_path / "a", "--classes", 3).stderr
     write_systems(stored, shipped_categories()[:3])
     assert "systems_digest" in error_line(run(*options, "--out", tmp_path / "a", "--categories", stored))
     assert "3 categories" in error_line(run(*options, "--classes", 4, "--categories", stored, "--out", tmp_path / "c"))
-
-
-def repair(folder: Path) -> Result:
-    return run("repair", folder, "--workers", 1)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -253,6 +242,12 @@ def flip(path: Path, offset: int) -> None:
 
 def recipe_with(**changes: object) -> Callable[[Path], object]:
     return lambda path: edit(path, recipe=json.loads(path.read_text())["recipe"] | changes)
+
+
+def unfinished(path: Path) -> None:
+    for end in (".tar", ".json"):
+        path.with_suffix(end).unlink()
+    path.with_name("_info.json").unlink()
 
 
 @pytest.fixture
@@ -266,6 +261,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("val-000000.tar", lambda path: os.truncate(path, 5000)),
     ("train-000003.tar", Path.unlink),
     ("train-000004.json", Path.unlink),
+    ("train-000000.tar", unfinished),
     ("train-000001.json", lambda path: shutil.copy(path.with_name("train-000000.json"), path)),
     ("train-000000.json", lambda path: edit(path, content_digest="0" * 32)),
     ("_info.json", Path.unlink),
@@ -284,8 +280,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
 def test_repair_renders_only_the_damaged_shard(built: Path, copy: Path, name: str, damage: Callable) -> None:
     damage(copy / name)
     kept = {path.name: path.stat().st_mtime_ns for path in copy.glob("*.tar") if path.stem != Path(name).stem}
-    result = repair(copy)
-    assert result.exit_code == 0, result.output
+    result = succeed("repair", copy)
     rendered = [Path(name).with_suffix(".tar").name] if "-" in name else []
     assert re.findall("rendered again: (.*)", result.stdout) == rendered
     assert result.stdout.splitlines()[-1].startswith("sound: ")
@@ -294,23 +289,16 @@ def test_repair_renders_only_the_damaged_shard(built: Path, copy: Path, name: st
     assert is_sound(copy)
 
 
-def test_repair_finishes_an_unfinished_build(built: Path, copy: Path, threads: None) -> None:
-    for name in ("_info.json", "train-000000.tar", "train-000000.json", "val-000000.json"):
-        (copy / name).unlink()
-    assert repair(copy).exit_code == 0
-    assert files(copy) == files(built)
-
-
 def test_repair_refuses_shards_that_differ_from_the_manifest(built: Path, copy: Path, threads: None) -> None:
     splits = json.loads((copy / "_info.json").read_text())["splits"]
     splits["val"]["content_digests"] = ["0" * 32]
     edit(copy / "_info.json", splits=splits)
     for _ in range(2):  # the manifest stays as it is
-        result = repair(copy)
+        result = run("repair", copy)
         assert result.exit_code == 1
         assert "val-000000.tar" in result.stderr.splitlines()[-1]
     (copy / "_info.json").unlink()
-    assert repair(copy).exit_code == 0
+    succeed("repair", copy)
     assert files(copy) == files(built)
 
 
@@ -322,13 +310,9 @@ def test_repair_names_what_it_cannot_repair(copy: Path, tmp_path: Path, threads:
     shutil.copy(copy / "val-000000.tar", extra / "extra.tar")
     recipe_with(version=1)(copy / "_info.json")
     os.truncate(copy / "recipe.json", 10)
-    for folder, noun in (
-        (part, "part"),
-        (extra, "extra.tar"),
-        (copy, "recipe version 1"),
-        (tmp_path / "nowhere", "recipe.json"),
-    ):
-        result = repair(folder)
+    nouns = {part: "part", extra: "extra.tar", copy: "recipe version 1", tmp_path / "nowhere": "recipe.json"}
+    for folder, noun in nouns.items():
+        result = run("repair", folder)
         assert result.exit_code == 1
         assert "sound:" not in result.stdout
         assert noun in result.stderr.splitlines()[-1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from building import error_line, run
+from building import error_line, run, succeed
 from fractalgen.categories import read_categories, search_categories, shipped_categories
 from fractalgen.kinds import KINDS
 
@@ -24,19 +24,15 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, name
     out = tmp_path / "new" / "image.png"
     options = ["--params", reference / "fractaldb_csv/00007.csv", "--weight-row", case["weight_row"], "--out", out]
     options += ["--draw", case["draw"].replace("_", "-"), "--mask-seed", case.get("python_random_seed", 0)]
-    result = run("render", *options)
-    assert result.exit_code == 0, result.output
     expected = pixels(reference / "fractaldb_images" / name)
-    assert np.array_equal(pixels(out), expected)
-    assert (result := run("render", *options, "--flip", 2)).exit_code == 0, result.output
-    assert np.array_equal(pixels(out), expected[:, ::-1])
+    for flip, flipped in ((0, expected), (2, expected[:, ::-1])):
+        succeed("render", *options, "--flip", flip)
+        assert np.array_equal(pixels(out), flipped)
 
 
 def test_search_writes_categories(tmp_path: Path) -> None:
     out = tmp_path / "new" / "found.npz"
-    options = ["search", "--classes", 2, "--seed", 5, "--fill-rate", 0.1, "--workers", 1, "--out", out]
-    result = run(*options)
-    assert result.exit_code == 0, result.output
+    result = succeed("search", "--classes", 2, "--seed", 5, "--fill-rate", 0.1, "--workers", 1, "--out", out)
     assert f"{out}: 2 categories" in result.stdout
     assert "searching: 2 / 2" in result.stderr
     found = search_categories(2, seed=5, fill_rate=0.1)
@@ -54,7 +50,6 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
     ("command", "code", "noun"),
     [
         (f"{BUILD} --recipe recipe.json", 2, "--recipe"),
-        (f"{BUILD} --kind fractl", 2, "'fractl'"),
         (f"{BUILD} --workers 0", 2, "--workers"),
         (f"{BUILD} --set mops=2,3", 2, "'maps'"),
         (f"{BUILD} --set blur=1", 2, "'blur_"),
@@ -65,7 +60,6 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         (f"{BUILD} --n 19", 2, "20 classes"),
         (f"{BUILD} --n 1000000000 --val 1", 2, "n + val"),
         (f"{BUILD} --n 1000000 --shard-size 1", 2, "shards"),
-        (f"{BUILD} --size 15", 2, "size is 15"),
         (f"{BUILD} --size 4097", 2, "size is 4097"),
         (f"{BUILD} --slice ''", 2, "I/K"),
         (f"{BUILD} --categories x.npz", 2, "--kind is 'single'"),
@@ -88,14 +82,12 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         ("recipe --kind onepfrac --classes 5 --set sigma=6", 2, "sigma"),
         ("recipe --kind onepfrac --classes 5 --set threshold=0.9", 2, "threshold"),
         ("recipe --kind onepfrac --classes 5 --set maps=9", 2, "maps"),
-        ("render --params csv --weight-row 25", 2, "--weight-row"),
         ("render --params csv --out image.jpg", 2, "image.jpg"),
         ("render --params nowhere.csv", 1, "nowhere.csv"),
         ("render --kind visualatom --category 1", 2, "--instance"),
         (f"{RENDER} --instance 1000", 2, "instance"),
         (f"{RENDER} --category 60 --classes 60 --set instances=2", 2, "category"),
         (f"{RENDER} --classes 61", 2, "classes"),
-        (f"{RENDER} --classes 0", 2, "--classes"),
         (f"{RENDER} --params x.csv", 2, "--params"),
         (f"{RENDER} --draw point-gray", 2, "--draw"),
         (f"{RENDER} --set stream=own", 2, "stream"),
@@ -103,7 +95,6 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         *((f"search --classes {number}", 2, f"classes is {number}") for number in (0, 100_001)),
         *((f"search --seed={number}", 2, "seed") for number in (-1, 2**32)),
         *((f"search --fill-rate={number}", 2, "fill rate") for number in (0.0, 0.39, "nan")),
-        ("search --workers none", 2, "--workers"),
         ("preview --kind fractl", 2, "'fractl'"),
         ("preview --kind all --set maps=2,3", 2, "--set"),
         ("preview --kind single --size 8", 2, "size is 8"),
@@ -124,8 +115,7 @@ def test_refusal_is_one_line(
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
 def test_preview_draws_a_row_per_class(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "sheet.png"
-    result = run("preview", "--kind", kind, "--classes", 3, "--per-class", 2, "--out", out)
-    assert result.exit_code == 0, result.output
+    succeed("preview", "--kind", kind, "--classes", 3, "--per-class", 2, "--out", out)
     sheet = pixels(out)
     width, height = 44 + 2 * 100, 28 + 3 * 100 + 4
     assert sheet.shape == (height, width * (len(KINDS) if kind == "all" else 1), 3)
@@ -138,7 +128,7 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
     plain = ["preview", "--kind", "fractaldb", "--classes", 2, "--per-class", 2, "--tile", 32, "--out", out]
     sheets = []
     for options in ([], ["--size", 64], ["--points", 50], ["--seed", 1], ["--set", "draw=point-gray"]):
-        assert (result := run(*plain, *options)).exit_code == 0, result.output
+        succeed(*plain, *options)
         sheets.append(pixels(out))
     assert {sheet.shape for sheet in sheets} == {(28 + 2 * 36 + 4, 44 + 2 * 36, 3)}
     assert len({sheet.tobytes() for sheet in sheets}) == 5
@@ -147,19 +137,17 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
 def test_recipe_is_written_or_printed(tmp_path: Path) -> None:
     options = ["recipe", "--kind", "rcdb", "--n", 2, "--classes", 2, "--set", "processes=2", "--set", "stream=own"]
     for size, warned in ((64, True), (512, False), (600, False)):  # curves do not shrink with the image
-        printed, written = run(*options, "--size", size), run(*options, "--size", size, "--out", tmp_path / "new.json")
-        assert (printed.exit_code, written.exit_code) == (0, 0), printed.output + written.output
+        printed = succeed(*options, "--size", size)
+        succeed(*options, "--size", size, "--out", tmp_path / "new.json")
         assert printed.stdout_bytes == (tmp_path / "new.json").read_bytes()
         assert ("warning:" in printed.stderr) == warned
 
 
 def test_kinds_lists_every_parameter_with_default_and_range() -> None:
-    result = run("kinds")
-    assert result.exit_code == 0, result.output
-    rows = [line.split() for line in result.stdout.splitlines()]
+    rows = [line.split() for line in succeed("kinds").stdout.splitlines()]
     for row in (["jitter", "0.8,1.1", "0.0", "to", "10.0"], ["objects", "1,5", "1", "to", "255"]):
         assert row in [found[:5] for found in rows]
-    listed = {kind["name"]: kind["parameters"] for kind in json.loads(run("kinds", "--json").stdout)}
+    listed = {kind["name"]: kind["parameters"] for kind in json.loads(succeed("kinds", "--json").stdout)}
     assert list(listed) == list(KINDS)
     assert {one["name"] for parameters in listed.values() for one in parameters} <= {row[0] for row in rows if row}
     ranges = {one["name"]: (one["default"], one["range"]) for one in listed["multi"]}

@@ -17,19 +17,7 @@ from PIL import Image
 from fractalgen import draw_systems, make_recipe, render_sample
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, shipped_categories
 from fractalgen.kernels import fractaldb as kernel
-from fractalgen.kernels.fractaldb import (
-    DRAWS,
-    Draw,
-    flip,
-    is_patch,
-    masks,
-    orbit,
-    palette,
-    published_masks,
-    random_numbers,
-    render,
-    weight_rows,
-)
+from fractalgen.kernels.fractaldb import DRAWS, Draw, masks, orbit, random_numbers, render, weight_rows
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds import fractaldb
 from fractalgen.kinds.anderson import sample_system
@@ -90,7 +78,7 @@ def slow_render(
         columns, rows = np.where(np.isfinite(places), places, 0).astype(int).T.tolist()
         for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
             color = 1 + i % 128 if draw.endswith("color") else 1
-            if is_patch(draw):
+            if kernel.is_patch(draw):
                 bits = np.array([int(bit) for bit in f"{patch_masks[i]:09b}"]).reshape(3, 3)
                 image[row + 1 : row + 4, column + 1 : column + 4] = bits * color
             else:
@@ -105,11 +93,11 @@ def test_render_equals_the_published_images(reference: Path) -> None:
         category = np.loadtxt(reference / "fractaldb_csv" / f"{case['category']}.csv", delimiter=",", ndmin=2)
         draw = case["draw"].replace("_", "-")
         seed = case.get("python_random_seed")
-        drawn = None if seed is None else published_masks(seed, case["iterations"])
+        drawn = None if seed is None else kernel.published_masks(seed, case["iterations"])
         weights = weight_rows()[case["weight_row"]]
-        indices = flip(render(category, weights, case["size"], case["iterations"], draw, drawn), case["flip"])
+        indices = kernel.flip(render(category, weights, case["size"], case["iterations"], draw, drawn), case["flip"])
         with Image.open(reference / "fractaldb_images" / case["file"]) as theirs:
-            assert np.array_equal(palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
+            assert np.array_equal(kernel.palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
 
 
 def test_a_thousand_images_are_ofdb() -> None:

@@ -142,7 +142,7 @@ def test_resize_equals_opencv(source: int) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(-35, 35), st.integers(-35, 35)), max_size=6))
 def test_canvas_boxes_what_is_visible_of_each_object(pastes: list[tuple[int, int, int]]) -> None:
-    canvas = Canvas.of(np.full((20, 20, 3), 200, np.uint8))
+    canvas = Canvas(np.full((20, 20, 3), 200, np.uint8))
     expected = np.full((20, 20, 3), 200, np.uint8)
     owner = np.zeros((20, 20), int)
     for number, (side, x, y) in enumerate(pastes, 1):

@@ -21,11 +21,12 @@ from fractalgen.kinds import KINDS, Kind
 from fractalgen.kinds.contours import STREAMS
 from fractalgen.kinds.kind import show_range
 from fractalgen.plan import locate
-from fractalgen.render import RenderedSplit, open_recipe
+from fractalgen.render import RenderedSplit
 from fractalshards import open_dataset
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import load_manifest
 from fractalshards.reader import decode_sample, index_split, iterate_shard
+from fractalshards.recipe_file import plan_portable
 from fractalshards.sample import MultiLabel, classes_of
 
 FEWER_INSTRUCTIONS = {
@@ -165,7 +166,7 @@ def test_rendered_samples_are_those_of_the_shards(kind: str, tmp_path: Path) -> 
     recipe = make_recipe(kind, 19, **TINY)
     building.build(recipe, tmp_path / "built")
     for split in ("train", "val"):
-        stored, rendered = open_dataset(tmp_path / "built", split), open_recipe(recipe, split)
+        stored, rendered = open_dataset(tmp_path / "built", split), RenderedSplit(recipe, split)
         assert (rendered.lengths, len(rendered)) == (stored.lengths, len(stored))
         for index in range(len(stored)):
             (key, image, label), expected = rendered.read(index), stored.read(index)
@@ -181,8 +182,8 @@ def test_fresh_images_are_never_drawn_twice(kind: str, val: int) -> None:
     recipe = make_recipe(
         kind, 19, **{**TINY, "val": val}, overrides={"weight_rows": (0, 2)} if kind == "fractaldb" else {}
     )
-    fresh, stored = open_recipe(recipe, fresh=True), open_recipe(recipe)
-    held_out = open_recipe(recipe, "val") if val else None
+    fresh, stored = RenderedSplit(recipe, fresh=True), RenderedSplit(recipe)
+    held_out = RenderedSplit(recipe, "val") if val else None
     epochs = 6
     images = [fresh.read(index)[1].tobytes() for index in range(19 * epochs)]
     images += [held_out.read(index)[1].tobytes() for index in range(val)] if held_out else []
@@ -194,15 +195,13 @@ def test_fresh_images_are_never_drawn_twice(kind: str, val: int) -> None:
 
 
 def test_recipes_that_cannot_be_rendered_are_refused(tmp_path: Path) -> None:
-    recipe = make_recipe("single", 8, classes=4, size=32)
+    recipe, unfit = make_recipe("single", 8, classes=4, size=32), [np.zeros((3, 7))] * 4
+    (tmp_path / "unfit.json").write_bytes(plan_portable(recipe.with_systems(unfit).to_json(), "single", unfit))
+    with pytest.raises(FractalError, match=r"unfit\.json"):
+        RenderedSplit(tmp_path / "unfit.json")
     with pytest.raises(FractalError, match="'val'"):
-        open_recipe(recipe, "val")
+        RenderedSplit(recipe, "val")
     with pytest.raises(UsageError, match="'val'"):
-        open_recipe(make_recipe("single", 8, val=8, classes=4, size=32), "val", fresh=True)
+        RenderedSplit(make_recipe("single", 8, val=8, classes=4, size=32), "val", fresh=True)
     with pytest.raises(UsageError, match="fractaldb"):
-        open_recipe(make_recipe("fractaldb", 8, classes=4, size=32, overrides={"draw": "point-gray"}), fresh=True)
-    others = draw_systems(make_recipe("single", 8, classes=4, size=32, seed=1))
-    with pytest.raises(FractalError, match="systems"):
-        RenderedSplit(recipe.with_systems(draw_systems(recipe)), others, "train")
-    with pytest.raises(FractalError, match="systems"):
-        RenderedSplit(recipe.with_systems(others[:3]), others[:3], "train")
+        RenderedSplit(make_recipe("fractaldb", 8, classes=4, size=32, overrides={"draw": "point-gray"}), fresh=True)

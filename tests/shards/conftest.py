@@ -40,6 +40,5 @@ def packed(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The flowers in shards of eight, a fifth of every class held out."""
     out = tmp_path_factory.mktemp("packed") / "flowers"
     result = pack(f"imagefolder:{flowers}", out, "--split", "train=0.8,val=0.2", "--shard-size", "8")
-    assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"next: fractaltrain pt --shards {out}"
     return out

@@ -169,16 +169,6 @@ def test_cache_must_hold_a_window_and_fit_on_the_disk(
     opened(str(source), root, 2 * size)
 
 
-def test_cache_of_a_hostile_dataset_hides_secrets(source: Path, root: Path, web: Callable) -> None:
-    info = source / "_info.json"
-    info.write_text(info.read_text().replace(NAMES[0], "recipe.tar"))
-    url = web(source).url.replace("//", "//me:hidden@")
-    with pytest.raises(FractalError, match=r"recipe\.tar") as caught:
-        open_cache(f"{url}?token=abc", root, 10**9, 1, "train")
-    assert not any(secret in str(caught.value) for secret in ("hidden", "abc"))
-    assert not root.exists()
-
-
 def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, web: Callable) -> None:
     server = web(source)
     cache = opened(server.url, root, 3 * size)

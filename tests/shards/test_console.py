@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from damages import edit_split
-from fractalshards import workers
 from fractalshards.cli import main
 from fractalshards.console import Commands, NamedPath, progress, quiet_option, show_logs, workers_option
 from fractalshards.errors import UsageError
 from fractalshards.human import parse_bytes
 from fractalshards.settings import Slice, override, parse_settings, parse_slice
+from packing import assert_refused
 
 
 @click.group(cls=Commands)
@@ -31,24 +30,18 @@ def program() -> None:
 
 
 @program.command()
+@click.argument("text", default="")
 @workers_option
 @quiet_option
-def work(workers: int) -> None:
-    """Print the number of workers."""
+def work(text: str, workers: int) -> None:
+    """Print a text and the number of workers."""
     logging.getLogger("fractalshards.somewhere").info("a note")
     logging.getLogger("fractalshards.somewhere").warning("a\nwarning")
-    click.echo(workers)
+    click.echo(f"{text}{workers}")
 
 
-@program.command()
-@click.argument("text")
-def say(text: str) -> None:
-    """Print a text."""
-    click.echo(text)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(program, ["work", *map(str, arguments)])
+def run(*arguments: str, **options: str) -> Result:
+    return CliRunner(**options).invoke(program, ["work", *arguments])
 
 
 def test_all_paths_reject_empty_text_and_urls() -> None:
@@ -65,20 +58,21 @@ def test_all_paths_reject_empty_text_and_urls() -> None:
 @pytest.mark.parametrize(("given", "used"), [([], 3), (["all"], 3), (["2"], 2), (["3"], 3), (["999"], 3)], ids=str)
 def test_workers_are_at_most_the_cores(given: list[str], used: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5})
-    result = run("--quiet", *(["--workers", *given] if given else []))
+    result = run("--quiet", *(f"--workers={number}" for number in given))
     assert (result.stdout, result.stderr) == (f"{used}\n", "warning: a warning\n")
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "none", "", "1.5", "9" * 5000])
 def test_workers_reject(given: str) -> None:
     result = run("--workers", given)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: --workers")
+    assert_refused(result, 2, "--workers")
     assert len(result.stderr) < 2100
 
 
-def test_log_records_are_printed_on_one_line() -> None:
-    assert run().stderr == "note: a note\nwarning: a warning\n"
+def test_lines_are_printed_once_and_in_any_encoding() -> None:
+    result = run("é 類 \udcff", "--workers=1", charset="iso8859-15")
+    assert (result.exit_code, result.stdout_bytes) == (0, b"\xe9 \\u985e \\udcff1\n")
+    assert result.stderr == "note: a note\nwarning: a warning\n"
 
 
 def test_bars_do_not_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,37 +105,24 @@ def test_lack_of_something_is_one_line(
         raise error
 
     monkeypatch.setattr("fractalshards.cli.verify_dataset", run_out)
-    result = CliRunner().invoke(main, ["verify", str(dataset)])
-    assert (result.exit_code, result.stderr.count("error: ")) == (1, 1)
-    assert noun in result.stderr.splitlines()[-1]
+    assert_refused(CliRunner().invoke(main, ["verify", str(dataset)]), 1, noun)
 
 
-def test_names_are_printed_in_any_encoding() -> None:
-    result = CliRunner(charset="iso8859-15").invoke(program, ["say", "é 類 \udcff"])
-    assert (result.exit_code, result.stdout_bytes) == (0, b"\xe9 \\u985e \\udcff\n")
-
-
-@pytest.mark.parametrize("command", ["verify", "report", "diff", "push", "pull", "pack"])
-def test_quiet_prints_results_only(
-    command: str, dataset: Path, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("verify SMALL", "report SMALL --out OUT/page.html", "diff SMALL OTHER"),
+        *("push SMALL OUT", "pull SMALL OUT", "pack imagefolder:FLOWERS OUT"),
+    ],
+)
+def test_quiet_prints_results_only(command: str, dataset: Path, flowers: Path, tmp_path: Path) -> None:
     other = shutil.copytree(dataset, tmp_path / "other")
     edit_split(other, content_digests=["0" * 32, "1" * 32])  # so that ``diff`` reads images
-
-    def run_main(name: str, *options: str) -> Result:
-        out = tmp_path / name
-        arguments = {
-            "verify": [dataset],
-            "report": [dataset, "--out", out / "page.html"],
-            "diff": [dataset, other],
-            "push": [dataset, out],
-            "pull": [dataset, out],
-            "pack": [f"imagefolder:{flowers}", out],
-        }[command]
-        return CliRunner().invoke(main, [command, *map(str, arguments), *options])
-
-    loud, quiet = run_main("loud"), run_main("quiet", "--quiet")
+    for word, path in {"SMALL": dataset, "OTHER": other, "FLOWERS": flowers}.items():
+        command = command.replace(word, str(path))
+    loud = CliRunner().invoke(main, command.replace("OUT", f"{tmp_path}/loud").split())
+    quiet = CliRunner().invoke(main, [*command.replace("OUT", f"{tmp_path}/quiet").split(), "--quiet"])
     assert loud.exit_code == quiet.exit_code, quiet.output
     results = [line for line in loud.stdout.splitlines() if not line.startswith("next: ")]
     assert len(results) == quiet.stdout.count("\n") > 0
@@ -155,15 +136,10 @@ def test_output_that_a_full_disk_cuts_off_is_an_error(dataset: Path, tmp_path: P
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); main(sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *flags, "-c", code, "info", "--json", dataset]
     with (tmp_path / "out.txt").open("wb") as stdout:
-        ended = subprocess.run(
-            [sys.executable, *flags, "-c", code, "info", "--json", dataset],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-    assert ended.returncode == 1, ended.stderr.decode()
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr.decode()
+        ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
 
 
 @dataclass(frozen=True)
@@ -183,7 +159,7 @@ class Record:
     [
         ("count=7", 7),
         ("rate=1e-3", 1e-3),
-        ("wanted=no", False),
+        ("wanted=0", False),
         ("wanted=True", True),
         ("mode=fast", "fast"),
         ("decay=0.1", 0.1),
@@ -193,9 +169,8 @@ class Record:
     ],
 )
 def test_override_of_every_type(text: str, value: object) -> None:
-    changes = parse_settings([text])
-    (name,) = changes
-    assert getattr(override(Record(), changes, fixed=("name",)), name) == value
+    changes = parse_settings(["count=x", "count=1", text])  # the last one wins
+    assert getattr(override(Record(), changes, fixed=("name",)), text.partition("=")[0]) == value
 
 
 @pytest.mark.parametrize(
@@ -211,15 +186,14 @@ def test_override_rejects(text: str) -> None:
     assert ("'count'" in str(caught.value)) == (text == "conut=3")
 
 
-def test_parse_settings_keeps_the_last() -> None:
-    assert parse_settings(["a=1", "b=2", "a=3=4"]) == {"a": "3=4", "b": "2"}
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
 def test_slices_hold_every_task_once(count: int) -> None:
     parts = [Slice(index, count).of(tuple(range(13))) for index in range(1, count + 1)]
     assert sorted(task for part in parts for task in part) == list(range(13))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+SGE = {"SGE_TASK_ID": "4", "SGE_TASK_FIRST": "2", "SGE_TASK_LAST": "8", "SGE_TASK_STEPSIZE": "2"}
 
 
 def slurm(number: int, first: int, last: int, step: int | None = None) -> dict[str, str]:
@@ -236,11 +210,7 @@ def slurm(number: int, first: int, last: int, step: int | None = None) -> dict[s
         ("auto", slurm(9, 0, 9), Slice(10, 10)),
         ("auto", slurm(7, 3, 11, 4), Slice(2, 3)),
         ("auto/9", slurm(2, 2, 2), Slice(2, 9)),
-        (
-            "auto",
-            {"SGE_TASK_ID": "4", "SGE_TASK_FIRST": "2", "SGE_TASK_LAST": "8", "SGE_TASK_STEPSIZE": "2"},
-            Slice(2, 4),
-        ),
+        ("auto", SGE, Slice(2, 4)),
         ("auto/5", {"PBS_ARRAY_INDEX": "5"}, Slice(5, 5)),
         ("auto/5", {"PBS_ARRAYID": "1"}, Slice(1, 5)),
     ],
@@ -261,9 +231,8 @@ def test_parse_slice(text: str, environment: dict[str, str], expected: Slice) ->
     ids=str,
 )
 def test_parse_slice_rejects(text: str, environment: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=r"--slice|PBS_ARRAY_INDEX") as caught:
+    with pytest.raises(UsageError, match="--slice"):
         parse_slice(text, environment)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from damages import tar_header
 from fractalshards.errors import FractalError
 from fractalshards.ilsvrc import DEVKIT, TRAIN, VAL, list_ilsvrc
 from fractalshards.manifest import load_manifest
-from packing import Encode, assert_refused, images, pack
+from packing import Encode, assert_refused, images, pack, run
 
 pytestmark = pytest.mark.usefixtures("threads")
 # by their numbers in the devkit, which are not in the order of the ids; the last has children, so it is no class
@@ -88,7 +88,7 @@ def archives(tmp_path: Path, image_file: Encode) -> Path:
 
 def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    assert pack(f"imagenet:{archives}", out, "--shard-size", "5").exit_code == 0
+    pack(f"imagenet:{archives}", out, "--shard-size", "5")
     monkeypatch.setattr(torchvision.datasets.imagenet, "_verify_archive", lambda *_: None)
     for split in ("train", "val"):
         theirs = torchvision.datasets.ImageNet(str(archives), split)
@@ -106,7 +106,7 @@ def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeyp
 
 
 def test_val_is_the_archive_a_share_or_nothing(archives: Path, tmp_path: Path) -> None:
-    assert pack(f"imagenet:{archives}", tmp_path / "share", "--split", "train=0.75,val=0.25").exit_code == 0
+    pack(f"imagenet:{archives}", tmp_path / "share", "--split", "train=0.75,val=0.25")
     assert len(images(tmp_path / "share", "train")) == 10
     assert sorted(images(tmp_path / "share", "val").values()) == [0, 1, 2, 3]
     (archives / VAL).unlink()
@@ -173,4 +173,4 @@ def test_listing_does_not_read_images(archives: Path, tmp_path: Path) -> None:
         file.seek(1024 + size + 512)
         file.write(rest)
     assert list_ilsvrc(archives, with_val=False).splits["train"].labels.tolist() == [0, 1, 2, 3]
-    assert_refused(pack(f"imagenet:{archives}", tmp_path / "out"), 1, f"{TRAIN}: n01440764_1.JPEG: ")
+    assert_refused(run("pack", f"imagenet:{archives}", tmp_path / "out"), 1, f"{TRAIN}: n01440764_1.JPEG: ")

@@ -18,13 +18,9 @@ from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.recipe_file import PortableRecipe, export_recipe, parse_portable, read_portable
 from fractalshards.storage import write_json
 from fractalshards.systems import read_systems, write_systems
-from packing import assert_refused, is_sound, run
+from packing import assert_refused, good, is_sound, run
 
 pytestmark = pytest.mark.usefixtures("threads")
-
-
-def recipe(*arguments: object) -> Result:
-    return run("recipe", *arguments)
 
 
 def build(*arguments: object) -> Result:
@@ -51,7 +47,7 @@ def seal(data: dict[str, Any]) -> dict[str, Any]:
 def test_recipe_rebuilds_the_same_files(tmp_path: Path, kind: str) -> None:
     options = f"--kind {kind} --n 48 --val 12 --classes 6 --size 48 --points 2000 --seed 9 --shard-size 16"
     assert build(*options.split(), "--out", tmp_path / "first").exit_code == 0
-    assert recipe(tmp_path / "first", "--out", tmp_path / "recipe.json").exit_code == 0
+    good("recipe", tmp_path / "first", "--out", tmp_path / "recipe.json")
     result = build("--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second")
     assert result.exit_code == 0, result.output
     files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
@@ -81,8 +77,8 @@ def test_build_refuses_recipes_it_cannot_use(dataset: Path, tmp_path: Path) -> N
 
 def test_export_holds_what_the_folder_holds(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "small.json"
-    assert recipe(dataset, "--out", out).exit_code == 0
-    assert recipe(dataset).stdout_bytes == out.read_bytes()
+    good("recipe", dataset, "--out", out)
+    assert good("recipe", dataset).stdout_bytes == out.read_bytes()
     manifest, portable = load_manifest(dataset), read_portable(out)
     assert (portable.recipe, portable.recipe_digest) == (manifest.recipe, manifest.recipe_digest)
     assert portable.digest == manifest.content_digest()
@@ -112,19 +108,19 @@ def test_every_float_survives(dataset: Path, shape: tuple[int, ...]) -> None:
 
 def test_portable_recipe_may_replace_the_folders_own(dataset: Path) -> None:
     (dataset / RECIPE).write_bytes(b"")  # as a shell does for 'fractalshards recipe . > recipe.json'
-    (dataset / RECIPE).write_bytes(recipe(dataset).stdout_bytes)
+    (dataset / RECIPE).write_bytes(good("recipe", dataset).stdout_bytes)
     assert is_sound(dataset)
 
 
 def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:
     info = json.loads((dataset / INFO).read_text())
     write_json(dataset / INFO, {**info, "recipe": {"kind": "imagenet", "n": 10}})
-    assert_refused(recipe(dataset), 1, str(dataset))
+    assert_refused(run("recipe", dataset), 1, str(dataset))
     write_json(dataset / INFO, info)
     write_systems(dataset / SYSTEMS, [system + 1 for system in read_systems(dataset / SYSTEMS)])
-    assert_refused(recipe(dataset), 1, str(dataset))
+    assert_refused(run("recipe", dataset), 1, str(dataset))
     (dataset / SYSTEMS).unlink()
-    assert_refused(recipe(dataset), 1, SYSTEMS)
+    assert_refused(run("recipe", dataset), 1, SYSTEMS)
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,10 @@ def test_publish_refuses_vanished_shards(tmp_path: Path) -> None:
         publish(tmp_path, (task,), (task,), DatasetInfo({}, "single", 1))
 
 
-@given(
-    st.text("0123456789.abc", min_size=1, max_size=100),
-    st.integers(0, 8**11 - 1),
-    st.integers(0, 511),
-    st.integers(0, 255),
-    st.booleans(),
-)
+NAMES, SIZES = st.text("0123456789.abc", min_size=1, max_size=100), st.integers(0, 8**11 - 1)
+
+
+@given(NAMES, SIZES, st.integers(0, 511), st.integers(0, 255), st.booleans())
 def test_headers_are_those_of_tarfile(name: str, size: int, place: int, byte: int, mended: bool) -> None:
     header = tarfile.TarInfo(name)
     header.size = size
@@ -105,17 +102,12 @@ def test_digests_are_as_specified(dataset: Path) -> None:
     assert mapping_digest(recipe) == xxhash.xxh3_128_hexdigest(canonical)
 
 
-objects = st.builds(
-    Object,
-    label=st.integers(0, 99_999),
-    bbox=st.tuples(st.integers(0, 999), st.integers(0, 999), st.integers(1, 999), st.integers(1, 999)),
-)
+COORDINATES, SIDES = st.integers(0, 999), st.integers(1, 999)
+OBJECTS = st.builds(Object, st.integers(0, 99_999), st.tuples(COORDINATES, COORDINATES, SIDES, SIDES))
+MULTI_LABELS = st.lists(OBJECTS, min_size=1, max_size=9).map(lambda drawn: MultiLabel.of(tuple(drawn)))
 
 
-multi_labels = st.lists(objects, min_size=1, max_size=9).map(lambda drawn: MultiLabel.of(tuple(drawn)))
-
-
-@given(st.integers(0, 10**9 - 1) | multi_labels)
+@given(st.integers(0, 10**9 - 1) | MULTI_LABELS)
 def test_label_round_trip(label: int | MultiLabel) -> None:
     extension, text = encode_label(label)
     assert decode_label({"png": b"", extension: text}) == label

@@ -6,10 +6,10 @@ import os
 import socket
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,16 +24,16 @@ def leftover(folder: Path, host: str, process: int, age: float = 0.0, unique: st
     return path
 
 
-def test_atomic_file_appears_when_it_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "a.json"
+@pytest.mark.parametrize("name", ["a.json", "a" * 255, "日" * 85], ids=len)
+def test_atomic_file_appears_when_it_is_whole(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
     with atomic_file(target) as file:
         file.write(b"whole")
         file.flush()
         assert not target.exists()
         (temporary,) = tmp_path.iterdir()
         assert temporary.name.startswith(f".tmp~{socket.gethostname()}~{os.getpid()}~")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert target.read_bytes() == b"whole"
+    assert [(path, path.read_bytes()) for path in tmp_path.iterdir()] == [(target, b"whole")]
 
 
 def test_atomic_file_of_two_writers(tmp_path: Path) -> None:
@@ -83,13 +83,6 @@ def test_private_cache_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.M
         private_cache(scratch=True)
 
 
-@pytest.mark.parametrize("name", ["a" * 255, "日" * 85])
-def test_atomic_file_has_a_name_of_any_length(tmp_path: Path, name: str) -> None:
-    with atomic_file(tmp_path / name) as file:
-        file.write(b"whole")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_atomic_file_without_hard_links_and_folders_that_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -98,11 +91,8 @@ def test_atomic_file_without_hard_links_and_folders_that_sync(
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    def link(*paths: Path) -> None:
-        raise OSError(code, os.strerror(code))
-
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(code, os.strerror(code))))
     with atomic_file(tmp_path / "a", exclusive=True) as file:
         file.write(b"first")
     with pytest.raises(FileExistsError), atomic_file(tmp_path / "a", exclusive=True) as file:
@@ -111,35 +101,26 @@ def test_atomic_file_without_hard_links_and_folders_that_sync(
 
 
 def test_remove_leftovers_of_dead_writers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
+    ended, unreaped = (subprocess.Popen(["true"]) for _ in range(2))
+    ended.wait()
+    os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)
     here = socket.gethostname()
     whole = tmp_path / "train-000000.tar"
     whole.write_bytes(b"whole")
-    leftover(tmp_path, here, process.pid)
+    for process in (ended, unreaped):
+        leftover(tmp_path, here, process.pid)
     leftover(tmp_path, "other-host", 1, age=7200)
     kept = {whole, leftover(tmp_path, here, os.getpid()), leftover(tmp_path, "other~host", 1)}
-    kept |= {leftover(tmp_path, here, process.pid, unique="abcdef01.1")}  # of a container with the same host name
+    kept |= {leftover(tmp_path, here, ended.pid, unique="abcdef01.1")}  # of a container with the same host name
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 7200)  # the clock of the file server is slow
     remove_leftovers(tmp_path)
     assert set(tmp_path.iterdir()) == kept
-
-
-def test_remove_leftovers_of_an_ended_process_that_nobody_has_reaped(tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    leftover(tmp_path, socket.gethostname(), process.pid)
-    remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    process.wait()
+    unreaped.wait()
 
 
 def test_remove_leftovers_spares_processes_of_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(process: int, number: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError))
     kept = leftover(tmp_path, socket.gethostname(), 999999999)  # not in /proc, which may hide it
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from damages import tar_header
+from damages import edit_split, tar_header
 from fractalshards import tars as tars_module
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import RECIPE
-from fractalshards.tars import ScannedTar, Tar, index_digest, index_tar, index_tars
+from fractalshards.tars import Tar, TarIndex, index_digest, index_tar, index_tars
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions, find_dataset, is_webdataset, load_webdataset
 
 Files = dict[str, bytes]
@@ -48,12 +48,10 @@ def samples(count: int, folder: str = "") -> Files:
     return files
 
 
-def found(path: Path, scanned: ScannedTar) -> list[tuple[str, bytes, int]]:
-    data, index = path.read_bytes(), scanned.found
-    places = zip(index.starts.tolist(), index.sizes.tolist(), index.labels.tolist(), strict=True)
-    return [
-        (index.key(number), data[start : start + size], label) for number, (start, size, label) in enumerate(places)
-    ]
+def found(path: Path, index: TarIndex) -> list[tuple[str, bytes, int]]:
+    data = path.read_bytes()
+    rows = zip(map(index.key, range(len(index))), index.starts, index.starts + index.sizes, index.labels, strict=True)
+    return [(key, data[start:stop], label) for key, start, stop, label in rows]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -73,22 +71,13 @@ def test_index_is_what_webdataset_reads(tmp_path):
 
 
 def test_index_ignores_other_files(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as tar:
-        folder = tarfile.TarInfo("data")
-        folder.type = tarfile.DIRTYPE
-        link = tarfile.TarInfo("data/zero.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(folder)
-        tar.addfile(link)
-        files = {
-            "README.md": b"?", ".hidden": b"", "a.txt": b"cat", "a.PNG": b"A", "a.cls": b" 3\n", "b.json": b"{}",
-            "c.seg.png": b"no image", "c.cls": b"0", "c.webp": b"C", "._a.jpg": b"junk of another system",
-        }  # fmt: skip
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    files = {
+        "README.md": b"?", ".hidden": b"", "a.txt": b"cat", "a.PNG": b"A", "a.cls": b" 3\n", "b.json": b"{}",
+        "c.seg.png": b"no image", "c.cls": b"0", "c.webp": b"C", "._a.jpg": b"junk of another system",
+    }  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", files)
+    others = tar_header("x", 0, tarfile.DIRTYPE) + tar_header("x/0.jpg", 0, tarfile.SYMTYPE, linkname="/etc/passwd")
+    path.write_bytes(others + path.read_bytes())
     assert found(path, index_tar(Tar(path))) == [("a", b"A", 3), ("c", b"C", 0)]
 
 
@@ -112,13 +101,6 @@ def test_index_of_members_that_tear_samples_apart(tmp_path, members):
     ]
 
 
-@pytest.mark.parametrize("target", ["/etc/hostname", "../b.cls", "a.cls", "b.cls"])
-def test_hard_link_names_an_earlier_member_only(tmp_path, target):
-    path = write_tar(tmp_path / "a.tar", [("a.png", b"A"), ("a.cls", target), ("b.cls", b"1"), ("b.png", b"B")])
-    with pytest.raises(FractalError, match=r"a\.tar: a has no \.cls"):
-        index_tar(Tar(path))
-
-
 @pytest.mark.parametrize("label", ["3", "3.0", '"3"', '"03"', ' "3" '])
 def test_labels_in_json(tmp_path, label):
     path = write_tar(tmp_path / "a.tar", {"a.png": b"A", "a.json": f'{{"label": {label}, "caption": "x"}}'.encode()})
@@ -136,6 +118,7 @@ def test_labels_in_json(tmp_path, label):
         ({"a.jpg": b"A", "a.cls": "٣".encode()}, "label"),
         ({"a.jpg": b"A", "a.JPG": b"A", "a.cls": b"1"}, r"\.jpg"),
         ({"a.jpg": b"ABC", "a.cls": b"1"}, "image larger"),
+        *(({"a.jpg": b"A", "a.cls": link}, r"\.cls") for link in ("/etc/hostname", "../b.cls", "a.cls", "b.cls")),
         *(
             ({"a.jpg": b"A", "a.json": text.encode()}, "label|json")
             for text in ("{", "[3]", "{}", '{"label": -1}', '{"label": [3]}', '{"label": null}', '{"label": 3.5}',
@@ -196,7 +179,7 @@ def test_index_of_random_damage_stays_in_bounds(tmp_path):
             data[place] = generator.integers(0, 256)
         path.write_bytes(data)
         try:
-            index = index_tar(Tar(path)).found
+            index = index_tar(Tar(path))
         except FractalError:
             continue
         assert (index.starts + index.sizes <= len(data)).all()
@@ -223,13 +206,14 @@ def test_load_webdataset(tmp_path):
     assert info.classes == 9
     assert info.splits["train"] == (Tar(folder / "train-0000.tar", 3), Tar(folder / "train-0001.tar", 2))
     assert [len(index) for index in index_tars(info.splits["train"])] == [3, 2]
+    with pytest.raises(FractalError, match=r"train-0000\.tar: "):
+        index_tars([Tar(folder / "train-0000.tar", 4)])
 
 
 def test_info_json_and_its_label_key(tmp_path):
     folder = folder_of(tmp_path, {"train": [1]})
-    info = json.loads((folder / "_info.json").read_text())
-    info["splits"]["train"]["alt_label"] = "label"
-    (folder / "_info.json").rename(folder / "info.json").write_text(json.dumps(info))
+    edit_split(folder, alt_label="label")
+    (folder / "_info.json").rename(folder / "info.json")
     assert find_dataset(folder, DEFAULT_OPTIONS)
     assert load_webdataset(folder, DEFAULT_OPTIONS).splits["train"] == (Tar(folder / "train-0000.tar", 1, "label"),)
     options = WebDatasetOptions.parse("target", "val=train*")
@@ -303,8 +287,7 @@ def test_odd_names_are_read(tmp_path, name):
     folder = folder_of(tmp_path, {"train": [2]})
     (folder / "bilder").mkdir()
     (folder / "train-0000.tar").rename(folder / name)
-    info = (folder / "_info.json").read_text().replace("train-0000.tar", name)
-    (folder / "_info.json").write_text(info)
+    edit_split(folder, filenames=[name])
     assert [len(index) for index in index_tars(load_webdataset(folder, DEFAULT_OPTIONS).splits["train"])] == [2]
 
 
@@ -327,31 +310,17 @@ def test_find_dataset_knows_ours_from_others(tmp_path):
 )
 def test_load_webdataset_rejects_names_that_lead_out(tmp_path, name):
     folder = folder_of(tmp_path, {"train": [1]})
-    info = json.loads((folder / "_info.json").read_text())
-    info["splits"]["train"]["filenames"] = [name]
-    (folder / "_info.json").write_text(json.dumps(info))
+    edit_split(folder, filenames=[name])
     with pytest.raises(FractalError, match=r"_info\.json"):
         load_webdataset(folder, DEFAULT_OPTIONS)
 
 
-def test_index_checks_the_number_of_samples(tmp_path):
-    folder = folder_of(tmp_path, {"train": [3]})
-    with pytest.raises(FractalError, match=r"train-0000\.tar: "):
-        index_tars([Tar(folder / "train-0000.tar", 4)])
-
-
-def test_index_of_another_tar_under_the_same_path_size_and_time(tmp_path):
-    """As in images that are built with a fixed date: nothing but the bytes tells them apart."""
+def test_index_of_another_tar_under_the_same_name(tmp_path):
     folder = folder_of(tmp_path, {"train": [3, 2, 4, 1, 2, 5]})  # so many that worker processes read them
-    before = sorted(os.listdir(folder))
     tars = load_webdataset(folder, DEFAULT_OPTIONS).splits["train"]
     old = index_tars(tars)
     assert index_digest(index_tars(tars)) == index_digest(old)
-    path, status = tars[0].path, tars[0].path.stat()
-    write_tar(path, {name: b"5" if name.endswith("cls") else data for name, data in samples(3).items()})
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert path.stat().st_size == status.st_size
+    write_tar(tars[0].path, {name: b"5" if name.endswith("cls") else data for name, data in samples(3).items()})
     new = index_tars(tars)
     assert new[0].labels.tolist() == [5, 5, 5]
     assert index_digest(new) != index_digest(old)
-    assert sorted(os.listdir(folder)) == before

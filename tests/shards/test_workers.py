@@ -15,9 +15,9 @@ from fractalshards import workers
 from fractalshards.errors import WorkerLostError
 from fractalshards.workers import TRIES, worker_pool
 
-# evaluated by a worker: appends to a file, then kills itself unless the file is longer than that
-_DIE = "(open({0!r}, 'a').write('x'), __import__('os').path.getsize({0!r}) > {1} or __import__('os').kill({2}, 9))"
-_OWN_PROCESS = "__import__('os').getpid()"
+# evaluated by a worker: appends to a file, then ends the process unless the file is longer than that
+_DIE = "(open({0!r}, 'a').write('x'), __import__('os').path.getsize({0!r}) > {1} or {2})"
+_KILL, _EXIT = "__import__('os').kill(__import__('os').getpid(), 9)", "__import__('os')._exit(9)"
 
 # a task that prints when it begins, and ends when another process opens a pipe
 _LONG_WORK = """
@@ -33,34 +33,26 @@ def main():
 """
 
 
-def die(file: Path, times: int) -> str:
-    return _DIE.format(str(file), times, _OWN_PROCESS)
-
-
 def test_task_of_a_killed_worker_runs_again(tmp_path: Path) -> None:
     visits = tmp_path / "visits"
     with worker_pool(2) as pool:
-        dying = pool.submit(eval, die(visits, TRIES - 1))
+        dying = pool.submit(eval, _DIE.format(str(visits), TRIES - 1, _KILL))
         others = [pool.submit(pow, number, 2) for number in range(20)]
         assert [future.result(60) for future in others] == [number**2 for number in range(20)]
         assert dying.result(60)[1] is True
     assert visits.stat().st_size == TRIES
 
 
-def test_task_is_lost_after_three_deaths(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "noun", "memory"), [(_KILL, "SIGKILL", True), (_EXIT, "exit code 9", False)])
+def test_task_is_lost_after_three_deaths(tmp_path: Path, end: str, noun: str, memory: bool) -> None:
     visits = tmp_path / "visits"
     with worker_pool(1) as pool:
-        dying, after = pool.submit(eval, die(visits, 99)), pool.submit(pow, 2, 3)
-        with pytest.raises(WorkerLostError, match="SIGKILL"):
+        dying, after = pool.submit(eval, _DIE.format(str(visits), 99, end)), pool.submit(pow, 2, 3)
+        with pytest.raises(WorkerLostError, match=noun) as lost:
             dying.result(60)
+        assert ("memory" in str(lost.value)) == memory
         assert after.result(60) == 8
     assert visits.stat().st_size == TRIES
-
-
-def test_death_that_is_no_lack_of_memory_is_called_by_its_name(tmp_path: Path) -> None:
-    with worker_pool(1) as pool, pytest.raises(WorkerLostError, match="exit code 9") as lost:
-        pool.submit(eval, "__import__('os')._exit(9)").result(60)
-    assert "memory" not in str(lost.value)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +63,13 @@ def test_death_that_is_no_lack_of_memory_is_called_by_its_name(tmp_path: Path) -
         ("3:memory:/m\n2:cpu,cpuacct:/d", {"cpu/d/cpu.cfs_quota_us": "30000", "cpu/d/cpu.cfs_period_us": "10000"}, [3]),
         ("1:cpu:/d", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
         ("0::/", {"cpu.max": ""}, []),
-        (None, {}, []),
     ],
 )
-def test_cores_are_limited_by_cpu_quotas(
-    tmp_path: Path, membership: str | None, files: dict[str, str], quotas: list[int]
-) -> None:
+def test_cores_are_limited_by_cpu_quotas(tmp_path: Path, membership: str, files: dict[str, str], quotas: list) -> None:
     for name, text in files.items():
         (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mount" / name).write_text(text + "\n")
-    if membership is not None:
-        (tmp_path / "cgroup").write_text(membership + "\n")
+    (tmp_path / "cgroup").write_text(membership + "\n")
     assert list(workers._cpu_quotas(tmp_path / "cgroup", tmp_path / "mount")) == quotas
 
 
@@ -105,11 +93,9 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
     script = tmp_path / "script.py"
     script.write_text("import long_work\nlong_work.main()\n")  # without a guard: workers must not run it
     os.mkfifo(tmp_path / "pipe")
-    process = subprocess.Popen(
-        [sys.executable, script, tmp_path / "pipe"],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, script, tmp_path / "pipe"]
+    process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
     assert process.stdout.readline() == "begun\n"
     return process
 
@@ -118,7 +104,6 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
 def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path: Path, number: signal.Signals, words: str) -> None:
     process = start(tmp_path)
     os.killpg(process.pid, number)
-    assert process.stderr is not None
     assert "stopping" in process.stderr.readline()
     (tmp_path / "pipe").write_text("")
     out, errors = process.communicate(timeout=60)
@@ -130,7 +115,6 @@ def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path: Path, numbe
 def test_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
     process = start(tmp_path)
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
     assert "stopping" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
@@ -159,5 +143,4 @@ def test_pool_starts_no_more_workers_than_tasks() -> None:
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     process = start(tmp_path)
     process.kill()
-    assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()  # to the end: all writers of the pipe are gone

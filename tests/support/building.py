@@ -29,6 +29,12 @@ def run(*arguments: object, environment: dict[str, str] | None = None) -> Result
     return CliRunner().invoke(main, [str(argument) for argument in arguments], env=environment)
 
 
+def succeed(*arguments: object, environment: dict[str, str] | None = None) -> Result:
+    result = run(*arguments, environment=environment)
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def error_line(result: Result) -> str:
     """Return the only error, which is the last line."""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]

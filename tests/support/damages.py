@@ -49,10 +49,6 @@ def in_split(**changes: Any) -> Damage:
     return lambda folder: edit_split(folder, **changes)
 
 
-def rename_split(folder: Path, name: str) -> None:
-    edit(folder / INFO, splits={name: train_split(folder)})
-
-
 def in_sidecar(**changes: Any) -> Damage:
     return lambda folder: edit(folder / SIDECAR, **changes)
 
@@ -116,26 +112,13 @@ def with_files(**files: bytes) -> Damage:
     return third(lambda blocks: pack_sample(Sample(KEY, {**parse_sample(blocks).files, **files})))
 
 
-def with_image(image: bytes) -> Damage:
-    return with_files(png=image)
-
-
-def label_first(blocks: bytes) -> bytes:
-    return pack_sample(Sample(KEY, dict(reversed(parse_sample(blocks).files.items()))))
-
-
-def png(width: int, height: int, inflated: bytes, extra: bytes = b"") -> bytes:
-    """Make a PNG whose header may not match the size of its rows, with the text in ``extra``."""
-    chunks = [
-        (b"IHDR", struct.pack(">II5B", width, height, 8, 2, 0, 0, 0)),
-        (b"zTXt", b"a\0\0" + zlib.compress(extra)),
-        (b"IDAT", zlib.compress(inflated, 1)),
-        (b"IEND", b""),
-    ]
-    parts = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+def png(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes], color: int = 2) -> bytes:
+    """Make a PNG of eight bits per value of a colour type, whose header may not match the size of its rows."""
+    header = struct.pack(">II5B", width, height, 8, color, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")):
+        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]
+    return b"".join(parts)
 
 
 def npz(array: bytes, compression: int = zipfile.ZIP_STORED) -> Damage:
@@ -179,16 +162,6 @@ Image.new("RGB", (16, 16)).save(JPEG, "JPEG")
 LONG = npy(np.zeros((1, 2, 3))).replace(b"(1, 2, 3), }          ", b"(10000000000, 2, 3), }")
 
 
-def flipped(folder: Path) -> None:
-    offset = read_record(folder, SHARD, "single").offsets[2] + 812
-    with (folder / SHARD).open("r+b") as file:
-        os.pwrite(file.fileno(), b"\xaa\xbb\xcc", offset)
-
-
-def renamed(folder: Path) -> None:
-    (folder / SHARD).rename(folder / "train-000009.tar")
-
-
 def copied(folder: Path) -> None:
     """Replace the second shard by the first, with matching sidecar and manifest."""
     for end in ("tar", "json"):
@@ -206,7 +179,7 @@ MANIFESTS: dict[str, Damage] = {
         for name in ("../train-000000.tar", "/etc/passwd", ".hidden", "", "a\nb")
     },
     "shard twice": in_split(filenames=[SHARD, SHARD]),
-    "split that leads out": lambda folder: rename_split(folder, "../train"),
+    "split that leads out": lambda folder: edit(folder / INFO, splits={"../train": train_split(folder)}),
     "negative count": in_split(shard_lengths=[5, -5]),
     "truth for a count": in_split(shard_lengths=[5, True]),
     "more than 64 bits": in_split(bytes=[10**30, 5]),
@@ -248,10 +221,9 @@ SHARDS: dict[str, Damage] = {
     "no end": forged(lambda blocks: blocks, end=b""),
     "garbage after the end": forged(list, end=END_OF_TAR + b"x"),
     "wrong label": with_files(cls=b"0"),
-    "more rows than said": with_image(png(16, 16, bytes(20 << 20))),
+    "more rows than said": with_files(png=png(16, 16, bytes(20 << 20))),
     "cut off": lambda folder: os.truncate(folder / SHARD, 3000),
-    "flipped bytes": flipped,
-    "missing": renamed,
+    "missing": lambda folder: (folder / SHARD).rename(folder / "train-000009.tar"),
     "another shard": copied,
     "pipe for a shard": replaced(SHARD, os.mkfifo),
     "device for a shard": no_samples_in_a_device,
@@ -269,15 +241,15 @@ SAMPLES: dict[str, Damage] = {
     "label of another type": in_manifest(label_type="multi"),
     "label out of range": with_files(cls=b"3"),
     "label of 5000 digits": with_files(cls=b"1" * 5000),
-    "label before image": third(label_first),
-    "4 billion pixels": with_image(png(65_000, 65_000, b"")),
-    "no pixels": with_image(png(0, 16, b"")),
-    "text of 20 MB": with_image(png(16, 16, bytes(784), bytes(20 << 20))),
-    "2000 chunks": with_image(SMALL + bytes(12 * 2000)),
-    "flipped bit": with_image(SMALL[:60] + b"\xff" + SMALL[61:]),
-    "JPEG called PNG": with_image(JPEG.getvalue()),
-    "program for an image": with_image(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
-    "other size": with_image(png(17, 16, bytes(832))),
+    "label before image": third(lambda b: pack_sample(Sample(KEY, dict(reversed(parse_sample(b).files.items()))))),
+    "4 billion pixels": with_files(png=png(65_000, 65_000, b"")),
+    "no pixels": with_files(png=png(0, 16, b"")),
+    "text of 20 MB": with_files(png=png(16, 16, bytes(784), (b"zTXt", b"a\0\0" + zlib.compress(bytes(20 << 20))))),
+    "2000 chunks": with_files(png=SMALL + bytes(12 * 2000)),
+    "flipped bit": with_files(png=SMALL[:60] + b"\xff" + SMALL[61:]),
+    "JPEG called PNG": with_files(png=JPEG.getvalue()),
+    "program for an image": with_files(png=b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    "other size": with_files(png=png(17, 16, bytes(832))),
 }
 HEADERS: dict[str, Damage] = {
     "folder": member(tarfile.DIRTYPE, name="../x"),

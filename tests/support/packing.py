@@ -26,8 +26,14 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def good(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def pack(source: object, out: Path, *options: str) -> Result:
-    return run("pack", source, out, "--workers", "1", *options)
+    return good("pack", source, out, "--workers", "1", *options)
 
 
 def is_sound(folder: Path) -> bool:

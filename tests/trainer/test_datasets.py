@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fractalgen import make_recipe
-from fractalgen.render import open_recipe
+from fractalgen.render import RenderedSplit
 from fractalshards import open_dataset
 from fractalshards.errors import BadSampleError, FractalError, UsageError
 from fractaltrain import EpochSampler, RenderedDataset, ShardDataset
@@ -88,7 +88,7 @@ def test_threads_share_the_open_files(built):
 @pytest.mark.parametrize("kind", [*KINDS, "fractaldb"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_rendered_and_kept_samples_are_those_of_the_shards(kind, split, built, tmp_path):
-    stored, rendered = open_dataset(built / kind, split), open_recipe(built / f"{kind}.json", split)
+    stored, rendered = open_dataset(built / kind, split), RenderedSplit(built / f"{kind}.json", split)
     assert (rendered.lengths, rendered.digest) == (stored.lengths, stored.manifest.recipe_digest)
     keys_and_labels = [[one.read(index)[::2] for index in range(len(stored))] for one in (stored, rendered)]
     assert keys_and_labels[0] == keys_and_labels[1]

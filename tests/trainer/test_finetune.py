@@ -45,7 +45,7 @@ def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
 
 
 def test_per_class_subset_reads_no_images(dataset, monkeypatch):
-    monkeypatch.setattr(stored, "read_sample", lambda *arguments: pytest.fail("an image was read"))
+    monkeypatch.setattr(stored, "parse_sample", lambda *arguments: pytest.fail("an image was read"))
     data = open_data(ImagesConfig(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
     monkeypatch.undo()
     labels = [data.train.read(index).label for index in range(sum(data.train.lengths))]

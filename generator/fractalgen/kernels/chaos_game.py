@@ -76,12 +76,9 @@ def _thresholds(system: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
 def _choose_maps(
     thresholds: npt.NDArray[np.uint32], key0: np.uint32, key1: np.uint32, choices: npt.NDArray[np.uint8]
 ) -> None:
-    """choices[i] = the map whose share of [0, 2**32) the i-th random word falls into.
-
-    One pass per threshold, which computes the words anew, vectorises; a single pass with an inner loop would not.
-    """
+    """choices[i] = the map whose share of [0, 2**32) the i-th random word falls into."""
     choices[:] = 0
-    for k in range(len(thresholds)):
+    for k in range(len(thresholds)):  # a pass each, which computes the words anew, vectorises; an inner loop would not
         threshold = thresholds[k]
         for i in range(len(choices)):
             choices[i] += np.uint8(hash32(np.uint32(i), key0, key1) >= threshold)
@@ -111,13 +108,10 @@ def _iterate(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: F
 
 @njit(cache=CACHE)
 def _iterate_few(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
-    """``_iterate`` for four maps: coefficients are selected instead of looked up, so that the lanes vectorise.
-
-    Indices are unsigned, because numba checks signed ones for negative values.
-    """
+    """``_iterate`` for four maps: coefficients are selected instead of looked up, so that the lanes vectorise."""
     a, b, e = _column(maps, 0), _column(maps, 1), _column(maps, 2)
     c, d, f = _column(maps, 3), _column(maps, 4), _column(maps, 5)
-    lanes = np.uint64(_LANES)
+    lanes = np.uint64(_LANES)  # unsigned, because numba checks signed indices for negative values
     for step in range(_HEAD // _LANES, len(xs) // _LANES):
         first = np.uint64(step) * lanes
         before = first - lanes

@@ -1,7 +1,5 @@
 """Resizing as OpenCV's ``INTER_LINEAR`` does it for 8 bits, and pasting objects onto a canvas."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from numba import njit
@@ -31,10 +29,7 @@ def resize(image: Pixels, size: int) -> Pixels:
 
 @njit(cache=CACHE)
 def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resized: Pixels) -> None:
-    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings.
-
-    Output i lies between inputs ``near[i]`` and ``far[i]``, of which the second has the weight ``weight[i]``, 0..2048.
-    """
+    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings; ``far`` has the weight."""
     size = len(near)
     mixed = np.empty((len(image), 3 * size), np.int32)
     for row in range(len(image)):
@@ -57,18 +52,12 @@ def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resi
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 
 
-@dataclass
 class Canvas:
     """An image (size, size, 3) uint8, and for every pixel the number, up to 255, of its object; 0 for none."""
 
-    image: Pixels
-    owner: npt.NDArray[np.uint8]
-    pasted: int = 0
-
-    @classmethod
-    def of(cls, background: Pixels) -> "Canvas":
+    def __init__(self, background: Pixels) -> None:
         """Make a canvas without objects; the background (size, size, 3) uint8 is painted over."""
-        return cls(background, np.zeros(background.shape[:2], np.uint8))
+        self.image, self.owner, self.pasted = background, np.zeros(background.shape[:2], np.uint8), 0
 
     def paste(self, pixels: Pixels, x: int, y: int) -> None:
         """Paste an object (s, s, 3) uint8, clipped, with its top left at column x, row y; black is transparent."""

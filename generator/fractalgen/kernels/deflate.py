@@ -21,19 +21,12 @@ Words = npt.NDArray[np.uint64]
 _ZLIB_HEADER = b"\x78\x01"
 _END = 256  # the symbol that ends a block
 _MAX_LENGTH = 15  # bits of a code
-_HIGH_BIT_FIRST = np.array([3, 2, 1, 0])
-
-
-def _block_start() -> Bytes:
-    """The header of a last, dynamic block: 257 literals, 2 distances, and code lengths 0..15 of four bits each."""
-    order = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
-    fields = [(1, 1), (2, 2), (0, 5), (1, 5), (15, 4)]  # value, bits
-    fields += [(4 if symbol < 16 else 0, 3) for symbol in order]
-    return np.array([value >> bit & 1 for value, bits in fields for bit in range(bits)], np.uint8)
-
-
-_BLOCK_START = _block_start()
 _MOSTLY = 0.75  # if one byte makes up more than this share, there are runs, and searching for matches pays
+
+# The header of a last, dynamic block, as values and bits: 257 literals, 2 distances, code lengths 0..15 of four bits.
+_ORDER = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
+_FIELDS = [(1, 1), (2, 2), (0, 5), (1, 5), (15, 4), *((4 if symbol < 16 else 0, 3) for symbol in _ORDER)]
+_BLOCK_START = np.array([value >> bit & 1 for value, bits in _FIELDS for bit in range(bits)], np.uint8)
 
 
 def encode_image(image: Pixels | Indexed) -> bytes:
@@ -48,7 +41,9 @@ def zlib_compress(rows: npt.NDArray[np.uint8]) -> bytes:
     if counts.max() > _MOSTLY * len(data):
         return isal_compress(rows)
     lengths = _code_lengths(counts, _MAX_LENGTH)
-    header = _block_header(lengths)
+    # four bits per code, the high one first, also of two unused distances: some decoders expect a complete set of them
+    digits = np.unpackbits(np.append(lengths, np.ones(2, np.uint8))[:, None], axis=1)[:, 4:]
+    header = np.concatenate([_BLOCK_START, digits.reshape(-1)])
     bits = len(header) + int(counts @ lengths)
     words = np.zeros(bits // 32 + 2, "<u4")
     packed = np.packbits(header, bitorder="little")
@@ -56,15 +51,6 @@ def zlib_compress(rows: npt.NDArray[np.uint8]) -> bytes:
     _encode(data, _codes(lengths), words, len(header))
     body = words.tobytes()[: -(-bits // 8)]
     return _ZLIB_HEADER + body + struct.pack(">I", isal_zlib.adler32(data))
-
-
-def _block_header(lengths: Bytes) -> Bytes:
-    """The bits before the literals, one per byte: the lengths of all codes, four bits each.
-
-    Two unused distance codes are declared because some decoders expect a complete set.
-    """
-    all_lengths = np.concatenate([lengths, [1, 1]])
-    return np.concatenate([_BLOCK_START, (all_lengths[:, None] >> _HIGH_BIT_FIRST & 1).reshape(-1).astype(np.uint8)])
 
 
 @njit(cache=CACHE)

@@ -20,6 +20,7 @@ from fractalshards.errors import UsageError
 Float64s = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.uint8]
 Masks = npt.NDArray[np.uint16]
+Cells = npt.NDArray[np.uint32]
 
 Draw = Literal["point-gray", "patch-gray", "point-color", "patch-color"]
 
@@ -160,7 +161,7 @@ def _before_nan(values: Float64s) -> int:
     return max(0, int(np.isnan(values).argmax()) - _BEFORE_NAN)
 
 
-def _cells(xs: Float64s, ys: Float64s, size: int, pitch: int) -> npt.NDArray[np.uint32]:
+def _cells(xs: Float64s, ys: Float64s, size: int, pitch: int) -> Cells:
     """Return ``row * pitch + column`` of each point's pixel; see ``_rescale``."""
     cells = np.empty(len(xs), np.uint32)
     if len(xs):
@@ -202,12 +203,9 @@ def _draw_masks(key0: np.uint32, key1: np.uint32, drawn: Masks) -> None:
 
 @njit(cache=CACHE)
 def _choose_maps(cumulative: Float64s, numbers: Float64s, choices: npt.NDArray[np.uint8]) -> None:
-    """choices[i] = the first map with numbers[i] <= cumulative, else the number of maps.
-
-    One pass per map, the last map first, vectorises; a single pass with an inner loop would not.
-    """
+    """choices[i] = the first map with numbers[i] <= cumulative, else the number of maps."""
     choices[:] = len(cumulative)
-    for k in range(len(cumulative) - 1, -1, -1):
+    for k in range(len(cumulative) - 1, -1, -1):  # one pass per map vectorises; a pass with an inner loop would not
         threshold = cumulative[k]
         for i in range(len(choices)):
             choices[i] = uint8(k) if numbers[i] <= threshold else choices[i]
@@ -272,48 +270,37 @@ def _guess(maps: Float64s, choices: npt.NDArray[np.uint8], length: int, xs: Floa
 
 @njit(cache=CACHE, error_model="numpy")  # 0 / 0 is NaN, not an exception
 def _rescale(
-    xs: Float64s,
-    ys: Float64s,
-    box: tuple[float, float, float, float],
-    size: int,
-    pitch: int,
-    cells: npt.NDArray[np.uint32],
+    xs: Float64s, ys: Float64s, box: tuple[float, float, float, float], size: int, pitch: int, cells: Cells
 ) -> None:
-    """cells[i] = row * pitch + column of the pixel of point i, where coordinates that are not finite become 0.
-
-    The lowest coordinate is never positive, because the origin is a point; the published code subtracts it if it is
-    negative. A quotient is in [0, 1] or NaN, so only NaN fails the tests.
-    """
+    """cells[i] = row * pitch + column of the pixel of point i, where coordinates that are not finite become 0."""
     left, bottom, width, height = box
     pad, limit = float(_PAD), float(size)
     span = float(size - 2 * _PAD)
     for i in range(len(xs)):
+        # published: subtract the lowest coordinate if it is negative; the origin is a point, so it is never positive
         column = (xs[i] - left) / width * span + pad
         row = (ys[i] - bottom) / height * span + pad
-        column = column if column < limit else 0.0
+        column = column if column < limit else 0.0  # a quotient is in [0, 1] or NaN, so only NaN fails the tests
         row = row if row < limit else 0.0
         cells[i] = uint32(np.int32(row) * np.int32(pitch) + np.int32(column))
 
 
 @njit(cache=CACHE)
-def _draw_points(cells: npt.NDArray[np.uint32], period: np.uint32, image: Indices) -> None:
+def _draw_points(cells: Cells, period: np.uint32, image: Indices) -> None:
     """Set the pixel of each point to 1 + (its number & period)."""
     for i in range(len(cells)):
         image[cells[i]] = uint8(uint32(1) + uint32(uint32(i) & period))
 
 
 @njit(cache=CACHE)
-def _mark_last(cells: npt.NDArray[np.uint32], patch_masks: Masks, last: npt.NDArray[np.uint32]) -> None:
-    """Store in each cell its last point: the number, from 1, above the mask in the nine low bits.
-
-    A later patch in the same place covers an earlier one entirely, so only one point per cell can be visible.
-    """
+def _mark_last(cells: Cells, patch_masks: Masks, last: Cells) -> None:
+    """Store in each cell its last point, which covers all others: the number, from 1, above the mask in nine bits."""
     for i in range(len(cells)):
         last[cells[i]] = uint32(uint32(i + 1) << uint32(9)) | uint32(patch_masks[i] & uint16(511))
 
 
 @njit(cache=CACHE)
-def _paste_last(last: npt.NDArray[np.uint32], period: np.uint32, image: Indices) -> None:
+def _paste_last(last: Cells, period: np.uint32, image: Indices) -> None:
     """Set each pixel by the last point of the nine cells whose patches reach it; without one, leave it as it is.
 
     This is a maximum of (number, bit of the mask at this pixel), which vectorises; writing nine pixels per point takes

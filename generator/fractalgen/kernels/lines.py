@@ -13,6 +13,7 @@ from fractalgen.kernels.mt19937 import Words, below, fill, skip, spare_bits, uni
 from fractalgen.kernels.random import hash32
 
 Canvas = npt.NDArray[np.uint8]
+Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int32]
 Key = tuple[np.uint32, np.uint32]
@@ -34,6 +35,7 @@ _PERMUTATION = (
     *(199, 106, 157, 184, 84, 204, 176, 115, 121, 50, 45, 127, 4, 150, 254, 138, 236, 205, 93, 222, 114, 67, 29, 24),
     *(72, 243, 141, 128, 195, 78, 66, 215, 61, 156, 180),
 )
+# 1 to 8, but -1 wherever bit 3 of the hash is set, as in the package
 _GRADIENTS = np.array([-1 if p & 8 else (p & 7) + 1 for p in (*_PERMUTATION, _PERMUTATION[0])], np.float32)
 
 
@@ -98,11 +100,8 @@ def _hash(words: Words, first: np.uint32, key: Key) -> None:
 
 
 @njit(cache=CACHE)
-def _perlin(words: Words, noise: npt.NDArray[np.float32]) -> None:
-    """Compute the noise at uniform places of [0, 10000], all in float32.
-
-    A gradient is 1 to 8, but -1 wherever bit 3 of the hash is set, as in the package.
-    """
+def _perlin(words: Words, noise: Float32s) -> None:
+    """Compute the noise at uniform places of [0, 10000], all in float32."""
     for i in range(len(noise)):
         place = np.float32(_NOISE_RANGE * unit_float(words[2 * i], words[2 * i + 1]))
         floor = np.floor(place)
@@ -116,16 +115,10 @@ def _perlin(words: Words, noise: npt.NDArray[np.float32]) -> None:
 
 @njit(cache=CACHE)
 def _displace(
-    curve: Float64s,
-    noise: npt.NDArray[np.float32],
-    directions: Float64s,
-    sinusoids: Float64s,
-    scale: float,
-    factor: float,
-    offset: float,
+    curve: Float64s, noise: Float32s, directions: Float64s, waves: Float64s, scale: float, factor: float, offset: float
 ) -> None:
     """Displace one coordinate of all vertices."""
-    first, second = sinusoids[0], sinusoids[1]
+    first, second = waves[0], waves[1]
     for k in range(len(curve)):
         shift = scale * np.float64(noise[k]) * factor - scale - first[k] - second[k]
         curve[k] -= directions[k] * (shift - offset)
@@ -164,13 +157,7 @@ _HALF = 1 << (_FRACTION - 1)
 _AT_ONCE = 8  # pixels per turn of a loop, the last one repeated: cheaper than a loop that ends at any pixel
 
 
-def _reciprocals() -> npt.NDArray[np.int64]:
-    """Return 2**40 / n rounded up, for n in 0..4096, with 0 for n = 0."""
-    numbers = np.arange(1, 4097)
-    return np.concatenate([[0], -(-(1 << _FRACTION) // numbers)])
-
-
-_RECIPROCALS = _reciprocals()
+_RECIPROCALS = np.concatenate([[0], -(-(1 << _FRACTION) // np.arange(1, 4097))])  # rounded up; of 0 it is 0
 
 
 @njit(cache=CACHE)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fractalgen.kernels import CACHE
-from fractalgen.kernels.random import Stream, hash32
+from fractalgen.kernels.random import hash32
 from fractalgen.kernels.raster import Counts, peak_of
 from fractalshards.png import Pixels
 
@@ -28,15 +28,6 @@ class HeightColors:
 
 
 BLACK = HeightColors((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
-
-
-def draw_height_colors(rng: Stream) -> HeightColors:
-    """Draw the colours of a background from the published ranges."""
-    return HeightColors(
-        hue=(255 * rng.uniform(0.25, 1.0), 255 * rng.uniform(0.0, 1.0)),
-        saturation=(255 * rng.uniform(0.1, 0.3), 255 * rng.uniform(0.4, 0.6)),
-        value=(255 * rng.uniform(0.3, 0.6), 255 * rng.uniform(0.4, 0.6)),
-    )
 
 
 def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) -> Heights:
@@ -229,10 +220,7 @@ def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, gr
 
 @njit(cache=CACHE)
 def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) -> None:
-    """Blur along rows, then along columns, with weights in 1/256, rounding once at the end.
-
-    Views are shifted instead of indices, which numba would have to check for negative values.
-    """
+    """Blur along rows, then along columns, with weights in 1/256, rounding once at the end."""
     height, width, _ = image.shape
     sums = np.empty((height, 3 * width), np.uint32)
     padded = np.empty(3 * width + 6, np.uint8)
@@ -240,7 +228,7 @@ def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) ->
         padded[3:-3] = image[row].reshape(-1)
         padded[:3] = image[row, 1]
         padded[-3:] = image[row, width - 2]
-        _mix(padded[:-6], padded[3:-3], padded[6:], side, centre, sums[row])
+        _mix(padded[:-6], padded[3:-3], padded[6:], side, centre, sums[row])  # not shifted indices, which numba checks
     for row in range(height):
         above = sums[row - 1 if row > 0 else 1]
         below = sums[row + 1 if row < height - 1 else height - 2]

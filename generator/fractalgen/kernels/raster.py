@@ -9,8 +9,10 @@ from numba import njit
 
 from fractalgen.kernels import CACHE
 
+Points = npt.NDArray[Any]  # one coordinate of all points, float32 or float64
 Counts = npt.NDArray[np.uint32]
 Window = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax
+_Pair = tuple[Any, Any]  # of scalars of the type of the points
 
 POINT = np.array([[1, 1]])  # the patch of a single pixel
 
@@ -24,15 +26,15 @@ class Orientation:
     flip_columns: bool = False
 
 
-def bounding_box(xs: npt.NDArray[Any], ys: npt.NDArray[Any]) -> Window:
+def bounding_box(xs: Points, ys: Points) -> Window:
     """Return the smallest window (xmin, ymin, xmax, ymax) that holds all points; NaN is ignored, infinity is not."""
     low, high = np.fmin.reduce, np.fmax.reduce
     return float(low(xs)), float(low(ys)), float(high(xs)), float(high(ys))
 
 
 def splat(
-    xs: npt.NDArray[Any],
-    ys: npt.NDArray[Any],
+    xs: Points,
+    ys: Points,
     size: int,
     window: Window,
     patch: npt.NDArray[np.int64] = POINT,
@@ -70,11 +72,8 @@ def peak_of(counts: Counts) -> int:
 
 
 def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
-    """(start, row step, column step) of a point's cell in the flat (size + 2) x (size + 2) grid of hits.
-
-    The margin of one cell keeps the points just outside, whose patches reach into the image.
-    """
-    pitch = size + 2
+    """(start, row step, column step) of a point's cell in the flat (size + 2) x (size + 2) grid of hits."""
+    pitch = size + 2  # a margin of one cell keeps the points just outside, whose patches reach into the image
     down = -pitch if orientation.flip_rows else pitch
     right = -1 if orientation.flip_columns else 1
     start = (size if orientation.flip_rows else 1) * pitch + (size if orientation.flip_columns else 1)
@@ -83,29 +82,19 @@ def _index_map(size: int, orientation: Orientation) -> tuple[int, int, int]:
 
 @njit(cache=CACHE)
 def _count(
-    xs: npt.NDArray[Any],
-    ys: npt.NDArray[Any],
-    corner: tuple[Any, Any],
-    scales: tuple[Any, Any],
-    size: int,
-    index_map: tuple[int, int, int],
-    hits: Counts,
+    xs: Points, ys: Points, corner: _Pair, scales: _Pair, size: int, index_map: tuple[int, int, int], hits: Counts
 ) -> None:
-    """Count the points in each cell of the flat grid; the last element of ``hits`` counts those outside.
-
-    The first loop, over cells, vectorises; the second, over counts, cannot. A float is cast to an integer only if it
-    is known to lie in (-2, size + 1).
-    """
+    """Count the points in each cell of the flat grid; the last element of ``hits`` counts those outside."""
     low = xs.dtype.type(-2)
     high = xs.dtype.type(size + 1)
     outside = np.int32(len(hits) - 1)
     start, row_step, column_step = np.int32(index_map[0]), np.int32(index_map[1]), np.int32(index_map[2])
     cells = np.empty(len(xs), np.int32)
-    for i in range(len(xs)):
+    for i in range(len(xs)):  # vectorises; the loop over counts below cannot
         row = (xs[i] - corner[0]) * scales[0]
         column = (ys[i] - corner[1]) * scales[1]
         inside = (row > low) & (row < high) & (column > low) & (column < high)
-        row = row if inside else low
+        row = row if inside else low  # so that a float is cast to an integer only if it lies in (-2, size + 1)
         column = column if inside else low
         cell = start + np.int32(row) * row_step + np.int32(column) * column_step
         cells[i] = cell if inside else outside

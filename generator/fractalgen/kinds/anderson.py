@@ -6,15 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalgen.kernels import MAX_MAPS
-from fractalgen.kernels.paint import (
-    BLACK,
-    FractalColors,
-    HeightColors,
-    Heights,
-    diamond_square,
-    draw_height_colors,
-    gaussian_blur,
-)
+from fractalgen.kernels.paint import BLACK, FractalColors, HeightColors, Heights, diamond_square, gaussian_blur
 from fractalgen.kernels.random import Stream
 from fractalgen.kernels.raster import POINT, Orientation
 from fractalgen.kinds.kind import check_parameters, parameter
@@ -138,9 +130,13 @@ def draw_fractal_colors(params: AndersonParams, rng: Stream) -> FractalColors:
 
 
 def draw_background(params: AndersonParams, size: int, rng: Stream) -> tuple[Heights, HeightColors]:
-    """Draw a background: heights (size, size) float32 and their colours."""
+    """Draw a background: heights (size, size) float32 and their colours, from the published ranges."""
     heights = diamond_square(size, rng.uniform(*params.decay), rng.key())
-    colors = draw_height_colors(rng)
+    colors = HeightColors(
+        hue=(255 * rng.uniform(0.25, 1.0), 255 * rng.uniform(0.0, 1.0)),
+        saturation=(255 * rng.uniform(0.1, 0.3), 255 * rng.uniform(0.4, 0.6)),
+        value=(255 * rng.uniform(0.3, 0.6), 255 * rng.uniform(0.4, 0.6)),
+    )
     return heights, colors if params.background else BLACK
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalgen.kernels.exact import log, sine_and_cosine
-from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, draw_ring, skip_instances
+from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, Key, draw_ring, skip_instances
 from fractalgen.kernels.mt19937 import STATE_WORDS, Mersenne, Words, seed_state
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds.kind import Kind, LazyImages, Unit, check_parameters, parameter
@@ -249,15 +249,10 @@ def check(params: ContourParams, n: int, val: int, classes: int) -> None:
     if params.stream == "own":
         return
     if classes % params.processes:
-        raise UsageError(
-            f"classes is {classes}, but the {params.processes} processes of the published program share them equally: "
-            f"choose a multiple of {params.processes}, or change 'processes'"
-        )
+        raise UsageError(f"classes is {classes}, which {params.processes} 'processes' cannot share: change one of them")
     if n > classes * params.instances:
-        raise UsageError(
-            f"n is {n}, but {classes} classes of {params.instances} instances are {classes * params.instances} images: "
-            "lower n, raise 'instances', or draw any number of other images with '--set stream=own'"
-        )
+        most = classes * params.instances
+        raise UsageError(f"n is {n}, but the stream has {most} images: lower n, raise 'instances', or --set stream=own")
 
 
 def units_per_class(params: ContourParams) -> int | None:
@@ -272,10 +267,7 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
     """
     system = _draw_system(params, unit.seed, len(systems), unit.label)
     if not np.array_equal(system, systems[unit.label]):
-        raise FractalError(
-            f"the system of class {unit.label} is not in the {params.stream} stream with these parameters: fetch "
-            "systems.npz again, or build into an empty folder"
-        )
+        raise FractalError(f"class {unit.label}: not a system of the {params.stream} stream; fetch systems.npz again")
     contour, first, count = _contour(system), unit.number * _PER_UNIT, _PER_UNIT
     if params.stream == "published" and unit.split == "train":
         _, states = unpack(_table(params, len(systems))[unit.label])
@@ -348,12 +340,7 @@ def _waves(vertices: int, *frequencies: int) -> npt.NDArray[np.float64]:
 
 
 def _draw(
-    params: ContourParams,
-    size: int,
-    contour: Contour,
-    buffers: Words = NO_BUFFERS,
-    at: int = 0,
-    key: tuple[np.uint32, np.uint32] = NO_KEY,
+    params: ContourParams, size: int, contour: Contour, buffers: Words = NO_BUFFERS, at: int = 0, key: Key = NO_KEY
 ) -> tuple[Indexed, int]:
     """Draw an instance; return it and the number of words drawn."""
     vertices, orbits, scale, offset, radius, first, second, oval_x, oval_y, y, x = contour

@@ -41,10 +41,8 @@ def draw_systems(params: FractaldbParams, seed: int, classes: int) -> Systems:
     """
     categories = shipped_categories()
     if classes > len(categories):
-        raise UsageError(
-            f"classes is {classes}, but {len(categories)} categories come with this software: find more with "
-            f"'fractalgen search --classes {classes} --out categories.npz' and build with '--categories categories.npz'"
-        )
+        search = f"'fractalgen search --classes {classes} --out FILE.npz', and give --categories FILE.npz"
+        raise UsageError(f"classes is {classes}, but {len(categories)} categories are known: run {search}")
     return categories[:classes]
 
 
@@ -58,10 +56,7 @@ def check(params: FractaldbParams, n: int, val: int, classes: int) -> None:
     limit = units_per_class(params)
     units = sum(-(-count // (classes * FLIPS)) for count in (n, val))
     if limit is not None and units > limit:
-        raise UsageError(
-            f"n and val ask for {units * FLIPS} images of a class, but kind fractaldb with these parameters has "
-            f"{limit * FLIPS}: lower them or raise classes"
-        )
+        raise UsageError(f"n and val: a class has {limit * FLIPS} images, not {units * FLIPS}; raise classes")
 
 
 def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered, ...]:
@@ -70,10 +65,11 @@ def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems:
     All weight rows are used before patches are drawn again. The validation split continues after the training split:
     with new patches, or for points with other weight rows. Fresh training images continue after both.
     """
-    number = unit.number + _first_number(params, unit.before)
-    first_val = _first_number(params, unit.after[0])
-    if unit.split == "train" and number >= first_val:
-        number += _first_number(params, unit.after[1])
+    number, (train, val) = unit.number, (_numbers(params, count) for count in unit.per_class)
+    if unit.split == "val":
+        number += train
+    elif number >= train:
+        number += val
     draw, row = divmod(number, params.rows)
     weights = kernel.weight_rows(params.weight_step)[params.weight_rows[0] + row]
     masks = None
@@ -84,9 +80,9 @@ def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems:
     return tuple((Indexed(kernel.flip(indices, flip), palette), unit.label) for flip in range(FLIPS))
 
 
-def _first_number(params: FractaldbParams, before: int) -> int:
-    """The number of a split's first render after ``before`` renders per class; patches start a new draw of all rows."""
-    return -(-before // params.rows) * params.rows if kernel.is_patch(params.draw) else before
+def _numbers(params: FractaldbParams, count: int) -> int:
+    """How many numbers a split of ``count`` renders per class takes; patches start a new draw of all rows after it."""
+    return -(-count // params.rows) * params.rows if kernel.is_patch(params.draw) else count
 
 
 KIND = Kind(

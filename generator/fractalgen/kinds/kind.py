@@ -49,17 +49,15 @@ class Unit:
         label: class index; for kinds whose images show several classes, merely part of the identity.
         number: index of the render among those of its class and split; training on fresh images counts on from epoch
             to epoch.
-        before: upper bound on the renders per class in earlier splits, for kinds that number renders across splits.
-        after: for ``train``, the renders per class of a build and of its ``val``; in such kinds, fresh images
-            skip those of ``val``.
+        per_class: the most renders of a class in ``train`` and in ``val`` of a build, for kinds that number renders
+            across splits.
     """
 
     seed: int
     split: str
     label: int
     number: int
-    before: int = 0
-    after: tuple[int, int] = (0, 0)
+    per_class: tuple[int, int] = (0, 0)
 
     def identity(self) -> tuple[str | int, ...]:
         """Return the arguments of ``Stream.of`` that follow the name of the kind."""

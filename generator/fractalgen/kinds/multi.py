@@ -42,10 +42,7 @@ def render(params: MultiParams, size: int, points: int, unit: Unit, systems: Sys
         image, objects = _draw_image(params, size, points, systems, rng)
         if objects:
             return ((anderson.blur_at_random(image, params, rng), MultiLabel.of(objects)),)
-    raise FractalError(
-        f"no object is visible in any of {_TRIES} images drawn for one sample; raise --size, or 'object_size' and "
-        "'value' of the kind"
-    )
+    raise FractalError(f"no object is visible in {_TRIES} images of one sample; raise --size, 'object_size' or 'value'")
 
 
 def _draw_image(
@@ -53,9 +50,8 @@ def _draw_image(
 ) -> tuple[Pixels, tuple[Object, ...]]:
     """Draw an image before blur, and its visible objects in paint order."""
     nothing = np.zeros((size, size), np.uint32)
-    canvas = Canvas.of(
-        paint(nothing, anderson.draw_fractal_colors(params, rng), *anderson.draw_background(params, size, rng))
-    )
+    colors = anderson.draw_fractal_colors(params, rng)
+    canvas = Canvas(paint(nothing, colors, *anderson.draw_background(params, size, rng)))
     labels = []
     for _ in range(rng.integer(params.objects[0], params.objects[1] + 1)):
         labels.append(rng.integer(0, len(systems)))

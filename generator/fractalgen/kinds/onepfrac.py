@@ -66,10 +66,7 @@ def _perturb(fractal: Float64s, params: OnepfracParams, seed: int, label: int) -
         image = kernel.render(system, np.ones(6), _SIZE, _POINTS, _DRAW, masks)
         if np.count_nonzero(image) > params.threshold * image.size:
             return system
-    raise UsageError(
-        f"none of {_TRIES} perturbations of class {label} fills {params.threshold:.0%} of its image; choose another "
-        "--seed, or raise 'sigma' or lower 'threshold' of the kind"
-    )
+    raise UsageError(f"class {label}: none of {_TRIES} systems exceeds 'threshold'; lower it, or change --seed")
 
 
 def render(params: OnepfracParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered]:

@@ -28,15 +28,8 @@ from filelock import FileLock
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard
-from fractalshards.remote.stores import LocalStore, Store, open_store, parse_location
-from fractalshards.remote.transfer import (
-    find_sidecar,
-    read_manifest,
-    read_sidecar,
-    run_tasks,
-    select_shards,
-    shard_info,
-)
+from fractalshards.remote.stores import FileInfo, LocalStore, Store, open_store, parse_location
+from fractalshards.remote.transfer import has_sidecar, read_manifest, read_sidecar, run_tasks, select_shards
 from fractalshards.storage import TEMPORARY, atomic_file, check_space, private_cache, remove_leftovers
 from fractalshards.workers import OnProgress, no_progress
 
@@ -71,9 +64,9 @@ class ShardCache:
         folder = LocalStore(self.folder)
 
         def prepare(shard: Shard) -> None:
-            if find_sidecar(folder, self.manifest, shard) is None:
+            if not has_sidecar(folder, self.manifest, shard):
                 folder.put([read_sidecar(store, self.manifest, shard)])
-            if not folder.holds(shard.name, shard_info(shard)):
+            if not folder.holds(shard.name, FileInfo(shard.bytes, shard.sha256)):
                 (self.folder / shard.name).unlink(missing_ok=True)  # damaged
 
         with self._lock("prepare"):
@@ -108,8 +101,7 @@ class ShardCache:
         ends = accumulate(self._shards[name].bytes for name in names)
         fitting = [name for name, end in zip(names, ends, strict=True) if end <= self.size]
         for name in fitting:
-            descriptor = self._open_whole(self._shards[name])
-            if descriptor is not None:
+            if (descriptor := self._open_whole(self._shards[name])) is not None:
                 _mark_used(descriptor)
                 os.close(descriptor)
         return fitting
@@ -122,7 +114,8 @@ class ShardCache:
                 while not self._make_room(shard.bytes):
                     time.sleep(_POLL_SECONDS)  # others are fetching; what they have fetched can make room
                 file.truncate(shard.bytes)
-            _store_of_process(self.url, os.getpid()).fetch(shard.name, file, shard_info(shard), attempts)
+            info = FileInfo(shard.bytes, shard.sha256)
+            _store_of_process(self.url, os.getpid()).fetch(shard.name, file, info, attempts)
             return os.open(file.name, os.O_RDONLY | os.O_CLOEXEC)  # before another process can remove it
 
     def _make_room(self, size: int) -> bool:

@@ -1,8 +1,7 @@
 """The folder of a dataset: a local path, or on a web server, S3, Google Cloud Storage or Hugging Face.
 
-``open_store`` returns a ``Store`` with four operations: ``read`` a small file, ``fetch`` one of known size and sha256,
-ask whether it ``holds`` such a file, and ``put`` files. fsspec moves the bytes; stores differ in how they write files
-and check what arrived.
+A ``Store`` can ``read`` a small file, ``fetch`` one of known size and sha256, say whether it ``holds`` one, and ``put``
+files. fsspec moves the bytes; stores differ in how they write files and check what arrived.
 """
 
 import base64
@@ -29,16 +28,12 @@ from fractalshards.storage import atomic_file, regular_size
 _log = logging.getLogger(__name__)
 
 _ROOTS = {
-    scheme: re.compile(pattern, re.IGNORECASE)
-    for scheme, pattern in (
-        ("file", r"file://(/[^/].*)"),
-        ("http", r"(https?://[^/?#]+(?:/[^?#]*)?)(?:\?([^#]*))?"),
-        ("s3", r"s3://([^/@]+(?:/.*)?)"),
-        ("gs", r"gc?s://([^/@]+(?:/.*)?)"),
-        ("hf", r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)"),
-    )
+    "file": r"file://(/[^/].*)",
+    "http": r"(https?://[^/?#]+(?:/[^?#]*)?)(?:\?([^#]*))?",
+    "s3": r"s3://([^/@]+(?:/.*)?)",
+    "gs": r"gc?s://([^/@]+(?:/.*)?)",
+    "hf": r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)",
 }
-_SECRETS = ((re.compile(r"//[^/@\s]*@"), "//***@"), (re.compile(r"(://[^\s'\"<>)?]*)\?[^\s'\"<>),]*"), r"\1?***"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def parse_location(text: str) -> Location:
     if text and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
         return Location("file", str(Path(os.path.expanduser(text))))
     for scheme, pattern in _ROOTS.items():
-        if match := pattern.fullmatch(text):
+        if match := re.fullmatch(pattern, text, re.IGNORECASE):
             root, *query = match.groups("")
             if scheme == "file":
                 root = os.fsdecode(unquote_to_bytes(root))
@@ -83,9 +78,8 @@ def parse_location(text: str) -> Location:
 
 def redact(text: str) -> str:
     """Return a text with ``***`` in place of the secrets of its URLs: user, password and query."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
+    text = re.sub(r"//[^/@\s]*@", "//***@", text)
+    return re.sub(r"(://[^\s'\"<>)?]*)\?[^\s'\"<>),]*", r"\1?***", text)
 
 
 _LOCAL_CHUNK = 1 << 18  # stays in a core's cache from reading to hashing and writing
@@ -149,9 +143,15 @@ class Store:
     chunk = _BLOCK  # bytes that are read at a time
 
     def __init__(self, location: Location, **options: Any) -> None:
-        """``options`` are those of the filesystem."""
+        """``options`` are those of the filesystem, which is a new one: shared ones keep listings."""
+        import fsspec
+
         self.location, self.shown = location, location.shown
-        self._files = _filesystem(location.scheme, **options)
+        options |= {"skip_instance_cache": True, "use_listings_cache": False}
+        try:
+            self._files: Any = fsspec.filesystem(location.scheme, **options)
+        except ImportError as error:
+            raise FractalError(f"{location.scheme}://: {error}") from error  # which names the package to install
 
     def read(self, name: str, most: int, attempts: int | None = None) -> bytes | None:
         """Return the contents of a file of at most ``most`` bytes; None if it does not exist."""
@@ -178,8 +178,7 @@ class Store:
 
     def holds(self, name: str, info: FileInfo) -> bool:
         """Return whether a file is stored already."""
-        found = self._persist(lambda: self._stored(name, info, read_back=self.has_checksums))
-        return found in (info, FileInfo(info.size, ""))
+        return self._persist(lambda: self._is_stored(name, info, read_back=self.has_checksums))
 
     def put(self, uploads: Sequence[Upload]) -> None:
         """Store files in this order, each visible only when it is whole, and check what arrived.
@@ -191,7 +190,7 @@ class Store:
             with self._translated(uploads[0].name):
                 self._send(uploads)
             for upload in uploads:
-                if self._stored(upload.name, upload.info, read_back=True) != upload.info:
+                if not self._is_stored(upload.name, upload.info, read_back=True):
                     raise TemporaryError(f"{self.shown}/{upload.name}: arrived damaged")
 
         for upload in uploads:
@@ -200,25 +199,22 @@ class Store:
 
     def _send(self, uploads: Sequence[Upload]) -> None:
         for upload in uploads:
-            self._send_file(upload)
+            path = self.location.file(upload.name)
+            if isinstance(upload.content, bytes):
+                self._files.pipe_file(path, upload.content)
+            else:
+                self._files.put_file(str(upload.content), path)
 
-    def _send_file(self, upload: Upload) -> None:
-        path = self.location.file(upload.name)
-        if isinstance(upload.content, bytes):
-            self._files.pipe_file(path, upload.content)
-        else:
-            self._files.put_file(str(upload.content), path)
-
-    def _stored(self, name: str, expected: FileInfo, read_back: bool) -> FileInfo | None:
-        """Size and sha256 of a file that is stored, or None; reads it if need be and ``read_back``."""
+    def _is_stored(self, name: str, info: FileInfo, read_back: bool) -> bool:
+        """Compare size and sha256; if the store does not know the sha256, read the file, or accept it."""
         try:
             with self._translated(name):
                 found = self._info(self.location.file(name))
-            if read_back and not found.sha256 and found.size == expected.size:
-                return self._copy(name, lambda chunk: None, found.size + 1)
-            return found
+            if read_back and not found.sha256 and found.size == info.size:
+                found = self._copy(name, lambda chunk: None, info.size + 1)
         except FileNotFoundError:
-            return None
+            return False
+        return found.size == info.size and found.sha256 in (info.sha256, "")
 
     def _info(self, path: str) -> FileInfo:
         self._files.invalidate_cache(path)
@@ -293,9 +289,10 @@ class LocalStore(Store):
         super().__init__(Location("file", str(folder)))
         self.folder = folder
 
-    def _send_file(self, upload: Upload) -> None:
-        with upload.open() as content, atomic_file(self.folder / upload.name) as file:
-            shutil.copyfileobj(content, file)
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        for upload in uploads:
+            with upload.open() as content, atomic_file(self.folder / upload.name) as file:
+                shutil.copyfileobj(content, file)
 
     def _info(self, path: str) -> FileInfo:
         return FileInfo(regular_size(Path(path)), sha256_file(Path(path)))
@@ -338,15 +335,16 @@ class S3Store(Store):
         whole = "-" not in checksum  # otherwise it is one of parts
         return FileInfo(int(head["ContentLength"]), base64.b64decode(checksum).hex() if whole else "")
 
-    def _send_file(self, upload: Upload) -> None:
-        if upload.info.size > _SINGLE_PUT:
-            super()._send_file(upload)
-            return
-        bucket, key, _ = self._files.split_path(self.location.file(upload.name))
-        sha256 = base64.b64encode(bytes.fromhex(upload.info.sha256)).decode()
-        with upload.open() as body:  # streamed; put_file would hold all of it in memory
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        for upload in uploads:
+            if upload.info.size > _SINGLE_PUT:
+                super()._send([upload])
+                continue
+            bucket, key, _ = self._files.split_path(self.location.file(upload.name))
+            sha256 = base64.b64encode(bytes.fromhex(upload.info.sha256)).decode()
             checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
-            self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum)
+            with upload.open() as body:  # streamed; put_file would hold all of it in memory
+                self._files.call_s3("put_object", Bucket=bucket, Key=key, Body=body, **checksum)
 
 
 class HubStore(Store):
@@ -357,9 +355,10 @@ class HubStore(Store):
 
     def __init__(self, location: Location) -> None:
         super().__init__(location)
-        _, user, repository, *folders = location.root.split("/")
-        name, _, revision = repository.partition("@")
-        self._repository: dict[str, Any] = {"repo_id": f"{user}/{name}", "revision": unquote(revision) or None}
+        _, user, place, *folders = location.root.split("/")
+        name, _, revision = place.partition("@")
+        repository = {"repo_id": f"{user}/{name}", "revision": unquote(revision) or None}
+        self._repository: dict[str, Any] = {"repo_type": "dataset", **repository}
         self._folders = folders
         self._turn = threading.Lock()
         self.needs_card = not folders  # the hub does not look for it elsewhere
@@ -370,9 +369,7 @@ class HubStore(Store):
         message = f"Add {uploads[0].name}" + (f" and {len(uploads) - 1} more files" if uploads[1:] else "")
         with self._turn:
             operations = [CommitOperationAdd("/".join([*self._folders, one.name]), one.content) for one in uploads]
-            HfApi().create_commit(
-                repo_type="dataset", operations=operations, commit_message=message, **self._repository
-            )
+            HfApi().create_commit(operations=operations, commit_message=message, **self._repository)
 
 
 def open_store(url: str) -> Store:
@@ -385,16 +382,6 @@ def open_store(url: str) -> Store:
         return LocalStore(Path(location.root))
     stores: dict[str, type[Store]] = {"http": WebStore, "s3": S3Store, "hf": HubStore}
     return stores.get(location.scheme, Store)(location)
-
-
-def _filesystem(scheme: str, **options: Any) -> Any:
-    """Return a new filesystem: shared instances keep listings."""
-    import fsspec
-
-    try:
-        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
-    except ImportError as error:
-        raise FractalError(f"{scheme}://: {error}") from error  # which names the package to install
 
 
 def _open_regular(path: Path) -> io.FileIO:

@@ -8,27 +8,19 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from multiprocessing.pool import ThreadPool
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
 from fractalshards.digest import systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count
-from fractalshards.manifest import (
-    INFO,
-    RECIPE,
-    SYSTEMS,
-    Manifest,
-    Shard,
-    find_manifest,
-    parse_manifest,
-    parse_record,
-    sidecar_name,
-)
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, Manifest, Shard, parse_manifest, parse_record, sidecar_name
 from fractalshards.recipe_file import RecipeFile, recipe_problems
 from fractalshards.remote.card import README, dataset_card
 from fractalshards.remote.stores import FileInfo, LocalStore, Store, Upload, open_store
@@ -38,6 +30,7 @@ from fractalshards.workers import OnProgress, no_progress
 
 _SHARD = re.compile(r"(train|val)-(\d{6})\.tar")
 _MANIFEST_ATTEMPTS = 3  # the URL may be mistyped
+_traits = attrgetter("recipe_digest", "label_type", "classes", "image_size", "class_names")  # of a manifest
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -100,7 +93,6 @@ def push(
         jobs: files transferred at a time.
         on_progress: called with bytes done and bytes in all, after each shard.
     """
-    find_manifest(folder)
     target = open_store(url)
     if target.location.scheme == "http":
         raise UsageError(f"{target.shown}: web servers are read only; give a local folder, s3://, gs:// or hf://")
@@ -151,16 +143,16 @@ def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Seque
     missing = [
         shard
         for shard in shards
-        if find_sidecar(target, manifest, shard) is None or not target.holds(shard.name, shard_info(shard))
+        if not has_sidecar(target, manifest, shard) or not target.holds(shard.name, FileInfo(shard.bytes, shard.sha256))
     ]
     uploads = []
     for shard in missing:
         sidecar = read_sidecar(source, manifest, shard)
         if isinstance(target, LocalStore):
             with atomic_file(target.folder / shard.name) as file:
-                source.fetch(shard.name, file, shard_info(shard))
+                source.fetch(shard.name, file, FileInfo(shard.bytes, shard.sha256))
         elif isinstance(source, LocalStore):
-            uploads.append(Upload(shard.name, source.folder / shard.name, shard_info(shard)))
+            uploads.append(Upload(shard.name, source.folder / shard.name, FileInfo(shard.bytes, shard.sha256)))
         uploads.append(sidecar)
     if uploads:
         target.put(uploads)
@@ -223,7 +215,7 @@ def read_manifest(store: Store) -> ManifestFile:
     """Read the manifest of a dataset; raises FractalError if there is none, or it is not valid."""
     found = _find_manifest(store)
     if found is None:
-        raise FractalError(f"{store.shown}: no {INFO}, so not a finished dataset; check the URL, or push it again")
+        raise FractalError(f"{store.shown}: no {INFO}, so not a finished dataset; check the path or URL")
     return found
 
 
@@ -234,32 +226,24 @@ def _find_manifest(store: Store) -> ManifestFile | None:
     return ManifestFile(text, parse_manifest(text, Path(store.shown), where))
 
 
-def find_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes | None:
-    """Return a shard's sidecar; None if it is missing, not valid, or contradicts the manifest."""
-    text = store.read(sidecar_name(shard.name), MAX_JSON_BYTES)
-    try:
-        return text if text and parse_record(text, shard.name, manifest.label_type, "").shard() == shard else None
-    except FractalError:
-        return None
-
-
 def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> Upload:
     """Return a shard's sidecar; raise FractalError if it is missing, not valid, or contradicts the manifest."""
     name = sidecar_name(shard.name)
-    text = find_sidecar(store, manifest, shard)
-    if text is None:
-        raise FractalError(f"{store.shown}/{name}: missing or contradicts the manifest; build or push it again")
+    text, where = store.read(name, MAX_JSON_BYTES), f"{store.shown}/{name}"
+    if text is None or parse_record(text, shard.name, manifest.label_type, where).shard() != shard:
+        raise FractalError(f"{where}: missing or contradicts the manifest; build or push it again")
     return Upload.of_bytes(name, text)
 
 
-def shard_info(shard: Shard) -> FileInfo:
-    """Return the size and sha256 that a shard must have."""
-    return FileInfo(shard.bytes, shard.sha256)
+def has_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bool:
+    """Return whether a store holds the sidecar of a shard; see ``read_sidecar``."""
+    with suppress(FractalError):
+        read_sidecar(store, manifest, shard)
+        return True
+    return False
 
 
-def _listed_names(
-    ours: ManifestFile, chosen: Collection[str], theirs: ManifestFile | None, where: str, add: bool
-) -> Collection[str]:
+def _listed_names(ours: ManifestFile, chosen: set[str], theirs: ManifestFile | None, where: str, add: bool) -> set[str]:
     """Return the names of the shards that the target's manifest will list: those it lists now, and the chosen ones.
 
     Raises FractalError if the target holds another dataset or another copy of it, or lists shards that are not chosen,
@@ -268,16 +252,12 @@ def _listed_names(
     if theirs is None:
         return chosen
     one, other = ours.rows(), theirs.rows()
-    manifests = (ours.manifest, theirs.manifest)
-    traits = [(m.recipe_digest, m.label_type, m.classes, m.image_size, m.class_names) for m in manifests]
     differing = [name for name in one.keys() & other.keys() if one[name] != other[name]]
-    if traits[0] != traits[1] or differing:
+    if differing or _traits(ours.manifest) != _traits(theirs.manifest):
         raise FractalError(f"{where}: holds another dataset, or another copy of this one; choose another folder")
-    if other.keys() >= set(chosen):
-        return other.keys()
-    if not other.keys() <= (one.keys() if add else set(chosen)):
+    if not (other.keys() >= chosen or other.keys() <= (one.keys() if add else chosen)):
         raise FractalError(f"{where}: lists other shards of this dataset; include them in --shards, or leave it out")
-    return {*other, *chosen}
+    return other.keys() | chosen
 
 
 def _read_recipe(store: Store, manifest: Manifest) -> Iterator[Upload]:

@@ -19,11 +19,12 @@ RenderedSplit: TypeAlias = "render.RenderedSplit"
 def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = False) -> RenderedSplit:
     """Open a split of the dataset that a recipe or the file of a portable recipe describes.
 
-    Raises FractalError as ``fractalgen.render.open_recipe`` does.
+    Raises FractalError as ``fractalgen.render.RenderedSplit`` does.
     """
-    from fractalgen.render import open_recipe  # loads numba
+    import fractalgen.render  # loads numba
 
-    rendered = open_recipe(Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe, split, fresh)
+    source = Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe
+    rendered = fractalgen.render.RenderedSplit(source, split, fresh)
     rendered.read(0)  # compiles the kernels, if need be, before every loader worker does it for itself
     return rendered
 
@@ -31,7 +32,7 @@ def open_rendered(recipe: RecipeOrPath, split: str = TRAINING, fresh: bool = Fal
 def open_rendered_splits(path: Path, fresh: bool) -> Splits[RenderedSplit]:
     """Open the splits of a portable recipe: ``train``, and ``val`` if it has one, which is never fresh.
 
-    Raises FractalError as ``fractalgen.render.open_recipe`` does.
+    Raises FractalError as ``fractalgen.render.RenderedSplit`` does.
     """
     train = open_rendered(path, TRAINING, fresh)
     val = open_rendered(path, "val") if train.recipe.val else None
