@@ -65,11 +65,10 @@ def _list_split(tar: Path, images: Iterator[tuple[str, Member]], labels: dict[st
 def _train_images(tar: Path) -> Iterator[tuple[str, Member]]:
     """Yield the synset id and location of every training image."""
     with tar.open("rb") as file:
-        for inner in _scan(file.fileno(), 0, tar.stat().st_size, str(tar)):
-            synset = _match(_CLASS_TAR, inner.name, str(tar))
+        for synset, inner in _scan(file.fileno(), 0, tar.stat().st_size, str(tar), _CLASS_TAR):
             where = f"{tar}: {inner.name}"
-            for member in _scan(file.fileno(), inner.start, inner.start + inner.size, where):
-                if _match(_TRAIN_IMAGE, member.name, where) != synset:
+            for found, member in _scan(file.fileno(), inner.start, inner.start + inner.size, where, _TRAIN_IMAGE):
+                if found != synset:
                     raise FractalError(f"{where}: {member.name} belongs to another class; {_ADVICE}")
                 yield synset, member
 
@@ -78,33 +77,27 @@ def _val_images(tar: Path, synsets: list[str]) -> Iterator[tuple[str, Member]]:
     """Yield the synset id and location of every validation image; ``synsets`` has the id of each by its number."""
     count = 0
     with tar.open("rb") as file:
-        for member in _scan(file.fileno(), 0, tar.stat().st_size, str(tar)):
-            number = int(_match(_VAL_IMAGE, member.name, str(tar)))
-            if not 1 <= number <= len(synsets):
+        for number, member in _scan(file.fileno(), 0, tar.stat().st_size, str(tar), _VAL_IMAGE):
+            if not 1 <= int(number) <= len(synsets):
                 raise FractalError(f"{tar}: {member.name} has no label in {DEVKIT}; {_ADVICE}")
             count += 1
-            yield synsets[number - 1], member
+            yield synsets[int(number) - 1], member
     if count != len(synsets):
         raise FractalError(f"{tar}: {count:,} images, but {DEVKIT} has {len(synsets):,} labels; {_ADVICE}")
 
 
-def _scan(descriptor: int, start: int, stop: int, where: str) -> Iterator[Member]:
-    """Yield the members of a tar inside an open file; each name may occur once."""
+def _scan(descriptor: int, start: int, stop: int, where: str, pattern: re.Pattern[str]) -> Iterator[tuple[str, Member]]:
+    """Yield the members of a tar inside an open file, each with the group of its name; a name may occur once."""
     seen: set[str] = set()
     try:
         for member in scan_members(descriptor, start, stop):
-            if member.name in seen:
-                raise FractalError(f"{member.name} occurs twice")
+            match = pattern.fullmatch(member.name)
+            if match is None or member.name in seen:
+                raise FractalError(f"unexpected file {member.name!r}, or a second one of this name")
             seen.add(member.name)
-            yield member
+            yield match[1], member
     except FractalError as error:
         raise FractalError(f"{where}: {error}; {_ADVICE}") from error
-
-
-def _match(pattern: re.Pattern[str], name: str, where: str) -> str:
-    if (match := pattern.fullmatch(name)) is None:
-        raise FractalError(f"{where}: unexpected file {name!r}; {_ADVICE}")
-    return match[1]
 
 
 def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:

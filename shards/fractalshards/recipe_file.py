@@ -69,16 +69,16 @@ def refuse_other(folder: Path, found: Mapping[str, Any], recipe: Mapping[str, An
 def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return name and both values of all fields and parameters in which recipes differ; ``-`` stands for no value."""
     one, other = flat_recipe(first), flat_recipe(second)
-    names = [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
-    return [(name, _show(one, name), _show(other, name)) for name in names]
+    pairs = {name: (one.get(name, "-"), other.get(name, "-")) for name in one | other}
+    return [(name, _show(there), _show(here)) for name, (there, here) in pairs.items() if there != here]
 
 
 def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a recipe and its parameters in one mapping, with tuples as lists, as in JSON."""
-    params = recipe.get("params")
-    if isinstance(params, dict):
-        recipe = {**{name: value for name, value in recipe.items() if name != "params"}, **params}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
+    flat = dict(recipe)
+    if isinstance(flat.get("params"), dict):
+        flat |= flat.pop("params")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
 def recipe_problems(recipe: Mapping[str, Any], digest: str, manifest: Manifest | None = None) -> Iterator[str]:
@@ -89,8 +89,8 @@ def recipe_problems(recipe: Mapping[str, Any], digest: str, manifest: Manifest |
         yield "recipe digest differs: the recipe was changed"
 
 
-def _show(recipe: Mapping[str, Any], name: str) -> str:
-    text = str(recipe[name]) if name in recipe else "-"
+def _show(value: object) -> str:
+    text = str(value)
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
 
 
