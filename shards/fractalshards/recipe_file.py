@@ -204,13 +204,10 @@ def read_portable(path: Path) -> PortableRecipe:
 def parse_portable(text: bytes, where: str) -> PortableRecipe:
     """Check the text of a portable recipe; ``where`` names it in errors. See ``read_portable``."""
     version = parse_json(text, _Version, where).portable_version
-    if version is None:
-        raise FractalError(
-            f"{where}: not a portable recipe; make one with 'fractalgen recipe', or 'fractalshards recipe DIR'"
-        )
     if version not in (_BUILT, _PLANNED):
         raise FractalError(
-            f"{where}: portable recipe version {version}, expected {_BUILT} or {_PLANNED}; upgrade fractalpretrain"
+            f"{where}: portable recipe version {version}, expected {_BUILT} or {_PLANNED}; upgrade fractalpretrain, or "
+            "make one with 'fractalgen recipe' or 'fractalshards recipe DIR'"
         )
     file = parse_json(text, _Built if version == _BUILT else _Planned, where)
     for problem in recipe_problems(file.recipe, file.recipe_digest):

@@ -16,7 +16,7 @@ import xxhash
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from building import wait_until
+from building import times, wait_until
 from fractalshards.imagefolder import list_folder
 from fractalshards.manifest import load_manifest, read_record
 from fractalshards.png import decode_image
@@ -26,10 +26,6 @@ from packing import Encode, Make, assert_refused, good, images, is_sound, pack, 
 
 pytestmark = pytest.mark.usefixtures("threads")
 FLOWERS = ("--split", "train=0.8,val=0.2", "--shard-size", "8")  # as the fixture ``packed``
-
-
-def state(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_pack_stores_every_file_once_under_its_class(flowers: Path, packed: Path) -> None:
@@ -226,29 +222,29 @@ def test_wrong_usage_is_refused(
 
 def test_pack_again_writes_only_what_is_missing(flowers: Path, packed: Path, tmp_path: Path) -> None:
     out = shutil.copytree(packed, tmp_path / "out")
-    before = state(out)
+    before = times(out)
     assert "to pack: 0 images" in pack(f"imagefolder:{flowers}", out, *FLOWERS).stderr
-    assert state(out) == before
+    assert times(out) == before
     (out / "train-000001.json").unlink()
     os.truncate(out / "val-000000.tar", 700)
     (out / f".tmp~{os.uname().nodename}~999999999~00000000~train-000004.tar").write_bytes(b"half")
     assert "to pack: 15 images" in pack(f"imagefolder:{flowers}", out, *FLOWERS).stderr
-    assert state(out).keys() == state(packed).keys()
+    assert times(out).keys() == times(packed).keys()
     assert load_manifest(out).splits == load_manifest(packed).splits
-    assert state(out)["train-000000.tar"] == before["train-000000.tar"]
+    assert times(out)["train-000000.tar"] == before["train-000000.tar"]
 
 
 def test_pack_leaves_other_folders_alone(flowers: Path, packed: Path, tmp_path: Path) -> None:
-    before = state(packed)
+    before = times(packed)
     for options, noun in ((("--shard-size", "9"), "shard_size"), (("--split", "train=0.9,val=0.1"), "val_share")):
         assert_refused(run("pack", f"imagefolder:{flowers}", packed, *FLOWERS, *options), 1, noun)
     other = shutil.copytree(flowers, tmp_path / "other")
     (other / "rose" / "025.jpg").rename(other / "rose" / "renamed.jpg")
     assert_refused(run("pack", f"imagefolder:{other}", packed, *FLOWERS), 1, "files")
-    assert state(packed) == before
+    assert times(packed) == before
     (tmp_path / "thesis.tex").write_text("precious")
     assert_refused(run("pack", f"imagefolder:{flowers}", tmp_path), 1, "recipe.json")
-    assert set(state(tmp_path)) == {"other", "thesis.tex"}
+    assert set(times(tmp_path)) == {"other", "thesis.tex"}
 
 
 def test_bad_images_are_all_named(tmp_path: Path, image_folder: Make, image_file: Encode) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from click.testing import Result
 
+from building import files, succeed
 from building import run as fractalgen
 from fractalgen.recipe import RECIPE_VERSION
 from fractalshards.digest import mapping_digest, systems_digest
@@ -21,10 +21,6 @@ from fractalshards.systems import read_systems, write_systems
 from packing import assert_refused, good, is_sound, run
 
 pytestmark = pytest.mark.usefixtures("threads")
-
-
-def build(*arguments: object) -> Result:
-    return fractalgen("build", "--workers", 1, *arguments)
 
 
 def exported(dataset: Path) -> dict[str, Any]:
@@ -45,18 +41,17 @@ def seal(data: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["fractaldb", "multi"])
 def test_recipe_rebuilds_the_same_files(tmp_path: Path, kind: str) -> None:
-    options = f"--kind {kind} --n 48 --val 12 --classes 6 --size 48 --points 2000 --seed 9 --shard-size 16"
-    assert build(*options.split(), "--out", tmp_path / "first").exit_code == 0
+    options = f"--workers 1 --kind {kind} --n 48 --val 12 --classes 6 --size 48 --points 2000 --seed 9 --shard-size 16"
+    succeed("build", *options.split(), "--out", tmp_path / "first")
     good("recipe", tmp_path / "first", "--out", tmp_path / "recipe.json")
-    result = build("--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second")
-    assert result.exit_code == 0, result.output
-    files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()} == files
+    succeed("build", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second")
+    assert files(tmp_path / "first") == files(tmp_path / "second")
 
     fields = json.loads((tmp_path / "recipe.json").read_text())
     fields["splits"]["val"]["content_digests"][0] = "0" * 32
     (tmp_path / "recipe.json").write_text(json.dumps(seal(fields)))
-    assert_refused(build("--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second"), 1, "val-000000.tar")
+    again = fractalgen("build", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "second")
+    assert_refused(again, 1, "val-000000.tar")
 
 
 def test_build_refuses_recipes_it_cannot_use(dataset: Path, tmp_path: Path) -> None:
@@ -71,7 +66,7 @@ def test_build_refuses_recipes_it_cannot_use(dataset: Path, tmp_path: Path) -> N
         (("--recipe", dataset / RECIPE), 1, "recipe.json"),
         (("--recipe", tmp_path / "older.json"), 1, "older.json"),
     ):
-        assert_refused(build(*options, "--out", tmp_path / "out"), code, noun)
+        assert_refused(fractalgen("build", *options, "--out", tmp_path / "out"), code, noun)
         assert not (tmp_path / "out").exists()
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 import packing
+from building import files as contents
 from damages import edit, edit_split, train_split
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
@@ -64,10 +65,6 @@ def bad(*arguments: object, code: int = 1) -> str:
     result = run(*arguments)
     assert_refused(result, code, "error: ")
     return result.stderr.splitlines()[-1]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
