@@ -256,7 +256,7 @@ def test_image_folders(tmp_path, monkeypatch):
     [
         ({}, "train: "),
         ({"train": ["ant"]}, "val: "),
-        ({"train": ["ant", "bee"], "val": ["ant"]}, r"class folders \(bee\)"),
+        ({"train": ["ant", "bee"], "val": ["ant"]}, "class folders.*bee"),
         ({"train": [], "val": []}, "train: .*class folder"),
     ],
 )
