@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,18 +114,11 @@ def decode_sample(sample: Sample, classes: int) -> tuple[Pixels, Label]:
     return decode_image(sample.files[image_extension(sample.files)]), label
 
 
-class OpenFile:
+class OpenFile(FileIO):
     """A file that is open for reading, and closed when nothing refers to it any more."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def fileno(self) -> int:
-        """Return the file descriptor."""
-        return self._descriptor
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: os is gone when Python ends
-        close(self._descriptor)
+    def __del__(self) -> None:
+        self.close()
 
 
 class OpenFiles:
@@ -150,7 +144,7 @@ class OpenFiles:
         file = self._files.pop(path, None)
         if file is None:
             try:
-                file = OpenFile(self._fetch(path.name) if self._fetch else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                file = OpenFile(self._fetch(path.name) if self._fetch else path)
             except OSError as error:
                 raise BadSampleError(describe_os_error(error)) from error
             status = os.fstat(file.fileno())
