@@ -28,6 +28,7 @@ from fractalshards.tars import Tar, index_tars
 MAX_OPEN_FILES = 64
 
 FileStamp = tuple[int, int]  # size in bytes and time of the last change in ns
+Fetch = Callable[[str], int]  # opens a file for reading, given its name, and returns its descriptor
 Integers = npt.NDArray[np.int64]
 
 
@@ -127,11 +128,8 @@ class OpenFiles:
     Threads may share it: a file that one of them reads stays open while others open more than ``limit``.
     """
 
-    def __init__(self, limit: int = MAX_OPEN_FILES, fetch: Callable[[str], int] | None = None) -> None:
-        """Keep at most ``limit`` files open.
-
-        ``fetch`` returns the descriptor of a file that is opened for reading, given its name; None: open it locally.
-        """
+    def __init__(self, limit: int = MAX_OPEN_FILES, fetch: Fetch | None = None) -> None:
+        """Keep at most ``limit`` files open; without ``fetch`` they are opened by their paths."""
         self.limit = limit
         self._fetch = fetch
         self._files: OrderedDict[Path, OpenFile] = OrderedDict()
@@ -189,11 +187,7 @@ class StoredSplit:
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        split: str,
-        fetch: Callable[[str], int] | None = None,
-        max_open_files: int = MAX_OPEN_FILES,
+        self, manifest: Manifest, split: str, fetch: Fetch | None = None, max_open_files: int = MAX_OPEN_FILES
     ) -> None:
         """Read the sidecars; raises FractalError if the split or a shard is missing, or they contradict each other.
 

@@ -68,7 +68,7 @@ def class_rows(samples: Iterable[tuple[Pixels, Label]], classes: Sequence[int], 
 def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, tile: int) -> Rows:
     """Read images of some classes, evenly spread, as rows; an image of several classes may be in several rows."""
     rows: dict[int, list[Image.Image]] = {label: [] for label in spread(manifest.classes, classes)}
-    wanted, _ = select_samples(manifest, split, list(rows), per_class)
+    wanted = select_samples(manifest, split, list(rows), per_class)
     indices = index_split(manifest, split)
     for number, counts in wanted.items():
         chosen = choose_samples(indices[number], counts)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fractalshards.errors import FractalError
-from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest, split_shards
+from fractalshards.manifest import MAX_SAMPLES, TRAINING, Manifest
 from fractalshards.png import Pixels
 from fractalshards.reader import ShardIndex, count_labels, decode_shard, index_split, read_blocks
 from fractalshards.sample import (
@@ -84,7 +84,7 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
     shown = spread(manifest.classes, MAX_THUMBNAILS)
     per_class = min(_PER_CLASS, MAX_THUMBNAILS // len(shown))
     tile = _LARGE if len(shown) * per_class <= _MAX_LARGE else _SMALL
-    wanted, counts = select_samples(manifest, split, shown, per_class)
+    wanted = select_samples(manifest, split, shown, per_class)
     measured = np.array(spread(manifest.samples(split), MAX_MEASURED))
     tasks = []
     first = 0
@@ -104,10 +104,9 @@ def survey_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
             stats += measurements
             done += len(pictures) + len(measurements)
             on_progress(done, total)
-    none = np.zeros_like(counts)
-    others = {name: sum(count_labels(manifest, name), start=none) for name in manifest.splits if name != split}
-    fitting = fit_thumbnails(thumbnails, MAX_THUMBNAIL_BYTES)
-    return Survey(manifest, split, {split: counts, **others}, fitting, tile, stats)
+    none = np.zeros(manifest.classes, np.int64)
+    counts = {name: sum(count_labels(manifest, name), start=none) for name in manifest.splits}
+    return Survey(manifest, split, counts, fit_thumbnails(thumbnails, MAX_THUMBNAIL_BYTES), tile, stats)
 
 
 def spread(total: int, most: int) -> list[int]:
@@ -123,21 +122,16 @@ def fit_thumbnails(thumbnails: Mapping[int, list[Thumbnail]], most_bytes: int) -
     return {label: found[:keep] for label, found in thumbnails.items()}
 
 
-def select_samples(
-    manifest: Manifest, split: str, shown: Sequence[int], per_class: int
-) -> tuple[dict[int, dict[int, int]], Counts]:
+def select_samples(manifest: Manifest, split: str, shown: Sequence[int], per_class: int) -> dict[int, dict[int, int]]:
     """Choose how many images of each class to take from which shards, by the label counts in the sidecars.
 
     The images of a class come from as many shards as possible, because one shard may hold one render in four flips.
-    Returns the number of images to take by shard and class, and the label counts of the split.
+    Returns the number of images to take by shard and class.
     """
-    classes = np.array(shown)
-    totals = np.zeros(manifest.classes, np.int64)
-    available = np.zeros((len(split_shards(manifest, split)), len(classes)), np.min_scalar_type(per_class))
-    for number, counts in enumerate(count_labels(manifest, split)):
-        totals += counts
-        available[number] = np.minimum(counts[classes], per_class)
-    missing = np.minimum(totals[classes], per_class)
+    classes, kind = np.array(shown), np.min_scalar_type(per_class)
+    rows = (np.minimum(counts[classes], per_class).astype(kind) for counts in count_labels(manifest, split))
+    available = np.fromiter(rows, np.dtype((kind, (len(classes),))))
+    missing = np.minimum(available.sum(axis=0), per_class).astype(np.int64)
     taken = np.zeros_like(available)
     order = sorted(range(len(available)), key=lambda number: number * _GOLDEN % 1)  # every prefix is evenly spread
     for number in order * per_class:  # one image per class at a time
@@ -146,11 +140,10 @@ def select_samples(
         missing -= take
         if not missing.any():
             break
-    wanted = {
-        int(number): {int(classes[at]): int(taken[number, at]) for at in np.flatnonzero(taken[number])}
+    return {
+        int(number): {shown[at]: int(taken[number, at]) for at in np.flatnonzero(taken[number]).tolist()}
         for number in np.flatnonzero(taken.sum(axis=1))
     }
-    return wanted, totals
 
 
 def choose_samples(index: ShardIndex, counts: Mapping[int, int]) -> list[tuple[int, int]]:

@@ -71,11 +71,7 @@ def verify_dataset(manifest: Manifest, workers: int, on_progress: OnProgress = n
 
 
 def verify_shards(
-    executor: Executor,
-    folder: Path,
-    shards: Sequence[tuple[Shard, int]],
-    promise: Promise,
-    on_progress: OnProgress = no_progress,
+    executor: Executor, folder: Path, shards: Sequence[tuple[Shard, int]], promise: Promise, on_progress: OnProgress
 ) -> Iterator[Problem]:
     """Verify shards, each given with the index of its first sample; yields problems as they are found."""
     tasks = {executor.submit(verify_shard, folder, shard, first, promise): shard for shard, first in shards}
