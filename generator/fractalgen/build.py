@@ -37,14 +37,13 @@ _log = logging.getLogger(__name__)
 class BuildFolder:
     """The folder of a dataset, which may not exist yet, read once per command.
 
-    The recipe has the digest of the systems, one float64 array per class; ``info`` holds the fields of the manifest
-    besides the shards, and ``finished`` the records of finished shards by name.
+    The recipe has the digest of the systems, one float64 array per class; ``finished`` holds the records of finished
+    shards by name.
     """
 
     path: Path
     recipe: Recipe
     systems: Systems
-    info: DatasetInfo
     tasks: tuple[ShardTask, ...]
     finished: Mapping[str, ShardRecord]
 
@@ -58,10 +57,10 @@ class BuildFolder:
             advice = "fetch the file again, or give the same --categories or --from-csv as before"
             raise FractalError(f"{path / SYSTEMS}: missing or damaged; {advice}")
         check_systems(recipe, systems, path)
-        info, tasks = dataset_info(recipe), shard_tasks(recipe)
-        finished = finished_shards(path, tasks, info)
+        tasks = shard_tasks(recipe)
+        finished = finished_shards(path, tasks, dataset_info(recipe))
         remove_leftovers(path)
-        return BuildFolder(path, recipe, systems, info, tasks, finished)
+        return BuildFolder(path, recipe, systems, tasks, finished)
 
 
 def dataset_info(recipe: Recipe) -> DatasetInfo:
@@ -174,7 +173,7 @@ def run_build(plan: Plan, executor: Executor, on_progress: OnProgress = no_progr
     """
     claim(plan.folder)
     render_missing(plan, executor, on_progress)
-    return publish(plan.folder.path, plan.folder.tasks, plan.own, plan.folder.info)
+    return publish(plan.folder.path, plan.folder.tasks, plan.own, dataset_info(plan.folder.recipe))
 
 
 def claim(folder: BuildFolder) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from fractalgen.build import BuildFolder, claim, plan_build, render_missing
+from fractalgen.build import BuildFolder, claim, dataset_info, plan_build, render_missing
 from fractalgen.recipe import parse_recipe
 from fractalgen.render import draw_systems
 from fractalshards.digest import systems_digest
@@ -43,7 +43,7 @@ def repair_dataset(
     names = {task.name for task in found.tasks}
     if listed and not names <= listed.keys():
         raise FractalError(f"{folder}: part of a dataset; use 'fractalshards pull' again, or 'fractalgen build'")
-    promise = Promise(found.recipe.classes, found.recipe.size, found.info.label_type)
+    promise = Promise(found.recipe.classes, found.recipe.size, found.recipe.family.label_type)
     finished = [(found.finished[task.name], task.first) for task in found.tasks if task.name in found.finished]
     shards = [(listed.get(record.name, record.shard()), first) for record, first in finished]
     problems = sorted(verify_shards(executor, folder.absolute(), shards, promise, on_progress))
@@ -58,7 +58,7 @@ def repair_dataset(
     if other := sorted(name for name in both if rendered[name].content_digest != listed[name].content_digest):
         advice = f"compare with another copy, or remove {INFO} to accept them"
         raise FractalError(f"{folder}: rendered again, {human_list(other)} differ from {INFO}; {advice}")
-    publish(folder, found.tasks, found.tasks, found.info)
+    publish(folder, found.tasks, found.tasks, dataset_info(found.recipe))
     extra = sorted({path.name for path in folder.glob("[!.]*.tar")} - names)
     return problems, [task.name for task in plan.missing], extra
 

@@ -8,6 +8,7 @@ from fractalgen.kernels import CACHE, MAX_MAPS
 from fractalgen.kernels.random import hash32
 from fractalshards.errors import UsageError
 
+Bytes = npt.NDArray[np.uint8]
 Float32s = npt.NDArray[np.float32]
 
 _LANES = 16  # independent orbits; one alone waits for the latency of its own multiplications
@@ -40,12 +41,12 @@ def chaos_game(
     _choose_maps(_thresholds(system), *key, choices)
     xs, ys = np.empty(total, np.float32), np.empty(total, np.float32)
     maps = system.reshape(-1, 6).astype(np.float32)
-    x, y = fixed_point(system[0])
-    _start(maps, choices, np.float32(x), np.float32(y), xs, ys)
+    xs[_HEAD - 1], ys[_HEAD - 1] = fixed_point(system[0])  # which the first point follows, as the one before it
+    _iterate(maps, choices, xs[:_HEAD], ys[:_HEAD], 0, 1)
     if len(system) <= _FEW:
         _iterate_few(np.resize(maps, (_FEW, 6)), choices, xs, ys)
     else:
-        _iterate(maps, choices, xs, ys)
+        _iterate(maps, choices, xs, ys, _HEAD, _LANES)
     return xs[:points], ys[:points]
 
 
@@ -73,9 +74,7 @@ def _thresholds(system: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
 
 
 @njit(cache=CACHE)
-def _choose_maps(
-    thresholds: npt.NDArray[np.uint32], key0: np.uint32, key1: np.uint32, choices: npt.NDArray[np.uint8]
-) -> None:
+def _choose_maps(thresholds: npt.NDArray[np.uint32], key0: np.uint32, key1: np.uint32, choices: Bytes) -> None:
     """choices[i] = the map whose share of [0, 2**32) the i-th random word falls into."""
     choices[:] = 0
     for k in range(len(thresholds)):  # a pass each, which computes the words anew, vectorises; an inner loop would not
@@ -85,29 +84,17 @@ def _choose_maps(
 
 
 @njit(cache=CACHE)
-def _start(
-    maps: Float32s, choices: npt.NDArray[np.uint8], x: np.float32, y: np.float32, xs: Float32s, ys: Float32s
-) -> None:
-    """Compute the first _HEAD points, as one orbit from (x, y)."""
-    for i in range(_HEAD):
+def _iterate(maps: Float32s, choices: Bytes, xs: Float32s, ys: Float32s, first: int, lanes: int) -> None:
+    """Compute the points from number ``first`` on; point i follows point i - lanes, and point 0 the last one."""
+    for i in range(first, len(xs)):
         k = choices[i]
-        xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]
-        ys[i] = maps[k, 3] * x + maps[k, 4] * y + maps[k, 5]
-        x, y = xs[i], ys[i]
-
-
-@njit(cache=CACHE)
-def _iterate(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
-    """Continue every lane, given its start in the first row of lanes: point i follows point i - _LANES."""
-    for i in range(_HEAD, len(xs)):
-        k = choices[i]
-        x, y = xs[i - _LANES], ys[i - _LANES]
+        x, y = xs[i - lanes], ys[i - lanes]
         xs[i] = maps[k, 0] * x + maps[k, 1] * y + maps[k, 2]
         ys[i] = maps[k, 3] * x + maps[k, 4] * y + maps[k, 5]
 
 
 @njit(cache=CACHE)
-def _iterate_few(maps: Float32s, choices: npt.NDArray[np.uint8], xs: Float32s, ys: Float32s) -> None:
+def _iterate_few(maps: Float32s, choices: Bytes, xs: Float32s, ys: Float32s) -> None:
     """``_iterate`` for four maps: coefficients are selected instead of looked up, so that the lanes vectorise."""
     a, b, e = _column(maps, 0), _column(maps, 1), _column(maps, 2)
     c, d, f = _column(maps, 3), _column(maps, 4), _column(maps, 5)

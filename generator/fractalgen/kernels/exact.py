@@ -27,11 +27,8 @@ _LOG_CONTEXT = Context(prec=50)
 
 def _parts(value: Fraction, count: int) -> tuple[float, ...]:
     """Split a number into the sum of ``count`` float64."""
-    parts: list[float] = []
-    for _ in range(count):
-        parts.append(float(value))
-        value -= Fraction(parts[-1])
-    return tuple(parts)
+    first = float(value)
+    return (first, *_parts(value - Fraction(first), count - 1)) if count > 1 else (first,)
 
 
 _HALF_PI = _parts(_PI / 2, 3)

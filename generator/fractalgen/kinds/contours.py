@@ -9,6 +9,7 @@ depends on all those before it in its process. ``follow`` runs through a process
 of the generator at several places of every class, from which any instance is a few milliseconds away.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ def render(params: ContourParams, size: int, points: int, unit: Unit, systems: S
         images = partial(_published_images, params, size, contour, states)
     else:
         images = partial(_own_images, params, size, contour, unit)
-    return LazyImages(lambda start, stop: ((image, unit.label) for image in images(first + start, first + stop)), count)
+    return LazyImages(lambda start: ((image, unit.label) for image in images(first + start)), count)
 
 
 def render_instance(
@@ -298,7 +299,7 @@ def render_instance(
         next(followed)
         on_progress(number + 1, last + 1)
     system, states = unpack(next(followed))
-    return next(_published_images(params, size, _contour(system), states, instance, instance + 1))
+    return next(_published_images(params, size, _contour(system), states, instance))
 
 
 def _contour(system: npt.NDArray[np.float64]) -> Contour:
@@ -307,26 +308,23 @@ def _contour(system: npt.NDArray[np.float64]) -> Contour:
 
 
 def _published_images(
-    params: ContourParams, size: int, contour: Contour, states: Words, first: int, stop: int
+    params: ContourParams, size: int, contour: Contour, states: Words, first: int
 ) -> Iterator[Indexed]:
-    """Draw instances ``first`` to ``stop - 1`` of a class, from the nearest state before them."""
+    """Draw the instances of a class from number ``first`` on, beginning at the nearest state before it."""
     stride = -(-params.instances // len(states))
     rng = Mersenne.of(states[first // stride])
     _skip(params, contour, rng, first - first % stride, first)
-    for instance in range(first, stop):
+    for instance in itertools.count(first):
         if instance:
             contour = params.draw_next(rng, contour)
         image, rng.at = _draw(params, size, contour, rng.buffers, rng.at)
         yield image
 
 
-def _own_images(
-    params: ContourParams, size: int, contour: Contour, unit: Unit, first: int, stop: int
-) -> Iterator[Indexed]:
-    """Draw images ``first`` to ``stop - 1`` of our own stream; ``val`` counts on from the published instances."""
-    skipped = params.instances if unit.split == "val" else 0
-    for number in range(first, stop):
-        rng = Stream.of(params.name, unit.seed, unit.split, unit.label, skipped + number)
+def _own_images(params: ContourParams, size: int, contour: Contour, unit: Unit, first: int) -> Iterator[Indexed]:
+    """Draw the images of our own stream from number ``first`` on; ``val`` follows the published instances."""
+    for number in itertools.count(first + (params.instances if unit.split == "val" else 0)):
+        rng = Stream.of(params.name, unit.seed, unit.split, unit.label, number)
         image, _ = _draw(params, size, params.draw_next(rng, contour), key=rng.key())
         yield image
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
+from itertools import islice
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
@@ -67,21 +68,20 @@ class Unit:
 class LazyImages(Sequence[Rendered]):
     """The images of a unit, rendered when they are asked for: one by its index, or one after the other.
 
-    ``render(start, stop)`` yields images ``start`` to ``stop - 1`` of ``count``.
+    ``render(first)`` yields the ``count`` images from number ``first`` on, and perhaps more.
     """
 
-    def __init__(self, render: Callable[[int, int], Iterator[Rendered]], count: int) -> None:
+    def __init__(self, render: Callable[[int], Iterator[Rendered]], count: int) -> None:
         self._render, self._count = render, count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        number = range(self._count)[index]
-        return next(self._render(number, number + 1))
+        return next(self._render(range(self._count)[index]))
 
     def __iter__(self) -> Iterator[Rendered]:
-        return self._render(0, self._count)
+        return islice(self._render(0), self._count)
 
 
 @dataclass(frozen=True)
