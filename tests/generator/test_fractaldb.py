@@ -299,14 +299,6 @@ def test_search_finds_the_published_categories(reference: Path) -> None:
     assert [(one.candidate, one.fill_rate) for one in found[:4]] == expected
 
 
-def test_search_without_end_can_be_stopped() -> None:
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        search_categories(1, fill_rate=0.38, on_progress=stop)
-
-
 ONEPFRAC = make_recipe("onepfrac", 40, classes=20)
 PERTURBED = draw_systems(ONEPFRAC)
 

@@ -166,8 +166,8 @@ def _paint(counts: Counts, peak: int, own: Float32s, heights: Heights, maps: Flo
     hsv = np.empty((3, width), np.uint8)
     rgb = np.empty((3, width), np.uint8)
     for row in range(len(counts)):
-        _color_row(counts[row], np.float32(peak), own, heights[row], maps, hsv[0], hsv[1], hsv[2])
-        _convert_row(hsv[0], hsv[1], hsv[2], rgb[0], rgb[1], rgb[2])
+        _color_row(counts[row], np.float32(peak), own, heights[row], maps, hsv)
+        _convert_row(hsv, rgb)
         for column in range(width):
             image[row, column, 0] = rgb[0, column]
             image[row, column, 1] = rgb[1, column]
@@ -175,18 +175,10 @@ def _paint(counts: Counts, peak: int, own: Float32s, heights: Heights, maps: Flo
 
 
 @njit(inline="always")
-def _color_row(
-    counts: npt.NDArray[np.uint32],
-    peak: np.float32,
-    own: Float32s,
-    heights: Float32s,
-    maps: Float32s,
-    hue: Pixels,
-    saturation: Pixels,
-    value: Pixels,
-) -> None:
+def _color_row(counts: Counts, peak: np.float32, own: Float32s, heights: Heights, maps: Float32s, hsv: Pixels) -> None:
     """Compute hue, saturation and value of each pixel in both colourings, and select one without a branch."""
     full = np.float32(255)
+    hue, saturation, value = hsv[0], hsv[1], hsv[2]
     own_hue, own_saturation, own_value = own[0], own[1], own[2]
     hue_scale, hue_shift = maps[0], maps[1]
     saturation_scale, saturation_shift = maps[2], maps[3]
@@ -211,8 +203,10 @@ def _clamp(level: np.float32) -> np.float32:
 
 
 @njit(inline="always")
-def _convert_row(hue: Pixels, saturation: Pixels, value: Pixels, red: Pixels, green: Pixels, blue: Pixels) -> None:
+def _convert_row(hsv: Pixels, rgb: Pixels) -> None:
     """Convert HSV to RGB, truncating like OpenCV's vector code and so like the published generator."""
+    hue, saturation, value = hsv[0], hsv[1], hsv[2]
+    red, green, blue = rgb[0], rgb[1], rgb[2]
     for i in range(len(hue)):
         r, g, b = hsv_pixel(np.float32(hue[i]), np.float32(saturation[i]), np.float32(value[i]))
         red[i], green[i], blue[i] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
