@@ -94,9 +94,7 @@ class _SampleDataset(Dataset[tuple[Any, Any]]):
             picture = self.transform(picture)
         if isinstance(label, int):
             return picture, label
-        multi_hot = torch.zeros(self.classes)
-        multi_hot[list(label)] = 1
-        return picture, multi_hot
+        return picture, torch.zeros(self.classes).index_fill(0, torch.tensor(label, dtype=torch.int64), 1)
 
 
 class ShardDataset(_SampleDataset):

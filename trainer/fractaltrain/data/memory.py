@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ class MappedSource:
             limit: most bytes of images.
             image_size: side of all images in pixels; None: they differ.
         """
-        self.lengths = source.lengths
-        self.classes = source.classes
+        self.lengths, self.classes = source.lengths, source.classes
         self._source = source
         self._pixels_path = folder / socket.gethostname() / f"{name}.pixels"
+        self._index_path = self._pixels_path.with_suffix(".npz")
         self._pixels_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _lock(self._pixels_path):
             remove_leftovers(self._pixels_path.parent)
-            self._remove_unused()
+            for path in self._pixels_path.parent.glob("*.pixels"):  # also of this dataset: its files may have changed
+                _remove_if_unused(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
             if not self._index_path.exists():
                 self._fill(limit, image_size)
             self._open()
@@ -60,10 +62,6 @@ class MappedSource:
     def bytes(self) -> int:
         """Size of all images."""
         return len(self._pixels)
-
-    @property
-    def _index_path(self) -> Path:
-        return self._pixels_path.with_suffix(".npz")
 
     def read(self, index: int) -> Example:
         """Return a sample.
@@ -87,23 +85,21 @@ class MappedSource:
         known = samples * image_size**2 * 3 if image_size else 0
         _check_size(known, limit)
         check_space(self._pixels_path, known, "choose another --cache-dir, or train without --memory")
-        places = np.zeros((samples, 3), np.int64)
-        labels: list[int] = []
-        label_ends, keys, is_single = [0], [], True
+        places, keys = np.zeros((samples, 3), np.int64), [""] * samples
+        labels: list[tuple[int, ...]] = [()] * samples
+        is_single = True
         with atomic_file(self._pixels_path) as file:
             for index in range(samples):
                 with suppress(BadSampleError):
-                    key, image, label = self._source.read(index)
+                    keys[index], image, label = self._source.read(index)
                     places[index] = file.tell(), *image.shape[:2]
                     _check_size(file.tell() + image.nbytes, limit)
                     file.write(np.ascontiguousarray(image).data)
                     is_single = isinstance(label, int)
-                    labels += [label] if isinstance(label, int) else label
-                keys.append(key if places[index, 1] else "")
-                label_ends.append(len(labels))
-        arrays: dict[str, Any] = {"labels": np.array(labels, np.int64), "label_ends": label_ends, "keys": keys}
+                    labels[index] = (label,) if isinstance(label, int) else label
+        flat, ends = np.array([*chain(*labels)], np.int64), np.cumsum([0, *map(len, labels)])
         with atomic_file(self._index_path) as file:
-            np.savez(file, places=places, is_single=is_single, **arrays)
+            np.savez(file, places=places, keys=keys, labels=flat, label_ends=ends, is_single=is_single)
 
     def _open(self) -> None:
         """Map the file, hold its lock, and read the index."""
@@ -116,11 +112,6 @@ class MappedSource:
         with np.load(self._index_path, allow_pickle=False) as index:
             self._places, self._labels, self._label_ends = index["places"], index["labels"], index["label_ends"]
             self._keys, self._is_single = index["keys"], bool(index["is_single"])
-
-    def _remove_unused(self) -> None:
-        """Remove files without readers, even one of this dataset: its digest may not cover every pixel."""
-        for path in self._pixels_path.parent.glob("*.pixels"):
-            _remove_if_unused(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the mapping: a process that unpickles this maps the file itself."""

@@ -223,10 +223,8 @@ def _receive(channel: int, shape: tuple[int, ...]) -> Batch:
 def _label_tensor(labels: Sequence[int | tuple[int, ...]], classes: int) -> torch.Tensor:
     if not labels or isinstance(labels[0], int):
         return torch.tensor(labels, dtype=torch.int64)
-    multi_hot = torch.zeros(len(labels), classes)
-    for row, indices in zip(multi_hot, labels, strict=True):
-        row[torch.tensor(indices)] = 1
-    return multi_hot
+    shown = [torch.tensor(label, dtype=torch.int64) for label in labels]
+    return torch.stack([torch.zeros(classes).index_fill(0, indices, 1) for indices in shown])
 
 
 def _identity(item: Any) -> Any:
