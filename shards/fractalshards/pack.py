@@ -104,7 +104,7 @@ def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress =
     Packing the rest gives the same dataset as a source without the bad images.
     """
     chunks = [
-        (split, first, images.take(np.arange(first, min(first + _CHECKED, len(images.names)))))
+        (split, first, images.take(np.arange(len(images.names))[first : first + _CHECKED]))
         for split, images in listing.splits.items()
         for first in range(0, len(images.names), _CHECKED)
     ]
@@ -156,11 +156,11 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
     shards = {}
     first = 0
     for split, images in splits.items():
-        shuffled = images.take(_shuffle(counts[split], seed, split))  # which mixes the classes
+        order = _shuffle(counts[split], seed, split)  # which mixes the classes
         for shard, begin in enumerate(range(0, counts[split], shard_size)):
-            positions = np.arange(begin, min(begin + shard_size, counts[split]))
-            task = ShardTask(split, shard_name(split, shard), first + begin, first + begin + len(positions))
-            shards[task] = shuffled.take(positions)
+            part = images.take(order[begin : begin + shard_size])
+            task = ShardTask(split, shard_name(split, shard), first + begin, first + begin + len(part.names))
+            shards[task] = part
         first += counts[split]
     finished = finished_shards(folder, tuple(shards), info)
     missing = {task: images for task, images in shards.items() if task.name not in finished}

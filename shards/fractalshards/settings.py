@@ -66,7 +66,7 @@ def _parse(text: str, kind: Any, name: str) -> Any:
     try:
         value = msgspec.convert(None if is_none else text, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{name}={text}: expected {formatannotation(kind)}") from error
+        raise UsageError(f"{name}={text}: expected {formatannotation(kind).replace('Literal', 'one of ')}") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name}={text}: expected a finite number")
     return value

@@ -61,25 +61,16 @@ def sparse() -> bytes:
     return bytes(block)
 
 
-def train_files(image_file: Encode) -> dict[str, Files]:
-    """The images of every class by the name of its tar: one more than the class's number, one a PNG, one CMYK."""
-    kinds = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "RGB")]
-    return {
-        f"{wnid}.tar": {
-            f"{wnid}_{place}.JPEG": image_file(form, 20 + place, 30, 10 * number + place, mode)
-            for place, (form, mode) in enumerate(kinds[: number + 1])
-        }
-        for number, wnid, _, children in SYNSETS
-        if not children
-    }
-
-
 @pytest.fixture
 def archives(tmp_path: Path, image_file: Encode) -> Path:
-    """The three archives, with four classes."""
+    """The three archives, with four classes, of each one image more than its number."""
     folder = tmp_path / "ilsvrc"
     folder.mkdir()
-    (folder / TRAIN).write_bytes(tar_of({name: tar_of(files) for name, files in train_files(image_file).items()}))
+    tars = {}
+    for number, wnid, *_ in SYNSETS[:4]:
+        members = {f"{wnid}_{i}.JPEG": image_file("JPEG", 20 + i, 30, 10 * number + i) for i in range(number + 1)}
+        tars[f"{wnid}.tar"] = tar_of(members)
+    (folder / TRAIN).write_bytes(tar_of(tars))
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(VAL_LABELS) + 1)]
     (folder / VAL).write_bytes(tar_of({name: image_file("JPEG", 25, 20, 100 + i) for i, name in enumerate(names)}))
     (folder / DEVKIT).write_bytes(devkit())
