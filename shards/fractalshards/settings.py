@@ -5,10 +5,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from inspect import formatannotation
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
 
@@ -17,6 +14,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 _Task = TypeVar("_Task")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
@@ -62,11 +61,16 @@ def _parse(text: str, kind: Any, name: str) -> Any:
             raise UsageError(f"{name}={text}: expected one value, or {len(inner)} separated by commas")
         parts = parts * (len(inner) // len(parts))
         return tuple(_parse(part.strip(), one, name) for part, one in zip(parts, inner, strict=True))
-    is_none = text.lower() == "none" and type(None) in inner
+    if get_origin(kind) is Literal:
+        if text not in inner:
+            raise UsageError(f"{name}={text}: expected {' or '.join(inner)}")
+        return text
+    if type(None) in inner:
+        return None if text.lower() == "none" else _parse(text, inner[0], name)
     try:
-        value = msgspec.convert(None if is_none else text, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{name}={text}: expected {formatannotation(kind).replace('Literal', 'one of ')}") from error
+        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{name}={text}: expected {_WANTED[kind]}") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name}={text}: expected a finite number")
     return value

@@ -158,8 +158,8 @@ class Record:
     ("text", "value"),
     [
         ("count=7", 7),
-        ("rate=1e-3", 1e-3),
-        ("wanted=0", False),
+        ("rate=.5e-3", 5e-4),
+        ("wanted=no", False),
         ("wanted=True", True),
         ("mode=fast", "fast"),
         ("decay=0.1", 0.1),
