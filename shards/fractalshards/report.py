@@ -159,7 +159,8 @@ def _charts(survey: Survey) -> list[Chart]:
 
 def _commands(manifest: Manifest) -> dict[str, str]:
     """Return command lines to copy, by what they are for."""
-    here, name = map(_quote, (str(manifest.folder), manifest.folder.resolve().name))
+    paths = (str(manifest.folder), manifest.folder.resolve().name)
+    here, name = (shlex.quote(path.encode(errors="replace").decode()) for path in paths)  # a page holds UTF-8 only
     commands = {
         "Check hashes, labels and every image": f"fractalshards verify {here}",
         "Upload it": f"fractalshards push {here} URL",
@@ -184,8 +185,3 @@ def _clean(text: object, most: int = _MAX_TEXT) -> str:
     """Shorten untrusted text to one line without control characters or characters that change its direction."""
     line = one_line(str(text)[: 4 * most])
     return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def _quote(path: str) -> str:
-    """Quote a path for a shell; bytes that are not UTF-8 become question marks, since a page cannot hold them."""
-    return shlex.quote(path.encode(errors="replace").decode())
