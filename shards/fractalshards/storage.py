@@ -58,8 +58,7 @@ def read_json(path: Path, kind: type[_T]) -> _T:
 def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
     """Parse JSON that came from ``where``, nested at most 32 deep and with at most four million commas."""
     advice = "the file is damaged or not of this format, fetch or build it again"
-    depths = accumulate(1 if bracket in b"[{" else -1 for bracket in _NOT_BRACKETS.sub(b"", data))
-    if data.count(b",") > _MAX_COMMAS or any(depth > _MAX_DEPTH for depth in depths):
+    if data.count(b",") > _MAX_COMMAS or _is_deep(data):
         raise FractalError(f"{where}: too many values, or nested too deeply; {advice}")
     try:
         return msgspec.json.decode(data, type=kind)
@@ -67,6 +66,12 @@ def parse_json(data: bytes, kind: type[_T], where: str) -> _T:
         raise FractalError(f"{where}: {error}; {advice}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FractalError(f"{where}: not valid JSON ({error}); {advice}") from error
+
+
+def _is_deep(text: bytes) -> bool:
+    """Return whether lists and objects of a JSON text are nested too deeply."""
+    steps = (1 if bracket in b"[{" else -1 for bracket in _NOT_BRACKETS.sub(b"", text))
+    return any(depth > _MAX_DEPTH for depth in accumulate(steps))
 
 
 TEMPORARY = ".tmp~"  # prefix of unfinished files

@@ -24,7 +24,7 @@ from fractalshards.png import Pixels
 from fractalshards.report import class_chart, histogram, tally
 from fractalshards.sample import Label, MultiLabel, Object
 from fractalshards.survey import Survey, Thumbnail, fit_thumbnails, survey_dataset
-from packing import assert_refused, run, write_dataset
+from packing import assert_refused, good, run, write_dataset
 
 pytestmark = pytest.mark.usefixtures("threads")
 HOSTILE = "</style></script><script>x=1</script>{{ 7 * 7 }}\"'><img src=x onerror='x=2'>"
@@ -57,9 +57,8 @@ def report(folder: Path, out: Path) -> Result:
 
 
 def page(folder: Path) -> str:
-    out = folder.parent / "page.html"
-    assert (result := report(folder, out)).exit_code == 0, result.output
-    return out.read_text()
+    good("report", folder, "--out", folder.parent / "page.html", "--workers", 1)
+    return (folder.parent / "page.html").read_text()
 
 
 def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path) -> None:

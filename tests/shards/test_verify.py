@@ -18,7 +18,7 @@ from fractalshards.errors import FractalError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, read_record
 from fractalshards.png import decode_image, encode_png
 from fractalshards.reader import index_split, iterate_shard
-from packing import assert_refused, run
+from packing import assert_refused, good, run
 
 
 @pytest.mark.usefixtures("threads")
@@ -45,16 +45,14 @@ def test_verify_names_the_file_at_fault(
 
 def test_info_prints_no_escapes(dataset: Path) -> None:
     edit(dataset / INFO, recipe={"[/red]": "\x1b[31m", "params": 5})
-    result = run("info", dataset)
-    assert (result.exit_code, "[/red]" in result.stdout, "\x1b" in result.stdout) == (0, True, False), result.output
+    printed = good("info", dataset).stdout
+    assert ("[/red]" in printed, "\x1b" in printed) == (True, False)
 
 
 @pytest.mark.usefixtures("threads")
 def test_verify_names_damaged_samples_only(dataset: Path) -> None:
     (dataset / ".tmp~elsewhere~1~0~train-000004.tar").write_bytes(b"half")  # of a build that goes on
-    result = run("verify", dataset, "--workers", 1)
-    assert result.exit_code == 0, result.output
-    assert "10 train images in 2 shards" in result.stdout
+    assert "10 train images in 2 shards" in good("verify", dataset, "--workers", 1).stdout
     offsets = read_record(dataset, SHARD, "single").offsets
     with (dataset / SHARD).open("r+b") as file:
         os.pwrite(file.fileno(), b"\xaa\xbb\xcc", offsets[1] + 812)
@@ -92,8 +90,7 @@ def test_wrong_usage_is_refused(tmp_path: Path, dataset: Path) -> None:
 @pytest.mark.parametrize("name", ["sheet.png", "new/sheet.jpg"])
 def test_sheet_has_a_row_per_class(dataset: Path, multi: Path, tmp_path: Path, name: str) -> None:
     for folder in (multi, dataset):
-        result = run("sheet", folder, "--out", tmp_path / name, "--per-class", 2, "--tile", 16)
-        assert result.exit_code == 0, result.output
+        good("sheet", folder, "--out", tmp_path / name, "--per-class", 2, "--tile", 16)
         with Image.open(tmp_path / name) as sheet:
             assert sheet.size == (44 + 2 * 20, 3 * 20 + 4)
             tile = np.asarray(sheet.convert("RGB"))[4:20, 44:60]
