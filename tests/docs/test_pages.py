@@ -154,13 +154,6 @@ def test_parameters_of_kinds_are_documented(kind: Kind) -> None:
     assert [field.name for field in fields(kind.params) if f"`{field.name}`" not in page] == []
 
 
-def test_pictures_are_small_and_used() -> None:
-    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("**/*.md"))
-    for picture in (ROOT / "docs" / "images").iterdir():
-        assert picture.stat().st_size < 300_000, picture
-        assert f"images/{picture.name}" in pages
-
-
 def test_relative_links_outside_of_the_site_exist() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):  # mkdocs checks the others
         for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):

@@ -158,10 +158,3 @@ def test_seeded_transform_of_the_page_resumes(current_folder: None) -> None:
     first = seeded[0][0]
     seeded.epoch.fill_(1)
     assert not torch.equal(first, seeded[0][0])
-
-
-def test_examples_are_short_and_shown() -> None:
-    page = (ROOT / "docs" / "own-loop.md").read_text()
-    lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("examples/*.py")}
-    assert sorted(lines) == sorted(re.findall(r'^--8<-- "examples/(.*)"$', page, re.MULTILINE))
-    assert max(lines.values()) < 60

@@ -1,4 +1,7 @@
-"""Other readers (webdataset, timm, Hugging Face datasets) see the same samples; snippets of shards/README.md run."""
+"""Other readers (webdataset, timm, Hugging Face datasets) see the same samples; snippets of shards/README.md run.
+
+Scripts that call the commands get JSON, whole lines and two streams.
+"""
 
 import hashlib
 import json
@@ -26,6 +29,7 @@ KINDS = {  # and the options of their build
     "visualatom": "--shard-size 25 --size 64 --set processes=1 --set instances=40",
 }
 SAMPLES = {"train": 40, "val": 10}
+BUILD = "fractalgen build --n 40 --val 10 --classes 5 --workers 1"
 
 Seen = dict[str, tuple[str, list[int]]]  # by key: digest of the pixels, classes
 
@@ -57,10 +61,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset of every kind in ``shards``."""
     folder = tmp_path_factory.mktemp("workspace")
     for kind, options in KINDS.items():
-        numbers = "--n 40 --val 10 --classes 5 --workers 1"
-        command = [BIN / "fractalgen", "build", "--kind", kind, *numbers.split(), *options.split()]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
+        out, err = run(f"{BUILD} --kind {kind} {options}", folder)
+        assert f"next: fractaltrain pt --shards shards/{kind}" in out
+        assert ("rendering: 50 / 50 images" in err, "rendering" in out) == (True, False)
+        assert not {"\r", "\x1b"} & set(out + err)
     return folder
+
+
+def run(command: str, folder: Path, code: int = 0) -> tuple[str, str]:
+    program, *arguments = command.split()
+    result = subprocess.run([BIN / program, *arguments], cwd=folder, text=True, capture_output=True, timeout=120)
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
 
 
 def pixels_digest(pixels: np.ndarray) -> str:
@@ -153,3 +165,25 @@ def test_readme_snippets_run(
     assert len(lines) == 80
     expected = [classes for _, classes in read_ours(Path("shards/multi"), "train").values()]
     assert [json.loads(line.removeprefix("(32, 32) ")) for line in lines[40:]] == expected
+
+
+def test_json_of_info_verify_and_diff(workspace: Path) -> None:
+    facts = json.loads(run("fractalshards info --json shards/single", workspace)[0])
+    assert facts["splits"] == {"train": {"samples": 40, "shards": 3}, "val": {"samples": 10, "shards": 1}}
+    assert (facts["recipe"]["kind"], facts["classes"], len(facts["content_digest"])) == ("single", 5, 32)
+    assert json.loads(run("fractalshards verify --json shards/single", workspace)[0]) == {"sound": True, "problems": []}
+    run("fractalshards push shards/single damaged --quiet", workspace)
+    shard = workspace / "damaged" / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    out, err = run("fractalshards verify --json --quiet damaged", workspace, code=1)
+    found = json.loads(out)
+    assert (found["sound"], {problem["file"] for problem in found["problems"]}) == (False, {"train-000001.tar"})
+    assert (err.startswith("error: damaged: "), err.count("\n")) == (True, 1)
+    assert json.loads(run("fractalshards diff --json --quiet shards/single damaged", workspace)[0])["same"]
+    out, err = run(f"{BUILD} --kind single {KINDS['single']} --quiet --seed 1 --out other", workspace)
+    assert out.startswith("other: 40 train, 10 val images in ")
+    assert (out.count("\n"), err) == (1, "")  # no advice on what comes next
+    found = json.loads(run("fractalshards diff --json --quiet shards/single other", workspace, code=1)[0])
+    assert (found["same"], bool(found["findings"])) == (False, True)
