@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -69,22 +70,14 @@ def lines(folder: Path) -> list[dict]:
 
 def before_step(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[], object]) -> None:
     """Call ``act`` before step ``call`` of this process, counted from 1."""
-    train_step, calls = module.train_step, [0]
+    train_step, calls = module.train_step, count(1)
 
     def acting(*arguments: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == call:
+        if next(calls) == call:
             act()
         return train_step(*arguments)
 
     monkeypatch.setattr(module, "train_step", acting)
-
-
-def interrupt_before_step(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    before_step(monkeypatch, call, interrupt)
 
 
 def weights(folder: Path, part: str = "model") -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fractalshards.manifest import DatasetInfo, sample_key, shard_name, write_ma
 from fractalshards.writer import write_shard
 from fractaltrain import log
 from fractaltrain.cli import main
-from tiny_training import interrupt_before_step, run_tiny
+from tiny_training import before_step, run_tiny
 
 CLASSES = 5
 SIZE = 32
@@ -234,7 +235,7 @@ def interrupted() -> Callable[..., None]:
 
     def run(step: int, folder: Path, *arguments: object, **options: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            interrupt_before_step(patch, step)
+            before_step(patch, step, Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run_tiny(folder, *arguments, **options)
 

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from itertools import count
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread exists at a fork, not even of OpenBLAS
@@ -68,13 +69,11 @@ def run_rank(rank: int, request: dict) -> None:
 
 def record_steps(path: Path, signals: dict[int, int]) -> None:
     """Write down the keys of every batch that the loop trains on, and send signals meanwhile."""
-    train_batch, calls = train.train_batch, 0
+    train_batch, calls = train.train_batch, count(1)
 
     def recording(batch, *arguments):
-        nonlocal calls
-        calls += 1
-        if calls in signals:
-            os.kill(os.getpid(), signals[calls])
+        if number := signals.get(next(calls)):
+            os.kill(os.getpid(), number)
         with path.open("a") as file:
             file.write(json.dumps(batch.keys) + "\n")
         return train_batch(batch, *arguments)

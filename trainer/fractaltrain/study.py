@@ -58,14 +58,12 @@ class TargetChanges(_Table, frozen=True):
     scratch: RecipeChanges = RecipeChanges()
 
 
-class StudyModel(_Table, frozen=True):
+class StudyModel(TargetChanges, frozen=True):
     """``[models.NAME]``: changes for one model; ``scratch`` applies to training from random weights."""
 
     model: str | None = None  # as --model takes it; None: the name of the table
     args: dict[str, ModelArgument] = {}  # as --model-arg takes them
     pretraining: RecipeChanges = RecipeChanges()
-    finetuning: RecipeChanges = RecipeChanges()
-    scratch: RecipeChanges = RecipeChanges()
     targets: dict[str, TargetChanges] = {}
 
 
