@@ -238,18 +238,13 @@ def test_ddp_and_sync_batchnorm_change_no_losses_of_one_process(one_process, acc
     assert train(one_process) == pytest.approx(expected, rel=0.05)
 
 
-class Deadly:
+class Deadly(InMemorySource):
     """Samples of which one kills the loader worker that reads it."""
-
-    classes, lengths, class_names = 4, (SAMPLES,), ()
-
-    def __init__(self, samples: InMemorySource) -> None:
-        self.samples = samples
 
     def read(self, index: int) -> Example:
         if index == 17 and get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.samples.read(index)
+        return super().read(index)
 
 
 def pinned(source: object, workers: int) -> Iterator[Batch]:
@@ -273,8 +268,9 @@ def test_pinned_batches_are_those_of_the_source(workers):
 
 
 def test_killed_loader_worker_of_a_gpu_is_named():
+    samples = squares(SAMPLES, 1)
     with pytest.raises(FractalError, match="SIGKILL"):
-        list(pinned(Deadly(squares(SAMPLES, 1)), 2))
+        list(pinned(Deadly("deadly", samples.images, samples.labels, 4), 2))
 
 
 def test_run_is_evaluated_and_exported(fractaltrain, built, tmp_path):

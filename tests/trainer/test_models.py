@@ -57,6 +57,13 @@ def test_model_without_a_classifier_is_refused(monkeypatch):
         create_model("resnet18", 7, 32)
 
 
+WRONG_ARGUMENTS = [
+    ("patchsize", 4), ("patch_size", "big"), ("patch_size", 0), ("embed_dim", 100), ("in_chans", 1), ("num_classes", 3),
+    ("img_size", 64), ("drop_path_rate", 0.1), ("pretrained", True), ("pretrained_cfg", "hf-hub:x/y"),
+    ("checkpoint_path", "x.pth"), ("no=name", None),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "options", "noun"),
     [
@@ -65,23 +72,7 @@ def test_model_without_a_classifier_is_refused(monkeypatch):
         ("resnet50", {"drop_path": 0.1}, "resnet50.*drop_path"),
         ("vgg11", {"drop_path": 0.1}, "vgg11.*drop_path"),
         ("resnet50", {"arguments": {"weights": "DEFAULT"}}, "weights"),  # of torchvision
-        *(
-            ("vit_tiny_patch16_224", {"arguments": {name: value}}, noun)
-            for name, value, noun in (
-                ("patchsize", 4, "patchsize"),
-                ("patch_size", "big", "patch_size=big"),
-                ("patch_size", 0, "patch_size=0"),
-                ("embed_dim", 100, "embed_dim=100"),
-                ("in_chans", 1, "vit_tiny"),
-                ("num_classes", 3, "num_classes"),
-                ("img_size", 64, "--image-size"),
-                ("drop_path_rate", 0.1, "drop_path"),
-                ("pretrained", True, "pretrained"),
-                ("pretrained_cfg", "hf-hub:x/y", "pretrained_cfg"),
-                ("checkpoint_path", "x.pth", "checkpoint_path"),
-                ("no=name", None, "no=name"),
-            )
-        ),
+        *(("vit_tiny_patch16_224", {"arguments": {name: value}}, name) for name, value in WRONG_ARGUMENTS),
     ],
     ids=str,
 )
