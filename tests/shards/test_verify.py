@@ -22,13 +22,12 @@ from packing import assert_refused, good, run
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(("noun", "name"), [(noun, name) for noun, cases in HOSTILE.items() for name in cases])
 def test_verify_names_the_file_at_fault(
-    name: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noun: str, name: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(png, "_MAX_CHUNKS", 1000)
-    damage, noun = HOSTILE[name]
-    damage(dataset)
+    HOSTILE[noun][name](dataset)
     before = {path.name for folder in (dataset, tmp_path) for path in folder.iterdir()}
     result = run("verify", dataset, "--workers", 1, "--quiet")
     assert isinstance(result.exception, SystemExit), result.exc_info

@@ -1,4 +1,4 @@
-"""Damaged and hostile datasets: ``HOSTILE`` maps a name to a change of a sound dataset, and the file at fault."""
+"""Damaged and hostile datasets: ``HOSTILE`` maps the file at fault to named changes of a sound dataset."""
 
 import hashlib
 import io
@@ -197,8 +197,6 @@ MANIFESTS: dict[str, Damage] = {
     "10 MB of quotes": whole(INFO, '"' + '\\"' * 5_000_000),
     "20 MB": whole(INFO, " " * 20_000_000),
     "of timm alone": whole(INFO, json.dumps(TIMM)),
-    "pipe for the manifest": replaced(INFO, os.mkfifo),
-    "device for the manifest": replaced(INFO, endless),
 }
 SIDECARS: dict[str, Damage] = {
     "offsets that overlap": in_sidecar(offsets=[0, 2048, 1024, 4096, 5120, 6144]),
@@ -206,9 +204,6 @@ SIDECARS: dict[str, Damage] = {
     "offsets that skip a sample": in_sidecar(offsets=[512, 1024, 1536, 2048, 2560, 3072]),
     "10^12 samples": in_sidecar(samples=10**12),
     "a sample of 100 MB": in_sidecar(offsets=[0, 1, 2, 3, 4, 10**8], bytes=10**8),
-    "folder for a sidecar": replaced(SIDECAR, Path.mkdir),
-    "pipe for a sidecar": replaced(SIDECAR, os.mkfifo),
-    "device for a sidecar": replaced(SIDECAR, endless),
 }
 SHARDS: dict[str, Damage] = {
     "a sample left out": without_the_last_sample,
@@ -227,6 +222,11 @@ SHARDS: dict[str, Damage] = {
     "another shard": copied,
     "pipe for a shard": replaced(SHARD, os.mkfifo),
     "device for a shard": no_samples_in_a_device,
+    "folder": member(tarfile.DIRTYPE, name="../x"),
+    "name that leads out": member(tarfile.REGTYPE, name="../../x.png"),
+    "end in the middle": third(lambda blocks: END_OF_TAR + blocks),
+    "escapes in a name": third(lambda blocks: b"\x1b[2J\n" + blocks[5:]),
+    "a name that is no text": third(lambda blocks: b"\xff" * 512 + blocks[512:]),
 }
 SAMPLES: dict[str, Damage] = {
     "link": member(tarfile.SYMTYPE, linkname="/etc/passwd"),
@@ -251,13 +251,6 @@ SAMPLES: dict[str, Damage] = {
     "program for an image": with_files(png=b"%!PS-Adobe-3.0 EPSF-3.0\n"),
     "other size": with_files(png=png(17, 16, bytes(832))),
 }
-HEADERS: dict[str, Damage] = {
-    "folder": member(tarfile.DIRTYPE, name="../x"),
-    "name that leads out": member(tarfile.REGTYPE, name="../../x.png"),
-    "end in the middle": third(lambda blocks: END_OF_TAR + blocks),
-    "escapes in a name": third(lambda blocks: b"\x1b[2J\n" + blocks[5:]),
-    "a name that is no text": third(lambda blocks: b"\xff" * 512 + blocks[512:]),
-}
 SYSTEMS_FILES: dict[str, Damage] = {
     "bomb of bzip2": npz(bytes(10**7), zipfile.ZIP_BZIP2),
     "program for systems": npz(npy(np.array([Touch()]), True)),
@@ -268,26 +261,21 @@ SYSTEMS_FILES: dict[str, Damage] = {
     "header of systems cut off": npz(b"\x93NUMPY\1\0\1\0("),
     "other systems": npz(npy(np.zeros((2, 2, 3)))),
     "not a zip file": whole(SYSTEMS, b"PK\x03\x04"),
-    "pipe for systems": replaced(SYSTEMS, os.mkfifo),
     "no systems": lambda folder: (folder / SYSTEMS).unlink(),
 }
 RECIPES: dict[str, Damage] = {
     "lists in the recipe": whole(RECIPE, f'{{"recipe": {{"a": {DEEP}}}, "recipe_digest": ""}}'),
     "other recipe": whole(RECIPE, '{"recipe": {"n": 11}, "recipe_digest": ""}'),
-    "device for the recipe": replaced(RECIPE, endless),
 }
-STRAY = {"stray tar": lambda folder: (folder / "x.tar").touch()}
-HOSTILE: dict[str, tuple[Damage, str]] = {
-    name: (damage, noun)
-    for cases, noun in (
-        (MANIFESTS, INFO),
-        (SIDECARS, SIDECAR),
-        (SHARDS, SHARD),
-        (SAMPLES, f"{SHARD}: {KEY}: "),
-        (HEADERS, SHARD),
-        (SYSTEMS_FILES, SYSTEMS),
-        (RECIPES, RECIPE),
-        (STRAY, "x.tar"),
-    )
-    for name, damage in cases.items()
+HOSTILE = {
+    INFO: MANIFESTS,
+    SIDECAR: SIDECARS,
+    SHARD: SHARDS,
+    f"{SHARD}: {KEY}: ": SAMPLES,
+    SYSTEMS: SYSTEMS_FILES,
+    RECIPE: RECIPES,
+    "x.tar": {"stray tar": lambda folder: (folder / "x.tar").touch()},
 }
+ODD = {"folder": Path.mkdir, "pipe": os.mkfifo, "device": endless}
+for _name in (INFO, SIDECAR, SYSTEMS, RECIPE):
+    HOSTILE[_name] |= {f"{odd} for {_name}": replaced(_name, make) for odd, make in ODD.items()}
