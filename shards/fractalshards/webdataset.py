@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,10 @@ class _Split(msgspec.Struct, frozen=True):
     filenames: tuple[str, ...] = ()
     shard_lengths: tuple[Count, ...] = ()
     alt_label: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_lengths and len(self.shard_lengths) != len(self.filenames):
+            raise ValueError("filenames and shard_lengths differ in length")
 
 
 class _Info(msgspec.Struct, frozen=True):
@@ -113,7 +118,11 @@ def load_webdataset(folder: Path, options: WebDatasetOptions) -> WebDatasetInfo:
         info = read_json(path, _Info) if path else _Info()
     except FractalError as error:
         raise FractalError(f"{error}, or remove it to read all tars of the folder") from error
-    listed = list(_listed_tars(folder, path, info.splits, options.label_key)) if path else []
+    listed = [
+        (split, Tar(_tar_path(folder, name, path or folder), length, options.label_key or one.alt_label or None))
+        for split, one in info.splits.items()
+        for name, length in zip_longest(one.filenames, one.shard_lengths)  # without lengths: None
+    ]
     if not listed:
         listed = [("", Tar(_tar_path(folder, name, folder), None, options.label_key)) for name in _find_tars(folder)]
     if not listed:
@@ -148,17 +157,6 @@ def _find_tars(folder: Path) -> list[str]:
 
 def _tar_names(folder: Path) -> Iterator[str]:
     return (path.name for path in folder.iterdir() if path.match("[!.]*.tar"))  # glob skips a folder it may not read
-
-
-def _listed_tars(
-    folder: Path, info: Path, splits: Mapping[str, _Split], label_key: str | None
-) -> Iterator[tuple[str, Tar]]:
-    for split, listed in splits.items():
-        names, lengths = listed.filenames, listed.shard_lengths or (None,) * len(listed.filenames)
-        if len(names) != len(lengths):
-            raise FractalError(f"{info}: {split}: filenames and shard_lengths differ in length; correct or remove it")
-        for name, length in zip(names, lengths, strict=True):
-            yield split, Tar(_tar_path(folder, name, info), length, label_key or listed.alt_label or None)
 
 
 def _tar_path(folder: Path, name: str, where: Path) -> Path:
