@@ -107,12 +107,12 @@ class Commands(click.Group):
             _fail(describe_os_error(error), 1)
         except MemoryError:
             _fail("memory ran out; lower --workers, or give the command more memory", 1)
+        except (click.Abort, KeyboardInterrupt) as error:  # an Abort is a RuntimeError, too
+            _fail("stopped; run the same command again", _interrupt_code(error))
         except RuntimeError as error:
             if str(error) != "can't start new thread":
                 raise
             _fail(f"{error}; lower --workers, or raise the limit of processes (ulimit -u)", 1)
-        except (click.Abort, KeyboardInterrupt) as error:
-            _fail("stopped", _interrupt_code(error))
         sys.exit(code if isinstance(code, int) else 0)
 
 

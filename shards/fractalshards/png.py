@@ -81,7 +81,7 @@ def pixels_of(image: Pixels | Indexed) -> Pixels:
 
 
 def isal_compress(rows: Pixels) -> bytes:
-    """Compress an array to a zlib stream; ISA-L chooses its code by CPU, so the bytes may differ between CPUs."""
+    """Compress an array to a zlib stream; the bytes depend on the CPU, and now and then on the process."""
     return isal_zlib.compress(rows, _LEVEL)
 
 

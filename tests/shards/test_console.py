@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from damages import edit_split
 from fractalshards.cli import main
 from fractalshards.console import Commands, NamedPath, progress, quiet_option, show_logs, workers_option
-from fractalshards.errors import UsageError
+from fractalshards.errors import Terminated, UsageError
 from fractalshards.human import parse_bytes
 from fractalshards.settings import Slice, override, parse_settings, parse_slice
 from packing import assert_refused
@@ -90,22 +90,24 @@ def test_bars_do_not_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("error", "noun"),
+    ("error", "code", "noun"),
     [
-        (MemoryError(), "memory"),
-        (RuntimeError("can't start new thread"), "ulimit -u"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
-        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (MemoryError(), 1, "memory"),
+        (RuntimeError("can't start new thread"), 1, "ulimit -u"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 1, "ulimit -u"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "ulimit -n"),
+        (KeyboardInterrupt(), 130, "again"),
+        (Terminated(), 143, "again"),
     ],
 )
-def test_lack_of_something_is_one_line(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, noun: str
+def test_lack_of_something_and_signals_are_one_line(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, noun: str
 ) -> None:
-    def run_out(*arguments: object) -> None:
+    def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("fractalshards.cli.verify_dataset", run_out)
-    assert_refused(CliRunner().invoke(main, ["verify", str(dataset)]), 1, noun)
+    monkeypatch.setattr("fractalshards.cli.verify_dataset", fail)
+    assert_refused(CliRunner().invoke(main, ["verify", str(dataset)]), code, noun)
 
 
 @pytest.mark.usefixtures("threads")
