@@ -5,7 +5,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fractalgen.kernels import CACHE, MAX_MAPS
-from fractalgen.kernels.random import hash32
+from fractalgen.kernels.random import Key, hash32
 from fractalshards.errors import UsageError
 
 Bytes = npt.NDArray[np.uint8]
@@ -16,9 +16,7 @@ _FEW = 4  # maps whose coefficients fit into registers; the published systems ha
 _HEAD = 256  # points of one orbit before it splits into lanes, so that the path from the start appears once
 
 
-def chaos_game(
-    system: npt.NDArray[np.float64], points: int, key: tuple[np.uint32, np.uint32]
-) -> tuple[Float32s, Float32s]:
+def chaos_game(system: npt.NDArray[np.float64], points: int, key: Key) -> tuple[Float32s, Float32s]:
     """Compute points of the attractor of an IFS by random iteration (Barnsley 1988).
 
     Starts at the fixed point of map 0, which lies on the attractor, and keeps all points from there, as the published

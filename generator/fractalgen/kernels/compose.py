@@ -21,7 +21,7 @@ def resize(image: Pixels, size: int) -> Pixels:
     place = ((np.arange(size) + 0.5) * (len(image) / size) - 0.5).astype(np.float32)
     first = np.floor(place)
     near, far = (np.clip(first + step, 0, len(image) - 1).astype(np.int32) for step in (0, 1))
-    weight = np.rint((place - first) * np.float32(_ONE)).astype(np.int32)
+    weight = np.rint((place - first) * np.float32(_ONE)).astype(np.int32)  # of ``far``
     resized = np.empty((size, size, 3), np.uint8)
     _resize(image, near, far, weight, resized)
     return resized
@@ -29,7 +29,7 @@ def resize(image: Pixels, size: int) -> Pixels:
 
 @njit(cache=CACHE)
 def _resize(image: Pixels, near: Integers, far: Integers, weight: Integers, resized: Pixels) -> None:
-    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings; ``far`` has the weight."""
+    """Mix every input row along x, then pairs of rows along y, with OpenCV's two roundings."""
     size = len(near)
     mixed = np.empty((len(image), 3 * size), np.int32)
     for row in range(len(image)):

@@ -14,13 +14,14 @@ import numpy.typing as npt
 from numba import njit, uint8, uint16, uint32, uint64
 
 from fractalgen.kernels import CACHE, MAX_MAPS, MAX_POINTS, SIZES
-from fractalgen.kernels.random import hash32
+from fractalgen.kernels.random import Key, hash32
 from fractalshards.errors import UsageError
 
 Float64s = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.uint8]
 Masks = npt.NDArray[np.uint16]
 Cells = npt.NDArray[np.uint32]
+_Box = tuple[float, float, float, float]  # left, bottom, width, height
 
 Draw = Literal["point-gray", "patch-gray", "point-color", "patch-color"]
 
@@ -72,7 +73,7 @@ def random_numbers(points: int) -> Float64s:
     return numbers
 
 
-def masks(key: tuple[np.uint32, np.uint32], count: int) -> Masks:
+def masks(key: Key, count: int) -> Masks:
     """Draw ``count`` patch masks, (count,) uint16, uniform in 1..511; mask i depends on (key, i) alone."""
     drawn = np.empty(count, np.uint16)
     _draw_masks(*key, drawn)
@@ -269,9 +270,7 @@ def _guess(maps: Float64s, choices: npt.NDArray[np.uint8], length: int, xs: Floa
 
 
 @njit(cache=CACHE, error_model="numpy")  # 0 / 0 is NaN, not an exception
-def _rescale(
-    xs: Float64s, ys: Float64s, box: tuple[float, float, float, float], size: int, pitch: int, cells: Cells
-) -> None:
+def _rescale(xs: Float64s, ys: Float64s, box: _Box, size: int, pitch: int, cells: Cells) -> None:
     """cells[i] = row * pitch + column of the pixel of point i, where coordinates that are not finite become 0."""
     left, bottom, width, height = box
     pad, limit = float(_PAD), float(size)

@@ -10,13 +10,12 @@ from numba import int64, njit, uint32, uint64
 
 from fractalgen.kernels import CACHE
 from fractalgen.kernels.mt19937 import Words, below, fill, skip, spare_bits, unit_float
-from fractalgen.kernels.random import hash32
+from fractalgen.kernels.random import Key, hash32
 
 Canvas = npt.NDArray[np.uint8]
 Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int32]
-Key = tuple[np.uint32, np.uint32]
 
 NO_KEY = np.uint32(0), np.uint32(0)
 NO_BUFFERS = np.empty((0, 0), np.uint32)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fractalgen.kernels import CACHE
-from fractalgen.kernels.random import hash32
+from fractalgen.kernels.random import Key, hash32
 from fractalgen.kernels.raster import Counts, peak_of
 from fractalshards.png import Pixels
 
@@ -30,7 +30,7 @@ class HeightColors:
 BLACK = HeightColors((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
 
 
-def diamond_square(size: int, decay: float, key: tuple[np.uint32, np.uint32]) -> Heights:
+def diamond_square(size: int, decay: float, key: Key) -> Heights:
     """Compute fractal noise by the diamond-square algorithm (Fournier, Fussell & Carpenter 1982).
 
     The grid has side 2**k + 1, k = ceil(log2 size), and corners U(0, 1); the displacement at level j = 1..k is U(-m, m)
@@ -234,9 +234,7 @@ def _blur(image: Pixels, side: np.uint32, centre: np.uint32, blurred: Pixels) ->
 
 
 @njit(inline="always")
-def _mix(
-    before: Pixels, here: Pixels, after: Pixels, side: np.uint32, centre: np.uint32, sums: npt.NDArray[np.uint32]
-) -> None:
+def _mix(before: Pixels, here: Pixels, after: Pixels, side: np.uint32, centre: np.uint32, sums: Counts) -> None:
     for i in range(len(sums)):
         ends = np.uint32(np.uint32(before[i]) + np.uint32(after[i]))
         sums[i] = np.uint32(side * ends) + np.uint32(centre * np.uint32(here[i]))

@@ -12,6 +12,8 @@ from numba import njit, uint32
 
 from fractalshards.random import GOLDEN64, MASK64, mix64
 
+Key = tuple[np.uint32, np.uint32]  # selects one of 2**64 sequences of ``hash32``
+
 
 @dataclass
 class Stream:
@@ -41,7 +43,7 @@ class Stream:
         """Return True with the given probability."""
         return self.uniform(0.0, 1.0) < probability
 
-    def key(self) -> tuple[np.uint32, np.uint32]:
+    def key(self) -> Key:
         """Draw a key for ``hash32``."""
         bits = self.bits64()
         return np.uint32(bits >> 32), np.uint32(bits & 0xFFFFFFFF)

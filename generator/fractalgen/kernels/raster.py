@@ -11,6 +11,7 @@ from fractalgen.kernels import CACHE
 
 Points = npt.NDArray[Any]  # one coordinate of all points, float32 or float64
 Counts = npt.NDArray[np.uint32]
+Patch = npt.NDArray[np.int64]  # the cells that a point hits
 Window = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax
 _Pair = tuple[Any, Any]  # of scalars of the type of the points
 
@@ -33,12 +34,7 @@ def bounding_box(xs: Points, ys: Points) -> Window:
 
 
 def splat(
-    xs: Points,
-    ys: Points,
-    size: int,
-    window: Window,
-    patch: npt.NDArray[np.int64] = POINT,
-    orientation: Orientation = Orientation(),
+    xs: Points, ys: Points, size: int, window: Window, patch: Patch = POINT, orientation: Orientation = Orientation()
 ) -> Counts:
     """Count how often each pixel is hit when every point draws the patch: (size, size) uint32.
 
@@ -103,7 +99,7 @@ def _count(
 
 
 @njit(cache=CACHE)
-def _spread(hits: Counts, patch: npt.NDArray[np.int64], counts: Counts) -> None:
+def _spread(hits: Counts, patch: Patch, counts: Counts) -> None:
     """Add the grid of hits to ``counts`` once per cell of the patch, shifted by it."""
     size = len(counts)
     for row in range(size):

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from fractalgen.kernels import MAX_MAPS
 from fractalgen.kernels.paint import BLACK, FractalColors, HeightColors, Heights, diamond_square, gaussian_blur
 from fractalgen.kernels.random import Stream
-from fractalgen.kernels.raster import POINT, Orientation
+from fractalgen.kernels.raster import POINT, Orientation, Patch
 from fractalgen.kinds.kind import check_parameters, parameter
 from fractalshards.errors import UsageError
 from fractalshards.png import Pixels
@@ -108,7 +108,7 @@ def draw_systems(params: AndersonParams, seed: int, classes: int) -> Systems:
     return tuple(rounded(sample_system((low, high + 1), rng, params.sigma_factor)) for rng in rngs)
 
 
-def draw_patch(params: AndersonParams, rng: Stream) -> npt.NDArray[np.int64]:
+def draw_patch(params: AndersonParams, rng: Stream) -> Patch:
     """Draw a patch, (k, 2) cells: the bits of a number in 1..511, or a single pixel without ``params.patch``."""
     if not params.patch:
         return POINT

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fractalgen.kernels.exact import log, sine_and_cosine
-from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, Key, draw_ring, skip_instances
+from fractalgen.kernels.lines import NO_BUFFERS, NO_KEY, draw_ring, skip_instances
 from fractalgen.kernels.mt19937 import STATE_WORDS, Mersenne, Words, seed_state
-from fractalgen.kernels.random import Stream
+from fractalgen.kernels.random import Key, Stream
 from fractalgen.kinds.kind import Kind, LazyImages, Unit, check_parameters, parameter
 from fractalgen.kinds.tables import shared_table
 from fractalshards.errors import FractalError, UsageError
@@ -250,7 +250,7 @@ def check(params: ContourParams, n: int, val: int, classes: int) -> None:
     if params.stream == "own":
         return
     if classes % params.processes:
-        raise UsageError(f"classes is {classes}, which {params.processes} 'processes' cannot share: change one of them")
+        raise UsageError(f"classes is {classes}, not a multiple of {params.processes}, the 'processes': change one")
     if n > classes * params.instances:
         most = classes * params.instances
         raise UsageError(f"n is {n}, but the stream has {most} images: lower n, raise 'instances', or --set stream=own")

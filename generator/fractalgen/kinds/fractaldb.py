@@ -56,7 +56,7 @@ def check(params: FractaldbParams, n: int, val: int, classes: int) -> None:
     limit = units_per_class(params)
     units = sum(-(-count // (classes * FLIPS)) for count in (n, val))
     if limit is not None and units > limit:
-        raise UsageError(f"n and val: a class has {limit * FLIPS} images, not {units * FLIPS}; raise classes")
+        raise UsageError(f"n and val take {units * FLIPS} of {limit * FLIPS} images of a class: raise classes")
 
 
 def render(params: FractaldbParams, size: int, points: int, unit: Unit, systems: Systems) -> tuple[Rendered, ...]:
