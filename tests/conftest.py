@@ -12,7 +12,7 @@ import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -151,16 +151,9 @@ class WebServer:
         self.hanging, self.let_go = threading.Event(), threading.Event()
         self.requests: list[str] = []
         self.queries: set[str] = set()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                outer._answer(self, folder)
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        methods = {"do_GET": lambda request: self._answer(request, folder), "log_message": lambda *_: None}
+        handler = type("Handler", (http.server.BaseHTTPRequestHandler,), methods)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._server.handle_error = lambda *arguments: None  # clients that disconnect
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -214,17 +207,10 @@ class WebServer:
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[Callable[[Path], WebServer]]:
+def web() -> Iterator[Callable[[Path], WebServer]]:
     """Function that starts a web server for a folder."""
-    servers: list[WebServer] = []
-
-    def start(folder: Path) -> WebServer:
-        servers.append(WebServer(folder))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with ExitStack() as servers:
+        yield lambda folder: servers.enter_context(closing(WebServer(folder)))
 
 
 @pytest.fixture(scope="session")
@@ -241,13 +227,10 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of an empty bucket, ``s3://...``; environment variables lead commands and libraries to the server."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "a-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     name = f"bucket-{uuid.uuid4().hex[:8]}"
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
     return f"s3://{name}"
