@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import fsspec
 import huggingface_hub
@@ -101,11 +103,6 @@ def test_other_urls_are_refused(text: str) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_secrets_in_messages_are_hidden() -> None:
-    text = "cannot reach https://me:pass@host/data/f?token=abc, url='https://host/f?sig=x'"
-    assert redact(text) == "cannot reach https://***@host/data/f?***, url='https://host/f?***'"
-
-
 @pytest.mark.parametrize(
     ("faults", "requests", "info", "message"),
     [
@@ -127,16 +124,11 @@ def test_fetch_gets_the_whole_file_or_nothing(
     (tmp_path / "a source" / "f.tar").write_bytes(DATA)
     server = web(tmp_path)
     server.faults["f.tar"] = faults
-    reader = open_store(f"{server.url}/a source/?token=abc")
-    with (tmp_path / "copy").open("w+b") as file:
-        if message is None:
-            reader.fetch("f.tar", file, info)
-            file.seek(0)
-            assert file.read() == DATA[: info.size]
-        else:
-            with pytest.raises((FractalError, OSError), match=message) as error:
-                reader.fetch("f.tar", file, info)
-            assert "abc" not in str(error.value)
+    refusal = pytest.raises((FractalError, OSError), match=message) if message else nullcontext()
+    with (tmp_path / "copy").open("w+b") as file, refusal:
+        open_store(f"{server.url}/a source/?token=abc").fetch("f.tar", file, info)
+        file.seek(0)
+        assert file.read() == DATA[: info.size]
     assert server.count("f.tar") == requests
     assert server.queries == {"token=abc"}
 
@@ -338,15 +330,9 @@ def test_pull_onto_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pyt
     assert "sound" in good("verify", small_disk, "--workers", 1)
 
 
-def test_certificate_that_is_not_trusted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
-
-    monkeypatch.setattr(WebStore, "_open", refuse)
-    assert "SSL_CERT_FILE" in bad("pull", "https://somewhere/set", out)
-
-
-def test_errors_are_one_line_without_secrets(dataset: Path, out: Path, web: Callable, tmp_path: Path) -> None:
+def test_errors_are_one_line_without_secrets(
+    dataset: Path, out: Path, web: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = web(dataset)
     assert f"{server.url}/none: no {INFO}" in bad("pull", f"{server.url}/none", out)
     assert f"{tmp_path}/none: no {INFO}" in bad("pull", tmp_path / "none", out)
@@ -357,6 +343,10 @@ def test_errors_are_one_line_without_secrets(dataset: Path, out: Path, web: Call
         message = bad("pull", f"http://me:hidden@{server.url[7:]}/?token=abc", out)
         assert not any(word in message for word in ("hidden", "abc", "ssl"))
         server.close()  # and once more, without a server
+    untrusted = OSError("CERTIFICATE_VERIFY_FAILED by https://me:pass@host/f?token=abc, url='https://host/f?sig=x'")
+    monkeypatch.setattr(WebStore, "_open", Mock(side_effect=untrusted))
+    assert "SSL_CERT_FILE" in bad("pull", "https://somewhere/set", out)
+    assert redact(str(untrusted)).endswith("by https://***@host/f?***, url='https://host/f?***'")
     assert not out.exists()
 
 
@@ -379,9 +369,8 @@ class Hub:
     def create_commit(self, repo_id: str, operations: list, *, repo_type: str, revision: str | None, **_: str) -> None:
         assert (repo_id, repo_type) == ("me/set", "dataset")
         if self.faults:
-            raise HfHubHTTPError(
-                "no", response=SimpleNamespace(status_code=self.faults.pop(0), headers={}, request=None)
-            )
+            response = SimpleNamespace(status_code=self.faults.pop(0), headers={}, request=None)
+            raise HfHubHTTPError("no", response=response)
         root = f"datasets/{repo_id}" + (f"@{revision}" if revision else "")
         for operation in operations:
             with operation.as_file() as file:
