@@ -70,22 +70,18 @@ def parse_source(text: str, split: str | None) -> ImageSource:
     kind, path = place
     if split is None:
         return ImageSource(kind, path)
-    pairs = [part.strip().partition("=") for part in split.split(",")]
-    values = {name: value for name, _, value in pairs if value}
-    are_shares = [bool(_NUMBER.fullmatch(value)) for value in values.values()]
-    if len(values) != len(pairs) or "train" not in values or not values.keys() <= {*SPLITS} or len({*are_shares}) > 1:
-        raise UsageError(f"--split {split}: give shares as train=0.9,val=0.1 or folders as train=DIR,val=DIR")
-    if not all(are_shares):
-        if kind == "imagenet":
-            raise UsageError(f"--split {split}: the archives are not folders; give shares as train=0.98,val=0.02")
+    pairs = [part.strip().partition("=")[::2] for part in split.split(",")]
+    values = dict(pairs)
+    shares = [Fraction(value) for value in values.values() if _NUMBER.fullmatch(value)]
+    are_splits = len(values) == len(pairs) and {"train"} <= values.keys() <= {*SPLITS} and all(values.values())
+    if are_splits and not shares and kind == "imagefolder":
         return ImageSource(kind, path, folders={name: values[name] for name in SPLITS if name in values})
-    shares = {name: Fraction(value) for name, value in values.items()}
-    if sum(shares.values()) != 1 or len(shares) != len(SPLITS) or not all(shares.values()):
+    if not are_splits or len(shares) != len(SPLITS) or sum(shares) != 1 or not all(shares):
         raise UsageError(
-            f"--split {split}: shares of train and val must be above 0 and add up to 1; "
-            "write a folder whose name is a number as ./2012"
+            f"--split {split}: give shares above 0 that add up to 1, as train=0.9,val=0.1, or folders of an image "
+            "folder, as train=DIR,val=DIR; write a folder whose name is a number as ./2012"
         )
-    return ImageSource(kind, path, val_share=shares["val"])
+    return ImageSource(kind, path, val_share=Fraction(values["val"]))
 
 
 @dataclass(frozen=True)
