@@ -25,7 +25,7 @@ from PIL import Image
 
 import packing
 from building import files as contents
-from damages import edit, edit_split, train_split
+from damages import HOSTILE, MANIFESTS, MARK, RECIPES, SIDECARS, SYSTEMS_FILES, edit, edit_split, train_split
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
 from fractalshards.recipe_file import read_portable
@@ -261,13 +261,12 @@ def test_push_refuses_damaged_datasets(dataset: Path, out: Path, bucket: str) ->
         assert INFO in bad("pull", url, out.with_name("back"))
 
 
-@pytest.mark.parametrize("name", ["../evil.tar", "pipe:ls.tar", "recipe.tar", "train-000000.json", ".tmp~x.tar"])
-def test_hostile_names_write_nothing(dataset: Path, out: Path, web: Callable, name: str) -> None:
+@pytest.mark.parametrize("name", ["recipe.tar", "train-000000.json"])
+def test_shards_named_as_other_files_are_refused(dataset: Path, out: Path, name: str) -> None:
     edit_split(dataset, filenames=[name, SECOND])
-    url = web(dataset).url
-    assert "do not use this dataset" in bad("pull", url, out)
+    assert "do not use this dataset" in bad("pull", dataset, out)
     with pytest.raises(FractalError, match="do not use this dataset"):
-        open_cache(url, out, 10**9, 1, "train")
+        open_cache(str(dataset), out, 10**9, 1, "train")
     assert not out.exists()
 
 
@@ -289,25 +288,13 @@ def test_hostile_sizes_are_refused(dataset: Path, out: Path, web: Callable) -> N
     assert sum(path.stat().st_size for path in out.iterdir()) < 100_000
 
 
-@pytest.mark.parametrize("command", ["push", "pull"])
-def test_sidecar_recipe_and_systems_must_match(dataset: Path, out: Path, command: str) -> None:
-    for name, old, new in (
-        ("train-000001.json", b'"samples": 5', b'"samples": 6'),
-        ("train-000001.json", b'"content_digest": "', b'"content_digest": "0'),
-        (SYSTEMS, b"PK", b"no"),
-        (RECIPE, b'"n": 10', b'"n": 11'),
-        *((name, b"", b"a pipe") for name in (SECOND, "train-000001.json", SYSTEMS, RECIPE, INFO)),
-    ):
-        before = (dataset / name).read_bytes()
-        (dataset / name).unlink()
-        if old:
-            (dataset / name).write_bytes(before.replace(old, new))
-        else:
-            os.mkfifo(dataset / name)
-        assert name in bad(command, dataset, out)
-        (dataset / name).unlink()
-        (dataset / name).write_bytes(before)
+@pytest.mark.parametrize("name", [*MANIFESTS, *SIDECARS, *SYSTEMS_FILES, *RECIPES, "other content", "pipe for a shard"])
+def test_hostile_datasets_are_refused(dataset: Path, out: Path, name: str) -> None:
+    damage, noun = HOSTILE[name]
+    damage(dataset)
+    assert noun.removesuffix("tar") in bad("pull", dataset, out)
     assert not (out / INFO).exists()
+    assert not MARK.exists()
 
 
 def test_folders_that_cannot_be_written_are_refused(dataset: Path, out: Path, read_only_disk: Path) -> None:
