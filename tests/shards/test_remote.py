@@ -25,7 +25,7 @@ from PIL import Image
 
 import packing
 from building import files as contents
-from damages import HOSTILE, MANIFESTS, MARK, RECIPES, SIDECARS, SYSTEMS_FILES, edit, edit_split, train_split
+from damages import HOSTILE, MARK, SHARD, SIDECAR, edit, edit_split, train_split
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
 from fractalshards.recipe_file import read_portable
@@ -288,10 +288,12 @@ def test_hostile_sizes_are_refused(dataset: Path, out: Path, web: Callable) -> N
     assert sum(path.stat().st_size for path in out.iterdir()) < 100_000
 
 
-@pytest.mark.parametrize("name", [*MANIFESTS, *SIDECARS, *SYSTEMS_FILES, *RECIPES, "other content", "pipe for a shard"])
-def test_hostile_datasets_are_refused(dataset: Path, out: Path, name: str) -> None:
-    damage, noun = HOSTILE[name]
-    damage(dataset)
+PULLED = [(noun, name) for noun in (INFO, SIDECAR, SYSTEMS, RECIPE) for name in HOSTILE[noun]]
+
+
+@pytest.mark.parametrize(("noun", "name"), [*PULLED, (SHARD, "other content"), (SHARD, "pipe for a shard")])
+def test_hostile_datasets_are_refused(dataset: Path, out: Path, noun: str, name: str) -> None:
+    HOSTILE[noun][name](dataset)
     assert noun.removesuffix("tar") in bad("pull", dataset, out)
     assert not (out / INFO).exists()
     assert not MARK.exists()
