@@ -1,9 +1,9 @@
 """Compare two datasets: whether they hold the same samples under the same keys, and which differ."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from operator import itemgetter
 
 import xxhash
@@ -99,10 +99,8 @@ def _compare_split(manifests: Manifests, split: str, workers: int, on_progress: 
         found = _match_samples(manifests, split, read, words, workers, on_progress)
         yield from found
         if cut_alike and not found:
-            yield (
-                f"content digests of {human_count(len(read[0]), 'shard')} differ, but the samples are the same: their "
-                "order differs, or a manifest is wrong; check both with 'fractalshards verify'"
-            )
+            shards = human_count(len(read[0]), "shard")
+            yield f"content digests of {shards} differ, but the samples are the same; run 'fractalshards verify'"
     if unread:
         yield f"content digests of {human_count(unread, 'more shard')} differ; their samples were not compared"
     yield from longer
@@ -121,7 +119,7 @@ def _match_samples(
         indices = {index.path.name: index for index in index_split(manifest, split)}
         tasks += [(start, side, indices[shard.name]) for start, shard in _with_starts(row)]
     unpaired: tuple[dict[str, tuple[str, list[str]]], ...] = ({}, {})  # shard and digests by key
-    different: dict[str, list[str]] = {}  # samples by shard of the first dataset
+    different: list[tuple[str, str]] = []  # shards of the first dataset, and samples
     done, total = 0, sum(shard.samples for row in rows for shard in row)
     with worker_pool(workers) as pool:
         futures = {
@@ -138,16 +136,12 @@ def _match_samples(
                 other_shard, others = unpaired[1 - side].pop(key)
                 both = zip(("image", "label"), digests, others, strict=True)
                 if fields := [name for name, one, other in both if one != other]:
-                    first = (shard, other_shard)[side]
-                    different.setdefault(first, []).append(f"{key} ({' and '.join(fields)})")
+                    different.append(((shard, other_shard)[side], f"{key} ({' and '.join(fields)})"))
             done += len(samples)
             on_progress(done, total)
-    lines = _name_samples(different, "not the same")
-    for samples_left, other in zip(unpaired, reversed(manifests), strict=True):
-        keys: dict[str, list[str]] = {}
-        for key, (shard, _) in samples_left.items():
-            keys.setdefault(shard, []).append(key)
-        lines += _name_samples(keys, f"{words} {other.folder}")
+    lines = list(_name_samples(different, "not the same"))
+    for left, other in zip(unpaired, reversed(manifests), strict=True):
+        lines += _name_samples(((shard, key) for key, (shard, _) in left.items()), f"{words} {other.folder}")
     return lines
 
 
@@ -175,8 +169,8 @@ def _count_samples(row: Shards) -> str:
     return human_count(sum(shard.samples for shard in row), "sample")
 
 
-def _name_samples(keys: Mapping[str, Sequence[str]], what: str) -> list[str]:
-    return [
-        f"{shard}: {human_count(len(found), 'sample')} {what}: {human_list(sorted(found), _MAX_KEYS)}"
-        for shard, found in sorted(keys.items())
-    ]
+def _name_samples(samples: Iterable[tuple[str, str]], what: str) -> Iterator[str]:
+    """Name samples, each given as shard and key, in one line per shard."""
+    for shard, group in groupby(sorted(samples), itemgetter(0)):
+        keys = [key for _, key in group]
+        yield f"{shard}: {human_count(len(keys), 'sample')} {what}: {human_list(keys, _MAX_KEYS)}"

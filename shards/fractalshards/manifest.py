@@ -263,10 +263,7 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
     """Parse and check a manifest that came from ``where``; see ``load_manifest``."""
     found = parse_json(data, _Version, where).format_version
     if found is None:
-        raise FractalError(
-            f"{where}: has no format_version, so other software wrote it; only fractaltrain can read such a dataset, "
-            "from a local folder"
-        )
+        raise FractalError(f"{where}: other software wrote it; only fractaltrain reads such datasets, in local folders")
     if found not in FORMAT_VERSIONS:
         raise FractalError(f"{where}: format version {found}, not {FORMAT_VERSIONS[-1]}; upgrade fractalpretrain")
     info = parse_json(data, _Stored, where)

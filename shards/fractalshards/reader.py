@@ -203,11 +203,8 @@ class StoredSplit:
         self.lengths = tuple(len(shard.offsets) - 1 for shard in self._shards)
         self._starts = np.cumsum([0, *self.lengths])
         self.files = OpenFiles(max_open_files, fetch)
-        self._advice = (
-            f"check the copy with 'fractalshards verify {manifest.folder}'"
-            if fetch is None
-            else "the remote copy is damaged; build the shard and push it again"
-        )
+        verify = f"check the copy with 'fractalshards verify {manifest.folder}'"
+        self._advice = verify if fetch is None else "the remote copy is damaged; build the shard and push it again"
 
     @property
     def label_counts(self) -> Integers:

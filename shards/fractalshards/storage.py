@@ -185,9 +185,7 @@ def _is_private(folder: Path) -> bool:
         return False
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FractalError(
-            f"{folder}: other users can write there, so it is not a safe cache; set another TMPDIR or --cache-dir"
-        )
+        raise FractalError(f"{folder}: other users can write there; set another TMPDIR or --cache-dir")
     return True
 
 
@@ -195,9 +193,8 @@ def check_space(folder: Path, wanted: float, advice: str) -> None:
     """Raise FractalError if the disk of a folder, which may not exist yet, has less than ``wanted`` bytes free."""
     total, _, free = shutil.disk_usage(_existing(folder))
     if total and wanted > free:
-        raise FractalError(
-            f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free; free some space, {advice}"
-        )
+        sizes = f"needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free"
+        raise FractalError(f"{folder}: {sizes}; free some space, {advice}")
 
 
 def check_writable(folder: Path) -> None:

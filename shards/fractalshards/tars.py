@@ -90,10 +90,7 @@ def index_tars(tars: Sequence[Tar], skip_bad: bool = False) -> tuple[TarIndex, .
     for tar, index in zip(tars, indices, strict=True):
         count = len(index) + index.bad
         if tar.samples not in (None, count):
-            raise FractalError(
-                f"{tar.path}: holds {count} samples, not {tar.samples} as the info file says; fetch the tar again, or "
-                "remove the info file to train on the tars as they are"
-            )
+            raise FractalError(f"{tar.path}: {count} samples, not {tar.samples}; fetch it again, or drop the info file")
     return indices
 
 

@@ -86,10 +86,7 @@ def repair_advice(manifest: Manifest) -> str:
     """Say what to do about problems."""
     if "systems_digest" in manifest.recipe:
         return "fetch the named files again, or render them again with 'fractalgen repair'"
-    return (
-        "fetch the named files again, or remove each named tar and the .json beside it, then run the same "
-        "'fractalshards pack' again"
-    )
+    return "fetch the named files again, or remove each tar and its .json and run the same 'fractalshards pack' again"
 
 
 def verify_shard(folder: Path, shard: Shard, first: int, promise: Promise) -> list[Problem]:
@@ -179,12 +176,11 @@ def _verify_recipe(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(RECIPE, "", what)
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, RECIPE, error)
-    if "systems_digest" not in manifest.recipe:  # packed, not rendered
-        if (manifest.folder / SYSTEMS).exists():
-            yield Problem(SYSTEMS, "", "not in the recipe; remove it")
-        return
     try:
-        if systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe["systems_digest"]:
+        if "systems_digest" not in manifest.recipe:  # packed, not rendered
+            if (manifest.folder / SYSTEMS).exists():
+                yield Problem(SYSTEMS, "", "not in the recipe; remove it")
+        elif systems_digest(read_systems(manifest.folder / SYSTEMS)) != manifest.recipe["systems_digest"]:
             yield Problem(SYSTEMS, "", "systems digest differs: the file was changed")
     except (FractalError, OSError) as error:
         yield _problem(manifest.folder, SYSTEMS, error)

@@ -105,9 +105,8 @@ def check_semaphores() -> None:
     try:
         multiprocessing.Lock()
     except OSError as error:
-        raise FractalError(
-            f"/dev/shm: {error.strerror}; worker processes need semaphores there: mount it writable, or free some space"
-        ) from error
+        advice = "worker processes need semaphores there: mount it writable, or free some space"
+        raise FractalError(f"/dev/shm: {error.strerror}; {advice}") from error
 
 
 @contextmanager

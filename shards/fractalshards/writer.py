@@ -143,10 +143,8 @@ def run_jobs(
         done += task.stop - task.first
         on_progress(done, total)
     if lost:
-        raise FractalError(
-            f"{folder}: {human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}: "
-            f"{next(iter(lost.values()))}; run the same command again"
-        )
+        missing = f"{human_count(len(lost), 'shard')} missing, {human_list(sorted(lost))}"
+        raise FractalError(f"{folder}: {missing}: {next(iter(lost.values()))}; run the same command again")
     return results
 
 
@@ -158,10 +156,7 @@ def publish(folder: Path, tasks: Sequence[ShardTask], own: Iterable[ShardTask], 
     """
     records = finished_shards(folder, tasks, info)
     if vanished := sorted(task.name for task in own if task.name not in records):
-        raise FractalError(
-            f"{folder}: {human_list(vanished)} vanished after being written; check the disk or the network file "
-            "system, then run the same command again"
-        )
+        raise FractalError(f"{folder}: {human_list(vanished)} vanished; check the disk and run the same command again")
     remove_leftovers(folder)
     if missing := tuple(task.name for task in tasks if task.name not in records):
         return missing
