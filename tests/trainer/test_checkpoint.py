@@ -29,18 +29,11 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 HOSTILE = [b"", b"rubbish\n", b"(", b"\x80\x02X", b"cos\nsystem\n", b"\x80\x05.", b"V\n", b"PK\x03\x04abc"]
 
 
-class Part(dict):
-    """A state dict behind the method that optimisers and models have."""
-
-    def state_dict(self) -> dict:
-        return dict(self)
-
-
 @pytest.mark.parametrize("data", [*HOSTILE, None], ids=repr)
 def test_damaged_checkpoint_is_skipped(tmp_path, recwarn, data):
     """None: cut in half."""
     for epoch in (1, 2):
-        save_checkpoint(RunConfig(tmp_path, keep=2), Position(epoch), {"model": Part()}, ALONE)
+        save_checkpoint(RunConfig(tmp_path, keep=2), Position(epoch), {"model": nn.Identity()}, ALONE)
     newest = checkpoint_path(tmp_path, Position(2))
     newest.write_bytes(newest.read_bytes()[:300] if data is None else data)
     found = load_checkpoint(tmp_path)
@@ -104,7 +97,7 @@ def test_checkpoint_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
 def test_checkpoint_too_large_for_memory_is_not_skipped(tmp_path, monkeypatch, error):
     """It may be whole, and the next save would remove it."""
-    save_checkpoint(RunConfig(tmp_path, keep=2), Position(1), {"model": Part()}, ALONE)
+    save_checkpoint(RunConfig(tmp_path, keep=2), Position(1), {"model": nn.Identity()}, ALONE)
     monkeypatch.setattr(torch, "load", Mock(side_effect=error))
     with pytest.raises(FractalError, match="memory"):
         load_checkpoint(tmp_path)
@@ -124,12 +117,13 @@ def test_checkpoint_of_another_model_or_version_is_refused(tmp_path):
 
 def test_weights_of_version_0_1_can_be_used(tmp_path):
     """Its runs cannot be continued, but can be fine-tuned, evaluated and exported."""
-    save_checkpoint(RunConfig(tmp_path, keep=1), Position(1), {"model": Part(weight=torch.ones(2))}, ALONE)
+    model = nn.Linear(3, 2)
+    save_checkpoint(RunConfig(tmp_path, keep=1), Position(1), {"model": model}, ALONE)
     [path] = list_checkpoints(tmp_path)
     torch.save(torch.load(path, weights_only=True) | {"format": 2, "settings": {"seed": 0}}, path)
     found = load_checkpoint(tmp_path)
     assert found is not None
-    assert torch.equal(found.weights["weight"], torch.ones(2))
+    assert torch.equal(found.weights["weight"], model.weight)
 
 
 def test_ctrl_c_while_saving_stays_ctrl_c(tmp_path, monkeypatch):
@@ -143,7 +137,7 @@ def test_ctrl_c_while_saving_stays_ctrl_c(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fractaltrain.checkpoint.atomic_file", lambda path: nullcontext(Interrupted()))
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(RunConfig(tmp_path, keep=1), Position(), {"model": Part(weight=torch.zeros(10_000))}, ALONE)
+        save_checkpoint(RunConfig(tmp_path, keep=1), Position(), {"model": nn.Linear(100, 100)}, ALONE)
 
 
 def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path, fractaltrain, dataset):
