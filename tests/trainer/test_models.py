@@ -213,21 +213,15 @@ def test_export_loads_in_timm(fractaltrain, tmp_path, name, arguments, out):
 _SINGLE = {"kind": "single", "n": 60, "classes": 6, "systems_digest": "0"}
 _RECIPE_DIGEST = mapping_digest(_SINGLE)
 _PRETRAINING = {"dataset": "mine", "dataset_digest": "0" * 32, "dataset_recipe": _SINGLE}
+_BEFORE = {"recipe": asdict(PT_RECIPES["rcdb"]), **_PRETRAINING}
+_FINETUNING = {"data": "imagefolder:/home/me/photos", "weights": "a1b2", "pretraining": _BEFORE}
 
 
 @pytest.mark.parametrize(
     ("more", "licence", "words"),
     [
         (_PRETRAINING, "mit", ("mine", "`single`", "0" * 32, "2110.03091", "changed: epochs=3")),
-        (
-            {
-                "data": "imagefolder:/home/me/photos",
-                "weights": "a1b2",
-                "pretraining": {"recipe": asdict(PT_RECIPES["rcdb"]), **_PRETRAINING},
-            },
-            "unknown",
-            ("`photos`", "a1b2", "mine", "2206.09132", "changed: nothing"),
-        ),
+        (_FINETUNING, "unknown", ("`photos`", "a1b2", "mine", "2206.09132", "changed: nothing")),
         ({}, "unknown", ()),
         (_PRETRAINING | {"dataset_digest": _RECIPE_DIGEST}, "mit", (f"recipe digest `{_RECIPE_DIGEST}`.",)),
     ],
@@ -235,9 +229,7 @@ _PRETRAINING = {"dataset": "mine", "dataset_digest": "0" * 32, "dataset_recipe":
 )
 def test_export_writes_a_model_card(fractaltrain, tmp_path, monkeypatch, more, licence, words):
     """The code in it loads the model, and the transform that it was evaluated with."""
-    recipe = replace(
-        (FT_RECIPES if "data" in more else PT_RECIPES)["anderson"], **({} if "data" in more else {"epochs": 3})
-    )
+    recipe = FT_RECIPES["anderson"] if "data" in more else replace(PT_RECIPES["anderson"], epochs=3)
     names = tuple("abcdefg")
     model = write_run(tmp_path / "run", "resnet10t", recipe=asdict(recipe), class_names=names, **more)
     (tmp_path / "run" / "result.json").write_text('{"epochs": 1, "top1": 0.5}')
