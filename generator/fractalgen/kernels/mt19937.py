@@ -53,8 +53,10 @@ class Mersenne:
         return low + int(drawn)
 
     def state(self) -> Words:
-        """Return the current state, from which ``of`` continues."""
-        return _state(self.buffers, self.at)
+        """Return the next 624 words, from which ``of`` continues."""
+        row, start = self.at // STATE_WORDS & 1, self.at % STATE_WORDS
+        _twist(self.buffers, row)
+        return np.concatenate([self.buffers[row, start:], self.buffers[1 - row, :start]])
 
 
 @njit(inline="always")
@@ -147,14 +149,3 @@ def unit_float(first: np.uint32, second: np.uint32) -> float:
     """Return the float64 in [0, 1) that Python makes of two words: 53 random bits."""
     high, low = first >> uint32(5), second >> uint32(6)
     return (np.float64(np.int32(high)) * 67108864.0 + np.float64(np.int32(low))) * (1.0 / 9007199254740992.0)
-
-
-@njit(cache=CACHE, nogil=True)
-def _state(buffers: Words, at: int) -> Words:
-    """The next 624 words: the rest of this block, and the beginning of the next."""
-    row, start = at // STATE_WORDS & 1, at % STATE_WORDS
-    _twist(buffers, row)
-    state = np.empty(STATE_WORDS, np.uint32)
-    state[: STATE_WORDS - start] = buffers[row, start:]
-    state[STATE_WORDS - start :] = buffers[1 - row, :start]
-    return state
