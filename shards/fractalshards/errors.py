@@ -12,6 +12,8 @@ _ADVICE = {
     errno.EMFILE: "lower --workers, or raise the limit of open files (ulimit -n)",
     errno.EAGAIN: "lower --workers, or raise the limit of processes (ulimit -u)",
     errno.ENOLCK: "choose a folder on a file system with locks",
+    errno.EEXIST: "check the path: it leads to a file where a folder is needed",
+    errno.ENOTDIR: "check the path: it leads to a file where a folder is needed",
     errno.ENOENT: "check the path, and that its file system is mounted",
 }
 

@@ -1,5 +1,6 @@
 """Draw contact sheets: a labelled grid of images, one row per class."""
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fractalshards.manifest import Manifest
 from fractalshards.png import Pixels
 from fractalshards.reader import decode_shard, index_split
 from fractalshards.sample import Label, classes_of
-from fractalshards.storage import atomic_file
+from fractalshards.storage import write_bytes
 from fractalshards.survey import choose_samples, select_samples, shrink, spread
 
 _GAP = 4
@@ -82,6 +83,6 @@ def sample_rows(manifest: Manifest, split: str, classes: int, per_class: int, ti
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture atomically, as PNG or JPEG by the end of its name; creates missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        picture.save(file, "PNG" if path.suffix.lower() == ".png" else "JPEG", optimize=True, quality=85)
+    data = io.BytesIO()
+    picture.save(data, "PNG" if path.suffix.lower() == ".png" else "JPEG", optimize=True, quality=85)
+    write_bytes(path, data.getvalue())

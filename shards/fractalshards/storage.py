@@ -123,8 +123,9 @@ def _rename_new(temporary: Path, path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and make its parent folders; see ``atomic_file``."""
+    """Write a file atomically, make its parent folders, and remove leftovers beside it; see ``atomic_file``."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     with atomic_file(path) as file:
         file.write(data)
 
@@ -214,7 +215,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporary files whose writer is gone: on this host if its process has ended, else after an hour."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if _abandoned(path):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # removed by another process, or belongs to another user, as in /tmp
+                path.unlink()
 
 
 def _abandoned(path: Path) -> bool:

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from fractalshards.errors import FractalError
-from fractalshards.storage import atomic_file, parse_json, private_cache, remove_leftovers
+from fractalshards.storage import atomic_file, parse_json, private_cache, remove_leftovers, write_bytes
 
 
 def leftover(folder: Path, host: str, process: int, age: float = 0.0, unique: str = "abcdef01") -> Path:
@@ -100,7 +101,10 @@ def test_atomic_file_without_hard_links_and_folders_that_sync(
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"first")]
 
 
-def test_remove_leftovers_of_dead_writers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("remove", [remove_leftovers, lambda folder: write_bytes(folder / "train-000000.tar", b"")])
+def test_remove_leftovers_of_dead_writers_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Path], None]
+) -> None:
     ended, unreaped = (subprocess.Popen(["true"]) for _ in range(2))
     ended.wait()
     os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)
@@ -114,7 +118,7 @@ def test_remove_leftovers_of_dead_writers_only(tmp_path: Path, monkeypatch: pyte
     kept |= {leftover(tmp_path, here, ended.pid, unique="abcdef01.1")}  # of a container with the same host name
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 7200)  # the clock of the file server is slow
-    remove_leftovers(tmp_path)
+    remove(tmp_path)
     assert set(tmp_path.iterdir()) == kept
     unreaped.wait()
 

@@ -1,6 +1,7 @@
 """Models by name, pre-trained weights, and ``export``: timm loads the weights of the run."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -260,12 +261,17 @@ def test_export_completes_its_own_files_and_leaves_others_alone(fractaltrain, tm
     assert [fractaltrain("export", tmp_path / "a", "--out", out).code for out in (file, folder)] == [0, 0]
     before, config = file.read_bytes(), (folder / "config.json").read_bytes()
     (folder / "config.json").unlink()  # as if the export had been killed
+    for started in (tmp_path / "started", file.parent):
+        started.mkdir(exist_ok=True)
+        (started / f".tmp~{os.uname().nodename}~999999999~00000000~model.safetensors").write_bytes(b"half")
+    assert fractaltrain("export", tmp_path / "a", "--out", tmp_path / "started").code == 0
     (folder / "README.md").write_text("my own")
     assert [fractaltrain("export", tmp_path / "a", "--out", out).code for out in (file, folder)] == [0, 0]
     assert ((folder / "config.json").read_bytes(), (folder / "README.md").read_text()) == (config, "my own")
     for run, out in (("b", file), ("b", folder), ("a", tmp_path / "a"), ("a", tmp_path / "a" / "run.json")):
         fractaltrain("export", tmp_path / run, "--out", out).assert_refused(1, str(out))
     assert file.read_bytes() == before
+    assert not [*tmp_path.glob("*/.tmp*")]
     for damaged in (b"no tensors", before[:-1], before[:-1] + bytes([before[-1] ^ 1])):
         file.write_bytes(damaged)
         fractaltrain("export", tmp_path / "a", "--out", file).assert_refused(1, str(file))

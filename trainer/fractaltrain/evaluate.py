@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from fractalshards.errors import FractalError
-from fractalshards.storage import check_writable, write_json
+from fractalshards.storage import check_writable, remove_leftovers, write_json
 from fractalshards.workers import OnProgress, no_progress
 from fractaltrain.checkpoint import TrainedRun, load_run
 from fractaltrain.config import EvalConfig, ImagesConfig, TrainConfig
@@ -264,6 +264,7 @@ def evaluate_run(config: EvalConfig, on_progress: OnProgress = no_progress) -> E
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if not predictions.multi_label:
         counts = predictions.confusion()
         contents["confusion"] = counts.tolist()

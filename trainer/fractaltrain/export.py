@@ -19,7 +19,7 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, one_line
 from fractalshards.remote.card import README, citation, licence
-from fractalshards.storage import atomic_file, read_json, write_bytes
+from fractalshards.storage import atomic_file, read_json, remove_leftovers, write_bytes
 from fractaltrain.checkpoint import TrainedRun, load_run
 from fractaltrain.models import timm_options
 from fractaltrain.recipes import FT_RECIPES, PT_RECIPES, for_dataset
@@ -69,6 +69,7 @@ def export_run(folder: Path, path: Path) -> tuple[str, str]:
             "check the folder"
         ) from error
     single = path.suffix == _EXTENSION
+    remove_leftovers(path.parent if single else path)
     if not single and path.is_dir() and any(path.iterdir()) and not (path / _WEIGHTS).exists():
         raise FractalError(f"{path}: not empty, and not an export; choose another --out, or empty it")
     _write_weights(path if single else path / _WEIGHTS, run, name)
