@@ -35,20 +35,15 @@ def pretraining(dataset: Path, out: Path, *more: object) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def order(epoch: int) -> list[int]:
-    return epoch_order([20, 13, 17], seed=0, epoch=epoch, window=2).tolist()
-
-
-def whole_order() -> list[int]:
-    return [index for epoch in range(EPOCHS) for index in order(epoch)[: STEPS * BATCH]]
+ORDERS = [epoch_order([20, 13, 17], seed=0, epoch=epoch, window=2).tolist() for epoch in range(EPOCHS)]
+WHOLE_ORDER = [index for order in ORDERS for index in order[: STEPS * BATCH]]
 
 
 def damage(folder: Path, shard: str, *places: int) -> None:
     offsets = read_record(folder, shard, "single").offsets
     with (folder / shard).open("r+b") as file:
         for place in places:
-            file.seek(offsets[place] + 512 + 60)
-            file.write(b"garbage" * 20)
+            os.pwrite(file.fileno(), b"garbage" * 20, offsets[place] + 512 + 60)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,7 @@ def undisturbed(ranks, dataset, tmp_path_factory):
 def test_ranks_train_on_the_epoch_order(undisturbed):
     for rank in range(2):
         positions = training_positions(50, BATCH, rank, 2, pad=False)
-        expected = [batch.tolist() for epoch in range(EPOCHS) for batch in np.array(order(epoch))[positions]]
+        expected = [batch.tolist() for order in ORDERS for batch in np.array(order)[positions]]
         assert undisturbed[1].keys[rank] == expected
 
 
@@ -71,7 +66,7 @@ def test_ranks_train_on_the_epoch_order(undisturbed):
 def test_samples_do_not_depend_on_the_number_of_ranks(ranks, dataset, tmp_path, size, workers):
     ended = ranks(size, *pretraining(dataset, tmp_path / "run", "--model", "test_vit", "--workers", workers))
     assert ended.codes == [0] * size, ended.stderr
-    assert ended.trained_on() == whole_order()
+    assert ended.trained_on() == WHOLE_ORDER
 
 
 def test_run_killed_with_four_ranks_continues_with_one(ranks, dataset, tmp_path):
@@ -80,9 +75,8 @@ def test_run_killed_with_four_ranks_continues_with_one(ranks, dataset, tmp_path)
     assert killed.codes == [-signal.SIGKILL] * 4
     done = ranks(1, *arguments)
     assert done.codes == [0], done.stderr
-    done_steps = STEPS + 10
-    assert killed.trained_on() == whole_order()[: done_steps * BATCH]
-    assert done.trained_on() == whole_order()[done_steps * BATCH :]
+    before = (STEPS + 10) * BATCH
+    assert (killed.trained_on(), done.trained_on()) == (WHOLE_ORDER[:before], WHOLE_ORDER[before:])
 
 
 def test_nodes_split_gives_each_machine_its_own_samples(ranks, dataset, tmp_path):
@@ -90,7 +84,7 @@ def test_nodes_split_gives_each_machine_its_own_samples(ranks, dataset, tmp_path
     assert ended.codes == [0] * 4, ended.stderr
     for node in range(2):
         seen = {index for rank in (2 * node, 2 * node + 1) for batch in ended.keys[rank][:STEPS] for index in batch}
-        assert seen == {*order(0)[node * STEPS * BATCH // 2 :][: STEPS * BATCH // 2]}
+        assert seen == {*ORDERS[0][node * STEPS * BATCH // 2 :][: STEPS * BATCH // 2]}
 
 
 def test_killed_run_resumes_bit_exactly(ranks, undisturbed, dataset, tmp_path):
@@ -138,10 +132,10 @@ def test_bad_samples_are_replaced_and_counted(ranks, dataset, tmp_path):
     done = ranks(2, *pretraining(folder, tmp_path / "run", "--on-bad-sample", "skip"))
     assert done.codes == [0, 0], done.stderr
     expected, replaced = [], []
-    for epoch in range(EPOCHS):
-        good = [index not in (3, 9, 33) for index in order(epoch)]
+    for order in ORDERS:
+        good = [index not in (3, 9, 33) for index in order]
         used = [next(p for p in range(at, at + 50) if good[p % 50]) % 50 for at in range(STEPS * BATCH)]
-        expected += [order(epoch)[position] for position in used]
+        expected += [order[position] for position in used]
         replaced.append(good[: STEPS * BATCH].count(False))
     assert done.trained_on() == expected
     assert "000000003" in done.stderr

@@ -252,18 +252,14 @@ def test_accumulation_gives_the_same_weights(tmp_path):
 
 
 def test_clip_grad_bounds_a_step(tmp_path):
-    """The first step of SGD moves the weights by at most lr times the gradient norm."""
+    """The first step of SGD moves the weights by lr times the gradient norm."""
     recipe = replace(RECIPE, epochs=1, batch_size=102, lr=0.1, div_factor=1.0, final_div_factor=1.0)
     recipe = replace(recipe, weight_decay=0.0, head_weight_decay=None, head_lr_factor=1.0)
     torch.manual_seed(0)
     before = Plain().state_dict()
-    moved = []
-    for clip_grad in (None, 1e-2):
-        folder = tmp_path / str(clip_grad)
-        run_tiny(folder, replace(recipe, clip_grad=clip_grad), model=Plain)
-        moved.append(torch.cat([(after - before[name]).flatten() for name, after in weights(folder).items()]).norm())
-    assert float(moved[1]) == pytest.approx(0.1 * 1e-2, rel=1e-2)
-    assert moved[0] > 10 * moved[1]
+    run_tiny(tmp_path / "run", replace(recipe, clip_grad=1e-2), model=Plain)
+    moves = [(after - before[name]).flatten() for name, after in weights(tmp_path / "run").items()]
+    assert float(torch.cat(moves).norm()) == pytest.approx(0.1 * 1e-2, rel=1e-2)
 
 
 def test_deterministic_run_asks_for_deterministic_algorithms(tmp_path, monkeypatch):
