@@ -16,8 +16,7 @@ import xxhash
 
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_count, human_list
-from fractalshards.ilsvrc import list_ilsvrc
-from fractalshards.imagefolder import SPLITS, ImageFiles, ImageListing, Indices, has_splits, list_folder, parse_place
+from fractalshards.image_files import ImageFiles, ImageListing, has_splits, list_folder, list_ilsvrc, parse_place
 from fractalshards.manifest import MAX_SAMPLES, MAX_SHARDS, DatasetInfo, sample_key, shard_name
 from fractalshards.png import decode_image, encode_png
 from fractalshards.random import permutation
@@ -73,10 +72,10 @@ def parse_source(text: str, split: str | None) -> ImageSource:
     pairs = [part.strip().partition("=")[::2] for part in split.split(",")]
     values = dict(pairs)
     shares = [Fraction(value) for value in values.values() if _NUMBER.fullmatch(value)]
-    are_splits = len(values) == len(pairs) and {"train"} <= values.keys() <= {*SPLITS} and all(values.values())
+    are_splits = len(values) == len(pairs) and {"train"} <= values.keys() <= {"train", "val"} and all(values.values())
     if are_splits and not shares and kind == "imagefolder":
-        return ImageSource(kind, path, folders={name: values[name] for name in SPLITS if name in values})
-    if not are_splits or len(shares) != len(SPLITS) or sum(shares) != 1 or not all(shares):
+        return ImageSource(kind, path, folders={name: values[name] for name in ("train", "val") if name in values})
+    if not are_splits or len(shares) != 2 or sum(shares) != 1 or not all(shares):
         raise UsageError(
             f"--split {split}: give shares above 0 that add up to 1, as train=0.9,val=0.1, or folders of an image "
             "folder, as train=DIR,val=DIR; write a folder whose name is a number as ./2012"
@@ -152,7 +151,7 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
     shards = {}
     first = 0
     for split, images in splits.items():
-        order = _shuffle(counts[split], seed, split)  # which mixes the classes
+        order = permutation(counts[split], _key(split, seed))  # which mixes the classes
         for shard, begin in enumerate(range(0, counts[split], shard_size)):
             part = images.take(order[begin : begin + shard_size])
             task = ShardTask(split, shard_name(split, shard), first + begin, first + begin + len(part.names))
@@ -165,7 +164,7 @@ def plan_pack(folder: Path, source: ImageSource, listing: ImageListing, seed: in
 
 def hold_out(images: ImageFiles, share: Fraction, seed: int) -> Mapping[str, ImageFiles]:
     """Split images into ``train`` and ``val``: ``share`` of each class, rounded, goes to val, but never all of it."""
-    order = _shuffle(len(images.labels), seed, "deal")
+    order = permutation(len(images.labels), _key("deal", seed))
     order = order[np.argsort(images.labels[order], kind="stable")]  # class after class, each shuffled
     counts = np.bincount(images.labels)
     is_val = np.zeros(len(order), bool)
@@ -176,8 +175,8 @@ def hold_out(images: ImageFiles, share: Fraction, seed: int) -> Mapping[str, Ima
     return {"train": images.take(np.sort(order[~is_val])), "val": images.take(np.sort(order[is_val]))}
 
 
-def _shuffle(count: int, seed: int, purpose: str) -> Indices:
-    return permutation(count, xxhash.xxh3_64_intdigest(f"{purpose} {seed}".encode()))
+def _key(purpose: str, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(f"{purpose} {seed}".encode())
 
 
 def run_pack(plan: PackPlan, workers: int, on_progress: OnProgress = no_progress) -> None:

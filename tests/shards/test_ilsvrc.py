@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from damages import tar_header
 from fractalshards.errors import FractalError
-from fractalshards.ilsvrc import DEVKIT, TRAIN, VAL, list_ilsvrc
+from fractalshards.image_files import DEVKIT, TRAIN, VAL, list_ilsvrc
 from fractalshards.manifest import load_manifest
 from packing import Encode, assert_refused, images, pack, run
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from building import times, wait_until
-from fractalshards.imagefolder import list_folder
+from fractalshards.image_files import list_folder
 from fractalshards.manifest import load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
@@ -181,7 +181,7 @@ def test_odd_folders_are_refused(tmp_path: Path, name: str, image_folder: Make) 
 
 def test_class_names_do_not_depend_on_the_locale(tmp_path: Path, image_folder: Make) -> None:
     source = image_folder(tmp_path / "in", {"été": 1, "日本": 1})
-    code = "import sys; from pathlib import Path; from fractalshards.imagefolder import list_folder as read; print("
+    code = "import sys; from pathlib import Path; from fractalshards.image_files import list_folder as read; print("
     code += "ascii(read(Path(sys.argv[1])).class_names))"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, source]

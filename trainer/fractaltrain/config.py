@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fractalshards.human import escape_bytes
-from fractalshards.imagefolder import parse_place
+from fractalshards.image_files import parse_place
 from fractalshards.remote.stores import parse_location
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions
 from fractaltrain.recipes.recipe import TrainRecipe

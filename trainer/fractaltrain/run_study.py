@@ -16,7 +16,7 @@ from pathlib import Path
 from fractalshards.digest import sha256_file
 from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error, needs_extra
 from fractalshards.human import human_count
-from fractalshards.imagefolder import parse_place
+from fractalshards.image_files import parse_place
 from fractalshards.manifest import load_manifest
 from fractalshards.recipe_file import read_portable
 from fractalshards.webdataset import DEFAULT_OPTIONS, find_dataset, is_webdataset

@@ -23,7 +23,7 @@ import numpy as np
 
 from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.human import human_list, one_line
-from fractalshards.imagefolder import ImageFiles, list_folder, parse_place
+from fractalshards.image_files import ImageFiles, list_folder, parse_place
 from fractalshards.png import decode_image
 from fractalshards.reader import Example
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
