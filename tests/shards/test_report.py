@@ -193,9 +193,10 @@ def test_report_refuses_damaged_datasets(tmp_path: Path, dataset: Path) -> None:
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")
     assert_refused(report(write(tmp_path / "empty", [], classes=2), out), 1, "empty")
     record = read_record(dataset, SHARD, "single")
+    in_sidecar(label_counts=[*record.label_counts, 0])(dataset)
+    assert_refused(report(dataset, out), 1, SHARD)
+    in_sidecar(label_counts=record.label_counts)(dataset)
     with (dataset / SHARD).open("r+b") as file:
         os.pwrite(file.fileno(), bytes(400), record.offsets[1] + 512 + 20)
     assert_refused(report(dataset, out), 1, f"{SHARD}: 000000006: ")
-    in_sidecar(label_counts=[*record.label_counts, 0])(dataset)
-    assert_refused(report(dataset, out), 1, SHARD)
     assert not out.exists()

@@ -29,7 +29,7 @@ from fractalshards.sample import (
 )
 from fractalshards.systems import read_systems
 from fractalshards.writer import ShardTask, publish
-from packing import is_sound, run
+from packing import is_sound, run, write_tar
 
 pytestmark = pytest.mark.usefixtures("threads")
 BOX = b'"bbox":[0,0,1,1]'
@@ -73,13 +73,10 @@ def test_headers_are_those_of_tarfile(name: str, size: int, place: int, byte: in
         assert expected is None
 
 
-def test_parse_sample_with_gnu_headers() -> None:
-    packed = b""
-    for extension, data in (("png", b"x" * 700), ("cls", b"3")):
-        member = tarfile.TarInfo(f"000000001.{extension}")
-        member.size, member.mtime, member.uname = len(data), 1_700_000_000, "somebody"
-        packed += member.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
-    assert parse_sample(packed) == Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
+def test_parse_sample_with_gnu_headers(tmp_path: Path) -> None:
+    files = {"000000001.png": b"x" * 700, "000000001.cls": b"3"}
+    path = write_tar(tmp_path / "a.tar", files, tarfile.GNU_FORMAT, mtime=1_700_000_000, uname="somebody")
+    assert parse_sample(path.read_bytes()[:2560]) == Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
 
 
 def test_digests_are_as_specified(dataset: Path) -> None:

@@ -1,7 +1,6 @@
 """WebDataset folders written by other programs, real and hostile."""
 
 import gzip
-import io
 import json
 import os
 import tarfile
@@ -17,29 +16,10 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import RECIPE
 from fractalshards.tars import Tar, TarIndex, index_digest, index_tar, index_tars
 from fractalshards.webdataset import DEFAULT_OPTIONS, WebDatasetOptions, find_dataset, is_webdataset, load_webdataset
-
-Files = dict[str, bytes]
-Members = list[tuple[str, bytes | str]]
+from packing import write_tar
 
 
-def write_tar(path: Path, files: Files | Members, form: int = tarfile.USTAR_FORMAT, **fields: object) -> Path:
-    """Write files, and hard links where there is a name instead of bytes."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, data in files.items() if isinstance(files, dict) else files:
-            member = tarfile.TarInfo(name)
-            for field, value in fields.items():
-                setattr(member, field, value)
-            if isinstance(data, str):
-                member.type, member.linkname = tarfile.LNKTYPE, data
-                tar.addfile(member)
-            else:
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def samples(count: int, folder: str = "") -> Files:
+def samples(count: int, folder: str = "") -> dict[str, bytes]:
     files = {}
     for number in range(count):
         files[f"{folder}n{number:03d}.jpg"] = b"image %d" % number

@@ -1,5 +1,7 @@
 """Run ``fractalshards`` in this process, write small datasets, and read the images of packed ones back."""
 
+import io
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fractalshards.writer import Rendered, write_shard
 Make = Callable[..., Path]
 Encode = Callable[..., bytes]
 Samples = list[tuple[str, Rendered]]  # keys, images and labels
+Members = dict[str, bytes | str] | list[tuple[str, bytes | str]]
 CLASSES = {"tulip": 11, "aster": 14, "rose": 10}
 
 
@@ -79,6 +82,19 @@ def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
     shards = [samples[first : first + shard_size] for first in range(0, len(samples), shard_size)]
     info = DatasetInfo(recipe, "single" if isinstance(labels[0], int) else "multi", 3)
     return write_dataset(folder, {"train": shards}, info, 16)
+
+
+def write_tar(path: Path, files: Members, form: int = tarfile.USTAR_FORMAT, **fields: object) -> Path:
+    """Write files as another program does, with these fields in their headers; text instead of bytes is a hard link."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in files.items() if isinstance(files, dict) else files:
+            member = tarfile.TarInfo(name)
+            link = {"type": tarfile.LNKTYPE, "linkname": data} if isinstance(data, str) else {"size": len(data)}
+            for field, value in {**fields, **link}.items():
+                setattr(member, field, value)
+            tar.addfile(member, None if isinstance(data, str) else io.BytesIO(data))
+    return path
 
 
 def samples(dataset: Path, split: str) -> list[Sample]:

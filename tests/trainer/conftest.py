@@ -1,11 +1,9 @@
 """What the trainer's tests share: small datasets made with the real writer, and the command run in this process."""
 
-import io
 import json
 import subprocess
 import sys
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -91,21 +89,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 result = fractalgen(*command)
                 assert result.exit_code == 0, result.output
     return folder
-
-
-@pytest.fixture(scope="session")
-def write_tar() -> Callable[[Path, Mapping[str, bytes]], None]:
-    """Function that writes a tar as other programs do, from the contents of its members."""
-
-    def write(path: Path, files: Mapping[str, bytes]) -> None:
-        path.parent.mkdir(exist_ok=True)
-        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name)
-                member.size, member.mtime = len(data), 1.25
-                tar.addfile(member, io.BytesIO(data))
-
-    return write
 
 
 @pytest.fixture(scope="session", autouse=True)

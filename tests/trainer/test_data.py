@@ -29,6 +29,7 @@ from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.recipes.recipe import change
 from fractaltrain.stream.loader import epoch_loader
 from fractaltrain.transforms import train_transform
+from packing import write_tar
 from tiny_training import ALONE
 
 FLAT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -289,7 +290,7 @@ def test_image_folders_that_change_have_another_digest(tmp_path, monkeypatch, sp
 
 
 @pytest.fixture
-def theirs(tmp_path, image_file, write_tar) -> Callable[..., Path]:
+def theirs(tmp_path, image_file) -> Callable[..., Path]:
     """Function that writes a folder as others do: PNG and JPEG of several sizes, json beside the cls, long names."""
 
     def write(splits: dict[str, list[int]], **info: int) -> Path:
@@ -350,7 +351,7 @@ def test_webdataset_folder_without_sound_classes_or_splits_is_refused(theirs, sp
         open_shards(theirs(splits, **info), ALONE)
 
 
-def test_tars_without_an_info_file_and_with_labels_in_json(tmp_path, image_file, write_tar, fractaltrain):
+def test_tars_without_an_info_file_and_with_labels_in_json(tmp_path, image_file, fractaltrain):
     """As img2dataset writes them; one sample has no label."""
     folder = tmp_path / "theirs"
     for shard in range(3):

@@ -22,6 +22,7 @@ from fractaltrain import distributed
 from fractaltrain.log import read_metrics
 from fractaltrain.run_folder import list_checkpoints
 from fractaltrain.stream.order import epoch_order, training_positions
+from packing import write_tar
 from tiny_training import assert_same_run
 
 EPOCHS, BATCH, STEPS = 2, 4, 12  # of 50 samples
@@ -262,7 +263,7 @@ def test_damaged_sample_ends_all_ranks_with_the_error_of_the_rank_that_read_it(d
 
 
 @pytest.mark.slow
-def test_tars_of_other_programs_are_indexed_by_one_rank(tmp_path, image_file, write_tar):
+def test_tars_of_other_programs_are_indexed_by_one_rank(tmp_path, image_file):
     files = {}
     for number in range(4):
         files |= {f"{number}.png": image_file("PNG", 8, 8, number), f"{number}.cls": b"%d" % number}
