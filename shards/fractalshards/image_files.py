@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from fractalshards.sample import Member, scan_members
 
 Indices = npt.NDArray[np.int64]
 
-SPLITS = ("train", "val")
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")
@@ -96,16 +95,10 @@ class ImageListing:
         splits = {}
         for split, images in self.splits.items():
             splits[split] = images.take(np.delete(np.arange(len(images.labels)), bad[split]))
-            before, after = (np.bincount(some.labels, minlength=self.classes) for some in (images, splits[split]))
-            if (lost := np.flatnonzero((before > 0) & (after == 0))).size:
+            if (lost := np.setdiff1d(images.labels, splits[split].labels)).size:
                 name = (self.class_ids or self.class_names)[lost[0]]
                 raise FractalError(f"{images.root}: all images of class {name} are bad; replace or remove them")
         return replace(self, splits=splits)
-
-
-def are_synsets(names: Iterable[str]) -> bool:
-    """Return whether all names are WordNet synset ids such as ``n01440764``."""
-    return all(_SYNSET.fullmatch(name) for name in names)
 
 
 def has_splits(path: Path) -> bool:
@@ -122,10 +115,11 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
     """
     are_named = folders is not None
     if folders is None:
-        folders = {name: name for name in SPLITS if (path / name).is_dir()} if has_splits(path) else {"train": ""}
+        found = ("train", "val") if has_splits(path) else ()
+        folders = {name: name for name in found if (path / name).is_dir()} or {"train": ""}
     listed = {split: _list_split(path / name, split) for split, name in folders.items()}
     splits = {split: images for split, (_, images, _) in listed.items()}
-    classes, *others = (found for found, _, _ in listed.values())
+    classes, *others = (names for names, _, _ in listed.values())
     if others and others[0] != classes:
         different = ", ".join(map(ascii, sorted({*classes} ^ {*others[0]})[:5]))  # some letters look like others
         raise FractalError(f"{path}: train and val have different class folders ({different}); make them equal")
@@ -141,7 +135,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
         notes.append(
             f"{path}: skipped {skipped:,} files or folders: hidden, outside of class folders, or not named as images"
         )
-    names, ids = ((), classes) if are_synsets(classes) else (classes, ())
+    names, ids = ((), classes) if all(map(_SYNSET.fullmatch, classes)) else (classes, ())
     return ImageListing(len(classes), names, ids, splits, tuple(notes))
 
 
@@ -309,7 +303,7 @@ def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
         leaves = [synset for synset in np.atleast_1d(synsets) if int(synset["num_children"]) == 0]  # the classes
         ids = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         names = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
-        if not names or len(names) != len(leaves) or len(ids) != len(leaves) or not are_synsets(names):
+        if not names or len(names) != len(leaves) or len(ids) != len(leaves) or not all(map(_SYNSET.fullmatch, names)):
             raise ValueError("classes are missing, repeated, or not named by synset ids")
         return names, [ids[int(number)] for number in found[_VAL_LABELS].decode("ascii").split()]
     except Exception as error:  # scipy does not document what it raises for damaged files
