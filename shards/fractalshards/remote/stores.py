@@ -372,10 +372,7 @@ class HubStore(Store):
 
 
 def open_store(url: str) -> Store:
-    """Return the folder at a local path or a URL, without a request.
-
-    Raises UsageError for URLs that are not supported; FractalError if a package is missing.
-    """
+    """Return the folder at a path or URL, without a request; raises FractalError if a package for it is missing."""
     location = parse_location(url)
     if location.scheme == "file":
         return LocalStore(Path(location.root))

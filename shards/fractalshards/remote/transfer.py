@@ -85,13 +85,11 @@ def push(
 ) -> TransferResult:
     """Copy a local dataset, or some of its shards, to a path or URL. Only missing or different files are sent.
 
+    ``wanted`` are shard numbers of each split, None for all. ``jobs`` files are transferred at a time. ``on_progress``
+    is called with bytes done and bytes in all, after each shard.
+
     Raises FractalError if the folder holds no finished dataset or a damaged one, the destination holds another dataset
     or lists other shards, or something cannot be stored; OSError if a local file cannot be read or written.
-
-    Args:
-        wanted: shard numbers of each split; None for all.
-        jobs: files transferred at a time.
-        on_progress: called with bytes done and bytes in all, after each shard.
     """
     target = open_store(url)
     if target.location.scheme == "http":
