@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fractalgen import draw_systems, make_recipe, render_sample
+from fractalgen import draw_systems, make_recipe
 from fractalgen.kernels.random import Stream
 from fractalgen.kinds import anderson, multi, single
 from fractalgen.kinds.anderson import sample_system
@@ -114,25 +112,3 @@ def test_single_windows_patches_and_colors_have_the_published_distributions() ->
     assert is_uniform(np.array([colors.hue_shift for colors in drawn]), 0, 255)
     assert is_uniform(np.array([colors.saturation + 0.5 for colors in drawn]), 0.3 * 255, 255)
     assert is_uniform(np.array([colors.value + 0.5 for colors in drawn]), 0.5 * 255, 255)
-
-
-@given(st.data())
-def test_multi_boxes_hold_the_visible_pixels(data: st.DataObject) -> None:
-    recipe = make_recipe(
-        "multi",
-        50,
-        classes=data.draw(st.integers(1, 60)),
-        size=data.draw(st.integers(16, 70)),
-        points=data.draw(st.integers(1, 3000)),
-        overrides={"background": "false", "blur_probability": "0", "objects": data.draw(st.sampled_from(["1,5", "9"]))},
-    )
-    image, label = render_sample(recipe, draw_systems(recipe), data.draw(st.integers(0, 49)))
-    assert label.labels == tuple(sorted({thing.label for thing in label.objects})) != ()
-    covered = np.zeros(image.shape[:2], bool)
-    for x, y, width, height in (thing.bbox for thing in label.objects):
-        assert min(x, y) >= 0
-        assert max(x + width, y + height) <= recipe.size
-        inside = image[y : y + height, x : x + width].any(-1)
-        assert all(inside[edge].any() for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]))
-        covered[y : y + height, x : x + width] = True
-    assert not image[~covered].any()

@@ -133,16 +133,16 @@ def _truncate(curve: Float64s, centre: float, corners: Integers) -> None:
 
 @njit(cache=CACHE, nogil=True)
 def skip_instances(
-    buffers: Words, at: int, vertices: int, orbits: int, greys: int, count: int, floats: int, ranges: Integers
+    buffers: Words, at: int, vertices: int, orbits: int, greys: int, first: int, stop: int, reals: int, ranges: Integers
 ) -> int:
-    """Skip the words of ``count`` instances; return the new ``at``.
+    """Skip the words of instances ``first`` to ``stop - 1``; return the new ``at``.
 
-    Each takes its orbits; between two, ``floats`` real numbers and an integer below each of ``ranges`` are drawn.
+    Each draws its orbits; all but instance 0 draw ``reals`` real numbers and an integer below each of ``ranges`` first.
     """
     spare = spare_bits(greys)
-    for instance in range(count):
+    for instance in range(first, stop):
         if instance:
-            at = skip(buffers, at, 2 * floats)
+            at = skip(buffers, at, 2 * reals)
             for values in ranges:
                 _, at = below(buffers, at, values, spare_bits(values))
         for _ in range(orbits):

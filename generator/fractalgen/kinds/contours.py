@@ -195,13 +195,9 @@ def _stride(params: ContourParams, classes: int) -> int:
 
 def _skip(params: ContourParams, contour: Contour, rng: Mersenne, first: int, stop: int) -> None:
     """Skip instances ``first`` to ``stop - 1`` of a class; what ``draw_next`` draws comes before all but instance 0."""
-    if first == stop:
-        return
-    if first:
-        params.draw_next(rng, contour)
     floats, ranges = params.between()
     shape = contour.vertices, contour.orbits, params.greys
-    rng.at = skip_instances(rng.buffers, rng.at, *shape, stop - first, floats, np.array(ranges, np.int32))
+    rng.at = skip_instances(rng.buffers, rng.at, *shape, first, stop, floats, np.array(ranges, np.int32))
 
 
 @lru_cache(maxsize=4)
