@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from fractalshards.manifest import DatasetInfo, sample_key, shard_name, write_manifest
-from fractalshards.writer import write_shard
+import packing
+from fractalshards.manifest import DatasetInfo, sample_key
 from fractaltrain import log
 from fractaltrain.cli import main
 from tiny_training import before_step, run_tiny
@@ -40,21 +41,16 @@ class Outcome:
 
 def write_dataset(folder: Path, train: Sequence[int], val: int = 0) -> Path:
     """Shards of ``train[k]`` samples each, and a val shard: noise that is brighter for higher classes."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    records: dict[str, list] = {"train": [], "val": []}
-    index = 0
-    for split, lengths in (("train", train), ("val", [val] if val else [])):
-        for number, length in enumerate(lengths):
-            samples = []
-            for _ in range(length):
-                pixels = generator.integers(0, 100, (SIZE, SIZE, 3), np.uint8) + np.uint8(30 * (index % CLASSES))
-                samples.append((sample_key(index), (pixels, index % CLASSES)))
-                index += 1
-            records[split].append(write_shard(folder, shard_name(split, number), CLASSES, samples))
-    splits = {split: shards for split, shards in records.items() if shards}
-    write_manifest(folder, splits, DatasetInfo({"kind": "test"}, "single", CLASSES), SIZE)
-    return folder
+    generator, indices = np.random.default_rng(0), count()
+
+    def sample() -> tuple[str, tuple[np.ndarray, int]]:
+        key, label = sample_key(index := next(indices)), index % CLASSES
+        return key, (generator.integers(0, 100, (SIZE, SIZE, 3), np.uint8) + np.uint8(30 * label), label)
+
+    shards = {"train": train, "val": [val] if val else []}
+    splits = {split: [[sample() for _ in range(length)] for length in lengths] for split, lengths in shards.items()}
+    info = DatasetInfo({"kind": "test"}, "single", CLASSES)
+    return packing.write_dataset(folder, {split: samples for split, samples in splits.items() if samples}, info, SIZE)
 
 
 @pytest.fixture(scope="session", name="write_dataset")
