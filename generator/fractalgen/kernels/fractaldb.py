@@ -4,6 +4,7 @@ A category is a float64 array (maps, 7) of 1 to 255 maps, one row per map: a, b,
 x' = a x + b y + e and y' = c x + d y + f.
 """
 
+import colorsys
 import math
 import random
 from functools import lru_cache
@@ -55,9 +56,11 @@ def is_patch(draw: Draw) -> bool:
 
 
 def palette(draw: Draw) -> Indices:
-    """Return the colours of the indices of an image: (2 or 129, 3) uint8 RGB, black first."""
-    colors = [_color(k) for k in range(_COLORS)] if draw.endswith("color") else [(127, 127, 127)]
-    return np.array([(0, 0, 0), *colors], np.uint8)
+    """Return the colours of the indices of an image, (2 or 129, 3) uint8 RGB: black, then grey or a circle of hues."""
+    if not draw.endswith("color"):
+        return np.array([(0, 0, 0), (127, 127, 127)], np.uint8)
+    circle = [colorsys.hsv_to_rgb(k / _COLORS, 0.75, 0.75)[::-1] for k in range(_COLORS)]  # published as BGR
+    return (255 * np.array([(0.0, 0.0, 0.0), *circle])).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -182,18 +185,6 @@ def _draw_patches(xs: Float64s, ys: Float64s, patch_masks: Masks, period: np.uin
         last = np.zeros(pitch * pitch, np.uint32)
         _mark_last(cells[chunk], patch_masks[chunk], last[3 * pitch + 3 :])
         _paste_last(last.reshape(pitch, pitch), period, image)
-
-
-def _color(k: int) -> tuple[int, int, int]:
-    """Colour k of 128 around the hue circle, with the channels in the published order."""
-    saturation = intensity = 0.75
-    turn = 3 / math.pi * (2 * math.pi * (k / _COLORS))
-    sector = math.floor(turn)
-    low = intensity * (1 - saturation)
-    falling = intensity * (1 - saturation * (turn - sector))
-    rising = intensity * (1 - saturation * (1 - turn + sector))
-    i, p, q, t = (int(255 * level) for level in (intensity, low, falling, rising))
-    return ((p, t, i), (p, i, q), (t, i, p), (i, q, p), (i, p, t), (q, p, i))[sector]
 
 
 @njit(cache=CACHE)
