@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fractalgen.build import open_folder, plan_build, run_build
 from fractalgen.categories import read_categories, read_csv, read_csv_folder, search_categories, warn_of_black
-from fractalgen.executors import choose_scheduler, open_executor
+from fractalgen.executors import open_executor
 from fractalgen.kernels import MAX_POINTS, SIZES
 from fractalgen.kernels import fractaldb as kernel
 from fractalgen.kinds import KINDS, Kind
@@ -152,11 +152,14 @@ def build(
         recipe, given = _make_recipe(**dataset)
     folder = out if out is not None else Path("shards") / recipe.kind
     chosen = parse_slice(slice_, os.environ) if slice_ is not None else None
-    address = choose_scheduler(executor, scheduler, _is_given(context, "workers"))
-    with continuable(folder), open_executor(workers, address) as (pool, count):
+    if (executor == "dask") != bool(scheduler):
+        raise UsageError("--executor dask and --scheduler tcp://HOST:PORT, from 'dask scheduler', need each other")
+    if scheduler and _is_given(context, "workers"):
+        raise UsageError("--workers is given, but a Dask cluster has its own workers: leave it out")
+    with continuable(folder), open_executor(workers, scheduler) as (pool, count):
         with console.progress(*_PREPARING) as on_progress:
             plan = plan_build(open_folder(folder, recipe, given, on_progress), chosen, on_progress)
-        console.note(f"{folder}: {plan.describe(chosen, count, address)}")
+        console.note(f"{folder}: {plan.describe(chosen, count, scheduler)}")
         with console.progress("rendering", "images") as on_progress:
             missing = run_build(plan, pool, on_progress)
     if missing:

@@ -5,21 +5,10 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 
-from fractalshards.errors import FractalError, UsageError, needs_extra
+from fractalshards.errors import FractalError, needs_extra
 from fractalshards.workers import sigterm_interrupts, worker_pool
 
 _CONNECT_SECONDS = 30
-
-
-def choose_scheduler(executor: str, scheduler: str | None, workers_given: bool) -> str | None:
-    """Check the options that say where to render, and return the address of the Dask scheduler, if any."""
-    if executor == "dask" and workers_given:
-        raise UsageError("--workers is given, but a Dask cluster has its own workers: leave it out")
-    if executor == "dask" and not scheduler:
-        raise UsageError("--executor dask needs --scheduler tcp://HOST:PORT, which 'dask scheduler' prints")
-    if executor != "dask" and scheduler:
-        raise UsageError(f"--scheduler is {scheduler}, but --executor is {executor!r}: add --executor dask")
-    return scheduler
 
 
 @contextmanager
@@ -30,7 +19,7 @@ def open_executor(workers: int, scheduler: str | None = None) -> Iterator[tuple[
     The workers of Dask need the same version of this software, and the folder of the dataset under the same path.
     Raises FractalError if Dask is not installed, no scheduler answers, or it has no workers.
     """
-    if scheduler is None:
+    if not scheduler:
         with worker_pool(workers) as pool:
             yield pool, workers
         return
