@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +13,11 @@ import pytest
 from building import wait_until
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import shard_name
-from fractalshards.remote import cache as cache_module
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
 from packing import write_small
 
 pytestmark = pytest.mark.usefixtures("impatient")
+FORK = multiprocessing.get_context("fork")
 SHARDS = 6
 NAMES = [shard_name("train", number) for number in range(SHARDS)]
 
@@ -43,8 +41,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def opened(url: str, root: Path, size: int, window: int = 1) -> ShardCache:
-    cache = open_cache(url, root, size, window, "train")
+def opened(url: str, root: Path, size: int) -> ShardCache:
+    cache = open_cache(url, root, size, 1, "train")
     cache.prepare()
     return cache
 
@@ -99,8 +97,7 @@ def test_cache_fetches_a_shard_once_for_all_processes(source: Path, root: Path, 
     server = web(source)
     cache = opened(server.url, root, SHARDS * size)
     read(cache, source, 5)  # this process has a connection now, which the forked ones must not use
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=read, args=(cache, source, *range(SHARDS))) for _ in range(4)]
+    processes = [FORK.Process(target=read, args=(cache, source, *range(SHARDS))) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -114,14 +111,11 @@ def test_cache_survives_a_killed_process(source: Path, root: Path, size: int, we
     server = web(source)
     cache = opened(server.url, root, size)  # its room is taken by what the killed one was fetching
     server.faults[NAMES[0]] = ["hang"]
-    code = (
-        "import sys; from pathlib import Path; from fractalshards.remote.cache import open_cache;"
-        "open_cache(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), 1, 'train').open(sys.argv[4])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(root), str(size), NAMES[0]])
+    process = FORK.Process(target=cache.open, args=(NAMES[0],))
+    process.start()
     assert server.hanging.wait(60)
     process.kill()
-    process.wait()
+    process.join()
     read(cache, source, 1, 0)
     assert opened(server.url, root, size)
     assert not list(cache.folder.glob(".tmp~*"))
@@ -178,18 +172,18 @@ def test_prefetching_ends_with_its_parent(source: Path, root: Path, size: int) -
         time.sleep(0.1)
         want(NAMES[2:])  # harms nobody
     assert children() <= before
-    code = (
-        "import os, pickle, sys; from fractalshards.remote.cache import prefetching\n"
-        "with prefetching(pickle.load(sys.stdin.buffer)) as want:\n"
-        "    want(sys.argv[1:]); print(flush=True); sys.stdin.buffer.read(); os._exit(1)"
-    )
-    command = [sys.executable, "-c", code, *NAMES[2:]]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        cache_module.pickle.dump(cache, parent.stdin)
-        parent.stdin.flush()
-        parent.stdout.readline()
-        (child,) = children(parent.pid)
-        wait_until(lambda: here(cache) == set(NAMES))
+
+    def hold() -> None:
+        with prefetching(cache) as want:
+            want(NAMES[2:])
+            time.sleep(60)
+
+    parent = FORK.Process(target=hold)
+    parent.start()
+    wait_until(lambda: here(cache) == set(NAMES))
+    (child,) = children(parent.pid)
+    parent.kill()
+    parent.join()
     wait_until(lambda: not Path(f"/proc/{child}").exists())
 
 
