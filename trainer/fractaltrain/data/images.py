@@ -28,7 +28,7 @@ from fractalshards.png import decode_image
 from fractalshards.reader import Example
 from fractalshards.webdataset import WebDatasetOptions, find_dataset
 from fractaltrain.config import DATA_KINDS, ImagesConfig
-from fractaltrain.data.source import Indices, InMemorySource, LabelledSource, OneShard, Splits, divide
+from fractaltrain.data.source import Indices, InMemorySource, LabelledSource, Splits, WithLabels, divide
 
 if TYPE_CHECKING:
     from fractaltrain.distributed import World  # imports torch
@@ -129,7 +129,7 @@ def load_digits() -> InMemorySource:
     return InMemorySource("digits", images, labels, classes=10, class_names=tuple("0123456789"))
 
 
-class FolderSource(OneShard):
+class FolderSource(WithLabels):
     """Image files in one folder per class, which are read when needed."""
 
     def __init__(self, images: ImageFiles, class_names: tuple[str, ...]) -> None:
@@ -197,7 +197,7 @@ _BROKEN = (
 )
 
 
-class PublishedSource(OneShard):
+class PublishedSource(WithLabels):
     """A split of a dataset of torchvision; grey images become RGB."""
 
     def __init__(self, name: str, dataset: Any, classes: int) -> None:

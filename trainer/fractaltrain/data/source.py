@@ -68,19 +68,21 @@ class Splits(Generic[_Source]):
     recipe: Mapping[str, Any] = field(default_factory=dict)  # how it was rendered or packed; empty if unknown
 
 
-class OneShard:
-    """Base class of sources without shards that know their labels, see ``LabelledSource``."""
+class WithLabels:
+    """Base class of sources that keep their labels, see ``LabelledSource``; without ``lengths`` they have no shards."""
 
-    def __init__(self, labels: Indices, classes: int, class_names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, labels: Indices, classes: int, class_names: tuple[str, ...] = (), lengths: Sequence[int] = ()
+    ) -> None:
         self.labels, self.classes, self.class_names = labels, classes, class_names
-        self.lengths = (len(labels),)
+        self.lengths = lengths or (len(labels),)
 
     @property
     def label_counts(self) -> Indices:
         return np.bincount(self.labels, minlength=self.classes)
 
 
-class InMemorySource(OneShard):
+class InMemorySource(WithLabels):
     """Images in memory, (n, H, W, 3), with keys ``name/index``."""
 
     def __init__(
@@ -93,7 +95,7 @@ class InMemorySource(OneShard):
         return Example(f"{self.name}/{index:06d}", self.images[index], int(self.labels[index]))
 
 
-class Subset(OneShard):
+class Subset(WithLabels):
     """The samples ``indices`` (m,) of a source, with their keys and ``labels`` (m,)."""
 
     def __init__(self, source: LabelledSource, indices: Indices, labels: Indices) -> None:
