@@ -1,6 +1,8 @@
 """What the trainer's tests share: small datasets made with the real writer, and the command run in this process."""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,7 +26,6 @@ from tiny_training import before_step, run_tiny
 
 CLASSES = 5
 SIZE = 32
-SERVER = Path(__file__).with_name("rank_server.py")
 
 
 @dataclass(frozen=True)
@@ -173,31 +175,32 @@ class Ended:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ended]]:
-    """Runs the command line in several ranks, as torchrun would; see ``rank_server``."""
-    server = subprocess.Popen(
-        [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """Function that runs the command line in several ranks, as torchrun would; see ``run_rank``."""
+    from one_rank import run_rank
 
-    def run(size: int, *arguments: object, **request: object) -> Ended:
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        context.set_forkserver_preload(["one_rank"])
+        forkserver.ensure_running()
+
+    def run(size: int, *arguments: object, nodes: int = 1, signals: Sequence[tuple[int, int, int]] = ()) -> Ended:
         folder = tmp_path_factory.mktemp("ranks")
-        request |= {"size": size, "arguments": [str(some) for some in arguments], "folder": str(folder)}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())["codes"]
+        given = size, folder, [str(argument) for argument in arguments], nodes, signals
+        processes = [context.Process(target=run_rank, args=(rank, *given)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
         out, err, keys = (
             [path.read_text() if path.exists() else "" for path in (folder / name.format(rank) for rank in range(size))]
             for name in ("out-{}", "err-{}", "keys-{}.jsonl")
         )
         batches = [[[int(key) for key in json.loads(line)] for line in text.splitlines()] for text in keys]
-        return Ended(codes, out, err, batches)
+        return Ended([process.exitcode for process in processes], out, err, batches)
 
-    yield run
-    server.stdin.close()
-    server.wait(60)
-    server.stdout.close()
+    return run
 
 
 @pytest.fixture(scope="session")
