@@ -155,8 +155,8 @@ def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, 
     cache = opened(server.url, root, 3 * size)
     read(cache, source, 0, 1, 2)
     server.faults[NAMES[5]] = ["404", "forever"]
-    with prefetching(cache) as want:
-        want([NAMES[number] for number in (0, 4, 5, 3)])  # 0 is needed next, though it was used first
+    with prefetching(cache, "train") as want:
+        want([0, 4, 5, 3])  # 0 is needed next, though it was used first
         wait_until(lambda: NAMES[4] in here(cache) and server.count(NAMES[5]) == 1)
         assert NAMES[0] in here(cache)
     assert (server.count(NAMES[0]), server.count(NAMES[3])) == (1, 0)
@@ -164,18 +164,18 @@ def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, 
 
 def test_prefetching_ends_with_its_parent(source: Path, root: Path, size: int) -> None:
     cache, before = opened(str(source), root, SHARDS * size), children()
-    with prefetching(cache) as want:
-        want(NAMES[:2])
+    with prefetching(cache, "train") as want:
+        want([0, 1])
         (child,) = children() - before
         wait_until(lambda: here(cache) == set(NAMES[:2]))
         os.kill(child, signal.SIGKILL)
         time.sleep(0.1)
-        want(NAMES[2:])  # harms nobody
+        want(range(2, SHARDS))  # harms nobody
     assert children() <= before
 
     def hold() -> None:
-        with prefetching(cache) as want:
-            want(NAMES[2:])
+        with prefetching(cache, "train") as want:
+            want(range(2, SHARDS))
             time.sleep(60)
 
     parent = FORK.Process(target=hold)

@@ -76,16 +76,6 @@ def _prefetching(
     node = world.rank * nodes // world.size
     samples = epoch_samples(sum(lengths), recipe.repeats, recipe.passes)
     part = node_positions(samples, batch, node, nodes, config.run.pad)
-    names = [shard.name for shard in cache.manifest.splits[TRAINING]]
     schedule = PrefetchSchedule(lengths, config.run.seed, config.data.window, recipe.repeats, recipe.passes, part)
-    requested: tuple[int, ...] = ()
-    with prefetching(cache) as request:
-
-        def on_step(epoch: int, step: int) -> None:
-            nonlocal requested
-            shards = schedule.shards(epoch, part.start + step * batch // nodes)
-            if shards != requested:
-                requested = shards
-                request([names[shard] for shard in shards])
-
-        yield on_step
+    with prefetching(cache, TRAINING) as request:
+        yield lambda epoch, step: request(schedule.shards(epoch, part.start + step * batch // nodes))

@@ -184,12 +184,15 @@ def cache_root(folder: str | os.PathLike[str] | None) -> Path:
 
 
 @contextmanager
-def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
-    """Run a process that fetches shards ahead; yield the function to call with the names needed next, soonest first.
+def prefetching(cache: ShardCache, split: str) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Run a process that fetches shards of a split ahead; yield the function to call with those needed next.
 
-    As many of them are fetched as the cache holds together. A call replaces the request before it, except for shards
-    that are being fetched. A thread could hold locks while a training forks its loader workers; a process cannot.
+    It takes their numbers in the split, soonest first. As many are fetched as the cache holds together. A call replaces
+    the request before it, except for shards that are being fetched; the same request again does nothing. A thread could
+    hold locks while a training forks its loader workers; a process cannot.
     """
+    names = [shard.name for shard in cache.manifest.splits[split]]
+    requested: Sequence[int] = ()
     # -P: without the current folder on its path. In its own session, so that Ctrl-C does not reach it; it ends with its
     # input, when this process ends.
     command = [sys.executable, "-P", "-c", f"from {__name__} import run_prefetcher; run_prefetcher()"]
@@ -201,9 +204,15 @@ def prefetching(cache: ShardCache) -> Iterator[Callable[[Sequence[str]], None]]:
             pickle.dump(message, stdin)
             stdin.flush()
 
+    def request(shards: Sequence[int]) -> None:
+        nonlocal requested
+        if shards != requested:
+            requested = shards
+            send([names[shard] for shard in shards])
+
     send(cache)
     try:
-        yield lambda names: send([*names])
+        yield request
     finally:
         process.kill()
         with suppress(OSError):

@@ -140,8 +140,7 @@ class ShardDataset(_SampleDataset):
             self._cache.prepare()
             opened = StoredSplit(self._cache.manifest, split, self._cache.open, WINDOW)
         self._split = opened
-        self._request: Callable[[Sequence[str]], None] | None = None
-        self._requested: tuple[int, ...] = ()
+        self._request: Callable[[Sequence[int]], None] | None = None
         super().__init__(opened, transform, output, cache_root(cache_dir) if memory else None, memory_size)
 
     def use_window(self, window: int) -> None:
@@ -156,17 +155,14 @@ class ShardDataset(_SampleDataset):
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
         """Fetch shards of a URL ahead, the most urgent first, in the first process of each machine."""
-        if self._cache is None or self._source is not self._split:  # kept in memory
-            return
-        if shards == self._requested or os.environ.get("LOCAL_RANK", "0") != "0":
+        in_memory = self._source is not self._split
+        if self._cache is None or in_memory or os.environ.get("LOCAL_RANK", "0") != "0":
             return
         if self._request is None:
             stack = ExitStack()
-            self._request = stack.enter_context(prefetching(self._cache))
+            self._request = stack.enter_context(prefetching(self._cache, self._split.split))
             weakref.finalize(self, _close, stack, os.getpid())
-        self._requested = shards
-        names = [shard.name for shard in self._cache.manifest.splits[self._split.split]]
-        self._request([names[shard] for shard in shards])
+        self._request(shards)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the process that fetches ahead, which spawned loader workers do not need."""
