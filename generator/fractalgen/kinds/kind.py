@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fractalshards.errors import UsageError
 from fractalshards.sample import LabelType
+from fractalshards.settings import show_value
 from fractalshards.systems import Systems
 from fractalshards.workers import OnProgress
 from fractalshards.writer import Rendered
@@ -21,13 +22,10 @@ def check_parameters(params: Any) -> None:
     """Raise UsageError if a number is out of the range of its field, or a pair is not (low, high)."""
     for one in fields(params):
         low, high, value = one.metadata["low"], one.metadata["high"], getattr(params, one.name)
-        if low is None:
-            continue
-        if isinstance(value, tuple):
-            if not low <= value[0] <= value[1] <= high:
-                raise UsageError(f"{one.name} is {value[0]},{value[1]}: expected {low} <= low <= high <= {high}")
-        elif not low <= value <= high:
-            raise UsageError(f"{one.name} is {value}: expected {low} to {high}")
+        first, last = value if isinstance(value, tuple) else (value, value)
+        if low is not None and not low <= first <= last <= high:
+            order = ", the smaller one first" if isinstance(value, tuple) else ""
+            raise UsageError(f"{one.name} is {show_value(value)}: expected {low} to {high}{order}")
 
 
 def show_range(params: type[Any], parameter: Field[Any]) -> str:
