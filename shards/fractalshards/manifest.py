@@ -251,8 +251,7 @@ def find_manifest(folder: Path) -> Path:
     """Return the path of a finished dataset's ``_info.json``; raise FractalError if it is missing."""
     path = folder / INFO
     if not folder.is_dir():
-        command = f"'fractalgen build --kind KIND --n N --out {folder}'"
-        raise FractalError(f"{folder}: no such folder; check the path, or build a dataset there with {command}")
+        raise FractalError(f"{folder}: no such folder; check the path, or build a dataset with 'fractalgen build'")
     if not path.is_file():
         advice = "let the command that builds it finish" if (folder / RECIPE).exists() else "check the path"
         raise FractalError(f"{folder}: no {INFO}, so not a finished dataset; {advice}")
