@@ -21,7 +21,7 @@ import click
 
 from fractalshards.console import progress
 from fractalshards.digest import sha256_file
-from fractalshards.manifest import INFO, finished_record, load_manifest, sidecar_name
+from fractalshards.manifest import INFO, load_manifest, read_record, sidecar_name
 from fractalshards.verify import verify_dataset
 
 _FRACTALGEN = Path(sys.executable).with_name("fractalgen")
@@ -114,8 +114,8 @@ def _count_wrong(folder: Path, expected: str) -> int:
     sidecars = {path.name for path in folder.glob("*-*.json") if not path.name.startswith(".")}
     wrong = 0
     for name in sidecars:
-        record = finished_record(folder, Path(name).with_suffix(".tar").name, "single")
-        wrong += record is None or sha256_file(folder / record.name) != record.sha256
+        record = read_record(folder, Path(name).with_suffix(".tar").name, "single")
+        wrong += sha256_file(folder / record.name) != record.sha256
     if (folder / INFO).exists():
         manifest = load_manifest(folder)
         listed = {sidecar_name(shard.name) for shards in manifest.splits.values() for shard in shards}

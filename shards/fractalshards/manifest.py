@@ -15,7 +15,7 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError
 from fractalshards.human import human_bytes, human_count
 from fractalshards.sample import LabelType
-from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded, regular_size, write_json
+from fractalshards.storage import MAX_JSON_BYTES, parse_json, read_bounded, write_json
 
 INFO = "_info.json"
 RECIPE = "recipe.json"
@@ -198,15 +198,6 @@ def parse_record(data: bytes, shard: str, label_type: LabelType, where: str) -> 
     if not fitting:
         raise FractalError(f"{where}: does not describe {shard}; fetch or build both again")
     return record
-
-
-def finished_record(folder: Path, shard: str, label_type: LabelType) -> ShardRecord | None:
-    """Return the record of a finished shard, with a valid sidecar and a tar of the right size, else None."""
-    try:
-        record = read_record(folder, shard, label_type)
-        return record if regular_size(folder / shard) == record.bytes else None
-    except (FractalError, OSError):
-        return None
 
 
 def write_manifest(

@@ -15,14 +15,14 @@ from fractalshards.manifest import (
     MAX_SAMPLE_BYTES,
     DatasetInfo,
     ShardRecord,
-    finished_record,
     load_manifest,
+    read_record,
     write_manifest,
     write_record,
 )
 from fractalshards.png import Indexed, Pixels, encode_png, pixels_of
 from fractalshards.sample import END_OF_TAR, PNG, Label, Sample, classes_of, encode_label, pack_sample, packed_size
-from fractalshards.storage import atomic_file, remove_leftovers
+from fractalshards.storage import atomic_file, regular_size, remove_leftovers
 from fractalshards.workers import OnProgress, is_lost, no_progress
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
@@ -108,13 +108,18 @@ class ShardTask:
 
 
 def finished_shards(folder: Path, tasks: Sequence[ShardTask], info: DatasetInfo) -> dict[str, ShardRecord]:
-    """Read the records of the finished shards, by name: whole, and with the samples and classes of their tasks."""
-    found = {task: finished_record(folder, task.name, info.label_type) for task in tasks}
-    return {
-        task.name: record
-        for task, record in found.items()
-        if record and record.samples == task.stop - task.first and len(record.label_counts) == info.classes
-    }
+    """Read the records of the finished shards, by name.
+
+    A finished shard has a valid sidecar, a tar of the right size, and the samples and classes of its task.
+    """
+    found = {}
+    for task in tasks:
+        with suppress(FractalError, OSError):
+            record = read_record(folder, task.name, info.label_type)
+            fitting = (record.samples, len(record.label_counts)) == (task.stop - task.first, info.classes)
+            if fitting and regular_size(folder / task.name) == record.bytes:
+                found[task.name] = record
+    return found
 
 
 def run_jobs(

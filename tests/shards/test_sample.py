@@ -10,10 +10,11 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from damages import edit
 from fractalshards import open_dataset
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import DatasetInfo, finished_record, load_manifest, read_record
+from fractalshards.manifest import DatasetInfo, load_manifest, read_record
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import (
@@ -28,7 +29,7 @@ from fractalshards.sample import (
     parse_sample,
 )
 from fractalshards.systems import read_systems
-from fractalshards.writer import ShardTask, publish
+from fractalshards.writer import ShardTask, finished_shards, publish
 from packing import is_sound, run, write_tar
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -163,13 +164,16 @@ def test_verify_names_boxes_outside_of_the_image(multi: Path) -> None:
         assert problem in run("verify", multi, "--workers", 1).output
 
 
-def test_finished_record_checks_sidecar_and_size(multi: Path, dataset: Path) -> None:
-    name, sidecar = "train-000000.tar", dataset / "train-000000.json"
-    assert finished_record(multi, name, "multi") is not None
-    assert finished_record(multi, name, "single") is None
-    fields = json.loads(sidecar.read_text())
+def test_finished_shards_have_valid_sidecars_and_sizes(dataset: Path) -> None:
+    def is_finished(samples: int = 5, classes: int = 3) -> bool:
+        task = ShardTask("train", "train-000000.tar", 0, samples)
+        return bool(finished_shards(dataset, [task], DatasetInfo({}, "single", classes)))
+
+    assert (is_finished(), is_finished(samples=4), is_finished(classes=4)) == (True, False, False)
+    sidecar = dataset / "train-000000.json"
+    before = sidecar.read_text()
     for changes in ({"label_counts": [7, 4, 4]}, {"label_counts": [1, 2, 1]}, {"samples": 4}, {"bytes": 1 << 20}):
-        sidecar.write_text(json.dumps(fields | changes))
-        assert finished_record(dataset, name, "single") is None
-    sidecar.write_text(json.dumps(fields))
-    assert finished_record(dataset, name, "single") is not None
+        edit(sidecar, **changes)
+        assert not is_finished()
+        sidecar.write_text(before)
+    assert is_finished()
