@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fractalshards.console import (
 from fractalshards.diff import compare_datasets
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes, human_count, one_line
-from fractalshards.manifest import MAX_SHARD_SIZE, Manifest, load_manifest
+from fractalshards.manifest import MAX_SHARD_SIZE, load_manifest
 from fractalshards.pack import leave_out_bad, parse_source, plan_pack, run_pack
 from fractalshards.recipe_file import export_recipe, flat_recipe
 from fractalshards.report import load_template, render_page
@@ -51,25 +52,32 @@ def info(folder: Path, as_json: bool) -> None:
     Example: fractalshards info shards/single
     """
     manifest = load_manifest(folder)
+    splits = manifest.splits.items()
+    facts: dict[str, object] = {
+        "folder": str(folder),
+        "splits": {name: {"samples": manifest.samples(name), "shards": len(shards)} for name, shards in splits},
+        "bytes": manifest.bytes(),
+        "image_size": manifest.image_size,
+        "classes": manifest.classes,
+        "label_type": manifest.label_type,
+        "content_digest": manifest.content_digest(),
+        "recipe_digest": manifest.recipe_digest,
+        "recipe": manifest.recipe,
+        "software": manifest.software,
+    }
     if as_json:
-        click.echo(json.dumps(_facts(manifest), indent=1))
+        click.echo(json.dumps(facts, indent=1))
         return
-    rows: list[tuple[str, object]] = [("folder", folder)]
-    for name, shards in manifest.splits.items():
-        rows.append((name, f"{manifest.samples(name):,} images in {human_count(len(shards), 'shard')}"))
-    rows += [
-        ("size", human_bytes(manifest.bytes())),
-        ("image", f"{side} x {side}" if (side := manifest.image_size) else "of several sizes"),
-        ("classes", f"{manifest.classes:,}, {'one' if manifest.label_type == 'single' else 'one or more'} per image"),
-        ("content digest", manifest.content_digest()),
-        ("recipe digest", manifest.recipe_digest),
-        *((f"recipe: {name}", value) for name, value in flat_recipe(manifest.recipe).items()),
-        *((f"made with: {name}", value) for name, value in manifest.software.items()),
-    ]
-    lines = [(one_line(name), one_line(str(value))) for name, value in rows]
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        click.echo(f"{name:{width}}  {value}")
+    facts |= {
+        "splits": {name: f"{manifest.samples(name):,} images in {human_count(len(s), 'shard')}" for name, s in splits},
+        "bytes": human_bytes(manifest.bytes()),
+        "recipe": flat_recipe(manifest.recipe),
+    }
+    for name, fact in facts.items():
+        rows = fact if isinstance(fact, Mapping) else {"": fact}
+        for inner, value in rows.items():
+            title = f"{name}: {inner}" if inner else name
+            click.echo(f"{one_line(title):26}{one_line(str(value))}")
 
 
 @main.command()
@@ -231,24 +239,6 @@ def pull(url: str, folder: Path, shards: list[range] | None, jobs: int) -> None:
     with continuable(folder), progress("pulling", "B") as on_progress:
         result = transfer.pull(url, folder, shards, jobs, on_progress)
     click.echo(result.summary())
-
-
-def _facts(manifest: Manifest) -> dict[str, object]:
-    """The fields of ``info --json``."""
-    return {
-        "folder": str(manifest.folder),
-        "splits": {
-            name: {"samples": manifest.samples(name), "shards": len(shards)} for name, shards in manifest.splits.items()
-        },
-        "bytes": manifest.bytes(),
-        "image_size": manifest.image_size,
-        "classes": manifest.classes,
-        "label_type": manifest.label_type,
-        "content_digest": manifest.content_digest(),
-        "recipe_digest": manifest.recipe_digest,
-        "recipe": manifest.recipe,
-        "software": manifest.software,
-    }
 
 
 @main.command()
