@@ -49,7 +49,7 @@ def run_tiny(
     folder: Path,
     recipe: TrainRecipe = RECIPE,
     seed: int = 0,
-    model: type[nn.Module] = Tiny,
+    model: Callable[[], nn.Module] = Tiny,
     splits: tuple[SampleSource, SampleSource | None] | None = None,
     multi_label: bool = False,
     world: World = ALONE,

@@ -75,9 +75,8 @@ def test_passes_make_one_epoch(fractaltrain, built, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", [False, True])
-def test_ranks_render_what_the_shards_hold(memory, ranks, built, tmp_path):
-    kept = ("--memory", "--cache-dir", tmp_path / "cache") if memory else ()
+def test_ranks_share_in_memory_what_the_shards_hold(ranks, built, tmp_path):
+    kept = ("--memory", "--cache-dir", tmp_path / "cache")
     shards = ranks(2, "pt", "--shards", built / "multi", *OPTIONS, "--out", tmp_path / "shards")
     rendered = ranks(2, "pt", "--render", built / "multi.json", *OPTIONS, *kept, "--out", tmp_path / "rendered")
     assert (shards.codes, rendered.codes) == ([0, 0], [0, 0]), shards.stderr + rendered.stderr
