@@ -97,9 +97,13 @@ def hold_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
                 raise
             _log.warning("%s: its file system has no locks; do not start a second command in this folder", folder)
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
-        os.fsync(file.fileno())  # other machines read it
+        try:
+            file.truncate(0)
+            file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
+            os.fsync(file.fileno())  # other machines read it
+        except OSError as error:
+            error.filename = str(folder / name)  # a full disk names no file
+            raise
         yield
 
 
