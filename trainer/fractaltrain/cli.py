@@ -333,6 +333,7 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
     location = options["render"] if rendered else options["shards"]
     if not location:
         raise UsageError("--shards or --render is empty; give a path")
+    memory_size = parse_bytes(options["memory_size"], "--memory-size")
     data = DatasetConfig(
         location=location,
         rendered=rendered,
@@ -341,7 +342,7 @@ def _dataset_config(options: Mapping[str, Any]) -> DatasetConfig:
         nodes_split=options["nodes_split"],
         cache_dir=options["cache_dir"],
         cache_size=parse_bytes(options["cache_size"], "--cache-size"),
-        memory_size=parse_bytes(options["memory_size"], "--memory-size") if options["memory"] else None,
+        memory_size=memory_size if options["memory"] else None,
         tars=_tar_options(options),
     )
     if data.fresh and not rendered:

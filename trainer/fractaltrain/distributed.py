@@ -266,7 +266,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(prefix="fractaltrain-") as name:
         folder = Path(name)
         # Ctrl-C reaches the ranks, too; they ignore it until they run, or each would print a traceback of imports.
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
