@@ -204,10 +204,10 @@ def wait_for(*paths: Path) -> None:
     wait_until(lambda: all(path.exists() and path.stat().st_size for path in paths))
 
 
-def save_slowly(folder: Path, seconds: int = 0) -> subprocess.Popen[str]:
+def save_slowly(folder: Path, seconds: int = 0, **options: Any) -> subprocess.Popen[str]:
     """Start ranks that wait for a signal, and wait until they do."""
     (folder / "seconds").write_text(str(seconds))
-    launcher = start(LAUNCHED, "save_slowly", folder)
+    launcher = start(LAUNCHED, "save_slowly", folder, **options)
     wait_for(folder / "ready-0", folder / "ready-1")
     return launcher
 
@@ -236,10 +236,13 @@ def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, second
 
 @pytest.mark.slow
 def test_launcher_ends_when_a_rank_is_killed(tmp_path):
-    launcher = save_slowly(tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    launcher = save_slowly(tmp_path, env=os.environ | {"TMPDIR": str(temporary)})
     os.kill(ranks_of(launcher)[1], signal.SIGKILL)
     _, err = launcher.communicate(timeout=60)
     assert (launcher.returncode, err.count("\n"), "SIGKILL" in err) == (1, 1, True)
+    assert not [*temporary.iterdir()]
 
 
 @pytest.mark.slow

@@ -292,6 +292,9 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
             for process in ranks.processes:
                 process.kill()
             raise
+        finally:
+            for path in ranks.error_files:  # torch removes none of them
+                Path(path).unlink(missing_ok=True)
 
 
 def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size: int, folder: Path) -> None:
