@@ -1,6 +1,7 @@
 """Batches of an epoch: the same for any number of workers and after any stop, bad samples, workers that end."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import pickle
@@ -225,15 +226,18 @@ def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
         list(zeros(workers=1))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's iterator, half created
 def test_workers_end_if_another_one_cannot_start(monkeypatch):
     before = children()
-    forks = iter((os.fork, Mock(side_effect=BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"))))
-    monkeypatch.setattr(os, "fork", lambda: next(forks)())
+    forks = [os.fork, Mock(side_effect=BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"))]
+    monkeypatch.setattr(os, "fork", lambda: forks.pop(0)())
     with pytest.raises(OSError, match="unavailable") as caught:
         list(zeros(workers=2))
     for process in multiprocessing.active_children():
         process.join(10)
     assert not children() - before, caught  # whose traceback refers to the workers
+    del caught
+    gc.collect()
 
 
 def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
