@@ -14,6 +14,7 @@ _ADVICE = {
     errno.ENOLCK: "choose a folder on a file system with locks",
     errno.EEXIST: "check the path: it leads to a file where a folder is needed",
     errno.ENOTDIR: "check the path: it leads to a file where a folder is needed",
+    errno.EISDIR: "check the path: it leads to a folder where a file is needed",
     errno.ENOENT: "check the path, and that its file system is mounted",
 }
 

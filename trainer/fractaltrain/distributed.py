@@ -250,8 +250,7 @@ def launch(entry: Callable[[_Config], None], config: _Config, nproc: int | None)
         else:
             _launch_ranks(entry, config, nproc)
     except KeyboardInterrupt as error:
-        advice = "run the same command to continue from the last checkpoint"
-        raise StoppedError(f"stopped by Ctrl-C; {advice}", 128 + signal.SIGINT) from error
+        raise StoppedError("stopped by Ctrl-C; run the same command to continue", 128 + signal.SIGINT) from error
 
 
 _STORE = "FRACTALTRAIN_STORE"  # environment variable: URL of the store in which the ranks of one launch meet
