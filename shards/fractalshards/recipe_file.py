@@ -206,8 +206,8 @@ def parse_portable(text: bytes, where: str) -> PortableRecipe:
     version = parse_json(text, _Version, where).portable_version
     if version not in (_BUILT, _PLANNED):
         raise FractalError(
-            f"{where}: portable recipe version {version}, expected {_BUILT} or {_PLANNED}; upgrade fractalpretrain, or "
-            "make one with 'fractalgen recipe' or 'fractalshards recipe DIR'"
+            f"{where}: not a portable recipe of version {_BUILT} or {_PLANNED}; upgrade fractalpretrain, or make one "
+            "with 'fractalgen recipe' or 'fractalshards recipe DIR'"
         )
     file = parse_json(text, _Built if version == _BUILT else _Planned, where)
     for problem in recipe_problems(file.recipe, file.recipe_digest):
