@@ -148,7 +148,7 @@ class NamedPath(click.Path):
     """
 
     def __init__(self, *endings: str) -> None:
-        super().__init__(path_type=Path)
+        super().__init__(path_type=Path, readable=False)  # errors of the file system are failures, not wrong usage
         self.endings = endings
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
