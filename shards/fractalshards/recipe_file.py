@@ -205,10 +205,9 @@ def parse_portable(text: bytes, where: str) -> PortableRecipe:
     """Check the text of a portable recipe; ``where`` names it in errors. See ``read_portable``."""
     version = parse_json(text, _Version, where).portable_version
     if version not in (_BUILT, _PLANNED):
-        raise FractalError(
-            f"{where}: not a portable recipe of version {_BUILT} or {_PLANNED}; upgrade fractalpretrain, or make one "
-            "with 'fractalgen recipe' or 'fractalshards recipe DIR'"
-        )
+        found = "not a portable recipe" if version is None else f"portable recipe of version {version}"
+        advice = "upgrade fractalpretrain, or make one with 'fractalgen recipe' or 'fractalshards recipe DIR'"
+        raise FractalError(f"{where}: {found}; {advice}")
     file = parse_json(text, _Built if version == _BUILT else _Planned, where)
     for problem in recipe_problems(file.recipe, file.recipe_digest):
         raise FractalError(f"{where}: {problem}; {_ADVICE}")
