@@ -241,14 +241,15 @@ def test_eval_of_a_diverged_run_has_no_scores(fractaltrain, dataset, pretrained,
     fractaltrain(*options, "--quiet").assert_refused(1, "nan")
 
 
-@pytest.mark.parametrize("classes", [2, 100, 5000])
-def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes):
+@pytest.mark.parametrize(("classes", "name"), [(10, "7"), *((n, "$a 類_$ " + "long " * 20) for n in (2, 100, 5000))])
+def test_confusion_is_drawn_for_few_and_many_classes(tmp_path, classes, name):
     labels = np.random.default_rng(0).integers(0, classes, 1000)
     counts = Predictions(classes, labels, labels[:, None], 0.0).confusion()
     with warnings.catch_warnings(action="error"):
-        draw_confusion(tmp_path / "x.png", counts, classes, ["$a 類_$ " + "long " * 20] * classes, "run $x$")
+        draw_confusion(tmp_path / "x.png", counts, classes, [name] * classes, "run $x$")
     with Image.open(tmp_path / "x.png") as picture:
         assert 400 < min(picture.size) < 2500
+        assert np.asarray(picture.convert("L"))[:, [0, 1, -2, -1]].min() == 255  # nothing is cut off
 
 
 def test_best_and_worst_of_many_classes_are_printed(capsys):

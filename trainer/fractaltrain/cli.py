@@ -1,5 +1,7 @@
 """The command ``fractaltrain``: reads options, checks what can be checked without PyTorch, and starts the work."""
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -126,6 +128,7 @@ def _grouped(options: _Options) -> dict[str, Any]:
 def main() -> None:
     """Pre-train vision models on fractals, fine-tune them on real images."""
     os.environ["MPLBACKEND"] = "agg"  # figures are only saved; in notebooks it names a package that may be missing here
+    atexit.register(gc.freeze)  # Python would search the objects of PyTorch for cycles at exit, for over a second
 
 
 _PT_OPTIONS: _Options = {

@@ -104,7 +104,7 @@ def draw_confusion(path: Path, counts: npt.NDArray[np.int64], classes: int, name
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(5 + 0.3 * size, 16)
     figure = Figure(figsize=(side + 0.8, side), facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    figure.set_layout_engine("compressed", w_pad=0.1, h_pad=0.1)  # "constrained" cuts off labels beside square panels
     panel = figure.subplots()
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     style(panel, title, "class")
