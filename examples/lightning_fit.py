@@ -1,5 +1,6 @@
 """Lightning with exact epochs; run again after a kill, it continues inside the epoch.
 
+pip install lightning
 python examples/lightning_fit.py
 """
 
