@@ -34,7 +34,7 @@ from fractalshards.survey import survey_dataset
 from fractalshards.verify import repair_advice, verify_dataset
 
 _FOLDER = click.argument("folder", metavar="DIR", type=PATH)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(cls=Commands)
@@ -107,7 +107,7 @@ def verify(folder: Path, workers: int, as_json: bool) -> None:
 @main.command()
 @_FOLDER
 @click.option("--out", type=PICTURE, required=True, help="Image file to write: .png or .jpg.")
-@click.option("--split", default="train", help="Split to show.")
+@click.option("--split", default="train", metavar="train|val", help="Split to show.")
 @click.option("--classes", default=16, type=click.IntRange(1), help="Number of rows.")
 @click.option("--per-class", default=8, type=click.IntRange(1), help="Images per row.")
 @click.option("--tile", default=96, type=click.IntRange(8), help="Size of each image in pixels.")

@@ -262,7 +262,7 @@ def progress(label: str, unit: str) -> Iterator[OnProgress]:
         now = time.monotonic()
         rate = done / max(now - start, 1e-9)
         left = human_seconds((total - done) / rate) if rate else "?"
-        text = f"{done:,} / {total:,} {unit}, {rate:,.0f} {unit}/s, {left} left"
+        text = f"{done:,} / {total:,} {unit}, {rate:,.{0 if rate >= 10 else 1}f} {unit}/s, {left} left"
         if unit == "B":
             text = f"{human_bytes(done)} / {human_bytes(total)}, {human_bytes(rate)}/s, {left} left"
         if on_terminal:
