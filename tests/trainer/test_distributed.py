@@ -246,8 +246,14 @@ def test_launcher_ends_when_a_rank_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_launcher_killed_takes_its_ranks_down(tmp_path):
-    launcher = save_slowly(tmp_path)
+@pytest.mark.parametrize("ready", [True, False])
+def test_launcher_killed_takes_its_ranks_down(tmp_path, ready):
+    if ready:
+        launcher = save_slowly(tmp_path)
+    else:
+        (tmp_path / "seconds").write_text("0")
+        launcher = start(LAUNCHED, "save_slowly", tmp_path)
+        wait_until(lambda: len(ranks_of(launcher)) == 2)
     ranks = [Path(f"/proc/{pid}/cmdline") for pid in ranks_of(launcher)]
     launcher.kill()
     launcher.communicate()

@@ -30,7 +30,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from fractalshards.errors import FractalError, StoppedError, UsageError, describe_os_error
 from fractalshards.human import one_line
 from fractalshards.storage import write_json
-from fractalshards.workers import STOP_SIGNALS, available_cores, handling
+from fractalshards.workers import STOP_SIGNALS, available_cores, end_with_parent, handling
 from fractaltrain.config import EXIT_STOPPED
 
 _GRACE_SECONDS = 12.0  # after a rank fails, the others have this long to end, and again after SIGTERM
@@ -299,6 +299,7 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
 def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size: int, folder: Path) -> None:
     """Run ``entry`` as one of ``size`` ranks on this machine; write its error into ``folder``."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; torch sends SIGINT when the launcher dies
+    end_with_parent()  # it may have died before torch asked for that
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()}, **{_STORE: (folder / "store").as_uri()})
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve
