@@ -132,7 +132,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 if sys.stderr.isatty():
                     sys.stderr.write("\x1b[?25h")  # shows the cursor, which progress bars hide
-                _log.warning("stopping when the running tasks are finished; press Ctrl-C again to stop at once")
+                _log.warning("stopping when the running tasks are finished; a second signal or Ctrl-C stops at once")
             pool.shutdown(cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
