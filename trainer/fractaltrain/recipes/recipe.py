@@ -132,7 +132,8 @@ class TrainRecipe:
                 if not fits(value) or not all(number is None or math.isfinite(number) for number in numbers):
                     raise UsageError(f"{name} is {value}, but must be {text}")
         if self.schedule == "cosine" and not self.warmup_steps and self.warmup_epochs >= self.epochs:
-            raise UsageError(f"{self.warmup_epochs} of {self.epochs} epochs warm up; lower --set warmup_epochs=N")
+            problem = f"{self.warmup_epochs} warm-up epochs, but only {self.epochs} epochs"
+            raise UsageError(f"{problem}; lower them with --set warmup_epochs=N")
 
     @property
     def mixes(self) -> bool:
