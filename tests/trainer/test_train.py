@@ -202,6 +202,23 @@ def test_error_leaves_no_loader_workers(tmp_path, monkeypatch):
     assert stopped.traceback
 
 
+@pytest.mark.parametrize("command", ["pt --shards ", "ft --weights none --data shards:"])
+def test_seed_decides_weights_order_and_augmentation(fractaltrain, dataset, tmp_path, monkeypatch, command):
+    batches, states = [], []
+    train_batch, stop = module.train_batch, Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(module, "train_batch", lambda batch, *more: batches.append(batch) or train_batch(batch, *more))
+    monkeypatch.setattr(module, "train_step", lambda state, *more: states.append(state) or stop())
+    for number, seed in enumerate((0, 0, 1)):
+        options = ("--model", "test_resnet", "--batch-size", 10, "--seed", seed, "--out", tmp_path / f"{number}")
+        assert fractaltrain(*f"{command}{dataset}".split(), *options).code == 130
+    for first, again, other in (
+        [batch.keys for batch in batches],
+        [{*batch.sample_keys.tolist()} for batch in batches],
+        [next(state.model.parameters()).tolist() for state in states],
+    ):
+        assert (first == again, first == other) == (True, False)
+
+
 def test_eval_every_changes_nothing_but_the_evaluations(tmp_path):
     recipe = replace(RECIPE, epochs=3)
     for name, every in (("all", 1), ("few", 2)):

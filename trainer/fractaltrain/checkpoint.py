@@ -100,7 +100,8 @@ def load_checkpoint(folder: Path, to_continue: bool = False) -> Checkpoint | Non
                 raise FractalError(f"{path}: not enough memory to load it") from error
             if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
                 raise
-            skipped.append(f"{path}: damaged ({reason(error)})")
+            what = reason(error).partition(". ")[0]  # torch goes on with advice to load files that are not trusted
+            skipped.append(f"{path}: damaged ({what})")
             continue
         if file_format not in ((_FORMAT,) if to_continue else _FORMATS_WITH_WEIGHTS):
             raise FractalError(f"{path}: written by another version; choose another folder with --out")
@@ -154,7 +155,7 @@ def restore(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> None:
             if isinstance(part, torch.optim.Optimizer):
                 _lay_out_as_parameters(part)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FractalError(f"{checkpoint.path}: of another run ({reason(error)}); choose another --out") from error
+        raise FractalError(f"{checkpoint.path}: is of another run ({reason(error)}); choose another --out") from error
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -198,7 +199,7 @@ class TrainedRun:
         try:
             model.load_state_dict(self.checkpoint.weights)
         except RuntimeError as error:
-            raise FractalError(f"{self.folder}: its checkpoint is not of {name} with {classes} classes") from error
+            raise FractalError(f"{self.folder}: its checkpoint does not fit {name} with {classes} classes") from error
         return model
 
 

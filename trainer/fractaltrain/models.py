@@ -220,4 +220,6 @@ def load_published(model: str, image_size: int) -> tuple[str, Mapping[str, torch
 
 def reason(error: Exception) -> str:
     """Return the message of a library's error on one short line, or its type if it has none."""
+    if isinstance(error, KeyError):  # its message is the key alone
+        return repr(error)
     return (one_line(str(error)) or type(error).__name__)[:200]
