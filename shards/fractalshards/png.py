@@ -19,7 +19,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _NONE, _UP = 0, 2  # filters of a row
 _RGB, _PALETTE = 2, 3  # colour types
 _HEADER = struct.Struct(">II5B")  # width, height, bit depth, colour type, compression, filter, interlace
-_LEVEL = 1  # of ISA-L, 0 to 3; the others are slower or larger, see docs/performance.md
+_LEVEL = 2  # of ISA-L, 0 to 3; at 1, a process now and then compresses the same data to other bytes
 _MAX_PIXELS = 64_000_000
 _MAX_CHUNKS = 100_000  # an empty chunk takes thirty times its bytes in memory
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
@@ -81,7 +81,7 @@ def pixels_of(image: Pixels | Indexed) -> Pixels:
 
 
 def isal_compress(rows: Pixels) -> bytes:
-    """Compress an array to a zlib stream; the bytes depend on the CPU, and now and then on the process."""
+    """Compress an array to a zlib stream; the bytes depend on the CPU."""
     return isal_zlib.compress(rows, _LEVEL)
 
 
