@@ -148,6 +148,23 @@ def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch,
     assert len(attempts) == store.attempts
 
 
+def test_push_sends_nothing_to_a_store_that_may_not_be_read(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, sent = MemoryFileSystem(), []
+    monkeypatch.setattr(fsspec, "filesystem", lambda scheme, **options: files)
+    good("push", dataset, "gs://bucket/denied")
+    allowed = files.open
+
+    def refuse(path: str, *arguments: object, **options: object) -> object:
+        if path.endswith(SIDECAR):
+            raise PermissionError
+        return allowed(path, *arguments, **options)
+
+    monkeypatch.setattr(files, "open", refuse)
+    monkeypatch.setattr(files, "put_file", lambda *paths: sent.append(paths))
+    assert SIDECAR in bad("push", dataset, "gs://bucket/denied")
+    assert sent == []
+
+
 def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, web: Callable) -> None:
     server = web(dataset)
     server.faults = {INFO: ["503"], FIRST: ["cut", "503"], SECOND: ["flip"], "train-000000.json": ["cut"]}

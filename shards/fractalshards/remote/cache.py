@@ -29,7 +29,7 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.human import human_bytes
 from fractalshards.manifest import Manifest, Shard
 from fractalshards.remote.stores import FileInfo, LocalStore, Store, open_store, parse_location
-from fractalshards.remote.transfer import has_sidecar, read_manifest, read_sidecar, run_tasks, select_shards
+from fractalshards.remote.transfer import find_sidecar, read_manifest, read_sidecar, run_tasks, select_shards
 from fractalshards.storage import TEMPORARY, atomic_file, check_space, private_cache, remove_leftovers
 from fractalshards.workers import OnProgress, no_progress
 
@@ -64,7 +64,7 @@ class ShardCache:
         folder = LocalStore(self.folder)
 
         def prepare(shard: Shard) -> None:
-            if not has_sidecar(folder, self.manifest, shard):
+            if find_sidecar(folder, self.manifest, shard) is None:
                 folder.put([read_sidecar(store, self.manifest, shard)])
             if not folder.holds(shard.name, FileInfo(shard.bytes, shard.sha256)):
                 (self.folder / shard.name).unlink(missing_ok=True)  # damaged

@@ -141,7 +141,8 @@ def _copy_shards(source: Store, target: Store, manifest: Manifest, shards: Seque
     missing = [
         shard
         for shard in shards
-        if not has_sidecar(target, manifest, shard) or not target.holds(shard.name, FileInfo(shard.bytes, shard.sha256))
+        if find_sidecar(target, manifest, shard) is None
+        or not target.holds(shard.name, FileInfo(shard.bytes, shard.sha256))
     ]
     uploads = []
     for shard in missing:
@@ -227,18 +228,19 @@ def _find_manifest(store: Store) -> ManifestFile | None:
 def read_sidecar(store: Store, manifest: Manifest, shard: Shard) -> Upload:
     """Return a shard's sidecar; raise FractalError if it is missing, not valid, or contradicts the manifest."""
     name = sidecar_name(shard.name)
-    text, where = store.read(name, MAX_JSON_BYTES), f"{store.shown}/{name}"
-    if text is None or parse_record(text, shard.name, manifest.label_type, where).shard() != shard:
-        raise FractalError(f"{where}: missing or contradicts the manifest; build or push it again")
+    text = find_sidecar(store, manifest, shard)
+    if text is None:
+        raise FractalError(f"{store.shown}/{name}: missing or contradicts the manifest; build or push it again")
     return Upload.of_bytes(name, text)
 
 
-def has_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bool:
-    """Return whether a store holds the sidecar of a shard; see ``read_sidecar``."""
+def find_sidecar(store: Store, manifest: Manifest, shard: Shard) -> bytes | None:
+    """Return a shard's sidecar; None if it is missing, not valid, or contradicts the manifest."""
+    text = store.read(sidecar_name(shard.name), MAX_JSON_BYTES)
     with suppress(FractalError):
-        read_sidecar(store, manifest, shard)
-        return True
-    return False
+        if text is not None and parse_record(text, shard.name, manifest.label_type, "").shard() == shard:
+            return text
+    return None
 
 
 def _listed_names(ours: ManifestFile, chosen: set[str], theirs: ManifestFile | None, where: str, add: bool) -> set[str]:
