@@ -99,7 +99,7 @@ def leave_out_bad(listing: ImageListing, workers: int, on_progress: OnProgress =
     Packing the rest gives the same dataset as a source without the bad images.
     """
     chunks = [
-        (split, first, images.take(np.arange(len(images.names))[first : first + _CHECKED]))
+        (split, first, images.take(np.arange(first, min(first + _CHECKED, len(images.names)))))
         for split, images in listing.splits.items()
         for first in range(0, len(images.names), _CHECKED)
     ]
