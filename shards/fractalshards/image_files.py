@@ -21,6 +21,7 @@ from fractalshards.errors import FractalError, needs_extra
 from fractalshards.human import human_count
 from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLE_BYTES
 from fractalshards.sample import Member, scan_members
+from fractalshards.storage import read_bounded
 
 Indices = npt.NDArray[np.int64]
 
@@ -287,18 +288,19 @@ def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Read class names by synset id, and the synset id of every validation image."""
     with needs_extra("imagenet", f"reading {DEVKIT}"):
         from scipy.io import loadmat
+    packed = read_bounded(path, _MAX_DEVKIT)
     found: dict[str, bytes] = {}
     try:
-        with gzip.open(path) as packed:
-            data = packed.read(_MAX_DEVKIT + 1)
+        with gzip.open(io.BytesIO(packed)) as file:
+            data = file.read(_MAX_DEVKIT + 1)
         if len(data) > _MAX_DEVKIT:
             raise ValueError(f"unpacks to more than {_MAX_DEVKIT >> 20} MiB")
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.size < 0 or member.issparse():  # would be read forever, or unpack to any size
                     raise ValueError(f"{member.name} is not a plain file")
-                if member.isreg() and (file := tar.extractfile(member)):
-                    found[member.name.partition("/")[2]] = file.read()
+                if member.isreg() and (content := tar.extractfile(member)):
+                    found["/".join(member.name.split("/")[-2:])] = content.read()
         synsets = loadmat(io.BytesIO(found[_CLASSES]), squeeze_me=True)["synsets"]
         leaves = [synset for synset in np.atleast_1d(synsets) if int(synset["num_children"]) == 0]  # the classes
         ids = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
