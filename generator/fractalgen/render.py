@@ -12,7 +12,7 @@ from fractalgen.kinds.kind import Unit
 from fractalgen.plan import locate, shard_tasks
 from fractalgen.recipe import Recipe, parse_recipe
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.manifest import SYSTEMS, sample_key
+from fractalshards.manifest import sample_key
 from fractalshards.png import Pixels, pixels_of
 from fractalshards.reader import Example
 from fractalshards.recipe_file import read_portable
@@ -39,7 +39,7 @@ def check_systems(recipe: Recipe, systems: Systems, where: object) -> None:
     fitting = all(system.shape[1:] == shape and 1 <= len(system) <= MAX_MAPS for system in systems)
     if len(systems) != recipe.classes or not fitting:
         wanted = f"{recipe.classes} systems of 1 to {MAX_MAPS} rows of shape {shape}"
-        raise FractalError(f"{where}: kind {recipe.kind} needs {wanted}; fetch {SYSTEMS} again")
+        raise FractalError(f"{where}: kind {recipe.kind} needs {wanted}; fetch the systems again")
 
 
 def render_sample(recipe: Recipe, systems: Systems, index: int, epoch: int = 0) -> tuple[Pixels, Label]:
@@ -113,6 +113,7 @@ class RenderedSplit:
         self.recipe, self.split, self.fresh, self._systems = recipe, split, fresh, systems
         self.classes, self.image_size, self.label_type = recipe.classes, recipe.size, recipe.family.label_type
         self.lengths = tuple(task.stop - task.first for task in shard_tasks(recipe) if task.split == split)
+        self._samples = sum(self.lengths)
         self._first = 0 if split == "train" else recipe.n
         if not self.lengths:
             raise FractalError(f"the recipe of kind {recipe.kind} has no split {split!r}; make one with --val")
@@ -124,7 +125,7 @@ class RenderedSplit:
 
     def __len__(self) -> int:
         """Return the number of samples, of one epoch if images are fresh."""
-        return sum(self.lengths)
+        return self._samples
 
     def read(self, index: int) -> Example:
         """Render sample ``index`` modulo the number of samples, n.
@@ -134,9 +135,9 @@ class RenderedSplit:
 
         Raises IndexError if the index is negative, or there are no later epochs.
         """
-        epoch, place = divmod(operator.index(index), len(self))
+        epoch, place = divmod(operator.index(index), self._samples)
         if epoch < 0 or (epoch and not self.fresh):
-            raise IndexError(f"sample index is {index}: expected 0 to {len(self) - 1}")
+            raise IndexError(f"sample index is {index}: expected 0 to {self._samples - 1}")
         image, label = render_sample(self.recipe, self._systems, self._first + place, epoch)
         return Example(sample_key(self._first + place), image, label if isinstance(label, int) else classes_of(label))
 
