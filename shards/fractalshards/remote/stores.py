@@ -33,6 +33,7 @@ _ROOTS = {
     "gs": r"gc?s://([^/@]+(?:/.*)?)",
     "hf": r"hf://(datasets/[^/@]+/[^/@]+(?:@[^/]+)?(?:/.*)?)",
 }
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class Store:
         try:
             self._files: Any = fsspec.filesystem(location.scheme, **options)
         except ImportError as error:
-            raise FractalError(f"{location.scheme}://: {error}") from error  # which names the package to install
+            package = _PACKAGES.get(location.scheme, location.scheme)
+            raise FractalError(f"{self.shown}: {error} (pip install {package})") from error
 
     def read(self, name: str, most: int, attempts: int | None = None) -> bytes | None:
         """Return the contents of a file of at most ``most`` bytes; None if it does not exist."""
