@@ -102,7 +102,7 @@ class Slice:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
-            raise UsageError(f"--slice is {self.index} of {self.count}: expected 1 to {self.count}")
+            raise UsageError(f"--slice is {self.index} of {self.count}: number the tasks 1 to {self.count}")
 
     def of(self, tasks: tuple[_Task, ...]) -> tuple[_Task, ...]:
         """Return the tasks of this slice; all slices together hold every task once."""

@@ -133,6 +133,18 @@ def test_fetch_gets_the_whole_file_or_nothing(
     assert server.queries == {"token=abc"}
 
 
+def test_small_files_are_bounded(tmp_path: Path, web: Callable) -> None:
+    (tmp_path / "f").write_bytes(DATA)
+    server = web(tmp_path)
+    for store in (open_store(str(tmp_path)), open_store(server.url)):
+        assert store.read("f", len(DATA)) == DATA
+        with pytest.raises(FractalError, match="larger"):
+            store.read("f", len(DATA) - 1)
+    server.faults["f"] = ["endless"]
+    with pytest.raises(FractalError, match="larger"):
+        store.read("f", 1 << 20)
+
+
 @pytest.mark.parametrize("damage", [b"", DATA[:-1] + b"x"])
 def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch, damage: bytes) -> None:
     files, attempts = MemoryFileSystem(), []

@@ -214,7 +214,7 @@ def read_manifest(store: Store) -> ManifestFile:
     """Read the manifest of a dataset; raises FractalError if there is none, or it is not valid."""
     found = _find_manifest(store)
     if found is None:
-        raise FractalError(f"{store.shown}: no {INFO}, so not a finished dataset; check the path or URL")
+        raise FractalError(f"{store.shown}: no {INFO}, so not a finished dataset; check the path or URL, or finish it")
     return found
 
 
