@@ -45,6 +45,7 @@ def command_lines() -> Iterator[tuple[Path, list[str]]]:
 
 
 LINES = [pytest.param(line, id=f"{page.name}: {shlex.join(line)}") for page, line in command_lines()]
+assert len(LINES) > 40
 
 
 def contexts() -> Iterator[click.Context]:
@@ -129,7 +130,9 @@ def test_shell_completes(monkeypatch: pytest.MonkeyPatch, words: str, expected: 
 def test_studies_are_valid_and_their_build_commands_parse(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
     (tmp_path / "example.toml").write_text(example)
-    for file in (tmp_path / "example.toml", *ROOT.glob("studies/*.toml")):
+    studies = [*ROOT.glob("studies/*.toml")]
+    assert studies
+    for file in (tmp_path / "example.toml", *studies):
         study = read_study(file)
         for run in plan_study(study).finetunings:
             parse(["fractaltrain", *run.command(Path("runs"), Path("data"))])
@@ -139,11 +142,6 @@ def test_studies_are_valid_and_their_build_commands_parse(tmp_path: Path) -> Non
             parse(words)
             kind = f"shards/{words[words.index('--kind') + 1]}" if "--kind" in words else None
             assert shards in words or ("--out" not in words and shards == kind), file.name
-
-
-def test_command_lines_and_studies_are_found() -> None:
-    assert len(LINES) > 40
-    assert [*ROOT.glob("studies/*.toml")]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)

@@ -50,9 +50,7 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
     ("command", "code", "noun"),
     [
         (f"{BUILD} --recipe recipe.json", 2, "--recipe"),
-        (f"{BUILD} --workers 0", 2, "--workers"),
         (f"{BUILD} --set mops=2,3", 2, "'maps'"),
-        (f"{BUILD} --set blur=1", 2, "'blur_"),
         (f"{BUILD} --set blur_probability=1.5", 2, "blur_probability"),
         (f"{BUILD} --set maps=4,2", 2, "maps"),
         (f"{BUILD} --kind fractaldb --set draw=patch", 2, "draw"),
@@ -61,7 +59,6 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         (f"{BUILD} --n 1000000000 --val 1", 2, "n + val"),
         (f"{BUILD} --n 1000000 --shard-size 1", 2, "shards"),
         (f"{BUILD} --size 4097", 2, "size is 4097"),
-        (f"{BUILD} --slice ''", 2, "I/K"),
         (f"{BUILD} --categories x.npz", 2, "--kind is 'single'"),
         (f"{BUILD} --kind fractaldb --categories x.npz --from-csv y", 2, "--from-csv"),
         (f"{BUILD} --kind fractaldb --categories nowhere.npz", 1, "nowhere.npz"),

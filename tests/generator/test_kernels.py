@@ -5,6 +5,7 @@ import io
 import math
 import os
 import zlib
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -233,26 +234,17 @@ def plain_diamond_square(levels: int, decay: float, noise: np.ndarray) -> np.nda
     """Run the published algorithm in float64, on given noise in [-1, 1)."""
     side = 2**levels + 1
     grid = np.zeros((side, side))
-    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-        grid[corner] = 0.5 + 0.5 * noise[corner]
+    grid[:: side - 1, :: side - 1] = 0.5 + 0.5 * noise[:: side - 1, :: side - 1]
     for level in range(1, levels + 1):
         amplitude, step = 0.5 * math.exp(decay * (1 - level)), 2 ** (levels - level)
-        odd, every = range(step, side, 2 * step), range(0, side, step)
-        for r in odd:
-            for c in odd:
-                corners = [grid[r + i * step, c + j * step] for i in (-1, 1) for j in (-1, 1)]
-                grid[r, c] = sum(corners) / 4 + amplitude * noise[r, c]
-        for r in every:
-            for c in every:
-                if (r // step + c // step) % 2 == 1:
-                    around = [
-                        grid[
-                            (r + i * step) if 0 <= r + i * step < side else (side - 1 - step if r == 0 else step),
-                            (c + j * step) if 0 <= c + j * step < side else (side - 1 - step if c == 0 else step),
-                        ]
-                        for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))
-                    ]
-                    grid[r, c] = sum(around) / 4 + amplitude * noise[r, c]
+        for r, c in product(range(step, side, 2 * step), repeat=2):
+            corners = [grid[r + i, c + j] for i, j in product((-step, step), repeat=2)]
+            grid[r, c] = sum(corners) / 4 + amplitude * noise[r, c]
+        for r, c in product(range(0, side, step), repeat=2):
+            if (r // step + c // step) % 2 == 1:
+                around = [(r - step, c), (r + step, c), (r, c - step), (r, c + step)]
+                inside = [[p if 0 <= p < side else p % (side - 1) for p in place] for place in around]
+                grid[r, c] = sum(grid[place[0], place[1]] for place in inside) / 4 + amplitude * noise[r, c]
     return grid
 
 

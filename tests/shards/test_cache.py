@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -69,14 +70,9 @@ def test_cache_removes_the_least_recently_used_shard(source: Path, root: Path, s
         assert file.read() == (source / NAMES[2]).read_bytes()
 
 
-def test_cache_shared_with_another_user(
-    source: Path, root: Path, size: int, web: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError  # whoever does not own a file may not set its time
-
-    cache = opened(web(source).url, root, 3 * size)
-    monkeypatch.setattr(os, "utime", refuse)
+def test_cache_of_another_user(source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = opened(str(source), root, 3 * size)
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))  # only the owner may set the time of a file
     read(cache, source, 0, 0)
 
 
@@ -136,9 +132,12 @@ def test_cache_notices_damage(source: Path, root: Path, size: int, web: Callable
     assert server.count("train-000002.json") == 2
 
 
-def test_cache_must_hold_a_window_and_fit_on_the_disk(
+def test_cache_holds_a_window_on_scratch_space(
     source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(root.with_name("job")))
+    folder = open_cache(str(source), None, 10**9, 1, "train").folder
+    assert folder.parent == root.with_name("job") / f"fractalpretrain-{os.getuid()}"
     with pytest.raises(UsageError, match="--cache-size"):
         open_cache(str(source), root, 4 * size - 1, 4, "train")
     open_cache(str(source), root, 4 * size, 4, "train")
@@ -191,9 +190,3 @@ def children(process: int | str = "self") -> set[int]:
     return {
         int(child) for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()
     }
-
-
-def test_default_root_is_scratch_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "job"))
-    folder = open_cache(str(source), None, 10**9, 1, "train").folder
-    assert folder.parent == tmp_path / "job" / f"fractalpretrain-{os.getuid()}"

@@ -208,7 +208,7 @@ def slurm(number: int, first: int, last: int, step: int | None = None) -> dict[s
         ("auto", SGE, (2, 4)),
         ("auto/5", {"PBS_ARRAY_INDEX": "5"}, (5, 5)),
         ("auto/5", {"PBS_ARRAYID": "1"}, (1, 5)),
-        *((text, {}, None) for text in ("0/3", "4/3", "1/0", "3", "-1/3", "auto/x", "auto")),
+        *((text, {}, None) for text in ("0/3", "4/3", "1/0", "3", "-1/3", "auto/x", "auto", "")),
         ("auto", {"SGE_TASK_ID": "undefined"}, None),
         ("auto", {"PBS_ARRAY_INDEX": "3"}, None),
         ("auto/3", {"PBS_ARRAY_INDEX": "0"}, None),

@@ -16,7 +16,6 @@ from unittest.mock import Mock
 
 import fsspec
 import huggingface_hub
-import numpy as np
 import pytest
 import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
@@ -27,15 +26,14 @@ import packing
 from building import files as contents
 from damages import HOSTILE, MARK, SHARD, SIDECAR, edit, edit_split, train_split
 from fractalshards.errors import FractalError, UsageError
-from fractalshards.manifest import INFO, RECIPE, SYSTEMS, DatasetInfo, load_manifest, sample_key, write_manifest
+from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.recipe_file import read_portable
 from fractalshards.remote import transfer
 from fractalshards.remote.cache import open_cache
 from fractalshards.remote.card import PORTABLE, PREVIEW, README
 from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact
 from fractalshards.storage import write_json
-from fractalshards.writer import write_shard
-from packing import assert_refused, run
+from packing import assert_refused, run, write_small
 
 pytestmark = pytest.mark.usefixtures("impatient")
 FIRST, SECOND = "train-000000.tar", "train-000001.tar"
@@ -50,13 +48,9 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def with_val(dataset: Path) -> Path:
-    """The dataset with a ``val`` split of one shard."""
-    manifest = load_manifest(dataset)
-    samples = [(sample_key(index), (np.full((16, 16, 3), index, np.uint8), index % 3)) for index in (10, 11)]
-    val = write_shard(dataset, "val-000000.tar", 3, samples).shard()
-    write_manifest(dataset, {**manifest.splits, "val": [val]}, DatasetInfo(manifest.recipe, "single", 3), 16)
-    return dataset
+def with_val(tmp_path: Path) -> Path:
+    """Two shards of five samples, and one of two in the split ``val``."""
+    return write_small(tmp_path / "with_val", [0, 1, 2, 0, 1] * 2 + [1, 2], 5, val=2)
 
 
 def good(*arguments: object) -> str:

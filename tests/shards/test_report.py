@@ -184,12 +184,9 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
         assert [int(str(one["data-class"])) for one in cards if "hidden" not in one] == classes, query
 
 
-def test_report_that_cannot_be_written_is_refused_at_once(dataset: Path, read_only_disk: Path) -> None:
-    assert_refused(report(dataset, read_only_disk / "new" / "page.html"), 1, str(read_only_disk))
-
-
-def test_report_refuses_damaged_datasets(tmp_path: Path, dataset: Path) -> None:
+def test_report_refuses_damaged_datasets_and_bad_places(tmp_path: Path, dataset: Path) -> None:
     out = tmp_path / "page.html"
+    assert_refused(report(dataset, Path("/proc/new/page.html")), 1, "/proc/new")
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")
     assert_refused(report(write(tmp_path / "empty", [], classes=2), out), 1, "empty")
     record = read_record(dataset, SHARD, "single")

@@ -36,15 +36,6 @@ pytestmark = pytest.mark.usefixtures("threads")
 BOX = b'"bbox":[0,0,1,1]'
 
 
-def test_members_are_ustar_without_time_or_owner(dataset: Path) -> None:
-    with tarfile.open(dataset / "train-000001.tar") as tar:
-        members = tar.getmembers()
-    expected = [f"{key:09d}.{extension}" for key in range(5, 10) for extension in ("png", "cls")]
-    assert [member.name for member in members] == expected
-    assert all((m.mtime, m.uid, m.gid, m.mode, m.type) == (0, 0, 0, 0o644, tarfile.REGTYPE) for m in members)
-    assert (dataset / "train-000001.tar").read_bytes()[257:265] == b"ustar\x0000"
-
-
 def test_publish_refuses_vanished_shards(tmp_path: Path) -> None:
     task = ShardTask("train", "train-000000.tar", 0, 2)
     with pytest.raises(FractalError, match="train-000000"):

@@ -67,8 +67,8 @@ def write_dataset(
     return folder
 
 
-def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
-    """Write random images of 16 x 16 pixels with these labels, of three classes, and all that describes them."""
+def write_small(folder: Path, labels: Sequence[Label], shard_size: int, val: int = 0) -> Path:
+    """Write random images of 16 x 16 pixels, of three classes, the last ``val`` of them held out, and their recipe."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     systems = [rng.random((2, 2, 3)) for _ in range(3)]
@@ -79,9 +79,11 @@ def write_small(folder: Path, labels: Sequence[Label], shard_size: int) -> Path:
         (sample_key(index), (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), label))
         for index, label in enumerate(labels)
     ]
-    shards = [samples[first : first + shard_size] for first in range(0, len(samples), shard_size)]
+    n = len(samples) - val
+    splits = {"train": [samples[first : min(first + shard_size, n)] for first in range(0, n, shard_size)]}
+    splits |= {"val": [samples[n:]]} if val else {}
     info = DatasetInfo(recipe, "single" if isinstance(labels[0], int) else "multi", 3)
-    return write_dataset(folder, {"train": shards}, info, 16)
+    return write_dataset(folder, splits, info, 16)
 
 
 def write_tar(path: Path, files: Members, form: int = tarfile.USTAR_FORMAT, **fields: object) -> Path:
