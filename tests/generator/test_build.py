@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from building import RECIPE, SMALL, error_line, files, names, run, succeed, times, wait_until
-from damages import edit
+from damages import edit, overwrite
 from fractalgen import make_recipe
 from fractalgen.build import Plan, open_folder, plan_build, run_build
 from fractalgen.categories import read_categories, shipped_categories
@@ -232,12 +232,6 @@ def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
     assert "3 categories" in error_line(run(*options, "--classes", 4, "--categories", stored, "--out", tmp_path / "c"))
 
 
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 0x40
-    path.write_bytes(data)
-
-
 def recipe_with(**changes: object) -> Callable[[Path], object]:
     return lambda path: edit(path, recipe=json.loads(path.read_text())["recipe"] | changes)
 
@@ -254,8 +248,8 @@ def copy(built: Path, tmp_path: Path) -> Path:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
-    ("train-000001.tar", lambda path: flip(path, 2000)),
-    ("train-000002.tar", lambda path: flip(path, 3)),
+    ("train-000001.tar", lambda path: overwrite(path, 2000, b"?!")),
+    ("train-000002.tar", lambda path: overwrite(path, 3, b"?")),
     ("val-000000.tar", lambda path: os.truncate(path, 5000)),
     ("train-000003.tar", Path.unlink),
     ("train-000004.json", Path.unlink),

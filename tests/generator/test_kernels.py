@@ -5,6 +5,7 @@ import io
 import math
 import os
 import zlib
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -68,11 +69,7 @@ def test_random_numbers_are_pinned() -> None:
 
 
 def rasterize(
-    points: np.ndarray,
-    size: int,
-    window: np.ndarray | list[float] | None = None,
-    patch: np.ndarray = POINT,
-    graded: bool = True,
+    points: np.ndarray, size: int, window: Sequence[float] | None = None, patch: np.ndarray = POINT, graded: bool = True
 ) -> np.ndarray:
     """The published interface on ``splat``: points (n, 2), x selecting the row, to counts / maximum, or 0 and 1."""
     xs, ys = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])

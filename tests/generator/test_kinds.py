@@ -174,19 +174,16 @@ def test_rendered_samples_are_those_of_the_shards(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
 @pytest.mark.parametrize("val", [0, 5])
 def test_fresh_images_are_never_drawn_twice(kind: str, val: int) -> None:
-    recipe = make_recipe(
-        kind, 19, **{**TINY, "val": val}, overrides={"weight_rows": (0, 2)} if kind == "fractaldb" else {}
-    )
+    overrides = {"weight_rows": (0, 2)} if kind == "fractaldb" else {}
+    recipe = make_recipe(kind, 19, **{**TINY, "val": val}, overrides=overrides)
     fresh, stored = RenderedSplit(recipe, fresh=True), RenderedSplit(recipe)
-    held_out = RenderedSplit(recipe, "val") if val else None
-    epochs = 6
-    images = [fresh.read(index)[1].tobytes() for index in range(19 * epochs)]
-    images += [held_out.read(index)[1].tobytes() for index in range(val)] if held_out else []
-    assert images[:19] == [stored.read(index)[1].tobytes() for index in range(19)]
-    assert len(set(images)) == 19 * epochs + val
-    assert [fresh.read(19 + index)[2] for index in range(19)] == [
-        stored.read(index)[2] for index in range(19)
-    ] or kind == "multi"
+    samples = [fresh.read(index) for index in range(19 * 6)]
+    images = [sample.image.tobytes() for sample in samples]
+    images += [RenderedSplit(recipe, "val").read(index).image.tobytes() for index in range(val)]
+    assert images[:19] == [stored.read(index).image.tobytes() for index in range(19)]
+    assert len(set(images)) == 19 * 6 + val
+    labels = [[sample.label for sample in samples[epoch : epoch + 19]] for epoch in (0, 19)]
+    assert labels[0] == labels[1] or kind == "multi"
 
 
 def test_recipes_that_cannot_be_rendered_are_refused(tmp_path: Path) -> None:

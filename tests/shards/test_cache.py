@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from building import wait_until
+from damages import overwrite
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import shard_name
 from fractalshards.remote.cache import ShardCache, open_cache, prefetching
@@ -121,8 +122,7 @@ def test_cache_notices_damage(source: Path, root: Path, size: int, web: Callable
     server = web(source)
     cache = opened(server.url, root, 3 * size)
     read(cache, source, 0, 1, 2)
-    with (cache.folder / NAMES[0]).open("r+b") as file:
-        os.pwrite(file.fileno(), b"x", 700)
+    overwrite(cache.folder / NAMES[0], 700, b"x")
     (cache.folder / "train-000002.json").write_text("{")
     again = opened(server.url, root, 3 * size)
     assert here(again) == {NAMES[1], NAMES[2]}
@@ -132,9 +132,7 @@ def test_cache_notices_damage(source: Path, root: Path, size: int, web: Callable
     assert server.count("train-000002.json") == 2
 
 
-def test_cache_holds_a_window_on_scratch_space(
-    source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_holds_a_window_and_fits(source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(root.with_name("job")))
     folder = open_cache(str(source), None, 10**9, 1, "train").folder
     assert folder.parent == root.with_name("job") / f"fractalpretrain-{os.getuid()}"

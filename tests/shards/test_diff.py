@@ -1,6 +1,5 @@
 """``fractalshards diff``: datasets that are equal, sharded or encoded differently, permuted, different, damaged."""
 
-import os
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from damages import edit_split
+from damages import edit_split, overwrite
 from fractalshards.diff import MAX_READ
 from fractalshards.manifest import INFO, DatasetInfo, load_manifest, sample_key
 from fractalshards.png import encode_png
@@ -119,6 +118,5 @@ def test_only_the_first_different_shards_are_read(tmp_path: Path) -> None:
 def test_damaged_and_missing_datasets_are_refused(whole: Path, tmp_path: Path) -> None:
     assert_refused(run("diff", whole, tmp_path / "none"), 1, "none")
     other = build(tmp_path / "B", images(20, seed=1), (10, 10), n=20)
-    with (other / "train-000000.tar").open("r+b") as file:
-        os.pwrite(file.fileno(), bytes(40), 512 + 16)
+    overwrite(other / "train-000000.tar", 512 + 16, bytes(40))
     assert_refused(run("diff", whole, other, "--workers", 1), 1, f"{other / 'train-000000.tar'}: 000000000")

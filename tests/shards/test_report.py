@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from damages import SHARD, edit, in_sidecar
+from damages import SHARD, edit, in_sidecar, overwrite
 from fractalshards.manifest import INFO, DatasetInfo, load_manifest, read_record, sample_key
 from fractalshards.png import Pixels
 from fractalshards.report import class_chart, histogram, tally
@@ -193,7 +192,6 @@ def test_report_refuses_damaged_datasets_and_bad_places(tmp_path: Path, dataset:
     in_sidecar(label_counts=[*record.label_counts, 0])(dataset)
     assert_refused(report(dataset, out), 1, SHARD)
     in_sidecar(label_counts=record.label_counts)(dataset)
-    with (dataset / SHARD).open("r+b") as file:
-        os.pwrite(file.fileno(), bytes(400), record.offsets[1] + 512 + 20)
+    overwrite(dataset / SHARD, record.offsets[1] + 512 + 20, bytes(400))
     assert_refused(report(dataset, out), 1, f"{SHARD}: 000000006: ")
     assert not out.exists()

@@ -14,7 +14,7 @@ from damages import edit
 from fractalshards import open_dataset
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError
-from fractalshards.manifest import DatasetInfo, load_manifest, read_record
+from fractalshards.manifest import DatasetInfo, load_manifest
 from fractalshards.png import decode_image
 from fractalshards.reader import index_split, iterate_shard
 from fractalshards.sample import (
@@ -71,21 +71,24 @@ def test_parse_sample_with_gnu_headers(tmp_path: Path) -> None:
     assert parse_sample(path.read_bytes()[:2560]) == Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
 
 
-def test_digests_are_as_specified(dataset: Path) -> None:
-    manifest = load_manifest(dataset)
-    digests = []
-    for shard in index_split(manifest, "train"):
-        state = xxhash.xxh3_128()
-        for sample in iterate_shard(shard):
-            pixels = decode_image(sample.files["png"]).tobytes()
-            state.update(b"%b\x0016x16\x00%b\x00%b\x00" % (sample.key.encode(), pixels, sample.files["cls"]))
-        digests.append(state.hexdigest())
-        assert read_record(dataset, shard.path.name, "single").content_digest == digests[-1]
-    text = json.dumps({"train": digests}, separators=(",", ":"))
-    assert manifest.content_digest() == xxhash.xxh3_128_hexdigest(text.encode())
+def hashed(sample: Sample) -> bytes:
+    png, jpg = (sample.files.get(extension, b"") for extension in ("png", "jpg"))
+    image = b"16x16\0" + decode_image(png).tobytes() if png else b"file %d\0%b" % (len(jpg), jpg)
+    return b"%b\0%b\0%b\0" % (sample.key.encode(), image, sample.files["cls"])
+
+
+def test_digests_are_as_specified(dataset: Path, packed: Path) -> None:
+    for folder in (dataset, packed):
+        manifest, digests = load_manifest(folder), {}
+        for split, shards in manifest.splits.items():
+            contents = [b"".join(map(hashed, iterate_shard(shard))) for shard in index_split(manifest, split)]
+            digests[split] = [*map(xxhash.xxh3_128_hexdigest, contents)]
+            assert digests[split] == [shard.content_digest for shard in shards]
+        text = json.dumps(digests, separators=(",", ":"))
+        assert manifest.content_digest() == xxhash.xxh3_128_hexdigest(text.encode())
     systems = read_systems(dataset / "systems.npz")
-    hashed = b"".join(b"2x2x3\x00" + np.asarray(system, "<f8").tobytes() for system in systems)
-    assert systems_digest(systems) == xxhash.xxh3_128_hexdigest(hashed)
+    shapes_and_values = b"".join(b"2x2x3\0" + np.asarray(system, "<f8").tobytes() for system in systems)
+    assert systems_digest(systems) == xxhash.xxh3_128_hexdigest(shapes_and_values)
     recipe = {"size": 224, "kind": "single", "jitter": [0.8, 1e-05], "name": "é"}
     canonical = b'{"jitter":[0.8,1e-05],"kind":"single","name":"\\u00e9","size":224}'
     assert mapping_digest(recipe) == xxhash.xxh3_128_hexdigest(canonical)

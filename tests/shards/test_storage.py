@@ -78,9 +78,7 @@ def test_private_cache_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_atomic_file_without_hard_links_and_folders_that_sync(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_atomic_file_without_links_or_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -95,9 +93,7 @@ def test_atomic_file_without_hard_links_and_folders_that_sync(
 
 
 @pytest.mark.parametrize("remove", [remove_leftovers, lambda folder: write_bytes(folder / "train-000000.tar", b"")])
-def test_remove_leftovers_of_dead_writers_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Path], None]
-) -> None:
+def test_remove_leftovers_of_dead_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable) -> None:
     ended, unreaped = (subprocess.Popen(["true"]) for _ in range(2))
     ended.wait()
     os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from damages import HOSTILE, KEY, MARK, SHARD, SMALL, Damage, edit, in_manifest, npz, with_files
+from damages import HOSTILE, KEY, MARK, SHARD, SMALL, Damage, edit, in_manifest, npz, overwrite, with_files
 from fractalshards import png
 from fractalshards.errors import FractalError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, read_record
@@ -53,9 +53,8 @@ def test_verify_names_damaged_samples_only(dataset: Path) -> None:
     (dataset / ".tmp~elsewhere~1~0~train-000004.tar").write_bytes(b"half")  # of a build that goes on
     assert "10 train images in 2 shards" in good("verify", dataset, "--workers", 1).stdout
     offsets = read_record(dataset, SHARD, "single").offsets
-    with (dataset / SHARD).open("r+b") as file:
-        os.pwrite(file.fileno(), b"\xaa\xbb\xcc", offsets[1] + 812)
-        os.pwrite(file.fileno(), b"999", offsets[3] + 150)
+    overwrite(dataset / SHARD, offsets[1] + 812, b"\xaa\xbb\xcc")
+    overwrite(dataset / SHARD, offsets[3] + 150, b"999")
     result = run("verify", dataset, "--workers", 1)
     assert_refused(result, 1, str(dataset))
     named = [line.split(": ")[2] for line in result.stdout.splitlines()]

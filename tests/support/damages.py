@@ -32,6 +32,11 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), data, offset)
+
+
 def train_split(folder: Path) -> dict[str, Any]:
     split: dict[str, Any] = json.loads((folder / INFO).read_text())["splits"]["train"]
     return split
