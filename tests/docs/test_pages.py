@@ -25,11 +25,7 @@ from fractaltrain.study import plan_study, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "shards" / "README.md"]
-PROGRAMS: dict[str, click.Group] = {
-    "fractalgen": fractalgen,
-    "fractalshards": fractalshards,
-    "fractaltrain": fractaltrain,
-}
+PROGRAMS = {"fractalgen": fractalgen, "fractalshards": fractalshards, "fractaltrain": fractaltrain}
 
 
 def command_lines() -> Iterator[tuple[Path, list[str]]]:

@@ -3,8 +3,8 @@
 import json
 import random
 from decimal import Context, Decimal
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -83,15 +83,11 @@ def test_lines_are_those_of_pillow(corners: list[tuple[int, int]], size: int) ->
     assert np.array_equal(ours, np.asarray(theirs))
 
 
-def cases(reference: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads((reference / kind / name).read_text()) for name in ("index.json", "official.json")]
-    return [case for cases in found for case in cases]
-
-
 @pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
 def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind: str) -> None:
-    assert len(cases(reference, kind)) == 15
-    for case in cases(reference, kind):
+    indices = [json.loads((reference / kind / name).read_text()) for name in ("index.json", "official.json")]
+    assert sum(map(len, indices)) == 15
+    for case in chain(*indices):
         case = {"instances": {"visualatom": 2, "rcdb": 3}[kind], **case}
         options = [f"--{name}={case[name]}" for name in ("category", "instance", "classes") if name in case]
         options += [f"--set={name}={case[name]}" for name in ("processes", "instances") if name in case]
