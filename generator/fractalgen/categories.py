@@ -106,7 +106,7 @@ def _fault(category: Category) -> str:
 
 _POINTS = 100_000
 _SIZE = 512
-_FILL_RATES = 1e-6, 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
+_RATES = 1e-6, 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
 _BATCH = 64  # candidates per task, some 50 ms of work
 _AHEAD = 3  # tasks submitted per worker, so that it is never idle
 
@@ -139,9 +139,8 @@ def search_categories(
         workers: number of processes.
         on_progress: called with the number of categories found, and ``classes``.
     """
-    for name, value, (low, high) in (
-        ("classes", classes, (1, MAX_CLASSES)), ("seed", seed, (0, 2**32 - 1)), ("fill rate", fill_rate, _FILL_RATES)
-    ):  # fmt: skip
+    ranges = {"classes": (classes, 1, MAX_CLASSES), "seed": (seed, 0, 2**32 - 1), "fill rate": (fill_rate, *_RATES)}
+    for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise UsageError(f"{name} is {value}: a search takes {low} to {high}")
     found: list[Found] = []

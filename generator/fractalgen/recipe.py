@@ -57,7 +57,7 @@ class Recipe:
             value = getattr(self, name)
             within = isinstance(value, int | np.integer) and low <= int(value) <= high
             expected = f"an integer from {low} to {high:,}" if high else "none"
-            _require(within, f"{name} is {value}: kind {self.kind} takes {expected}")
+            _require(within, f"{name} is {value!r}: kind {self.kind} takes {expected}")
             object.__setattr__(self, name, int(value))  # not numpy's, because a recipe is hashed as JSON
         if isinstance(self.params, Mapping):
             object.__setattr__(self, "params", override(kind.params(), self.params))

@@ -118,12 +118,12 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
     SLURM and SGE set the number of the task and the range of its array, PBS the number only. With PBS, and for a part
     of an array, K must be given and tasks must be numbered from 1.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)|auto(?:/(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})|auto(?:/(\d{1,9}))?", text)
     if match is None:
         raise UsageError(f"--slice is {text!r}: expected I/K, auto or auto/K, e.g. 3/10 for the third of ten")
     if match[1]:
         return Slice(int(match[1]), int(match[2]))
-    numbers = {name: int(value) for name, value in environment.items() if value.isdecimal()}
+    numbers = {name: int(value) for name, value in environment.items() if re.fullmatch(r"\d{1,9}", value)}
     task = next((name for name in _ARRAYS if name in numbers), None)
     if task is None:
         raise UsageError(f"--slice {text}: not a task of a job array (none of {', '.join(_ARRAYS)} is set)")
