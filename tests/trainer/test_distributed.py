@@ -112,6 +112,13 @@ def test_signal_to_one_rank_saves_and_stops_all(ranks, undisturbed, dataset, tmp
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
+def test_batch_that_ranks_cannot_share_is_one_line(ranks, dataset, tmp_path):
+    """``--nproc`` is checked before any rank starts; torchrun says how many there are only to them."""
+    ended = ranks(4, *pretraining(dataset, tmp_path / "run", "--batch-size", 6))
+    assert (ended.codes[0], ended.err[0].count("\n"), "--batch-size" in ended.err[0]) == (2, 1, True)
+    assert ended.err[0].startswith("error: ")
+
+
 def test_divergence_names_the_samples_of_all_ranks(ranks, dataset, tmp_path):
     ended = ranks(2, *pretraining(dataset, tmp_path / "run", "--lr", "1e30", "--batch-size", 8))
     samples = [word.strip(",;") for word in ended.err[0].split() if word.strip(",;").isdigit() and len(word) > 8]
