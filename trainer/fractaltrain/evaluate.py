@@ -278,7 +278,8 @@ def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) ->
     """Raise FractalError if number or names of the classes differ from those that the run was trained on."""
     settings, advice = run.settings, "evaluate on the data it was trained on, or fine-tune first (fractaltrain ft)"
     if settings.classes != val.classes:
-        raise FractalError(f"{run.folder}: {settings.classes:,} classes, {choice.name} has {val.classes:,}; {advice}")
+        problem = f"{settings.classes:,} classes, but {val.classes:,} in {choice.name}"
+        raise FractalError(f"{run.folder}: {problem}; {advice}")
     for label, (ours, theirs) in enumerate(zip(settings.class_names, val.class_names, strict=False)):
         if ours != theirs:
             raise FractalError(f"{run.folder}: class {label} is {ours}, but {theirs} in {choice.name}; {advice}")

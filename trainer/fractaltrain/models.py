@@ -174,7 +174,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, torch.Tensor], where: 
     )
     weights = {**weights, **_resample(model, weights, positions)}
     if reshaped := sorted(name for name in expected if weights[name].shape != own[name].shape):
-        raise FractalError(f"{where}: {human_list(reshaped, 3)} have another shape; use the --image-size of the run")
+        raise FractalError(f"{where}: {human_list(reshaped, 3)} differ in shape; use the pre-training's --image-size")
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
     left, new = (", ".join(name for name in names if name not in expected) or "none" for names in (weights, own))
     resampled = f"; resampled to this image size: {human_list(positions, 3)}" if positions else ""

@@ -275,7 +275,8 @@ def _plan_finetuning(
     else:
         tables += [study.pretraining[row].finetuning, last.finetuning]
     recipe, options = _resolve(name, "anderson" if start else "anderson-scratch", tables, FT_RECIPES)
-    data, (shared, shared_options) = study.data(target), study.shared(model, seed)
+    data = study.data(target)
+    shared, shared_options = study.shared(model, seed)
     settings = {
         "task": "ft",
         **shared,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fractalshards.errors import UsageError
+from fractalshards.human import human_count
 from fractalshards.settings import override
 
 Channels = tuple[float, float, float]
@@ -132,7 +133,7 @@ class TrainRecipe:
                 if not fits(value) or not all(number is None or math.isfinite(number) for number in numbers):
                     raise UsageError(f"{name} is {value}, but must be {text}")
         if self.schedule == "cosine" and not self.warmup_steps and self.warmup_epochs >= self.epochs:
-            problem = f"{self.warmup_epochs} warm-up epochs, but only {self.epochs} epochs"
+            problem = f"{self.warmup_epochs} warm-up epochs do not fit into {human_count(self.epochs, 'epoch')}"
             raise UsageError(f"{problem}; lower them with --set warmup_epochs=N")
 
     @property

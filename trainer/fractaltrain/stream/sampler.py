@@ -162,6 +162,7 @@ def _place() -> tuple[int, int]:
     """Return rank and number of processes in torch.distributed, if it is initialised; else 0 and 1."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError("call init_process_group before EpochSampler, or give it rank and world_size")
+    if (size := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        problem = f"WORLD_SIZE is {size}, but torch.distributed is not initialised"
+        raise UsageError(f"{problem}; call init_process_group before EpochSampler, or give it rank and world_size")
     return 0, 1
