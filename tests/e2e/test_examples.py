@@ -4,16 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from fractalgen.cli import main as fractalgen
@@ -29,7 +25,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory):
     """A folder with ``shards/single`` and ``single.json``."""
     folder = tmp_path_factory.mktemp("made")
     build = f"build {DATASET} --workers 1 --out {folder}/shards/single"
@@ -39,10 +35,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def new_folder(made: Path, tmp_path: Path) -> Callable[[str], Path]:
+def new_folder(made, tmp_path):
     """Function that makes a working directory with the two."""
 
-    def make(name: str) -> Path:
+    def make(name):
         folder = tmp_path / name
         folder.mkdir()
         for path in made.iterdir():
@@ -52,7 +48,7 @@ def new_folder(made: Path, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def run(folder: Path, name: str, constants: dict[str, object], *killed: int, launch: list[str]) -> str:
+def run(folder, name, constants, *killed, launch):
     """Run an example in a folder; return what it prints."""
     command = [sys.executable, *launch, RUN, ROOT / "examples" / name, json.dumps(constants), *map(str, killed)]
     result = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=250)
@@ -60,7 +56,7 @@ def run(folder: Path, name: str, constants: dict[str, object], *killed: int, lau
     return result.stdout
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder):
     """Return those of the last checkpoint."""
     (path,) = [*folder.glob("checkpoint.pt"), *folder.glob("checkpoints/last.ckpt")]
     state = torch.load(path, weights_only=True)
@@ -76,9 +72,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("lightning_fit.py", {"SAVE_EVERY": 4}, 5, []),  # it saves twice each time
     ],
 )
-def test_killed_example_ends_with_the_same_weights(
-    name: str, constants: dict[str, object], killed: int, launch: list[str], new_folder: Callable[[str], Path]
-) -> None:
+def test_killed_example_ends_with_the_same_weights(name, constants, killed, launch, new_folder):
     constants = SMALL | MODEL | constants
     undisturbed, stopped = new_folder("undisturbed"), new_folder("stopped")
     printed = run(undisturbed, name, constants, launch=launch)
@@ -93,52 +87,50 @@ def test_killed_example_ends_with_the_same_weights(
 
 
 @pytest.fixture
-def current_folder(new_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def current_folder(new_folder, monkeypatch):
     monkeypatch.chdir(new_folder("current"))
 
 
-def load(name: str, **constants: object) -> ModuleType:
+def load(name, **constants):
     return load_example(ROOT / "examples" / name, SMALL | constants)
 
 
-def test_dict_batches_train_on_rendered_images(current_folder: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dict_batches_train_on_rendered_images(current_folder, capsys):
     load("dict_batches.py", **MODEL | {"EPOCHS": 2}).main()
     assert re.findall(r"epoch (\d) loss \d", capsys.readouterr().out) == ["0", "1"]
 
 
-def test_timm_loaders_read_the_folder(current_folder: None) -> None:
+def test_timm_loaders_read_the_folder(current_folder):
     example = load("timm_loaders.py")
     images, labels = next(iter(example.timm_loader()))
     assert (images.shape, images.dtype, labels.shape) == ((16, 3, 224, 224), torch.float32, (16,))
-    data = ShardDataset("shards/single")
-    sampler = EpochSampler(data, 16)
-    seen = [labels.tolist() for _, labels in example.exact_loader(data, sampler)]
-    stored = ShardDataset("shards/single")
+    data, stored = ShardDataset("shards/single"), ShardDataset("shards/single")
+    seen = [labels.tolist() for _, labels in example.exact_loader(data, EpochSampler(data, 16))]
     assert seen == [[stored[index][1] for index in batch] for batch in EpochSampler(stored, 16)]
 
 
-def test_loop_of_the_pages_runs(current_folder: None) -> None:
+def test_loop_of_the_pages_runs(current_folder):
     pages = [(ROOT / page).read_text() for page in ("README.md", "docs/own-loop.md")]
     code, same = (re.findall(r"```python\n(from torch.*?)```", page, re.DOTALL)[0] for page in pages)
     assert code == same
-    names: dict[str, Any] = {}
+    names = {}
     exec(code.replace("90", "2").replace("num_workers=8", "num_workers=1"), names)
     assert (names["epoch"], names["step"], names["images"].shape) == (1, 0, (64, 3, 32, 32))
 
 
-def random_crop(image: Image.Image) -> torch.Tensor:
+def random_crop(image):
     left, top = torch.randint(9, (2,)).tolist()
     return torch.from_numpy(np.array(image.crop((left, top, left + 24, top + 24))))
 
 
-def test_seeded_transform_of_the_page_resumes(current_folder: None) -> None:
+def test_seeded_transform_of_the_page_resumes(current_folder):
     (code,) = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "docs/own-loop.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
+    names = {}
     exec(code, names)
     data = ShardDataset("shards/single")
     seeded = names["SeededTransform"](data, random_crop)
 
-    def train(workers: int, state: dict[str, Any] | None = None) -> list[torch.Tensor]:
+    def train(workers, state=None):
         sampler = EpochSampler(data, 16)
         if state:
             sampler.load_state_dict(state)

@@ -31,8 +31,6 @@ KINDS = {  # and the options of their build
 SAMPLES = {"train": 40, "val": 10}
 BUILD = "fractalgen build --n 40 --val 10 --classes 5 --workers 1"
 
-Seen = dict[str, tuple[str, list[int]]]  # by key: digest of the pixels, classes
-
 READ_WITH_DATASETS = """
 import hashlib, json, sys
 import numpy as np
@@ -57,7 +55,7 @@ json.dump(seen, open("seen.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory):
     """A folder with a dataset of every kind in ``shards``."""
     folder = tmp_path_factory.mktemp("workspace")
     for kind, options in KINDS.items():
@@ -68,18 +66,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, code: int = 0) -> tuple[str, str]:
+def run(command, folder, code=0):
     program, *arguments = command.split()
     result = subprocess.run([BIN / program, *arguments], cwd=folder, text=True, capture_output=True, timeout=120)
     assert result.returncode == code, result.stderr
     return result.stdout, result.stderr
 
 
-def pixels_digest(pixels: np.ndarray) -> str:
+def pixels_digest(pixels):
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def read_ours(folder: Path, split: str) -> Seen:
+def read_ours(folder, split):
+    """Return by key the digest of the pixels and the classes."""
     manifest = load_manifest(folder)
     seen = {}
     for shard in index_split(manifest, split):
@@ -90,7 +89,7 @@ def read_ours(folder: Path, split: str) -> Seen:
     return seen
 
 
-def snippet(heading: str) -> str:
+def snippet(heading):
     """The first block of code after a word in bold in the README."""
     found = re.search(rf"\*\*{heading}\..*?```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert found
@@ -99,7 +98,7 @@ def snippet(heading: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SAMPLES)
-def test_webdataset_reads_the_same_samples(workspace: Path, kind: str, split: str) -> None:
+def test_webdataset_reads_the_same_samples(workspace, kind, split):
     shards = sorted(map(str, (workspace / "shards" / kind).glob(f"{split}-*.tar")))
     theirs = []
     for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"):
@@ -109,12 +108,10 @@ def test_webdataset_reads_the_same_samples(workspace: Path, kind: str, split: st
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("single", {}), ("fractaldb", {}), ("visualatom", {}), ("multi", {}), ("multi", {"target_key": "labels"})],
-    ids=["single", "fractaldb", "visualatom", "multi by the manifest", "multi by name"],
+    ("kind", "options"), [*((kind, {}) for kind in KINDS), ("multi", {"target_key": "labels"})], ids=str
 )
 @pytest.mark.parametrize("split", SAMPLES)
-def test_timm_reads_the_same_samples(workspace: Path, kind: str, split: str, options: dict[str, str]) -> None:
+def test_timm_reads_the_same_samples(workspace, kind, split, options):
     root = workspace / "shards" / kind
     dataset = create_dataset(f"wds/{kind}", root=str(root), split=split, **options)
     assert len(dataset) == SAMPLES[split]
@@ -123,7 +120,7 @@ def test_timm_reads_the_same_samples(workspace: Path, kind: str, split: str, opt
 
 
 @pytest.mark.slow
-def test_hugging_face_datasets_reads_the_same_samples(workspace: Path) -> None:
+def test_hugging_face_datasets_reads_the_same_samples(workspace):
     card = re.search(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
     assert card
     (workspace / "carded").mkdir()
@@ -149,9 +146,7 @@ def test_hugging_face_datasets_reads_the_same_samples(workspace: Path) -> None:
     assert seen["folder True"] == seen["folder False"] == labels
 
 
-def test_readme_snippets_run(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_readme_snippets_run(workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     exec(snippet(r"open_dataset\*\*.*?"), {})
     facts, *lines = capsys.readouterr().out.splitlines()
@@ -167,7 +162,7 @@ def test_readme_snippets_run(
     assert [json.loads(line.removeprefix("(32, 32) ")) for line in lines[40:]] == expected
 
 
-def test_json_of_info_verify_and_diff(workspace: Path) -> None:
+def test_json_of_info_verify_and_diff(workspace):
     facts = json.loads(run("fractalshards info --json shards/single", workspace)[0])
     assert facts["splits"] == {"train": {"samples": 40, "shards": 3}, "val": {"samples": 10, "shards": 1}}
     assert (facts["recipe"]["kind"], facts["classes"], len(facts["content_digest"])) == ("single", 5, 32)

@@ -6,7 +6,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ def slow(*arguments: str) -> object:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, image_folder) -> Path:
+def shards(tmp_path_factory, image_folder):
     """Thirty images to train on, twenty to validate."""
     folder = tmp_path_factory.mktemp("surroundings")
     images = image_folder(folder / "images", {"a": 25, "b": 25})
@@ -69,7 +69,7 @@ def run(
         slow(f"{PRETRAIN.replace('SHARDS', 'URL')} --cache-dir cache"),
     ],
 )
-def test_nothing_in_the_current_folder_is_run(shards: Path, tmp_path: Path, web, command: str) -> None:
+def test_nothing_in_the_current_folder_is_run(shards, tmp_path, web, command):
     for name in ("signal", "threading", "socket", "random", "pickle"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\n")
     (tmp_path / ".numba_config.yaml").write_text("cache_dir: ran\n")
@@ -81,7 +81,7 @@ def test_nothing_in_the_current_folder_is_run(shards: Path, tmp_path: Path, web,
 
 @pytest.mark.parametrize("command", ["fractalshards verify SHARDS", slow(f"{PRETRAIN} --workers 2")])
 @pytest.mark.parametrize("limit", [3, 6])
-def test_limit_of_processes_is_one_line(nobodys, command: str, limit: int) -> None:
+def test_limit_of_processes_is_one_line(nobodys, command, limit):
     folder, before = nobodys
     limited = [*before, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash"]
     done = run(command, folder, "shards", limited, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
@@ -89,14 +89,14 @@ def test_limit_of_processes_is_one_line(nobodys, command: str, limit: int) -> No
     assert (done.returncode, len(errors), "ulimit -u" in errors[0]) == (1, 1, True)
 
 
-def test_current_folder_that_is_gone_is_one_line(shards: Path, tmp_path: Path) -> None:
+def test_current_folder_that_is_gone_is_one_line(shards, tmp_path):
     (tmp_path / "gone").mkdir()
     done = run("fractalshards verify SHARDS", tmp_path / "gone", shards, ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh"])
     assert (done.returncode, done.stderr.count("\n"), "folder" in done.stderr) == (1, 1, True)
 
 
 @pytest.fixture
-def nobodys(shards: Path) -> Iterator[tuple[Path, list[str]]]:
+def nobodys(shards):
     """A folder with ``shards``, and the beginning of commands that run as its owner, without account and home."""
     command = [*AS_NOBODY.split(), "env", *(word for name in HOME for word in ("-u", name))]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
@@ -110,7 +110,7 @@ def nobodys(shards: Path) -> Iterator[tuple[Path, list[str]]]:
 @pytest.mark.parametrize(
     "command", ["fractalgen kinds", "fractalshards verify shards", "fractalshards pull shards NEW", slow(PRETRAIN)]
 )
-def test_user_without_account_and_home(nobodys, command: str) -> None:
+def test_user_without_account_and_home(nobodys, command):
     folder, before = nobodys
     done = run(command, folder, "shards", before, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, "Matplotlib" in done.stderr) == (0, False), done.stderr
@@ -119,7 +119,7 @@ def test_user_without_account_and_home(nobodys, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["fractalgen kinds", "fractalshards verify shards"])
-def test_user_without_any_place_for_a_cache(nobodys, command: str) -> None:
+def test_user_without_any_place_for_a_cache(nobodys, command):
     folder, before = nobodys
     done = run(command, folder, "shards", [*before, "HOME=/"], TMPDIR="/nowhere", PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
@@ -134,21 +134,14 @@ def with_dev_shm(options: str) -> list[str]:
     return command
 
 
-@pytest.mark.slow
-def test_loader_workers_train_with_a_small_dev_shm(shards: Path, tmp_path: Path) -> None:
-    command = f"{PRETRAIN} --workers 2".replace("--image-size 32", "--image-size 224")
-    done = run(command, tmp_path, shards, with_dev_shm("size=1m"))
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 @pytest.mark.parametrize("command", ["fractalshards verify SHARDS", slow(BUILD)])
-def test_workers_need_no_dev_shm(shards: Path, tmp_path: Path, command: str) -> None:
+def test_workers_need_no_dev_shm(shards, tmp_path, command):
     done = run(command, tmp_path, shards, with_dev_shm("ro"))
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_read_only_dev_shm_is_named(shards: Path, tmp_path: Path) -> None:
+def test_read_only_dev_shm_is_named(shards, tmp_path):
     done = run(f"{PRETRAIN} --workers 1", tmp_path, shards, with_dev_shm("ro"))
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("note: ", "new: "))]
     assert (done.returncode, line.startswith("error: "), "/dev/shm" in line) == (1, True, True)
@@ -164,9 +157,7 @@ def test_read_only_dev_shm_is_named(shards: Path, tmp_path: Path) -> None:
         slow(f"{PRETRAIN} --nproc 2", "2>&-", True),
     ],
 )
-def test_closed_streams_and_a_name_that_is_not_utf_8(
-    shards: Path, tmp_path: Path, command: str, closed: str, printed: bool
-) -> None:
+def test_closed_streams_and_a_name_that_is_not_utf_8(shards, tmp_path, command, closed, printed):
     name = os.fsdecode(b"o\xffut")
     done = run(command, tmp_path, shards, ["sh", "-c", f'exec "$@" {closed}', "sh"], name)
     assert (done.returncode, done.stderr, r"o\udcffut" in done.stdout) == (0, "", printed)

@@ -1,5 +1,7 @@
 """A training run of a few seconds, whose model has state that resuming must restore: batch norm, dropout."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fractalshards.reader import Example
 from fractaltrain import train as module
 from fractaltrain.checkpoint import load_checkpoint
 from fractaltrain.config import ImagesConfig, ModelConfig, RunConfig, TrainConfig
@@ -34,6 +37,15 @@ class Tiny(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.fc(self.dropout(self.norm(self.conv(images)).relu().mean((2, 3))))
+
+
+class Deadly(InMemorySource):
+    """Samples of which one kills the loader worker that reads it."""
+
+    def read(self, index: int) -> Example:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
 
 
 def squares(count: int, seed: int) -> InMemorySource:

@@ -32,8 +32,6 @@ from fractaltrain.transforms import train_transform
 from packing import write_tar
 from tiny_training import ALONE
 
-FLAT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
@@ -124,15 +122,6 @@ def test_flat_folder_of_original_files_is_read(name, tmp_path):
         (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damaged)
         with pytest.raises(FractalError, match=f"{name}.*--data-dir"):
             open_published(name, tmp_path)
-
-
-@pytest.mark.skipif(not FLAT.is_dir(), reason="needs the package dataset-fashion-mnist")
-def test_fashion_mnist_of_debian_is_read():
-    train, val = open_published("fashion-mnist", FLAT)
-    assert (train.label_counts.tolist(), val.label_counts.tolist()) == ([6000] * 10, [1000] * 10)
-    assert train.class_names[9] == "Ankle boot"
-    image, label = train.read(0)[1:]
-    assert (image.shape, label) == ((28, 28, 3), 9)
 
 
 class Touch:

@@ -32,18 +32,6 @@ BRIEF = ("--batch-size", 10, "--epochs", 1)
 SMALL = ("--model", "test_resnet", "--image-size", 16, *BRIEF)
 
 
-def test_finetune_on_shards_and_evaluate(fractaltrain, dataset):
-    data = f"shards:{dataset}"
-    done = fractaltrain("ft", "--weights", "none", *SMALL, "--data", data, "--per-class", 4, "--quiet")
-    assert (done.code, done.err) == (0, "")
-    run = Path("runs/small-4-per-class-0-test_resnet-anderson-scratch")
-    result = json.loads((run / "result.json").read_text())
-    assert result["samples"] == 13
-    done = fractaltrain("eval", "--weights", run, "--data", data, "--out", "report", "--quiet")
-    assert (done.code, done.err) == (0, "")
-    assert json.loads(Path("report/eval.json").read_text())["top1"] == result["top1"]
-
-
 def test_per_class_subset_reads_no_images(dataset, monkeypatch):
     monkeypatch.setattr(stored, "parse_sample", lambda *arguments: pytest.fail("an image was read"))
     data = open_data(ImagesConfig(f"shards:{dataset}", 3, 0, Path("unused")), ALONE)
@@ -72,10 +60,15 @@ def test_frozen_backbone_stays_as_it_was(fractaltrain, dataset, pretrained):
     assert changed == ["fc.weight", "fc.bias"]  # not even the statistics of batch norm
 
 
-def test_exported_finetuning_names_its_pretraining(fractaltrain, dataset, pretrained):
+def test_finetuning_on_shards_is_evaluated_and_names_its_pretraining(fractaltrain, dataset, pretrained):
     for start, out in ((pretrained, "once"), ("once", "twice")):
         done = fractaltrain("ft", "--weights", start, *BRIEF, "--data", f"shards:{dataset}", "--out", out, "--quiet")
         assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)  # the results only
+    result = json.loads(Path("twice/result.json").read_text())
+    done = fractaltrain("eval", "--weights", "twice", "--data", f"shards:{dataset}", "--out", "report", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    evaluated = json.loads(Path("report/eval.json").read_text())
+    assert (result["samples"], evaluated["top1"]) == (13, result["top1"])
     assert fractaltrain("export", "twice", "--out", "export").code == 0
     card = Path("export/README.md").read_text()
     manifest = load_manifest(dataset)

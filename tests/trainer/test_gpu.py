@@ -7,7 +7,6 @@ FRACTALTRAIN_TEST_DEVICE=cpu pytest -m gpu tests/trainer/test_gpu.py    # rehear
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,13 +20,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, get_worker_info
 
 from fractalshards.errors import FractalError
-from fractalshards.reader import Example
-from fractaltrain import EpochSampler, ShardDataset, distributed, log
+from fractaltrain import distributed, log
 from fractaltrain.config import RunConfig
-from fractaltrain.data.source import InMemorySource
 from fractaltrain.distributed import World
 from fractaltrain.models import create_model
 from fractaltrain.optim import build_state, train_step
@@ -35,7 +31,7 @@ from fractaltrain.recipes import PT_RECIPES
 from fractaltrain.stream.loader import Batch, epoch_loader
 from fractaltrain.stream.order import training_positions
 from fractaltrain.transforms import train_batch, val_transform
-from tiny_training import ALONE, RECIPE, SAMPLES, Tiny, assert_same_run, lines, run_tiny, squares, weights
+from tiny_training import ALONE, RECIPE, SAMPLES, Deadly, Tiny, assert_same_run, lines, run_tiny, squares, weights
 
 pytestmark = pytest.mark.gpu
 
@@ -238,15 +234,6 @@ def test_ddp_and_sync_batchnorm_change_no_losses_of_one_process(one_process, acc
     assert train(one_process) == pytest.approx(expected, rel=0.05)
 
 
-class Deadly(InMemorySource):
-    """Samples of which one kills the loader worker that reads it."""
-
-    def read(self, index: int) -> Example:
-        if index == 17 and get_worker_info():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(index)
-
-
 def pinned(source: object, workers: int) -> Iterator[Batch]:
     transform = val_transform(RECIPE, 16)
     positions = training_positions(SAMPLES, 6, 0, 1, pad=False)
@@ -321,19 +308,3 @@ def test_two_gpus_train_one_model(built, tmp_path):
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert all(map(math.isfinite, losses(tmp_path / "run")))
-
-
-def test_plain_loop_sees_every_image_once(built):
-    dataset = ShardDataset(built / "single", output="tensor")
-    sampler = EpochSampler(dataset, batch_size=10, seed=0)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, pin_memory=ON_GPU, persistent_workers=True)
-    expected = torch.stack([image for image, _ in dataset]).to(torch.int64).sum((1, 2, 3))
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        seen = []
-        for images, labels in loader:
-            assert images.is_pinned() == labels.is_pinned() == ON_GPU
-            seen.append(images.to(DEVICE, non_blocking=True).to(torch.int64).sum((1, 2, 3)))
-        assert torch.equal(torch.cat(seen).cpu().sort().values, expected.sort().values)
-    sampler.load_state_dict(sampler.state_dict(3))
-    assert len(list(loader)) == 2

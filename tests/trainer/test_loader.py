@@ -25,6 +25,7 @@ from fractaltrain.recipes import FT_RECIPES, PT_RECIPES
 from fractaltrain.stream.loader import Batch, OnBad, epoch_loader
 from fractaltrain.stream.order import epoch_order, training_positions
 from fractaltrain.transforms import train_transform, val_transform
+from tiny_training import Deadly
 
 AFFINE = train_transform(FT_RECIPES["anderson"], 32)
 PLAIN = val_transform(PT_RECIPES["anderson"], 32)
@@ -172,13 +173,6 @@ def zeros(workers: int, kind: type[InMemorySource] = InMemorySource) -> Iterator
     """20 batches of two samples."""
     source = kind("zeros", np.zeros((40, 32, 32, 3), np.uint8), np.zeros(40, np.int64), 1)
     return epoch_loader(source, PLAIN, np.arange(40).reshape(20, 2), np.arange(40), 0, 0, workers=workers)
-
-
-class Deadly(InMemorySource):
-    def read(self, index: int) -> Example:
-        if index == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(index)
 
 
 def test_killed_worker_is_one_line():

@@ -60,11 +60,6 @@ def test_transforms_make_a_square_of_any_image(name, shape):
             assert (seen.shape, seen.dtype) == ((size, size, 3), np.uint8)
 
 
-def test_image_of_the_right_size_stays_as_it_is():
-    for transform in (train_transform(RECIPES["plain"], 24), val_transform(RECIPES["plain"], 24)):
-        assert np.array_equal(transform(SQUARE, 0), SQUARE)
-
-
 def test_affine_augmentation_never_changes():
     """The pixels of the published augmentation for fine-tuning, as the first version had them."""
     image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
