@@ -1,6 +1,7 @@
-"""The examples run, with smaller numbers in the constants at their top; killed, they end as if they had not been."""
+"""The examples run, with smaller numbers in the constants at their top, also if killed; so does tools/gpu_check.py."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -150,3 +151,42 @@ def test_seeded_transform_of_the_page_resumes(current_folder):
     first = seeded[0][0]
     seeded.epoch.fill_(1)
     assert not torch.equal(first, seeded[0][0])
+
+
+# tools/gpu_check.py
+
+
+def check_gpu(folder, *options):
+    """Run it; return the exit code, its JSON and its page."""
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--device", "cpu", "--out", folder / "out", *options]
+    environment = os.environ | {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(folder / "cache")}
+    ended = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    assert list(temporary.glob("gpu-check-*")) == []
+    texts = [(folder / "out" / f"gpu_check.{kind}").read_text() for kind in ("json", "md")]
+    return ended.returncode, json.loads(texts[0]), texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_gpu_check_runs_everything_on_a_cpu(tmp_path):
+    code, results, page = check_gpu(tmp_path, "--minutes", "19")
+    assert {name: part["problem"] for name, part in results["parts"].items()} == dict.fromkeys(results["parts"], "")
+    assert code == 0
+    assert {"data", "tests", "speed", "study"} == {*results["parts"]}
+    outcomes = [test["outcome"] for test in results["tests"]]
+    assert {*outcomes} == {"passed", "skipped"}
+    assert outcomes.count("passed") > 15
+    assert {*results["speed"][0]["feeds"]} == {"shards", "rendered"}
+    assert len(results["study"]) == 3
+    assert all(run["result"] and run["images_per_s"] > 0 for run in results["study"])
+    for noun in ("test_collectives", "test_resnet", "ft/digits-2-per-class-0--single--test_vit--seed0"):
+        assert noun in page
+
+
+def test_gpu_check_leaves_out_parts_that_do_not_fit(tmp_path):
+    code, results, page = check_gpu(tmp_path, "--minutes", "0.27")
+    assert code == 0
+    assert {part["problem"].partition(":")[0] for part in results["parts"].values()} == {"not run"}
+    assert page.count("not run") == len(results["parts"])

@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 import socket
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -206,17 +206,13 @@ def test_dataset_that_moved_is_the_same_dataset(tmp_path, name):
     assert all(place in message for place in ("/old", "/new"))
 
 
-def test_run_that_trained_nothing_is_replaced(tmp_path, fractaltrain, dataset):
-    """Its first sample is damaged; the corrected command has other settings."""
-    bad = shutil.copytree(dataset, tmp_path / "bad")
-    for shard in bad.glob("*.tar"):
-        shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"IDOT"))
-    command = ("pt", "--model", "test_resnet", "--epochs", 1, "--image-size", 16, "--out", tmp_path / "run", "--shards")
-    assert fractaltrain(*command, bad, "--batch-size", 10).code == 1
-    assert (tmp_path / "run" / "run.json").exists()
-    done = fractaltrain(*command, dataset, "--batch-size", 25, "--resume", "never")
-    assert (done.code, done.err) == (0, "")
-    assert fractaltrain(*command, dataset, "--batch-size", 10).code == 1
+def test_run_that_trained_nothing_is_replaced(tmp_path, interrupted):
+    """The corrected command has other settings."""
+    recipe = replace(RECIPE, epochs=1)
+    interrupted(1, tmp_path, recipe, seed=1)
+    run_tiny(tmp_path, recipe, resume="never")
+    with pytest.raises(FractalError, match="seed"):
+        run_tiny(tmp_path, recipe, seed=1)
 
 
 def test_second_run_in_a_folder_is_refused(tmp_path, fractaltrain, dataset, hold):
@@ -239,14 +235,6 @@ def test_lock_ends_with_its_holder_though_its_children_live(tmp_path, hold):
         process.wait()
         with hold_folder(tmp_path):
             assert str(os.getpid()) in (tmp_path / ".lock").read_text()
-
-
-def test_full_disk_is_named(small_disk):
-    with suppress(OSError):
-        (small_disk / "filler").write_bytes(bytes(1 << 20))
-    with pytest.raises(OSError, match="No space") as caught, hold_folder(small_disk):
-        pass
-    assert caught.value.filename == str(small_disk / ".lock")
 
 
 def test_run_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):

@@ -72,7 +72,7 @@ class Study:
         self.file = folder / "s.toml"
 
     def plan(self, text: str = STUDY) -> StudyPlan:
-        self.file.write_text(text)
+        self.file.write_text(text, "utf-8-sig")  # with the byte order mark of some editors
         study = read_study(self.file)
         plan = plan_study(study, find_datasets(study)[0])
         write_plan(plan, self.folder)
@@ -188,12 +188,6 @@ def test_read_study_names_file_and_field(tmp_path, old, new, noun):
         read_study(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
-
-
-def test_read_study_of_an_editor_that_writes_byte_order_marks(study):
-    plan = study.plan()
-    study.file.write_text(STUDY, "utf-8-sig")
-    assert plan_study(read_study(study.file)) == plan
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", ""])

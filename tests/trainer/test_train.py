@@ -220,13 +220,17 @@ def test_eval_every_changes_nothing_but_the_evaluations(tmp_path):
     assert [line["top1"] for line in few[1:]] == [line["top1"] for line in everything[1:]]
 
 
-def test_run_in_bf16_with_pad_and_without_val_split(tmp_path):
+def test_deterministic_run_in_bf16_with_pad_and_without_val_split(tmp_path, monkeypatch):
     """The last batch is filled up; the result is the training loss."""
-    run = tmp_path / "run"
-    run_tiny(run, replace(RECIPE, epochs=1), splits=(squares(SAMPLES, 1), None), pad=True, amp="bf16")
-    assert lines(run)[-1]["step"] == 26
-    assert set(json.loads((run / "result.json").read_text())) == {"epochs", "train_loss"}
-    assert json.loads((run / "run.json").read_text())["settings"]["precision"] == "torch.bfloat16"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    options = {"pad": True, "amp": "bf16", "deterministic": True}
+    run_tiny(tmp_path, replace(RECIPE, epochs=1), splits=(squares(SAMPLES, 1), None), **options)
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert lines(tmp_path)[-1]["step"] == 26
+    assert set(json.loads((tmp_path / "result.json").read_text())) == {"epochs", "train_loss"}
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["precision"] == "torch.bfloat16"
 
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}])
@@ -263,14 +267,6 @@ def test_clip_grad_bounds_a_step(tmp_path):
     run_tiny(tmp_path / "run", replace(recipe, clip_grad=1e-2), model=plain)
     moves = [(after - before[name]).flatten() for name, after in weights(tmp_path / "run").items()]
     assert float(torch.cat(moves).norm()) == pytest.approx(0.1 * 1e-2, rel=1e-2)
-
-
-def test_deterministic_run_asks_for_deterministic_algorithms(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    run_tiny(tmp_path / "run", replace(RECIPE, epochs=1), deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_compiled_run_can_continue_without_compile(tmp_path, tiny_run, interrupted, monkeypatch):
