@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 import socket
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -235,6 +235,14 @@ def test_lock_ends_with_its_holder_though_its_children_live(tmp_path, hold):
         process.wait()
         with hold_folder(tmp_path):
             assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_full_disk_is_named(small_disk):
+    with suppress(OSError):
+        (small_disk / "filler").write_bytes(bytes(1 << 20))
+    with pytest.raises(OSError, match="No space") as caught, hold_folder(small_disk):
+        pass
+    assert caught.value.filename == str(small_disk / ".lock")
 
 
 def test_run_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):

@@ -214,6 +214,12 @@ def test_batches_of_workers_need_no_space_in_dev_shm():
     assert batch.images.sum() == 2 * 3 * 32 * 32
 
 
+def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
+    monkeypatch.setattr(os, "memfd_create", Mock(side_effect=OSError(errno.ENFILE, "Too many open files in system")))
+    with pytest.raises(FractalError, match="open files"):
+        list(zeros(workers=1))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's iterator, half created
 def test_workers_end_if_another_one_cannot_start(monkeypatch):
     before = children()
