@@ -56,7 +56,7 @@ class BuildFolder:
         if systems_digest(systems) != recipe.systems_digest:
             advice = "fetch the file again, or give the same --categories or --from-csv as before"
             raise FractalError(f"{path / SYSTEMS}: missing or damaged; {advice}")
-        check_systems(recipe, systems, path)
+        check_systems(recipe, systems, path / SYSTEMS)
         tasks = shard_tasks(recipe)
         finished = finished_shards(path, tasks, dataset_info(recipe))
         remove_leftovers(path)

@@ -106,7 +106,7 @@ def _fault(category: Category) -> str:
 
 _POINTS = 100_000
 _SIZE = 512
-_RATES = 1e-6, 0.38  # a pixel per point would be 100,000 / 512**2 = 0.3815
+_RATES = 1e-6, 0.38  # of pixels that a search may ask for: a pixel per point would be 100,000 / 512**2 = 0.3815
 _BATCH = 64  # candidates per task, some 50 ms of work
 _AHEAD = 3  # tasks submitted per worker, so that it is never idle
 

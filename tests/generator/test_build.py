@@ -319,4 +319,4 @@ def test_systems_that_the_kind_cannot_render_are_refused(copy: Path, threads: No
     for command in (["repair", copy], [*SMALL, "--out", copy]):
         result = run(*command)
         assert result.exit_code == 1, result.output
-        assert all(noun in result.stderr.splitlines()[-1] for noun in (str(copy), "20 systems"))
+        assert all(noun in result.stderr.splitlines()[-1] for noun in (str(copy / "systems.npz"), "20 systems"))
