@@ -79,7 +79,8 @@ def open_data(choice: ImagesConfig, world: "World", for_training: bool = True) -
 
         splits = open_shards(choice.path, world, choice.tars, for_training)
         if splits.val is None:
-            raise FractalError(f"{choice.path}: no split {VAL_SPLITS[0]!r} to evaluate on; add or name one (--split)")
+            advice = "build or pack the dataset with one, or name its tars with --split"
+            raise FractalError(f"{choice.path}: no split {VAL_SPLITS[0]!r} to evaluate on; {advice}")
     elif choice.path:
         with world.main_first():
             splits = _open_folders(choice.path, world, for_training)
