@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from building import error_line, run, succeed
+from building import run, succeed
 from fractalgen.categories import read_categories, search_categories, shipped_categories
 from fractalgen.kinds import KINDS
+from packing import assert_refused
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -103,9 +104,7 @@ def test_refusal_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name, *options = shlex.split(command)
-    result = run(name, "--out", "out.png", *options)
-    assert result.exit_code == code, result.output
-    assert noun in error_line(result)
+    assert_refused(run(name, "--out", "out.png", *options), code, noun)
     assert list(tmp_path.iterdir()) == []
 
 

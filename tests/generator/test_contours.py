@@ -2,10 +2,10 @@
 
 import json
 import random
-from decimal import Context, Decimal
 from itertools import chain
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import xxhash
@@ -48,26 +48,14 @@ def test_mersenne_draws_what_python_draws(seed: int) -> None:
             ours = Mersenne.of(ours.state())
 
 
-def exact_sine(angle: float, shift: int) -> float:
-    """Return sin(angle + shift pi / 2), rounded from 60 digits."""
-    context = Context(prec=80)
-    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534")
-    shifted = context.add(Decimal(angle), context.multiply(pi, Decimal(shift) / 2))
-    x = context.remainder(shifted, context.multiply(pi, 2))
-    term, total, k = x, x, 1
-    while abs(term) > Decimal(10) ** -70:
-        term = context.divide(context.multiply(context.multiply(term, x), x.copy_negate()), (2 * k) * (2 * k + 1))
-        total, k = context.add(total, term), k + 1
-    return float(total)
-
-
 def test_sines_cosines_and_logarithms_are_rounded_correctly() -> None:
     rng = np.random.default_rng(0)
     angles = np.concatenate([rng.uniform(0, 130, 800), rng.uniform(0, MAX_ANGLE, 100), [0.0, np.pi / 2, np.pi, 1e-9]])
     sines, cosines = sine_and_cosine(angles)
-    assert sines.tolist() == [exact_sine(angle, 0) for angle in angles.tolist()]
-    assert cosines.tolist() == [exact_sine(angle, 1) for angle in angles.tolist()]
-    assert [log(x) for x in (1.0, 0.5, 2.0**-53)] == [0.0, -0.6931471805599453, -36.7368005696771]
+    with mpmath.workdps(60):
+        assert sines.tolist() == [float(mpmath.sin(angle)) for angle in angles]
+        assert cosines.tolist() == [float(mpmath.cos(angle)) for angle in angles]
+        assert [log(x) for x in (1.0, 0.5, 2.0**-53)] == [float(mpmath.log(x)) for x in (1.0, 0.5, 2.0**-53)]
 
 
 corners = st.lists(st.tuples(*[st.integers(-40, 60) | st.integers(-10_000, 10_000)] * 2), min_size=2, max_size=9)

@@ -159,17 +159,10 @@ class Record:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("count=7", 7),
-        ("rate=.5e-3", 5e-4),
-        ("wanted=no", False),
-        ("wanted=True", True),
-        ("mode=fast", "fast"),
-        ("decay=0.1", 0.1),
-        ("decay=none", None),
-        ("pair=3, 5", (3, 5)),
-        ("pair=3", (3, 3)),
+        ("count=7", 7), ("rate=.5e-3", 5e-4), ("wanted=no", False), ("wanted=True", True), ("mode=fast", "fast"),
+        ("decay=0.1", 0.1), ("decay=none", None), ("pair=3, 5", (3, 5)), ("pair=3", (3, 3)),
     ],
-)
+)  # fmt: skip
 def test_override_of_every_type(text: str, value: object) -> None:
     changes = parse_settings(["count=x", "count=1", text])  # the last one wins
     assert getattr(override(Record(), changes, fixed=("name",)), text.partition("=")[0]) == value

@@ -150,9 +150,8 @@ def test_odd_archives_are_refused(archives: Path, archive: str, data: bytes) -> 
     (archives / VAL).write_bytes(val_of("ILSVRC2012_val_00000001.JPEG"))
     assert len(list_ilsvrc(archives, with_val=True).splits["val"].labels) == len(VAL_LABELS)
     (archives / archive).write_bytes(data)
-    with pytest.raises(FractalError, match=archive.replace(".", r"\.")) as error:
+    with pytest.raises(FractalError, match=rf"\A.*{archive}.*\Z"):  # one line
         list_ilsvrc(archives, with_val=True)
-    assert "\n" not in str(error.value)
 
 
 def test_listing_does_not_read_images(archives: Path, tmp_path: Path) -> None:

@@ -256,9 +256,8 @@ def test_splits_without_an_info_file(tmp_path, names, split, expected):
     ],
 )
 def test_splits_that_are_not_clear_are_refused(tmp_path, names, split, error, noun):
-    with pytest.raises(error, match=noun) as caught:
+    with pytest.raises(error, match=rf"\A.*{noun}.*\Z"):  # one line
         splits_of(tmp_path, names, split)
-    assert "\n" not in str(caught.value)
 
 
 def test_find_dataset_knows_ours_from_others(tmp_path):

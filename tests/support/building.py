@@ -35,13 +35,6 @@ def succeed(*arguments: object, environment: dict[str, str] | None = None) -> Re
     return result
 
 
-def error_line(result: Result) -> str:
-    """Return the only error, which is the last line."""
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.stderr.rstrip().endswith(line)
-    return line
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -43,11 +43,12 @@ def is_sound(folder: Path) -> bool:
     return run("verify", folder, "--workers", "1").exit_code == 0
 
 
-def assert_refused(result: Result, code: int, noun: str) -> None:
-    """Assert that a command failed with one line that names the file or the option."""
+def assert_refused(result: Result, code: int, *nouns: str) -> None:
+    """Assert that a command failed with one error, the last line, that names the file or the option."""
     assert result.exit_code == code, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert noun in line
+    assert all(noun in line for noun in nouns), line
+    assert result.stderr.endswith(f"{line}\n")
 
 
 def write_dataset(
