@@ -48,6 +48,7 @@ def test_matplotlib_of_a_notebook_is_not_needed(tmp_path, monkeypatch):
         ("pt --shards x --epochs 0", 2, "epochs"),
         ("pt --shards x --nproc 3", 2, "--batch-size"),
         ("pt --shards x --cache-size many", 2, "--cache-size"),
+        ("pt --shards x --memory-size many", 2, "--memory-size"),  # also without --memory
         ("pt --shards x --split val=", 2, "--split"),
         ("pt --shards s3://x/y --label-key label", 2, "--label-key"),
         ("ft --weights none --data digits --label-key label", 2, "--label-key"),
