@@ -22,11 +22,9 @@ _LIMIT = 140.0  # seconds
 def run_rank(
     rank: int, size: int, folder: Path, arguments: list[str], nodes: int, signals: Sequence[tuple[int, int, int]]
 ) -> None:
-    """Run the command, and write what it prints into ``out-RANK`` and ``err-RANK``.
+    """Run the command as on one of ``nodes`` machines, and write what it prints into ``out-RANK`` and ``err-RANK``.
 
-    Args:
-        nodes: number of machines to simulate.
-        signals: rank, number of a step, counted from 1, and signal that the rank sends itself before this step.
+    ``signals`` are rank, number of a step, counted from 1, and the signal that the rank sends itself before this step.
     """
     local_size = size // nodes
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}

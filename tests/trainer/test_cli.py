@@ -18,21 +18,16 @@ from fractaltrain.config import DatasetConfig, RunConfig, TrainConfig
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
-
-
-def test_help_does_not_import_torch(tmp_path):
-    code = (
-        "import sys; from fractaltrain import cli; print({'torch', 'timm', 'sklearn', 'matplotlib'} & {*sys.modules})"
-    )
-    assert python(code, tmp_path).stdout == "set()\n"
-
-
-def test_matplotlib_of_a_notebook_is_not_needed(tmp_path, monkeypatch):
+def test_help_does_not_import_torch(tmp_path, monkeypatch):
+    """Afterwards matplotlib does not look for the backend that a notebook names, which may not be installed."""
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    code = "from fractaltrain.cli import main\ntry: main(['study', '--help'])\nexcept SystemExit: import matplotlib"
-    assert python(code, tmp_path).stderr == ""
+    code = """
+import sys; from fractaltrain.cli import main
+try: main(["study", "--help"])
+except SystemExit: print({"torch", "timm", "sklearn", "matplotlib"} & {*sys.modules}); import matplotlib
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("set()", "")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from damages import overwrite
 from fractalgen import make_recipe
 from fractalgen.render import RenderedSplit
 from fractalshards import open_dataset
@@ -176,9 +177,7 @@ def test_damaged_sample_is_named(samples, tmp_path, write_dataset):
     folder = write_dataset(tmp_path / "data", (samples,))
     tar = folder / "train-000000.tar"
     status = tar.stat()
-    content = bytearray(tar.read_bytes())
-    content[700:720] = bytes(20)
-    tar.write_bytes(content)
+    overwrite(tar, 700, bytes(20))
     os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
     kept = ShardDataset(folder, memory=True, cache_dir=tmp_path / "cache")
     for data in (ShardDataset(folder), kept):

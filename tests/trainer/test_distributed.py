@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from building import wait_until
+from damages import overwrite
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import read_record
 from fractaltrain import distributed
@@ -42,9 +43,8 @@ WHOLE_ORDER = [index for order in ORDERS for index in order[: STEPS * BATCH]]
 
 def damage(folder: Path, shard: str, *places: int) -> None:
     offsets = read_record(folder, shard, "single").offsets
-    with (folder / shard).open("r+b") as file:
-        for place in places:
-            os.pwrite(file.fileno(), b"garbage" * 20, offsets[place] + 512 + 60)
+    for place in places:
+        overwrite(folder / shard, offsets[place] + 512 + 60, b"garbage" * 20)
 
 
 @pytest.fixture(scope="module")

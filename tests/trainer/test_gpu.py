@@ -204,6 +204,7 @@ def one_process(tmp_path, monkeypatch) -> Iterator[World]:
 
 
 def test_collectives(one_process):
+    """Those of a step do not wait for the GPU."""
     here = torch.tensor([1.5, -2.0], device=DEVICE)
     assert one_process.sum(here.clone()).tolist() == [1.5, -2.0]
     one_process.broadcast(here)
@@ -211,9 +212,6 @@ def test_collectives(one_process):
     one_process.barrier()
     with one_process.main_first():
         assert one_process.from_main(lambda: 3) == 3
-
-
-def test_collectives_do_not_wait_for_the_gpu(one_process):
     loss = torch.ones((), device=DEVICE)
     one_process.sum(loss.double())
     with no_waiting():

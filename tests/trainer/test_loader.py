@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from damages import overwrite
 from fractalshards.errors import BadSampleError, FractalError
 from fractalshards.manifest import load_manifest, read_record
 from fractalshards.reader import Example, StoredSplit
@@ -75,9 +76,7 @@ def test_augmentation_differs_between_epochs_seeds_and_samples():
 def test_bad_sample_is_named_in_one_line(dataset, tmp_path, workers):
     damaged, labelled = (shutil.copytree(dataset, tmp_path / name) for name in ("damaged", "labelled"))
     start = read_record(damaged, "train-000001.tar", "single").offsets[4]
-    with (damaged / "train-000001.tar").open("r+b") as file:
-        file.seek(start + 512 + 60)
-        file.write(b"garbage" * 20)
+    overwrite(damaged / "train-000001.tar", start + 512 + 60, b"garbage" * 20)
     info = (labelled / "_info.json").read_text()
     (labelled / "_info.json").write_text(info.replace('"classes": 5', '"classes": 3'))
     for folder, noun in ((damaged, "000000024: "), (labelled, r"\d+: label [34]")):
