@@ -153,9 +153,6 @@ def test_seeded_transform_of_the_page_resumes(current_folder):
     assert not torch.equal(first, seeded[0][0])
 
 
-# tools/gpu_check.py
-
-
 def check_gpu(folder, *options):
     """Run it; return the exit code, its JSON and its page."""
     temporary = folder / "tmp"
