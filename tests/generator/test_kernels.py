@@ -141,25 +141,19 @@ def test_resize_equals_opencv(source: int) -> None:
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(-35, 35), st.integers(-35, 35)), max_size=6))
 def test_canvas_boxes_what_is_visible_of_each_object(pastes: list[tuple[int, int, int]]) -> None:
     canvas = Canvas(np.full((20, 20, 3), 200, np.uint8))
-    expected = np.full((20, 20, 3), 200, np.uint8)
-    owner = np.zeros((20, 20), int)
+    inside = np.s_[40:60, 40:60]  # of margins that hold what is outside of the canvas
+    expected, owner = np.full((120, 120, 3), 200, np.uint8), np.zeros((120, 120), int)
     for number, (side, x, y) in enumerate(pastes, 1):
         pixels = picture(side, number)
         pixels[picture(side, number + 99)[..., 0] < 128] = 0
         canvas.paste(pixels, x, y)
-        for row, column in np.argwhere(pixels.any(-1)).tolist():
-            if 0 <= y + row < 20 and 0 <= x + column < 20:
-                expected[y + row, x + column] = pixels[row, column]
-                owner[y + row, x + column] = number
-    assert np.array_equal(canvas.image, expected)
+        place, drawn = np.s_[40 + y : 40 + y + side, 40 + x : 40 + x + side], pixels.any(-1)
+        expected[place][drawn] = pixels[drawn]
+        owner[place][drawn] = number
+    assert np.array_equal(canvas.image, expected[inside])
     for number, box in enumerate(canvas.visible_boxes(), 1):
-        rows, columns = np.nonzero(owner == number)
-        if box is None:
-            assert len(rows) == 0
-        else:
-            x, y, width, height = box
-            assert (x, y) == (columns.min(), rows.min())
-            assert (x + width - 1, y + height - 1) == (columns.max(), rows.max())
+        rows, columns = np.nonzero(owner[inside] == number)
+        assert box == ((columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1) if len(rows) else None)
 
 
 @given(st.binary(min_size=1, max_size=2000), st.integers(1, 256))

@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from damages import SHARD, edit, in_sidecar, overwrite
+from damages import SHARD, SIDECAR, edit, in_file, overwrite
 from fractalshards.manifest import INFO, DatasetInfo, load_manifest, read_record, sample_key
 from fractalshards.png import Pixels
 from fractalshards.report import class_chart, histogram, tally
@@ -189,9 +189,9 @@ def test_report_refuses_damaged_datasets_and_bad_places(tmp_path: Path, dataset:
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")
     assert_refused(report(write(tmp_path / "empty", [], classes=2), out), 1, "empty")
     record = read_record(dataset, SHARD, "single")
-    in_sidecar(label_counts=[*record.label_counts, 0])(dataset)
+    in_file(SIDECAR, label_counts=[*record.label_counts, 0])(dataset)
     assert_refused(report(dataset, out), 1, SHARD)
-    in_sidecar(label_counts=record.label_counts)(dataset)
+    in_file(SIDECAR, label_counts=record.label_counts)(dataset)
     overwrite(dataset / SHARD, record.offsets[1] + 512 + 20, bytes(400))
     assert_refused(report(dataset, out), 1, f"{SHARD}: 000000006: ")
     assert not out.exists()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from damages import HOSTILE, KEY, MARK, SHARD, SMALL, Damage, edit, in_manifest, npz, overwrite, with_files
+from damages import HOSTILE, KEY, MARK, SHARD, SMALL, Damage, edit, in_file, npz, overwrite, with_files
 from fractalshards import png
 from fractalshards.errors import FractalError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, read_record
@@ -110,7 +110,7 @@ def big_picture() -> bytes:
 
 
 def recipe_of_lists(folder: Path) -> None:
-    in_manifest(recipe={"a": "HERE"})(folder)
+    in_file(INFO, recipe={"a": "HERE"})(folder)
     lists = "[" + "[]," * 3_900_000 + "[]]"
     (folder / INFO).write_text((folder / INFO).read_text().replace('"HERE"', lists))
 

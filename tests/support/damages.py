@@ -46,16 +46,12 @@ def edit_split(folder: Path, **changes: Any) -> None:
     edit(folder / INFO, splits={"train": train_split(folder) | changes})
 
 
-def in_manifest(**changes: Any) -> Damage:
-    return lambda folder: edit(folder / INFO, **changes)
+def in_file(name: str, **changes: Any) -> Damage:
+    return lambda folder: edit(folder / name, **changes)
 
 
 def in_split(**changes: Any) -> Damage:
     return lambda folder: edit_split(folder, **changes)
-
-
-def in_sidecar(**changes: Any) -> Damage:
-    return lambda folder: edit(folder / SIDECAR, **changes)
 
 
 def whole(name: str, content: str | bytes) -> Damage:
@@ -192,29 +188,29 @@ MANIFESTS: dict[str, Damage] = {
     "list too short": in_split(shard_lengths=[5]),
     "sum that is wrong": in_split(num_samples=11),
     "first samples that overlap": in_split(first_samples=[0, 4]),
-    "text for the recipe": in_manifest(recipe="x"),
-    "no classes": in_manifest(classes=0),
-    "10^15 classes": in_manifest(classes=10**15),
-    "names for some classes": in_manifest(class_names=["one", "two"]),
-    "later version": in_manifest(format_version=99),
-    "unknown label type": in_manifest(label_type="other"),
+    "text for the recipe": in_file(INFO, recipe="x"),
+    "no classes": in_file(INFO, classes=0),
+    "10^15 classes": in_file(INFO, classes=10**15),
+    "names for some classes": in_file(INFO, class_names=["one", "two"]),
+    "later version": in_file(INFO, format_version=99),
+    "unknown label type": in_file(INFO, label_type="other"),
     "10 MB of digits": whole(INFO, '{"format_version": ' + "9" * 10_000_000 + "}"),
     "10 MB of quotes": whole(INFO, '"' + '\\"' * 5_000_000),
     "20 MB": whole(INFO, " " * 20_000_000),
     "of timm alone": whole(INFO, json.dumps(TIMM)),
 }
 SIDECARS: dict[str, Damage] = {
-    "offsets that overlap": in_sidecar(offsets=[0, 2048, 1024, 4096, 5120, 6144]),
-    "offsets beyond the file": in_sidecar(offsets=[0, 512, 1024, 1536, 2048, 10**9]),
-    "offsets that skip a sample": in_sidecar(offsets=[512, 1024, 1536, 2048, 2560, 3072]),
-    "10^12 samples": in_sidecar(samples=10**12),
-    "a sample of 100 MB": in_sidecar(offsets=[0, 1, 2, 3, 4, 10**8], bytes=10**8),
+    "offsets that overlap": in_file(SIDECAR, offsets=[0, 2048, 1024, 4096, 5120, 6144]),
+    "offsets beyond the file": in_file(SIDECAR, offsets=[0, 512, 1024, 1536, 2048, 10**9]),
+    "offsets that skip a sample": in_file(SIDECAR, offsets=[512, 1024, 1536, 2048, 2560, 3072]),
+    "10^12 samples": in_file(SIDECAR, samples=10**12),
+    "a sample of 100 MB": in_file(SIDECAR, offsets=[0, 1, 2, 3, 4, 10**8], bytes=10**8),
 }
 SHARDS: dict[str, Damage] = {
     "a sample left out": without_the_last_sample,
-    "other counts": in_sidecar(label_counts=[1, 2, 2]),
-    "other sha256": in_sidecar(sha256="0" * 64),
-    "other content": in_sidecar(content_digest="0" * 32),
+    "other counts": in_file(SIDECAR, label_counts=[1, 2, 2]),
+    "other sha256": in_file(SIDECAR, sha256="0" * 64),
+    "other content": in_file(SIDECAR, content_digest="0" * 32),
     "samples in another order": forged(lambda b: [*b[:2], b[3], b[2], b[4]]),
     "sample twice": forged(lambda b: [*b[:2], b[1], *b[3:]]),
     "two samples in one": forged(lambda blocks: [b"".join(blocks[:2]), *blocks[1:]]),
@@ -243,7 +239,7 @@ SAMPLES: dict[str, Damage] = {
     "two labels": with_files(json=b"{}"),
     "every file twice": third(lambda blocks: 2 * blocks),
     "no image": third(lambda _: pack_sample(Sample(KEY, {"cls": b"1"}))),
-    "label of another type": in_manifest(label_type="multi"),
+    "label of another type": in_file(INFO, label_type="multi"),
     "label out of range": with_files(cls=b"3"),
     "label of 5000 digits": with_files(cls=b"1" * 5000),
     "label before image": third(lambda b: pack_sample(Sample(KEY, dict(reversed(parse_sample(b).files.items()))))),
