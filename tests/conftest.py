@@ -12,6 +12,7 @@ import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fractalshards import workers
 from fractalshards.remote import stores
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make processes in the background ignore it
@@ -96,6 +98,12 @@ def _mounted(disk: Path, options: str) -> Iterator[Path]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry failed transfers without a delay."""
     monkeypatch.setattr(stores, "_RETRY_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use threads instead of worker processes, which take half a second to start."""
+    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
 
 
 @pytest.fixture(scope="session")

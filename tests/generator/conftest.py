@@ -1,12 +1,10 @@
-"""Fixtures: a small dataset that is built once, and threads in place of worker processes."""
+"""Fixture: a small dataset that is built once."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from building import SMALL, succeed
-from fractalgen import executors
 
 
 @pytest.fixture(scope="session")
@@ -15,9 +13,3 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "single"
     succeed(*SMALL, "--workers", 1, "--out", out)
     return out
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use worker threads instead of processes, which take a second to start."""
-    monkeypatch.setattr(executors, "worker_pool", ThreadPoolExecutor)

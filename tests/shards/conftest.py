@@ -1,19 +1,11 @@
 """Small datasets of random images, and packed JPEGs."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fractalshards import workers
 from fractalshards.sample import MultiLabel, Object
 from packing import CLASSES, Make, pack, write_small
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use threads instead of worker processes, which take half a second to start."""
-    monkeypatch.setattr(workers, "_Pool", ThreadPoolExecutor)
 
 
 @pytest.fixture
