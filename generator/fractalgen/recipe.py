@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from fractalgen.kernels import MAX_POINTS, SIZES
-from fractalgen.kinds import Kind, find_kind
+from fractalgen.kinds import KINDS, Kind, find_kind
 from fractalshards.digest import mapping_digest, systems_digest
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import MAX_CLASSES, MAX_SAMPLES, MAX_SHARD_SIZE, MAX_SHARDS
@@ -96,6 +96,9 @@ def parse_recipe(data: Mapping[str, Any], digest: str, where: str) -> Recipe:
     Raises FractalError if this version of the software does not render such a recipe, or ``digest``, which was stored
     beside it, differs.
     """
+    if data.get("kind") not in list(KINDS):  # it may be unhashable
+        kind = str(data.get("kind"))[:20]
+        raise FractalError(f"{where}: this fractalpretrain does not render kind {kind!r}; pack or fetch them again")
     if (version := data.get("version")) != RECIPE_VERSION:
         found = f"recipe version {str(version)[:20]}, expected {RECIPE_VERSION}"
         raise FractalError(f"{where}: {found}; install the fractalpretrain that made it")
