@@ -206,15 +206,6 @@ def test_dataset_that_moved_is_the_same_dataset(tmp_path, name):
     assert all(place in message for place in ("/old", "/new"))
 
 
-def test_run_that_trained_nothing_is_replaced(tmp_path, interrupted):
-    """The corrected command has other settings."""
-    recipe = replace(RECIPE, epochs=1)
-    interrupted(1, tmp_path, recipe, seed=1)
-    run_tiny(tmp_path, recipe, resume="never")
-    with pytest.raises(FractalError, match="seed"):
-        run_tiny(tmp_path, recipe, seed=1)
-
-
 def test_second_run_in_a_folder_is_refused(tmp_path, fractaltrain, dataset, hold):
     command = ("pt", "--shards", dataset, "--model", "test_resnet", "--epochs", 1, "--batch-size", 25, "--out")
     assert fractaltrain(*command, tmp_path / "run").code == 0
@@ -251,12 +242,16 @@ def test_run_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog)
     assert sum(str(tmp_path / "run") in message for message in caplog.messages) == 1
 
 
-def test_resume_never_and_must(tmp_path):
+def test_resume_never_and_must(tmp_path, interrupted):
+    """A run that trained nothing is replaced by one with other settings; others are not."""
     recipe = replace(RECIPE, epochs=1)
     with pytest.raises(FractalError, match="--resume must"):
         run_tiny(tmp_path / "run", recipe, resume="must")
     assert not (tmp_path / "run").exists()
+    interrupted(1, tmp_path / "run", recipe, seed=1)
     run_tiny(tmp_path / "run", recipe, resume="never")
+    with pytest.raises(FractalError, match="seed"):
+        run_tiny(tmp_path / "run", recipe, seed=1)
     with pytest.raises(FractalError, match="--resume never"):
         run_tiny(tmp_path / "run", recipe, resume="never")
     run_tiny(tmp_path / "run", recipe, resume="must")

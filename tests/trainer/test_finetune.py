@@ -50,22 +50,16 @@ def test_shards_that_cannot_be_finetuned_on_are_refused(fractaltrain, write_data
     fractaltrain("ft", "--weights", "none", *SMALL, "--data", "shards:shards").assert_refused(1, "error: shards", noun)
 
 
-def test_frozen_backbone_stays_as_it_was(fractaltrain, dataset, pretrained):
-    data = ("--data", f"shards:{dataset}", "--freeze", "backbone", "--out", "ft")
-    done = fractaltrain("ft", "--weights", pretrained, *BRIEF, *data)
-    assert (done.code, done.err) == (0, "")
-    assert "fc.weight, fc.bias" in done.out
-    before, after = (load_checkpoint(folder).state["model"] for folder in (pretrained, Path("ft")))
+def test_frozen_finetuning_and_another_one_on_shards(fractaltrain, dataset, pretrained):
+    data = ("--data", f"shards:{dataset}", "--quiet", "--out")
+    for start, out, freeze in ((pretrained, "once", ("--freeze", "backbone")), ("once", "twice", ())):
+        done = fractaltrain("ft", "--weights", start, *BRIEF, *freeze, *data, out)
+        assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)  # the results only
+    before, after = (load_checkpoint(folder).state["model"] for folder in (pretrained, Path("once")))
     changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert changed == ["fc.weight", "fc.bias"]  # not even the statistics of batch norm
-
-
-def test_finetuning_on_shards_is_evaluated_and_names_its_pretraining(fractaltrain, dataset, pretrained):
-    for start, out in ((pretrained, "once"), ("once", "twice")):
-        done = fractaltrain("ft", "--weights", start, *BRIEF, "--data", f"shards:{dataset}", "--out", out, "--quiet")
-        assert (done.code, done.err, done.out.count("\n")) == (0, "", 2)  # the results only
     result = json.loads(Path("twice/result.json").read_text())
-    done = fractaltrain("eval", "--weights", "twice", "--data", f"shards:{dataset}", "--out", "report", "--quiet")
+    done = fractaltrain("eval", "--weights", "twice", *data, "report")
     assert (done.code, done.err) == (0, "")
     evaluated = json.loads(Path("report/eval.json").read_text())
     assert (result["samples"], evaluated["top1"]) == (13, result["top1"])
