@@ -39,17 +39,6 @@ def test_losses_are_those_of_the_shards_bit_for_bit(kind, fractaltrain, built, t
     assert not list((tmp_path / "cache").rglob("*.pixels"))
 
 
-def test_built_recipe_continues_a_run_of_its_shards(fractaltrain, built, tmp_path):
-    """The digest of a dataset that was built is in its recipe, so it is the same dataset."""
-    (tmp_path / "single.json").write_bytes(export_recipe(load_manifest(built / "single")))
-    options = (*OPTIONS, "--set", "passes=2", "--out", tmp_path / "run")
-    assert fractaltrain("pt", "--shards", built / "single", *options).code == 0
-    again = fractaltrain("pt", "--render", tmp_path / "single.json", *options)
-    assert (again.code, "finished" in again.out) == (0, True)
-    other = fractaltrain("pt", "--render", built / "single.json", *options)
-    assert (other.code, "dataset_digest" in other.err) == (1, True)
-
-
 def test_fresh_run_shows_other_images_after_the_first_epoch(fractaltrain, built, tmp_path):
     render = ("pt", "--render", built / "single.json", *OPTIONS, "--out")
     stored, fresh = fractaltrain(*render, tmp_path / "stored"), fractaltrain(*render, tmp_path / "fresh", "--fresh")
@@ -61,8 +50,11 @@ def test_fresh_run_shows_other_images_after_the_first_epoch(fractaltrain, built,
     assert (again.code, "fresh" in again.err) == (1, True)
 
 
-def test_passes_make_one_epoch(fractaltrain, built, tmp_path):
-    """Two epochs of two passes take the same samples as four of one, and learn the same."""
+def test_passes_make_one_epoch_and_the_recipe_of_the_shards_continues_the_run(fractaltrain, built, tmp_path):
+    """Two epochs of two passes take the same samples as four of one, and learn the same.
+
+    The digest of a dataset that was built is in its recipe, so it is the same dataset.
+    """
     losses = []
     for name, options in (("once", ("--epochs", 4)), ("twice", ("--set", "passes=2"))):
         done = fractaltrain("pt", "--shards", built / "single", *OPTIONS, *options, "--out", tmp_path / name)
@@ -72,6 +64,12 @@ def test_passes_make_one_epoch(fractaltrain, built, tmp_path):
     assert losses[1] == pytest.approx([(first + second) / 2, (third + fourth) / 2])
     expected = weights(tmp_path / "twice")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "once").items())
+    (tmp_path / "single.json").write_bytes(export_recipe(load_manifest(built / "single")))
+    options = (*OPTIONS, "--set", "passes=2", "--out", tmp_path / "twice")
+    again = fractaltrain("pt", "--render", tmp_path / "single.json", *options)
+    assert (again.code, "finished" in again.out) == (0, True)
+    other = fractaltrain("pt", "--render", built / "single.json", *options)
+    assert (other.code, "dataset_digest" in other.err) == (1, True)
 
 
 @pytest.mark.slow
