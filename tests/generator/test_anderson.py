@@ -1,7 +1,6 @@
 """Kinds ``single`` and ``multi``: published systems and distributions, pinned pixels, labels of visible objects."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
     return bool(reached and centred and abs(values.std() / width - 12**-0.5) < 0.02)
 
 
-def test_single_pixels_are_pinned() -> None:
+def test_single_pixels_are_pinned():
     """Changing any pixel requires a new recipe version. The system is fixed, because numpy draws it."""
     system = np.round(SYSTEM * 2**24) / 2**24
     images = [draw_single(SingleParams(), 64, 5000, Unit(0, "train", 1, number), system) for number in range(3)]
@@ -52,7 +51,7 @@ def test_single_pixels_are_pinned() -> None:
     assert digests == ["107cb22a658315a4", "88dbb57e478998ac", "e7ae8566df6723b5", "4c262fdbcfbf10a0"]
 
 
-def test_multi_pixels_and_labels_are_pinned() -> None:
+def test_multi_pixels_and_labels_are_pinned():
     digests = []
     for number in range(4):
         image, label = draw_multi(MultiParams(), 64, 3000, number)
@@ -60,7 +59,7 @@ def test_multi_pixels_and_labels_are_pinned() -> None:
     assert digests == ["28914583da5e9372", "c26511c3060f3b90", "074ffdc870c97be7", "978c141b5eb6f217"]
 
 
-def test_sample_system_equals_the_published_sampler(reference: Path) -> None:
+def test_sample_system_equals_the_published_sampler(reference):
     cases = json.loads((reference / "published_single" / "systems.json").read_text())
     assert cases
     for case in cases:
@@ -73,7 +72,7 @@ def test_sample_system_equals_the_published_sampler(reference: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "maps"), [("single", {2, 3, 4}), ("onepfrac", {2})])
-def test_systems_do_not_depend_on_the_number_of_classes(kind: str, maps: set[int]) -> None:
+def test_systems_do_not_depend_on_the_number_of_classes(kind, maps):
     few, many = (draw_systems(make_recipe(kind, 50, classes=classes, seed=3)) for classes in (5, 50))
     assert all(np.array_equal(a, b) for a, b in zip(few, many, strict=False))
     coefficients = [system[:, :6] * 2**24 for system in many]  # without the probabilities of ``onepfrac``
@@ -81,7 +80,7 @@ def test_systems_do_not_depend_on_the_number_of_classes(kind: str, maps: set[int
     assert {len(system) for system in many} == maps
 
 
-def test_jitter_scales_one_map_within_singular_value_1() -> None:
+def test_jitter_scales_one_map_within_singular_value_1():
     system = SYSTEM.copy()
     system[1, :, :2] *= 0.999 / np.linalg.svd(system[1, :, :2], compute_uv=False).max()
     rng = Stream.of("jitter")
@@ -99,7 +98,7 @@ def test_jitter_scales_one_map_within_singular_value_1() -> None:
     assert np.array_equal(jitter(rigid, (1.01, 1.1), Stream.of("never")), rigid)  # after four tries
 
 
-def test_single_windows_patches_and_colors_have_the_published_distributions() -> None:
+def test_single_windows_patches_and_colors_have_the_published_distributions():
     rng, params = Stream.of("windows"), SingleParams()
     windows = np.array([single._draw_window((10.0, -4.0, 14.0, 4.0), params, rng) for _ in range(4000)])
     for low, high, extent, middle in ((windows[:, 0], windows[:, 2], 4, 12), (windows[:, 1], windows[:, 3], 8, 0)):

@@ -45,7 +45,7 @@ def sidecars(out: Path) -> list[Path]:
     return list(out.glob("*-*.json"))
 
 
-def test_built_folder_describes_itself(built: Path) -> None:
+def test_built_folder_describes_itself(built):
     shards = [*(f"train-00000{i}" for i in range(5)), "val-000000"]
     files = [f"{shard}.{end}" for shard in shards for end in ("json", "tar")]
     assert names(built) == ["_info.json", "recipe.json", "systems.npz", *files]
@@ -63,7 +63,7 @@ def test_built_folder_describes_itself(built: Path) -> None:
 
 
 @pytest.mark.parametrize("command", FINISH)
-def test_finished_dataset_is_left_alone(built: Path, tmp_path: Path, command: str, threads: None) -> None:
+def test_finished_dataset_is_left_alone(built, tmp_path, command, threads):
     out = shutil.copytree(built, tmp_path / "again")
     before = times(out)
     result = succeed(*FINISH[command], out)
@@ -71,7 +71,7 @@ def test_finished_dataset_is_left_alone(built: Path, tmp_path: Path, command: st
     assert times(out) == before
 
 
-def test_build_renders_what_is_missing_or_damaged(built: Path, tmp_path: Path, threads: None) -> None:
+def test_build_renders_what_is_missing_or_damaged(built, tmp_path, threads):
     out = shutil.copytree(built, tmp_path / "gaps")
     (out / "train-000001.json").unlink()
     (out / "train-000003.tar").unlink()
@@ -84,7 +84,7 @@ def test_build_renders_what_is_missing_or_damaged(built: Path, tmp_path: Path, t
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
 
 
-def test_build_refuses_a_folder_of_something_else(built: Path, tmp_path: Path, threads: None) -> None:
+def test_build_refuses_a_folder_of_something_else(built, tmp_path, threads):
     out = shutil.copytree(built, tmp_path / "other")
     before = files(out)
     other = run(*SMALL, "--out", out, "--seed", "1", "--set", "blur_probability=0")
@@ -101,7 +101,7 @@ def test_build_refuses_a_folder_of_something_else(built: Path, tmp_path: Path, t
     assert names(thesis) == ["thesis.tex"]
 
 
-def test_new_folder_is_claimed_by_one_of_two_recipes(tmp_path: Path) -> None:
+def test_new_folder_is_claimed_by_one_of_two_recipes(tmp_path):
     out = tmp_path / "contested"
     slow, fast = (make_recipe("single", 40, classes=20, size=32, points=100, seed=seed) for seed in (0, 1))
     plan = plan_build(open_folder(out, slow))
@@ -112,7 +112,7 @@ def test_new_folder_is_claimed_by_one_of_two_recipes(tmp_path: Path) -> None:
     assert files(out) == before
 
 
-def test_two_builds_in_one_folder_make_one_dataset(built: Path, tmp_path: Path) -> None:
+def test_two_builds_in_one_folder_make_one_dataset(built, tmp_path):
     out = tmp_path / "out"
     for process in [start(SMALL, out, workers=2) for _ in range(2)]:
         _, errors = process.communicate()
@@ -131,7 +131,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: None) -> None:
+def test_killed_build_continues_to_the_same_dataset(tmp_path, threads):
     """SIGKILL to the parent ends the workers, and the next build continues."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
     succeed(*SMALL, *SLOW, "--out", undisturbed)
@@ -147,7 +147,7 @@ def test_killed_build_continues_to_the_same_dataset(tmp_path: Path, threads: Non
     assert files(out) == files(undisturbed)
 
 
-def test_killed_workers_shards_are_rendered_again(tmp_path: Path, threads: None) -> None:
+def test_killed_workers_shards_are_rendered_again(tmp_path, threads):
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     options = [*SMALL, "--points", "300000"]
     succeed(*options, "--out", undisturbed)
@@ -161,7 +161,7 @@ def test_killed_workers_shards_are_rendered_again(tmp_path: Path, threads: None)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_a_build_after_the_running_shards(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_signal_ends_a_build_after_the_running_shards(tmp_path, number, code):
     out = tmp_path / "stopped"
     process = start([*SMALL, *SLOW], out)
     wait_until(lambda: sidecars(out), process)
@@ -177,7 +177,7 @@ def test_signal_ends_a_build_after_the_running_shards(tmp_path: Path, number: si
     assert len(list(out.glob("*.tar"))) == len(sidecars(out))
 
 
-def test_full_disk_leaves_only_finished_shards(built: Path, small_disk: Path) -> None:
+def test_full_disk_leaves_only_finished_shards(built, small_disk):
     out = small_disk / "out"
     plan = plan_build(open_folder(out, RECIPE))
     filler = small_disk / "filler"
@@ -193,7 +193,7 @@ def test_full_disk_leaves_only_finished_shards(built: Path, small_disk: Path) ->
 
 
 @pytest.mark.parametrize("command", FINISH)
-def test_finished_dataset_may_be_read_only(built: Path, small_disk: Path, command: str, threads: None) -> None:
+def test_finished_dataset_may_be_read_only(built, small_disk, command, threads):
     out = small_disk / "out"
     subprocess.run(["cp", "-r", built, out], check=True)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
@@ -201,7 +201,7 @@ def test_finished_dataset_may_be_read_only(built: Path, small_disk: Path, comman
     assert_refused(run(*SMALL, "--n", "111", "--out", out), 1)
 
 
-def test_categories_that_stay_black_are_named(tmp_path: Path, threads: None) -> None:
+def test_categories_that_stay_black_are_named(tmp_path, threads):
     diverges = [[2, 0, 0, 2, 1, 1, 0.5], [1.5, 0, 0, 1.5, 0, 0, 0.5]]
     categories = (*shipped_categories()[:2], np.array(diverges), np.array([[0.5, 0, 0, 0.5, 1, 1, 1]]))
     for index, category in enumerate(categories):
@@ -213,7 +213,7 @@ def test_categories_that_stay_black_are_named(tmp_path: Path, threads: None) -> 
     assert "00001" not in warning
 
 
-def test_given_categories_are_stored(tmp_path: Path, threads: None) -> None:
+def test_given_categories_are_stored(tmp_path, threads):
     """Categories come from a file or a folder of CSV files; a later build uses those stored in the dataset folder."""
     folder, stored = tmp_path / "csv" / "csv0", tmp_path / "categories.npz"
     folder.mkdir(parents=True)
@@ -269,7 +269,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_repair_renders_only_the_damaged_shard(built: Path, copy: Path, name: str, damage: Callable) -> None:
+def test_repair_renders_only_the_damaged_shard(built, copy, name, damage):
     damage(copy / name)
     kept = {path.name: path.stat().st_mtime_ns for path in copy.glob("*.tar") if path.stem != Path(name).stem}
     result = succeed("repair", copy)
@@ -281,7 +281,7 @@ def test_repair_renders_only_the_damaged_shard(built: Path, copy: Path, name: st
     assert is_sound(copy)
 
 
-def test_repair_refuses_shards_that_differ_from_the_manifest(built: Path, copy: Path, threads: None) -> None:
+def test_repair_refuses_shards_that_differ_from_the_manifest(built, copy, threads):
     splits = json.loads((copy / "_info.json").read_text())["splits"]
     splits["val"]["content_digests"] = ["0" * 32]
     edit(copy / "_info.json", splits=splits)
@@ -292,7 +292,7 @@ def test_repair_refuses_shards_that_differ_from_the_manifest(built: Path, copy: 
     assert files(copy) == files(built)
 
 
-def test_repair_names_what_it_cannot_repair(copy: Path, tmp_path: Path, threads: None) -> None:
+def test_repair_names_what_it_cannot_repair(copy, tmp_path, threads):
     part = shutil.copytree(copy, tmp_path / "part")
     splits = json.loads((part / "_info.json").read_text())["splits"]
     edit(part / "_info.json", splits={"train": splits["train"]})  # as 'fractalshards pull --shards' leaves it
@@ -307,7 +307,7 @@ def test_repair_names_what_it_cannot_repair(copy: Path, tmp_path: Path, threads:
         assert "sound:" not in result.stdout
 
 
-def test_systems_that_the_kind_cannot_render_are_refused(copy: Path, threads: None) -> None:
+def test_systems_that_the_kind_cannot_render_are_refused(copy, threads):
     """A folder from elsewhere may be consistent and still hold unusable systems."""
     systems = [np.zeros((3, 7))] * 20
     write_systems(copy / "systems.npz", systems)

@@ -20,7 +20,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["00007_06_point_gray.png", "00007_09_patch_gray_seed1_flip0.png"])
-def test_render_draws_the_published_images(reference: Path, tmp_path: Path, name: str) -> None:
+def test_render_draws_the_published_images(reference, tmp_path, name):
     case = next(x for x in json.loads((reference / "fractaldb_images/index.json").read_text()) if x["file"] == name)
     out = tmp_path / "new" / "image.png"
     options = ["--params", reference / "fractaldb_csv/00007.csv", "--weight-row", case["weight_row"], "--out", out]
@@ -31,7 +31,7 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, name
         assert np.array_equal(pixels(out), flipped)
 
 
-def test_search_writes_categories(tmp_path: Path) -> None:
+def test_search_writes_categories(tmp_path):
     out = tmp_path / "new" / "found.npz"
     result = succeed("search", "--classes", 2, "--seed", 5, "--fill-rate", 0.1, "--workers", 1, "--out", out)
     assert f"{out}: 2 categories" in result.stdout
@@ -99,9 +99,7 @@ RENDER = "render --kind visualatom --category 1 --instance 1"
         ("preview --kind single --out x.tiff", 2, "x.tiff"),
     ],
 )
-def test_refusal_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, code: int, noun: str
-) -> None:
+def test_refusal_is_one_line(tmp_path, monkeypatch, command, code, noun):
     monkeypatch.chdir(tmp_path)
     name, *options = shlex.split(command)
     assert_refused(run(name, "--out", "out.png", *options), code, noun)
@@ -109,7 +107,7 @@ def test_refusal_is_one_line(
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
-def test_preview_draws_a_row_per_class(tmp_path: Path, kind: str) -> None:
+def test_preview_draws_a_row_per_class(tmp_path, kind):
     out = tmp_path / "sheet.png"
     succeed("preview", "--kind", kind, "--classes", 3, "--per-class", 2, "--out", out)
     sheet = pixels(out)
@@ -119,7 +117,7 @@ def test_preview_draws_a_row_per_class(tmp_path: Path, kind: str) -> None:
         assert sheet[32 + 100 * row : 128 + 100 * row, 44:140].std() > 5, f"row {row} shows nothing"
 
 
-def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
+def test_preview_takes_the_options_of_a_recipe(tmp_path):
     out = tmp_path / "sheet.png"
     plain = ["preview", "--kind", "fractaldb", "--classes", 2, "--per-class", 2, "--tile", 32, "--out", out]
     sheets = []
@@ -130,7 +128,7 @@ def test_preview_takes_the_options_of_a_recipe(tmp_path: Path) -> None:
     assert len({sheet.tobytes() for sheet in sheets}) == 5
 
 
-def test_recipe_is_written_or_printed(tmp_path: Path) -> None:
+def test_recipe_is_written_or_printed(tmp_path):
     options = ["recipe", "--kind", "rcdb", "--n", 2, "--classes", 2, "--set", "processes=2", "--set", "stream=own"]
     for size, warned in ((64, True), (512, False), (600, False)):  # curves do not shrink with the image
         printed = succeed(*options, "--size", size)
@@ -139,7 +137,7 @@ def test_recipe_is_written_or_printed(tmp_path: Path) -> None:
         assert ("warning:" in printed.stderr) == warned
 
 
-def test_kinds_lists_every_parameter_with_default_and_range() -> None:
+def test_kinds_lists_every_parameter_with_default_and_range():
     rows = [line.split() for line in succeed("kinds").stdout.splitlines()]
     for row in (["jitter", "0.8,1.1", "0.0", "to", "10.0"], ["objects", "1,5", "1", "to", "255"]):
         assert row in [found[:5] for found in rows]

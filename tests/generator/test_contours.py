@@ -31,7 +31,7 @@ STREAM = ("--classes", 6, "--set", "processes=2", "--set", "instances=30")
 
 
 @pytest.mark.parametrize("seed", [1, 20, 2**40])
-def test_mersenne_draws_what_python_draws(seed: int) -> None:
+def test_mersenne_draws_what_python_draws(seed):
     theirs, ours = random.Random(seed), Mersenne.of(seed_state(seed))
     for turn in range(1200):
         assert ours.integer(0, 256) == theirs.randint(0, 255)
@@ -48,7 +48,7 @@ def test_mersenne_draws_what_python_draws(seed: int) -> None:
             ours = Mersenne.of(ours.state())
 
 
-def test_sines_cosines_and_logarithms_are_rounded_correctly() -> None:
+def test_sines_cosines_and_logarithms_are_rounded_correctly():
     rng = np.random.default_rng(0)
     angles = np.concatenate([rng.uniform(0, 130, 800), rng.uniform(0, MAX_ANGLE, 100), [0.0, np.pi / 2, np.pi, 1e-9]])
     sines, cosines = sine_and_cosine(angles)
@@ -62,7 +62,7 @@ corners = st.lists(st.tuples(*[st.integers(-40, 60) | st.integers(-10_000, 10_00
 
 
 @given(corners, st.integers(16, 40))
-def test_lines_are_those_of_pillow(corners: list[tuple[int, int]], size: int) -> None:
+def test_lines_are_those_of_pillow(corners, size):
     ours, theirs = np.zeros((size, size), np.uint8), Image.new("L", (size, size))
     columns, rows = np.array([*corners, corners[0]], np.int32).T
     _draw_polygon(ours, np.ascontiguousarray(columns), np.ascontiguousarray(rows), np.uint8(9))
@@ -72,7 +72,7 @@ def test_lines_are_those_of_pillow(corners: list[tuple[int, int]], size: int) ->
 
 
 @pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
-def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind: str) -> None:
+def test_render_draws_the_published_images(reference, tmp_path, kind):
     indices = [json.loads((reference / kind / name).read_text()) for name in ("index.json", "official.json")]
     assert sum(map(len, indices)) == 15
     for case in chain(*indices):
@@ -95,9 +95,7 @@ def test_render_draws_the_published_images(reference: Path, tmp_path: Path, kind
         ("rcdb", ("--set", "processes=40"), "rcdb/published_1k_40_processes_some_classes.csv"),
     ],
 )
-def test_parameters_writes_the_published_ones(
-    reference: Path, tmp_path: Path, kind: str, settings: tuple[str, ...], name: str
-) -> None:
+def test_parameters_writes_the_published_ones(reference, tmp_path, kind, settings, name):
     out = tmp_path / "parameters.csv"
     succeed("parameters", "--kind", kind, *settings, "--out", out)
     header, *rows = out.read_text().splitlines()
@@ -114,7 +112,7 @@ def build(out: Path, kind: str, *options: object) -> Path:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", ["visualatom", "rcdb"])
-def test_build_holds_every_instance_of_the_stream_once(tmp_path: Path, kind: str) -> None:
+def test_build_holds_every_instance_of_the_stream_once(tmp_path, kind):
     out = build(tmp_path / kind, kind, "--n", 180, "--val", 30, "--seed", 3, *STREAM)
     overrides = {"processes": 2, "instances": 30}
     recipe = make_recipe(kind, 180, val=30, classes=6, seed=3, shard_size=60, overrides=overrides)
@@ -140,7 +138,7 @@ def test_build_holds_every_instance_of_the_stream_once(tmp_path: Path, kind: str
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", ["none", "cache", "damaged cache"])
-def test_repair_follows_the_stream_again(tmp_path: Path, loss: str) -> None:
+def test_repair_follows_the_stream_again(tmp_path, loss):
     out = build(tmp_path / "out", "rcdb", "--n", 120, *STREAM)
     before = load_manifest(out)
     (out / "train-000001.tar").unlink()
@@ -154,7 +152,7 @@ def test_repair_follows_the_stream_again(tmp_path: Path, loss: str) -> None:
     assert load_manifest(out).splits == before.splits
 
 
-def test_smaller_build_holds_the_first_instances() -> None:
+def test_smaller_build_holds_the_first_instances():
     recipe = make_recipe("visualatom", 36, classes=12, overrides={"processes": 4, "instances": 30})
     places = [locate(recipe, index) for index in range(36)]
     assert {25 * place.unit.number + place.part for place in places} == {0, 1, 2}
@@ -163,7 +161,7 @@ def test_smaller_build_holds_the_first_instances() -> None:
     assert np.array_equal(small, large[44:556, 44:556])
 
 
-def test_own_stream_has_any_number_of_images() -> None:
+def test_own_stream_has_any_number_of_images():
     overrides = {"stream": "own"}
     recipe = make_recipe("rcdb", 9000, val=70, classes=7, size=256, overrides=overrides)
     systems = draw_systems(recipe)
@@ -183,7 +181,7 @@ def test_own_stream_has_any_number_of_images() -> None:
         ("rcdb", "own", "318258493b165536183cda73d0f20deb", "5c4902595fbc3ee7"),
     ],
 )
-def test_pixels_are_pinned(kind: str, stream: str, recipe_digest: str, pixels: str) -> None:
+def test_pixels_are_pinned(kind, stream, recipe_digest, pixels):
     """Changing any pixel requires a new recipe version."""
     overrides = {"processes": 2, "instances": 30, "stream": stream}
     recipe = make_recipe(kind, 120, val=4, classes=4, size=200, overrides=overrides)
@@ -195,7 +193,7 @@ def test_pixels_are_pinned(kind: str, stream: str, recipe_digest: str, pixels: s
 
 
 @pytest.mark.parametrize("stream", ["published", "own"])
-def test_systems_of_another_stream_are_refused(tmp_path: Path, stream: str) -> None:
+def test_systems_of_another_stream_are_refused(tmp_path, stream):
     """As from a portable recipe that somebody put together: its digests fit, but its systems are others."""
     recipe = make_recipe("rcdb", 12, classes=12, overrides={"processes": 4, "instances": 30, "stream": stream})
     systems = [np.nextafter(system, 1e9) for system in draw_systems(recipe)]

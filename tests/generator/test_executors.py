@@ -34,7 +34,7 @@ def content(folder: Path) -> str:
     return load_manifest(folder).content_digest()
 
 
-def test_slices_make_the_dataset_of_one_build(built: Path, tmp_path: Path, threads: None) -> None:
+def test_slices_make_the_dataset_of_one_build(built, tmp_path, threads):
     out = tmp_path / "sliced"
     assert "slice 2/3" in succeed(*SMALL, "--out", out, "--slice", "2/3").stdout
     assert sorted(path.name for path in out.glob("*.tar")) == ["train-000001.tar", "train-000004.tar"]
@@ -63,7 +63,7 @@ class InThisThread(Executor):
 
 
 @pytest.mark.parametrize("error", [WorkerLostError("killed"), MemoryError()], ids=repr)
-def test_lost_shards_are_named_after_the_rest_is_built(built: Path, tmp_path: Path, error: BaseException) -> None:
+def test_lost_shards_are_named_after_the_rest_is_built(built, tmp_path, error):
     out = tmp_path / "out"
     lost = InThisThread({"train-000001.tar": error, "val-000000.tar": error})
     with pytest.raises(FractalError, match=r"\A.*train-000001.tar, val-000000.tar.*\Z"):  # one line
@@ -85,13 +85,13 @@ def elsewhere(folder: Path, *others: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(("change", "noun"), [(in_a_newer_version, "recipe version"), (elsewhere, "not-mounted")])
-def test_worker_that_cannot_build_is_named(tmp_path: Path, change: Callable[..., tuple], noun: str) -> None:
+def test_worker_that_cannot_build_is_named(tmp_path, change, noun):
     with pytest.raises(FractalError, match=noun):
         run_build(plan_build(open_folder(tmp_path / "out", RECIPE)), InThisThread(change=change))
 
 
 @pytest.mark.parametrize("address", ["nonsense://x", "localhost"])
-def test_malformed_dask_address_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_malformed_dask_address_is_named(tmp_path, monkeypatch, address):
     """No client is made for it: Dask would leave it open, and the next client would wait for it."""
     monkeypatch.setattr("distributed.Client", lambda *arguments, **named: pytest.fail("made a client"))
     result = run(*SMALL, "--out", tmp_path / "out", "--executor", "dask", "--scheduler", address)
@@ -101,7 +101,7 @@ def test_malformed_dask_address_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_dask_scheduler_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dask_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch):
     from distributed import LocalCluster
 
     monkeypatch.setattr("fractalgen.executors._CONNECT_SECONDS", 0.5)
@@ -112,7 +112,7 @@ def test_dask_scheduler_that_does_not_answer_is_named(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path: Path) -> None:
+def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path):
     from distributed import Client, LocalCluster
 
     options = [*SMALL, "--n", "400", "--points", "200000", "--shard-size", "20"]
@@ -140,9 +140,7 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_dask_scheduler_that_dies_ends_the_build_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dask_scheduler_that_dies_ends_the_build_in_one_line(tmp_path, monkeypatch, caplog):
     """Dask logs nothing during the build, and as before afterwards."""
     import dask
     import distributed

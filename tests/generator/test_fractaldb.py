@@ -86,7 +86,7 @@ def slow_render(
     return image[::-1]
 
 
-def test_render_equals_the_published_images(reference: Path) -> None:
+def test_render_equals_the_published_images(reference):
     cases = json.loads((reference / "fractaldb_images" / "index.json").read_text())
     assert {case["draw"].replace("_", "-") for case in cases} == set(DRAWS)
     assert np.array_equal(weight_rows(), np.loadtxt(reference / "fractaldb_weights_0.4.csv", delimiter=","))
@@ -101,7 +101,7 @@ def test_render_equals_the_published_images(reference: Path) -> None:
             assert np.array_equal(kernel.palette(draw)[indices], np.asarray(theirs.convert("RGB"))), case["file"]
 
 
-def test_render_pixels_are_pinned() -> None:
+def test_render_pixels_are_pinned():
     """A change of any pixel would change every dataset."""
     drawn = masks(KEY, 5000)
     assert drawn[:6].tolist() == masks(KEY, 6).tolist() == [468, 423, 91, 16, 309, 66]  # whatever their number
@@ -117,7 +117,7 @@ def test_render_pixels_are_pinned() -> None:
 
 @settings(max_examples=200)
 @given(st.data())
-def test_render_equals_the_slow_renderer(data: st.DataObject) -> None:
+def test_render_equals_the_slow_renderer(data):
     maps = data.draw(st.integers(1, 4))
     values = data.draw(st.sampled_from([TAME, st.one_of(TAME, TAME, WILD)]))
     category = np.array(data.draw(st.lists(st.lists(values, min_size=7, max_size=7), min_size=maps, max_size=maps)))
@@ -133,7 +133,7 @@ def test_render_equals_the_slow_renderer(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("points", [1, 2, 7, 8, 9, 2047, 2048, 2055, 2056, 2057, 2063, 2064, 4999])
 @pytest.mark.parametrize("turn", [0.5, 1.0], ids=["contracts", "only turns"])
-def test_orbit_of_any_length_equals_the_slow_one(points: int, turn: float) -> None:
+def test_orbit_of_any_length_equals_the_slow_one(points, turn):
     """Orbits under a pure rotation never meet, nor do those of maps that are not always chosen."""
     cosine, sine = turn * math.cos(1), turn * math.sin(1)
     category = np.array([[cosine, -sine, sine, cosine, 1, 0, 0.5], [cosine, sine, -sine, cosine, 0, 1, 0.4]])
@@ -141,7 +141,7 @@ def test_orbit_of_any_length_equals_the_slow_one(points: int, turn: float) -> No
     assert np.array_equal(np.stack(orbit(category, random_numbers(points)), 1), expected)
 
 
-def test_render_in_chunks_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_in_chunks_gives_the_same_pixels(monkeypatch):
     drawn = masks(KEY, 5000)
     whole = [render(LEAF, ONES, 40, 5000, draw, drawn) for draw in DRAWS]
     monkeypatch.setattr(kernel, "_CHUNK", 256)
@@ -160,12 +160,12 @@ def test_render_in_chunks_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch)
     ],
     ids=lambda arguments: repr(arguments[2:5]),
 )
-def test_render_refuses_bad_arguments(arguments: tuple) -> None:
+def test_render_refuses_bad_arguments(arguments):
     with pytest.raises(UsageError):
         render(*arguments)
 
 
-def test_kind_pixels_are_pinned() -> None:
+def test_kind_pixels_are_pinned():
     """Changing any pixel requires a new recipe version."""
     digests = []
     for number, name in enumerate(DRAWS):
@@ -176,7 +176,7 @@ def test_kind_pixels_are_pinned() -> None:
     assert digests == ["ee8b28242a501bd2", "fa3cc686905f2f66", "d48008034278d3f1", "adef9d36794a95ff"]
 
 
-def test_kind_composes_a_thousand_and_a_million_as_published() -> None:
+def test_kind_composes_a_thousand_and_a_million_as_published():
     """OFDB renders every category once, unflipped; a million images have 25 weight rows, 10 draws and 4 flips."""
 
     def taken(n: int, classes: int) -> Counter[tuple[int, int, int]]:
@@ -191,14 +191,14 @@ def test_kind_composes_a_thousand_and_a_million_as_published() -> None:
 
 
 @pytest.mark.parametrize(("name", "n"), [("patch-gray", 240), ("patch-gray", 1000), ("point-gray", 240)])
-def test_kind_shares_no_render_between_splits(name: str, n: int) -> None:
+def test_kind_shares_no_render_between_splits(name, n):
     recipe = make_recipe("fractaldb", n, val=40, classes=10, size=32, points=500, overrides={"draw": name})
     systems = draw_systems(recipe)
     images = [(label, image.tobytes()) for image, label in (render_sample(recipe, systems, i) for i in range(n + 40))]
     assert not set(images[:n]) & set(images[n:])
 
 
-def test_kind_of_points_has_a_hundred_images_per_class() -> None:
+def test_kind_of_points_has_a_hundred_images_per_class():
     points = {"draw": "point-color"}
     assert make_recipe("fractaldb", 960, val=40, classes=10, overrides=points).val == 40
     for n, val in ((1001, 0), (950, 60)):
@@ -216,18 +216,18 @@ def write_csv(path: Path, category: np.ndarray) -> None:
     np.savetxt(path, category, delimiter=",")  # as the published code does
 
 
-def test_shipped_categories_are_the_published_ones(reference: Path) -> None:
+def test_shipped_categories_are_the_published_ones(reference):
     published = read_csv_folder(reference / "fractaldb_csv")
     assert len(published) == 150
     assert all(np.array_equal(*pair) for pair in zip(published, shipped_categories(), strict=False))
 
 
-def test_shipped_categories_are_pinned() -> None:
+def test_shipped_categories_are_pinned():
     assert systems_digest(shipped_categories()) == "201aa5bc24bccf68a212dbe432eb7f53"
 
 
 @pytest.mark.parametrize("folders", [[""], ["csv0", "csv1", "csv2"]])
-def test_csv_folder_may_have_subfolders(tmp_path: Path, folders: list[str]) -> None:
+def test_csv_folder_may_have_subfolders(tmp_path, folders):
     for index in range(7):
         write_csv(tmp_path / folders[index % len(folders)] / f"{index:05d}.csv", shipped_categories()[index])
     (tmp_path / "weights_0.4.csv").write_text("1,1\n")
@@ -236,7 +236,7 @@ def test_csv_folder_may_have_subfolders(tmp_path: Path, folders: list[str]) -> N
     assert all(np.array_equal(*pair) for pair in zip(back, shipped_categories(), strict=False))
 
 
-def test_csv_folder_with_gaps_or_duplicates_is_refused(tmp_path: Path) -> None:
+def test_csv_folder_with_gaps_or_duplicates_is_refused(tmp_path):
     with pytest.raises(FractalError, match="missing"):
         read_csv_folder(tmp_path / "missing")
     for name in ("00000.csv", "csv1/00000.csv", "csv1/00002.csv"):
@@ -269,14 +269,14 @@ def arrays(**named: np.ndarray) -> Callable[[Path], object]:
         (read_categories, arrays(**{"00000": np.array([[None] * 7])})),
     ],
 )  # fmt: skip
-def test_other_files_of_categories_are_refused(tmp_path: Path, read: Callable, write: Callable) -> None:
+def test_other_files_of_categories_are_refused(tmp_path, read, write):
     path = tmp_path / "00000.npz"
     write(path)
     with pytest.raises(FractalError, match=rf"\A{path}: .*\Z"):  # one line
         read(path)
 
 
-def test_search_finds_the_published_categories(reference: Path) -> None:
+def test_search_finds_the_published_categories(reference):
     calls: list[tuple[int, int]] = []
     found = search_categories(12, workers=2, on_progress=lambda *call: calls.append(call))
     assert all(np.array_equal(one.category, shipped) for one, shipped in zip(found, shipped_categories(), strict=False))
@@ -290,7 +290,7 @@ ONEPFRAC = make_recipe("onepfrac", 40, classes=20)
 PERTURBED = draw_systems(ONEPFRAC)
 
 
-def test_onepfrac_perturbs_one_fractal() -> None:
+def test_onepfrac_perturbs_one_fractal():
     """Coefficients differ from those of the sampler of ``single`` by their own factors, probabilities not at all."""
     fractal = sample_system(2, np.random.default_rng([0]), (4.8, 5.2))
     assert 3.4 <= sum(np.linalg.svd(affine)[1] @ (1, 2) for affine in fractal[:, :, :2]) <= 3.6
@@ -304,7 +304,7 @@ def test_onepfrac_perturbs_one_fractal() -> None:
         assert system[:, 6] == pytest.approx(area / area.sum(), abs=1e-5)
 
 
-def test_onepfrac_pixels_are_pinned() -> None:
+def test_onepfrac_pixels_are_pinned():
     """Changing any system or pixel requires a new recipe version."""
     state = xxhash.xxh3_64()
     for index in (0, 7, 39):

@@ -7,7 +7,6 @@ import os
 import zlib
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -46,7 +45,7 @@ def words(count, key0, key1):
 
 @pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
 @pytest.mark.parametrize("size", [0, 40])
-def test_damaged_cache_is_compiled_again(tmp_path: Path, pattern: str, size: int) -> None:
+def test_damaged_cache_is_compiled_again(tmp_path, pattern, size):
     (tmp_path / "cached.py").write_text("import numba\n@numba.njit(cache=True)\ndef successor(x): return x + 1\n")
     for _ in range(3):
         spec = importlib.util.spec_from_file_location("cached", tmp_path / "cached.py")
@@ -61,7 +60,7 @@ def test_damaged_cache_is_compiled_again(tmp_path: Path, pattern: str, size: int
     assert not hits
 
 
-def test_random_numbers_are_pinned() -> None:
+def test_random_numbers_are_pinned():
     """Changing them would change every dataset."""
     stream = Stream.of("single", 0, "train", 3, 4)
     assert [stream.bits64() for _ in range(2)] == [5537430552962344589, 14549906094821892492]
@@ -90,7 +89,7 @@ def published_orbit(system: np.ndarray, points: int, rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_chaos_game_has_the_density_of_one_long_orbit(seed: int) -> None:
+def test_chaos_game_has_the_density_of_one_long_orbit(seed):
     rng = np.random.default_rng(seed)
     system = sample_system((2, 5), rng)
     theirs = published_orbit(system, 100_000, rng)
@@ -102,7 +101,7 @@ def test_chaos_game_has_the_density_of_one_long_orbit(seed: int) -> None:
     assert np.abs(density - other).mean() < 1.5 * noise + 1e-3
 
 
-def test_splat_equals_the_published_rasteriser(reference: Path) -> None:
+def test_splat_equals_the_published_rasteriser(reference):
     with np.load(reference / "published_single" / "render.npz") as arrays:
         renders = {name: arrays[name] for name in arrays.files}
     cases = {name.split("_")[0] for name in renders}
@@ -119,7 +118,7 @@ def test_splat_equals_the_published_rasteriser(reference: Path) -> None:
             np.testing.assert_allclose(ours, renders[f"{case}_{image}"], rtol=0, atol=1e-12, err_msg=f"{case} {image}")
 
 
-def test_splat_draws_patches_of_points_just_outside() -> None:
+def test_splat_draws_patches_of_points_just_outside():
     points = np.array([[-1.5, 3.0], [3.0, 8.4], [-2.5, 3.0], [np.nan, 1.0], [np.inf, 1.0], [3.0, 1e30]])
     counts = rasterize(points, 8, window=[0, 0, 7, 7], patch=np.array([[2, 1], [1, 0]]), graded=False)
     assert np.argwhere(counts).tolist() == [[0, 3], [3, 7]]
@@ -132,14 +131,14 @@ def picture(side: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("source", [1, 2, 8, 111, 112, 256])
-def test_resize_equals_opencv(source: int) -> None:
+def test_resize_equals_opencv(source):
     image = picture(source)
     for size in [*range(1, 140), 224, 300]:
         assert np.array_equal(resize(image, size), cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(-35, 35), st.integers(-35, 35)), max_size=6))
-def test_canvas_boxes_what_is_visible_of_each_object(pastes: list[tuple[int, int, int]]) -> None:
+def test_canvas_boxes_what_is_visible_of_each_object(pastes):
     canvas = Canvas(np.full((20, 20, 3), 200, np.uint8))
     inside = np.s_[40:60, 40:60]  # of margins that hold what is outside of the canvas
     expected, owner = np.full((120, 120, 3), 200, np.uint8), np.zeros((120, 120), int)
@@ -157,14 +156,14 @@ def test_canvas_boxes_what_is_visible_of_each_object(pastes: list[tuple[int, int
 
 
 @given(st.binary(min_size=1, max_size=2000), st.integers(1, 256))
-def test_zlib_compress_is_inflated_by_other_decoders(data: bytes, symbols: int) -> None:
+def test_zlib_compress_is_inflated_by_other_decoders(data, symbols):
     rows = (np.frombuffer(data, np.uint8).astype(int) % symbols).astype(np.uint8)
     stream = zlib_compress(rows)
     for decompress in (zlib.decompress, isal_zlib.decompress):
         assert decompress(stream) == rows.tobytes()
 
 
-def test_code_lengths_are_limited() -> None:
+def test_code_lengths_are_limited():
     """The tree is a chain if each symbol is as frequent as all rarer ones together."""
     rows = np.repeat(np.arange(19, dtype=np.uint8), [1, *(2**k for k in range(18))])
     np.random.default_rng(0).shuffle(rows)
@@ -172,7 +171,7 @@ def test_code_lengths_are_limited() -> None:
 
 
 @pytest.mark.parametrize("kind", ["single", "multi", "fractaldb"])
-def test_encode_image_is_read_by_other_decoders_and_small(kind: str) -> None:
+def test_encode_image_is_read_by_other_decoders_and_small(kind):
     recipe = make_recipe(kind, 100, classes=20)
     systems = draw_systems(recipe)
     sizes = []
@@ -190,7 +189,7 @@ def test_encode_image_is_read_by_other_decoders_and_small(kind: str) -> None:
     assert ours <= 1.03 * isal  # 2 % smaller in the mean of all classes, up to 6 % larger or smaller in single images
 
 
-def test_zlib_compress_bytes_are_pinned() -> None:
+def test_zlib_compress_bytes_are_pinned():
     """The bytes are the same on every CPU, unlike those of ISA-L."""
     rows = np.random.default_rng(0).integers(0, 99, 5001, dtype=np.uint8)
     assert xxhash.xxh3_64_hexdigest(zlib_compress(rows)) == "7246df90de752505"
@@ -209,14 +208,14 @@ def _convert(hsv, levels):
         levels[i] = hsv_pixel(np.float32(hsv[i, 0]), np.float32(hsv[i, 1]), np.float32(hsv[i, 2]))
 
 
-def test_hsv_equals_the_published_conversion(reference: Path) -> None:
+def test_hsv_equals_the_published_conversion(reference):
     with np.load(reference / "published_single" / "hsv2rgb.npz") as arrays:
         assert np.array_equal(hsv_to_rgb(arrays["hsv"]), arrays["rgb"])
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 5), (31, 30), (224, 224)])
 @pytest.mark.parametrize("sigma", [0.5, 0.61, 0.77, 0.9, 1.0])
-def test_gaussian_blur_equals_opencv(shape: tuple[int, int], sigma: float) -> None:
+def test_gaussian_blur_equals_opencv(shape, sigma):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert np.array_equal(gaussian_blur(image, sigma), cv2.GaussianBlur(image, (3, 3), sigma))
 
@@ -240,7 +239,7 @@ def plain_diamond_square(levels: int, decay: float, noise: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("size", [16, 17, 33])
-def test_diamond_square_is_the_published_algorithm(size: int) -> None:
+def test_diamond_square_is_the_published_algorithm(size):
     levels = math.ceil(math.log2(size))
     key = Stream.of("ds", size).key()
     heights = diamond_square(size, 0.6, key)

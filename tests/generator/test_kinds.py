@@ -57,7 +57,7 @@ def with_fewer_instructions(native: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", building.VARIANTS)
-def test_build_is_the_same_with_fewer_instructions(name: str, native: Path, with_fewer_instructions: Path) -> None:
+def test_build_is_the_same_with_fewer_instructions(name, native, with_fewer_instructions):
     """The files of single and multi are byte-identical, because ISA-L does not make their PNGs."""
     ours, theirs = load_manifest(native / name), load_manifest(with_fewer_instructions / name)
     assert ours.content_digest() == theirs.content_digest()
@@ -65,7 +65,7 @@ def test_build_is_the_same_with_fewer_instructions(name: str, native: Path, with
         assert ours.splits == theirs.splits
 
 
-def test_built_fractaldb_holds_the_pixels_of_its_renderer(tmp_path: Path) -> None:
+def test_built_fractaldb_holds_the_pixels_of_its_renderer(tmp_path):
     recipe = building.small_recipe("fractaldb", n=612, classes=6)
     building.build(recipe, tmp_path / "built")
     seen = set()
@@ -83,7 +83,7 @@ def test_built_fractaldb_holds_the_pixels_of_its_renderer(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "points"), [(16, 1), (16, 3000), (4096, 1), (4096, 3000)])
-def test_extremes_of_size_and_points_render(kind: str, size: int, points: int) -> None:
+def test_extremes_of_size_and_points_render(kind, size, points):
     points = points if KINDS[kind].points else 0
     recipe = make_recipe(kind, 5, classes=5, size=size, points=points, overrides=building.overrides_of(kind))
     systems = draw_systems(recipe)
@@ -102,7 +102,7 @@ def extremes(kind: Kind, field: Field[Any]) -> list[str]:
 
 
 @given(st.data())
-def test_settings_at_their_limits_render_deterministically(data: st.DataObject) -> None:
+def test_settings_at_their_limits_render_deterministically(data):
     kind = data.draw(st.sampled_from(list(KINDS.values())))
     bound = {"stream", "processes", "instances"} | (
         {"maps", "sigma", "threshold"} if kind.name == "onepfrac" else set()
@@ -140,7 +140,7 @@ DIVERGING = ("expanding", "huge", "NaN")
 @pytest.mark.parametrize("kind", ["single", "multi"])
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_degenerate_systems_render_or_are_refused(kind: str, name: str) -> None:
+def test_degenerate_systems_render_or_are_refused(kind, name):
     """A build never draws such systems, but a caller of the API may pass them."""
     overrides = {"background": name in DIVERGING}  # fractals that leave their window show nothing else
     recipe = make_recipe(kind, 4, classes=1, size=48, points=2000, overrides=overrides)
@@ -158,7 +158,7 @@ TINY = {"val": 5, "classes": 4, "size": 32, "points": 500, "shard_size": 8}
 
 @pytest.mark.parametrize("kind", ["fractaldb", "single", "multi"])
 @pytest.mark.parametrize("val", [0, 5])
-def test_fresh_images_are_never_drawn_twice(kind: str, val: int) -> None:
+def test_fresh_images_are_never_drawn_twice(kind, val):
     overrides = {"weight_rows": (0, 2)} if kind == "fractaldb" else {}
     recipe = make_recipe(kind, 19, **{**TINY, "val": val}, overrides=overrides)
     fresh, stored = RenderedSplit(recipe, fresh=True), RenderedSplit(recipe)
@@ -174,7 +174,7 @@ def test_fresh_images_are_never_drawn_twice(kind: str, val: int) -> None:
             stored.read(index)
 
 
-def test_recipes_that_cannot_be_rendered_are_refused(tmp_path: Path) -> None:
+def test_recipes_that_cannot_be_rendered_are_refused(tmp_path):
     recipe, unfit = make_recipe("single", 8, classes=4, size=32), [np.zeros((3, 7))] * 4
     (tmp_path / "unfit.json").write_bytes(plan_portable(recipe.with_systems(unfit).to_json(), "single", unfit))
     with pytest.raises(FractalError, match=r"unfit\.json"):

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from fractalshards.digest import mapping_digest
 from fractalshards.errors import FractalError, UsageError
 
 
-def test_recipe_digest_covers_every_field() -> None:
+def test_recipe_digest_covers_every_field():
     recipe = make_recipe("single", 100, classes=5, overrides={"maps": "2,3"})
     counts = ("n", "val", "classes", "size", "points", "seed", "shard_size")
     variants = [
@@ -39,7 +38,7 @@ def test_recipe_digest_covers_every_field() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
+def test_parse_recipe_is_the_inverse_of_to_json(kind):
     recipe = make_recipe(kind, 100, val=10, classes=5, seed=2**60, overrides=overrides_of(kind))
     recipe = recipe.with_systems(draw_systems(recipe))
     assert parse_recipe(json.loads(json.dumps(recipe.to_json())), recipe.digest(), "a test") == recipe
@@ -59,7 +58,7 @@ def test_parse_recipe_is_the_inverse_of_to_json(kind: str) -> None:
     ],
     ids=str,
 )
-def test_parse_recipe_refuses_other_json(changes: dict[str, Any], noun: str) -> None:
+def test_parse_recipe_refuses_other_json(changes, noun):
     data = make_recipe("single", 100, classes=5).to_json() | changes
     with pytest.raises(FractalError, match=noun) as caught:
         parse_recipe(data, mapping_digest(data), "recipe.json")
@@ -68,14 +67,12 @@ def test_parse_recipe_refuses_other_json(changes: dict[str, Any], noun: str) -> 
 
 
 @given(st.integers(1, 600), st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation(count: int, key: int) -> None:
+def test_permute_is_a_permutation(count, key):
     assert sorted(permute(index, count, key) for index in range(count)) == list(range(count))
 
 
 @given(st.sampled_from(list(KINDS)), st.integers(1, 30), st.integers(0, 400), st.integers(0, 100), st.integers(0, 86))
-def test_locate_balances_classes_and_keeps_units_in_a_shard(
-    kind: str, classes: int, more: int, val: int, larger: int
-) -> None:
+def test_locate_balances_classes_and_keeps_units_in_a_shard(kind, classes, more, val, larger):
     per_unit = KINDS[kind].images_per_unit
     n, shard_size, overrides = classes + more, per_unit + larger, overrides_of(kind)
     recipe = make_recipe(kind, n, val=val, classes=classes, shard_size=shard_size, overrides=overrides)
@@ -95,7 +92,7 @@ def test_locate_balances_classes_and_keeps_units_in_a_shard(
     assert all(0 < task.stop - task.first < shard_size + per_unit for task in tasks)
 
 
-def test_locate_mixes_classes_and_images_of_units_inside_shards() -> None:
+def test_locate_mixes_classes_and_images_of_units_inside_shards():
     recipe = make_recipe("fractaldb", 4000, classes=10, shard_size=1000)
     for task in shard_tasks(recipe):
         places = [locate(recipe, index) for index in range(task.first, task.stop)]
@@ -104,7 +101,7 @@ def test_locate_mixes_classes_and_images_of_units_inside_shards() -> None:
         assert np.bincount([place.unit.label for place in places], minlength=10).min() > 50
 
 
-def test_locate_needs_few_renders_of_large_images_at_a_time() -> None:
+def test_locate_needs_few_renders_of_large_images_at_a_time():
     recipe = make_recipe("fractaldb", 4000, classes=10, size=4096)
     seen: Counter[object] = Counter()
     for place in (locate(recipe, index) for index in range(1000)):
@@ -114,7 +111,7 @@ def test_locate_needs_few_renders_of_large_images_at_a_time() -> None:
         assert len(seen) <= 2
 
 
-def test_locate_is_pinned() -> None:
+def test_locate_is_pinned():
     """Changing the content of an index requires a new recipe version."""
     found = []
     for kind in ("fractaldb", "single", "multi"):
@@ -131,7 +128,7 @@ def test_locate_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plan_of_a_million_images_is_fast(kind: str) -> None:
+def test_plan_of_a_million_images_is_fast(kind):
     recipe = make_recipe(kind, 1_000_000)
     start = time.process_time()
     assert len(shard_tasks(recipe)) == 1000

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -59,7 +58,7 @@ def here(cache: ShardCache) -> set[str]:
     return {path.name for path in cache.folder.glob("train-*.tar")}
 
 
-def test_cache_removes_the_least_recently_used_shard(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_removes_the_least_recently_used_shard(source, root, size, web):
     cache = opened(web(source).url, root, 3 * size + 10)
     read(cache, source, 0, 1, 2, 0, 3)
     assert here(cache) == {NAMES[0], NAMES[2], NAMES[3]}
@@ -71,13 +70,13 @@ def test_cache_removes_the_least_recently_used_shard(source: Path, root: Path, s
         assert file.read() == (source / NAMES[2]).read_bytes()
 
 
-def test_cache_of_another_user(source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_another_user(source, root, size, monkeypatch):
     cache = opened(str(source), root, 3 * size)
     monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))  # only the owner may set the time of a file
     read(cache, source, 0, 0)
 
 
-def test_cache_shared_by_threads_with_little_room(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_shared_by_threads_with_little_room(source, root, size, web):
     cache = opened(web(source).url, root, 2 * size)
 
     def work(start: int) -> None:
@@ -90,7 +89,7 @@ def test_cache_shared_by_threads_with_little_room(source: Path, root: Path, size
     assert not list(cache.folder.glob(".tmp~*"))
 
 
-def test_cache_fetches_a_shard_once_for_all_processes(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_fetches_a_shard_once_for_all_processes(source, root, size, web):
     server = web(source)
     cache = opened(server.url, root, SHARDS * size)
     read(cache, source, 5)  # this process has a connection now, which the forked ones must not use
@@ -104,7 +103,7 @@ def test_cache_fetches_a_shard_once_for_all_processes(source: Path, root: Path, 
     assert [server.count(name) for name in (*NAMES, "train-000000.json")] == [1] * (SHARDS + 1)
 
 
-def test_cache_survives_a_killed_process(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_survives_a_killed_process(source, root, size, web):
     server = web(source)
     cache = opened(server.url, root, size)  # its room is taken by what the killed one was fetching
     server.faults[NAMES[0]] = ["hang"]
@@ -118,7 +117,7 @@ def test_cache_survives_a_killed_process(source: Path, root: Path, size: int, we
     assert not list(cache.folder.glob(".tmp~*"))
 
 
-def test_cache_notices_damage(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_cache_notices_damage(source, root, size, web):
     server = web(source)
     cache = opened(server.url, root, 3 * size)
     read(cache, source, 0, 1, 2)
@@ -132,7 +131,7 @@ def test_cache_notices_damage(source: Path, root: Path, size: int, web: Callable
     assert server.count("train-000002.json") == 2
 
 
-def test_cache_holds_a_window_and_fits(source: Path, root: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_holds_a_window_and_fits(source, root, size, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(root.with_name("job")))
     folder = open_cache(str(source), None, 10**9, 1, "train").folder
     assert folder.parent == root.with_name("job") / f"fractalpretrain-{os.getuid()}"
@@ -147,7 +146,7 @@ def test_cache_holds_a_window_and_fits(source: Path, root: Path, size: int, monk
     opened(str(source), root, 2 * size)
 
 
-def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, web: Callable) -> None:
+def test_prefetching_keeps_the_next_shards(source, root, size, web):
     server = web(source)
     cache = opened(server.url, root, 3 * size)
     read(cache, source, 0, 1, 2)
@@ -159,7 +158,7 @@ def test_prefetching_keeps_the_next_shards(source: Path, root: Path, size: int, 
     assert (server.count(NAMES[0]), server.count(NAMES[3])) == (1, 0)
 
 
-def test_prefetching_ends_with_its_parent(source: Path, root: Path, size: int) -> None:
+def test_prefetching_ends_with_its_parent(source, root, size):
     cache, before = opened(str(source), root, SHARDS * size), children()
     with prefetching(cache, "train") as want:
         want([0, 1])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import click
@@ -44,7 +43,7 @@ def run(*arguments: str, **options: str) -> Result:
     return CliRunner(**options).invoke(program, ["work", *arguments])
 
 
-def test_all_paths_reject_empty_text_and_urls() -> None:
+def test_all_paths_reject_empty_text_and_urls():
     parameters = [parameter for command in main.commands.values() for parameter in command.params]
     paths = [parameter for parameter in parameters if isinstance(parameter.type, click.Path)]
     assert len(paths) > 10
@@ -56,26 +55,26 @@ def test_all_paths_reject_empty_text_and_urls() -> None:
 
 
 @pytest.mark.parametrize(("given", "used"), [([], 3), (["all"], 3), (["2"], 2), (["3"], 3), (["999"], 3)], ids=str)
-def test_workers_are_at_most_the_cores(given: list[str], used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_at_most_the_cores(given, used, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5})
     result = run("--quiet", *(f"--workers={number}" for number in given))
     assert (result.stdout, result.stderr) == (f"{used}\n", "warning: a warning\n")
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "none", "", "1.5", "9" * 5000])
-def test_workers_reject(given: str) -> None:
+def test_workers_reject(given):
     result = run("--workers", given)
     assert_refused(result, 2, "--workers")
     assert len(result.stderr) < 2100
 
 
-def test_lines_are_printed_once_and_in_any_encoding() -> None:
+def test_lines_are_printed_once_and_in_any_encoding():
     result = run("é 類 \udcff", "--workers=1", charset="iso8859-15")
     assert (result.exit_code, result.stdout_bytes) == (0, b"\xe9 \\u985e \\udcff1\n")
     assert result.stderr == "note: a note\nwarning: a warning\n"
 
 
-def test_bars_do_not_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bars_do_not_overlap(monkeypatch, capsys):
     """A bar hides the cursor until its work is done, not until that of the next bar is."""
     show_logs()  # a test before this one may have been --quiet
     monkeypatch.setenv("TERM", "xterm")
@@ -100,9 +99,7 @@ def test_bars_do_not_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (Terminated(), 143, "again"),
     ],
 )
-def test_lack_of_something_and_signals_are_one_line(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, noun: str
-) -> None:
+def test_lack_of_something_and_signals_are_one_line(dataset, monkeypatch, error, code, noun):
     def fail(*arguments: object) -> None:
         raise error
 
@@ -118,7 +115,7 @@ def test_lack_of_something_and_signals_are_one_line(
         *("push SMALL OUT", "pull SMALL OUT", "pack imagefolder:FLOWERS OUT"),
     ],
 )
-def test_quiet_prints_results_only(command: str, dataset: Path, flowers: Path, tmp_path: Path) -> None:
+def test_quiet_prints_results_only(command, dataset, flowers, tmp_path):
     other = shutil.copytree(dataset, tmp_path / "other")
     edit_split(other, content_digests=["0" * 32, "1" * 32])  # so that ``diff`` reads images
     for word, path in {"SMALL": dataset, "OTHER": other, "FLOWERS": flowers}.items():
@@ -132,7 +129,7 @@ def test_quiet_prints_results_only(command: str, dataset: Path, flowers: Path, t
 
 
 @pytest.mark.parametrize("flags", [[], ["-u"]], ids=["buffered", "unbuffered"])
-def test_output_that_a_full_disk_cuts_off_is_an_error(dataset: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_output_that_a_full_disk_cuts_off_is_an_error(dataset, tmp_path, flags):
     code = (
         "import resource, sys; from fractalshards.cli import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); main(sys.argv[1:])"
@@ -163,7 +160,7 @@ class Record:
         ("decay=0.1", 0.1), ("decay=none", None), ("pair=3, 5", (3, 5)), ("pair=3", (3, 3)),
     ],
 )  # fmt: skip
-def test_override_of_every_type(text: str, value: object) -> None:
+def test_override_of_every_type(text, value):
     changes = parse_settings(["count=x", "count=1", text])  # the last one wins
     assert getattr(override(Record(), changes, fixed=("name",)), text.partition("=")[0]) == value
 
@@ -175,7 +172,7 @@ def test_override_of_every_type(text: str, value: object) -> None:
         *("conut=3", "xyz=3", "name=x", "px=x"),
     ],
 )
-def test_override_rejects(text: str) -> None:
+def test_override_rejects(text):
     with pytest.raises(UsageError, match=text.partition("=")[0] or "--set") as caught:
         override(Record(), parse_settings([text]), fixed=("name",))
     assert ("'count'" in str(caught.value)) == (text == "conut=3")
@@ -208,7 +205,7 @@ def slurm(number: int, first: int, last: int, step: int | None = None) -> dict[s
     ],
     ids=str,
 )
-def test_parse_slice(text: str, environment: dict[str, str], expected: tuple[int, int] | None) -> None:
+def test_parse_slice(text, environment, expected):
     with nullcontext() if expected else pytest.raises(UsageError, match="--slice"):
         assert parse_slice(text, environment) == Slice(*expected or (1, 1))
 
@@ -217,6 +214,6 @@ def test_parse_slice(text: str, environment: dict[str, str], expected: tuple[int
     ("text", "size"),
     [("1.5 mb", 1_500_000), ("1GiB", 1 << 30), ("700", 700)] + [(text, None) for text in ("", "GB", "-1GB", "1PB")],
 )
-def test_parse_bytes(text: str, size: int | None) -> None:
+def test_parse_bytes(text, size):
     with pytest.raises(UsageError, match="--cache-size") if size is None else nullcontext():
         assert parse_bytes(text, "--cache-size") == size

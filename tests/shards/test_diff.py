@@ -48,7 +48,7 @@ def whole(tmp_path: Path) -> Path:
     return build(tmp_path / "A", images(25)[:20], (10, 10), images(25)[20:], n=20)
 
 
-def test_equal_datasets_are_not_read(whole: Path, tmp_path: Path) -> None:
+def test_equal_datasets_are_not_read(whole, tmp_path):
     (tmp_path / "B").mkdir()
     shutil.copy(whole / INFO, tmp_path / "B" / INFO)
     result = good("diff", whole, tmp_path / "B", "--workers", 1)
@@ -57,9 +57,7 @@ def test_equal_datasets_are_not_read(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lengths", "level", "remark"), [((10, 10), 9, "2 shards"), ((7, 7, 6), 1, "3 shards")])
-def test_same_samples_in_other_bytes_or_shards(
-    whole: Path, tmp_path: Path, lengths: tuple[int, ...], level: int, remark: str
-) -> None:
+def test_same_samples_in_other_bytes_or_shards(whole, tmp_path, lengths, level, remark):
     hostile = "\x1b[2J\n" * 1000
     other = build(tmp_path / "B", images(25)[:20], lengths, images(25)[20:], level, n=hostile)
     recipe, train, _, _ = good("diff", whole, other, "--workers", 1).stdout.splitlines()
@@ -69,7 +67,7 @@ def test_same_samples_in_other_bytes_or_shards(
     assert remark in train
 
 
-def test_equal_samples_with_different_digests_are_suspicious(whole: Path, tmp_path: Path) -> None:
+def test_equal_samples_with_different_digests_are_suspicious(whole, tmp_path):
     samples = images(25)[:20]
     permuted = build(tmp_path / "B", [*samples[:10], *samples[:9:-1]], (10, 10), images(25)[20:], n=20)
     damaged = shutil.copytree(whole, tmp_path / "C")
@@ -78,7 +76,7 @@ def test_equal_samples_with_different_digests_are_suspicious(whole: Path, tmp_pa
         assert "content digests of 1 shard differ, but the samples are the same" in differences(whole, other)[0]
 
 
-def test_different_samples_are_named_with_image_or_label(whole: Path, tmp_path: Path) -> None:
+def test_different_samples_are_named_with_image_or_label(whole, tmp_path):
     samples, others = images(25), images(25, seed=1)
     samples[11] = samples[11][0], (samples[11][1][0], 0)
     samples[13:20] = others[13:20]
@@ -89,7 +87,7 @@ def test_different_samples_are_named_with_image_or_label(whole: Path, tmp_path: 
     ]
 
 
-def test_missing_samples_are_named_on_either_side(whole: Path, tmp_path: Path) -> None:
+def test_missing_samples_are_named_on_either_side(whole, tmp_path):
     samples = images(25)
     del samples[3]
     other = build(tmp_path / "B", samples[:19], (10, 9), samples[19:], n=20)
@@ -97,7 +95,7 @@ def test_missing_samples_are_named_on_either_side(whole: Path, tmp_path: Path) -
     assert differences(whole, other)[:2] == differences(other, whole)[:2] == expected
 
 
-def test_longer_datasets_and_extra_splits_are_named(whole: Path, tmp_path: Path) -> None:
+def test_longer_datasets_and_extra_splits_are_named(whole, tmp_path):
     other = build(tmp_path / "B", images(20), (10,), n=10)
     assert differences(other, whole)[:3] == [
         f"recipe: n is 10 in {other}, 20 in {whole}",
@@ -106,7 +104,7 @@ def test_longer_datasets_and_extra_splits_are_named(whole: Path, tmp_path: Path)
     ]
 
 
-def test_only_the_first_different_shards_are_read(tmp_path: Path) -> None:
+def test_only_the_first_different_shards_are_read(tmp_path):
     count = MAX_READ + 3
     first = build(tmp_path / "A", images(count), [1] * count, seed=0)
     second = build(tmp_path / "B", images(count, seed=1), [1] * count, seed=1)
@@ -115,7 +113,7 @@ def test_only_the_first_different_shards_are_read(tmp_path: Path) -> None:
     assert "3 more shards" in lines[-2]
 
 
-def test_damaged_and_missing_datasets_are_refused(whole: Path, tmp_path: Path) -> None:
+def test_damaged_and_missing_datasets_are_refused(whole, tmp_path):
     assert_refused(run("diff", whole, tmp_path / "none"), 1, "none")
     other = build(tmp_path / "B", images(20, seed=1), (10, 10), n=20)
     overwrite(other / "train-000000.tar", 512 + 16, bytes(40))

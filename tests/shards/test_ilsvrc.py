@@ -77,7 +77,7 @@ def archives(tmp_path: Path, image_file: Encode) -> Path:
     return folder
 
 
-def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_those_of_torchvision(archives, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack(f"imagenet:{archives}", out, "--shard-size", "5")
     monkeypatch.setattr(torchvision.datasets.imagenet, "_verify_archive", lambda *_: None)
@@ -96,7 +96,7 @@ def test_labels_are_those_of_torchvision(archives: Path, tmp_path: Path, monkeyp
     assert load_manifest(out).content_digest() == manifest.content_digest()
 
 
-def test_val_is_the_archive_a_share_or_nothing(archives: Path, tmp_path: Path) -> None:
+def test_val_is_the_archive_a_share_or_nothing(archives, tmp_path):
     pack(f"imagenet:{archives}", tmp_path / "share", "--split", "train=0.75,val=0.25")
     assert len(images(tmp_path / "share", "train")) == 10
     assert sorted(images(tmp_path / "share", "val").values()) == [0, 1, 2, 3]
@@ -145,7 +145,7 @@ WHOLE = train_of()
     ],
     ids=lambda value: value[-30:] if isinstance(value, str) else "",
 )  # fmt: skip
-def test_odd_archives_are_refused(archives: Path, archive: str, data: bytes) -> None:
+def test_odd_archives_are_refused(archives, archive, data):
     (archives / TRAIN).write_bytes(WHOLE)
     (archives / VAL).write_bytes(val_of("ILSVRC2012_val_00000001.JPEG"))
     assert len(list_ilsvrc(archives, with_val=True).splits["val"].labels) == len(VAL_LABELS)
@@ -154,7 +154,7 @@ def test_odd_archives_are_refused(archives: Path, archive: str, data: bytes) -> 
         list_ilsvrc(archives, with_val=True)
 
 
-def test_listing_does_not_read_images(archives: Path, tmp_path: Path) -> None:
+def test_listing_does_not_read_images(archives, tmp_path):
     """An image of 8 GiB that is a hole in the file costs nothing."""
     size = 8**11 - 512
     rest = tar_of({f"{wnid}.tar": tar_of({f"{wnid}_1.JPEG": b"x"}) for wnid in IDS[1:]})

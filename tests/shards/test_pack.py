@@ -20,13 +20,13 @@ from fractalshards.image_files import list_folder
 from fractalshards.manifest import load_manifest
 from fractalshards.png import decode_image
 from fractalshards.sample import decode_label
-from packing import Encode, Make, assert_refused, good, images, is_sound, pack, run, samples
+from packing import assert_refused, good, images, is_sound, pack, run, samples
 
 pytestmark = pytest.mark.usefixtures("threads")
 FLOWERS = ("--split", "train=0.8,val=0.2", "--shard-size", "8")  # as the fixture ``packed``
 
 
-def test_pack_stores_every_file_once_under_its_class(flowers: Path, packed: Path) -> None:
+def test_pack_stores_every_file_once_under_its_class(flowers, packed):
     listing = ImageFolder(flowers)
     train, val = images(packed, "train"), images(packed, "val")
     assert not set(train) & set(val)
@@ -51,7 +51,7 @@ def test_pack_stores_every_file_once_under_its_class(flowers: Path, packed: Path
         ("--split val=.25,train=0.75 --seed 7", "cf99db8e3ffd6223269908d94c6cee4f", "84915a380433b2b76acb5ae8a15d952b"),
     ],
 )
-def test_pack_digests_never_change(tmp_path: Path, options: str, content: str, recipe: str) -> None:
+def test_pack_digests_never_change(tmp_path, options, content, recipe):
     """The order of images and the choice of held-out ones are those of the first release."""
     classes = {"rose": 9, "aster": 12, "tulip": 7}
     names = [f"{name}/{place}.png" for name, count in classes.items() for place in range(count)]
@@ -64,7 +64,7 @@ def test_pack_digests_never_change(tmp_path: Path, options: str, content: str, r
     assert (manifest.content_digest(), manifest.recipe_digest) == (content, recipe)
 
 
-def test_packed_shards_open_in_webdataset_and_timm(packed: Path) -> None:
+def test_packed_shards_open_in_webdataset_and_timm(packed):
     urls = sorted(map(str, packed.glob("train-*.tar")))
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     ours = samples(packed, "train")
@@ -76,7 +76,7 @@ def test_packed_shards_open_in_webdataset_and_timm(packed: Path) -> None:
         assert len(dataset) == count
 
 
-def test_formats_go_by_content_and_others_become_png(tmp_path: Path, image_file: Encode) -> None:
+def test_formats_go_by_content_and_others_become_png(tmp_path, image_file):
     files = {
         "named.JPEG": image_file("PNG", 9, 9, 0),
         "grey.png": image_file("JPEG", 9, 9, 1, "L"),
@@ -100,7 +100,7 @@ def test_formats_go_by_content_and_others_become_png(tmp_path: Path, image_file:
 
 
 @pytest.mark.parametrize("options", [[], ["--split", "train=train,val=val"], ["--split", "val=held/out,train=train"]])
-def test_split_folders_become_splits(tmp_path: Path, options: list[str], image_folder: Make) -> None:
+def test_split_folders_become_splits(tmp_path, options, image_folder):
     source = tmp_path / "in"
     val = source / ("held/out" if "held" in str(options) else "val")
     image_folder(source / "train", {"b": 4, "a": 3})
@@ -111,7 +111,7 @@ def test_split_folders_become_splits(tmp_path: Path, options: list[str], image_f
         assert images(tmp_path / "out", split) == expected
 
 
-def test_class_folders_may_look_like_splits_or_synsets(tmp_path: Path, image_folder: Make) -> None:
+def test_class_folders_may_look_like_splits_or_synsets(tmp_path, image_folder):
     assert list_folder(image_folder(tmp_path / "a", {"car": 2, "train": 2})).class_names == ("car", "train")
     synsets = list_folder(image_folder(tmp_path / "b", {"n01443537": 1, "n01440764": 1}))
     assert (synsets.class_ids, synsets.class_names) == (("n01440764", "n01443537"), ())
@@ -122,7 +122,7 @@ def test_class_folders_may_look_like_splits_or_synsets(tmp_path: Path, image_fol
     assert any("--split" in note for note in list_folder(tmp_path / "c").notes)  # classes train, training
 
 
-def test_links_are_followed_and_other_files_are_skipped(flowers: Path, tmp_path: Path) -> None:
+def test_links_are_followed_and_other_files_are_skipped(flowers, tmp_path):
     source = tmp_path / "in"
     (source / "daisy" / "deeper").mkdir(parents=True)
     (source / ".git").mkdir()
@@ -160,7 +160,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_folders_are_refused(tmp_path: Path, name: str, image_folder: Make) -> None:
+def test_odd_folders_are_refused(tmp_path, name, image_folder):
     source = image_folder(tmp_path / "in", {"a": 2})
     damage, noun = ODD[name]
     damage(source)
@@ -168,7 +168,7 @@ def test_odd_folders_are_refused(tmp_path: Path, name: str, image_folder: Make) 
     assert not (tmp_path / "out").exists()
 
 
-def test_class_names_do_not_depend_on_the_locale(tmp_path: Path, image_folder: Make) -> None:
+def test_class_names_do_not_depend_on_the_locale(tmp_path, image_folder):
     source = image_folder(tmp_path / "in", {"été": 1, "日本": 1})
     code = "import sys; from pathlib import Path; from fractalshards.image_files import list_folder as read; print("
     code += "ascii(read(Path(sys.argv[1])).class_names))"
@@ -178,7 +178,7 @@ def test_class_names_do_not_depend_on_the_locale(tmp_path: Path, image_folder: M
     assert printed == ascii(list_folder(source).class_names) + "\n" == ascii(("été", "日本")) + "\n"
 
 
-def test_hostile_class_names_are_data(tmp_path: Path, image_folder: Make) -> None:
+def test_hostile_class_names_are_data(tmp_path, image_folder):
     name = "<script>'; rm -rf ~\nb\x1b[2J%s{0}"
     source = image_folder(tmp_path / "in", {name: 1, "zz": 1, "...": 1})
     result = pack(f"imagefolder:{source}", tmp_path / "out")
@@ -201,15 +201,13 @@ def test_hostile_class_names_are_data(tmp_path: Path, image_folder: Make) -> Non
         ("imagenet:x", ("--split", "train=a,val=b"), 2, "--split"),
     ],
 )
-def test_wrong_usage_is_refused(
-    flowers: Path, tmp_path: Path, source: str, options: tuple[str, ...], code: int, noun: str
-) -> None:
+def test_wrong_usage_is_refused(flowers, tmp_path, source, options, code, noun):
     source = source.replace("FLOWERS", str(flowers)).replace("INSIDE", str(tmp_path))
     assert_refused(run("pack", source, tmp_path / "out", *options), code, noun)
     assert not (tmp_path / "out").exists()
 
 
-def test_pack_again_writes_only_what_is_missing(flowers: Path, packed: Path, tmp_path: Path) -> None:
+def test_pack_again_writes_only_what_is_missing(flowers, packed, tmp_path):
     out = shutil.copytree(packed, tmp_path / "out")
     before = times(out)
     assert "to pack: 0 images" in pack(f"imagefolder:{flowers}", out, *FLOWERS).stderr
@@ -223,7 +221,7 @@ def test_pack_again_writes_only_what_is_missing(flowers: Path, packed: Path, tmp
     assert times(out)["train-000000.tar"] == before["train-000000.tar"]
 
 
-def test_pack_leaves_other_folders_alone(flowers: Path, packed: Path, tmp_path: Path) -> None:
+def test_pack_leaves_other_folders_alone(flowers, packed, tmp_path):
     before = times(packed)
     for options, noun in ((("--shard-size", "9"), "shard_size"), (("--split", "train=0.9,val=0.1"), "val_share")):
         assert_refused(run("pack", f"imagefolder:{flowers}", packed, *FLOWERS, *options), 1, noun)
@@ -236,7 +234,7 @@ def test_pack_leaves_other_folders_alone(flowers: Path, packed: Path, tmp_path: 
     assert set(times(tmp_path)) == {"other", "thesis.tex"}
 
 
-def test_bad_images_are_all_named(tmp_path: Path, image_folder: Make, image_file: Encode) -> None:
+def test_bad_images_are_all_named(tmp_path, image_folder, image_file):
     source = image_folder(tmp_path / "in", {"a": 6, "b": 6})
     (source / "a" / "003.jpg").write_bytes((source / "a" / "003.jpg").read_bytes()[:-200])
     (source / "b" / "009.jpg").write_text("<html>not found</html>")
@@ -256,7 +254,7 @@ def test_bad_images_are_all_named(tmp_path: Path, image_folder: Make, image_file
     assert "to pack: 5 images" in pack(*command).stderr
 
 
-def test_skipped_images_change_nothing_else(tmp_path: Path, image_folder: Make, image_file: Encode) -> None:
+def test_skipped_images_change_nothing_else(tmp_path, image_folder, image_file):
     source = image_folder(tmp_path / "in", {"a": 300, "b": 6})
     options = ("--split", "train=0.8,val=0.2", "--shard-size", "50")
     pack(f"imagefolder:{source}", tmp_path / "clean", *options)
@@ -275,7 +273,7 @@ def test_skipped_images_change_nothing_else(tmp_path: Path, image_folder: Make, 
     assert_refused(refused, 1, "class b")
 
 
-def test_killed_pack_continues_to_the_same_dataset(tmp_path: Path, image_folder: Make) -> None:
+def test_killed_pack_continues_to_the_same_dataset(tmp_path, image_folder):
     source = image_folder(tmp_path / "in", {"a": 40, "b": 40})
     pack(f"imagefolder:{source}", tmp_path / "undisturbed", "--shard-size", "1")
     out = tmp_path / "killed"

@@ -27,7 +27,7 @@ SIDES = st.integers(1, 40)
 
 
 @given(SIDES, SIDES, st.sampled_from([0, 1, 2, 3, 129, 256]), st.integers(0, 9), st.booleans())
-def test_round_trip_in_every_decoder(height: int, width: int, colors: int, seed: int, grey: bool) -> None:
+def test_round_trip_in_every_decoder(height, width, colors, seed, grey):
     image, pixels = (picture(height, width, seed),) * 2
     if colors:
         rng = np.random.default_rng(seed)
@@ -46,13 +46,13 @@ def test_round_trip_in_every_decoder(height: int, width: int, colors: int, seed:
     assert np.array_equal(tensor.permute(1, 2, 0).numpy(), pixels)
 
 
-def test_palette_of_too_many_colours() -> None:
+def test_palette_of_too_many_colours():
     data = png(3, 3, bytes(12), (b"PLTE", bytes(3 * 257)), color=3)
     with suppress(FractalError):
         assert decode_image(data).shape == (3, 3, 3)
 
 
-def test_index_outside_of_the_palette_decodes_as_pillow_does() -> None:
+def test_index_outside_of_the_palette_decodes_as_pillow_does():
     image = Indexed(np.full((3, 3), 5, np.uint8), np.zeros((4, 3), np.uint8))
     data = encode_png(image)
     assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -112,7 +112,7 @@ LAB_AS_RGB = [(0, 0, 0), (119, 119, 119), (255, 255, 255), (133, 109, 171)]
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
 )
-def test_every_mode_becomes_rgb(image: Image.Image, formats: str, expected: list[tuple[int, int, int]]) -> None:
+def test_every_mode_becomes_rgb(image, formats, expected):
     options = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 100, "subsampling": 0}}
     for form in formats.split():
         found = decode_image(saved(image, form, **options.get(form, {})))[4, 4::8].astype(int)
@@ -120,7 +120,7 @@ def test_every_mode_becomes_rgb(image: Image.Image, formats: str, expected: list
         assert np.abs(found - expected).max() <= rounding, (form, found)
 
 
-def test_transparent_colours_of_a_palette_keep_their_colour() -> None:
+def test_transparent_colours_of_a_palette_keep_their_colour():
     image = picture_of("P", np.arange(4, dtype=np.uint8), PALETTE)
     for transparency in (1, bytes([0, 9, 255])):
         assert decode_image(saved(image, "PNG", transparency=transparency))[4, 4::8].tolist() == [*map(list, COLOURS)]
@@ -142,19 +142,19 @@ DEPTHS = {
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-def test_levels_of_any_depth_are_scaled(name: str) -> None:
+def test_levels_of_any_depth_are_scaled(name):
     data, expected = DEPTHS[name]
     assert decode_image(data)[0].tolist() == [[level] * 3 for level in expected]
 
 
 @pytest.mark.parametrize(("mode", "noun"), [("I", "32-bit"), ("F", "floats")])
-def test_levels_without_a_range_are_refused(mode: str, noun: str) -> None:
+def test_levels_without_a_range_are_refused(mode, noun):
     data = saved(Image.new(mode, (3, 3), 1), "TIFF")
     with pytest.raises(FractalError, match=noun):
         decode_image(data)
 
 
-def test_first_frame_counts_and_orientation_does_not() -> None:
+def test_first_frame_counts_and_orientation_does_not():
     first, second = (Image.new("RGB", (4, 2), colour) for colour in ("red", "blue"))
     for form in ("TIFF", "GIF", "PNG", "WEBP"):
         pixels = decode_image(saved(first, form, save_all=True, append_images=[second]))
@@ -165,7 +165,7 @@ def test_first_frame_counts_and_orientation_does_not() -> None:
 
 
 @given(st.data())
-def test_changed_byte_is_an_error(data: st.DataObject) -> None:
+def test_changed_byte_is_an_error(data):
     rng = np.random.default_rng(0)
     indexed = Indexed(rng.integers(0, 3, (9, 11), dtype=np.uint8), rng.integers(0, 256, (3, 3), dtype=np.uint8))
     original = data.draw(st.sampled_from([picture(9, 11), indexed]))
@@ -199,13 +199,13 @@ CUT_OFF = [encode_png(picture(20, 20))[:length] for length in (0, 7, 8, 30, 56, 
 
 
 @pytest.mark.parametrize("data", [*CUT_OFF, damaged_index(), damaged_tag(), POSTSCRIPT])
-def test_damage_is_an_error(data: bytes) -> None:
+def test_damage_is_an_error(data):
     with pytest.raises(FractalError, match="cannot be decoded"):
         decode_image(data)
 
 
 @pytest.mark.parametrize(("side", "inflated"), [(100_000, 1000), (8, 300_000_000)])
-def test_false_size_takes_no_memory(side: int, inflated: int) -> None:
+def test_false_size_takes_no_memory(side, inflated):
     data = png(side, side, bytes(inflated))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with suppress(FractalError):

@@ -40,7 +40,7 @@ def seal(data: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["fractaldb", "multi"])
-def test_recipe_rebuilds_the_same_files(tmp_path: Path, kind: str) -> None:
+def test_recipe_rebuilds_the_same_files(tmp_path, kind):
     options = f"--workers 1 --kind {kind} --n 48 --val 12 --classes 6 --size 48 --points 2000 --seed 9 --shard-size 16"
     succeed("build", *options.split(), "--out", tmp_path / "first")
     good("recipe", tmp_path / "first", "--out", tmp_path / "recipe.json")
@@ -54,7 +54,7 @@ def test_recipe_rebuilds_the_same_files(tmp_path: Path, kind: str) -> None:
     assert_refused(again, 1, "val-000000.tar")
 
 
-def test_build_refuses_recipes_it_cannot_use(dataset: Path, tmp_path: Path) -> None:
+def test_build_refuses_recipes_it_cannot_use(dataset, tmp_path):
     data = exported(dataset)
     data["recipe"]["version"] = RECIPE_VERSION - 1
     (tmp_path / "older.json").write_text(json.dumps(seal(data)))
@@ -70,7 +70,7 @@ def test_build_refuses_recipes_it_cannot_use(dataset: Path, tmp_path: Path) -> N
         assert not (tmp_path / "out").exists()
 
 
-def test_export_holds_what_the_folder_holds(dataset: Path, tmp_path: Path) -> None:
+def test_export_holds_what_the_folder_holds(dataset, tmp_path):
     out = tmp_path / "new" / "small.json"
     good("recipe", dataset, "--out", out)
     assert good("recipe", dataset).stdout_bytes == out.read_bytes()
@@ -88,7 +88,7 @@ def test_export_holds_what_the_folder_holds(dataset: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 3), (5, 7), (1, 12)])
-def test_every_float_survives(dataset: Path, shape: tuple[int, ...]) -> None:
+def test_every_float_survives(dataset, shape):
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**64, (200, *shape), dtype=np.uint64).view(np.float64)  # of all magnitudes
     systems = list(np.where(np.isfinite(bits), bits, -0.0))
@@ -97,13 +97,13 @@ def test_every_float_survives(dataset: Path, shape: tuple[int, ...]) -> None:
     assert all(system.dtype == np.float64 and system.shape == shape for system in portable.systems)
 
 
-def test_portable_recipe_may_replace_the_folders_own(dataset: Path) -> None:
+def test_portable_recipe_may_replace_the_folders_own(dataset):
     (dataset / RECIPE).write_bytes(b"")  # as a shell does for 'fractalshards recipe . > recipe.json'
     (dataset / RECIPE).write_bytes(good("recipe", dataset).stdout_bytes)
     assert is_sound(dataset)
 
 
-def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:
+def test_export_refuses_folders_without_a_true_recipe(dataset):
     info = json.loads((dataset / INFO).read_text())
     write_json(dataset / INFO, {**info, "recipe": {"kind": "imagenet", "n": 10}})
     assert_refused(run("recipe", dataset), 1, str(dataset))
@@ -132,7 +132,7 @@ def test_export_refuses_folders_without_a_true_recipe(dataset: Path) -> None:
         ("splits", {"../train": {"filenames": [], "shard_lengths": [], "content_digests": []}}, "../train"),
     ],
 )
-def test_contradictions_are_refused(dataset: Path, path: str, value: object, noun: str) -> None:
+def test_contradictions_are_refused(dataset, path, value, noun):
     data = exported(dataset)
     inner: Any = data
     *way, last = [int(name) if name.isdigit() else name for name in path.split(".")]
@@ -143,7 +143,7 @@ def test_contradictions_are_refused(dataset: Path, path: str, value: object, nou
         parse(data)
 
 
-def test_other_files_are_refused(dataset: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused(dataset, tmp_path):
     data = exported(dataset)
     for other in ({}, seal({**data, "recipe": {**data["recipe"], "classes": 4}})):
         with pytest.raises(FractalError):

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ def bad(*arguments: object, code: int = 1) -> str:
         ("https://me:pass@host/a set/?sig=a%2Fb&x=1", "http", "https://me:pass@host/a set/f?sig=a%2Fb&x=1"),
     ],
 )
-def test_urls_of_folders(text: str, scheme: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_of_folders(text, scheme, file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     location = parse_location(text)
     assert (location.scheme, location.file("f")) == (scheme, file)
@@ -91,7 +91,7 @@ def test_urls_of_folders(text: str, scheme: str, file: str, monkeypatch: pytest.
         "https://host/x#part", "file://host/x", "file:///x%00y",
     ],
 )  # fmt: skip
-def test_other_urls_are_refused(text: str) -> None:
+def test_other_urls_are_refused(text):
     with pytest.raises(UsageError) as error:
         parse_location(text)
     assert "secret" not in str(error.value)
@@ -111,9 +111,7 @@ def test_other_urls_are_refused(text: str) -> None:
         (["404"], 1, WHOLE, "does not exist"),
     ],
 )
-def test_fetch_gets_the_whole_file_or_nothing(
-    tmp_path: Path, out: Path, web: Callable, faults: list[str], requests: int, info: FileInfo, message: str | None
-) -> None:
+def test_fetch_gets_the_whole_file_or_nothing(tmp_path, out, web, faults, requests, info, message):
     (tmp_path / "a source").mkdir()
     (tmp_path / "a source" / "f.tar").write_bytes(DATA)
     server = web(tmp_path)
@@ -127,7 +125,7 @@ def test_fetch_gets_the_whole_file_or_nothing(
     assert server.queries == {"token=abc"}
 
 
-def test_small_files_are_bounded(tmp_path: Path, web: Callable) -> None:
+def test_small_files_are_bounded(tmp_path, web):
     (tmp_path / "f").write_bytes(DATA)
     server = web(tmp_path)
     for store in (open_store(str(tmp_path)), open_store(server.url)):
@@ -140,7 +138,7 @@ def test_small_files_are_bounded(tmp_path: Path, web: Callable) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", DATA[:-1] + b"x"])
-def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch, damage: bytes) -> None:
+def test_stores_without_checksums_are_read_back(monkeypatch, damage):
     files, attempts = MemoryFileSystem(), []
     monkeypatch.setattr(fsspec, "filesystem", lambda scheme, **options: files)
     store, upload = open_store("gs://bucket/read-back"), Upload.of_bytes("f", DATA)
@@ -154,7 +152,7 @@ def test_stores_without_checksums_are_read_back(monkeypatch: pytest.MonkeyPatch,
     assert len(attempts) == store.attempts
 
 
-def test_push_sends_nothing_to_a_store_that_may_not_be_read(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_sends_nothing_to_a_store_that_may_not_be_read(dataset, monkeypatch):
     files, sent = MemoryFileSystem(), []
     monkeypatch.setattr(fsspec, "filesystem", lambda scheme, **options: files)
     good("push", dataset, "gs://bucket/denied")
@@ -171,7 +169,7 @@ def test_push_sends_nothing_to_a_store_that_may_not_be_read(dataset: Path, monke
     assert sent == []
 
 
-def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, web: Callable) -> None:
+def test_pull_moves_only_what_is_missing_or_damaged(dataset, out, web):
     server = web(dataset)
     server.faults = {INFO: ["503"], FIRST: ["cut", "503"], SECOND: ["flip"], "train-000000.json": ["cut"]}
     assert "2 shards copied (27.6 kB); " in good("pull", server.url, out, "--jobs", 2)
@@ -188,7 +186,7 @@ def test_pull_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, we
     assert contents(out) == contents(dataset)
 
 
-def test_push_to_s3_moves_only_what_is_missing_or_damaged(dataset: Path, out: Path, bucket: str) -> None:
+def test_push_to_s3_moves_only_what_is_missing_or_damaged(dataset, out, bucket):
     before, url, files = contents(dataset), f"{bucket}/a/set", s3fs.S3FileSystem()
     good("push", dataset, f"{url}/")
     assert {path.rpartition("/")[2] for path in files.find(url)} == before.keys()
@@ -205,7 +203,7 @@ def test_push_to_s3_moves_only_what_is_missing_or_damaged(dataset: Path, out: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_pull_that_hangs_ends_at_once_and_continues(dataset: Path, out: Path, web: Callable, number: int) -> None:
+def test_pull_that_hangs_ends_at_once_and_continues(dataset, out, web, number):
     server = web(dataset)
     server.faults[SECOND] = ["hang"]
     command = [*COMMAND, "pull", server.url, str(out), "--jobs", "1"]
@@ -222,7 +220,7 @@ def test_pull_that_hangs_ends_at_once_and_continues(dataset: Path, out: Path, we
     assert contents(out) == contents(dataset)
 
 
-def test_pull_of_some_shards_and_then_of_more(with_val: Path, out: Path, web: Callable) -> None:
+def test_pull_of_some_shards_and_then_of_more(with_val, out, web):
     server = web(with_val)
     for text in ("0-2", "x", "1-0", "1,,2"):
         assert "shard" in bad("pull", server.url, out, f"--shards={text}", code=2)
@@ -238,7 +236,7 @@ def test_pull_of_some_shards_and_then_of_more(with_val: Path, out: Path, web: Ca
     assert contents(out) == contents(with_val) == before
 
 
-def test_push_of_other_shards_is_refused(with_val: Path, bucket: str, out: Path) -> None:
+def test_push_of_other_shards_is_refused(with_val, bucket, out):
     good("push", with_val, bucket, "--shards", "0")
     assert "--shards" in bad("push", with_val, bucket, "--shards", "1")
     good("pull", bucket, out)
@@ -249,13 +247,13 @@ def test_push_of_other_shards_is_refused(with_val: Path, bucket: str, out: Path)
     assert contents(out) == contents(with_val)
 
 
-def test_push_keeps_a_manifest_that_appears(dataset: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_keeps_a_manifest_that_appears(dataset, out, monkeypatch):
     monkeypatch.setattr(transfer, "_copy_shards", lambda *arguments: (out / INFO).write_text("{}") and [])
     assert INFO in bad("push", dataset, out)
     assert (out / INFO).read_text() == "{}"
 
 
-def test_another_copy_is_not_overwritten(dataset: Path, tmp_path: Path, bucket: str) -> None:
+def test_another_copy_is_not_overwritten(dataset, tmp_path, bucket):
     other = tmp_path / "other"
     shutil.copytree(dataset, other)
     edit_split(other, sha256=["0" * 64, *train_split(other)["sha256"][1:]])
@@ -264,7 +262,7 @@ def test_another_copy_is_not_overwritten(dataset: Path, tmp_path: Path, bucket: 
     assert f"{other}: holds another" in bad("pull", bucket, other)
 
 
-def test_recipe_claims_the_folder(dataset: Path, out: Path) -> None:
+def test_recipe_claims_the_folder(dataset, out):
     out.mkdir(parents=True)
     write_json(out / RECIPE, {"recipe": {}, "recipe_digest": "0" * 32})
     for command in ("push", "pull"):
@@ -272,7 +270,7 @@ def test_recipe_claims_the_folder(dataset: Path, out: Path) -> None:
     assert [path.name for path in out.iterdir()] == [RECIPE]
 
 
-def test_push_refuses_damaged_datasets(dataset: Path, out: Path, bucket: str) -> None:
+def test_push_refuses_damaged_datasets(dataset, out, bucket):
     overwrite(dataset / SECOND, 700, b"x")
     for url in (bucket, str(out)):
         assert SECOND in bad("push", dataset, url)
@@ -280,7 +278,7 @@ def test_push_refuses_damaged_datasets(dataset: Path, out: Path, bucket: str) ->
 
 
 @pytest.mark.parametrize("name", ["recipe.tar", "train-000000.json"])
-def test_shards_named_as_other_files_are_refused(dataset: Path, out: Path, name: str) -> None:
+def test_shards_named_as_other_files_are_refused(dataset, out, name):
     edit_split(dataset, filenames=[name, SECOND])
     assert "do not use this dataset" in bad("pull", dataset, out)
     with pytest.raises(FractalError, match="do not use this dataset"):
@@ -288,7 +286,7 @@ def test_shards_named_as_other_files_are_refused(dataset: Path, out: Path, name:
     assert not out.exists()
 
 
-def test_hostile_sizes_are_refused(dataset: Path, out: Path, web: Callable) -> None:
+def test_hostile_sizes_are_refused(dataset, out, web):
     def claim(size: int) -> None:
         edit_split(dataset, bytes=[size, *train_split(dataset)["bytes"][1:]])
         edit(dataset / "train-000000.json", bytes=size)
@@ -310,14 +308,14 @@ PULLED = [(noun, name) for noun in (INFO, SIDECAR, SYSTEMS, RECIPE) for name in 
 
 
 @pytest.mark.parametrize(("noun", "name"), [*PULLED, (SHARD, "other content"), (SHARD, "pipe for a shard")])
-def test_hostile_datasets_are_refused(dataset: Path, out: Path, noun: str, name: str) -> None:
+def test_hostile_datasets_are_refused(dataset, out, noun, name):
     HOSTILE[noun][name](dataset)
     assert noun.removesuffix("tar") in bad("pull", dataset, out)
     assert not (out / INFO).exists()
     assert not MARK.exists()
 
 
-def test_folders_that_cannot_be_written_are_refused(dataset: Path, out: Path, read_only_disk: Path) -> None:
+def test_folders_that_cannot_be_written_are_refused(dataset, out, read_only_disk):
     out.parent.mkdir()
     out.write_text("a file")
     for folder in (read_only_disk / "x", out):
@@ -325,7 +323,7 @@ def test_folders_that_cannot_be_written_are_refused(dataset: Path, out: Path, re
             assert str(folder) in bad(command, dataset, folder)
 
 
-def test_pull_onto_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_onto_a_full_disk(dataset, small_disk, monkeypatch):
     (small_disk / "filler").write_bytes(bytes(590_000))
     assert "needs 27.6 kB, the disk has" in bad("pull", dataset, small_disk)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: (10**9, 0, 10**9))
@@ -337,9 +335,7 @@ def test_pull_onto_a_full_disk(dataset: Path, small_disk: Path, monkeypatch: pyt
     assert "sound" in good("verify", small_disk, "--workers", 1)
 
 
-def test_errors_are_one_line_without_secrets(
-    dataset: Path, out: Path, web: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_are_one_line_without_secrets(dataset, out, web, tmp_path, monkeypatch):
     server = web(dataset)
     assert f"{server.url}/none: no {INFO}" in bad("pull", f"{server.url}/none", out)
     assert f"{tmp_path}/none: no {INFO}" in bad("pull", tmp_path / "none", out)
@@ -395,7 +391,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     fsspec.register_implementation("hf", before, clobber=True)
 
 
-def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
+def test_hub_commits(dataset, out, hub):
     """Few commits, the manifest alone in the last; nothing is written into the source folder."""
     before = contents(dataset)
     hub.faults = [409, 429]
@@ -408,7 +404,7 @@ def test_hub_commits(dataset: Path, out: Path, hub: Hub) -> None:
     assert contents(out) == contents(dataset) == before
 
 
-def test_hub_folder_of_a_revision(dataset: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_folder_of_a_revision(dataset, hub, monkeypatch):
     monkeypatch.setattr(HubStore, "batch_size", 1)
     hub.faults = [403]
     assert "access denied" in bad("push", dataset, "hf://datasets/me/set@main/a/folder")
@@ -418,7 +414,7 @@ def test_hub_folder_of_a_revision(dataset: Path, hub: Hub, monkeypatch: pytest.M
     assert sorted(hub.commits[1:-1]) == [[f"{shard}.tar", f"{shard}.json"] for shard in shards]
 
 
-def test_hub_card_is_how_load_dataset_reads_the_tars(with_val: Path, tmp_path: Path, hub: Hub) -> None:
+def test_hub_card_is_how_load_dataset_reads_the_tars(with_val, tmp_path, hub):
     good("push", with_val, "hf://datasets/me/set")
     copy = tmp_path / "copy"
     fsspec.filesystem("hf").get("datasets/me/set/", str(copy), recursive=True)
@@ -436,7 +432,7 @@ def test_hub_card_is_how_load_dataset_reads_the_tars(with_val: Path, tmp_path: P
     assert labels == {"train": [index % 3 for index in (*range(5), *range(5))], "val": [1, 2]}
 
 
-def test_hub_card_of_a_part_and_of_packed_images_has_no_recipe(dataset: Path, packed: Path, hub: Hub) -> None:
+def test_hub_card_of_a_part_and_of_packed_images_has_no_recipe(dataset, packed, hub):
     good("push", dataset, "hf://datasets/me/set@v1", "--shards", "1")
     assert hub.commits[2] == [PREVIEW, README]
     text = fsspec.filesystem("hf").cat_file("datasets/me/set@v1/README.md").decode()
@@ -447,7 +443,7 @@ def test_hub_card_of_a_part_and_of_packed_images_has_no_recipe(dataset: Path, pa
 
 
 @pytest.mark.parametrize("place", ["folder", "repository"])
-def test_hub_card_of_others_stays(dataset: Path, hub: Hub, place: str) -> None:
+def test_hub_card_of_others_stays(dataset, hub, place):
     if place == "folder":
         (dataset / README).write_bytes(b"my own")
     else:

@@ -60,7 +60,7 @@ def page(folder: Path) -> str:
     return (folder.parent / "page.html").read_text()
 
 
-def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path) -> None:
+def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path):
     labels = [0] * 5 + [1] * 20 + [2] * 3
     samples = [(plain(label), label) for label in labels]
     seen = survey(write(tmp_path / "data", [samples[:13], samples[13:]], classes=4))
@@ -73,21 +73,21 @@ def test_survey_counts_are_exact_and_thumbnails_show_their_class(tmp_path: Path)
                 assert np.allclose(np.asarray(image.convert("RGB")).mean(axis=(0, 1)), color(label), atol=6)
 
 
-def test_survey_thumbnails_come_from_many_shards(tmp_path: Path) -> None:
+def test_survey_thumbnails_come_from_many_shards(tmp_path):
     mixed = survey(write(tmp_path / "mixed", [[(plain(0), 0)] * 10 for _ in range(8)], classes=1))
     assert {int(one.key) // 10 for one in mixed.thumbnails[0]} == set(range(8))
     unmixed = write(tmp_path / "unmixed", [[(plain(label), label)] * 10 for label in range(12)], classes=12)
     assert [len(found) for found in survey(unmixed).thumbnails.values()] == [8] * 12
 
 
-def test_survey_statistics_are_bounded_and_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_survey_statistics_are_bounded_and_evenly_spread(tmp_path, monkeypatch):
     monkeypatch.setattr("fractalshards.survey.MAX_MEASURED", 10)
     shards = [[(plain(0, 16 + number), 0)] * 20 for number in range(5)]
     stats = survey(write(tmp_path / "data", shards, classes=1)).stats
     assert sorted(one.width for one in stats) == [16, 16, 17, 17, 18, 18, 19, 19, 20, 20]
 
 
-def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path: Path) -> None:
+def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path):
     label = MultiLabel.of((Object(2, (1, 2, 3, 4)), Object(0, (10, 10, 6, 6))))
     seen = survey(write(tmp_path / "data", [[(plain(0), label)]], classes=3))
     assert [len(found) for found in seen.thumbnails.values()] == [1, 0, 1]
@@ -96,13 +96,13 @@ def test_survey_of_several_labels_shows_an_image_under_each_class(tmp_path: Path
     assert seen.stats[0][3:] == (1.0, 2)
 
 
-def test_thumbnails_fit_a_size() -> None:
+def test_thumbnails_fit_a_size():
     thumbnails = {label: [Thumbnail("0", 1, 1, bytes(100), ())] * 4 for label in range(10)}
     for most, most_each in ((4000, 4), (3999, 3), (10, 0)):
         assert {len(found) for found in fit_thumbnails(thumbnails, most).values()} == {most_each}
 
 
-def test_charts() -> None:
+def test_charts():
     chart = class_chart("", np.array([2, 4, 0]))
     assert chart.values == [2, 4, 0]
     assert chart.note == "0 to 4 images per class, median 2. 1 without images."
@@ -130,7 +130,7 @@ class Parser(HTMLParser):
         self.text += data
 
 
-def test_page_holds_all_classes_and_escapes_hostile_text(tmp_path: Path) -> None:
+def test_page_holds_all_classes_and_escapes_hostile_text(tmp_path):
     recipe = {"kind": HOSTILE, HOSTILE: HOSTILE, "systems_digest": HOSTILE, "params": {"x": [HOSTILE]}}
     names = ["goldfish", HOSTILE, *(f"thing {index}" for index in range(2, 30))]
     samples = [(plain(label), label) for label in range(30) for _ in range(3)]
@@ -154,21 +154,21 @@ def test_page_holds_all_classes_and_escapes_hostile_text(tmp_path: Path) -> None
         assert f"{tag}-src 'sha256-{digest}';" in policy
 
 
-def test_page_of_many_classes_is_bounded(tmp_path: Path) -> None:
+def test_page_of_many_classes_is_bounded(tmp_path):
     names = ["<&\"'>" * 60] * 20_000
     html = page(write(tmp_path / "data", [[(plain(0), 0)]], 20_000, class_names=names, class_ids=names))
     assert len(html) < 6_000_000  # and 6.7 MB of thumbnails at most
     assert "4,000 of 20,000 classes" in html
 
 
-def test_page_offers_a_recipe_for_rendered_datasets_only(tmp_path: Path) -> None:
+def test_page_offers_a_recipe_for_rendered_datasets_only(tmp_path):
     samples = [[(plain(0), 0)]]
     assert "fractalshards recipe" in page(write(tmp_path / "rendered", samples, 1))
     assert "fractalshards recipe" not in page(write(tmp_path / "packed", samples, 1, recipe={"kind": "packed"}))
 
 
 @pytest.mark.slow
-def test_page_filter_in_a_browser(tmp_path: Path) -> None:
+def test_page_filter_in_a_browser(tmp_path):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("needs chromium, chromium-browser or google-chrome")
@@ -183,7 +183,7 @@ def test_page_filter_in_a_browser(tmp_path: Path) -> None:
         assert [int(str(one["data-class"])) for one in cards if "hidden" not in one] == classes, query
 
 
-def test_report_refuses_damaged_datasets_and_bad_places(tmp_path: Path, dataset: Path) -> None:
+def test_report_refuses_damaged_datasets_and_bad_places(tmp_path, dataset):
     out = tmp_path / "page.html"
     assert_refused(report(dataset, Path("/proc/new/page.html")), 1, "/proc/new")
     assert_refused(report(dataset, tmp_path / "page.txt"), 2, "--out")

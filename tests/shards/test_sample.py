@@ -2,7 +2,6 @@
 
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 BOX = b'"bbox":[0,0,1,1]'
 
 
-def test_publish_refuses_vanished_shards(tmp_path: Path) -> None:
+def test_publish_refuses_vanished_shards(tmp_path):
     task = ShardTask("train", "train-000000.tar", 0, 2)
     with pytest.raises(FractalError, match="train-000000"):
         publish(tmp_path, (task,), (task,), DatasetInfo({}, "single", 1))
@@ -46,7 +45,7 @@ NAMES, SIZES = st.text("0123456789.abc", min_size=1, max_size=100), st.integers(
 
 
 @given(NAMES, SIZES, st.integers(0, 511), st.integers(0, 255), st.booleans())
-def test_headers_are_those_of_tarfile(name: str, size: int, place: int, byte: int, mended: bool) -> None:
+def test_headers_are_those_of_tarfile(name, size, place, byte, mended):
     header = tarfile.TarInfo(name)
     header.size = size
     block = bytearray(_pack_header(name.encode(), size))
@@ -65,7 +64,7 @@ def test_headers_are_those_of_tarfile(name: str, size: int, place: int, byte: in
         assert expected is None
 
 
-def test_parse_sample_with_gnu_headers(tmp_path: Path) -> None:
+def test_parse_sample_with_gnu_headers(tmp_path):
     files = {"000000001.png": b"x" * 700, "000000001.cls": b"3"}
     path = write_tar(tmp_path / "a.tar", files, tarfile.GNU_FORMAT, mtime=1_700_000_000, uname="somebody")
     assert parse_sample(path.read_bytes()[:2560]) == Sample("000000001", {"png": b"x" * 700, "cls": b"3"})
@@ -77,7 +76,7 @@ def hashed(sample: Sample) -> bytes:
     return b"%b\0%b\0%b\0" % (sample.key.encode(), image, sample.files["cls"])
 
 
-def test_digests_are_as_specified(dataset: Path, packed: Path) -> None:
+def test_digests_are_as_specified(dataset, packed):
     for folder in (dataset, packed):
         manifest, digests = load_manifest(folder), {}
         for split, shards in manifest.splits.items():
@@ -100,13 +99,13 @@ MULTI_LABELS = st.lists(OBJECTS, min_size=1, max_size=9).map(lambda drawn: Multi
 
 
 @given(st.integers(0, 10**9 - 1) | MULTI_LABELS)
-def test_label_round_trip(label: int | MultiLabel) -> None:
+def test_label_round_trip(label):
     extension, text = encode_label(label)
     assert decode_label({"png": b"", extension: text}) == label
     assert extension == ("cls" if isinstance(label, int) else "json")
 
 
-def test_multi_label_json() -> None:
+def test_multi_label_json():
     label = MultiLabel.of((Object(7, (1, 2, 3, 4)), Object(2, (0, 0, 5, 5)), Object(7, (9, 9, 1, 1))))
     _, text = encode_label(label)
     assert text == (
@@ -132,12 +131,12 @@ def test_multi_label_json() -> None:
     ],
     ids=lambda files: str(files)[:60],
 )
-def test_decode_label_rejects(files: dict[str, bytes]) -> None:
+def test_decode_label_rejects(files):
     with pytest.raises(FractalError):
         decode_label(files)
 
 
-def test_multi_label_dataset_has_boxes_inside_of_its_images(multi: Path) -> None:
+def test_multi_label_dataset_has_boxes_inside_of_its_images(multi):
     stored, path = open_dataset(multi), multi / "train-000000.tar"
     assert stored.label_counts.tolist() == [4, 4, 4]
     with pytest.raises(FractalError, match="several"):
@@ -153,7 +152,7 @@ def test_multi_label_dataset_has_boxes_inside_of_its_images(multi: Path) -> None
         assert problem in run("verify", multi, "--workers", 1).output
 
 
-def test_finished_shards_have_valid_sidecars_and_sizes(dataset: Path) -> None:
+def test_finished_shards_have_valid_sidecars_and_sizes(dataset):
     def is_finished(samples: int = 5, classes: int = 3) -> bool:
         task = ShardTask("train", "train-000000.tar", 0, samples)
         return bool(finished_shards(dataset, [task], DatasetInfo({}, "single", classes)))

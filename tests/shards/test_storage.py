@@ -7,7 +7,6 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,7 +25,7 @@ def leftover(folder: Path, host: str, process: int, age: float = 0.0, unique: st
 
 
 @pytest.mark.parametrize("name", ["a.json", "a" * 255, "日" * 85], ids=len)
-def test_atomic_file_appears_when_it_is_whole(tmp_path: Path, name: str) -> None:
+def test_atomic_file_appears_when_it_is_whole(tmp_path, name):
     target = tmp_path / name
     with atomic_file(target) as last, atomic_file(target) as first:
         first.write(b"first")
@@ -49,9 +48,7 @@ def test_atomic_file_appears_when_it_is_whole(tmp_path: Path, name: str) -> None
         ({"HOME": "/proc/nowhere", "TMPDIR": "/proc/nowhere"}, False, None),
     ],
 )
-def test_private_cache_is_in_the_first_place_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], scratch: bool, found: str | None
-) -> None:
+def test_private_cache_is_in_the_first_place_that_can_be_written(tmp_path, monkeypatch, environment, scratch, found):
     for name in ("XDG_CACHE_HOME", "HOME", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     for name, folder in environment.items():
@@ -62,7 +59,7 @@ def test_private_cache_is_in_the_first_place_that_can_be_written(
 
 
 @pytest.mark.parametrize("prepared", ["open to all", "a link", "of somebody else"])
-def test_private_cache_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: str) -> None:
+def test_private_cache_belongs_to_the_user(tmp_path, monkeypatch, prepared):
     """Where others can write, shards could be swapped after they were hashed."""
     uid = os.getuid() + (prepared == "of somebody else")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -78,7 +75,7 @@ def test_private_cache_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_atomic_file_without_links_or_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_atomic_file_without_links_or_fsync(tmp_path, monkeypatch, code):
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -93,7 +90,7 @@ def test_atomic_file_without_links_or_fsync(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("remove", [remove_leftovers, lambda folder: write_bytes(folder / "train-000000.tar", b"")])
-def test_remove_leftovers_of_dead_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable) -> None:
+def test_remove_leftovers_of_dead_writers(tmp_path, monkeypatch, remove):
     ended, unreaped = (subprocess.Popen(["true"]) for _ in range(2))
     ended.wait()
     os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)
@@ -112,7 +109,7 @@ def test_remove_leftovers_of_dead_writers(tmp_path: Path, monkeypatch: pytest.Mo
     unreaped.wait()
 
 
-def test_remove_leftovers_spares_processes_of_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_leftovers_spares_processes_of_other_users(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError))
     kept = leftover(tmp_path, socket.gethostname(), 999999999)  # not in /proc, which may hide it
     remove_leftovers(tmp_path)
@@ -120,7 +117,7 @@ def test_remove_leftovers_spares_processes_of_other_users(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("lists", ["[" * 30 + r'"[[\"[["' + "]" * 30, "[],[{}]"])
-def test_parse_json_is_that_of_json(lists: str) -> None:
+def test_parse_json_is_that_of_json(lists):
     data = b'{"a": [%s], "b": -0.1e-7, "c": "\\u00e9"}' % lists.encode()
     assert parse_json(data, dict[str, Any], "here") == json.loads(data)
 
@@ -129,6 +126,6 @@ def test_parse_json_is_that_of_json(lists: str) -> None:
     "value",
     [b"NaN", b"Infinity", b"1e999", b"1} x", b'"\xff"', b"[" * 32 + b"]" * 32, b"[" * 10**7, b"[" + b"[]," * 10**7],
 )
-def test_parse_json_rejects(value: bytes) -> None:
+def test_parse_json_rejects(value):
     with pytest.raises(FractalError, match="here"):
         parse_json(b'{"a": ' + value + b"}", dict[str, Any], "here")

@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from damages import HOSTILE, KEY, MARK, SHARD, SMALL, Damage, edit, in_file, npz, overwrite, with_files
+from damages import HOSTILE, KEY, MARK, SHARD, SMALL, edit, in_file, npz, overwrite, with_files
 from fractalshards import png
 from fractalshards.errors import FractalError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest, read_record
@@ -23,9 +22,7 @@ from packing import assert_refused, good, run
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("noun", "name"), [(noun, name) for noun, cases in HOSTILE.items() for name in cases])
-def test_verify_names_the_file_at_fault(
-    noun: str, name: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_names_the_file_at_fault(noun, name, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(png, "_MAX_CHUNKS", 1000)
     HOSTILE[noun][name](dataset)
     before = {path.name for folder in (dataset, tmp_path) for path in folder.iterdir()}
@@ -42,14 +39,14 @@ def test_verify_names_the_file_at_fault(
     assert not MARK.exists()
 
 
-def test_info_prints_no_escapes(dataset: Path) -> None:
+def test_info_prints_no_escapes(dataset):
     edit(dataset / INFO, recipe={"[/red]": "\x1b[31m", "params": 5})
     printed = good("info", dataset).stdout
     assert ("[/red]" in printed, "\x1b" in printed) == (True, False)
 
 
 @pytest.mark.usefixtures("threads")
-def test_verify_names_damaged_samples_only(dataset: Path) -> None:
+def test_verify_names_damaged_samples_only(dataset):
     (dataset / ".tmp~elsewhere~1~0~train-000004.tar").write_bytes(b"half")  # of a build that goes on
     assert "10 train images in 2 shards" in good("verify", dataset, "--workers", 1).stdout
     offsets = read_record(dataset, SHARD, "single").offsets
@@ -62,7 +59,7 @@ def test_verify_names_damaged_samples_only(dataset: Path) -> None:
     assert named[0].startswith("sha256")
 
 
-def test_index_split_checks_shards(dataset: Path) -> None:
+def test_index_split_checks_shards(dataset):
     manifest = load_manifest(dataset)
     for damage in (lambda shard: os.truncate(shard, 1000), Path.unlink):
         damage(dataset / SHARD)
@@ -70,7 +67,7 @@ def test_index_split_checks_shards(dataset: Path) -> None:
             index_split(manifest, "train")
 
 
-def test_wrong_usage_is_refused(tmp_path: Path, dataset: Path) -> None:
+def test_wrong_usage_is_refused(tmp_path, dataset):
     for arguments, code, noun in (
         (("verify", tmp_path / "nowhere"), 1, "nowhere"),
         (("info", tmp_path), 1, INFO),
@@ -82,7 +79,7 @@ def test_wrong_usage_is_refused(tmp_path: Path, dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "new/sheet.jpg"])
-def test_sheet_has_a_row_per_class(dataset: Path, multi: Path, tmp_path: Path, name: str) -> None:
+def test_sheet_has_a_row_per_class(dataset, multi, tmp_path, name):
     for folder in (multi, dataset):
         good("sheet", folder, "--out", tmp_path / name, "--per-class", 2, "--tile", 16)
         with Image.open(tmp_path / name) as sheet:
@@ -130,9 +127,7 @@ def recipe_of_lists(folder: Path) -> None:
     ],
     ids=["recipe", "pull", "systems", "push", "sample", "image", "image in a report", "chunks of an image"],
 )
-def test_memory_is_bounded(
-    dataset: Path, tmp_path: Path, damage: Callable[[], Damage], command: str, noun: str, most: int
-) -> None:
+def test_memory_is_bounded(dataset, tmp_path, damage, command, noun, most):
     damage()(dataset)
     out = tmp_path / "page.html"
     more = {"report": ["--out", out, "--workers", 1], "push": [out], "pull": [out]}

@@ -33,7 +33,7 @@ def main():
 """
 
 
-def test_task_of_a_killed_worker_runs_again(tmp_path: Path) -> None:
+def test_task_of_a_killed_worker_runs_again(tmp_path):
     visits = tmp_path / "visits"
     with worker_pool(2) as pool:
         dying = pool.submit(eval, _DIE.format(str(visits), TRIES - 1, _KILL))
@@ -44,7 +44,7 @@ def test_task_of_a_killed_worker_runs_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("end", "noun", "memory"), [(_KILL, "SIGKILL", True), (_EXIT, "exit code 9", False)])
-def test_task_is_lost_after_three_deaths(tmp_path: Path, end: str, noun: str, memory: bool) -> None:
+def test_task_is_lost_after_three_deaths(tmp_path, end, noun, memory):
     visits = tmp_path / "visits"
     with worker_pool(1) as pool:
         dying, after = pool.submit(eval, _DIE.format(str(visits), 99, end)), pool.submit(pow, 2, 3)
@@ -65,7 +65,7 @@ def test_task_is_lost_after_three_deaths(tmp_path: Path, end: str, noun: str, me
         ("0::/", {"cpu.max": ""}, []),
     ],
 )
-def test_cores_are_limited_by_cpu_quotas(tmp_path: Path, membership: str, files: dict[str, str], quotas: list) -> None:
+def test_cores_are_limited_by_cpu_quotas(tmp_path, membership, files, quotas):
     for name, text in files.items():
         (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mount" / name).write_text(text + "\n")
@@ -73,7 +73,7 @@ def test_cores_are_limited_by_cpu_quotas(tmp_path: Path, membership: str, files:
     assert list(workers._cpu_quotas(tmp_path / "cgroup", tmp_path / "mount")) == quotas
 
 
-def test_error_of_a_task_cancels_pending_ones() -> None:
+def test_error_of_a_task_cancels_pending_ones():
     futures: list[Future[object]] = []
 
     def work() -> None:
@@ -101,7 +101,7 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")])
-def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path: Path, number: signal.Signals, words: str) -> None:
+def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path, number, words):
     process = start(tmp_path)
     os.killpg(process.pid, number)
     assert "stopping" in process.stderr.readline()
@@ -112,7 +112,7 @@ def test_signal_to_all_processes_lets_running_tasks_finish(tmp_path: Path, numbe
     assert errors.count("Traceback") == 1, "workers print nothing"
 
 
-def test_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
+def test_second_signal_ends_all_processes_at_once(tmp_path):
     process = start(tmp_path)
     process.send_signal(signal.SIGINT)
     assert "stopping" in process.stderr.readline()
@@ -121,7 +121,7 @@ def test_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
     assert process.stderr.read() == ""  # to the end: all writers of the pipe are gone
 
 
-def test_pool_needs_no_more_threads_than_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_needs_no_more_threads_than_workers(monkeypatch):
     """Threads of threads could not start under a limit of processes, and others would wait for them forever."""
     start = threading.Thread.start
 
@@ -135,12 +135,12 @@ def test_pool_needs_no_more_threads_than_workers(monkeypatch: pytest.MonkeyPatch
         assert pool.submit(pow, 2, 3).result(60) == 8
 
 
-def test_pool_starts_no_more_workers_than_tasks() -> None:
+def test_pool_starts_no_more_workers_than_tasks():
     with worker_pool(8) as pool:
         assert len({pool.submit(os.getpid).result(60) for _ in range(5)}) == 1
 
 
-def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_parent(tmp_path):
     process = start(tmp_path)
     process.kill()
     assert "Traceback" not in process.stderr.read()  # to the end: all writers of the pipe are gone
