@@ -129,9 +129,8 @@ def test_hugging_face_datasets_reads_the_same_samples(workspace):
     (workspace / "carded" / "README.md").write_text(card[1])
     environment = {**os.environ, "HF_HOME": str(workspace / "cache"), "HF_HUB_OFFLINE": "1"}
     program = snippet("Hugging Face datasets") + READ_WITH_DATASETS
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=workspace, env=environment, text=True, capture_output=True, timeout=200
-    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=workspace, env=environment, text=True, capture_output=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("000000000 (32, 32) ")
     assert len(result.stdout.splitlines()) == 40

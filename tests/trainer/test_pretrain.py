@@ -93,10 +93,7 @@ def test_ranks_share_in_memory_what_the_shards_hold(ranks, built, tmp_path):
         ("--render changed.json", 1, "changed.json"),
     ],
 )
-def test_data_that_cannot_be_trained_on_is_one_line(
-    options, code, noun, fractaltrain, built, dataset, web, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_data_that_cannot_be_trained_on_is_one_line(options, code, noun, fractaltrain, built, dataset, web, elsewhere):
     for name in ("single", "single.json"):
         Path(name).symlink_to(built / name)
     recipe = json.loads(Path("single.json").read_text())

@@ -99,12 +99,6 @@ def study(tmp_path, monkeypatch) -> Study:
     return Study(tmp_path / "out")
 
 
-@pytest.fixture
-def errors(caplog):
-    """Return the logged errors."""
-    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-
-
 def names(*groups: tuple[StudyRun, ...]) -> list[str]:
     return [run.run for group in groups for run in group]
 
@@ -219,7 +213,7 @@ def test_mistakes_are_found_before_anything_runs(fractaltrain, tmp_path, dataset
     assert not (tmp_path / "new").exists()
 
 
-def test_dry_run_lists_runs_with_state_and_command(study, errors):
+def test_dry_run_lists_runs_with_state_and_command(study, caplog):
     """Those with other settings are neither used nor run again."""
     plan = study.plan()
     study.run(plan, {FIRST: "fail"})
@@ -235,14 +229,14 @@ def test_dry_run_lists_runs_with_state_and_command(study, errors):
         assert shlex.split(line) == ["fractaltrain", *run.command(study.folder, Path("data"))]
     assert study.run(plan) == names(plan.groups()[3])
     assert study.started() == names(plan.groups()[2])
-    assert "recipe.epochs" in errors()[-1]
+    assert "recipe.epochs" in caplog.messages[-1]
 
 
-def test_failure_stops_only_what_needs_it(study, errors):
+def test_failure_stops_only_what_needs_it(study, caplog):
     plan = study.plan()
     assert study.run(plan, {FIRST: "fail"}) == names(plan.groups()[2])
     assert len(study.started()) == 4 + 4 + 1 + 5
-    assert [FIRST in error for error in errors()] == [True]
+    assert [FIRST in error for error in caplog.messages] == [True]
     assert study.run(plan, nproc=2, quiet=True) == []
     assert study.started() == names(plan.groups()[2])  # all others are done
     assert {tuple(event[-3:]) for event in study.events()} == {("--nproc", "2", "--quiet")}
