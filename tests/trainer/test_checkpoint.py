@@ -237,6 +237,7 @@ def test_full_disk_is_named(small_disk):
 
 
 def test_run_on_a_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
+    caplog.set_level("WARNING")
     monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
     run_tiny(tmp_path / "run", replace(RECIPE, epochs=1))
     assert sum(str(tmp_path / "run") in message for message in caplog.messages) == 1
