@@ -163,9 +163,9 @@ def _transform_train(
     else:
         top, left, height, width = _resized_crop_box(image.shape, numbers, recipe.crop_scale)
         image = _stretch(image[top : top + height, left : left + width], size)
-    if recipe.augment == "none":  # affine augmentation flips at its end
+    if recipe.augment == "none" and (recipe.hflip or recipe.vflip):  # affine augmentation flips at its end
         image = image[:, ::-1] if next(numbers) < recipe.hflip else image
-        image = image[::-1] if next(numbers) < recipe.vflip else image
+        image = image[::-1] if recipe.vflip and next(numbers) < recipe.vflip else image
     if not augmentations:
         return image
     with seeded(key):
