@@ -7,6 +7,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -301,6 +302,9 @@ def _read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
                     raise ValueError(f"{member.name} is not a plain file")
                 if member.isreg() and (content := tar.extractfile(member)):
                     found["/".join(member.name.split("/")[-2:])] = content.read()
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, RecursionError, gzip.BadGzipFile) as error:
+        raise FractalError(f"{path}: damaged ({error}); {_ADVICE}") from error
+    try:
         synsets = loadmat(io.BytesIO(found[_CLASSES]), squeeze_me=True)["synsets"]
         leaves = [synset for synset in np.atleast_1d(synsets) if int(synset["num_children"]) == 0]  # the classes
         ids = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}

@@ -5,16 +5,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread exists at a fork, not even of OpenBLAS
 
-import matplotlib.figure  # noqa: F401  # imported once here, for all ranks
-import timm  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
+from fractaltrain import cli, distributed, train
 
-from fractaltrain import cli, distributed, finetune, pretrain, train  # noqa: F401
+_MODULES = "matplotlib.figure timm torch.utils.tensorboard fractaltrain.finetune fractaltrain.pretrain"
+for _module in _MODULES.split():
+    import_module(_module)  # here once, instead of in every rank
 
 _LIMIT = 140.0  # seconds
 
