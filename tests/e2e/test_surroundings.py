@@ -86,7 +86,10 @@ def test_limit_of_processes_is_one_line(nobodys, command, limit):
     limited = [*before, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash"]
     done = run(command, folder, "shards", limited, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (done.returncode, len(errors), "ulimit -u" in errors[0]) == (1, 1, True)
+    assert (done.returncode, len(errors)) == (1, 1), done.stderr
+    # a thread more or less at that moment decides whether the command meets the limit, or a loader worker of PyTorch
+    worker = "loader worker" in errors[0] and "can't start new thread" in done.stderr
+    assert "ulimit -u" in errors[0] or worker, done.stderr
 
 
 def test_current_folder_that_is_gone_is_one_line(shards, tmp_path):
