@@ -355,10 +355,10 @@ def search(classes: int, seed: int, fill_rate: float, out: Path, workers: int) -
     if out.is_dir():
         raise UsageError(f"--out is {out}: expected the name of a file")
     check_writable(out.parent)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with console.progress("searching", "categories") as on_progress:
         found = search_categories(classes, seed, fill_rate, workers, on_progress)
     console.note(f"tried {found[-1].candidate:,} candidates")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_systems(out, [one.category for one in found])
     click.echo(f"{out}: {len(found):,} categories")
     console.next_step("fractalgen build --kind fractaldb --n N --categories", out)

@@ -135,7 +135,7 @@ def list_folder(path: Path, folders: Mapping[str, str] | None = None) -> ImageLi
         )
     if skipped := sum(count for _, _, count in listed.values()):
         notes.append(
-            f"{path}: skipped {skipped:,} files or folders: hidden, outside of class folders, or not named as images"
+            f"{path}: skipped {human_count(skipped, 'item')}: hidden, outside of class folders, or not named as images"
         )
     names, ids = ((), classes) if all(map(_SYNSET.fullmatch, classes)) else (classes, ())
     return ImageListing(len(classes), names, ids, splits, tuple(notes))

@@ -267,13 +267,18 @@ def parse_manifest(data: bytes, folder: Path, where: str) -> Manifest:
 
 
 def check_names(splits: Mapping[str, Sequence[str]], where: str) -> None:
-    """Raise FractalError if a split or shard is not named plainly, or a shard is listed twice."""
-    shards = [shard for names in splits.values() for shard in names]
-    for name in (*splits, *shards):
-        if not is_plain(name):
-            raise FractalError(f"{where}: {name!r} is not a plain file name; do not use this dataset")
-    if len(set(shards)) != len(shards):
-        raise FractalError(f"{where}: lists a shard twice; do not use this dataset")
+    """Raise FractalError if a shard is not named ``SPLIT-NNNNNN.tar`` after its split, or is listed twice.
+
+    Its sidecar could otherwise have the name of another file, and a name could lead out of the folder.
+    """
+    for split, shards in splits.items():
+        if split not in (TRAINING, "val"):
+            raise FractalError(f"{where}: {split!r} is neither train nor val; do not use this dataset")
+        for name in shards:
+            if not re.fullmatch(rf"{split}-[0-9]{{6}}\.tar", name):
+                raise FractalError(f"{where}: {name!r} is not the name of a {split} shard; do not use this dataset")
+        if len(set(shards)) != len(shards):
+            raise FractalError(f"{where}: lists a shard twice; do not use this dataset")
 
 
 def split_shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:

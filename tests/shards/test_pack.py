@@ -130,7 +130,7 @@ def test_links_are_followed_and_other_files_are_skipped(flowers, tmp_path):
     (source / "daisy" / "deeper" / "link.jpg").symlink_to(flowers / "aster" / "011.jpg")
     for name in ("README", "daisy/notes.txt", "daisy/._link.jpg", "daisy/.DS_Store"):
         (source / name).write_text("not an image")
-    assert "skipped 5 files" in pack(f"imagefolder:{source}", tmp_path / "out").stderr
+    assert "skipped 5 items" in pack(f"imagefolder:{source}", tmp_path / "out").stderr
     assert Counter(images(tmp_path / "out", "train").values()) == {0: 1, 1: 10}
 
 

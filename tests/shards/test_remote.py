@@ -29,7 +29,6 @@ from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.recipe_file import read_portable
 from fractalshards.remote import transfer
-from fractalshards.remote.cache import open_cache
 from fractalshards.remote.card import PORTABLE, PREVIEW, README
 from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact
 from fractalshards.storage import write_json
@@ -275,15 +274,6 @@ def test_push_refuses_damaged_datasets(dataset, out, bucket):
     for url in (bucket, str(out)):
         assert SECOND in bad("push", dataset, url)
         assert INFO in bad("pull", url, out.with_name("back"))
-
-
-@pytest.mark.parametrize("name", ["recipe.tar", "train-000000.json"])
-def test_shards_named_as_other_files_are_refused(dataset, out, name):
-    edit_split(dataset, filenames=[name, SECOND])
-    assert "do not use this dataset" in bad("pull", dataset, out)
-    with pytest.raises(FractalError, match="do not use this dataset"):
-        open_cache(str(dataset), out, 10**9, 1, "train")
-    assert not out.exists()
 
 
 def test_hostile_sizes_are_refused(dataset, out, web):

@@ -77,7 +77,7 @@ class WebDatasetSource(WithLabels):
             image = decode_image(read_blocks(file.fileno(), start, start + size))
             return Example(key, image, int(self.labels[index]))
         except FractalError as error:
-            raise BadSampleError(f"{path}: {key}: {error}; replace it, or train with --on-bad-sample skip") from error
+            raise BadSampleError(f"{path}: {key}: {error}; replace or remove it") from error
         except OSError as error:
             raise BadSampleError(f"{path}: {key}: {describe_os_error(error)}") from error
 
