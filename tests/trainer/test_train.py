@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -283,6 +284,26 @@ def test_log_on_a_terminal_keeps_messages_on_separate_lines(tmp_path, capfd, mon
     assert first.startswith("\r\033[Kepoch 1/3  step 10/100")
     assert (message, end) == ("saved", "")
     assert second.startswith("\r\033[Kepoch 1/3  step 20/100")
+
+
+def test_ctrl_c_does_not_wait_for_tensorboard(tmp_path, monkeypatch):
+    """Its writing thread may have missed that there is something to write, and sleep."""
+    run_log = log.RunLog(tmp_path, 3, 100, 8, log.Position(), main=True, quiet=False)
+    monkeypatch.setattr(run_log._tensorboard, "close", Mock(side_effect=AssertionError))
+    with pytest.raises(KeyboardInterrupt), run_log:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_that_a_library_swallows_ends_the_training(tmp_path, monkeypatch):
+    def swallow() -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before_step(monkeypatch, STEPS + 12, swallow)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "run")
+    assert lines(tmp_path / "run")[-1]["global_step"] == STEPS + 10
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_timer_separates_waiting_from_training(monkeypatch):

@@ -207,9 +207,15 @@ def count_gpus(processes: int) -> int:
 
 @dataclass
 class StopFlag:
-    """The last stop signal that this process received; 0: none. The ranks agree to stop, see ``World.max``."""
+    """The signals that this process received."""
 
-    signal: int = 0
+    signal: int = 0  # the last one that asks to save and stop; 0: none. The ranks agree to stop, see ``World.max``
+    interrupted: bool = False
+
+    def check_interrupt(self) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C: the one at the signal may have been swallowed by code in C."""
+        if self.interrupted:
+            raise KeyboardInterrupt
 
 
 def stopped_by(number: int) -> StoppedError:
@@ -219,13 +225,18 @@ def stopped_by(number: int) -> StoppedError:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Make SIGTERM and SIGUSR1 only set a flag inside the block."""
+    """Make SIGTERM and SIGUSR1 only set a flag inside the block; Ctrl-C sets one and raises, if it raised before."""
     flag = StopFlag()
 
     def remember(number: int, frame: FrameType | None) -> None:
         flag.signal = number
 
-    with handling(remember, *STOP_SIGNALS):
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        flag.interrupted = True
+        raise KeyboardInterrupt
+
+    raising = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    with handling(remember, *STOP_SIGNALS), handling(interrupt, *raising):
         yield flag
 
 

@@ -20,6 +20,7 @@ TENSORBOARD = "tb"
 HISTORY = "history.png"
 
 _LOG_SECONDS = 10.0  # between lines if stdout is not a terminal
+_FLUSH_SECONDS = 10  # of TensorBoard
 _DRAWING_SECONDS = 60.0  # between drawings of the history
 _CLEAR = "\r\033[K"
 
@@ -111,14 +112,16 @@ class RunLog:
             rewind_metrics(folder, done)
             (folder / TENSORBOARD).mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder / TENSORBOARD, os.O_RDONLY)  # TensorBoard needs names in UTF-8
-            self._tensorboard: Any = SummaryWriter(f"/proc/self/fd/{self._descriptor}", purge_step=done + 1)
+            where = f"/proc/self/fd/{self._descriptor}"
+            self._tensorboard: Any = SummaryWriter(where, purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._end_line()
-        if self._main:
+        # Ctrl-C may come while TensorBoard wakes its writing thread, which then sleeps on; closing would wait for it.
+        if self._main and not (kind and issubclass(kind, KeyboardInterrupt)):
             self._tensorboard.close()
             os.close(self._descriptor)
 

@@ -107,6 +107,7 @@ def train(
                         _logger.warning("bad sample, continuing without it: %s", batch.bad[0])
                     bad_samples += len(batch.bad)
                     on_step(epoch, step)
+                    stop.check_interrupt()
                     stopping = world.max(stop.signal)
                     logging_now = step % LOG_EVERY == 0 or step == steps
                     log.timer.stepped()
