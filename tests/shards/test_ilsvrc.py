@@ -54,9 +54,9 @@ def nested() -> bytes:
 
 
 def sparse() -> bytes:
-    """A tar of a file that takes no space and unpacks to 8 GiB."""
+    """A tar of a file that takes no space and unpacks to a pebibyte, which no memory holds."""
     block = bytearray(tar_header("x/data/meta.mat", kind=tarfile.GNUTYPE_SPARSE))
-    block[483:494] = b"7" * 11
+    block[483:495] = b"\x80" + (1 << 50).to_bytes(11, "big")
     block[148:154] = b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:]))
     return bytes(block)
 

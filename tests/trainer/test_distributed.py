@@ -214,7 +214,7 @@ def errors(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds"), [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 60, marks=pytest.mark.slow)]
+    ("number", "seconds"), [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 20, marks=pytest.mark.slow)]
 )
 def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, seconds):
     launcher = save_slowly(tmp_path, seconds)
