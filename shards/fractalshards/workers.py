@@ -274,14 +274,28 @@ def handling(
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not a handler of Python
 
 
-def init_loader_worker(worker: int) -> None:
-    """Make a loader process end with its parent, and ignore the signals that only the parent acts on.
+@contextmanager
+def starting_loaders() -> Iterator[None]:
+    """Make the loader processes that are forked inside the block ignore the signals that only the parent acts on.
 
-    Batch systems signal all processes of a job, and a loader that ended first would make a stop look like a failure.
+    Terminals and batch systems signal all processes of a job, and a loader that ended first would make a stop look like
+    a failure. In this process, Ctrl-C takes effect after the block, since Python loses one that comes while it forks,
+    and the handler of SIGCHLD is restored: torch sets one that raises errors in any code that runs then.
     """
-    end_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    received: list[int] = []
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    deferred = [signal.SIGINT] if callable(on_interrupt) else []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})  # the processes keep it
+    try:
+        with (
+            handling(signal.SIG_DFL, signal.SIGCHLD),
+            handling(lambda number, frame: received.append(number), *deferred),  # another thread may take the signal
+        ):
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if received and callable(on_interrupt):
+            on_interrupt(signal.SIGINT, None)
 
 
 @contextmanager
@@ -303,8 +317,3 @@ def watching(processes: Sequence[BaseProcess]) -> Iterator[None]:
         except Exception:
             check()  # torch catches the error of the handler
             raise
-
-
-def keep_child_handler() -> AbstractContextManager[None]:
-    """Restore the handler of SIGCHLD after the block: torch sets one that raises errors in any code that runs then."""
-    return handling(signal.SIG_DFL, signal.SIGCHLD)

@@ -244,6 +244,34 @@ def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
     assert not workers & children()
 
 
+def signal_when_forked(monkeypatch: pytest.MonkeyPatch, parent: bool, *numbers: signal.Signals) -> None:
+    """Send signals to one of the two processes right after a fork, when Python ignores the exceptions of handlers."""
+    fork = os.fork
+
+    def fork_and_signal() -> int:
+        pid = fork()
+        if bool(pid) == parent:
+            with suppress(KeyboardInterrupt):
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+        return pid
+
+    monkeypatch.setattr(os, "fork", fork_and_signal)
+
+
+def test_new_workers_ignore_signals_to_all_processes(monkeypatch):
+    signal_when_forked(monkeypatch, False, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    assert len(list(zeros(workers=2))) == 20
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(monkeypatch):
+    before = children()
+    signal_when_forked(monkeypatch, True, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        list(zeros(workers=2))
+    assert not children() - before
+
+
 def test_workers_end_with_a_killed_parent():
     """Each holds the reading end of the pipe that it writes to."""
     reader, writer = os.pipe()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fractalshards.errors import BadSampleError, FractalError, describe_os_error
 from fractalshards.reader import Example
-from fractalshards.workers import check_semaphores, init_loader_worker, keep_child_handler, watching
+from fractalshards.workers import check_semaphores, end_with_parent, starting_loaders, watching
 from fractaltrain.data.source import Images, Indices, SampleSource
 from fractaltrain.seeding import Purpose, mix
 
@@ -81,7 +81,7 @@ def epoch_loader(
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # leaves the global generator alone
-        worker_init_fn=init_loader_worker if workers else None,
+        worker_init_fn=lambda worker: end_with_parent(),
         multiprocessing_context="fork" if workers else None,  # spawning, the default of spawned ranks, takes seconds
     )
     if workers:
@@ -90,7 +90,7 @@ def epoch_loader(
     items: Iterator[Batch | FractalError] = iter(())
     try:
         try:
-            with keep_child_handler():
+            with starting_loaders():
                 items = iter(loader)
         finally:  # also if some have started, and the next one cannot
             processes = [process for process in multiprocessing.active_children() if process not in before]
