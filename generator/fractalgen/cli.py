@@ -311,8 +311,10 @@ def render(
         image = Indexed(kernel.flip(indices, flip), kernel.palette(draw))
     else:
         _refuse_beside(context, "--kind", _FRACTALDB)
-        if kind is None or category is None or instance is None:
+        if kind is None:
             raise UsageError("--params is missing, or --kind with --category and --instance")
+        if category is None or instance is None:
+            raise UsageError(f"--kind {kind} needs --category and --instance, the class and the image")
         side = size or KINDS[kind].size
         stream = override(STREAMS[kind](), parse_settings(settings))
         with console.progress(*_PREPARING) as on_progress:

@@ -241,6 +241,8 @@ def load_manifest(folder: Path) -> Manifest:
 def find_manifest(folder: Path) -> Path:
     """Return the path of a finished dataset's ``_info.json``; raise FractalError if it is missing."""
     path = folder / INFO
+    if folder.is_file():
+        raise FractalError(f"{folder}: is a file; give the folder of the dataset")
     if not folder.is_dir():
         raise FractalError(f"{folder}: no such folder; check the path, or build a dataset with 'fractalgen build'")
     if not path.is_file():

@@ -18,6 +18,7 @@ import fsspec
 import huggingface_hub
 import pytest
 import s3fs
+from botocore.exceptions import NoCredentialsError
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -30,7 +31,17 @@ from fractalshards.manifest import INFO, RECIPE, SYSTEMS, load_manifest
 from fractalshards.recipe_file import read_portable
 from fractalshards.remote import transfer
 from fractalshards.remote.card import PORTABLE, PREVIEW, README
-from fractalshards.remote.stores import FileInfo, HubStore, Store, Upload, WebStore, open_store, parse_location, redact
+from fractalshards.remote.stores import (
+    FileInfo,
+    HubStore,
+    S3Store,
+    Store,
+    Upload,
+    WebStore,
+    open_store,
+    parse_location,
+    redact,
+)
 from fractalshards.storage import write_json
 from packing import assert_refused, run, write_small
 
@@ -339,6 +350,8 @@ def test_errors_are_one_line_without_secrets(dataset, out, web, tmp_path, monkey
     untrusted = OSError("CERTIFICATE_VERIFY_FAILED by https://me:pass@host/f?token=abc, url='https://host/f?sig=x'")
     monkeypatch.setattr(WebStore, "_open", Mock(side_effect=untrusted))
     assert "SSL_CERT_FILE" in bad("pull", "https://somewhere/set", out)
+    monkeypatch.setattr(S3Store, "_open", Mock(side_effect=NoCredentialsError))
+    assert "FSSPEC_S3_ANON" in bad("pull", "s3://bucket/set", out)
     assert redact(str(untrusted)).endswith("by https://***@host/f?***, url='https://host/f?***'")
     assert not out.exists()
 

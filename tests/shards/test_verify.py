@@ -71,6 +71,7 @@ def test_wrong_usage_is_refused(tmp_path, dataset):
     for arguments, code, noun in (
         (("verify", tmp_path / "nowhere"), 1, "nowhere"),
         (("info", tmp_path), 1, INFO),
+        (("info", dataset / SHARD), 1, "is a file"),
         (("sheet", dataset, "--out", dataset / INFO / "x.png"), 1, INFO),
         (("sheet", dataset, "--out", tmp_path / "x.png", "--split", "val"), 1, "'val'"),
         (("sheet", dataset, "--out", tmp_path / "x.tiff"), 2, "--out"),

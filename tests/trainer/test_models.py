@@ -69,6 +69,7 @@ WRONG_ARGUMENTS = [
     ("name", "options", "noun"),
     [
         ("deit_smal_patch32_224", {}, "deit_small_patch32_224"),
+        ("vit_tiny", {}, "vit_tiny_patch16_224"),
         ("qqqqq", {}, "qqqqq"),
         ("resnet50", {"drop_path": 0.1}, "resnet50.*drop_path"),
         ("vgg11", {"drop_path": 0.1}, "vgg11.*drop_path"),

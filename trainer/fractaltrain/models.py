@@ -48,7 +48,9 @@ def create_model(
         FractalError: if it cannot be built for that size, or does not take images of that size.
     """
     if name not in _OURS and not timm.is_model(name):
-        close = get_close_matches(name, {*_OURS, *timm.list_models()}, n=3)
+        names = sorted({*_OURS, *timm.list_models()})
+        # "vit_tiny" resembles gcvit_tiny more than vit_tiny_patch16_224, which it begins
+        close = [known for known in names if name and known.startswith(name)][:3] or get_close_matches(name, names)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UsageError(f"no model {name!r}; {hint}")
     for argument in arguments:

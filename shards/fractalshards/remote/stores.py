@@ -276,6 +276,8 @@ class Store:
                 advice = "name a file with its authority in SSL_CERT_FILE, for s3:// in AWS_CA_BUNDLE"
                 raise FractalError(f"{where}: the certificate of the server is not trusted; {advice}") from error
             reason = one_line(str(error) or type(error).__name__).replace(" ssl:default", "")  # said of plain http, too
+            if type(error).__name__ == "NoCredentialsError":  # botocore's; may pass on machines that get theirs late
+                reason += "; set AWS_PROFILE, or for a public bucket FSSPEC_S3_ANON=true"
             raise TemporaryError(f"{where}: {redact(reason)[:300]}") from error
 
 
