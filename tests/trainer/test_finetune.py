@@ -207,6 +207,13 @@ def test_eval_leaves_out_the_images_a_run_was_finetuned_on(fractaltrain):
 def test_eval_refuses_other_classes(fractaltrain, pretrained, image_folder):
     fractaltrain("eval", "--weights", pretrained, "--data", "digits").assert_refused(1, "5 classes")
     assert not (pretrained / "eval-digits").exists()
+    for part in ("train", "val"):  # as many classes as in the pre-training
+        image_folder(Path("letters") / part, dict.fromkeys("abcde", 2))
+    run = shutil.copytree(pretrained, Path("rendered"))
+    content = json.loads((run / "run.json").read_text())
+    content["settings"]["dataset_recipe"] = {"kind": "single", "systems_digest": "0"}
+    (run / "run.json").write_text(json.dumps(content))
+    fractaltrain("eval", "--weights", run, "--data", "imagefolder:letters").assert_refused(1, "letters")
     for name, classes in (("animals", ("ant", "bee")), ("plants", ("ant", "oak"))):
         for part in ("train", "val"):
             image_folder(Path(name) / part, dict.fromkeys(classes, 2))

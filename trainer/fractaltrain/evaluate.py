@@ -280,6 +280,8 @@ def check_classes(run: TrainedRun, val: LabelledSource, choice: ImagesConfig) ->
     if settings.classes != val.classes:
         problem = f"{settings.classes:,} classes, but {val.classes:,} in {choice.name}"
         raise FractalError(f"{run.folder}: {problem}; {advice}")
+    if val.class_names and not settings.class_names and "systems_digest" in settings.dataset_recipe:  # were rendered
+        raise FractalError(f"{run.folder}: its classes are rendered ones, not those of {choice.name}; {advice}")
     for label, (ours, theirs) in enumerate(zip(settings.class_names, val.class_names, strict=False)):
         if ours != theirs:
             raise FractalError(f"{run.folder}: class {label} is {ours}, but {theirs} in {choice.name}; {advice}")
