@@ -21,7 +21,7 @@ from fractalshards.human import human_list
 from fractalshards.manifest import MAX_CLASSES
 from fractalshards.storage import read_bounded
 from fractalshards.systems import read_systems
-from fractalshards.workers import OnProgress, no_progress, worker_pool
+from fractalshards.workers import OnProgress, no_progress, result_of, worker_pool
 
 Category = npt.NDArray[np.float64]  # (maps, 7): a, b, c, d, e, f, p
 
@@ -150,7 +150,7 @@ def search_categories(
         while len(found) < classes:
             while len(running) < _AHEAD * workers:
                 running.append(pool.submit(_try_batch, *next(batches), fill_rate))
-            found += running.popleft().result()[: classes - len(found)]
+            found += result_of(running.popleft())[: classes - len(found)]
             on_progress(len(found), classes)
     return found
 

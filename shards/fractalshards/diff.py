@@ -1,7 +1,6 @@
 """Compare two datasets: whether they hold the same samples under the same keys, and which differ."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from operator import itemgetter
@@ -14,7 +13,7 @@ from fractalshards.manifest import Manifest, Shard
 from fractalshards.reader import ShardIndex, decode_shard, index_split
 from fractalshards.recipe_file import recipe_differences
 from fractalshards.sample import label_extension
-from fractalshards.workers import OnProgress, no_progress, worker_pool
+from fractalshards.workers import OnProgress, as_finished, no_progress, worker_pool
 
 MAX_READ = 20  # differing shards of a split whose samples are compared
 _MAX_KEYS = 5  # named per shard
@@ -126,7 +125,7 @@ def _match_samples(
             pool.submit(digest_shard, index, manifests[side].classes): (side, index.path.name)
             for _, side, index in sorted(tasks, key=itemgetter(0))
         }
-        for future in as_completed(futures):
+        for future in as_finished(futures):
             side, shard = futures.pop(future)  # frees the digests of a shard once they are matched
             samples = future.result()
             for key, *digests in samples:

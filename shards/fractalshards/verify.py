@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from fractalshards.sample import (
 )
 from fractalshards.storage import read_json, regular_size
 from fractalshards.systems import read_systems
-from fractalshards.workers import OnProgress, no_progress, worker_pool
+from fractalshards.workers import OnProgress, as_finished, no_progress, worker_pool
 
 _CHUNK = 1 << 20
 
@@ -76,7 +76,7 @@ def verify_shards(
     """Verify shards, each given with the index of its first sample; yields problems as they are found."""
     tasks = {executor.submit(verify_shard, folder, shard, first, promise): shard for shard, first in shards}
     done, total = 0, sum(shard.samples for shard, _ in shards)
-    for task in as_completed(tasks):
+    for task in as_finished(tasks):
         yield from task.result()
         done += tasks[task].samples
         on_progress(done, total)

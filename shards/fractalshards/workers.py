@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import LifoQueue
+from queue import LifoQueue, SimpleQueue
 from types import FrameType, ModuleType
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -127,15 +127,50 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     try:
         with sigterm_interrupts():
             yield pool
-    finally:
+        with uninterrupted():  # workers take a moment to end
+            pool.shutdown(cancel_futures=True)
+    except BaseException as error:
         with handling(signal.SIG_DFL, *_SIGNALS):
-            if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt):
                 if sys.stderr.isatty():
                     sys.stderr.write("\x1b[?25h")  # shows the cursor, which progress bars hide
                 _log.warning("stopping when the running tasks are finished; a second signal or Ctrl-C stops at once")
             pool.shutdown(cancel_futures=True)
+        raise
+    finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def as_finished(futures: Collection[Future[_T]]) -> Iterator[Future[_T]]:
+    """Yield futures as they finish, as ``as_completed`` does, but leave none of them locked after a signal."""
+    count, finished = len(futures), SimpleQueue[Future[_T]]()  # a signal cannot interrupt it half-way
+    with uninterrupted():
+        for future in futures:
+            future.add_done_callback(finished.put)
+    for _ in range(count):
+        yield finished.get()
+
+
+def result_of(future: Future[_T]) -> _T:
+    """Wait for the result of a future; see ``as_finished``."""
+    return next(as_finished([future])).result()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C and SIGTERM to the end of the block.
+
+    Python raises their exceptions inside ``threading``, too, where a lock then stays locked, or a thread unknown to its
+    pool; the end of the pool would wait forever.
+    """
+    arrived: list[int] = []
+    try:
+        with handling(lambda number, _: arrived.append(number), *_SIGNALS):
+            yield
+    finally:
+        for number in arrived[:1]:
+            signal.raise_signal(number)
 
 
 def sigterm_interrupts() -> AbstractContextManager[None]:
@@ -182,7 +217,11 @@ class _Pool(Executor):
             self._workers.put(None)
 
     def submit(self, task: Callable[_P, _T], /, *args: _P.args, **named: _P.kwargs) -> Future[_T]:
-        return self._threads.submit(self._run, task, *args, **named)
+        with uninterrupted():  # it starts threads
+            return self._threads.submit(self._run, task, *args, **named)
+
+    def map(self, fn: Callable[..., _T], *iterables: Iterable[Any], **_: Any) -> Iterator[_T]:
+        return map(result_of, [self.submit(fn, *args) for args in zip(*iterables, strict=False)])
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._threads.shutdown(wait, cancel_futures=cancel_futures)
@@ -282,20 +321,12 @@ def starting_loaders() -> Iterator[None]:
     a failure. In this process, Ctrl-C takes effect after the block, since Python loses one that comes while it forks,
     and the handler of SIGCHLD is restored: torch sets one that raises errors in any code that runs then.
     """
-    received: list[int] = []
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    deferred = [signal.SIGINT] if callable(on_interrupt) else []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})  # the processes keep it
     try:
-        with (
-            handling(signal.SIG_DFL, signal.SIGCHLD),
-            handling(lambda number, frame: received.append(number), *deferred),  # another thread may take the signal
-        ):
+        with handling(signal.SIG_DFL, signal.SIGCHLD), uninterrupted():  # another thread may take the signal
             yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if received and callable(on_interrupt):
-            on_interrupt(signal.SIGINT, None)
 
 
 @contextmanager

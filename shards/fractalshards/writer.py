@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from fractalshards.manifest import (
 from fractalshards.png import Indexed, Pixels, encode_png, pixels_of
 from fractalshards.sample import END_OF_TAR, PNG, Label, Sample, classes_of, encode_label, pack_sample, packed_size
 from fractalshards.storage import atomic_file, regular_size, remove_leftovers
-from fractalshards.workers import OnProgress, is_lost, no_progress
+from fractalshards.workers import OnProgress, as_finished, is_lost, no_progress
 
 Rendered = tuple[Pixels | Indexed, Label]  # an image, (H, W, 3) uint8 or indexed, and its label
 Encode = Callable[[Pixels | Indexed], bytes]
@@ -135,7 +135,7 @@ def run_jobs(
     results = []
     done, total = 0, sum(task.stop - task.first for task in jobs)
     futures = {executor.submit(job): task for task, job in jobs.items()}
-    for future in as_completed(futures):
+    for future in as_finished(futures):
         task = futures[future]
         try:
             results.append(future.result())

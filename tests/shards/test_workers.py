@@ -7,13 +7,15 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from fractalshards import workers
 from fractalshards.errors import WorkerLostError
-from fractalshards.workers import TRIES, worker_pool
+from fractalshards.workers import TRIES, as_finished, worker_pool
 
 # evaluated by a worker: appends to a file, then ends the process unless the file is longer than that
 _DIE = "(open({0!r}, 'a').write('x'), __import__('os').path.getsize({0!r}) > {1} or {2})"
@@ -119,6 +121,29 @@ def test_second_signal_ends_all_processes_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
     assert process.stderr.read() == ""  # to the end: all writers of the pipe are gone
+
+
+def test_signal_while_a_lock_is_taken_ends_the_pool(monkeypatch):
+    """At each such moment of the main thread in turn: the lock would stay locked, and a thread would wait for it."""
+    enter, before = threading.Condition.__enter__, 0
+
+    def interrupt(lock: threading.Condition) -> None:
+        nonlocal before
+        enter(lock)
+        if threading.get_ident() == threading.main_thread().ident:
+            before -= 1
+            if before == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(threading.Condition, "__enter__", interrupt)
+    for moment in count(1):
+        before = moment
+        with suppress(KeyboardInterrupt), worker_pool(1) as pool:
+            futures = [pool.submit(pow, 2, 3) for _ in range(2)]
+            assert [future.result() for future in as_finished(futures)] == [8, 8]
+            before = 0
+            break
+    assert moment > 4
 
 
 def test_pool_needs_no_more_threads_than_workers(monkeypatch):

@@ -25,7 +25,7 @@ from fractalshards.remote.card import README, dataset_card
 from fractalshards.remote.stores import FileInfo, LocalStore, Store, Upload, open_store
 from fractalshards.storage import MAX_JSON_BYTES, atomic_file, check_space, parse_json, remove_leftovers
 from fractalshards.systems import MAX_SYSTEMS_BYTES, parse_systems
-from fractalshards.workers import OnProgress, no_progress
+from fractalshards.workers import OnProgress, no_progress, uninterrupted
 
 _MANIFEST_ATTEMPTS = 3  # the URL may be mistyped
 _traits = attrgetter("recipe_digest", "label_type", "classes", "image_size", "class_names")  # of a manifest
@@ -174,7 +174,9 @@ def run_tasks(
     not wait for tasks: the threads are daemons, which end with the process.
     """
     done, total, results = 0, sum(map(weigh, items)), []
-    with ThreadPool(jobs) as pool:
+    with uninterrupted():  # a pool that is half made prints a traceback
+        made = ThreadPool(jobs)
+    with made as pool:
         try:
             for item, result in pool.imap_unordered(lambda item: (item, task(item)), items):
                 results.append(result)
