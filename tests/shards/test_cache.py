@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from building import wait_until
+from building import is_running, wait_until
 from damages import overwrite
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import shard_name
@@ -165,7 +165,7 @@ def test_prefetching_ends_with_its_parent(source, root, size):
         (child,) = children() - before
         wait_until(lambda: here(cache) == set(NAMES[:2]))
         os.kill(child, signal.SIGKILL)
-        time.sleep(0.1)
+        wait_until(lambda: not is_running(child))
         want(range(2, SHARDS))  # harms nobody
     assert children() <= before
 
@@ -180,7 +180,7 @@ def test_prefetching_ends_with_its_parent(source, root, size):
     (child,) = children(parent.pid)
     parent.kill()
     parent.join()
-    wait_until(lambda: not Path(f"/proc/{child}").exists())
+    wait_until(lambda: not is_running(child))
 
 
 def children(process: int | str = "self") -> set[int]:

@@ -3,6 +3,8 @@
 ``python building.py OUT SYSTEMS`` builds those in another process.
 """
 
+import os
+import select
 import shutil
 import sys
 import time
@@ -54,6 +56,17 @@ def wait_until(holds: Callable[[], object], process: Popen[str] | None = None) -
         assert process is None or process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; a zombie has, and there may be nobody who looks at it."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    ended = select.select([process], [], [], 0)[0]
+    os.close(process)
+    return not ended
 
 
 VARIANTS = {

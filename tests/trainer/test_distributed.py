@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from building import wait_until
+from building import is_running, wait_until
 from damages import overwrite
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import read_record
@@ -226,10 +226,15 @@ def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, second
 
 @pytest.mark.slow
 def test_launcher_ends_when_a_rank_is_killed(tmp_path):
+    """Also if the other rank, which loses its connection, has failed before the launcher looks."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     launcher = save_slowly(tmp_path, env=os.environ | {"TMPDIR": str(temporary)})
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    other, killed = ranks_of(launcher)
+    launcher.send_signal(signal.SIGSTOP)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: not is_running(other))
+    launcher.send_signal(signal.SIGCONT)
     _, err = launcher.communicate(timeout=60)
     assert (launcher.returncode, err.count("\n"), "SIGKILL" in err) == (1, 1, True)
     assert not [*temporary.iterdir()]
@@ -240,10 +245,10 @@ def test_launcher_ends_when_a_rank_is_killed(tmp_path):
 def test_launcher_killed_takes_its_ranks_down(tmp_path, ready):
     launcher = save_slowly(tmp_path, ready=ready)
     wait_until(lambda: len(ranks_of(launcher)) == 2)
-    ranks = [Path(f"/proc/{pid}/cmdline") for pid in ranks_of(launcher)]
+    ranks = ranks_of(launcher)
     launcher.kill()
     launcher.communicate()
-    wait_until(lambda: not any(path.exists() and path.read_bytes() for path in ranks))  # that of a zombie is empty
+    wait_until(lambda: not any(map(is_running, ranks)))
 
 
 @pytest.mark.slow

@@ -9,15 +9,17 @@ import atexit
 import errno
 import json
 import logging
+import multiprocessing.connection
 import os
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -286,18 +288,20 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
             signal.signal(signal.SIGINT, on_interrupt)
         try:
             with handling(forward, *STOP_SIGNALS):
-                while not ranks.join(grace_period=_GRACE_SECONDS):
-                    pass
+                while True:
+                    multiprocessing.connection.wait(ranks.sentinels)
+                    killed = _killed(ranks.processes)
+                    if ranks.join(grace_period=_GRACE_SECONDS):
+                        break
         except (ProcessExitedException, ProcessRaisedException) as error:
             if reason := _first_error(folder):
                 raise reason from error
-            if isinstance(error, ProcessRaisedException):  # a bug; the message contains the traceback
+            if isinstance(error, ProcessRaisedException) and not killed:  # a bug; the message contains the traceback
                 raise
             if received:  # before the training loop, where there was nothing to save
                 raise StoppedError(f"stopped by {signal.Signals(received[0]).name}", 128 + received[0]) from error
-            raise FractalError(
-                f"{error}; run the same command to continue; if memory ran out, lower --batch-size or --workers"
-            ) from error
+            advice = "run the same command to continue; if memory ran out, lower --batch-size or --workers"
+            raise FractalError(f"{killed or error}; {advice}") from error
         except KeyboardInterrupt:
             for process in ranks.processes:
                 process.kill()
@@ -305,6 +309,16 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
         finally:
             for path in ranks.error_files:  # torch removes none of them
                 Path(path).unlink(missing_ok=True)
+
+
+def _killed(ranks: Sequence[BaseProcess]) -> str:
+    """Name the first rank that a signal has killed, if any.
+
+    Those that wait for it fail as well, and may have ended before the launcher looks: torch would name one of them.
+    """
+    codes = [(rank, process.exitcode or 0) for rank, process in enumerate(ranks)]
+    names = [f"process {rank} terminated with signal {signal.Signals(-code).name}" for rank, code in codes if code < 0]
+    return names[0] if names else ""
 
 
 def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size: int, folder: Path) -> None:
