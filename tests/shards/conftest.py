@@ -1,5 +1,6 @@
 """Small datasets of random images, and packed JPEGs."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,5 +33,5 @@ def packed(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The flowers in shards of eight, a fifth of every class held out."""
     out = tmp_path_factory.mktemp("packed") / "flowers"
     result = pack(f"imagefolder:{flowers}", out, "--split", "train=0.8,val=0.2", "--shard-size", "8")
-    assert result.stdout.splitlines()[-1] == f"next: fractaltrain pt --shards {out}"
+    assert result.stdout.splitlines()[-1] == f"next: fractaltrain pt --shards {shlex.quote(str(out))}"
     return out

@@ -118,10 +118,11 @@ def test_lack_of_something_and_signals_are_one_line(dataset, monkeypatch, error,
 def test_quiet_prints_results_only(command, dataset, flowers, tmp_path):
     other = shutil.copytree(dataset, tmp_path / "other")
     edit_split(other, content_digests=["0" * 32, "1" * 32])  # so that ``diff`` reads images
-    for word, path in {"SMALL": dataset, "OTHER": other, "FLOWERS": flowers}.items():
-        command = command.replace(word, str(path))
-    loud = CliRunner().invoke(main, command.replace("OUT", f"{tmp_path}/loud").split())
-    quiet = CliRunner().invoke(main, [*command.replace("OUT", f"{tmp_path}/quiet").split(), "--quiet"])
+    words = command.split()
+    for name, path in {"SMALL": dataset, "OTHER": other, "FLOWERS": flowers}.items():
+        words = [word.replace(name, str(path)) for word in words]
+    loud = CliRunner().invoke(main, [word.replace("OUT", f"{tmp_path}/loud") for word in words])
+    quiet = CliRunner().invoke(main, [*(word.replace("OUT", f"{tmp_path}/quiet") for word in words), "--quiet"])
     assert loud.exit_code == quiet.exit_code, quiet.output
     results = [line for line in loud.stdout.splitlines() if not line.startswith("next: ")]
     assert len(results) == quiet.stdout.count("\n") > 0
