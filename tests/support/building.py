@@ -58,6 +58,12 @@ def wait_until(holds: Callable[[], object], process: Popen[str] | None = None) -
         time.sleep(0.005)
 
 
+def workers_of(pid: int) -> list[int]:
+    """Return the processes that multiprocessing has spawned for a process; /proc cuts no line off, as ps may."""
+    children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def is_running(pid: int) -> bool:
     """Whether a process has not ended; a zombie has, and there may be nobody who looks at it."""
     try:

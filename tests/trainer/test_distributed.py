@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from building import is_running, wait_until
+from building import is_running, wait_until, workers_of
 from damages import overwrite
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import read_record
@@ -202,12 +202,6 @@ def save_slowly(folder: Path, seconds: int = 0, ready: bool = True, **options: A
     return launcher
 
 
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
-    """Return the process ids of the ranks, by rank; torch starts a resource tracker, too."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 def errors(text: str) -> list[str]:
     """Return the lines but the warnings: ranks of a busy machine may wait for each other, and say so."""
     return [line for line in text.splitlines() if not line.startswith("warning: ")]
@@ -230,7 +224,7 @@ def test_launcher_ends_when_a_rank_is_killed(tmp_path):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     launcher = save_slowly(tmp_path, env=os.environ | {"TMPDIR": str(temporary)})
-    other, killed = ranks_of(launcher)
+    other, killed = workers_of(launcher.pid)
     launcher.send_signal(signal.SIGSTOP)
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: not is_running(other))
@@ -244,8 +238,8 @@ def test_launcher_ends_when_a_rank_is_killed(tmp_path):
 @pytest.mark.parametrize("ready", [True, False])
 def test_launcher_killed_takes_its_ranks_down(tmp_path, ready):
     launcher = save_slowly(tmp_path, ready=ready)
-    wait_until(lambda: len(ranks_of(launcher)) == 2)
-    ranks = ranks_of(launcher)
+    wait_until(lambda: len(workers_of(launcher.pid)) == 2)
+    ranks = workers_of(launcher.pid)
     launcher.kill()
     launcher.communicate()
     wait_until(lambda: not any(map(is_running, ranks)))
@@ -284,7 +278,7 @@ def test_signal_to_the_command_saves_and_resume_is_bit_exact(undisturbed, datase
     training = start(*words, stdout=writer)
     os.close(writer)
     wait_for(tmp_path / "run" / "metrics.jsonl")
-    os.kill(ranks_of(training)[1], signal.SIGTERM)
+    os.kill(workers_of(training.pid)[1], signal.SIGTERM)
     with open(reader, "rb") as output:
         output.read()
     [error] = errors(training.communicate(timeout=120)[1])
