@@ -30,7 +30,7 @@ def run_rank(
     local_size = size // nodes
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"LOCAL_RANK": str(rank % local_size), "LOCAL_WORLD_SIZE": str(local_size)}
-    os.environ |= {"FRACTALTRAIN_STORE": (folder / "store").as_uri()}
+    os.environ |= {"FRACTALTRAIN_STORE": f"file://{folder}/store"}
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -221,7 +221,7 @@ def test_launcher_forwards_signals_and_waits_for_saving(tmp_path, number, second
 @pytest.mark.slow
 def test_launcher_ends_when_a_rank_is_killed(tmp_path):
     """Also if the other rank, which loses its connection, has failed before the launcher looks."""
-    temporary = tmp_path / "tmp"
+    temporary = tmp_path / "é tmp"
     temporary.mkdir()
     launcher = save_slowly(tmp_path, env=os.environ | {"TMPDIR": str(temporary)})
     other, killed = workers_of(launcher.pid)

@@ -196,7 +196,7 @@ def test_step_does_not_wait_for_the_gpu(amp, changes):
 @pytest.fixture
 def one_process(tmp_path, monkeypatch) -> Iterator[World]:
     """A process group of one process, NCCL for GPUs, in a world that counts two: all its collectives run."""
-    monkeypatch.setenv(distributed._STORE, (tmp_path / "store").as_uri())
+    monkeypatch.setenv(distributed._STORE, f"file://{tmp_path}/store")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     group = distributed._connect(0, 1, DEVICE)
     yield replace(WORLD, size=2, _patient_group=group)

@@ -326,7 +326,8 @@ def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; torch sends SIGINT when the launcher dies
     end_with_parent()  # it may have died before torch asked for that
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in names.items()}, **{_STORE: (folder / "store").as_uri()})
+    store = f"file://{folder}/store"  # torch takes the path as it is, with nothing escaped
+    os.environ.update({name: str(value) for name, value in names.items()}, **{_STORE: store})
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve
     try:
         entry(config)
