@@ -51,7 +51,7 @@ def run(
     command: str, folder: Path, shards: str | Path, before: Sequence[str] = (), new: str = "new", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command, perhaps through another one, without what the runner of these tests adds to the environment."""
-    program, *arguments = command.replace("SHARDS", str(shards)).replace("NEW", new).split()
+    program, *arguments = (word.replace("SHARDS", str(shards)).replace("NEW", new) for word in command.split())
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONIOENCODING")}
     return subprocess.run(
         [*before, BIN / program, *arguments],

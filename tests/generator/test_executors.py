@@ -121,14 +121,14 @@ def test_dask_cluster_that_loses_a_worker_builds_the_same(tmp_path):
     killed = threading.Event()
 
     def kill_a_worker() -> None:
-        with Client(cluster) as client:
-            process = next(iter(client.run(os.getpid).values()))
-            wait_until(lambda: len(list(out.glob("*.json"))) >= 3)
-            if not (out / "_info.json").exists():
-                os.kill(process, 9)
-                killed.set()
+        wait_until(lambda: len(list(out.glob("*.json"))) >= 3)
+        if not (out / "_info.json").exists():
+            os.kill(process, 9)
+            killed.set()
 
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        with Client(cluster) as client:  # before the build, which may be quicker than a connection
+            process = next(iter(client.run(os.getpid).values()))
         killer = threading.Thread(target=kill_a_worker)
         killer.start()
         result = succeed(*options, "--out", out, "--executor", "dask", "--scheduler", cluster.scheduler_address)

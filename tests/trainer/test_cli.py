@@ -77,7 +77,7 @@ except SystemExit: print({"torch", "timm", "sklearn", "matplotlib"} & {*sys.modu
     ],
 )
 def test_mistake_is_one_line_and_writes_nothing(fractaltrain, tmp_path, dataset, arguments, code, noun):
-    fractaltrain(*arguments.replace("DATASET", str(dataset)).split()).assert_refused(code, noun)
+    fractaltrain(*(word.replace("DATASET", str(dataset)) for word in arguments.split())).assert_refused(code, noun)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 

@@ -187,15 +187,16 @@ def test_error_leaves_no_loader_workers(tmp_path, monkeypatch):
     assert stopped.traceback
 
 
-@pytest.mark.parametrize("command", ["pt --shards ", "ft --weights none --data shards:"])
+@pytest.mark.parametrize("command", ["pt --shards DATASET", "ft --weights none --data shards:DATASET"])
 def test_seed_decides_weights_order_and_augmentation(fractaltrain, dataset, tmp_path, monkeypatch, command):
     batches, states = [], []
     train_batch, stop = module.train_batch, Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(module, "train_batch", lambda batch, *more: batches.append(batch) or train_batch(batch, *more))
     monkeypatch.setattr(module, "train_step", lambda state, *more: states.append(state) or stop())
+    words = [word.replace("DATASET", str(dataset)) for word in command.split()]
     for number, seed in enumerate((0, 0, 1)):
         options = ("--model", "test_resnet", "--batch-size", 10, "--seed", seed, "--out", tmp_path / f"{number}")
-        assert fractaltrain(*f"{command}{dataset}".split(), *options).code == 130
+        assert fractaltrain(*words, *options).code == 130
     for first, again, other in (
         [batch.keys for batch in batches],
         [{*batch.sample_keys.tolist()} for batch in batches],
