@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from building import is_running, wait_until
+from building import children_of, is_running, wait_until
 from damages import overwrite
 from fractalshards.errors import FractalError, UsageError
 from fractalshards.manifest import shard_name
@@ -159,15 +159,15 @@ def test_prefetching_keeps_the_next_shards(source, root, size, web):
 
 
 def test_prefetching_ends_with_its_parent(source, root, size):
-    cache, before = opened(str(source), root, SHARDS * size), children()
+    cache, before = opened(str(source), root, SHARDS * size), {*children_of()}
     with prefetching(cache, "train") as want:
         want([0, 1])
-        (child,) = children() - before
+        (child,) = {*children_of()} - before
         wait_until(lambda: here(cache) == set(NAMES[:2]))
         os.kill(child, signal.SIGKILL)
         wait_until(lambda: not is_running(child))
         want(range(2, SHARDS))  # harms nobody
-    assert children() <= before
+    assert {*children_of()} <= before
 
     def hold() -> None:
         with prefetching(cache, "train") as want:
@@ -177,13 +177,7 @@ def test_prefetching_ends_with_its_parent(source, root, size):
     parent = FORK.Process(target=hold)
     parent.start()
     wait_until(lambda: here(cache) == set(NAMES))
-    (child,) = children(parent.pid)
+    (child,) = children_of(parent.pid)
     parent.kill()
     parent.join()
     wait_until(lambda: not is_running(child))
-
-
-def children(process: int | str = "self") -> set[int]:
-    return {
-        int(child) for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()
-    }

@@ -58,10 +58,14 @@ def wait_until(holds: Callable[[], object], process: Popen[str] | None = None) -
         time.sleep(0.005)
 
 
-def workers_of(pid: int) -> list[int]:
+def children_of(process: int | str = "self") -> list[int]:
+    """Return the child processes of all threads of a process, by default of this one."""
+    return [int(pid) for path in Path(f"/proc/{process}/task").glob("*/children") for pid in path.read_text().split()]
+
+
+def workers_of(process: int) -> list[int]:
     """Return the processes that multiprocessing has spawned for a process; /proc cuts no line off, as ps may."""
-    children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [pid for pid in children_of(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def is_running(pid: int) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from building import children_of
 from damages import overwrite
 from fractalshards.errors import BadSampleError, FractalError
 from fractalshards.manifest import load_manifest, read_record
@@ -180,10 +181,6 @@ def test_killed_worker_is_one_line():
     assert "\n" not in str(error.value)
 
 
-def children() -> set[int]:
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-
-
 @pytest.fixture
 def no_child_handler():
     """Python's own handling of SIGCHLD; torch's stays for good once a test has used a plain DataLoader."""
@@ -193,10 +190,10 @@ def no_child_handler():
 
 
 def test_worker_that_is_killed_while_a_batch_is_used_fails_the_next_one(no_child_handler):
-    before = children()
+    before = {*children_of()}
     with closing(zeros(workers=1)) as loader:
         next(loader)
-        (worker,) = children() - before
+        (worker,) = {*children_of()} - before
         ended = os.pidfd_open(worker)
         os.kill(worker, signal.SIGKILL)  # no error here: torch's handler of SIGCHLD would raise one anywhere
         assert select.select([ended], [], [], 20)[0]
@@ -221,27 +218,27 @@ def test_worker_that_cannot_send_a_batch_says_why(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's iterator, half created
 def test_workers_end_if_another_one_cannot_start(monkeypatch):
-    before = children()
+    before = {*children_of()}
     forks = [os.fork, Mock(side_effect=BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"))]
     monkeypatch.setattr(os, "fork", lambda: forks.pop(0)())
     with pytest.raises(OSError, match="unavailable") as caught:
         list(zeros(workers=2))
     for process in multiprocessing.active_children():
         process.join(10)
-    assert not children() - before, caught  # whose traceback refers to the workers
+    assert not {*children_of()} - before, caught  # whose traceback refers to the workers
     del caught
     gc.collect()
 
 
 def test_closed_loader_ends_its_workers_though_they_ignore_sigterm():
-    before = children()
+    before = {*children_of()}
     with closing(zeros(workers=2)) as loader:
         next(loader), next(loader)  # both have started
-        workers = children() - before
+        workers = {*children_of()} - before
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
         assert len(list(loader)) == 18
-    assert not workers & children()
+    assert not workers & {*children_of()}
 
 
 def signal_when_forked(monkeypatch: pytest.MonkeyPatch, parent: bool, *numbers: signal.Signals) -> None:
@@ -265,11 +262,11 @@ def test_new_workers_ignore_signals_to_all_processes(monkeypatch):
 
 
 def test_ctrl_c_while_workers_start_is_not_lost(monkeypatch):
-    before = children()
+    before = {*children_of()}
     signal_when_forked(monkeypatch, True, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         list(zeros(workers=2))
-    assert not children() - before
+    assert not {*children_of()} - before
 
 
 def test_workers_end_with_a_killed_parent():
@@ -280,7 +277,7 @@ def test_workers_end_with_a_killed_parent():
         try:
             loader = zeros(workers=2)
             next(loader), next(loader)
-            os.write(writer, " ".join(map(str, children())).encode())
+            os.write(writer, " ".join(map(str, children_of())).encode())
             signal.pause()
         finally:
             os._exit(1)

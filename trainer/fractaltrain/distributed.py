@@ -212,10 +212,10 @@ class StopFlag:
     """The signals that this process received."""
 
     signal: int = 0  # the last one that asks to save and stop; 0: none. The ranks agree to stop, see ``World.max``
-    interrupted: bool = False
+    interrupted: bool = False  # by Ctrl-C
 
     def check_interrupt(self) -> None:
-        """Raise KeyboardInterrupt after Ctrl-C: the one at the signal may have been swallowed by code in C."""
+        """Raise KeyboardInterrupt after Ctrl-C, if a library swallowed the one that the signal raised."""
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -227,7 +227,7 @@ def stopped_by(number: int) -> StoppedError:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Make SIGTERM and SIGUSR1 only set a flag inside the block; Ctrl-C sets one and raises, if it raised before."""
+    """Make SIGTERM and SIGUSR1 only set a flag inside the block; where Ctrl-C raises KeyboardInterrupt, record it."""
     flag = StopFlag()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -312,13 +312,14 @@ def _launch_ranks(entry: Callable[[_Config], None], config: _Config, nproc: int)
 
 
 def _killed(ranks: Sequence[BaseProcess]) -> str:
-    """Name the first rank that a signal has killed, if any.
+    """Name the first rank that a signal has killed; empty if there is none.
 
-    Those that wait for it fail as well, and may have ended before the launcher looks: torch would name one of them.
+    Ranks that wait for it fail as well, and may end before the launcher looks: torch would name one of them.
     """
-    codes = [(rank, process.exitcode or 0) for rank, process in enumerate(ranks)]
-    names = [f"process {rank} terminated with signal {signal.Signals(-code).name}" for rank, code in codes if code < 0]
-    return names[0] if names else ""
+    for rank, process in enumerate(ranks):
+        if (code := process.exitcode or 0) < 0:
+            return f"process {rank} terminated with signal {signal.Signals(-code).name}"
+    return ""
 
 
 def _run_rank(rank: int, entry: Callable[[_Config], None], config: _Config, size: int, folder: Path) -> None:
